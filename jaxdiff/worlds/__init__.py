@@ -1,0 +1,1 @@
+"""Procedural captioned worlds: images that can be drawn without end and judged exactly."""

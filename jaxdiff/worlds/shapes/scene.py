@@ -1,0 +1,131 @@
+"""What a scene of the shapes world is: its words, its geometry and nothing about pixels."""
+
+import math
+from dataclasses import dataclass
+
+CANVAS = 64  # px, width and height
+MIN_SIZE, MAX_SIZE = 14.0, 30.0  # px across
+GAP = 2.0  # px between any two objects
+MARGIN = 1.0  # px between an object and the canvas's edge, so that the border shows the background
+MIN_OFFSET = 8.0  # px between the centres of two objects that a relation names
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (245, 245, 245),
+    "gray": (128, 128, 128),
+    "black": (16, 16, 16),
+}
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 38, 38),
+    "orange": (245, 140, 20),
+    "yellow": (245, 220, 30),
+    "green": (30, 160, 70),
+    "cyan": (40, 200, 220),
+    "blue": (40, 80, 220),
+    "purple": (140, 50, 180),
+    "pink": (245, 130, 190),
+}
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring")
+RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
+
+RING_HOLE = 0.5  # inner over outer diameter
+CROSS_ARM = 1 / 3  # thickness of an arm over its length
+STAR_WAIST = 0.45  # inner over outer radius; a drawn pentagram has 0.38, too thin at 14 px
+
+
+@dataclass(frozen=True)
+class Object:
+    """One object.
+
+    `x`, `y` (px, right and down from the canvas's top left corner) are its centre of area and
+    `size` (px) is the width of its bounding box. Names that nobody recognised are None: only
+    `read` makes such objects.
+    """
+
+    shape: str | None
+    color: str | None
+    x: float
+    y: float
+    size: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background's name and the objects on it."""
+
+    background: str
+    objects: tuple[Object, ...]
+
+
+def _star() -> tuple[tuple[float, float], ...]:
+    outer = 0.5 / math.sin(math.radians(72))  # the width of 1 lies between two of the points
+    radii = (outer, STAR_WAIST * outer)
+    return tuple(
+        (radii[i % 2] * math.sin(math.pi * i / 5), -radii[i % 2] * math.cos(math.pi * i / 5))
+        for i in range(10)
+    )
+
+
+def _cross() -> tuple[tuple[float, float], ...]:
+    a = CROSS_ARM / 2
+    corner = ((a, -0.5), (a, -a), (0.5, -a))
+    turned = [corner]
+    for _ in range(3):
+        turned.append(tuple((-y, x) for x, y in turned[-1]))
+    return tuple(point for quarter in turned for point in quarter)
+
+
+_HEIGHT = math.sqrt(3) / 2
+# Vertices around the centre of area at size 1, y down. Circle and ring have none.
+OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
+    "square": ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)),
+    "triangle": ((0.0, -_HEIGHT * 2 / 3), (0.5, _HEIGHT / 3), (-0.5, _HEIGHT / 3)),
+    "star": _star(),
+    "cross": _cross(),
+}
+
+
+def _bounds(shape: str) -> tuple[float, float, float, float]:
+    if shape not in OUTLINES:
+        return (-0.5, -0.5, 0.5, 0.5)
+    xs, ys = zip(*OUTLINES[shape], strict=True)
+    return (min(xs), min(ys), max(xs), max(ys))
+
+
+# Bounding box (left, top, right, bottom) and bounding circle's radius around the centre, at size 1.
+BOUNDS = {shape: _bounds(shape) for shape in SHAPES}
+RADII = {s: max(math.hypot(*p) for p in OUTLINES[s]) if s in OUTLINES else 0.5 for s in SHAPES}
+
+
+def box(thing: Object) -> tuple[float, float, float, float]:
+    """The bounding box of an object: left, top, right, bottom in px."""
+    left, top, right, bottom = BOUNDS[thing.shape]
+    size = thing.size
+    return (
+        thing.x + left * size,
+        thing.y + top * size,
+        thing.x + right * size,
+        thing.y + bottom * size,
+    )
+
+
+def gap(a: Object, b: Object) -> float:
+    """A lower bound (px) of the distance between two outlines.
+
+    The larger of the distances between the bounding circles and between the bounding boxes.
+    """
+    a_left, a_top, a_right, a_bottom = box(a)
+    b_left, b_top, b_right, b_bottom = box(b)
+    boxes = max(b_left - a_right, a_left - b_right, b_top - a_bottom, a_top - b_bottom)
+    circles = math.hypot(a.x - b.x, a.y - b.y) - RADII[a.shape] * a.size - RADII[b.shape] * b.size
+    return max(boxes, circles)
+
+
+def holds(relation: str, a: Object, b: Object, offset: float) -> bool:
+    """Whether the centre of `a` lies `relation` ("left of", ...) that of `b` by `offset` px."""
+    distance = {
+        "left of": b.x - a.x,
+        "right of": a.x - b.x,
+        "above": b.y - a.y,
+        "below": a.y - b.y,
+    }
+    return distance[relation] >= offset
