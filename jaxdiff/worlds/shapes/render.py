@@ -27,13 +27,14 @@ def render(scene: Scene) -> np.ndarray:
     canvas = ImageDraw.Draw(image)
     for thing in scene.objects:
         draw(canvas, thing, COLORS[thing.color])
-    return np.asarray(image.reduce(SUPERSAMPLING))
+    return np.array(image.reduce(SUPERSAMPLING))
 
 
 def draw(canvas: ImageDraw.ImageDraw, thing: Object, fill: int | tuple[int, int, int]) -> None:
     """Draw one object on a canvas that is `SUPERSAMPLING` times as large as the scene."""
-    # Pillow fills the pixels that lie under an edge too: half a pixel less each side makes up.
-    x, y = thing.x * SUPERSAMPLING - 0.5, thing.y * SUPERSAMPLING - 0.5
+    # Pillow cuts coordinates down to whole pixels, half a pixel on average, and fills the pixels
+    # under both edges: so no half pixel is taken off the centre, but one whole off the size.
+    x, y = thing.x * SUPERSAMPLING, thing.y * SUPERSAMPLING
     size = thing.size * SUPERSAMPLING - 1.0
     if thing.shape in OUTLINES:
         canvas.polygon([(x + px * size, y + py * size) for px, py in OUTLINES[thing.shape]], fill)
