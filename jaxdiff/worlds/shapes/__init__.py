@@ -5,6 +5,7 @@ and SciPy only.
 """
 
 from jaxdiff.worlds.shapes.captions import Caption, Group, draw_caption
+from jaxdiff.worlds.shapes.perception import read
 from jaxdiff.worlds.shapes.placement import sample, scene_for
 from jaxdiff.worlds.shapes.render import render
 from jaxdiff.worlds.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Object, Scene
@@ -19,6 +20,7 @@ __all__ = [
     "Object",
     "Scene",
     "draw_caption",
+    "read",
     "render",
     "sample",
     "scene_for",

@@ -50,9 +50,9 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background's name and the objects on it."""
+    """A background's name (None where `read` recognised none) and the objects on it."""
 
-    background: str
+    background: str | None
     objects: tuple[Object, ...]
 
 
@@ -91,7 +91,16 @@ def _bounds(shape: str) -> tuple[float, float, float, float]:
     return (min(xs), min(ys), max(xs), max(ys))
 
 
-# Bounding box (left, top, right, bottom) and bounding circle's radius around the centre, at size 1.
+def _area(shape: str) -> float:
+    if shape not in OUTLINES:
+        return math.pi / 4 * (1 - RING_HOLE**2 if shape == "ring" else 1)
+    points = OUTLINES[shape]
+    turned = points[1:] + points[:1]
+    return abs(sum(x * v - u * y for (x, y), (u, v) in zip(points, turned, strict=True))) / 2
+
+
+# At size 1, around the centre: area, bounding box (left, top, right, bottom), bounding circle.
+AREAS = {shape: _area(shape) for shape in SHAPES}
 BOUNDS = {shape: _bounds(shape) for shape in SHAPES}
 RADII = {s: max(math.hypot(*p) for p in OUTLINES[s]) if s in OUTLINES else 0.5 for s in SHAPES}
 

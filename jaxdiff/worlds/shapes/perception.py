@@ -1,0 +1,128 @@
+"""Pixels to scenes: the exact scorer's eyes.
+
+Every pixel is taken as background + alpha * (color - background). Objects are connected
+components; alpha is unmixed for each, and its shape is the one whose antialiased template, drawn
+at the same centre with the same area, overlaps alpha best. Hard masks would not do at 64 px: half
+of a 14 px star's pixels lie on its edge.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from jaxdiff.worlds.shapes.render import SUPERSAMPLING, draw
+from jaxdiff.worlds.shapes.scene import AREAS, BACKGROUNDS, CANVAS, COLORS, SHAPES, Object, Scene
+
+BACKGROUND_TOLERANCE = 60.0  # RGB distance to the palette's background; they lie 194 apart
+COLOR_TOLERANCE = 60.0  # RGB distance to the palette's color; the closest two lie 81 apart
+MIN_CONTRAST = 40.0  # RGB distance to the background; the faintest color (purple on gray) has 94
+MIN_AREA = 12  # px: smaller specks are noise; the smallest object (a 14 px star) has 72
+MIN_OVERLAP = 0.75  # soft intersection over union with the template
+REACH = 2.0  # px around a component in which its soft edge is looked for
+
+_BORDER = np.ones((CANVAS, CANVAS), bool)
+_BORDER[2:-2, 2:-2] = False
+_ROWS, _COLUMNS = np.mgrid[:CANVAS, :CANVAS].astype(np.float32) + np.float32(0.5)
+_PALETTE = np.array(list(COLORS.values()), np.float32)
+
+
+def read(pixels: np.ndarray) -> Scene:
+    """The scene that an image shows: uint8 [64, 64, 3] -> background, and objects from the top.
+
+    What cannot be recognised is reported, not guessed: a background, color or shape that is too
+    far from all of the world's is None, and an object without a shape has the width of its
+    bounding box as its size. Raises ValueError for any other array.
+    """
+    if pixels.shape != (CANVAS, CANVAS, 3) or pixels.dtype != np.uint8:
+        raise ValueError(f"expected uint8 [{CANVAS}, {CANVAS}, 3]: {pixels.dtype} {pixels.shape}")
+    image = pixels.astype(np.float32)
+    ground = np.median(image[_BORDER], axis=0)
+    components, count = _components(image, ground)
+    objects = []
+    if count:
+        far, nearest = ndimage.distance_transform_edt(components == 0, return_indices=True)
+        owners = np.where(far <= REACH, components[tuple(nearest)], 0)
+        for index in range(1, count + 1):
+            objects.append(_recognise(image, ground, components == index, owners == index))
+    background = _nearest(ground, BACKGROUNDS, BACKGROUND_TOLERANCE)
+    return Scene(background, tuple(sorted(objects, key=lambda thing: (thing.y, thing.x))))
+
+
+def _nearest(color: np.ndarray, palette: dict, tolerance: float) -> str | None:
+    distances = {name: math.dist(color, value) for name, value in palette.items()}
+    name = min(distances, key=distances.get)
+    return name if distances[name] <= tolerance else None
+
+
+def _components(image: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, int]:
+    """Number the objects' pixels: int [64, 64] with 0 for the background, and how many there are.
+
+    A pixel belongs to an object if alpha is above one half, where the contrast of the place two
+    steps uphill stands for alpha = 1; that place's color, not the edge's own mixture, is the
+    pixel's. Components are 4-connected pixels of one color.
+    """
+    contrast = np.linalg.norm(image - ground, axis=-1)
+    peak = _uphill(contrast)
+    peak = peak[peak]
+    contrast = contrast.ravel()
+    inside = contrast > np.maximum(MIN_CONTRAST, contrast[peak] / 2)
+    distances = np.linalg.norm(image.reshape(-1, 1, 3)[peak[inside]] - _PALETTE, axis=-1)
+    color = np.full(contrast.shape, -1)
+    color[inside] = np.argmin(distances, axis=-1)
+    color = color.reshape(CANVAS, CANVAS)
+    numbered, count = np.zeros((CANVAS, CANVAS), int), 0
+    for value in np.unique(color[color >= 0]):
+        labels, _ = ndimage.label(color == value)
+        areas = np.bincount(labels.ravel())
+        for label in np.flatnonzero(areas >= MIN_AREA):
+            if label:
+                count += 1
+                numbered[labels == label] = count
+    return numbered, count
+
+
+def _uphill(contrast: np.ndarray) -> np.ndarray:
+    """For each pixel the flat index of the one of most contrast among itself and its neighbours."""
+    padded = np.pad(contrast, 1, constant_values=-1.0)
+    steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    views = np.stack(
+        [padded[1 + dy : 1 + dy + CANVAS, 1 + dx : 1 + dx + CANVAS] for dy, dx in steps]
+    )
+    offsets = np.array([dy * CANVAS + dx for dy, dx in steps])
+    best = np.argmax(views, axis=0)
+    return np.arange(CANVAS * CANVAS) + offsets[best].ravel()
+
+
+def _recognise(
+    image: np.ndarray, ground: np.ndarray, component: np.ndarray, support: np.ndarray
+) -> Object:
+    """Name one object from its component's pixels and its support, the component with its edge."""
+    colors = image[component]
+    contrasts = np.linalg.norm(colors - ground, axis=-1)
+    core = np.median(colors[contrasts >= 0.9 * np.quantile(contrasts, 0.75)], axis=0)
+    direction = (core - ground) / np.sum((core - ground) ** 2)
+    alpha = np.clip((image - ground) @ direction, 0.0, 1.0) * support
+    area = float(alpha.sum())
+    x = float((alpha * _COLUMNS).sum()) / area
+    y = float((alpha * _ROWS).sum()) / area
+    overlaps = {}
+    for shape in SHAPES:
+        template = _template(shape, x, y, math.sqrt(area / AREAS[shape]))
+        shared = float(np.minimum(alpha, template).sum())
+        overlaps[shape] = shared / (area + float(template.sum()) - shared)
+    shape = max(overlaps, key=overlaps.get)
+    color = _nearest(core, COLORS, COLOR_TOLERANCE)
+    if overlaps[shape] < MIN_OVERLAP:
+        width = np.flatnonzero(component.any(axis=0))
+        return Object(None, color, x, y, float(width[-1] - width[0] + 1))
+    return Object(shape, color, x, y, math.sqrt(area / AREAS[shape]))
+
+
+def _template(shape: str, x: float, y: float, size: float) -> np.ndarray:
+    """The coverage of one object: float [64, 64] in 0..1."""
+    side = CANVAS * SUPERSAMPLING
+    image = Image.new("L", (side, side))
+    draw(ImageDraw.Draw(image), Object(shape, None, x, y, size), 255)
+    return np.asarray(image.reduce(SUPERSAMPLING), np.float32) / 255.0
