@@ -1,0 +1,60 @@
+"""The header of a safetensors file, read without trusting a number in it. Imports no JAX.
+
+The format (https://huggingface.co/docs/safetensors): eight little-endian bytes with the length of
+a JSON header, the header, then the tensors' bytes without a gap.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from jaxdiff.errors import InputError
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+ITEM_BYTES = {
+    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
+    **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
+    **{"F8_E4M3": 1, "F8_E5M2": 1},
+}
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Reads and checks the header of the safetensors file at `path`.
+
+    Returns:
+      each tensor's name, with its dtype as the format spells it and its shape.
+
+    Raises:
+      InputError: if the file is no safetensors file, or not exactly as long as its header says.
+    """
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
+            raise InputError(f"{path} is not a safetensors file, or is cut short; copy it again")
+        text = file.read(header_bytes)
+    try:
+        tensors = json.loads(text)
+        tensors.pop("__metadata__", None)
+        end = _check_offsets(tensors)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(f"{path} has a broken safetensors header; copy it again") from error
+    expected = 8 + header_bytes + end
+    if file_bytes != expected:
+        raise InputError(
+            f"{path} has {file_bytes} bytes where its header promises {expected}; copy it again"
+        )
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
+
+
+def _check_offsets(tensors: dict) -> int:
+    """Raises ValueError unless the tensors lie end to end; returns where the last one ends."""
+    end = 0
+    for entry in sorted(tensors.values(), key=lambda entry: entry["data_offsets"]):
+        shape, (start, stop) = entry["shape"], entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+            raise ValueError("a size or an offset is not a whole number")
+        if start != end or stop - start != math.prod(shape) * ITEM_BYTES[entry["dtype"]]:
+            raise ValueError("a tensor's offsets do not fit its shape")
+        end = stop
+    return end
