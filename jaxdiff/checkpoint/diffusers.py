@@ -77,7 +77,8 @@ def save_params(params: dict, file: Path, dtype, prefix: str = "") -> None:
     tensors = {}
     for path, value in jax.tree_util.tree_leaves_with_path(params):
         tensor = np.asarray(value).transpose(_axes(path, value.ndim))
-        tensor = np.ascontiguousarray(tensor, dtype)
+        with np.errstate(over="ignore"):  # said better below
+            tensor = np.ascontiguousarray(tensor, dtype)
         if not np.isfinite(tensor).all():
             raise ValueError(f"{_name(path)} is not finite as {np.dtype(dtype)}")
         tensors[prefix + _key(path)] = tensor
@@ -125,8 +126,12 @@ def save_pipeline(
         write_json(new / "model_index.json", index)
         write_json(new / "scheduler" / CONFIGS["scheduler"], scheduler)
         for component, (_, _, weights) in NETWORKS.items():
-            write_json(new / component / CONFIGS[component], configs[component].to_json())
-            prefix = TEXT_PREFIX if component == "text_encoder" else ""
+            config, prefix = configs[component].to_json(), ""
+            if component == "text_encoder":
+                # Without it transformers would compute in the dtype that the weights are stored in.
+                config["dtype"] = "float32"
+                prefix = TEXT_PREFIX
+            write_json(new / component / CONFIGS[component], config)
             save_params(params[component], new / component / weights, dtype, prefix)
         (new / "tokenizer").mkdir()
         for name in TOKENIZER_FILES:

@@ -99,13 +99,14 @@ class Checkpoint:
     @property
     def default_size(self) -> tuple[int, int]:
         """The (width, height) in pixels that the U-Net was trained for."""
-        latents = self.config("unet").get("sample_size")
-        if type(latents) is not int or latents < 1:
+        size = self.config("unet").get("sample_size")
+        latents = size if isinstance(size, list) else [size, size]  # height, width
+        if len(latents) != 2 or not all(type(side) is int and side > 0 for side in latents):
             raise InputError(
-                f"{self.path / 'unet' / 'config.json'}: sample_size = {latents!r} gives no "
+                f"{self.path / 'unet' / 'config.json'}: sample_size = {size!r} gives no "
                 "default size; ask for a --width and a --height"
             )
-        return (latents * self.size_multiple,) * 2
+        return latents[1] * self.size_multiple, latents[0] * self.size_multiple
 
     @property
     def default_sampler(self) -> str:

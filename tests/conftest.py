@@ -1,0 +1,105 @@
+"""A complete checkpoint that is small enough for every test: real structure, random weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TOKENIZER = Path(__file__).parents[1] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "timestep_spacing": "trailing",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A diffusers directory: 64x64 pixels, 8x8 latents, about 0.4 million random weights."""
+    from jaxdiff.checkpoint.diffusers import save_pipeline
+    from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
+    from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
+    from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
+
+    networks = {
+        "text_encoder": (
+            CLIPTextModel,
+            CLIPTextConfig(
+                vocab_size=641,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=24,
+                bos_token_id=639,
+                eos_token_id=640,
+                pad_token_id=640,
+            ),
+        ),
+        "unet": (
+            UNet2DConditionModel,
+            UNetConfig(
+                sample_size=8,
+                block_out_channels=(32, 64),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                layers_per_block=1,
+                cross_attention_dim=32,
+                attention_head_dim=4,
+                norm_num_groups=8,
+            ),
+        ),
+        "vae": (
+            AutoencoderKL,
+            AutoencoderKLConfig(
+                sample_size=64,
+                block_out_channels=(8, 16, 16, 32),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                norm_num_groups=8,
+            ),
+        ),
+    }
+    directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_pipeline(
+        directory,
+        configs={component: config for component, (_, config) in networks.items()},
+        params={
+            component: random_params(model, config, seed)
+            for seed, (component, (model, config)) in enumerate(networks.items())
+        },
+        scheduler=SCHEDULER,
+        tokenizer=TOKENIZER,
+        dtype=np.float32,
+    )
+    return directory
+
+
+def random_params(model_class, config, seed: int) -> dict:
+    """Weights of about the size that training ends at, drawn without compiling anything."""
+    from flax import nnx
+
+    random = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == "scale":
+            return (1 + 0.1 * random.standard_normal(leaf.shape)).astype(np.float32)
+        if name == "bias":
+            return (0.1 * random.standard_normal(leaf.shape)).astype(np.float32)
+        fan_in = np.prod(leaf.shape[:-1]) if name == "kernel" else 1
+        return (random.standard_normal(leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
+
+    import jax
+
+    abstract = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+    shapes = nnx.to_pure_dict(nnx.state(abstract))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
