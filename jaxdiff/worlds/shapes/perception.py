@@ -19,11 +19,20 @@ BACKGROUND_TOLERANCE = 60.0  # RGB distance to the palette's background; they li
 COLOR_TOLERANCE = 60.0  # RGB distance to the palette's color; the closest two lie 81 apart
 MIN_CONTRAST = 40.0  # RGB distance to the background; the faintest color (purple on gray) has 94
 MIN_AREA = 12  # px: smaller specks are noise; the smallest object (a 14 px star) has 72
-MIN_OVERLAP = 0.75  # soft intersection over union with the template
+# Soft intersection over union with the template. Measured: the world's shapes stay above 0.85 in
+# JPEG at quality 90 and after a blur of 1 px; a diamond, a half-turned square, a 5:4 rectangle, a
+# four-pointed star and a disc with a side cut off stay below it.
+MIN_OVERLAP = 0.85
+SMOOTHING = 0.7  # px (Gaussian sigma) on alpha and templates alike, against noise on the edges
+SOFT_SMOOTHING = 1.2  # px: a second set of templates, for edges that a codec or decoder softened
 REACH = 2.0  # px around a component in which its soft edge is looked for
 
 _BORDER = np.ones((CANVAS, CANVAS), bool)
 _BORDER[2:-2, 2:-2] = False
+_BLUR, _SOFT_BLUR = (  # as matrices, because a product is faster than a filter at this size
+    ndimage.gaussian_filter1d(np.eye(CANVAS, dtype=np.float32), sigma, axis=0)
+    for sigma in (SMOOTHING, SOFT_SMOOTHING)
+)
 _ROWS, _COLUMNS = np.mgrid[:CANVAS, :CANVAS].astype(np.float32) + np.float32(0.5)
 _PALETTE = np.array(list(COLORS.values()), np.float32)
 
@@ -107,17 +116,23 @@ def _recognise(
     area = float(alpha.sum())
     x = float((alpha * _COLUMNS).sum()) / area
     y = float((alpha * _ROWS).sum()) / area
-    overlaps = {}
-    for shape in SHAPES:
-        template = _template(shape, x, y, math.sqrt(area / AREAS[shape]))
-        shared = float(np.minimum(alpha, template).sum())
-        overlaps[shape] = shared / (area + float(template.sum()) - shared)
-    shape = max(overlaps, key=overlaps.get)
+    templates = np.stack([_template(s, x, y, math.sqrt(area / AREAS[s])) for s in SHAPES])
+    alpha = _BLUR @ alpha @ _BLUR
+    overlaps = np.maximum(
+        _overlaps(alpha, _BLUR @ templates @ _BLUR),
+        _overlaps(alpha, _SOFT_BLUR @ templates @ _SOFT_BLUR),
+    )
+    shape = SHAPES[np.argmax(overlaps)]
     color = _nearest(core, COLORS, COLOR_TOLERANCE)
-    if overlaps[shape] < MIN_OVERLAP:
+    if overlaps.max() < MIN_OVERLAP:
         width = np.flatnonzero(component.any(axis=0))
         return Object(None, color, x, y, float(width[-1] - width[0] + 1))
     return Object(shape, color, x, y, math.sqrt(area / AREAS[shape]))
+
+
+def _overlaps(alpha: np.ndarray, templates: np.ndarray) -> np.ndarray:
+    """Soft intersection over union of [64, 64] with each of [n, 64, 64]: [n]."""
+    return np.minimum(alpha, templates).sum((1, 2)) / np.maximum(alpha, templates).sum((1, 2))
 
 
 def _template(shape: str, x: float, y: float, size: float) -> np.ndarray:
