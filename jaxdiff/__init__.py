@@ -1,0 +1,19 @@
+"""Batch text-to-image generation in JAX: prompt manifests in, verifiable image datasets out."""
+
+from typing import TYPE_CHECKING
+
+from jaxdiff.request import Request
+
+if TYPE_CHECKING:
+    from jaxdiff.text_to_image import TextToImage, load
+
+__all__ = ["Request", "TextToImage", "load"]
+
+
+def __getattr__(name: str):
+    # Late, so that jaxdiff.dataset can be imported on a machine without JAX.
+    if name in ("TextToImage", "load"):
+        from jaxdiff import text_to_image
+
+        return getattr(text_to_image, name)
+    raise AttributeError(f"module 'jaxdiff' has no attribute {name!r}")

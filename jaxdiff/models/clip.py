@@ -1,0 +1,143 @@
+"""`CLIPTextModel`: the text encoder of Stable Diffusion (Radford et al., 2021, arXiv:2103.00020)."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxdiff.models import config as config_json
+from jaxdiff.models.layers import attention
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+FIXED = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+# What transformers writes beside them: none of it changes the hidden states.
+IGNORED = {
+    "attention_dropout",
+    "dropout",
+    "dtype",
+    "initializer_factor",
+    "initializer_range",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """The fields of `text_encoder/config.json` that shape the network."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    bos_token_id: int | None = 49406
+    eos_token_id: int | None = 49407
+    pad_token_id: int | None = 1
+
+    def __post_init__(self):
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act = {self.hidden_act!r} is not supported")
+
+    @classmethod
+    def from_json(cls, data: dict) -> "CLIPTextConfig":
+        """Reads a parsed `text_encoder/config.json`; raises InputError for what is not built."""
+        kept = {key: value for key, value in data.items() if key not in IGNORED}
+        return config_json.from_json(cls, "text_encoder", kept, FIXED)
+
+    def to_json(self) -> dict:
+        """What transformers reads as `text_encoder/config.json`."""
+        return config_json.to_json(self, FIXED)
+
+
+class _Embeddings(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.token_embedding = nnx.Embed(
+            config.vocab_size, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
+        )
+        self.position_embedding = nnx.Embed(
+            config.max_position_embeddings,
+            width,
+            embedding_init=nnx.initializers.normal(0.02),
+            rngs=rngs,
+        )
+
+    def __call__(self, token_ids: Array) -> Array:
+        return self.token_embedding(token_ids) + self.position_embedding(
+            jnp.arange(token_ids.shape[1])
+        )
+
+
+class _SelfAttention(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.q_proj = nnx.Linear(width, width, rngs=rngs)
+        self.k_proj = nnx.Linear(width, width, rngs=rngs)
+        self.v_proj = nnx.Linear(width, width, rngs=rngs)
+        self.out_proj = nnx.Linear(width, width, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        mixed = attention(
+            self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads, is_causal=True
+        )
+        return self.out_proj(mixed)
+
+
+class _MLP(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.activation = config.hidden_act
+        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class _Layer(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        width, epsilon = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1 = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.self_attn = _SelfAttention(config, rngs=rngs)
+        self.layer_norm2 = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.mlp = _MLP(config, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class _Encoder(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.layers = nnx.List([_Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+
+    def __call__(self, x: Array) -> Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class CLIPTextModel(nnx.Module):
+    """A causal transformer over the prompt's tokens; padding tokens are attended like others."""
+
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.embeddings = _Embeddings(config, rngs=rngs)
+        self.encoder = _Encoder(config, rngs=rngs)
+        self.final_layer_norm = nnx.LayerNorm(
+            config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs
+        )
+
+    def __call__(self, token_ids: Array) -> Array:
+        """int32 [batch, tokens] to the last hidden states [batch, tokens, hidden size]."""
+        return self.final_layer_norm(self.encoder(self.embeddings(token_ids)))

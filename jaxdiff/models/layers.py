@@ -1,0 +1,125 @@
+"""Building blocks that the U-Net and the autoencoder share. Activations are NHWC.
+
+Attribute names are the checkpoint's key names, so that loading needs no table per model.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+def conv(in_channels: int, out_channels: int, size: int, *, rngs: nnx.Rngs, stride=1, padding=None):
+    """A square convolution over NHWC, padded to keep the size unless `padding` says otherwise."""
+    if padding is None:
+        padding = ((size // 2, size // 2),) * 2
+    return nnx.Conv(
+        in_channels, out_channels, (size, size), strides=stride, padding=padding, rngs=rngs
+    )
+
+
+def group_norm(channels: int, groups: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """Group normalisation (Wu and He, 2018) with the two-pass variance that PyTorch has."""
+    return nnx.GroupNorm(
+        channels, num_groups=groups, epsilon=epsilon, use_fast_variance=False, rngs=rngs
+    )
+
+
+def attention(
+    query: Array, key: Array, value: Array, num_heads: int, *, is_causal: bool = False
+) -> Array:
+    """Scaled dot-product attention (Vaswani et al., 2017), the softmax in float32.
+
+    Args:
+      query: [batch, tokens, width].
+      key, value: [batch, context tokens, width].
+      num_heads: divides the width.
+      is_causal: whether a token sees only itself and those before it.
+
+    Returns:
+      [batch, tokens, width].
+    """
+
+    def split(x: Array) -> Array:
+        return x.reshape(*x.shape[:2], num_heads, -1)  # [b, tokens, heads, head width]
+
+    mixed = jax.nn.dot_product_attention(
+        split(query), split(key), split(value), is_causal=is_causal
+    )
+    return mixed.reshape(query.shape)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of `query` tokens over `context` tokens (or over themselves)."""
+
+    def __init__(
+        self, width: int, num_heads: int, *, rngs: nnx.Rngs, context_width=None, qkv_bias=False
+    ):
+        context_width = context_width or width
+        self.num_heads = num_heads
+        self.to_q = nnx.Linear(width, width, use_bias=qkv_bias, rngs=rngs)
+        self.to_k = nnx.Linear(context_width, width, use_bias=qkv_bias, rngs=rngs)
+        self.to_v = nnx.Linear(context_width, width, use_bias=qkv_bias, rngs=rngs)
+        self.to_out = nnx.List([nnx.Linear(width, width, rngs=rngs)])
+
+    def __call__(self, x: Array, context: Array | None = None) -> Array:
+        """[batch, tokens, width] and [batch, context tokens, context width] to x's shape."""
+        context = x if context is None else context
+        mixed = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads)
+        return self.to_out[0](mixed)
+
+
+class ResnetBlock2D(nnx.Module):
+    """norm, SiLU, convolution, twice, beside a shortcut; the timestep shifts the middle."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int,
+        epsilon: float,
+        rngs: nnx.Rngs,
+        time_width: int | None = None,
+    ):
+        self.norm1 = group_norm(in_channels, groups, epsilon, rngs=rngs)
+        self.conv1 = conv(in_channels, out_channels, 3, rngs=rngs)
+        self.time_emb_proj = nnx.Linear(time_width, out_channels, rngs=rngs) if time_width else None
+        self.norm2 = group_norm(out_channels, groups, epsilon, rngs=rngs)
+        self.conv2 = conv(out_channels, out_channels, 3, rngs=rngs)
+        self.conv_shortcut = (
+            conv(in_channels, out_channels, 1, rngs=rngs) if in_channels != out_channels else None
+        )
+
+    def __call__(self, x: Array, time_embedding: Array | None = None) -> Array:
+        """[batch, h, w, in] and [batch, time width] to [batch, h, w, out]."""
+        hidden = self.conv1(nnx.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            hidden = hidden + self.time_emb_proj(nnx.silu(time_embedding))[:, None, None, :]
+        hidden = self.conv2(nnx.silu(self.norm2(hidden)))
+        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample2D(nnx.Module):
+    """Halves the height and the width by a convolution of stride 2."""
+
+    def __init__(self, channels: int, padding: tuple[int, int], *, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, 3, rngs=rngs, stride=2, padding=(padding, padding))
+
+    def __call__(self, x: Array) -> Array:
+        """[batch, h, w, c] to [batch, h / 2, w / 2, c]."""
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Doubles the height and the width by nearest neighbours, then convolves."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, 3, rngs=rngs)
+
+    def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
+        """[batch, h, w, c] to [batch, 2h, 2w, c], or cropped to an odd `size` (height, width)."""
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        if size is not None:
+            x = x[:, : size[0], : size[1]]
+        return self.conv(x)

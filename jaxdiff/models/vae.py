@@ -1,0 +1,228 @@
+"""`AutoencoderKL`: images to latents and back (Rombach et al., 2022, arXiv:2112.10752, section 3.1)."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxdiff.models import config as config_json
+from jaxdiff.models.layers import (
+    Attention,
+    Downsample2D,
+    ResnetBlock2D,
+    Upsample2D,
+    conv,
+    group_norm,
+)
+
+EPSILON = 1e-6
+FIXED = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
+
+
+@dataclass(frozen=True)
+class AutoencoderKLConfig:
+    """The fields of `vae/config.json` that shape the network; the defaults are diffusers'."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self):
+        count = len(self.block_out_channels)
+        if self.down_block_types != ("DownEncoderBlock2D",) * count:
+            raise ValueError(f"down_block_types {self.down_block_types} is not supported")
+        if self.up_block_types != ("UpDecoderBlock2D",) * count:
+            raise ValueError(f"up_block_types {self.up_block_types} is not supported")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_json(cls, data: dict) -> "AutoencoderKLConfig":
+        """Reads a parsed `vae/config.json`; raises InputError for what is not built."""
+        return config_json.from_json(cls, "vae", data, FIXED)
+
+    def to_json(self) -> dict:
+        """What diffusers reads as `vae/config.json`."""
+        return config_json.to_json(self, FIXED)
+
+    def scale(self, latents: Array) -> Array:
+        """The encoder's latents, brought to about unit variance for the denoiser."""
+        return (latents - (self.shift_factor or 0.0)) * self.scaling_factor
+
+    def unscale(self, latents: Array) -> Array:
+        """The inverse of `scale`."""
+        return latents / self.scaling_factor + (self.shift_factor or 0.0)
+
+
+class _MidBlock(nnx.Module):
+    def __init__(self, channels: int, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
+        groups = config.norm_num_groups
+        self.resnets = nnx.List(
+            [
+                ResnetBlock2D(channels, channels, groups=groups, epsilon=EPSILON, rngs=rngs)
+                for _ in range(2)
+            ]
+        )
+        self.attentions = nnx.List(
+            [_SpatialAttention(channels, groups, rngs=rngs)]
+            if config.mid_block_add_attention
+            else []
+        )
+
+    def __call__(self, x: Array) -> Array:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class _SpatialAttention(Attention):
+    """One head over all positions, normalised before and added back."""
+
+    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
+        super().__init__(channels, 1, qkv_bias=True, rngs=rngs)
+        self.group_norm = group_norm(channels, groups, EPSILON, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        tokens = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])  # [b, h w, c]
+        return x + super().__call__(tokens).reshape(x.shape)
+
+
+class _DownBlock(nnx.Module):
+    def __init__(self, in_channels, out_channels, config, *, downsample: bool, rngs: nnx.Rngs):
+        widths = [in_channels] + [out_channels] * config.layers_per_block
+        self.resnets = _resnets(widths, config, rngs)
+        # The encoder pads below and to the right only, as the original implementation did.
+        self.downsamplers = nnx.List(
+            [Downsample2D(out_channels, (0, 1), rngs=rngs)] if downsample else []
+        )
+
+    def __call__(self, x: Array) -> Array:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class _UpBlock(nnx.Module):
+    def __init__(self, in_channels, out_channels, config, *, upsample: bool, rngs: nnx.Rngs):
+        widths = [in_channels] + [out_channels] * (config.layers_per_block + 1)
+        self.resnets = _resnets(widths, config, rngs)
+        self.upsamplers = nnx.List([Upsample2D(out_channels, rngs=rngs)] if upsample else [])
+
+    def __call__(self, x: Array) -> Array:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+def _resnets(widths: list[int], config: AutoencoderKLConfig, rngs: nnx.Rngs) -> nnx.List:
+    groups = config.norm_num_groups
+    return nnx.List(
+        [
+            ResnetBlock2D(before, after, groups=groups, epsilon=EPSILON, rngs=rngs)
+            for before, after in zip(widths, widths[1:], strict=False)
+        ]
+    )
+
+
+class Encoder(nnx.Module):
+    """Pixels to the moments of the latents, before `quant_conv`."""
+
+    def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
+        channels = config.block_out_channels
+        last = len(channels) - 1
+        self.conv_in = conv(config.in_channels, channels[0], 3, rngs=rngs)
+        self.down_blocks = nnx.List(
+            [
+                _DownBlock(channels[max(i - 1, 0)], width, config, downsample=i < last, rngs=rngs)
+                for i, width in enumerate(channels)
+            ]
+        )
+        self.mid_block = _MidBlock(channels[-1], config, rngs=rngs)
+        self.conv_norm_out = group_norm(channels[-1], config.norm_num_groups, EPSILON, rngs=rngs)
+        self.conv_out = conv(channels[-1], 2 * config.latent_channels, 3, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """[batch, h, w, 3] to [batch, h / factor, w / factor, 2 * latent channels]."""
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nnx.Module):
+    """Latents, after `post_quant_conv`, to pixels. Its blocks run from deep to shallow."""
+
+    def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
+        channels = config.block_out_channels[::-1]
+        last = len(channels) - 1
+        self.conv_in = conv(config.latent_channels, channels[0], 3, rngs=rngs)
+        self.mid_block = _MidBlock(channels[0], config, rngs=rngs)
+        self.up_blocks = nnx.List(
+            [
+                _UpBlock(channels[max(i - 1, 0)], width, config, upsample=i < last, rngs=rngs)
+                for i, width in enumerate(channels)
+            ]
+        )
+        self.conv_norm_out = group_norm(channels[-1], config.norm_num_groups, EPSILON, rngs=rngs)
+        self.conv_out = conv(channels[-1], config.out_channels, 3, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """[batch, h, w, latent channels] to [batch, h * factor, w * factor, 3]."""
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    """The autoencoder of latent diffusion; its latents here are unscaled (see `config.scale`)."""
+
+    def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
+        latent = config.latent_channels
+        self.encoder = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.quant_conv = (
+            conv(2 * latent, 2 * latent, 1, rngs=rngs) if config.use_quant_conv else None
+        )
+        self.post_quant_conv = (
+            conv(latent, latent, 1, rngs=rngs) if config.use_post_quant_conv else None
+        )
+
+    def encode(self, images: Array) -> tuple[Array, Array]:
+        """The posterior of the latents.
+
+        Args:
+          images: [batch, height, width, 3], -1 to 1.
+
+        Returns:
+          mean and log-variance, each [batch, height / factor, width / factor, latent channels].
+        """
+        moments = self.encoder(images)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def decode(self, latents: Array) -> Array:
+        """[batch, h, w, latent channels] to images [batch, h * factor, w * factor, 3], -1 to 1."""
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)

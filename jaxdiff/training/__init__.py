@@ -1,0 +1,1 @@
+"""Training from a recipe: the bundled model is made by nothing else."""

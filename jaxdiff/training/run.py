@@ -1,0 +1,28 @@
+"""`jaxdiff train`: from a recipe file to a trained model."""
+
+import shutil
+from pathlib import Path
+
+from jaxdiff.errors import InputError
+from jaxdiff.training import autoencoder, loop
+from jaxdiff.training.recipe import AutoencoderRecipe, read
+
+
+def train(recipe_path: str | Path, output: str | Path) -> None:
+    """Trains what `recipe_path` describes into `output`, or continues what was begun there.
+
+    Raises:
+      InputError: if the recipe cannot be used, or if `output` holds another recipe's run.
+    """
+    recipe_path, output = Path(recipe_path), Path(output)
+    recipe = read(recipe_path)
+    kept = output / "recipe.toml"
+    if kept.exists() and read(kept) != recipe:
+        raise InputError(f"{output}: holds a run of another recipe; name another --output")
+    if isinstance(recipe, AutoencoderRecipe):
+        task = autoencoder.task(recipe)
+    else:
+        raise NotImplementedError
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(recipe_path, kept)
+    loop.fit(task, recipe, output)
