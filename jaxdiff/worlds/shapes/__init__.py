@@ -1,27 +1,40 @@
 """The shapes world, version 1: colored shapes on a plain background, with captions.
 
-Rendered without end for training, and judged exactly in what a model makes of it. NumPy, Pillow
-and SciPy only.
+Drawn without end for training, and judged exactly in what a model makes of it. NumPy, Pillow and
+SciPy only.
 """
 
+from jaxdiff.worlds.shapes.benchmark import TAGS, benchmark_rows, caption_for, row_for
 from jaxdiff.worlds.shapes.captions import Caption, Group, draw_caption
 from jaxdiff.worlds.shapes.perception import read
 from jaxdiff.worlds.shapes.placement import sample, scene_for
 from jaxdiff.worlds.shapes.render import render
 from jaxdiff.worlds.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Object, Scene
+from jaxdiff.worlds.shapes.score import TagScore, overall, score, table
+from jaxdiff.worlds.shapes.verdict import Verdict, judge
 
 __all__ = [
     "BACKGROUNDS",
     "COLORS",
     "RELATIONS",
     "SHAPES",
+    "TAGS",
     "Caption",
     "Group",
     "Object",
     "Scene",
+    "TagScore",
+    "Verdict",
+    "benchmark_rows",
+    "caption_for",
     "draw_caption",
+    "judge",
+    "overall",
     "read",
     "render",
+    "row_for",
     "sample",
     "scene_for",
+    "score",
+    "table",
 ]
