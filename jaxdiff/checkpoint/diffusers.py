@@ -62,6 +62,14 @@ def load_params(shapes: dict, files: Sequence[Path], dtype, sharding=None) -> di
         return jax.tree_util.tree_map_with_path(load, shapes, places)
 
 
+def file_shapes(shapes: dict) -> dict[str, tuple[int, ...]]:
+    """The keys and the shapes that a network's parameters have in a file, without a prefix."""
+    return {
+        _key(path): tuple(leaf.shape[axis] for axis in _axes(path, len(leaf.shape)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+
+
 def save_params(params: dict, file: Path, dtype, prefix: str = "") -> None:
     """Writes one network's parameters as a safetensors file that PyTorch's libraries read.
 
@@ -191,9 +199,7 @@ def _tensors(files: Sequence[Path]) -> dict[str, tuple[Path, str, tuple[int, ...
 
 
 def _refuse_misfits(shapes: dict, found: dict, files: Sequence[Path]) -> None:
-    wanted = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        wanted[_key(path)] = tuple(leaf.shape[axis] for axis in _axes(path, len(leaf.shape)))
+    wanted = file_shapes(shapes)
     faults = {
         "missing": [key for key in wanted if key not in found],
         "not known": [key for key in found if key not in wanted],

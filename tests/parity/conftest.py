@@ -1,0 +1,47 @@
+"""What the comparisons with PyTorch diffusers and transformers share."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxdiff.checkpoint.diffusers import load_params
+
+
+@pytest.fixture(scope="session")
+def load():
+    """A function that reads a network with our loader from a folder that diffusers wrote.
+
+    It returns a function `run(*arrays, method="__call__")` of the compiled network.
+    """
+
+    def load(model_class, config_class, folder: Path):
+        config = config_class.from_json(json.loads((folder / "config.json").read_text()))
+        abstract = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(abstract)
+        files = sorted(folder.glob("*.safetensors"))
+        params = load_params(nnx.to_pure_dict(state), files, np.float32)
+
+        def run(*arrays, method="__call__"):
+            return jax.jit(lambda p, *a: getattr(nnx.merge(graphdef, p), method)(*a))(
+                params, *arrays
+            )
+
+        return run
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def assert_close():
+    """A function with the bound of every component: 1e-4 relative to the reference's norm."""
+
+    def assert_close(ours, reference, bound=1e-4):
+        ours, reference = np.asarray(ours), np.asarray(reference)
+        assert ours.shape == reference.shape
+        assert np.linalg.norm(ours - reference) <= bound * np.linalg.norm(reference)
+
+    return assert_close
