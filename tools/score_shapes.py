@@ -98,7 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     manifest = commands.add_parser("manifest", help="write the benchmark's manifest")
-    manifest.add_argument("--per-tag", type=_count, default=50, help="prompts of each of the six tags")
+    manifest.add_argument(
+        "--per-tag", type=_count, default=50, help="prompts of each of the six tags"
+    )
     manifest.add_argument("--images", type=_count, default=4, help="images of each prompt")
     manifest.add_argument("--seed", type=_seed, default=1, help="draws the prompts")
     manifest.add_argument("--output", type=Path, required=True)
