@@ -19,9 +19,9 @@ BACKGROUND_TOLERANCE = 60.0  # RGB distance to the palette's background; they li
 COLOR_TOLERANCE = 60.0  # RGB distance to the palette's color; the closest two lie 81 apart
 MIN_CONTRAST = 40.0  # RGB distance to the background; the faintest color (purple on gray) has 94
 MIN_AREA = 12  # px: smaller specks are noise; the smallest object (a 14 px star) has 72
-# Soft intersection over union with the template. Measured: the world's shapes stay above 0.85 in
-# JPEG at quality 90 and after a blur of 1 px; a diamond, a half-turned square, a 5:4 rectangle, a
-# four-pointed star and a disc with a side cut off stay below it.
+# Soft intersection over union with the template. Measured: 99.6% of scenes keep all their objects
+# above 0.85 in JPEG at quality 90 and 99% after a blur of 1 px with noise of 12/255; a diamond, a
+# tilted square, a 5:4 rectangle, a four-pointed star and a disc cut at a side stay below it.
 MIN_OVERLAP = 0.85
 SMOOTHING = 0.7  # px (Gaussian sigma) on alpha and templates alike, against noise on the edges
 SOFT_SMOOTHING = 1.2  # px: a second set of templates, for edges that a codec or decoder softened
