@@ -1,9 +1,23 @@
 """What one image is asked to be. Imports no JAX, so that planning needs none."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SAMPLERS = ("ddim", "euler", "dpmpp_2m")
 MAX_SEED = 2**32 - 1
+
+
+class Bucket(NamedTuple):
+    """What the images of one batch have in common: it decides the compiled program and its tables.
+
+    Prompts, seeds and guidance scales differ freely within a batch.
+    """
+
+    width: int
+    height: int
+    steps: int
+    guided: bool
+    sampler: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +42,8 @@ class Request:
     steps: int = 20
     guidance_scale: float = 5.0
     sampler: str | None = None
+
+    @property
+    def bucket(self) -> Bucket:
+        """The batches that this image may be part of."""
+        return Bucket(self.width, self.height, self.steps, self.guidance_scale > 1, self.sampler)

@@ -1,4 +1,4 @@
-"""`CLIPTextModel`: the text encoder of Stable Diffusion (Radford et al., 2021, arXiv:2103.00020)."""
+"""`CLIPTextModel`: Stable Diffusion's text encoder (Radford et al., 2021, arXiv:2103.00020)."""
 
 from dataclasses import dataclass
 

@@ -308,22 +308,19 @@ class UNet2DConditionModel(nnx.Module):
         skips = [channels[0]]  # the width of every feature map that the way up takes back
         for i, width in enumerate(channels):
             skips += [width] * (layers + (i < last))
-        self.up_blocks = nnx.List(
-            [
+        self.up_blocks = nnx.List([])
+        for i in reversed(range(len(channels))):
+            below = [channels[min(i + 1, last)]] + [channels[i]] * layers
+            self.up_blocks.append(
                 _UpBlock(
-                    [
-                        ((channels[min(i + 1, last)] if j == 0 else channels[i]) + skips.pop(), channels[i])
-                        for j in range(layers + 1)
-                    ],
+                    [(width + skips.pop(), channels[i]) for width in below],
                     heads[i],
                     config,
                     attention=UP_BLOCKS[config.up_block_types[last - i]],
                     upsample=i > 0,
                     rngs=rngs,
                 )
-                for i in reversed(range(len(channels)))
-            ]
-        )
+            )
         self.conv_norm_out = group_norm(
             channels[0], config.norm_num_groups, config.norm_eps, rngs=rngs
         )

@@ -1,5 +1,6 @@
-"""`AutoencoderKL`: images to latents and back (Rombach et al., 2022, arXiv:2112.10752, section 3.1)."""
+"""`AutoencoderKL`: images to latents and back (Rombach et al., 2022, arXiv:2112.10752, 3.1)."""
 
+import itertools
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -136,7 +137,7 @@ def _resnets(widths: list[int], config: AutoencoderKLConfig, rngs: nnx.Rngs) -> 
     return nnx.List(
         [
             ResnetBlock2D(before, after, groups=groups, epsilon=EPSILON, rngs=rngs)
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in itertools.pairwise(widths)
         ]
     )
 

@@ -1,0 +1,76 @@
+"""The starting noise of each image, from its own seed: never from its place in a batch."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+KINDS = ("jax", "torch")
+TORCH_BLOCK = 16
+
+
+def draw(seeds: np.ndarray, shape: tuple[int, int, int], kind: str) -> Array | np.ndarray:
+    """Standard normal noise for a batch of images.
+
+    Args:
+      seeds: uint32 [batch].
+      shape: (height, width, channels) of one image's latents.
+      kind: "jax" draws on the device; "torch" gives what `torch.randn` of a latent tensor
+        (channels, height, width) gives from `torch.Generator("cpu").manual_seed(seed)`.
+
+    Returns:
+      float32 [batch, height, width, channels].
+    """
+    if kind == "jax":
+        return _jax_normal(seeds, shape)
+    height, width, channels = shape
+    images = [torch_normal(int(seed), height * width * channels) for seed in seeds]
+    return np.stack(images).reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
+
+
+@partial(jax.jit, static_argnums=1)
+def _jax_normal(seeds: Array, shape: tuple[int, int, int]) -> Array:
+    def one(seed: Array) -> Array:
+        return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+    return jax.vmap(one)(seeds)
+
+
+def torch_normal(seed: int, size: int) -> np.ndarray:
+    """What `torch.randn(size)` draws on the CPU after `manual_seed(seed)`, within 5e-7.
+
+    PyTorch takes 24 bits of each Mersenne Twister word as a uniform number and turns blocks of 16
+    into normal ones by the Box-Muller transform; a last incomplete block is drawn anew, over the
+    last 16 places.
+
+    Args:
+      seed: 0 to 2**32 - 1.
+      size: at least 16; below that PyTorch draws in another way.
+
+    Returns:
+      float32 [size].
+    """
+    if size < TORCH_BLOCK:
+        raise ValueError(f"size = {size}: PyTorch's noise is reproduced from {TORCH_BLOCK} on")
+    generator = np.random.RandomState(seed)  # the same seeding of MT19937 as PyTorch's
+    values = _uniform(generator, size)
+    whole = size - size % TORCH_BLOCK
+    values[:whole] = _box_muller(values[:whole])
+    if whole < size:
+        values[-TORCH_BLOCK:] = _box_muller(_uniform(generator, TORCH_BLOCK))
+    return values
+
+
+def _uniform(generator: np.random.RandomState, size: int) -> np.ndarray:
+    words = generator.randint(0, 2**32, size, dtype=np.uint32)
+    return (words & np.uint32(2**24 - 1)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def _box_muller(uniform: np.ndarray) -> np.ndarray:
+    """Box and Muller, 1958: in each block of 16, eight cosines and then eight sines."""
+    first, second = uniform.reshape(-1, 2, TORCH_BLOCK // 2).transpose(1, 0, 2)
+    radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - first))
+    angle = np.float32(2.0 * np.pi) * second
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)

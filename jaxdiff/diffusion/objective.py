@@ -1,0 +1,25 @@
+"""What the network predicts, and how x_0 is got back from it: the one place that knows."""
+
+from jax import Array
+
+
+def noisy(x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
+    """The forward process, x_t = alpha x_0 + sigma eps (Ho et al., 2020, equation 4)."""
+    return alpha * x0 + sigma * noise
+
+
+def target(x0: Array, noise: Array, alpha: Array, sigma: Array, prediction_type: str) -> Array:
+    """What the network is trained to predict from `noisy(...)`.
+
+    Args:
+      prediction_type: "epsilon", or "v_prediction" (Salimans and Ho, 2022, arXiv:2202.00512,
+        appendix D).
+    """
+    return noise if prediction_type == "epsilon" else alpha * noise - sigma * x0
+
+
+def to_x0(output: Array, x: Array, alpha: Array, sigma: Array, prediction_type: str) -> Array:
+    """The estimate of x_0 that the network's output means, given its input `x`."""
+    if prediction_type == "epsilon":
+        return (x - sigma * output) / alpha
+    return alpha * x - sigma * output

@@ -1,0 +1,77 @@
+"""The device mesh of one host, and which axis of which array lies along it.
+
+Batches are split over `data`. Parameters are split over `model` by the rules below, for networks
+that do not fit one device; pure data parallelism is faster wherever they do.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdiff.errors import InputError
+
+AXES = ("data", "model")
+
+# The first rule whose pattern is found in a parameter's dotted path holds; the others are copied.
+# Megatron's layout (Shoeybi et al., 2019, arXiv:1909.08053): columns first, then rows.
+PARAMETER_RULES = (
+    (r"\.(to_[qkv]|[qkv]_proj|fc1|net\.0\.proj)\.kernel$", PartitionSpec(None, "model")),
+    (r"\.(to_out\.0|out_proj|fc2|net\.2)\.kernel$", PartitionSpec("model", None)),
+)
+
+
+def make_mesh(spec: str | None = None) -> Mesh:
+    """The mesh that `spec` describes over this host's devices.
+
+    Args:
+      spec: such as "data=4" or "data=4,model=2"; None takes every device for `data`.
+
+    Raises:
+      InputError: if the text cannot be read, or asks for more devices than there are.
+    """
+    devices = jax.local_devices()
+    sizes = {"data": len(devices), "model": 1} if spec is None else _sizes(spec)
+    count = sizes["data"] * sizes["model"]
+    if count > len(devices):
+        raise InputError(f"--mesh {spec}: needs {count} devices, but there are {len(devices)}")
+    return Mesh(np.array(devices[:count]).reshape(sizes["data"], sizes["model"]), AXES)
+
+
+def _sizes(spec: str) -> dict[str, int]:
+    sizes = {"data": 1, "model": 1}
+    for part in spec.split(","):
+        match = re.fullmatch(r"(data|model)=([1-9][0-9]{0,5})", part.strip())
+        if match is None:
+            raise InputError(f"--mesh {spec}: write it as data=4 or data=4,model=2")
+        sizes[match[1]] = int(match[2])
+    return sizes
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Splits an array's first axis over `data`."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def parameter_shardings(mesh: Mesh, shapes: dict) -> dict:
+    """The sharding of each parameter, by `PARAMETER_RULES`.
+
+    Args:
+      shapes: nested dict of anything with a `.shape`.
+    """
+
+    def sharding(path, leaf) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        for pattern, spec in PARAMETER_RULES:
+            if re.search(pattern, name):
+                divides = leaf.shape[spec.index("model")] % mesh.shape["model"] == 0
+                return NamedSharding(mesh, spec) if divides else replicated(mesh)
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes)
