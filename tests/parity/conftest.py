@@ -1,5 +1,6 @@
 """What the comparisons with PyTorch diffusers and transformers share."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import pytest
 from flax import nnx
 
 from jaxdiff.checkpoint.diffusers import load_params
+
+if importlib.util.find_spec("torch"):
+    import torch
+
+    torch.set_num_threads(1)  # such small networks only wait for their threads
 
 
 @pytest.fixture(scope="session")
