@@ -1,0 +1,5 @@
+import sys
+
+from jaxdiff import cli
+
+sys.exit(cli.main())

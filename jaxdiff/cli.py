@@ -1,0 +1,120 @@
+"""The command line. What a command needs is imported when it runs, so that help comes at once."""
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxdiff.arguments import Parser
+from jaxdiff.errors import InputError
+
+OVERVIEW = """\
+usage: jaxdiff COMMAND [option ...]
+
+Prompt manifests in, verifiable image datasets out: batch text-to-image generation in JAX.
+
+commands:
+  generate   make an image for every prompt of a manifest
+  verify     prove from its files that a dataset is complete and unchanged
+  train      train a model from a recipe
+
+start with:
+  echo "a red circle above a blue square" > prompts.txt
+  jaxdiff generate --manifest prompts.txt --output out/first
+
+`jaxdiff COMMAND --help` lists a command's options. Every command takes --debug, which shows
+tracebacks and the libraries' own messages.
+"""
+SHOWN_PROBLEMS = 20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code. Mistakes are told on one line of stderr."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(OVERVIEW, end="")
+        return 0 if arguments else 2
+    debug = "--debug" in arguments
+    _set_logging(debug)
+    try:
+        return _command(arguments[0])(arguments[1:])
+    except InputError as problem:
+        message, code = str(problem), 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except OSError as problem:
+        message = f"{problem.filename}: {problem.strerror or problem}"
+        message, code = f"{message}; when that is mended, the same command continues", 1
+    except Exception as problem:
+        first, *_ = str(problem).splitlines() or [""]
+        message, code = f"{type(problem).__name__}: {first} (--debug shows where)", 1
+    if debug:
+        traceback.print_exc()
+    print(f"jaxdiff: {message}", file=sys.stderr)
+    return code
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    commands = {"generate": _generate, "verify": _verify, "train": _train}
+    if name not in commands:
+        raise InputError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
+    return commands[name]
+
+
+def _generate(arguments: list[str]) -> int:
+    from pipelines import options
+
+    job, beam_arguments = options.parse(arguments)
+    from pipelines import generate
+
+    return generate.run(job, beam_arguments)
+
+
+def _verify(arguments: list[str]) -> int:
+    parser = Parser(
+        "verify", description="Check a finished dataset from its files alone, down to every pixel."
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset's directory")
+    directory = parser.parse_args(arguments).directory
+    from jaxdiff.dataset import ledger
+
+    counts, problems = ledger.verify(directory)
+    for problem in problems[:SHOWN_PROBLEMS]:
+        print(problem)
+    if problems:
+        print(f"{directory}: {len(problems)} problems", file=sys.stderr)
+        return 1
+    print(f"{directory} is complete: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+    return 0
+
+
+def _train(arguments: list[str]) -> int:
+    parser = Parser(
+        "train",
+        description="Train a model from a recipe, or continue a training that was interrupted.",
+        epilog="example:\n  jaxdiff train configs/train/autoencoder.toml --output runs/vae",
+    )
+    parser.add_argument("recipe", metavar="RECIPE.toml", type=Path, help="what to train, and how")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, required=True, help="for all it makes"
+    )
+    said = parser.parse_args(arguments)
+    from jaxdiff.training import run
+
+    run.train(said.recipe, said.output)
+    return 0
+
+
+def _set_logging(debug: bool) -> None:
+    """Without --debug, keeps quiet what the libraries say on every healthy run."""
+    if debug:
+        logging.basicConfig(level=logging.INFO)
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.basicConfig(level=logging.ERROR)
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")

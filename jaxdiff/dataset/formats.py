@@ -1,0 +1,171 @@
+"""The two forms in which a shard's images are stored, each with its writer and its reader.
+
+A writer takes images one at a time, keeps none of them, and gives equal bytes for equal images:
+fixed times and owners, no name of a host. A reader yields what a writer was given.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROW_GROUP_IMAGES = 64
+RECORD_FIELDS = (  # of an image, in the order in which they are written
+    ("key", pa.string()),
+    ("id", pa.string()),
+    ("image_index", pa.int32()),
+    ("prompt", pa.string()),
+    ("negative_prompt", pa.string()),
+    ("seed", pa.int64()),
+    ("width", pa.int32()),
+    ("height", pa.int32()),
+    ("steps", pa.int32()),
+    ("guidance_scale", pa.float64()),
+    ("sampler", pa.string()),
+    ("noise", pa.string()),
+    ("dtype", pa.string()),
+    ("model", pa.string()),
+    ("sha256", pa.string()),
+    ("pixel_sha256", pa.string()),
+    ("metadata", pa.string()),  # a JSON object
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A stored image: its record by `RECORD_FIELDS`, its file's bytes and its file's extension."""
+
+    record: dict
+    image: bytes
+    extension: str
+
+
+class TarWriter:
+    """WebDataset: for each image KEY.json, KEY.png and KEY.txt, which is the prompt."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def add(self, sample: Sample) -> None:
+        """Appends an image."""
+        record = {**sample.record, "metadata": json.loads(sample.record["metadata"])}
+        members = {
+            "json": json.dumps(record, ensure_ascii=False).encode(),
+            "txt": sample.record["prompt"].encode(),
+            sample.extension: sample.image,
+        }
+        for extension in sorted(members):  # TarInfo's own times and owners are all 0
+            member = tarfile.TarInfo(f"{sample.record['key']}.{extension}")
+            member.size = len(members[extension])
+            self._tar.addfile(member, io.BytesIO(members[extension]))
+
+    def close(self) -> None:
+        """Ends the file and waits until it is on the disk."""
+        with self._file:
+            self._tar.close()
+            _sync(self._file)
+
+
+def read_tar(path: Path) -> Iterator[Sample]:
+    """Yields the images of a WebDataset shard; raises ValueError where it is not one of ours."""
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                if not member.isreg() or extension in members:
+                    raise ValueError(f"{member.name} does not belong there")
+                members[extension] = tar.extractfile(member).read()
+                if len(members) == 3:
+                    yield _sample(key, members)
+                    members = {}
+    except tarfile.TarError as problem:
+        raise ValueError(f"no whole tar archive ({problem})") from problem
+    if members:
+        raise ValueError("its last image is not whole")
+
+
+def _sample(key: str, members: dict[str, bytes]) -> Sample:
+    try:
+        record = json.loads(members.pop("json"))
+        prompt = members.pop("txt").decode()
+        ((extension, image),) = members.items()
+        if record["key"] != key or record["prompt"] != prompt:
+            raise ValueError("its files differ in key or prompt")
+        record["metadata"] = dump_metadata(record["metadata"])
+    except (KeyError, TypeError, ValueError) as problem:
+        raise ValueError(f"{key}: no whole image ({problem!r})") from problem
+    return Sample(record, image, extension)
+
+
+def dump_metadata(metadata: dict) -> str:
+    """The JSON text of a row's other columns."""
+    return json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
+
+
+class ParquetWriter:
+    """Parquet with the Hugging Face Hub's Image feature: a row an image, its file inside."""
+
+    SCHEMA = pa.schema(
+        [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), *RECORD_FIELDS],
+        {"huggingface": json.dumps({"info": {"features": {
+            "image": {"_type": "Image"},
+            **{name: {"dtype": {"double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
+               for name, kind in RECORD_FIELDS},
+        }}})},
+    )  # fmt: skip
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb")
+        self._parquet = pq.ParquetWriter(self._file, self.SCHEMA)
+        self._rows: list[dict] = []
+
+    def add(self, sample: Sample) -> None:
+        """Appends an image."""
+        path = f"{sample.record['key']}.{sample.extension}"
+        self._rows.append({"image": {"bytes": sample.image, "path": path}, **sample.record})
+        if len(self._rows) == ROW_GROUP_IMAGES:
+            self._flush()
+
+    def close(self) -> None:
+        """Ends the file and waits until it is on the disk."""
+        with self._file:
+            self._flush()
+            self._parquet.close()
+            _sync(self._file)
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._parquet.write_table(pa.Table.from_pylist(self._rows, self.SCHEMA))
+        self._rows = []
+
+
+def read_parquet(path: Path) -> Iterator[Sample]:
+    """Yields the images of a Parquet shard; raises ValueError where it is not one of ours."""
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                for row in file.read_row_group(group).to_pylist():
+                    image = row.pop("image")
+                    yield Sample(row, image["bytes"], image["path"].partition(".")[2])
+    except (AttributeError, KeyError, OSError, TypeError, pa.ArrowException) as problem:
+        raise ValueError(f"no whole Parquet file ({problem})") from problem
+
+
+def _sync(file: io.BufferedWriter) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+# For each format its file ending, its writer and its reader.
+FORMATS = {
+    "webdataset": ("tar", TarWriter, read_tar),
+    "parquet": ("parquet", ParquetWriter, read_parquet),
+}

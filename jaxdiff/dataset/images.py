@@ -1,0 +1,89 @@
+"""Image files that say how they were made, in the places where other programs look.
+
+The file's own metadata hold the prompt, the line of settings that AUTOMATIC1111's web UI writes
+(`parameters`; most viewers of generated images read it), XMP with IPTC's digital source type for
+AI-made media, and in PNG also every setting as JSON (`jaxdiff`). Equal pixels and settings give
+equal bytes under one version of Pillow: no clock, no host.
+"""
+
+import hashlib
+import io
+import json
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
+SAVE = {
+    "png": {},
+    "webp": {"lossless": True},
+    "jpeg": {"quality": 95, "subsampling": "4:4:4"},
+}
+LOSSLESS = ("png", "webp")
+SAMPLER_TITLES = {"ddim": "DDIM", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
+IMAGE_DESCRIPTION, EXIF_IFD, USER_COMMENT = 0x010E, 0x8769, 0x9286
+XMP_KEYWORD = "XML:com.adobe.xmp"
+# https://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia
+XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
+    'Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/'
+    'trainedAlgorithmicMedia"/></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+)
+
+
+def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
+    """Encodes an image with its settings in the file.
+
+    Args:
+      pixels: uint8 [height, width, 3], sRGB.
+      settings: the image's record, of `prompt`, `negative_prompt`, `seed`, `steps` and so on.
+      image_format: "png", "webp" (lossless) or "jpeg" (quality 95).
+    """
+    arguments = dict(SAVE[image_format])
+    if image_format == "png":
+        chunks = PngImagePlugin.PngInfo()
+        texts = {
+            "Description": settings["prompt"],
+            "parameters": parameters(settings),
+            "jaxdiff": json.dumps(settings, ensure_ascii=False),
+            XMP_KEYWORD: XMP,
+        }
+        for keyword, text in texts.items():
+            chunks.add_itxt(keyword, text)
+        arguments["pnginfo"] = chunks
+    else:
+        exif = Image.Exif()
+        exif[IMAGE_DESCRIPTION] = settings["prompt"].encode()
+        comment = b"UNICODE\0" + parameters(settings).encode("utf-16-be")
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
+        arguments.update(exif=exif, xmp=XMP.encode())
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, image_format, **arguments)
+    return file.getvalue()
+
+
+def parameters(settings: dict) -> str:
+    """The settings as AUTOMATIC1111's web UI writes them."""
+    lines = [settings["prompt"]]
+    if settings["negative_prompt"]:
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    lines.append(
+        f"Steps: {settings['steps']}, Sampler: {SAMPLER_TITLES[settings['sampler']]}, "
+        f"CFG scale: {settings['guidance_scale']:g}, Seed: {settings['seed']}, "
+        f"Size: {settings['width']}x{settings['height']}, Model hash: {settings['model'][:10]}"
+    )
+    return "\n".join(lines)
+
+
+def pixel_sha256(pixels: np.ndarray) -> str:
+    """An image's identity: SHA-256 (hex) of its RGB bytes, row by row from the top."""
+    return hashlib.sha256(np.ascontiguousarray(pixels, dtype=np.uint8).tobytes()).hexdigest()
+
+
+def decode(content: bytes) -> np.ndarray:
+    """The pixels of an encoded image, uint8 [height, width, 3]."""
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB"))

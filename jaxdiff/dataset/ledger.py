@@ -1,0 +1,263 @@
+"""Is the dataset complete and right? The answer comes from its files alone.
+
+The books balance when: rows = blank + rejected + accepted; planned images = made + failed; made =
+images in the shards = rows marked "made" in the metadata; every hash is right; no file lies there
+that no done-marker names.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from jaxdiff.dataset import card, formats, images
+from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.plan import Plan
+from jaxdiff.errors import InputError
+
+
+class IncompleteError(Exception):
+    """The dataset cannot be finished; the message says what is wrong, on one line."""
+
+
+def todo(directory: Path, plan: Plan) -> list[int]:
+    """The shards that are not made yet.
+
+    Raises:
+      InputError: if a done-marker is damaged.
+    """
+    try:
+        return [
+            shard
+            for shard in range(len(plan.shard_sizes))
+            if shards.read_marker(directory, plan, shard) is None
+        ]
+    except ValueError as problem:
+        raise InputError(
+            f"{directory}: {problem}; delete it, and the same command makes its shard again"
+        ) from None
+
+
+def finalize(directory: Path, plan: Plan, plan_seconds: float) -> dict:
+    """Checks the shards, writes the card and the reports, and `_SUCCESS` last; may be repeated.
+
+    Args:
+      plan_seconds: how long planning took, for the report.
+
+    Returns:
+      What `run.json` says.
+
+    Raises:
+      IncompleteError: if a shard is missing or not what its marker says.
+    """
+    began = time.monotonic()
+    markers = [shards.read_marker(directory, plan, s) for s in range(len(plan.shard_sizes))]
+    for marker in markers:
+        if marker is not None:
+            shards.publish(directory, marker)
+    if problems := list(_check_files(directory, plan)):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise IncompleteError(f"{directory}: {problems[0]}{more}")
+    counts = _counts(plan, markers)
+    layout.write(directory, layout.REJECTED, _rejected(directory))
+    layout.write(directory, layout.FAILED, _failed(directory, plan, markers))
+    layout.write(directory, layout.CARD, card.readme(plan, counts))
+    layout.write(directory, layout.CROISSANT, card.croissant(plan, markers))
+    report = _report(plan, markers, counts)
+    seconds = report["seconds"] | {"plan": plan_seconds, "finalize": time.monotonic() - began}
+    report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
+    layout.write(directory, layout.RUN, _dump(report))
+    shutil.rmtree(directory / layout.TMP)
+    layout.write(directory, layout.SUCCESS, _success(plan, markers, counts))
+    (directory / layout.TMP).rmdir()
+    return report
+
+
+def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
+    """Checks a finished dataset from its files alone, down to every pixel.
+
+    Returns:
+      The counts, and what is wrong, a line each: empty if all is right.
+
+    Raises:
+      InputError: if there is no jaxdiff run in the directory.
+    """
+    plan = plans.load(directory)
+    if plan is None:
+        raise InputError(f"{directory} holds no jaxdiff run")
+    problems = list(_check_plan(directory, plan))
+    if problems:
+        return {}, problems
+    problems = list(_check_files(directory, plan))
+    for shard in range(len(plan.shard_sizes)):
+        problems += _check_content(directory, plan, shard)
+    if problems:
+        return {}, problems
+    markers = [shards.read_marker(directory, plan, s) for s in range(len(plan.shard_sizes))]
+    counts = _counts(plan, markers)
+    expected = {
+        layout.REJECTED: _rejected(directory),
+        layout.FAILED: _failed(directory, plan, markers),
+        layout.CARD: card.readme(plan, counts),
+        layout.CROISSANT: card.croissant(plan, markers),
+        layout.SUCCESS: _success(plan, markers, counts),
+    }
+    for name, content in expected.items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{name} is missing; the same generate command writes it")
+        elif path.read_bytes() != content.encode():
+            problems.append(f"{name} is not what the run has written")
+    return counts, problems
+
+
+def _check_plan(directory: Path, plan: Plan) -> Iterator[str]:
+    for name, digest in plan.sha256.items():
+        path = directory / layout.PLAN / name
+        if not path.is_file():
+            yield f"{layout.PLAN}/{name} is missing"
+        elif plans.file_sha256(path) != digest:
+            yield f"{layout.PLAN}/{name} has changed since the job was planned"
+
+
+def _check_files(directory: Path, plan: Plan) -> Iterator[str]:
+    """Whether every shard is there with the bytes that its marker names, and nothing else."""
+    expected = set()
+    for shard in range(len(plan.shard_sizes)):
+        expected.update(shards.file_names(plan, shard))
+        expected.add(f"{layout.DONE}/{shard:05d}.json")
+        try:
+            marker = shards.read_marker(directory, plan, shard)
+        except ValueError as problem:
+            yield str(problem)
+            continue
+        if marker is None:
+            yield f"shard {shard} of {len(plan.shard_sizes)} is not made yet"
+            continue
+        for name, file in marker.files.items():
+            path = directory / name
+            if not path.is_file():
+                yield f"{name} is missing"
+            elif path.stat().st_size != file["bytes"]:
+                yield f"{name} has {path.stat().st_size} bytes instead of {file['bytes']}"
+            elif plans.file_sha256(path) != file["sha256"]:
+                yield f"{name} has changed: its SHA-256 is not {file['sha256']}"
+    for folder in (layout.DATA, layout.METADATA, layout.DONE):
+        for path in sorted((directory / folder).glob("*")):
+            if (name := path.relative_to(directory).as_posix()) not in expected:
+                yield f"{name} does not belong to the run"
+
+
+def _check_content(directory: Path, plan: Plan, shard: int) -> Iterator[str]:
+    """Whether a shard's images and metadata are those that were planned."""
+    images_name, metadata_name = shards.file_names(plan, shard)
+    if not all((directory / name).is_file() for name in (images_name, metadata_name)):
+        return  # said already
+    _, _, read = formats.FORMATS[plan.settings.format]
+    samples = read(directory / images_name)
+    try:
+        metadata = pq.read_table(directory / metadata_name).to_pylist()
+        planned = plans.read_shard(directory, shard)
+        if len(metadata) != len(planned):
+            yield f"{metadata_name} has {len(metadata)} rows instead of {len(planned)}"
+            return
+        for image, row in zip(planned, metadata, strict=True):
+            wanted = image.columns()
+            if any(row[name] != wanted[name] for name in plans.SCHEMA.names if name in row):
+                yield f"{metadata_name}: the row of image {image.key} is not as planned"
+            if row["status"] == "made":
+                problem = _check_sample(next(samples, None), row, plan.settings.image_format)
+                if problem:
+                    yield f"{images_name}: image {image.key} {problem}"
+        if next(samples, None) is not None:
+            yield f"{images_name} holds more images than {metadata_name} has rows"
+    except (KeyError, OSError, ValueError) as problem:
+        yield f"{images_name}: {problem}"
+
+
+def _check_sample(sample: formats.Sample | None, row: dict, image_format: str) -> str | None:
+    if sample is None:
+        return "is missing"
+    if any(sample.record.get(name) != row[name] for name, _ in formats.RECORD_FIELDS):
+        return "has a record that differs from its row in the metadata"
+    if hashlib.sha256(sample.image).hexdigest() != row["sha256"]:
+        return "has a file that its sha256 does not fit"
+    if image_format not in images.LOSSLESS:
+        return None
+    if images.pixel_sha256(images.decode(sample.image)) != row["pixel_sha256"]:
+        return "has pixels that its pixel_sha256 does not fit"
+    return None
+
+
+def _counts(plan: Plan, markers: list[shards.Marker]) -> dict[str, int]:
+    return {
+        **plan.rows,
+        "planned": plan.images,
+        "made": sum(marker.made for marker in markers),
+        "failed": sum(marker.failed for marker in markers),
+    }
+
+
+def _rejected(directory: Path) -> str:
+    return (directory / layout.PLAN / layout.REJECTED).read_text("utf-8")
+
+
+def _failed(directory: Path, plan: Plan, markers: list[shards.Marker]) -> str:
+    """The lines of `failed.jsonl`: every image that could not be made, and why."""
+    lines = []
+    for marker in markers:
+        if marker.failed:
+            _, metadata_name = shards.file_names(plan, marker.shard)
+            rows = pq.read_table(directory / metadata_name).to_pylist()
+            for image, row in zip(plans.read_shard(directory, marker.shard), rows, strict=True):
+                if row["status"] == "failed":
+                    what = {"file": plan.manifest, "line": image.line, "reason": row["error"]}
+                    names = ("key", "id", "image_index", "prompt", "seed")
+                    record = {**what, **{name: row[name] for name in names}}
+                    lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def _success(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) -> str:
+    sums = "".join(
+        f"{file['sha256']}  {name}\n"
+        for marker in markers
+        for name, file in sorted(marker.files.items())
+    )
+    digest = hashlib.sha256(sums.encode()).hexdigest()
+    return _dump({"plan_id": plan.id, "counts": counts, "files_sha256": digest})
+
+
+def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) -> dict:
+    """What the plan and the markers say of the run; the seconds are sums over the shards."""
+    facts = [marker.facts for marker in markers]
+    seconds = {
+        stage: sum(fact["seconds"][stage] for fact in facts) for stage in ("load", "generate")
+    }
+    return {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "plan_id": plan.id,
+        "manifest": plan.manifest,
+        "model": {"name": plan.model_name, "fingerprint": plan.identity["model"]},
+        "settings": asdict(plan.settings),
+        "counts": counts,
+        "images_per_second": round(plan.images / max(seconds["generate"], 1e-9), 3),
+        "seconds": seconds,
+        "devices": sorted({fact["device"] for fact in facts}),
+        "versions": {
+            name: sorted({fact["versions"][name] for fact in facts})
+            for name in facts[0]["versions"]
+        },
+    }
+
+
+def _dump(value: dict) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,320 @@
+"""The plan: which image stands in which batch of which shard, fixed before anything is made.
+
+A plan is a Parquet file with a row an image and a row group a shard, never changed once it lies in
+`_jaxdiff/plan/`. Shards are pure: all their images can run through one compiled program. The
+plan's id is the digest of everything that decides the dataset's bytes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxdiff.checkpoint.layout import Checkpoint
+from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import manifest, rows
+from jaxdiff.dataset.checks import BadValueError
+from jaxdiff.dataset.settings import Settings
+from jaxdiff.errors import InputError
+from jaxdiff.request import Bucket, Request
+
+VERSION = 1
+MAX_IMAGES = 10**9  # keys have 9 digits
+DEFAULT_SHARD_IMAGES = 1000
+DEFAULT_SHARD_PX = 2**28  # 1000 images of 512x512, fewer when they are larger
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("id", pa.string()),
+        ("image_index", pa.int32()),
+        ("prompt", pa.string()),
+        ("negative_prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("steps", pa.int32()),
+        ("guidance_scale", pa.float64()),
+        ("sampler", pa.string()),
+        ("metadata", pa.string()),
+        ("line", pa.int64()),
+    ]
+)
+REQUEST_COLUMNS = tuple(field.name for field in fields(Request))
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedImage:
+    """One image to make.
+
+    Attributes:
+      key: its place in the manifest's order, 9 digits.
+      id: its row's.
+      image_index: which of its row's images it is.
+      request: resolved; nothing is left to the model.
+      metadata: its row's other columns, a JSON object.
+      line: of its row in the manifest.
+    """
+
+    key: str
+    id: str
+    image_index: int
+    request: Request
+    metadata: str
+    line: int
+
+    def columns(self) -> dict:
+        """The image as a row of the plan."""
+        own = {name: getattr(self, name) for name in self.__slots__}
+        return own | vars(own.pop("request"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan.json` says.
+
+    Attributes:
+      identity: all that decides the dataset's bytes; `id` is its digest.
+      manifest: the path that it was made from.
+      model_name: the model's name; its fingerprint stands in `identity`.
+      rows: how many of the manifest's rows are blank, rejected and accepted.
+      shard_sizes: images in each shard.
+      sha256: of the plan's other files, by name.
+    """
+
+    id: str
+    identity: dict
+    manifest: str
+    model_name: str
+    rows: dict[str, int]
+    shard_sizes: list[int]
+    sha256: dict[str, str]
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that it was made with."""
+        return Settings(**{field.name: self.identity[field.name] for field in fields(Settings)})
+
+    @property
+    def images(self) -> int:
+        """How many images are planned."""
+        return sum(self.shard_sizes)
+
+
+def identify(path: Path, settings: Settings, checkpoint: Checkpoint) -> dict:
+    """All that decides the dataset's bytes."""
+    kind = manifest.kind(path)
+    if not path.is_file():
+        raise InputError(f"manifest {path} does not exist (or is no file)")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "plan_version": VERSION,
+        "manifest_sha256": digest,
+        "manifest_kind": kind,
+        "model": checkpoint.fingerprint,
+        **asdict(settings),
+    }
+
+
+def digest(identity: dict) -> str:
+    """The plan's id: SHA-256 (hex) of `identity`."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def load(directory: Path) -> Plan | None:
+    """The directory's plan, None where there is none.
+
+    Raises:
+      InputError: if it cannot be read, or not by this version.
+    """
+    path = directory / layout.PLAN / "plan.json"
+    if not path.exists():
+        return None
+    try:
+        plan = Plan(**json.loads(path.read_text("utf-8")))
+        if plan.id != digest(plan.identity):
+            raise ValueError("its settings do not have its id")
+        if plan.identity["plan_version"] != VERSION:
+            raise ValueError("another version of jaxdiff made it")
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        raise InputError(f"{path} cannot be used ({problem}); --overwrite starts anew") from None
+    return plan
+
+
+def differences(old: dict, new: dict) -> str:
+    """What changed from one identity to the next, on one line."""
+    return ", ".join(
+        f"{name} {old.get(name)!r} -> {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    )
+
+
+def read_shard(directory: Path, shard: int) -> list[PlannedImage]:
+    """The images of one shard, in the order of their keys."""
+    with pq.ParquetFile(directory / layout.PLAN / "images.parquet") as file:
+        table = file.read_row_group(shard).to_pylist()
+    return [
+        PlannedImage(request=Request(**{name: row.pop(name) for name in REQUEST_COLUMNS}), **row)
+        for row in table
+    ]
+
+
+def make(
+    path: Path, settings: Settings, checkpoint: Checkpoint, identity: dict, folder: Path
+) -> Plan:
+    """Plans the manifest at `path` into a new folder.
+
+    Args:
+      identity: as `identify` gives it.
+
+    Raises:
+      InputError: if the manifest cannot be read, or has no row that can be used.
+    """
+    folder.mkdir()
+    with (
+        (folder / layout.REJECTED).open("w", encoding="utf-8") as rejected,
+        pq.ParquetWriter(folder / "images.parquet", SCHEMA) as writer,
+    ):
+        reader = _Reader(path, settings, checkpoint.size_multiple, rejected)
+        shard_sizes = []
+        for shard in _shards(reader.images(), settings):
+            table = pa.Table.from_pylist([image.columns() for image in shard], SCHEMA)
+            writer.write_table(table, row_group_size=len(shard))
+            shard_sizes.append(len(shard))
+    if not shard_sizes:
+        raise InputError(reader.why_nothing())
+    plan = Plan(
+        id=digest(identity),
+        identity=identity,
+        manifest=str(path),
+        model_name=checkpoint.name,
+        rows=reader.counts,
+        shard_sizes=shard_sizes,
+        sha256={file.name: file_sha256(file) for file in sorted(folder.iterdir())},
+    )
+    (folder / "plan.json").write_text(json.dumps(asdict(plan), indent=2) + "\n", "utf-8")
+    return plan
+
+
+def store(folder: Path, directory: Path) -> None:
+    """Makes the plan in `folder` the directory's own; from then on it does not change."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    os.rename(folder, directory / layout.PLAN)
+    layout.sync_folder(directory / layout.WORK)
+    shutil.copyfile(directory / layout.PLAN / layout.REJECTED, directory / layout.REJECTED)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
+    """The seed of an image whose row has none; the same wherever the row stands."""
+    text = f"{job_seed}|{row_id}|{image_index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+class _Reader:
+    """Turns a manifest into planned images, and writes down what it has to reject."""
+
+    def __init__(self, path: Path, settings: Settings, size_multiple: int, rejected):
+        self.path, self.settings, self.size_multiple = path, settings, size_multiple
+        self.rejected = rejected
+        self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
+        self.first_reason = ""
+        self.line_of_id: dict[str, int] = {}
+
+    def images(self) -> Iterator[PlannedImage]:
+        """Yields the images in the manifest's order, `limit` of them at most."""
+        index = 0
+        limit = self.settings.limit or MAX_IMAGES + 1
+        for line, row in self._rows():
+            for image_index in range(min(row.num_images, limit - index)):
+                yield self._planned(index, line, row, image_index)
+                index += 1
+            if index > MAX_IMAGES:
+                raise InputError(f"manifest {self.path} asks for more than {MAX_IMAGES} images")
+            if index == limit:
+                return
+
+    def _planned(self, index: int, line: int, row: rows.Row, image_index: int) -> PlannedImage:
+        if row.seeds is None:
+            seed = derived_seed(self.settings.seed, row.id, image_index)
+        else:
+            seed = row.seeds[image_index]
+        return PlannedImage(
+            key=f"{index:09d}",
+            id=row.id,
+            image_index=image_index,
+            request=replace(row.request, seed=seed),
+            metadata=row.metadata,
+            line=line,
+        )
+
+    def _rows(self) -> Iterator[tuple[int, rows.Row]]:
+        number = -1
+        for entry in manifest.read(self.path):
+            if entry.values is None and entry.error is None:
+                self.counts["blank"] += 1
+                continue
+            number += 1
+            try:
+                row = self._accept(entry, number)
+            except BadValueError as problem:
+                self._reject(entry, str(problem))
+            else:
+                yield entry.line, row
+
+    def _accept(self, entry: manifest.Entry, number: int) -> rows.Row:
+        if entry.error is not None:
+            raise BadValueError(entry.error)
+        row = rows.parse(entry.values, number, self.settings, self.size_multiple)
+        first = self.line_of_id.setdefault(row.id, entry.line)
+        if first != entry.line:
+            raise BadValueError(f"id {row.id!r} is that of line {first} already")
+        self.counts["accepted"] += 1
+        return row
+
+    def _reject(self, entry: manifest.Entry, reason: str) -> None:
+        self.counts["rejected"] += 1
+        self.first_reason = self.first_reason or f"line {entry.line}: {reason}"
+        record = {"file": str(self.path), "line": entry.line, "reason": reason, "raw": entry.raw}
+        self.rejected.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def why_nothing(self) -> str:
+        if self.counts["rejected"]:
+            return (
+                f"manifest {self.path}: none of its {self.counts['rejected']} rows can be used; "
+                f"{self.first_reason}"
+            )
+        return f"manifest {self.path} has no rows"
+
+
+def _shards(images: Iterator[PlannedImage], settings: Settings) -> Iterator[list[PlannedImage]]:
+    """Groups images into shards of one bucket each, full batches but for a bucket's last."""
+    filling: dict[tuple, list[PlannedImage]] = {}
+    for image in images:
+        bucket = image.request.bucket
+        shard = filling.setdefault(bucket, [])
+        shard.append(image)
+        if len(shard) == _shard_size(bucket, settings):
+            yield filling.pop(bucket)
+    yield from filling.values()
+
+
+def _shard_size(bucket: Bucket, settings: Settings) -> int:
+    size = settings.images_per_shard or min(
+        DEFAULT_SHARD_IMAGES, DEFAULT_SHARD_PX // (bucket.width * bucket.height)
+    )
+    return max(1, size // settings.batch_size) * settings.batch_size

@@ -1,0 +1,143 @@
+"""What a manifest row asks for: every value checked, every default filled in."""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxdiff.dataset import checks
+from jaxdiff.dataset.checks import BadValueError
+from jaxdiff.dataset.manifest import COLUMNS
+from jaxdiff.dataset.settings import Settings
+from jaxdiff.request import MAX_SEED, SAMPLERS, Request
+
+MAX_ID_CHARACTERS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One accepted row.
+
+    Attributes:
+      request: what its images have in common; their seeds are not in it yet.
+      seeds: of its images; None where they are derived from its id.
+      metadata: its other columns, a JSON object.
+    """
+
+    id: str
+    request: Request
+    num_images: int
+    seeds: Sequence[int] | None
+    metadata: str
+
+
+def parse(values: dict, row_number: int, settings: Settings, size_multiple: int) -> Row:
+    """Checks one row.
+
+    Args:
+      values: by column, as `manifest.read` gives them; None counts as not said.
+      row_number: stands in for a missing id.
+      settings: the job's, for what the row does not say.
+      size_multiple: what width and height must be multiples of.
+
+    Raises:
+      BadValueError: for a row that cannot be used.
+    """
+    meaning = _columns(tuple(values))
+    said = {m: values[c] for c, m in meaning.items() if m and values[c] is not None}
+    others = {c: values[c] for c, m in meaning.items() if not m}
+
+    def get(column, check, *arguments):
+        if column not in said:
+            return getattr(settings, column)
+        return check(column, said[column], *arguments)
+
+    request = Request(
+        prompt=_prompt(said.get("prompt")),
+        negative_prompt=get("negative_prompt", checks.text),
+        width=get("width", checks.side, size_multiple),
+        height=get("height", checks.side, size_multiple),
+        steps=get("steps", checks.integer, 1, checks.MAX_STEPS),
+        guidance_scale=get("guidance_scale", checks.guidance_scale),
+        sampler=get("sampler", checks.choice, SAMPLERS),
+    )
+    num_images, seeds = _seeds(said, settings.num_images)
+    row_id = _id(said.get("id", row_number))
+    return Row(row_id, request, num_images, seeds, _json(others))
+
+
+@functools.lru_cache(maxsize=256)
+def _columns(names: tuple[str, ...]) -> dict[str, str | None]:
+    """What each column means, None for one that is carried through.
+
+    Capitals do not matter (PartiPrompts writes `Prompt`), but the exact name goes first.
+    """
+    meaning = {name: name if name in COLUMNS else None for name in names}
+    for name in names:
+        if name.casefold() in COLUMNS and name.casefold() not in meaning.values():
+            meaning[name] = name.casefold()
+    return meaning
+
+
+def _seeds(said: dict, default_count: int) -> tuple[int, Sequence[int] | None]:
+    """How many images the row asks for, and their seeds where it says them."""
+    count = None
+    if "num_images" in said:
+        count = checks.integer("num_images", said["num_images"], 1, checks.MAX_IMAGES)
+    if "seeds" in said:
+        if "seed" in said:
+            raise BadValueError("the row has both seed and seeds; keep one")
+        seeds = _seed_list(said["seeds"])
+        if count not in (None, len(seeds)):
+            raise BadValueError(f"the row has {len(seeds)} seeds, but num_images {count}")
+        return len(seeds), seeds
+    count = count or default_count
+    if "seed" not in said:
+        return count, None
+    seed = checks.integer("seed", said["seed"], 0, MAX_SEED)
+    if seed + count - 1 > MAX_SEED:
+        raise BadValueError(f"seed {seed} and {count} images go beyond the last seed, {MAX_SEED}")
+    return count, range(seed, seed + count)
+
+
+def _seed_list(value) -> tuple[int, ...]:
+    if isinstance(value, str):
+        value = value.strip("[] ").replace(",", " ").split()
+    if not isinstance(value, list) or not 1 <= len(value) <= checks.MAX_IMAGES:
+        raise BadValueError(f"seeds must be a list of whole numbers, not {checks.shown(value)}")
+    return tuple(checks.integer("each of seeds", seed, 0, MAX_SEED) for seed in value)
+
+
+def _id(value) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    value = checks.text("id", value)
+    if not value:
+        raise BadValueError("id is empty; leave it out to get the row's number")
+    if len(value) > MAX_ID_CHARACTERS:
+        raise BadValueError(f"id has {len(value)} characters; at most {MAX_ID_CHARACTERS}")
+    return value
+
+
+def _prompt(value) -> str:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise BadValueError("the prompt is empty or missing")
+    return checks.text("prompt", value)
+
+
+def _json(others: dict) -> str:
+    try:
+        encoded = json.dumps(others, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (RecursionError, TypeError, ValueError) as problem:
+        names = ", ".join(name for name, value in others.items() if not _is_json(value))
+        raise BadValueError(f"column {names}: {problem}; make it text or a number") from None
+    checks.unicode("a column that is carried through", encoded)
+    return encoded
+
+
+def _is_json(value) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (RecursionError, TypeError, ValueError):
+        return False
+    return True

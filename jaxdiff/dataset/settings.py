@@ -1,0 +1,86 @@
+"""What decides a dataset's bytes, next to its manifest and its model."""
+
+from dataclasses import dataclass, fields
+
+from jaxdiff.checkpoint.layout import Checkpoint
+from jaxdiff.dataset import checks, formats, images
+from jaxdiff.errors import InputError
+from jaxdiff.request import MAX_SEED, SAMPLERS, Request
+
+FORMATS = tuple(formats.FORMATS)
+IMAGE_FORMATS = tuple(images.EXTENSIONS)
+NOISES = ("jax", "torch")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The job's settings, all filled in.
+
+    Those from `num_images` to `negative_prompt` stand in for what a row does not say; `seed` is
+    what such rows' seeds are derived from. The rest holds for the whole dataset.
+    """
+
+    num_images: int = 1
+    seed: int = 0
+    width: int
+    height: int
+    steps: int = Request.steps
+    guidance_scale: float = Request.guidance_scale
+    sampler: str
+    negative_prompt: str = Request.negative_prompt
+    limit: int | None = None
+    format: str = "webdataset"
+    image_format: str = "png"
+    images_per_shard: int | None = None
+    batch_size: int = 8
+    noise: str = "jax"
+    dtype: str = "float32"
+    mesh: str | None = None
+
+
+# How each setting is checked, with the arguments of the check.
+CHECKS = {
+    "num_images": (checks.integer, 1, checks.MAX_IMAGES),
+    "seed": (checks.integer, 0, MAX_SEED),
+    "steps": (checks.integer, 1, checks.MAX_STEPS),
+    "guidance_scale": (checks.guidance_scale,),
+    "sampler": (checks.choice, SAMPLERS),
+    "negative_prompt": (checks.text,),
+    "limit": (checks.integer, 1, 10**9),
+    "format": (checks.choice, FORMATS),
+    "image_format": (checks.choice, IMAGE_FORMATS),
+    "images_per_shard": (checks.integer, 1, 100_000),
+    "batch_size": (checks.integer, 1, 4096),
+    "noise": (checks.choice, NOISES),
+    "dtype": (checks.choice, DTYPES),
+    "mesh": (checks.text,),
+}
+NAMES = tuple(field.name for field in fields(Settings))
+
+
+def resolve(said: dict, checkpoint: Checkpoint) -> Settings:
+    """Checks the settings that were said and takes the others from the model or the defaults.
+
+    Args:
+      said: by name (of `NAMES`), as text or in their own type; None counts as not said.
+      checkpoint: the model's.
+
+    Raises:
+      InputError: names the option and what it may be.
+    """
+    said = {name: value for name, value in said.items() if value is not None}
+    sides = (checks.side, checkpoint.size_multiple)
+    settings = {}
+    for name, value in said.items():
+        check, *arguments = {**CHECKS, "width": sides, "height": sides}[name]
+        try:
+            settings[name] = check(f"--{name.replace('_', '-')}", value, *arguments)
+        except checks.BadValueError as problem:
+            raise InputError(str(problem)) from None
+    if "width" not in said or "height" not in said:
+        width, height = checkpoint.default_size
+        settings = {"width": width, "height": height, **settings}
+    if "sampler" not in said:
+        settings["sampler"] = checkpoint.default_sampler
+    return Settings(**settings)

@@ -1,0 +1,1 @@
+"""The Apache Beam jobs, a short linear graph each."""

@@ -1,0 +1,210 @@
+"""The Beam job behind `jaxdiff generate`: from a manifest to a finished dataset.
+
+    plan      manifest -> _jaxdiff/plan
+    generate  Create(shards that are not made) | Reshuffle | ParDo(GenerateShard)
+    finalize  done-markers -> ledger -> card, reports, _SUCCESS
+
+The graph is linear and its element is the number of a shard: no pixel crosses a shuffle, and no
+runner is trusted with completeness. A job is complete when its files prove it.
+
+    python -m pipelines.generate --manifest prompts.txt --output out/first
+"""
+
+import contextlib
+import json
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+from jaxdiff.checkpoint.layout import Checkpoint, open_checkpoint
+from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import ledger
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset.plan import Plan
+from jaxdiff.errors import InputError
+from pipelines import options, progress, worker
+from pipelines.options import Job
+
+EXIT_OK, EXIT_FAILED, EXIT_SOME_IMAGES_FAILED, EXIT_STOPPED = 0, 1, 3, 75
+
+
+class GenerateShard(beam.DoFn):
+    """Makes the shards whose numbers it is given; what it yields is only for people."""
+
+    def __init__(self, directory: str, model: str):
+        self.directory, self.model = directory, model
+
+    def process(self, shard: int) -> Iterator[dict]:
+        """Yields what `worker.make_shard` returns."""
+        yield worker.make_shard(Path(self.directory), self.model, shard)
+
+
+def run(job: Job, beam_arguments: list[str]) -> int:
+    """Runs a job, or continues it; returns the exit code.
+
+    Raises:
+      InputError: if the command or its input cannot be used; nothing has been written then.
+      OSError: if the disk is full or refuses; the same command continues the job.
+    """
+    began = time.monotonic()
+    beam_options = _beam_options(beam_arguments)
+    checkpoint = open_checkpoint(job.model)
+    settings = job_settings.resolve(job.settings, checkpoint)
+    with layout.held(job.output), _stopped_by_signals():
+        plan = _plan(job, settings, checkpoint)
+        if (job.output / layout.SUCCESS).exists():
+            return _already_finished(job)
+        _report_rejected(job, plan)
+        plan_seconds = time.monotonic() - began
+        try:
+            _generate(job, plan, beam_options)
+            report = ledger.finalize(job.output, plan, plan_seconds)
+        except worker.StoppedError:
+            _say(f"stopped; the same command continues {job.output}")
+            return EXIT_STOPPED
+        except ledger.IncompleteError as problem:
+            _say(f"{problem}; the same command continues")
+            return EXIT_FAILED
+        except InputError:
+            if not any((job.output / layout.DONE).glob("*.json")):
+                layout.clear(job.output)  # nothing was made of this plan
+            raise
+        except OSError as problem:
+            problem.filename = problem.filename or str(job.output)  # a full disk names no file
+            raise
+    _summarize(job, report)
+    return EXIT_SOME_IMAGES_FAILED if report["counts"]["failed"] else EXIT_OK
+
+
+def _plan(job: Job, settings: job_settings.Settings, checkpoint: Checkpoint) -> Plan:
+    """The directory's plan, made now if there is none."""
+    identity = plans.identify(job.manifest, settings, checkpoint)
+    if not job.overwrite and (old := plans.load(job.output)):
+        if old.id == plans.digest(identity):
+            return old
+        raise InputError(
+            f"--output {job.output} holds another run "
+            f"({plans.differences(old.identity, identity)}); name another directory, or start "
+            "anew with --overwrite"
+        )
+    folder = layout.temporary(job.output, "plan")
+    try:
+        plan = plans.make(job.manifest, settings, checkpoint, identity, folder)
+        if job.strict and plan.rows["rejected"]:
+            raise InputError(f"--strict: {_rejections(job, plan, folder)}")
+        layout.clear(job.output)
+        plans.store(folder, job.output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return plan
+
+
+def _report_rejected(job: Job, plan: Plan) -> None:
+    if plan.rows["rejected"]:
+        rejections = _rejections(job, plan, job.output)
+        _say(f"{rejections}; see {job.output / layout.REJECTED}")
+
+
+def _rejections(job: Job, plan: Plan, folder: Path) -> str:
+    count = plan.rows["rejected"]
+    with (folder / layout.REJECTED).open(encoding="utf-8") as file:
+        first = json.loads(file.readline())
+    return (
+        f"{count} of {count + plan.rows['accepted']} rows of {job.manifest} cannot be used; the "
+        f"first is line {first['line']}: {first['reason']}"
+    )
+
+
+def _already_finished(job: Job) -> int:
+    counts = json.loads((job.output / layout.SUCCESS).read_text("utf-8"))["counts"]
+    print(f"{job.output} is finished already: {counts['made']} images")
+    return EXIT_SOME_IMAGES_FAILED if counts["failed"] else EXIT_OK
+
+
+def _generate(job: Job, plan: Plan, beam_options: PipelineOptions) -> None:
+    """Makes the shards that are not made yet."""
+    todo = ledger.todo(job.output, plan)
+    total = len(plan.shard_sizes)
+    _say(f"{plan.images} images in {total} shards, {total - len(todo)} of them made already")
+    if not todo:
+        return
+    runner = beam_options.view_as(StandardOptions).runner or FnApiRunner()
+    generate_shard = GenerateShard(str(job.output.absolute()), job.model)
+    try:
+        with (
+            progress.shown(job.output, plan),
+            beam.Pipeline(runner=runner, options=beam_options) as pipeline,
+        ):
+            shards = pipeline | "Shards" >> beam.Create(todo, reshuffle=False)
+            _ = shards | beam.Reshuffle() | "GenerateShard" >> beam.ParDo(generate_shard)
+    except Exception as failure:
+        cause = failure.__context__  # what the DoFn raised, if it ran here; Beam rewrites it
+        if isinstance(cause, worker.StoppedError | InputError | OSError):
+            raise cause from None
+        raise
+
+
+def _summarize(job: Job, report: dict) -> None:
+    counts, seconds = report["counts"], report["seconds"]
+    stages = {"plan": "plan", "load": "load", "generate": "compile and generate"}
+    stages["finalize"] = "finalize"
+    print(
+        f"{counts['made']} images in {job.output} on {', '.join(report['devices'])}: "
+        f"{report['images_per_second']:.2f} images/s\n"
+        + ", ".join(f"{text} {seconds[stage]:.1f} s" for stage, text in stages.items())
+    )
+    if counts["failed"]:
+        print(f"{counts['failed']} images could not be made: {job.output / layout.FAILED}")
+
+
+def _beam_options(arguments: list[str]) -> PipelineOptions:
+    """Beam's options; without a --runner, which may have its own, a name unknown to it is wrong."""
+    beam_options = PipelineOptions(arguments)
+    if beam_options.view_as(StandardOptions).runner is None:
+        known = beam_options.get_all_options()
+        for name in beam_options.get_all_options(retain_unknown_options=True):
+            if name not in known:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"unknown option {option}{options.suggest(name)}")
+    return beam_options
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """The first SIGTERM or Ctrl-C ends the job after the current batch, the second at once."""
+    worker.stopping.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number, _) -> None:
+        worker.stopping.set()
+        signal.signal(number, old[number])
+
+    for number in old:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _say(message: str) -> None:
+    print(f"jaxdiff: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    from jaxdiff import cli
+
+    sys.exit(cli.main(["generate", *sys.argv[1:]]))

@@ -1,0 +1,153 @@
+"""What `jaxdiff generate` can be told, on the command line or in a TOML file. Imports no Beam."""
+
+import difflib
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxdiff.arguments import Parser
+from jaxdiff.dataset import settings
+from jaxdiff.dataset.settings import Settings
+from jaxdiff.errors import InputError
+
+DESCRIPTION = """\
+Make an image for every prompt in a manifest and leave a finished dataset in a directory. When it is
+interrupted, the same command continues where it was.
+
+A manifest is a text file with a prompt a line, or JSON Lines, CSV, TSV or Parquet (each also .gz)
+with a column `prompt` and, as you like, id, negative_prompt, seed or seeds, num_images, width,
+height, steps, guidance_scale, sampler; other columns are carried through to the images' metadata.
+"""
+EPILOG = """\
+example:
+  echo "a red circle above a blue square" > prompts.txt
+  jaxdiff generate --manifest prompts.txt --output out/first --num-images 4
+
+The options may stand in a TOML file instead (`steps = 30`): jaxdiff generate JOB.toml; what the
+command line says goes first. Options that are not listed here go to Apache Beam, such as
+--runner FlinkRunner --flink_master host:8081.
+
+exit codes: 0 every valid row has its images; 1 failed part-way, the same command continues;
+2 the command or its input cannot be used, nothing was written; 3 finished, but images in
+failed.jsonl could not be made; 75 stopped by a signal, the same command continues
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A parsed command. `settings` has only what was said, unchecked, by `Settings`' names."""
+
+    manifest: Path
+    output: Path
+    model: str
+    settings: dict
+    overwrite: bool
+    strict: bool
+
+
+def parse(arguments: list[str]) -> tuple[Job, list[str]]:
+    """Reads the command line and the job file that it may name.
+
+    Returns:
+      The job, and the arguments that are left for Beam.
+
+    Raises:
+      InputError: for a job file that cannot be used, or a missing option.
+    """
+    parser = _parser()
+    said, rest = parser.parse_known_args(arguments)
+    said = {name: value for name, value in vars(said).items() if value is not None}
+    if rest and not rest[0].startswith("-"):
+        said = _read_job(Path(rest.pop(0))) | said
+    for name in ("manifest", "output"):
+        if name not in said:
+            parser.error(f"--{name} is missing")
+    job = Job(
+        manifest=Path(said["manifest"]),
+        output=Path(said["output"]),
+        model=said.get("model", "shapes64"),
+        settings={name: said[name] for name in settings.NAMES if name in said},
+        **{name: bool(said.get(name)) for name in FLAGS},
+    )
+    return job, rest
+
+
+def _read_job(path: Path) -> dict:
+    try:
+        said = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as problem:
+        raise InputError(f"job file {path} cannot be read: {problem}") from None
+    said = {name.replace("-", "_"): value for name, value in said.items()}
+    for name, value in said.items():
+        if name not in OPTIONS:
+            raise InputError(f"job file {path}: unknown option {name!r}{suggest(name)}")
+        is_flag = name in FLAGS
+        if is_flag and not isinstance(value, bool):
+            raise InputError(f"job file {path}: {name} must be true or false, not {value!r}")
+        if name in ("manifest", "output", "model") and not isinstance(value, str):
+            raise InputError(f"job file {path}: {name} must be text, not {value!r}")
+    return said
+
+
+def suggest(name: str) -> str:
+    """What a misspelt option may have meant, as the end of a message."""
+    names = [option.replace("_", "-") for option in OPTIONS]
+    close = difflib.get_close_matches(name.replace("_", "-"), names, n=1)
+    return f"; did you mean --{close[0]}?" if close else ""
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "generate",
+        usage="jaxdiff generate [JOB.toml] --manifest FILE --output DIR [option ...]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    for title, options in HELP.items():
+        group = parser.add_argument_group(title)
+        for name, (value, text) in options.items():
+            flag = f"--{name.replace('_', '-')}"
+            if value is None:
+                group.add_argument(flag, action="store_true", default=None, help=text)
+            else:
+                group.add_argument(flag, metavar=value, help=text)
+    return parser
+
+
+# By group: the option's name, what it takes (None: nothing), and what it does.
+HELP = {
+    "what and where": {
+        "manifest": ("FILE", "the prompts: .txt, .jsonl, .csv, .tsv or .parquet, each also .gz"),
+        "output": ("DIR", "the dataset's directory: new, or that of the run to be continued"),
+        "model": ("NAME|DIR", "a bundled model or a diffusers directory (default: shapes64)"),
+        "limit": ("N", "stop after the first N images of the manifest"),
+        "overwrite": (None, "delete the run that is in the output directory and start anew"),
+        "strict": (None, "make nothing if a row of the manifest cannot be used"),
+    },
+    "for rows that do not say": {
+        "num_images": ("N", f"images of each prompt (default: {Settings.num_images})"),
+        "seed": ("N", "what the images' own seeds are derived from (default: 0)"),
+        "width": ("PX", "of the images (default: what the model was trained for)"),
+        "height": ("PX", "of the images (default: what the model was trained for)"),
+        "steps": ("N", f"denoising steps (default: {Settings.steps})"),
+        "guidance_scale": (
+            "W",
+            f"how closely to follow the prompt; off up to 1 (default: {Settings.guidance_scale:g})",
+        ),
+        "sampler": ("NAME", "ddim, euler or dpmpp_2m (default: the model's)"),
+        "negative_prompt": ("TEXT", "what to steer away from (default: nothing)"),
+    },
+    "files": {
+        "format": ("NAME", f"of the shards: {' or '.join(settings.FORMATS)} (default: webdataset)"),
+        "image_format": ("NAME", "png, webp (lossless) or jpeg (default: png)"),
+        "images_per_shard": ("N", "rounded to full batches (default: 1000, fewer if over 512x512)"),
+    },
+    "computing": {
+        "batch_size": ("N", f"images computed at once (default: {Settings.batch_size})"),
+        "noise": ("NAME", "jax, or torch for the noise of PyTorch's generator (default: jax)"),
+        "dtype": ("NAME", "float32 or bfloat16 (default: float32)"),
+        "mesh": ("AXES", "devices, such as data=4,model=2 (default: all for data)"),
+    },
+}
+OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
+FLAGS = tuple(name for name, value in OPTIONS.items() if value is None)

@@ -1,0 +1,86 @@
+"""How far the job is, read from its files, so that it does not matter which process makes what."""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset.plan import Plan
+
+BAR_SECONDS = 0.5
+LINE_SECONDS = 30.0
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} images, {rate_fmt}, {remaining} left"
+
+
+@contextlib.contextmanager
+def shown(directory: Path, plan: Plan) -> Iterator[None]:
+    """Shows progress on stderr meanwhile: a bar on a terminal, else a line every 30 seconds."""
+    done = threading.Event()
+    show = _bar if sys.stderr.isatty() else _lines
+    counter = Counter(directory, plan)
+    thread = threading.Thread(target=show, args=(counter, plan.images, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+class Counter:
+    """Counts the images of finished shards and of those that are being made."""
+
+    def __init__(self, directory: Path, plan: Plan):
+        self._directory, self._plan = directory, plan
+        self._stale = {path.name for path in self._attempts()}  # left by a killed run
+
+    def count(self) -> int:
+        """Images that are made or have failed by now."""
+        images = {}
+        for path in self._attempts():
+            if path.name not in self._stale:
+                shard = int(path.name.partition("-")[0])
+                with contextlib.suppress(FileNotFoundError):
+                    images[shard] = max(images.get(shard, 0), int(path.read_text() or 0))
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self._directory / layout.DONE):
+                shard = int(name.partition(".")[0])
+                images[shard] = self._plan.shard_sizes[shard]
+        return sum(images.values())
+
+    def _attempts(self) -> list[Path]:
+        return list((self._directory / layout.TMP).glob("*.progress"))
+
+
+def _bar(counter: Counter, total: int, done: threading.Event) -> None:
+    start = counter.count()
+    with tqdm(total=total, initial=start, unit=" images", bar_format=BAR, desc="compiling") as bar:
+        while True:
+            last = done.wait(BAR_SECONDS)
+            if new := counter.count() - bar.n:
+                if bar.n == start:
+                    bar.unpause()  # the rate shall not count the compilation
+                    bar.set_description_str("generating", refresh=False)
+                bar.update(new)
+            bar.refresh()
+            if last:
+                return
+
+
+def _lines(counter: Counter, total: int, done: threading.Event) -> None:
+    first = None
+    while not done.wait(LINE_SECONDS):
+        count, now = counter.count(), time.monotonic()
+        first = first or (count, now)
+        line = f"jaxdiff: {count}/{total} images"
+        if count > first[0]:
+            rate = (count - first[0]) / (now - first[1])
+            left = tqdm.format_interval((total - count) / rate)
+            line += f", {rate:.2f} images/s, {left} left"
+        print(line, file=sys.stderr, flush=True)
