@@ -16,7 +16,7 @@ SCHEDULER = {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
     "set_alpha_to_one": True,
-    "steps_offset": 0,
+    "steps_offset": 1,
     "timestep_spacing": "trailing",
 }
 

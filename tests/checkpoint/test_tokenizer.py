@@ -1,0 +1,81 @@
+"""The bundled tokenizer: made again byte for byte, and one token for each word of a caption."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import CLIPTokenizer
+
+from jaxdiff.checkpoint.layout import BUNDLED
+from jaxdiff.worlds.shapes.captions import draw_caption
+
+TOOL = Path(__file__).parents[2] / "tools" / "make_tokenizer.py"
+DIRECTORY = BUNDLED["shapes64"] / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return CLIPTokenizer.from_pretrained(DIRECTORY)
+
+
+def test_the_tool_makes_the_bundled_files(tmp_path):
+    subprocess.run([sys.executable, TOOL, tmp_path], check=True)
+    made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert made == {path.name: path.read_bytes() for path in DIRECTORY.iterdir()}
+
+
+def test_each_word_of_a_caption_is_one_token(tokenizer):
+    rng = np.random.default_rng(0)
+    captions = {draw_caption(rng).text() for _ in range(5000)}
+    assert len(captions) > 1000
+    for caption in captions:
+        tokens = tokenizer(caption).input_ids
+        assert len(tokens) == len(caption.split()) + 2 <= tokenizer.model_max_length
+
+
+def test_texts_begin_end_and_are_padded_as_clip_does(tokenizer):
+    tokens = tokenizer("a star", padding="max_length", truncation=True).input_ids
+    assert len(tokens) == tokenizer.model_max_length == 24
+    assert tokens[0] == tokenizer.bos_token_id == len(tokenizer) - 2
+    assert set(tokens[3:]) == {tokenizer.eos_token_id} == {len(tokenizer) - 1}
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("text", ["Five CROSSES, a dog.", "naïve 日本 🎉", "\x00\x7f \u2028", ""])
+def test_no_text_is_unknown(tokenizer, text):
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.unk_token_id not in tokens
+
+
+def slow_tokens(word: str, vocabulary: dict, ranks: dict) -> list[int]:
+    """A word's tokens by the plain algorithm, from vocab.json and merges.txt alone."""
+    parts = [*word[:-1], word[-1] + "</w>"]
+    while known := [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]:
+        _, i = min(known)
+        parts[i : i + 2] = ["".join(parts[i : i + 2])]
+    return [vocabulary[part] for part in parts]
+
+
+def test_vocabulary_and_merges_say_what_the_fast_tokenizer_says(tokenizer):
+    vocabulary = json.loads((DIRECTORY / "vocab.json").read_text())
+    merges = (DIRECTORY / "merges.txt").read_text().splitlines()
+    assert merges[0] == "#version: 0.2"
+    ranks = {tuple(line.split()): rank for rank, line in enumerate(merges[1:])}
+    for word in ("circles", "backgrounds", "purplish", "a", "reddening", "star", "xylophone"):
+        fast = tokenizer(word, add_special_tokens=False).input_ids
+        assert fast == slow_tokens(word, vocabulary, ranks)
+
+
+def test_loading_it_needs_neither_torch_nor_the_network():
+    code = (
+        "import socket, sys; asked = []\n"
+        "socket.getaddrinfo = lambda *host, **_: asked.append(host)\n"
+        "from transformers import CLIPTokenizer\n"
+        f"CLIPTokenizer.from_pretrained({str(DIRECTORY)!r})\n"
+        "assert not asked and 'torch' not in sys.modules, asked"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
