@@ -1,4 +1,4 @@
-"""Draws the first 64 images of a dataset, each over its prompt: python tools/contact_sheet.py DIR"""
+"""Draws a dataset's first 64 images over their prompts: python tools/contact_sheet.py DIR."""
 
 import io
 import itertools

@@ -56,14 +56,9 @@ tags:
 - jaxdiff
 configs:
 - config_name: default
-  default: true
   data_files:
   - split: train
     path: data/*.{ending}
-- config_name: metadata
-  data_files:
-  - split: train
-    path: metadata/*.parquet
 {features}---
 
 # {title}
@@ -86,7 +81,7 @@ could not be made, each with its reason. `jaxdiff verify` proves the dataset fro
 import datasets
 
 images = datasets.load_dataset("DIR", split="train")
-metadata = datasets.load_dataset("DIR", "metadata", split="train")
+metadata = datasets.load_dataset("parquet", data_files="DIR/metadata/*.parquet", split="train")
 ```
 """
 

@@ -93,7 +93,7 @@ def temporary(directory: Path, name: str) -> Path:
 def write(directory: Path, name: str, content: str) -> None:
     """Writes a small file of the directory: its readers see the old content or the new one."""
     path = temporary(directory, name)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -129,8 +129,8 @@ def _json(others: dict) -> str:
     try:
         encoded = json.dumps(others, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (RecursionError, TypeError, ValueError) as problem:
-        names = ", ".join(name for name, value in others.items() if not _is_json(value))
-        raise BadValueError(f"column {names}: {problem}; make it text or a number") from None
+        name = next(name for name, value in others.items() if not _is_json(value))
+        raise BadValueError(f"column {checks.shown(name)}: {problem}; make it text") from None
     checks.unicode("a column that is carried through", encoded)
     return encoded
 

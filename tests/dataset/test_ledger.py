@@ -1,0 +1,190 @@
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from making import make_plan, make_shard
+
+from jaxdiff.dataset import ledger
+from jaxdiff.errors import InputError
+
+
+def problems(directory: Path) -> str:
+    return "\n".join(ledger.verify(directory)[1])
+
+
+def flip(path: Path, at: int = -700) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("format_", ["webdataset", "parquet"])
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+def test_a_finished_dataset_balances(finished, format_, image_format):
+    directory = finished(format=format_, image_format=image_format)
+    counts, wrong = ledger.verify(directory)
+    assert wrong == []
+    assert counts == {
+        "blank": 1,
+        "rejected": 1,
+        "accepted": 5,
+        "planned": 9,
+        "made": 9,
+        "failed": 0,
+    }
+    assert json.loads((directory / "_SUCCESS").read_text())["counts"] == counts
+    assert json.loads((directory / "run.json").read_text())["counts"] == counts
+    assert not (directory / "_jaxdiff" / "tmp").exists()
+
+
+def test_failed_images_stand_in_failed_jsonl_and_in_no_shard(finished):
+    directory = finished(failing=["000000001", "000000005"])
+    counts, wrong = ledger.verify(directory)
+    assert wrong == []
+    assert (counts["made"], counts["failed"]) == (7, 2)
+    lines = [json.loads(line) for line in (directory / "failed.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["id"], line["line"]) for line in lines] == [
+        ("000000001", "0", 1),
+        ("000000005", "2", 4),
+    ]
+    assert {line["reason"] for line in lines} == {"not finite"}
+    with tarfile.open(directory / "data" / "train-00000.tar") as tar:
+        assert "000000001.png" not in tar.getnames()
+
+
+def test_verify_names_a_flipped_byte(finished):
+    directory = finished()
+    for name in (
+        "data/train-00000.tar",
+        "metadata/train-00001.parquet",
+        "_jaxdiff/plan/images.parquet",
+        "_jaxdiff/plan/rejected.jsonl",
+    ):
+        copy = directory.with_name("copy")
+        shutil.copytree(directory, copy)
+        flip(copy / name, at=50)
+        assert name in problems(copy)
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("data/train-00001.tar", "metadata/train-00000.parquet", "_jaxdiff/plan/images.parquet"),
+        *("rejected.jsonl", "failed.jsonl", "README.md", "croissant.json", "_SUCCESS"),
+    ],
+)
+def test_verify_names_a_missing_file(finished, name):
+    directory = finished()
+    (directory / name).unlink()
+    assert f"{name} is missing" in problems(directory)
+
+
+def test_verify_names_a_missing_marker(finished):
+    directory = finished()
+    (directory / "_jaxdiff" / "done" / "00001.json").unlink()
+    assert "shard 1 of 3 is not made yet" in problems(directory)
+
+
+@pytest.mark.parametrize("name", ["data/x.tar", "metadata/.hidden", "_jaxdiff/done/9.json"])
+def test_verify_names_a_stray_file(finished, name):
+    directory = finished()
+    (directory / name).write_bytes(b"")
+    assert f"{name} does not belong to the run" in problems(directory)
+
+
+@pytest.mark.parametrize("name", ["rejected.jsonl", "failed.jsonl", "README.md", "_SUCCESS"])
+def test_verify_names_an_edited_report(finished, name):
+    directory = finished()
+    with (directory / name).open("a") as file:
+        file.write("{}\n")
+    assert f"{name} is not what the run has written" in problems(directory)
+
+
+def test_verify_names_a_tar_cut_between_two_images(finished):
+    directory = finished()
+    path = directory / "data" / "train-00000.tar"
+    with tarfile.open(path) as tar:
+        third = tar.getmember("000000002.json").offset
+    path.write_bytes(path.read_bytes()[:third])
+    assert "data/train-00000.tar has" in problems(directory)
+    assert "data/train-00000.tar: image 000000002 is missing" in problems(directory)
+
+
+def forge(directory: Path, name: str) -> None:
+    """Makes the marker fit a changed file, so that only its content can tell."""
+    import hashlib
+
+    content = (directory / name).read_bytes()
+    marker = directory / "_jaxdiff" / "done" / "00000.json"
+    body = json.loads(marker.read_text())
+    body["files"][name] = {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+    }
+    marker.write_text(json.dumps(body))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "found"),
+    [
+        ("prompt", "another", "the row of image 000000000 is not as planned"),
+        ("seed", 1, "the row of image 000000000 is not as planned"),
+        ("sha256", "0" * 64, "has a record that differs from its row"),
+        ("status", "failed", "image 000000001 has a record that differs"),
+    ],
+)
+def test_verify_names_an_edited_row_even_with_a_forged_marker(finished, column, value, found):
+    directory = finished()
+    name = "metadata/train-00000.parquet"
+    table = pq.read_table(directory / name)
+    rows = table.to_pylist()
+    rows[0][column] = value
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), directory / name)
+    forge(directory, name)
+    assert found in problems(directory)
+
+
+def test_verify_looks_at_the_pixels_even_with_a_forged_marker(finished):
+    directory = finished()
+    name = "data/train-00000.tar"
+    with tarfile.open(directory / name) as tar:
+        second = tar.getmember("000000001.png").offset_data
+    flip(directory / name, second + 60)
+    forge(directory, name)
+    assert "image 000000001 has a file that its sha256 does not fit" in problems(directory)
+
+
+def test_finalize_refuses_an_incomplete_dataset(tmp_path, manifest, tiny_checkpoint):
+    directory = tmp_path / "out"
+    plan = make_plan(directory, manifest, tiny_checkpoint, images_per_shard=4, batch_size=2)
+    make_shard(directory, plan, 0)
+    assert ledger.todo(directory, plan) == [1, 2]
+    with pytest.raises(ledger.IncompleteError, match="shard 1 of 3 is not made yet"):
+        ledger.finalize(directory, plan, 0.0)
+    make_shard(directory, plan, 1)
+    make_shard(directory, plan, 2)
+    flip(directory / "data" / "train-00001.tar")
+    with pytest.raises(ledger.IncompleteError, match=r"data/train-00001\.tar has changed"):
+        ledger.finalize(directory, plan, 0.0)
+    assert not (directory / "_SUCCESS").exists()
+
+
+def test_finalize_may_be_repeated(finished):
+    directory = finished()
+    before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    (directory / "_SUCCESS").unlink()
+    ledger.finalize(directory, ledger.plans.load(directory), 0.0)
+    after = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    before.pop(directory / "run.json")
+    after.pop(directory / "run.json")
+    assert before == after
+
+
+def test_verify_needs_a_run(tmp_path):
+    with pytest.raises(InputError, match="holds no jaxdiff run"):
+        ledger.verify(tmp_path)

@@ -1,0 +1,197 @@
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+from making import make_plan
+
+from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import settings as job_settings
+from jaxdiff.errors import InputError
+
+
+@pytest.fixture
+def plan(tmp_path, tiny_checkpoint):
+    """Plans rows into a new directory: `plan(rows, steps=3)` returns (plan, images, rejected)."""
+
+    def plan(rows: list[dict | str], **said):
+        directory = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        path = tmp_path / "rows.jsonl"
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("".join(line + "\n" for line in lines))
+        made = make_plan(directory, path, tiny_checkpoint, **said)
+        shards = [plans.read_shard(directory, shard) for shard in range(len(made.shard_sizes))]
+        rejected = (directory / "rejected.jsonl").read_text().splitlines()
+        return made, shards, [json.loads(line) for line in rejected]
+
+    return plan
+
+
+def test_images_have_keys_in_the_order_of_the_manifest(plan):
+    rows = [{"prompt": "a", "num_images": 2}, {"prompt": "b", "id": "x", "n": 1}]
+    _, (images,), _ = plan(rows)
+    assert [(i.key, i.id, i.image_index, i.request.prompt) for i in images] == [
+        ("000000000", "0", 0, "a"),
+        ("000000001", "0", 1, "a"),
+        ("000000002", "x", 0, "b"),
+    ]
+    assert images[2].metadata == '{"n":1}'
+    assert images[2].line == 2
+
+
+def test_a_derived_seed_depends_on_the_id_and_not_on_the_place(plan):
+    a, b = {"prompt": "a", "id": "a", "num_images": 2}, {"prompt": "b", "id": "b"}
+    _, (first,), _ = plan([a, b])
+    _, (second,), _ = plan([b, a])
+    seeds = {(i.id, i.image_index): i.request.seed for i in first}
+    assert seeds == {(i.id, i.image_index): i.request.seed for i in second}
+    assert len(set(seeds.values())) == 3
+    # sha256("0|a|0") begins with these four bytes.
+    assert seeds["a", 0] == plans.derived_seed(0, "a", 0) == 0x699BA3D2
+    _, (third,), _ = plan([a, b], seed=1)
+    assert seeds != {(i.id, i.image_index): i.request.seed for i in third}
+
+
+def test_seeds_that_a_row_says_are_used(plan):
+    _, (images,), _ = plan(
+        [{"prompt": "a", "seed": 5, "num_images": 2}, {"prompt": "b", "seeds": [9]}]
+    )
+    assert [i.request.seed for i in images] == [5, 6, 9]
+
+
+def test_a_shard_holds_one_bucket_and_full_batches(plan):
+    sizes = [16, 16, 32, 16, 32, 16, 16, 16]
+    rows = [{"prompt": str(n), "width": width} for n, width in enumerate(sizes)]
+    made, shards, _ = plan(rows, batch_size=2, images_per_shard=5)
+    assert [[i.request.prompt for i in shard] for shard in shards] == [
+        ["0", "1", "3", "5"],
+        ["2", "4"],
+        ["6", "7"],
+    ]
+    assert made.shard_sizes == [4, 2, 2]
+
+
+def test_guidance_that_is_off_is_a_bucket_of_its_own(plan):
+    rows = [{"prompt": "a", "guidance_scale": w} for w in (0, 1, 1.5, 7)]
+    assert plan(rows)[0].shard_sizes == [2, 2]
+
+
+def test_shards_are_smaller_where_images_are_larger_than_512(plan):
+    row = {"prompt": "a", "num_images": 2100}
+    assert plan([row], width=512, height=512)[0].shard_sizes == [1000, 1000, 100]
+    assert plan([row], width=1024, height=1024)[0].shard_sizes == [256] * 8 + [52]
+    assert plan([row], width=1024, height=1024, images_per_shard=3)[0].shard_sizes[0] == 8
+
+
+def test_limit_takes_the_first_images_and_reads_no_further(plan):
+    rows = [{"prompt": "a", "num_images": 3}, {"prompt": "b", "num_images": 3}, "broken"]
+    made, (images,), rejected = plan(rows, limit=4)
+    assert [i.request.prompt for i in images] == ["a", "a", "a", "b"]
+    assert made.rows == {"blank": 0, "rejected": 0, "accepted": 2}
+    assert rejected == []
+
+
+def test_a_bad_row_is_written_down_and_the_others_are_planned(plan, tmp_path):
+    rows = [{"prompt": "a", "id": "x"}, "{broken", "", {"prompt": "b", "id": "x"}, {"prompt": "c"}]
+    made, (images,), rejected = plan(rows)
+    assert [i.id for i in images] == ["x", "3"]  # the fourth row that is not blank, from 0
+    assert made.rows == {"blank": 1, "rejected": 2, "accepted": 2}
+    assert rejected[0]["file"] == str(tmp_path / "rows.jsonl")
+    assert rejected[0]["line"] == 2
+    assert rejected[0]["raw"] == "{broken"
+    assert rejected[0]["reason"].startswith("the line is not JSON")
+    assert rejected[1]["line"] == 4
+    assert rejected[1]["reason"] == "id 'x' is that of line 1 already"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "has no rows"),
+        ([""], "has no rows"),
+        (["x", {"prompt": ""}], "none of its 2 rows can be used; line 1: the line is not JSON"),
+    ],
+)
+def test_a_manifest_without_a_good_row_is_refused(plan, rows, message):
+    with pytest.raises(InputError, match=message):
+        plan(rows)
+
+
+def test_binary_garbage_is_refused_whatever_its_name_says(tmp_path, tiny_checkpoint):
+    for name in ("p.jsonl", "p.csv", "p.txt"):
+        (tmp_path / name).write_bytes(os.urandom(5000).replace(b"\xff\xfe", b""))
+        with pytest.raises(InputError, match=r"none of its \d+ rows|no column 'prompt'"):
+            make_plan(tmp_path / f"out-{name}", tmp_path / name, tiny_checkpoint)
+
+
+def test_equal_input_plans_equal_bytes(plan, tmp_path):
+    rows = [{"prompt": "a"}, "broken", {"prompt": "b", "width": 24}]
+    first, _, _ = plan(rows)
+    second, _, _ = plan(rows)
+    assert first == second
+    other, _, _ = plan(rows, steps=21)
+    assert other.id != first.id
+    assert plans.differences(first.identity, other.identity) == "steps 20 -> 21"
+
+
+def test_the_plan_has_a_row_group_a_shard(tmp_path, manifest, tiny_checkpoint):
+    made = make_plan(tmp_path / "out", manifest, tiny_checkpoint, batch_size=2, images_per_shard=4)
+    file = pq.ParquetFile(tmp_path / "out" / "_jaxdiff" / "plan" / "images.parquet")
+    sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+    assert sizes == made.shard_sizes == [4, 4, 1]
+    assert plans.load(tmp_path / "out") == made
+
+
+def test_a_damaged_plan_is_refused(tmp_path, manifest, tiny_checkpoint):
+    make_plan(tmp_path / "out", manifest, tiny_checkpoint)
+    path = tmp_path / "out" / "_jaxdiff" / "plan" / "plan.json"
+    whole = path.read_text()
+    for damaged in ("", "[]", "{}", whole.replace('"steps": 20', '"steps": 21')):
+        path.write_text(damaged)
+        with pytest.raises(InputError, match=r"plan\.json cannot be used .* --overwrite"):
+            plans.load(tmp_path / "out")
+
+
+def test_planning_and_verifying_import_no_jax(tmp_path, manifest, tiny_checkpoint):
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+from jaxdiff.dataset import card, images, ledger, shard
+from pipelines import options
+from making import make_plan
+make_plan(Path({str(tmp_path / "out")!r}), Path({str(manifest)!r}), Path({str(tiny_checkpoint)!r}))
+heavy = {{"jax", "flax", "torch", "transformers", "apache_beam"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"steps": "0"}, "--steps must be a whole number from 1 to 1000, not '0'"),
+        ({"width": "100"}, "--width must be a multiple of 8 for this model, not 100"),
+        ({"batch_size": 0}, "--batch-size must be a whole number from 1"),
+        ({"guidance_scale": "x"}, "--guidance-scale must be a number from 0 to 1000"),
+        ({"sampler": "pndm"}, "--sampler must be one of ddim, euler, dpmpp_2m"),
+        ({"format": "zip"}, "--format must be one of webdataset, parquet"),
+        ({"image_format": "gif"}, "--image-format must be one of png, webp, jpeg"),
+        ({"noise": "numpy"}, "--noise must be one of jax, torch"),
+        ({"dtype": "int8"}, "--dtype must be one of float32, bfloat16"),
+        ({"seed": -1}, "--seed must be a whole number from 0"),
+        ({"limit": 0}, "--limit must be a whole number from 1"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_named(tiny_checkpoint, said, message):
+    with pytest.raises(InputError) as caught:
+        job_settings.resolve(said, open_checkpoint(tiny_checkpoint))
+    assert str(caught.value).startswith(message)
+
+
+def test_the_model_says_its_size_and_sampler(tiny_checkpoint):
+    settings = job_settings.resolve({"height": "32"}, open_checkpoint(tiny_checkpoint))
+    assert (settings.width, settings.height, settings.sampler) == (64, 32, "ddim")
