@@ -85,7 +85,9 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 def random_params(model_class, config, seed: int) -> dict:
     """Weights of about the size that training ends at, drawn without compiling anything."""
-    from flax import nnx
+    import jax
+
+    from jaxdiff.checkpoint.diffusers import abstract_network
 
     random = np.random.default_rng(seed)
 
@@ -98,8 +100,4 @@ def random_params(model_class, config, seed: int) -> dict:
         fan_in = np.prod(leaf.shape[:-1]) if name == "kernel" else 1
         return (random.standard_normal(leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
 
-    import jax
-
-    abstract = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
-    shapes = nnx.to_pure_dict(nnx.state(abstract))
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, abstract_network(model_class, config)[1])

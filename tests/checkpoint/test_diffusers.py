@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxdiff.checkpoint.diffusers import load_params, save_params, save_pipeline
+from jaxdiff.checkpoint.diffusers import abstract_network, load_params, save_params, save_pipeline
 from jaxdiff.checkpoint.layout import NETWORKS, open_checkpoint
 from jaxdiff.errors import InputError
 from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
@@ -24,8 +24,7 @@ CLASSES = {
 def config_and_shapes(directory, component):
     model_class, config_class = CLASSES[component]
     config = config_class.from_json(open_checkpoint(directory).config(component))
-    abstract = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
-    return config, nnx.to_pure_dict(nnx.state(abstract))
+    return config, abstract_network(model_class, config)[1]
 
 
 @pytest.fixture
@@ -190,3 +189,15 @@ def test_what_is_no_checkpoint_is_not_replaced(parts, tmp_path, name):
     with pytest.raises(InputError, match=r"thesis\.tex"):
         save_pipeline(tmp_path / name, **parts)
     assert (tmp_path / "thesis.tex").read_text() == "the only copy"
+
+
+def test_an_abstract_network_is_the_one_that_flax_would_build(tiny_checkpoint):
+    model_class, config_class = CLASSES["unet"]
+    config = config_class.from_json(open_checkpoint(tiny_checkpoint).config("unet"))
+    graph, shapes = abstract_network(model_class, config)
+    abstract = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+    usual_graph, state = nnx.split(abstract)
+    usual = nnx.to_pure_dict(state)
+    assert graph == usual_graph
+    assert jax.tree.structure(shapes) == jax.tree.structure(usual)
+    assert [x.shape for x in jax.tree.leaves(shapes)] == [x.shape for x in jax.tree.leaves(usual)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdiff.checkpoint.diffusers import load_params
+from jaxdiff.checkpoint.diffusers import abstract_network, load_params
 
 if importlib.util.find_spec("torch"):
     import torch
@@ -26,15 +26,11 @@ def load():
 
     def load(model_class, config_class, folder: Path):
         config = config_class.from_json(json.loads((folder / "config.json").read_text()))
-        abstract = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
-        graphdef, state = nnx.split(abstract)
-        files = sorted(folder.glob("*.safetensors"))
-        params = load_params(nnx.to_pure_dict(state), files, np.float32)
+        graph, shapes = abstract_network(model_class, config)
+        params = load_params(shapes, sorted(folder.glob("*.safetensors")), np.float32)
 
         def run(*arrays, method="__call__"):
-            return jax.jit(lambda p, *a: getattr(nnx.merge(graphdef, p), method)(*a))(
-                params, *arrays
-            )
+            return jax.jit(lambda p, *a: getattr(nnx.merge(graph, p), method)(*a))(params, *arrays)
 
         return run
 

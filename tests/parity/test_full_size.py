@@ -1,9 +1,8 @@
 """At full size: the Hub's own configs are read, and give the keys and shapes of their weights."""
 
 import pytest
-from flax import nnx
 
-from jaxdiff.checkpoint.diffusers import file_shapes
+from jaxdiff.checkpoint.diffusers import abstract_network, file_shapes
 from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
@@ -93,8 +92,7 @@ TEXT_21 = TEXT_15 | {
 
 
 def our_keys(model_class, config) -> dict:
-    abstract = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
-    return file_shapes(nnx.to_pure_dict(nnx.state(abstract)))
+    return file_shapes(abstract_network(model_class, config)[1])
 
 
 def their_keys(make) -> dict:
