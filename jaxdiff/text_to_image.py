@@ -15,7 +15,7 @@ from jax import Array
 from transformers import CLIPTokenizer
 
 from jaxdiff import parallel
-from jaxdiff.checkpoint.diffusers import load_params
+from jaxdiff.checkpoint.diffusers import abstract_network, load_params
 from jaxdiff.checkpoint.layout import Checkpoint, open_checkpoint
 from jaxdiff.diffusion import guidance, objective, samplers
 from jaxdiff.diffusion import noise as starting_noise
@@ -96,7 +96,7 @@ class TextToImage:
             ("unet", UNet2DConditionModel, unet_config),
             ("vae", AutoencoderKL, vae_config),
         ):
-            graphs[component], shapes = _abstract(network, config)
+            graphs[component], shapes = abstract_network(network, config)
             self.params[component] = load_params(
                 shapes,
                 checkpoint.weights(component),
@@ -108,7 +108,8 @@ class TextToImage:
         )
         prediction_type = self.schedule.prediction_type
         self._sample = jax.jit(
-            partial(_sample, graphs, vae_config, prediction_type, dtype), static_argnames="guided"
+            partial(sample_pixels, graphs, vae_config, prediction_type, dtype),
+            static_argnames="guided",
         )
         self._embeddings: dict[str, Array] = {}
 
@@ -215,14 +216,8 @@ class TextToImage:
         return found
 
 
-def _abstract(network: type[nnx.Module], config) -> tuple[nnx.GraphDef, dict]:
-    """A network's structure, and the shapes of its parameters as a nested dict."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0))))
-    return graph, nnx.to_pure_dict(state)
-
-
-def _sample(
-    graphs: dict,
+def sample_pixels(
+    graphs: dict[str, nnx.GraphDef],
     vae_config: AutoencoderKLConfig,
     prediction_type: str,
     dtype,
@@ -236,7 +231,22 @@ def _sample(
     *,
     guided: bool,
 ) -> tuple[Array, Array]:
-    """Noise [b, h, w, c] to pixels uint8 [b, h * factor, w * factor, 3] and finiteness [b]."""
+    """The pure function from noise to pixels, for `jax.jit`.
+
+    Args:
+      graphs, params: of "unet" and "vae".
+      vae_config: for the latents' scale, besides.
+      prediction_type: as in `objective.to_x0`.
+      dtype: of the networks' arithmetic; the sampler's own is float32.
+      noise: float32 [batch, h, w, latent channels].
+      context, negative_context: [batch, tokens, width]; the latter only if `guided`.
+      guidance_scale: [batch].
+      initial_scale, columns: of a `SamplerTable`.
+      guided: whether to apply guidance at all.
+
+    Returns:
+      pixels uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
+    """
     unet = nnx.merge(graphs["unet"], params["unet"])
     vae = nnx.merge(graphs["vae"], params["vae"])
     if guided:

@@ -1,5 +1,6 @@
 """The autoencoder's objective: reconstruction and KL (Kingma and Welling, 2014)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -74,10 +75,10 @@ def task(recipe: AutoencoderRecipe) -> Task:
 
     def export(params: Params, directory: Path) -> None:
         scale = latent_scale(graphdef, params, recipe.seed)
-        fields = {**recipe.vae, "scaling_factor": scale}
-        diffusers.save_component(
-            directory, AutoencoderKLConfig.from_json(fields), params, dtype="float32"
-        )
+        directory.mkdir(exist_ok=True)
+        diffusers.save_params(params, directory / "diffusion_pytorch_model.safetensors", np.float32)
+        exported = replace(config, scaling_factor=scale)
+        diffusers.write_json(directory / "config.json", exported.to_json())
 
     return Task(
         params=nnx.to_pure_dict(state),

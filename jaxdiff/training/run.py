@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from jaxdiff.errors import InputError
-from jaxdiff.training import autoencoder, loop
+from jaxdiff.training import autoencoder, loop, text_to_image
 from jaxdiff.training.recipe import AutoencoderRecipe, read
 
 
@@ -19,10 +19,10 @@ def train(recipe_path: str | Path, output: str | Path) -> None:
     kept = output / "recipe.toml"
     if kept.exists() and read(kept) != recipe:
         raise InputError(f"{output}: holds a run of another recipe; name another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(recipe_path, kept)
     if isinstance(recipe, AutoencoderRecipe):
         task = autoencoder.task(recipe)
     else:
-        raise NotImplementedError
-    output.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(recipe_path, kept)
+        task = text_to_image.task(recipe, output)
     loop.fit(task, recipe, output)

@@ -1,0 +1,33 @@
+# make demo   a dataset of images with the bundled model, in out/demo
+# make test   the tests
+# make lint   ruff, as CI runs it
+PYTHON ?= python3
+EXTRAS ?= test
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/jaxdiff generate --manifest configs/manifests/demo.jsonl --output out/demo
+	$(BIN)/python tools/contact_sheet.py out/demo
+
+test: .venv/installed-$(EXTRAS)
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-$(EXTRAS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv out build *.egg-info
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/installed-$(EXTRAS): pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --quiet --editable ".[$(EXTRAS)]"
+	touch .venv/installed $@

@@ -1,0 +1,185 @@
+"""The denoiser's objective: a text encoder and a U-Net, trained together on latents made once."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from jaxdiff.checkpoint import diffusers
+from jaxdiff.diffusion import noise as starting_noise
+from jaxdiff.diffusion import objective, samplers
+from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.errors import InputError
+from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
+from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
+from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxdiff.text_to_image import sample_pixels
+from jaxdiff.training.autoencoder import PREVIEW_SEED, to_float
+from jaxdiff.training.loop import Params, Task, grid
+from jaxdiff.training.recipe import TextToImageRecipe
+from jaxdiff.worlds import shapes
+
+ENCODE_BATCH = 64
+PREVIEW_STEPS, PREVIEW_GUIDANCE, PREVIEW_IMAGES = 20, 5.0, 48
+
+
+def task(recipe: TextToImageRecipe, output: Path) -> Task:
+    """The objective of `recipe`, ready for `loop.fit`; encodes its scenes into `output` first.
+
+    Raises:
+      InputError: if the autoencoder or the tokenizer cannot be read.
+    """
+    vae_config, vae_graph, vae_params = load_autoencoder(Path(recipe.autoencoder))
+    tokenizer = CLIPTokenizer.from_pretrained(recipe.tokenizer)
+    latents, token_ids = _encoded_scenes(
+        recipe, output, vae_config, vae_graph, vae_params, tokenizer
+    )
+    empty_ids = _tokenize(tokenizer, [""])[0]
+
+    text_config = CLIPTextConfig.from_json(recipe.text_encoder)
+    unet_config = UNetConfig.from_json(recipe.unet)
+    schedule = NoiseSchedule.from_json(recipe.scheduler)
+    rngs = nnx.Rngs(recipe.seed)
+    text_graph, text_state = nnx.split(CLIPTextModel(text_config, rngs=rngs))
+    unet_graph, unet_state = nnx.split(UNet2DConditionModel(unet_config, rngs=rngs))
+    alpha_bars = schedule.alpha_bars()
+    alphas = np.sqrt(alpha_bars).astype(np.float32)
+    sigmas = np.sqrt(1.0 - alpha_bars).astype(np.float32)
+
+    def batch(step: int) -> dict:
+        rng = np.random.default_rng([recipe.seed, step])
+        rows = rng.integers(len(latents), size=recipe.batch_size)
+        dropped = rng.random(recipe.batch_size) < recipe.caption_dropout
+        return {
+            "latents": latents[rows].astype(np.float32),
+            "token_ids": np.where(dropped[:, None], empty_ids, token_ids[rows]).astype(np.int32),
+        }
+
+    def loss(params: Params, batch: dict, key: Array) -> tuple[Array, dict]:
+        time_key, noise_key = jax.random.split(key)
+        x0 = batch["latents"]
+        noise = jax.random.normal(noise_key, x0.shape)
+        timesteps = _stratified_timesteps(time_key, len(x0), schedule.num_train_timesteps)
+        alpha = jnp.asarray(alphas)[timesteps][:, None, None, None]
+        sigma = jnp.asarray(sigmas)[timesteps][:, None, None, None]
+        context = nnx.merge(text_graph, params["text_encoder"])(batch["token_ids"])
+        x = objective.noisy(x0, noise, alpha, sigma)
+        output = nnx.merge(unet_graph, params["unet"])(x, timesteps, context)
+        target = objective.target(x0, noise, alpha, sigma, schedule.prediction_type)
+        return jnp.mean((output - target) ** 2), {}
+
+    @jax.jit
+    def sample(params: Params, seeds: Array, token_ids: Array) -> Array:
+        encode = nnx.merge(text_graph, params["text_encoder"])
+        table = samplers.ddim(schedule, PREVIEW_STEPS)
+        count = len(seeds)
+        pixels, _ = sample_pixels(
+            {"unet": unet_graph, "vae": vae_graph},
+            vae_config,
+            schedule.prediction_type,
+            jnp.float32,
+            {"unet": params["unet"], "vae": vae_params},
+            starting_noise.draw(seeds, latents.shape[1:], "jax"),
+            encode(token_ids),
+            encode(jnp.broadcast_to(empty_ids, token_ids.shape)),
+            jnp.full(count, PREVIEW_GUIDANCE),
+            table.initial_scale,
+            table.columns(),
+            guided=True,
+        )
+        return pixels
+
+    def preview(params: Params) -> np.ndarray:
+        captions = preview_captions()
+        seeds = np.arange(len(captions), dtype=np.uint32)
+        return grid(np.asarray(sample(params, seeds, _tokenize(tokenizer, captions))), columns=8)
+
+    def export(params: Params, directory: Path) -> None:
+        diffusers.save_pipeline(
+            directory,
+            configs={"text_encoder": text_config, "unet": unet_config, "vae": vae_config},
+            params={**params, "vae": vae_params},
+            scheduler=recipe.scheduler,
+            tokenizer=Path(recipe.tokenizer),
+            dtype=np.float16,
+        )
+
+    params = {"text_encoder": text_state, "unet": unet_state}
+    return Task(
+        params={name: nnx.to_pure_dict(state) for name, state in params.items()},
+        loss=loss,
+        batch=batch,
+        preview=preview,
+        export=export,
+    )
+
+
+def load_autoencoder(directory: Path) -> tuple[AutoencoderKLConfig, nnx.GraphDef, Params]:
+    """An autoencoder in float32, from what its own recipe wrote.
+
+    Raises:
+      InputError: if the directory does not hold one.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: train the autoencoder's recipe first")
+    config = AutoencoderKLConfig.from_json(json.loads(path.read_text()))
+    graph, shapes = diffusers.abstract_network(AutoencoderKL, config)
+    files = [directory / "diffusion_pytorch_model.safetensors"]
+    return config, graph, diffusers.load_params(shapes, files, jnp.float32)
+
+
+def preview_captions() -> list[str]:
+    """The captions of the sample grids: the same at every step of every run."""
+    rng = np.random.default_rng(PREVIEW_SEED)
+    return [shapes.sample(rng)[1] for _ in range(PREVIEW_IMAGES)]
+
+
+def _stratified_timesteps(key: Array, count: int, num_train_timesteps: int) -> Array:
+    """Uniform, one in each of `count` equal parts (Kingma et al., 2021, arXiv:2107.00630, I.1)."""
+    positions = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
+    return (positions * num_train_timesteps).astype(jnp.int32)
+
+
+def _tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> np.ndarray:
+    """int32 [captions, the tokenizer's length]."""
+    rows = tokenizer(captions, padding="max_length", truncation=True)["input_ids"]
+    return np.array(rows, np.int32)
+
+
+def _encoded_scenes(
+    recipe: TextToImageRecipe, output: Path, config, graph, params: Params, tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latents float16 [scenes, h, w, c], scaled, and token ids int32 [scenes, tokens].
+
+    Rendered and encoded on the first call, read from `output` afterwards.
+    """
+    path = output / "scenes.npz"
+    if not path.exists():
+        encode = jax.jit(
+            lambda params, pixels: config.scale(
+                nnx.merge(graph, params).encode(to_float(pixels))[0]
+            ).astype(jnp.float16)
+        )
+        latents, captions = [], []
+        for start in tqdm(range(0, recipe.scenes, ENCODE_BATCH), desc="encoding scenes"):
+            rng = np.random.default_rng([recipe.seed, start])
+            scenes, texts = zip(*(shapes.sample(rng) for _ in range(ENCODE_BATCH)), strict=True)
+            pixels = np.stack([shapes.render(scene) for scene in scenes])
+            latents.append(np.asarray(encode(params, pixels)))
+            captions += texts
+        token_ids = np.concatenate(
+            [_tokenize(tokenizer, captions[i : i + 4096]) for i in range(0, len(captions), 4096)]
+        )
+        unfinished = path.with_suffix(".unfinished.npz")
+        np.savez(unfinished, latents=np.concatenate(latents), token_ids=token_ids)
+        os.replace(unfinished, path)
+    with np.load(path, allow_pickle=False) as scenes:
+        return scenes["latents"], scenes["token_ids"]

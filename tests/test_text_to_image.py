@@ -1,0 +1,149 @@
+"""The compiled path on a random model: what an image depends on, and what it does not."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import jaxdiff
+from jaxdiff.errors import InputError
+
+REQUESTS = [
+    jaxdiff.Request(
+        prompt=f"{color} {shape}", seed=seed, steps=3, guidance_scale=scale, negative_prompt=avoid
+    )
+    for seed, (color, shape, scale, avoid) in enumerate(
+        [
+            ("a red", "circle", 3.0, ""),
+            ("a blue", "star", 5.0, "a red circle"),
+            ("a red", "circle", 2.0, ""),
+            ("an orange", "ring", 7.5, ""),
+            ("a cyan", "cross", 3.0, "blurry"),
+        ]
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return jaxdiff.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def images(model):
+    return model.generate(REQUESTS, batch_size=4)
+
+
+def pixels(images):
+    return np.stack([image.pixels for image in images])
+
+
+def test_images_are_8_bit_rgb_of_the_models_size(images):
+    assert all(image.pixels.shape == (64, 64, 3) for image in images)
+    assert all(image.pixels.dtype == np.uint8 for image in images)
+    assert all(image.finite for image in images)
+    assert [image.request.prompt for image in images] == [r.prompt for r in REQUESTS]
+    assert len({image.pixels.tobytes() for image in images}) == len(images)
+
+
+def test_order_and_neighbours_do_not_change_an_image(model, images):
+    shuffled = model.generate([REQUESTS[i] for i in (4, 2, 0, 3, 1)], batch_size=4)
+    np.testing.assert_array_equal(pixels(shuffled), pixels(images)[[4, 2, 0, 3, 1]])
+
+
+def test_padding_does_not_change_an_image(model, images):
+    alone = model.generate(REQUESTS[1:2], batch_size=4)
+    np.testing.assert_array_equal(alone[0].pixels, images[1].pixels)
+
+
+def test_seed_prompt_guidance_and_negative_prompt_each_change_the_image(model, images):
+    changed = [
+        replace(REQUESTS[1], seed=99),
+        replace(REQUESTS[1], prompt="a green square"),
+        replace(REQUESTS[1], guidance_scale=6.0),
+        replace(REQUESTS[1], negative_prompt="a white background"),
+    ]
+    for image in model.generate(changed, batch_size=4):
+        assert (image.pixels != images[1].pixels).any()
+
+
+def test_none_of_them_compiles_anything_anew(model, images):
+    compiled = model._sample._cache_size()
+    model.generate([replace(REQUESTS[0], seed=5, prompt="new", guidance_scale=9.0)], batch_size=4)
+    model.generate([replace(REQUESTS[0], sampler="dpmpp_2m")], batch_size=4)
+    assert model._sample._cache_size() == compiled
+
+
+def test_without_guidance_the_negative_prompt_has_no_effect(model):
+    plain = [
+        replace(REQUESTS[0], guidance_scale=scale, negative_prompt=text)
+        for scale, text in [(1.0, ""), (1.0, "a star"), (0.0, "")]
+    ]
+    first, second, third = model.generate(plain, batch_size=4)
+    np.testing.assert_array_equal(first.pixels, second.pixels)
+    np.testing.assert_array_equal(first.pixels, third.pixels)
+
+
+def test_sizes_mix_in_one_call_and_stay_in_order(model):
+    wide = replace(REQUESTS[0], width=96, height=40)
+    mixed = model.generate([REQUESTS[0], wide, REQUESTS[2]], batch_size=4)
+    assert [image.pixels.shape for image in mixed] == [(64, 64, 3), (40, 96, 3), (64, 64, 3)]
+
+
+def test_torch_noise_is_another_starting_point(tiny_checkpoint, images):
+    other = jaxdiff.load(tiny_checkpoint, noise="torch").generate(REQUESTS[:1], batch_size=4)
+    assert (other[0].pixels != images[0].pixels).any()
+
+
+def test_bfloat16_gives_nearly_the_same_image(tiny_checkpoint, images):
+    half = jaxdiff.load(tiny_checkpoint, dtype="bfloat16").generate(REQUESTS, batch_size=4)
+    difference = np.abs(pixels(half).astype(int) - pixels(images).astype(int))
+    assert 0 < difference.mean() < 4
+
+
+@pytest.mark.parametrize("mesh", ["data=4", "data=2,model=2"])
+def test_a_mesh_of_devices_makes_the_same_images(mesh, tiny_checkpoint, images, tmp_path):
+    program = f"""
+import numpy as np, jaxdiff, tests.test_text_to_image as t
+images = jaxdiff.load({str(tiny_checkpoint)!r}, mesh={mesh!r}).generate(t.REQUESTS, batch_size=8)
+np.save({str(tmp_path / "pixels.npy")!r}, t.pixels(images))
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **flags})
+    ours = np.load(tmp_path / "pixels.npy").astype(int)
+    # Another batch on each device, and sums split over `model`, round differently.
+    assert np.abs(ours - pixels(images)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mesh": "data=3,model=two"}, "write it as data=4"),
+        ({"mesh": "data=4096"}, "needs 4096 devices"),
+        ({"dtype": "float8"}, "float32, bfloat16"),
+        ({"noise": "numpy"}, "jax, torch"),
+    ],
+)
+def test_bad_arguments_of_load_are_named(tiny_checkpoint, arguments, message):
+    with pytest.raises(InputError, match=message):
+        jaxdiff.load(tiny_checkpoint, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 60}, "width"),
+        ({"steps": 0}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"sampler": "magic"}, "sampler"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"prompt": 7}, "prompt"),
+    ],
+)
+def test_bad_requests_are_named(model, change, message):
+    with pytest.raises(InputError, match=message):
+        model.generate([replace(REQUESTS[0], **change)], batch_size=4)

@@ -1,0 +1,187 @@
+"""Training on tiny networks: whole recipes, killed and resumed, and what they leave behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxdiff
+from jaxdiff.errors import InputError
+from jaxdiff.training import recipe
+from jaxdiff.training.run import train
+
+TOKENIZER = Path(jaxdiff.__file__).parent / "assets" / "shapes64" / "tokenizer"
+DOWN, UP = (str([name] * 4) for name in ("DownEncoderBlock2D", "UpDecoderBlock2D"))
+AUTOENCODER = f"""
+objective = "autoencoder"
+steps = 6
+batch_size = 2
+save_every = 2
+
+[optimizer]
+learning_rate = 1e-3
+
+[vae]
+down_block_types = {DOWN}
+up_block_types = {UP}
+block_out_channels = [4, 4, 8, 8]
+norm_num_groups = 4
+sample_size = 64
+"""
+TEXT_TO_IMAGE = f"""
+objective = "text_to_image"
+autoencoder = "{{autoencoder}}"
+tokenizer = "{TOKENIZER}"
+scenes = 64
+steps = 50
+batch_size = 4
+save_every = 50
+
+[optimizer]
+learning_rate = 1e-3
+
+[text_encoder]
+vocab_size = 641
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 1
+num_attention_heads = 2
+max_position_embeddings = 24
+bos_token_id = 639
+eos_token_id = 640
+pad_token_id = 640
+
+[unet]
+sample_size = 8
+down_block_types = ["CrossAttnDownBlock2D"]
+up_block_types = ["CrossAttnUpBlock2D"]
+block_out_channels = [32]
+layers_per_block = 1
+norm_num_groups = 8
+cross_attention_dim = 32
+attention_head_dim = 2
+
+[scheduler]
+_class_name = "DDIMScheduler"
+beta_schedule = "scaled_linear"
+beta_start = 0.00085
+beta_end = 0.012
+prediction_type = "v_prediction"
+rescale_betas_zero_snr = true
+timestep_spacing = "trailing"
+clip_sample = false
+steps_offset = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def autoencoder_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("autoencoder")
+    (folder / "recipe.toml").write_text(AUTOENCODER)
+    train(folder / "recipe.toml", folder / "run")
+    return folder / "run"
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_a_killed_run_continues_to_the_same_weights(autoencoder_run, tmp_path):
+    (tmp_path / "recipe.toml").write_text(AUTOENCODER)
+    program = "import sys; from jaxdiff.training.run import train; train(*sys.argv[1:])"
+    command = [sys.executable, "-c", program, tmp_path / "recipe.toml", tmp_path / "run"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "2").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "model").exists()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert weights(tmp_path / "run") == weights(autoencoder_run)
+
+
+def test_a_finished_run_is_not_trained_further(autoencoder_run):
+    before = weights(autoencoder_run)
+    train(autoencoder_run / "recipe.toml", autoencoder_run)
+    assert weights(autoencoder_run) == before
+
+
+def test_another_recipe_is_refused_in_the_same_directory(autoencoder_run, tmp_path):
+    (tmp_path / "recipe.toml").write_text(AUTOENCODER.replace("1e-3", "2e-3"))
+    with pytest.raises(InputError, match="holds a run of another recipe"):
+        train(tmp_path / "recipe.toml", autoencoder_run)
+
+
+def test_a_denoiser_learns_and_becomes_a_model_that_generates(autoencoder_run, tmp_path):
+    text = TEXT_TO_IMAGE.format(autoencoder=autoencoder_run / "model")
+    (tmp_path / "recipe.toml").write_text(text)
+    train(tmp_path / "recipe.toml", tmp_path / "run")
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 50
+    assert 0 < json.loads(line)["loss"] < 1.2  # the variance of v is 1
+    assert Image.open(tmp_path / "run" / "loss.png").size[0] > 100
+    assert Image.open(tmp_path / "run" / "samples" / "000050.png").size == (526, 394)
+    model = jaxdiff.load(tmp_path / "run" / "model")
+    (image,) = model.generate([jaxdiff.Request(prompt="a red circle", steps=2)])
+    assert image.finite
+    assert image.pixels.shape == (64, 64, 3)
+
+
+def test_the_autoencoders_latents_are_scaled_to_unit_variance(autoencoder_run):
+    from flax import nnx
+
+    from jaxdiff.training.autoencoder import render_batch, to_float
+    from jaxdiff.training.text_to_image import load_autoencoder
+
+    config, graph, params = load_autoencoder(autoencoder_run / "model")
+    mean, _ = nnx.merge(graph, params).encode(to_float(render_batch(1, 1, 64)))
+    assert float(config.scale(mean).std()) == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('objective = "autoencoder"', 'objective = "gan"', "objective"),
+        ("steps = 6", "", "steps is missing"),
+        ("steps = 6", "steps = 0", "steps must be at least 1"),
+        ("steps = 6", 'steps = "6"', "steps must be a int"),
+        ("steps = 6", "steps = 6\nwarmth = 1", "warmth is no key"),
+        ("learning_rate = 1e-3", "", "optimizer.learning_rate is missing"),
+        ("steps = 6", "steps = ", "not a readable TOML"),
+    ],
+)
+def test_bad_recipes_are_one_clear_line(old, new, message, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(AUTOENCODER.replace(old, new, 1))
+    with pytest.raises(InputError, match=message) as caught:
+        recipe.read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(InputError, match="no such recipe"):
+        recipe.read(tmp_path / "none.toml")
+
+
+def test_the_committed_recipes_are_valid():
+    folder = Path(__file__).parents[2] / "configs" / "train"
+    assert {path.stem for path in folder.glob("*.toml")} == {"shapes64", "shapes64-autoencoder"}
+    for path in folder.glob("*.toml"):
+        recipe.read(path)
+
+
+def test_batches_are_a_function_of_the_step():
+    from jaxdiff.training.autoencoder import render_batch
+
+    np.testing.assert_array_equal(render_batch(0, 3, 4), render_batch(0, 3, 4))
+    assert (render_batch(0, 3, 4) != render_batch(0, 4, 4)).any()
