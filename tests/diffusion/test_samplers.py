@@ -39,8 +39,9 @@ def test_samplers_converge_to_the_exact_flow(name):
     assert error(name, 500) < error(name, 50) < error(name, 10)
 
 
-def test_the_second_order_solver_needs_fewer_steps():
-    assert error("dpmpp_2m", 20) < error("ddim", 20) / 2
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_the_second_order_solver_is_nearer_at_equal_steps(steps):
+    assert error("dpmpp_2m", steps) < error("ddim", steps)
 
 
 def test_one_step_from_pure_noise_gives_the_mean():
@@ -51,7 +52,7 @@ def test_one_step_from_pure_noise_gives_the_mean():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_last_step_ends_without_noise(name):
-    table = sampler_table(name, SCHEDULE, 7)
+    table = sampler_table(name, SCHEDULE, 8)
     assert table.a[-1] == 0
     assert table.b[-1] == 1
     assert table.c[-1] == 0
