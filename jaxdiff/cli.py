@@ -41,20 +41,25 @@ def main(arguments: list[str] | None = None) -> int:
     _set_logging(debug)
     try:
         return _command(arguments[0])(arguments[1:])
-    except InputError as problem:
-        message, code = str(problem), 2
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    except OSError as problem:
-        message = f"{problem.filename}: {problem.strerror or problem}"
-        message, code = f"{message}; when that is mended, the same command continues", 1
-    except Exception as problem:
-        first, *_ = str(problem).splitlines() or [""]
-        message, code = f"{type(problem).__name__}: {first} (--debug shows where)", 1
-    if debug:
-        traceback.print_exc()
-    print(f"jaxdiff: {message}", file=sys.stderr)
-    return code
+    except (Exception, KeyboardInterrupt) as problem:
+        if debug:
+            traceback.print_exc()
+        message, code = _explain(problem)
+        print(f"jaxdiff: {message}", file=sys.stderr)
+        return code
+
+
+def _explain(problem: BaseException) -> tuple[str, int]:
+    """One line for people, and the exit code."""
+    if isinstance(problem, InputError):
+        return str(problem), 2
+    if isinstance(problem, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(problem, OSError):
+        what = f"{problem.filename}: {problem.strerror or problem}"
+        return f"{what}; when that is mended, the same command continues", 1
+    first, *_ = str(problem).splitlines() or [""]
+    return f"{type(problem).__name__}: {first} (--debug shows where)", 1
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

@@ -12,6 +12,7 @@ runner is trusted with completeness. A job is complete when its files prove it.
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import sys
@@ -110,7 +111,7 @@ def _plan(job: Job, settings: job_settings.Settings, checkpoint: Checkpoint) -> 
 
 def _report_rejected(job: Job, plan: Plan) -> None:
     if plan.rows["rejected"]:
-        rejections = _rejections(job, plan, job.output)
+        rejections = _rejections(job, plan, job.output / layout.PLAN)
         _say(f"{rejections}; see {job.output / layout.REJECTED}")
 
 
@@ -188,6 +189,7 @@ def _stopped_by_signals() -> Iterator[None]:
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def stop(number, _) -> None:
+        os.write(2, b"\njaxdiff: stopping after the current batch\n")  # print may be running
         worker.stopping.set()
         signal.signal(number, old[number])
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 import threading
 import time
@@ -60,7 +61,9 @@ class Counter:
 
 def _bar(counter: Counter, total: int, done: threading.Event) -> None:
     start = counter.count()
-    with tqdm(total=total, initial=start, unit=" images", bar_format=BAR, desc="compiling") as bar:
+    columns, lines = shutil.get_terminal_size()  # tqdm draws nothing where it cannot tell
+    how = {"unit": " images", "bar_format": BAR, "ncols": columns, "nrows": lines}
+    with tqdm(total=total, initial=start, desc="compiling", **how) as bar:
         while True:
             last = done.wait(BAR_SECONDS)
             if new := counter.count() - bar.n:

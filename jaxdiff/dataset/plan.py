@@ -180,7 +180,9 @@ def make(
     folder.mkdir()
     with (
         # A path that is not UTF-8 may stand in it.
-        (folder / layout.REJECTED).open("w", encoding="utf-8", errors="backslashreplace") as rejected,
+        (folder / layout.REJECTED).open(
+            "w", encoding="utf-8", errors="backslashreplace"
+        ) as rejected,
         pq.ParquetWriter(folder / "images.parquet", SCHEMA) as writer,
     ):
         reader = _Reader(path, settings, checkpoint.size_multiple, rejected)

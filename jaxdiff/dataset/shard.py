@@ -135,7 +135,8 @@ class Attempt:
         self._images_name, self._metadata_name = file_names(plan, shard)
         _, writer, _ = formats.FORMATS[plan.settings.format]
         self._writer = writer(self._path(self._images_name))
-        self._progress = directory / layout.TMP / f"{self._name}.progress"
+        self._progress_path = directory / layout.TMP / f"{self._name}.progress"
+        self._progress = self._progress_path.open("wb", buffering=0)
         self._rows: list[dict] = []
         self._failed = 0
 
@@ -148,7 +149,8 @@ class Attempt:
         if not self._committed():
             for name in (self._images_name, self._metadata_name):
                 self._path(name).unlink(missing_ok=True)
-        self._progress.unlink(missing_ok=True)
+        self._progress.close()
+        self._progress_path.unlink(missing_ok=True)
 
     def add(self, sample: Sample) -> None:
         """Appends an image that was made."""
@@ -212,4 +214,4 @@ class Attempt:
         return _temporary_path(self._directory, self._name, name)
 
     def _report(self) -> None:
-        self._progress.write_text(str(len(self._rows)))
+        os.pwrite(self._progress.fileno(), b"%d" % len(self._rows), 0)

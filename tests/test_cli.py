@@ -1,0 +1,160 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from jaxdiff import cli
+from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import settings as job_settings
+from jaxdiff.errors import InputError
+from jaxdiff.worlds.shapes import captions, scene
+from pipelines import options
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_help_names_the_commands_and_an_example(capsys):
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"^  (\w+)  +", said, re.M) == ["generate", "verify", "train"]
+    assert "jaxdiff generate --manifest prompts.txt --output out/first" in said
+    for command in ("generate", "verify", "train"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, "--help"])
+        assert f"usage: jaxdiff {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["make"], "unknown command 'make'; the commands are generate, verify, train"),
+        (["verify"], "the following arguments are required: DIR (jaxdiff verify --help"),
+        (["verify", "/nowhere"], "/nowhere holds no jaxdiff run"),
+        (["generate"], "--manifest is missing (jaxdiff generate --help"),
+        (["generate", "--manifest", "x.txt"], "--output is missing"),
+        (["generate", "--steps"], "argument --steps: expected one argument"),
+        (["generate", "no.toml"], "job file no.toml cannot be read"),
+        (["train"], "the following arguments are required: RECIPE.toml, --output"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, message):
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"jaxdiff: {message}")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_debug_shows_where(capsys):
+    assert cli.main(["verify", "/nowhere", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_and_the_package_import_nothing_heavy():
+    code = """
+import sys, jaxdiff
+from jaxdiff import cli
+cli.main(["--help"])
+heavy = {"jax", "flax", "numpy", "pyarrow", "torch", "transformers", "apache_beam"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    assert python("-c", code).returncode == 0
+
+
+def test_the_pipeline_takes_the_same_options():
+    ended = python("-m", "pipelines.generate", "--manifest=no.txt", "--output=/nowhere/x")
+    same = python("-m", "jaxdiff", "generate", "--manifest=no.txt", "--output=/nowhere/x")
+    assert ended.returncode == same.returncode == 2
+    assert ended.stderr.splitlines()[-1] == same.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def job_file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "job.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_the_command_line_goes_before_the_job_file(job_file):
+    path = job_file(
+        'manifest = "a.txt"\noutput = "out"\nsteps = 30\nguidance-scale = 2\nstrict = true\n'
+    )
+    job, rest = options.parse([path, "--steps=7", "--runner", "FlinkRunner"])
+    assert (job.manifest, job.output, job.model) == (Path("a.txt"), Path("out"), "shapes64")
+    assert job.settings == {"steps": "7", "guidance_scale": 2}
+    assert (job.strict, job.overwrite) == (True, False)
+    assert rest == ["--runner", "FlinkRunner"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stpes = 3", "unknown option 'stpes'; did you mean --steps?"),
+        ("steps = ", "cannot be read"),
+        ("manifest = 3", "manifest must be text, not 3"),
+        ('strict = "yes"', "strict must be true or false, not 'yes'"),
+    ],
+)
+def test_a_job_file_that_cannot_be_used_is_named(job_file, text, message):
+    with pytest.raises(InputError, match=r"^job file .*job\.toml") as caught:
+        options.parse([job_file(text)])
+    assert message in str(caught.value)
+
+
+def test_the_demo_shows_every_template_of_the_shapes_world(tmp_path, tiny_checkpoint, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    job, _ = options.parse(["configs/jobs/demo.toml"])
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    settings = job_settings.resolve(job.settings, checkpoint)
+    identity = plans.identify(job.manifest, settings, checkpoint)
+    plan = plans.make(job.manifest, settings, checkpoint, identity, tmp_path / "plan")
+    assert plan.images >= 64
+    assert plan.rows["rejected"] == 0
+    assert plan.rows["accepted"] >= 32
+    words = {"shape": scene.SHAPES, "color": scene.COLORS, "relation": scene.RELATIONS}
+    words |= {"number": captions.NUMBERS.values(), "shapes": captions.PLURALS.values()}
+    patterns = {}
+    for template in captions.TEMPLATES:
+        pattern = re.sub(r"\ba\b", "an?", template)
+        for name, choices in words.items():
+            pattern = pattern.replace(f"{{{name}}}", f"({'|'.join(choices)})")
+        patterns[template] = f"{pattern}( on a ({'|'.join(scene.BACKGROUNDS)}) background)?"
+    table = pq.read_table(tmp_path / "plan" / "images.parquet").to_pylist()
+    for name in ("prompt", "negative_prompt"):
+        for text in {row[name] for row in table} - {"", "a black background"}:
+            assert any(re.fullmatch(pattern, text) for pattern in patterns.values()), text
+    for pattern in patterns.values():
+        assert any(re.fullmatch(pattern, row["prompt"]) for row in table), pattern
+
+
+def test_the_contact_sheet_has_an_image_for_every_prompt(tmp_path, tiny_checkpoint):
+    directory = tmp_path / "out"
+    (tmp_path / "p.txt").write_text("a red circle\na blue square\n" * 5)
+    job = {"manifest": tmp_path / "p.txt", "output": directory, "model": tiny_checkpoint}
+    job |= {"steps": 2, "batch-size": 2}
+    assert cli.main(["generate", *(f"--{name}={value}" for name, value in job.items())]) == 0
+    ended = subprocess.run(
+        [sys.executable, "tools/contact_sheet.py", str(directory)],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert ended.returncode == 0
+    with Image.open(directory / "contact_sheet.png") as sheet:
+        assert sheet.width > sheet.height > 300
+        assert len(sheet.convert("RGB").getcolors(10**7)) > 1000
+    assert cli.main(["verify", str(directory)]) == 0
