@@ -5,7 +5,6 @@ import json
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import formats, images
 from jaxdiff.dataset.plan import Plan
-from jaxdiff.dataset.shard import Marker
 
 CROISSANT_CONTEXT = {
     "@language": "en",
@@ -17,6 +16,7 @@ CROISSANT_CONTEXT = {
     "data": {"@id": "cr:data", "@type": "@json"},
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "dct": "http://purl.org/dc/terms/",
+    "equivalentProperty": "cr:equivalentProperty",
     "examples": {"@id": "cr:examples", "@type": "@json"},
     "extract": "cr:extract",
     "field": "cr:field",
@@ -37,6 +37,7 @@ CROISSANT_CONTEXT = {
     "regex": "cr:regex",
     "repeated": "cr:repeated",
     "replace": "cr:replace",
+    "samplingRate": "cr:samplingRate",
     "sc": "https://schema.org/",
     "separator": "cr:separator",
     "source": "cr:source",
@@ -44,7 +45,6 @@ CROISSANT_CONTEXT = {
     "transform": "cr:transform",
 }
 CROISSANT_TYPES = {"string": "sc:Text", "double": "sc:Float"}  # else sc:Integer
-MIME_TYPES = {"tar": "application/x-tar", "parquet": "application/x-parquet"}
 
 README = """\
 ---
@@ -124,40 +124,29 @@ def _webdataset_features(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def croissant(plan: Plan, markers: list[Marker]) -> str:
+def croissant(plan: Plan) -> str:
     """The dataset in Croissant 1.0 (https://docs.mlcommons.org/croissant/docs/croissant-spec.html).
 
     The record set has a row for every planned image, from the metadata files.
     """
-    names = sorted((name, file) for marker in markers for name, file in marker.files.items())
+    endings = {layout.DATA: formats.FORMATS[plan.settings.format][0], layout.METADATA: "parquet"}
     files = [
         {
-            "@type": "cr:FileObject",
-            "@id": name,
-            "name": name,
-            "contentUrl": name,
-            "contentSize": f"{file['bytes']} B",
-            "encodingFormat": MIME_TYPES[name.rpartition(".")[2]],
-            "sha256": file["sha256"],
+            "@type": "cr:FileSet",
+            "@id": folder,
+            "name": folder,
+            "encodingFormat": f"application/x-{ending}",
+            "includes": f"{folder}/*.{ending}",
         }
-        for name, file in names
+        for folder, ending in endings.items()
     ]
-    metadata = [{"@id": name} for name, _ in names if name.startswith(f"{layout.METADATA}/")]
-    tables = {
-        "@type": "cr:FileSet",
-        "@id": "metadata-tables",
-        "name": "metadata-tables",
-        "containedIn": metadata,
-        "encodingFormat": MIME_TYPES["parquet"],
-        "includes": "*.parquet",
-    }
     fields = [
         {
             "@type": "cr:Field",
             "@id": f"images/{name}",
             "name": f"images/{name}",
             "dataType": CROISSANT_TYPES.get(str(kind), "sc:Integer"),
-            "source": {"fileSet": {"@id": "metadata-tables"}, "extract": {"column": name}},
+            "source": {"fileSet": {"@id": layout.METADATA}, "extract": {"column": name}},
         }
         for name, kind in formats.RECORD_FIELDS
     ]
@@ -167,7 +156,8 @@ def croissant(plan: Plan, markers: list[Marker]) -> str:
         "name": f"jaxdiff-{plan.id[:12]}",
         "description": f"{plan.images} planned images by the text-to-image model {plan.model_name}",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
-        "distribution": [*files, tables],
+        "version": "1.0.0",
+        "distribution": files,
         "recordSet": [
             {"@type": "cr:RecordSet", "@id": "images", "name": "images", "field": fields}
         ],

@@ -70,7 +70,7 @@ def finalize(directory: Path, plan: Plan, plan_seconds: float) -> dict:
     layout.write(directory, layout.REJECTED, _rejected(directory))
     layout.write(directory, layout.FAILED, _failed(directory, plan, markers))
     layout.write(directory, layout.CARD, card.readme(plan, counts))
-    layout.write(directory, layout.CROISSANT, card.croissant(plan, markers))
+    layout.write(directory, layout.CROISSANT, card.croissant(plan))
     report = _report(plan, markers, counts)
     seconds = report["seconds"] | {"plan": plan_seconds, "finalize": time.monotonic() - began}
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
@@ -107,7 +107,7 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
         layout.REJECTED: _rejected(directory),
         layout.FAILED: _failed(directory, plan, markers),
         layout.CARD: card.readme(plan, counts),
-        layout.CROISSANT: card.croissant(plan, markers),
+        layout.CROISSANT: card.croissant(plan),
         layout.SUCCESS: _success(plan, markers, counts),
     }
     for name, content in expected.items():

@@ -63,3 +63,14 @@ def test_load_dataset_finds_images_and_metadata(
     tables = str(directory / "metadata" / "*.parquet")
     table = list(datasets.load_dataset("parquet", data_files=tables, **how))
     assert [row["pixel_sha256"] for row in table] == [r["pixel_sha256"] for r in records]
+
+
+@pytest.mark.parametrize("format_", ["webdataset", "parquet"])
+def test_croissant_names_files_and_columns_that_are_there(finished, format_):
+    directory = finished(format=format_)
+    description = json.loads((directory / "croissant.json").read_text())
+    for files in description["distribution"]:
+        assert len(list(directory.glob(files["includes"]))) == 3
+    columns = set(pd.read_parquet(directory / "metadata").columns)
+    (records,) = description["recordSet"]
+    assert {field["source"]["extract"]["column"] for field in records["field"]} <= columns
