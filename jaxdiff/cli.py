@@ -100,7 +100,7 @@ def _train(arguments: list[str]) -> int:
     parser = Parser(
         "train",
         description="Train a model from a recipe, or continue a training that was interrupted.",
-        epilog="example:\n  jaxdiff train configs/train/autoencoder.toml --output runs/vae",
+        epilog="example:\n  jaxdiff train configs/train/shapes64.toml --output runs/shapes64",
     )
     parser.add_argument("recipe", metavar="RECIPE.toml", type=Path, help="what to train, and how")
     parser.add_argument(

@@ -135,7 +135,8 @@ def _generate(job: Job, plan: Plan, beam_options: PipelineOptions) -> None:
     """Makes the shards that are not made yet."""
     todo = ledger.todo(job.output, plan)
     total = len(plan.shard_sizes)
-    _say(f"{plan.images} images in {total} shards, {total - len(todo)} of them made already")
+    made = f", {total - len(todo)} of them made already" if len(todo) < total else ""
+    _say(f"{plan.images} images in {total} shard{'s' if total > 1 else ''}{made}")
     if not todo:
         return
     runner = beam_options.view_as(StandardOptions).runner or FnApiRunner()

@@ -25,9 +25,9 @@ FAILED = "failed.jsonl"
 RUN = "run.json"
 CARD = "README.md"
 CROISSANT = "croissant.json"
-# All that a run leaves, in the order in which it may be deleted: a dataset that has lost a file
-# must not look finished.
-OURS = (SUCCESS, DONE, DATA, METADATA, PLAN, CARD, CROISSANT, RUN, REJECTED, FAILED)
+# All that a run leaves, in the order in which it is deleted: what has lost a file must not look
+# finished, and while the plan is there the directory is known as ours.
+OURS = (SUCCESS, DONE, DATA, METADATA, CARD, CROISSANT, RUN, REJECTED, FAILED, PLAN)
 
 
 @contextlib.contextmanager
@@ -67,14 +67,17 @@ def held(directory: Path) -> Iterator[None]:
 def _check_ours(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--output {directory} is a file; name a directory")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / WORK).is_dir():
+    ours = (directory / PLAN).is_dir() or not directory.exists()
+    if not ours and any(path.name != WORK for path in directory.iterdir()):
         raise InputError(
             f"--output {directory} holds other files and no jaxdiff run; name a new directory"
         )
 
 
 def clear(directory: Path) -> None:
-    """Deletes what a run has left there, and nothing else."""
+    """Deletes the run that is there, if there is one, and nothing else."""
+    if not (directory / PLAN).is_dir():
+        return
     for name in OURS:
         path = directory / name
         if path.is_dir() and not path.is_symlink():

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxdiff.checkpoint.layout import Checkpoint
+from jaxdiff.dataset import checks, manifest, rows
 from jaxdiff.dataset import directory as layout
-from jaxdiff.dataset import manifest, rows
 from jaxdiff.dataset.checks import BadValueError
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
@@ -178,11 +178,9 @@ def make(
       InputError: if the manifest cannot be read, or has no row that can be used.
     """
     folder.mkdir()
+    how = {"encoding": "utf-8", "errors": "backslashreplace"}  # the path may be no UTF-8
     with (
-        # A path that is not UTF-8 may stand in it.
-        (folder / layout.REJECTED).open(
-            "w", encoding="utf-8", errors="backslashreplace"
-        ) as rejected,
+        (folder / layout.REJECTED).open("w", **how) as rejected,
         pq.ParquetWriter(folder / "images.parquet", SCHEMA) as writer,
     ):
         reader = _Reader(path, settings, checkpoint.size_multiple, rejected)
@@ -285,7 +283,7 @@ class _Reader:
         row = rows.parse(entry.values, number, self.settings, self.size_multiple)
         first = self.line_of_id.setdefault(row.id, entry.line)
         if first != entry.line:
-            raise BadValueError(f"id {row.id!r} is that of line {first} already")
+            raise BadValueError(f"id {checks.shown(row.id)} is that of line {first} already")
         self.counts["accepted"] += 1
         return row
 
@@ -306,7 +304,7 @@ class _Reader:
 
 def _shards(images: Iterator[PlannedImage], settings: Settings) -> Iterator[list[PlannedImage]]:
     """Groups images into shards of one bucket each, full batches but for a bucket's last."""
-    filling: dict[tuple, list[PlannedImage]] = {}
+    filling: dict[Bucket, list[PlannedImage]] = {}
     for image in images:
         bucket = image.request.bucket
         shard = filling.setdefault(bucket, [])

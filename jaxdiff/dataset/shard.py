@@ -193,17 +193,19 @@ class Attempt:
 
     def _link(self, marker: Marker) -> None:
         body = self._directory / layout.TMP / f"{self._name}.json"
-        with body.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(marker), indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        layout.sync_folder(body.parent)
         final = marker_path(self._directory, self._shard)
         final.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            os.link(body, final)
-        layout.sync_folder(final.parent)
-        body.unlink()
+        try:
+            with body.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(marker), indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            layout.sync_folder(body.parent)
+            with contextlib.suppress(FileExistsError):
+                os.link(body, final)
+            layout.sync_folder(final.parent)
+        finally:
+            body.unlink(missing_ok=True)
 
     def _committed(self) -> bool:
         """Whether the shard's marker is this attempt's (an NFS server may answer a link twice)."""

@@ -224,6 +224,9 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path, command, capsys):
         assert cli.main(command(tmp_path / "mine", *more)) == 2
         assert "holds other files and no jaxdiff run" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["photo.jpg"]
+    (tmp_path / "mine" / "_jaxdiff").mkdir()  # no plan in it: still not ours
+    assert cli.main(command(tmp_path / "mine", "--overwrite")) == 2
+    assert (tmp_path / "mine" / "photo.jpg").exists()
 
 
 def test_a_second_job_in_the_same_directory_is_refused(tmp_path, command, capsys):
