@@ -3,7 +3,7 @@
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 from transformers import CLIPTokenizer
 
-from jaxdiff import parallel
+from jaxdiff import checks, parallel
 from jaxdiff.checkpoint.diffusers import abstract_network, load_params
 from jaxdiff.checkpoint.layout import Checkpoint, open_checkpoint
 from jaxdiff.diffusion import guidance, objective, samplers
@@ -24,7 +24,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxdiff.request import Request
+from jaxdiff.request import MAX_SEED, SAMPLERS, Request
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Text is encoded in batches of this size whatever the size of the image batches, so that a prompt's
@@ -33,6 +33,15 @@ TEXT_BATCH = 8
 REMEMBERED_PROMPTS = 1024
 # What diffusers' StableDiffusionPipeline makes of any scheduler's config that it is given.
 PIPELINE_SCHEDULE = {"steps_offset": 1, "clip_sample": False}
+# How each value of a request is checked, with the arguments of the check.
+CHECKS = {
+    "prompt": (checks.text,),
+    "negative_prompt": (checks.text,),
+    "seed": (checks.integer, 0, MAX_SEED),
+    "steps": (checks.integer, 1, checks.MAX_STEPS),
+    "guidance_scale": (checks.guidance_scale,),
+    "sampler": (checks.choice, SAMPLERS),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,22 +126,22 @@ class TextToImage:
         """Fills in the model's own size and sampler where the request leaves them open.
 
         Raises:
-          InputError: if the model cannot make what is asked for.
+          InputError: naming the value that cannot be used or that this model cannot make.
         """
         width, height = self.checkpoint.default_size
-        request = replace(
-            request,
-            width=width if request.width is None else request.width,
-            height=height if request.height is None else request.height,
-            sampler=request.sampler or self.checkpoint.default_sampler,
-        )
-        for name in ("width", "height"):
-            if getattr(request, name) % self.checkpoint.size_multiple:
-                raise InputError(
-                    f"{name} = {getattr(request, name)} is not a multiple of "
-                    f"{self.checkpoint.size_multiple}, which this model needs"
-                )
-        return request
+        sides = (checks.side, self.checkpoint.size_multiple)
+        values = {
+            **asdict(request),
+            "width": width if request.width is None else request.width,
+            "height": height if request.height is None else request.height,
+            "sampler": request.sampler or self.checkpoint.default_sampler,
+        }
+        for name, (check, *arguments) in {**CHECKS, "width": sides, "height": sides}.items():
+            try:
+                values[name] = check(name, values[name], *arguments)
+            except checks.BadValueError as problem:
+                raise InputError(str(problem)) from None
+        return Request(**values)
 
     def generate(self, requests: Sequence[Request], batch_size: int = 8) -> list[Image]:
         """Makes one image for each request, in their order.

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import checks
+from jaxdiff import checks
 from jaxdiff.errors import InputError
 
 # The columns that mean something; any other is carried through to the image's metadata.

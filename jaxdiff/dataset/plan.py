@@ -16,10 +16,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxdiff import checks
 from jaxdiff.checkpoint.layout import Checkpoint
-from jaxdiff.dataset import checks, manifest, rows
+from jaxdiff.checks import BadValueError
 from jaxdiff.dataset import directory as layout
-from jaxdiff.dataset.checks import BadValueError
+from jaxdiff.dataset import manifest, rows
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
 from jaxdiff.request import Bucket, Request

@@ -5,8 +5,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxdiff.dataset import checks
-from jaxdiff.dataset.checks import BadValueError
+from jaxdiff import checks
+from jaxdiff.checks import BadValueError
 from jaxdiff.dataset.manifest import COLUMNS
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.request import MAX_SEED, SAMPLERS, Request

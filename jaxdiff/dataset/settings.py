@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, fields
 
+from jaxdiff import checks
 from jaxdiff.checkpoint.layout import Checkpoint
-from jaxdiff.dataset import checks, formats, images
+from jaxdiff.dataset import formats, images
 from jaxdiff.errors import InputError
 from jaxdiff.request import MAX_SEED, SAMPLERS, Request
 

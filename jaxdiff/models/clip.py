@@ -74,9 +74,10 @@ class _Embeddings(nnx.Module):
         )
 
     def __call__(self, token_ids: Array) -> Array:
-        return self.token_embedding(token_ids) + self.position_embedding(
-            jnp.arange(token_ids.shape[1])
-        )
+        positions = jnp.arange(token_ids.shape[1])
+        embedded = self.token_embedding(token_ids) + self.position_embedding(positions)
+        # nnx.Embed answers in the dtype that it was built with, not in that of its weights.
+        return embedded.astype(self.token_embedding.embedding.dtype)
 
 
 class _SelfAttention(nnx.Module):

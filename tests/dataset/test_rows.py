@@ -3,8 +3,8 @@ from datetime import date
 
 import pytest
 
+from jaxdiff.checks import BadValueError
 from jaxdiff.dataset import rows
-from jaxdiff.dataset.checks import BadValueError
 from jaxdiff.dataset.settings import Settings
 
 SETTINGS = Settings(width=64, height=64, sampler="ddim", num_images=2, negative_prompt="blur")
