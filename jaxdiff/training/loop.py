@@ -106,7 +106,7 @@ def _compile_step(task: Task, transform, recipe):
         # The average must not remember the random start: its memory grows with the step.
         decay = jnp.minimum(recipe.ema_decay, (1.0 + step) / (10.0 + step))
         ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state["ema"], params)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads), **metrics}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **metrics}
         return {"params": params, "ema": ema, "optimizer": optimizer_state}, metrics
 
     return jax.jit(step_fn, donate_argnums=0)

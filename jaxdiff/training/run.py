@@ -20,7 +20,8 @@ def train(recipe_path: str | Path, output: str | Path) -> None:
     if kept.exists() and read(kept) != recipe:
         raise InputError(f"{output}: holds a run of another recipe; name another --output")
     output.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(recipe_path, kept)
+    if not kept.exists():
+        shutil.copyfile(recipe_path, kept)
     if isinstance(recipe, AutoencoderRecipe):
         task = autoencoder.task(recipe)
     else:
