@@ -272,7 +272,12 @@ def sample_pixels(
     latents = samplers.sample(denoise, noise, initial_scale, columns)
     images = vae.decode(vae_config.unscale(latents).astype(dtype)).astype(jnp.float32)
     finite = jnp.isfinite(images).all(axis=(1, 2, 3))
-    return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8), finite
+    return to_pixels(images), finite
+
+
+def to_pixels(images: Array) -> Array:
+    """Images in -1..1 to uint8, rounded to the nearest."""
+    return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
 def _fetch(batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]:

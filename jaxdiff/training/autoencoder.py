@@ -1,6 +1,7 @@
-"""The autoencoder's objective: reconstruction and KL (Kingma and Welling, 2014)."""
+"""The autoencoder's objectives: all of it (Kingma and Welling, 2014), or its decoder alone."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,12 +11,16 @@ from flax import nnx
 from jax import Array
 
 from jaxdiff.checkpoint import diffusers
+from jaxdiff.checkpoint.layout import CONFIGS, NETWORKS, read_json
+from jaxdiff.errors import InputError
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxdiff.text_to_image import to_pixels
 from jaxdiff.training.loop import Params, Task, grid
-from jaxdiff.training.recipe import AutoencoderRecipe
+from jaxdiff.training.recipe import AutoencoderRecipe, DecoderRecipe
 from jaxdiff.worlds import shapes
 
 PREVIEW_SEED = 2**31
+CONFIG, WEIGHTS = CONFIGS["vae"], NETWORKS["vae"][2]
 
 
 def render_batch(seed: int, step: int, count: int) -> np.ndarray:
@@ -29,68 +34,104 @@ def to_float(pixels: Array) -> Array:
     return pixels.astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_pixels(images: Array) -> Array:
-    """Images in -1..1 to uint8, rounded to the nearest."""
-    return jnp.round(jnp.clip(images * 127.5 + 127.5, 0.0, 255.0)).astype(jnp.uint8)
-
-
-def _differences(images: Array) -> tuple[Array, Array]:
-    return jnp.diff(images, axis=1), jnp.diff(images, axis=2)
-
-
 def task(recipe: AutoencoderRecipe) -> Task:
-    """The objective of `recipe`, ready for `loop.fit`."""
+    """Trains encoder and decoder together."""
     config = AutoencoderKLConfig.from_json(recipe.vae)
-    graphdef, state = nnx.split(AutoencoderKL(config, rngs=nnx.Rngs(recipe.seed)))
+    graph, state = nnx.split(AutoencoderKL(config, rngs=nnx.Rngs(recipe.seed)))
 
     def loss(params: Params, batch: dict, key: Array) -> tuple[Array, dict]:
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(graph, params)
         images = to_float(batch["pixels"])
         mean, log_variance = model.encode(images)
         noise = jax.random.normal(key, mean.shape)
         decoded = model.decode(mean + jnp.exp(0.5 * log_variance) * noise)
-        reconstruction = jnp.mean(jnp.abs(decoded - images))
-        edges = sum(
-            jnp.mean(jnp.abs(ours - theirs))
-            for ours, theirs in zip(_differences(decoded), _differences(images), strict=True)
-        )
         kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)
-        total = reconstruction + recipe.gradient_weight * edges + recipe.kl_weight * kl
-        return total, {
-            "reconstruction": reconstruction,
-            "squared_error": jnp.mean((decoded - images) ** 2),
-            "kl": kl,
-        }
-
-    @jax.jit
-    def reconstruct(params: Params, pixels: Array) -> Array:
-        model = nnx.merge(graphdef, params)
-        return to_pixels(model.decode(model.encode(to_float(pixels))[0]))
-
-    def preview(params: Params) -> np.ndarray:
-        pixels = render_batch(PREVIEW_SEED, 0, 32)
-        decoded = np.asarray(reconstruct(params, pixels))
-        pairs = np.stack([pixels.reshape(4, 8, 64, 64, 3), decoded.reshape(4, 8, 64, 64, 3)], 1)
-        return grid(pairs.reshape(64, 64, 64, 3), columns=8)
+        error, metrics = _reconstruction_error(decoded, images, recipe.gradient_weight)
+        return error + recipe.kl_weight * kl, {**metrics, "kl": kl}
 
     def export(params: Params, directory: Path) -> None:
-        scale = latent_scale(graphdef, params, recipe.seed)
-        directory.mkdir(exist_ok=True)
-        diffusers.save_params(params, directory / "diffusion_pytorch_model.safetensors", np.float32)
-        exported = replace(config, scaling_factor=scale)
-        diffusers.write_json(directory / "config.json", exported.to_json())
+        scaled = replace(config, scaling_factor=latent_scale(graph, params, recipe.seed))
+        save_autoencoder(directory, scaled, params)
 
     return Task(
         params=nnx.to_pure_dict(state),
         loss=loss,
         batch=lambda step: {"pixels": render_batch(recipe.seed, step, recipe.batch_size)},
-        preview=preview,
+        preview=partial(_reconstructions, graph),
         export=export,
     )
 
 
-def latent_scale(graphdef, params: Params, seed: int) -> float:
+def decoder_task(recipe: DecoderRecipe) -> Task:
+    """Trains a decoder further, on its encoder's latents with a little noise."""
+    config, graph, params = load_autoencoder(Path(recipe.autoencoder))
+    encoder = {name: params.pop(name) for name in ("encoder", "quant_conv") if name in params}
+
+    def loss(params: Params, batch: dict, key: Array) -> tuple[Array, dict]:
+        model = nnx.merge(graph, {**encoder, **params})
+        images = to_float(batch["pixels"])
+        latents = config.scale(model.encode(images)[0])
+        latents += recipe.latent_noise * jax.random.normal(key, latents.shape)
+        decoded = model.decode(config.unscale(latents))
+        return _reconstruction_error(decoded, images, recipe.gradient_weight)
+
+    return Task(
+        params=params,
+        loss=loss,
+        batch=lambda step: {"pixels": render_batch(recipe.seed, step, recipe.batch_size)},
+        preview=lambda params: _reconstructions(graph, {**encoder, **params}),
+        export=lambda params, directory: save_autoencoder(directory, config, {**encoder, **params}),
+    )
+
+
+def load_autoencoder(directory: Path) -> tuple[AutoencoderKLConfig, nnx.GraphDef, Params]:
+    """An autoencoder in float32, from what `save_autoencoder` wrote.
+
+    Raises:
+      InputError: if the directory does not hold one.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise InputError(f"{path} is missing: train the autoencoder's recipe first")
+    config = AutoencoderKLConfig.from_json(read_json(path))
+    graph, shapes = diffusers.abstract_network(AutoencoderKL, config)
+    return config, graph, diffusers.load_params(shapes, [directory / WEIGHTS], jnp.float32)
+
+
+def save_autoencoder(directory: Path, config: AutoencoderKLConfig, params: Params) -> None:
+    """Writes the config and the float32 weights, as in a checkpoint's `vae/`."""
+    directory.mkdir(exist_ok=True)
+    diffusers.save_params(params, directory / WEIGHTS, np.float32)
+    diffusers.write_json(directory / CONFIG, config.to_json())
+
+
+def latent_scale(graph: nnx.GraphDef, params: Params, seed: int) -> float:
     """1 / standard deviation of the latents over 256 scenes, as in Rombach et al., appendix G."""
     pixels = render_batch(seed, PREVIEW_SEED, 256)
-    encode = jax.jit(lambda p, x: nnx.merge(graphdef, p).encode(to_float(x))[0])
+    encode = jax.jit(lambda params, x: nnx.merge(graph, params).encode(to_float(x))[0])
     return round(1.0 / float(jnp.std(encode(params, pixels))), 5)
+
+
+def _reconstruction_error(decoded: Array, images: Array, gradient_weight: float):
+    """Mean absolute error of the pixels, and of their differences to their neighbours."""
+    pixels = jnp.mean(jnp.abs(decoded - images))
+    edges = sum(
+        jnp.mean(jnp.abs(jnp.diff(decoded, axis=axis) - jnp.diff(images, axis=axis)))
+        for axis in (1, 2)
+    )
+    squared = jnp.mean((decoded - images) ** 2)
+    return pixels + gradient_weight * edges, {"reconstruction": pixels, "squared_error": squared}
+
+
+def _reconstructions(graph: nnx.GraphDef, params: Params) -> np.ndarray:
+    """Rows of scenes, each above what the autoencoder makes of it."""
+
+    @jax.jit
+    def reconstruct(params: Params, pixels: Array) -> Array:
+        model = nnx.merge(graph, params)
+        return to_pixels(model.decode(model.encode(to_float(pixels))[0]))
+
+    pixels = render_batch(PREVIEW_SEED, 0, 32)
+    both = [pixels, np.asarray(reconstruct(params, pixels))]
+    rows = np.stack([images.reshape(4, 8, 64, 64, 3) for images in both], axis=1)
+    return grid(rows.reshape(64, 64, 64, 3), columns=8)

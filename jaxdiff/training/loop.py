@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxdiff import parallel
-from jaxdiff.training.recipe import AutoencoderRecipe, Optimizer, TextToImageRecipe
+from jaxdiff.training.recipe import Optimizer, Recipe
 
 Params = Any  # a nested dict of arrays
 LOG_EVERY = 50
@@ -57,7 +57,7 @@ def optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
     )
 
 
-def fit(task: Task, recipe: AutoencoderRecipe | TextToImageRecipe, output: Path) -> None:
+def fit(task: Task, recipe: Recipe, output: Path) -> None:
     """Trains until `recipe.steps`, continuing from the newest checkpoint in `output`.
 
     Writes checkpoints/, metrics.jsonl, loss.png, samples/NNNNNN.png and, at the end, model/.
@@ -95,7 +95,7 @@ def fit(task: Task, recipe: AutoencoderRecipe | TextToImageRecipe, output: Path)
     task.export(state["ema"], output / "model")
 
 
-def _compile_step(task: Task, transform, recipe):
+def _compile_step(task: Task, transform: optax.GradientTransformation, recipe: Recipe):
     root = jax.random.key(recipe.seed)
 
     def step_fn(state, batch, step):

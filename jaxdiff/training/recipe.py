@@ -45,11 +45,34 @@ class AutoencoderRecipe:
 
 
 @dataclass(frozen=True)
+class DecoderRecipe:
+    """Trains the decoder of an autoencoder further; its latents stay what they are.
+
+    Attributes:
+      autoencoder: a directory that an autoencoder recipe wrote.
+      latent_noise: standard deviation of the noise on the latents, whose own is 1, so that the
+        decoder forgives what a denoiser leaves.
+      seed: another than the autoencoder's, for other scenes.
+    """
+
+    objective: str
+    steps: int
+    batch_size: int
+    optimizer: Optimizer
+    autoencoder: str
+    seed: int = 1
+    ema_decay: float = 0.999
+    save_every: int = 500
+    gradient_weight: float = 0.5
+    latent_noise: float = 0.05
+
+
+@dataclass(frozen=True)
 class TextToImageRecipe:
     """Trains a CLIP text encoder and a U-Net together, on latents that are encoded once.
 
     Attributes:
-      autoencoder: a directory that an autoencoder recipe wrote.
+      autoencoder: a directory that an autoencoder or decoder recipe wrote.
       tokenizer: a directory in the `CLIPTokenizer` format.
       scenes: how many scenes are rendered and encoded before training starts.
       caption_dropout: the share of captions replaced by the empty one, for guidance.
@@ -72,10 +95,15 @@ class TextToImageRecipe:
     caption_dropout: float = 0.1
 
 
-OBJECTIVES = {"autoencoder": AutoencoderRecipe, "text_to_image": TextToImageRecipe}
+Recipe = AutoencoderRecipe | DecoderRecipe | TextToImageRecipe
+OBJECTIVES = {
+    "autoencoder": AutoencoderRecipe,
+    "decoder": DecoderRecipe,
+    "text_to_image": TextToImageRecipe,
+}
 
 
-def read(path: Path) -> AutoencoderRecipe | TextToImageRecipe:
+def read(path: Path) -> Recipe:
     """Reads a recipe file.
 
     Raises:

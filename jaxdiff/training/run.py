@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jaxdiff.errors import InputError
 from jaxdiff.training import autoencoder, loop, text_to_image
-from jaxdiff.training.recipe import AutoencoderRecipe, read
+from jaxdiff.training.recipe import AutoencoderRecipe, DecoderRecipe, TextToImageRecipe, read
 
 
 def train(recipe_path: str | Path, output: str | Path) -> None:
@@ -22,8 +22,11 @@ def train(recipe_path: str | Path, output: str | Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if not kept.exists():
         shutil.copyfile(recipe_path, kept)
-    if isinstance(recipe, AutoencoderRecipe):
-        task = autoencoder.task(recipe)
-    else:
-        task = text_to_image.task(recipe, output)
+    match recipe:
+        case AutoencoderRecipe():
+            task = autoencoder.task(recipe)
+        case DecoderRecipe():
+            task = autoencoder.decoder_task(recipe)
+        case TextToImageRecipe():
+            task = text_to_image.task(recipe, output)
     loop.fit(task, recipe, output)

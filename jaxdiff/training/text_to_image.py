@@ -1,6 +1,5 @@
 """The denoiser's objective: a text encoder and a U-Net, trained together on latents made once."""
 
-import json
 import os
 from pathlib import Path
 
@@ -16,12 +15,10 @@ from jaxdiff.checkpoint import diffusers
 from jaxdiff.diffusion import noise as starting_noise
 from jaxdiff.diffusion import objective, samplers
 from jaxdiff.diffusion.schedule import NoiseSchedule
-from jaxdiff.errors import InputError
 from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.text_to_image import sample_pixels
-from jaxdiff.training.autoencoder import PREVIEW_SEED, to_float
+from jaxdiff.training.autoencoder import PREVIEW_SEED, load_autoencoder, to_float
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import TextToImageRecipe
 from jaxdiff.worlds import shapes
@@ -119,21 +116,6 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
         preview=preview,
         export=export,
     )
-
-
-def load_autoencoder(directory: Path) -> tuple[AutoencoderKLConfig, nnx.GraphDef, Params]:
-    """An autoencoder in float32, from what its own recipe wrote.
-
-    Raises:
-      InputError: if the directory does not hold one.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise InputError(f"{path} is missing: train the autoencoder's recipe first")
-    config = AutoencoderKLConfig.from_json(json.loads(path.read_text()))
-    graph, shapes = diffusers.abstract_network(AutoencoderKL, config)
-    files = [directory / "diffusion_pytorch_model.safetensors"]
-    return config, graph, diffusers.load_params(shapes, files, jnp.float32)
 
 
 def preview_captions() -> list[str]:
