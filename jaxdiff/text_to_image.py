@@ -177,9 +177,10 @@ class TextToImage:
                 f"{self.mesh.shape['data']}"
             )
         requests, running = iter(requests), deque()
+        ahead = 1 if parallel.may_run_ahead(self.mesh) else 0
         while batch := list(itertools.islice(requests, batch_size)):
             running.append((batch, self._dispatch(batch, batch_size)))
-            if len(running) > 1:
+            if len(running) > ahead:
                 yield from _fetch(*running.popleft())
         while running:
             yield from _fetch(*running.popleft())

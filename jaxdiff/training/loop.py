@@ -84,6 +84,8 @@ def fit(task: Task, recipe: Recipe, output: Path) -> None:
                 batch = jax.device_put(upcoming.result(), parallel.batch_sharding(mesh))
                 upcoming = pool.submit(task.batch, step + 1)
                 state, metrics = step_fn(state, batch, step)
+                if not parallel.may_run_ahead(mesh):
+                    jax.block_until_ready(metrics)
                 log.add(step + 1, metrics, recipe.batch_size, progress)
                 done = step + 1
                 if done % recipe.save_every == 0 or done == recipe.steps:
