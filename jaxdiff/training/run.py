@@ -1,11 +1,18 @@
 """`jaxdiff train`: from a recipe file to a trained model."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
 from jaxdiff.errors import InputError
 from jaxdiff.training import autoencoder, loop, text_to_image
-from jaxdiff.training.recipe import AutoencoderRecipe, DecoderRecipe, TextToImageRecipe, read
+from jaxdiff.training.recipe import (
+    AutoencoderRecipe,
+    DecoderRecipe,
+    Recipe,
+    TextToImageRecipe,
+    read,
+)
 
 
 def train(recipe_path: str | Path, output: str | Path) -> None:
@@ -20,13 +27,25 @@ def train(recipe_path: str | Path, output: str | Path) -> None:
     if kept.exists() and read(kept) != recipe:
         raise InputError(f"{output}: holds a run of another recipe; name another --output")
     output.mkdir(parents=True, exist_ok=True)
-    if not kept.exists():
+    begun = kept.exists()
+    if not begun:
         shutil.copyfile(recipe_path, kept)
+    try:
+        task = _task(recipe, output)
+    except InputError:
+        if not begun:  # leave no trace, so that the mended recipe can run here
+            kept.unlink()
+            with contextlib.suppress(OSError):
+                output.rmdir()
+        raise
+    loop.fit(task, recipe, output)
+
+
+def _task(recipe: Recipe, output: Path) -> loop.Task:
     match recipe:
         case AutoencoderRecipe():
-            task = autoencoder.task(recipe)
+            return autoencoder.task(recipe)
         case DecoderRecipe():
-            task = autoencoder.decoder_task(recipe)
+            return autoencoder.decoder_task(recipe)
         case TextToImageRecipe():
-            task = text_to_image.task(recipe, output)
-    loop.fit(task, recipe, output)
+            return text_to_image.task(recipe, output)

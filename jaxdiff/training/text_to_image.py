@@ -15,8 +15,10 @@ from jaxdiff.checkpoint import diffusers
 from jaxdiff.diffusion import noise as starting_noise
 from jaxdiff.diffusion import objective, samplers
 from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.errors import InputError
 from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
+from jaxdiff.models.vae import AutoencoderKLConfig
 from jaxdiff.text_to_image import sample_pixels
 from jaxdiff.training.autoencoder import PREVIEW_SEED, load_autoencoder, to_float
 from jaxdiff.training.loop import Params, Task, grid
@@ -31,18 +33,19 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
     """The objective of `recipe`, ready for `loop.fit`; encodes its scenes into `output` first.
 
     Raises:
-      InputError: if the autoencoder or the tokenizer cannot be read.
+      InputError: if the autoencoder or the tokenizer cannot be read, or if the networks do not fit.
     """
     vae_config, vae_graph, vae_params = load_autoencoder(Path(recipe.autoencoder))
-    tokenizer = CLIPTokenizer.from_pretrained(recipe.tokenizer)
+    text_config = CLIPTextConfig.from_json(recipe.text_encoder)
+    unet_config = UNetConfig.from_json(recipe.unet)
+    schedule = NoiseSchedule.from_json(recipe.scheduler)
+    _refuse_misfits(text_config, unet_config, vae_config)
+    tokenizer = _load_tokenizer(Path(recipe.tokenizer))
     latents, token_ids = _encoded_scenes(
         recipe, output, vae_config, vae_graph, vae_params, tokenizer
     )
     empty_ids = _tokenize(tokenizer, [""])[0]
 
-    text_config = CLIPTextConfig.from_json(recipe.text_encoder)
-    unet_config = UNetConfig.from_json(recipe.unet)
-    schedule = NoiseSchedule.from_json(recipe.scheduler)
     rngs = nnx.Rngs(recipe.seed)
     text_graph, text_state = nnx.split(CLIPTextModel(text_config, rngs=rngs))
     unet_graph, unet_state = nnx.split(UNet2DConditionModel(unet_config, rngs=rngs))
@@ -116,6 +119,27 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
         preview=preview,
         export=export,
     )
+
+
+def _refuse_misfits(
+    text_config: CLIPTextConfig, unet_config: UNetConfig, vae_config: AutoencoderKLConfig
+) -> None:
+    for ours, name, theirs in (
+        (unet_config.in_channels, "vae.latent_channels", vae_config.latent_channels),
+        (unet_config.out_channels, "vae.latent_channels", vae_config.latent_channels),
+        (unet_config.cross_attention_dim, "text_encoder.hidden_size", text_config.hidden_size),
+    ):
+        if ours != theirs:
+            raise InputError(
+                f"the recipe's unet is made for a {name} of {ours}, but it is {theirs}"
+            )
+
+
+def _load_tokenizer(directory: Path) -> CLIPTokenizer:
+    # Without this check transformers would look for the name on the Hub.
+    if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise InputError(f"{directory} holds no tokenizer (no vocab.json, no tokenizer.json)")
+    return CLIPTokenizer.from_pretrained(directory)
 
 
 def preview_captions() -> list[str]:

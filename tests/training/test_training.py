@@ -60,6 +60,7 @@ pad_token_id = 640
 
 [unet]
 sample_size = 8
+in_channels = 4
 down_block_types = ["CrossAttnDownBlock2D"]
 up_block_types = ["CrossAttnUpBlock2D"]
 block_out_channels = [32]
@@ -187,6 +188,23 @@ def test_bad_recipes_are_one_clear_line(old, new, message, tmp_path):
         recipe.read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("in_channels = 4", "in_channels = 8", "vae.latent_channels of 8, but it is 4"),
+        ("hidden_size = 32", "hidden_size = 64", "text_encoder.hidden_size of 32, but it is 64"),
+        (str(TOKENIZER), "/nowhere", "/nowhere holds no tokenizer"),
+        ("{autoencoder}", "/nowhere", "/nowhere/config.json is missing"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(old, new, message, autoencoder_run, tmp_path):
+    text = TEXT_TO_IMAGE.replace(old, new).format(autoencoder=autoencoder_run / "model")
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        train(tmp_path / "recipe.toml", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_recipe_is_named(tmp_path):
