@@ -8,7 +8,7 @@ import re
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdiff.errors import InputError
 
@@ -36,7 +36,8 @@ def make_mesh(spec: str | None = None) -> Mesh:
     count = sizes["data"] * sizes["model"]
     if count > len(devices):
         raise InputError(f"--mesh {spec}: needs {count} devices, but there are {len(devices)}")
-    return Mesh(np.array(devices[:count]).reshape(sizes["data"], sizes["model"]), AXES)
+    grid = np.array(devices[:count]).reshape(sizes["data"], sizes["model"])
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def may_run_ahead(mesh: Mesh) -> bool:

@@ -148,7 +148,7 @@ class TextToImage:
 
         Args:
           requests: of any sizes and settings; those alike enough are batched together.
-          batch_size: images computed at once, a multiple of the mesh's `data` axis.
+          batch_size: images computed at once on each device of the mesh's `data` axis.
 
         Raises:
           InputError: if a request cannot be made by this model.
@@ -171,11 +171,7 @@ class TextToImage:
           requests: resolved, all with the same `Request.bucket`; taken as they are needed.
           batch_size: as in `generate`; a last short batch is filled with copies.
         """
-        if batch_size % self.mesh.shape["data"]:
-            raise InputError(
-                f"batch size {batch_size} is not a multiple of the mesh's data axis, "
-                f"{self.mesh.shape['data']}"
-            )
+        batch_size *= self.mesh.shape["data"]
         requests, running = iter(requests), deque()
         ahead = 1 if parallel.may_run_ahead(self.mesh) else 0
         while batch := list(itertools.islice(requests, batch_size)):
@@ -219,6 +215,8 @@ class TextToImage:
                 padded, padding="max_length", truncation=True, max_length=self.tokens
             )["input_ids"]
             encoded = self._encode(self.params["text_encoder"], np.array(token_ids, np.int32))
+            if not parallel.may_run_ahead(self.mesh):
+                jax.block_until_ready(encoded)
             found |= zip(texts, encoded, strict=False)
         self._embeddings |= found  # the newest last
         while len(self._embeddings) > REMEMBERED_PROMPTS:

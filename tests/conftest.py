@@ -1,6 +1,11 @@
 """A complete checkpoint that is small enough for every test: real structure, random weights."""
 
+import os
 from pathlib import Path
+
+# One CPU device, whatever the machine has: the tests compare bits. Before JAX is imported.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.pop("XLA_FLAGS", None)
 
 import numpy as np
 import pytest

@@ -104,18 +104,20 @@ def test_bfloat16_gives_nearly_the_same_image(tiny_checkpoint, images):
     assert 0 < difference.mean() < 4
 
 
-@pytest.mark.parametrize("mesh", ["data=4", "data=2,model=2"])
-def test_a_mesh_of_devices_makes_the_same_images(mesh, tiny_checkpoint, images, tmp_path):
+@pytest.mark.parametrize(("mesh", "tolerance"), [("data=4", 0), ("data=2,model=2", 1)])
+def test_a_mesh_of_devices_makes_the_same_images(
+    mesh, tolerance, tiny_checkpoint, images, tmp_path
+):
     program = f"""
 import numpy as np, jaxdiff, tests.test_text_to_image as t
-images = jaxdiff.load({str(tiny_checkpoint)!r}, mesh={mesh!r}).generate(t.REQUESTS, batch_size=8)
+images = jaxdiff.load({str(tiny_checkpoint)!r}, mesh={mesh!r}).generate(t.REQUESTS, batch_size=4)
 np.save({str(tmp_path / "pixels.npy")!r}, t.pixels(images))
 """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **flags})
     ours = np.load(tmp_path / "pixels.npy").astype(int)
-    # Another batch on each device, and sums split over `model`, round differently.
-    assert np.abs(ours - pixels(images)).max() <= 1
+    # Each device computes batches of the same size; sums split over `model` round differently.
+    assert np.abs(ours - pixels(images)).max() <= tolerance
 
 
 @pytest.mark.parametrize(

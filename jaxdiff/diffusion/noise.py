@@ -33,7 +33,9 @@ def draw(seeds: np.ndarray, shape: tuple[int, int, int], kind: str) -> Array | n
 @partial(jax.jit, static_argnums=1)
 def _jax_normal(seeds: Array, shape: tuple[int, int, int]) -> Array:
     def one(seed: Array) -> Array:
-        return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+        # Named, because JAX's default generator may change and a seed's image must not.
+        key = jax.random.key(seed, impl="threefry2x32")
+        return jax.random.normal(key, shape, jnp.float32)
 
     return jax.vmap(one)(seeds)
 

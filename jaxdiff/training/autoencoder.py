@@ -20,6 +20,7 @@ from jaxdiff.training.recipe import AutoencoderRecipe, DecoderRecipe
 from jaxdiff.worlds import shapes
 
 PREVIEW_SEED = 2**31
+ENCODER = ("encoder", "quant_conv")  # the parts of the network that make latents
 CONFIG, WEIGHTS = CONFIGS["vae"], NETWORKS["vae"][2]
 
 
@@ -65,7 +66,7 @@ def task(recipe: AutoencoderRecipe) -> Task:
 def decoder_task(recipe: DecoderRecipe) -> Task:
     """Trains a decoder further, on its encoder's latents with a little noise."""
     config, graph, params = load_autoencoder(Path(recipe.autoencoder))
-    encoder = {name: params.pop(name) for name in ("encoder", "quant_conv") if name in params}
+    encoder = {name: params.pop(name) for name in ENCODER if name in params}
 
     def loss(params: Params, batch: dict, key: Array) -> tuple[Array, dict]:
         model = nnx.merge(graph, {**encoder, **params})
@@ -125,13 +126,13 @@ def _reconstruction_error(decoded: Array, images: Array, gradient_weight: float)
 
 def _reconstructions(graph: nnx.GraphDef, params: Params) -> np.ndarray:
     """Rows of scenes, each above what the autoencoder makes of it."""
-
-    @jax.jit
-    def reconstruct(params: Params, pixels: Array) -> Array:
-        model = nnx.merge(graph, params)
-        return to_pixels(model.decode(model.encode(to_float(pixels))[0]))
-
     pixels = render_batch(PREVIEW_SEED, 0, 32)
-    both = [pixels, np.asarray(reconstruct(params, pixels))]
+    both = [pixels, np.asarray(_reconstruct(graph, params, pixels))]
     rows = np.stack([images.reshape(4, 8, 64, 64, 3) for images in both], axis=1)
     return grid(rows.reshape(64, 64, 64, 3), columns=8)
+
+
+@partial(jax.jit, static_argnums=0)
+def _reconstruct(graph: nnx.GraphDef, params: Params, pixels: Array) -> Array:
+    model = nnx.merge(graph, params)
+    return to_pixels(model.decode(model.encode(to_float(pixels))[0]))

@@ -5,6 +5,7 @@ seed and the step, so resuming needs the step's number and nothing else.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,8 @@ def fit(task: Task, recipe: Recipe, output: Path) -> None:
     """
     transform = optimizer(recipe.optimizer, recipe.steps)
     step_fn = _compile_step(task, transform, recipe)
-    mesh = parallel.make_mesh()
+    devices = math.gcd(recipe.batch_size, jax.local_device_count())
+    mesh = parallel.make_mesh(f"data={devices}")
     state = {
         "params": task.params,
         "ema": jax.tree.map(jnp.copy, task.params),  # donated beside them, so not the same buffers

@@ -1,5 +1,6 @@
 """The denoiser's objective: a text encoder and a U-Net, trained together on latents made once."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
 from jaxdiff.models.vae import AutoencoderKLConfig
 from jaxdiff.text_to_image import sample_pixels
-from jaxdiff.training.autoencoder import PREVIEW_SEED, load_autoencoder, to_float
+from jaxdiff.training.autoencoder import ENCODER, PREVIEW_SEED, load_autoencoder, to_float
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import TextToImageRecipe
 from jaxdiff.worlds import shapes
@@ -167,25 +168,47 @@ def _encoded_scenes(
 
     Rendered and encoded on the first call, read from `output` afterwards.
     """
-    path = output / "scenes.npz"
-    if not path.exists():
-        encode = jax.jit(
-            lambda params, pixels: config.scale(
-                nnx.merge(graph, params).encode(to_float(pixels))[0]
-            ).astype(jnp.float16)
+    path = output / f"scenes-{_encoder_digest(config, params)}.npz"
+    if any(other != path for other in output.glob("scenes-*.npz")):
+        raise InputError(
+            f"{recipe.autoencoder} is not the autoencoder that {output} was begun with; name "
+            "another --output"
         )
-        latents, captions = [], []
-        for start in tqdm(range(0, recipe.scenes, ENCODE_BATCH), desc="encoding scenes"):
-            rng = np.random.default_rng([recipe.seed, start])
-            scenes, texts = zip(*(shapes.sample(rng) for _ in range(ENCODE_BATCH)), strict=True)
-            pixels = np.stack([shapes.render(scene) for scene in scenes])
-            latents.append(np.asarray(encode(params, pixels)))
-            captions += texts
+    if not path.exists():
+        latents, captions = _encode_scenes(recipe, config, graph, params)
         token_ids = np.concatenate(
             [_tokenize(tokenizer, captions[i : i + 4096]) for i in range(0, len(captions), 4096)]
         )
-        unfinished = path.with_suffix(".unfinished.npz")
-        np.savez(unfinished, latents=np.concatenate(latents), token_ids=token_ids)
+        unfinished = output / "scenes.unfinished.npz"
+        np.savez(unfinished, latents=latents, token_ids=token_ids)
         os.replace(unfinished, path)
     with np.load(path, allow_pickle=False) as scenes:
         return scenes["latents"], scenes["token_ids"]
+
+
+def _encode_scenes(
+    recipe: TextToImageRecipe, config: AutoencoderKLConfig, graph: nnx.GraphDef, params: Params
+) -> tuple[np.ndarray, list[str]]:
+    """Renders the recipe's scenes; returns their latents and captions."""
+
+    @jax.jit
+    def encode(params: Params, pixels: Array) -> Array:
+        mean, _ = nnx.merge(graph, params).encode(to_float(pixels))
+        return config.scale(mean).astype(jnp.float16)
+
+    latents, captions = [], []
+    for start in tqdm(range(0, recipe.scenes, ENCODE_BATCH), desc="encoding scenes"):
+        rng = np.random.default_rng([recipe.seed, start])
+        scenes, texts = zip(*(shapes.sample(rng) for _ in range(ENCODE_BATCH)), strict=True)
+        latents.append(np.asarray(encode(params, np.stack(list(map(shapes.render, scenes))))))
+        captions += texts
+    return np.concatenate(latents), captions
+
+
+def _encoder_digest(config: AutoencoderKLConfig, params: Params) -> str:
+    """Of all that the latents depend on; the decoder may be trained further."""
+    digest = hashlib.sha256(repr(config).encode())
+    for name in ENCODER:
+        for leaf in jax.tree.leaves(params.get(name, {})):
+            digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
