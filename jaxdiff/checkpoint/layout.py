@@ -84,7 +84,7 @@ class Checkpoint:
             digest.update(f"{content}  {path.relative_to(self.path).as_posix()}\n".encode())
         return digest.hexdigest()
 
-    @property
+    @cached_property
     def size_multiple(self) -> int:
         """What width and height must be multiples of, in pixels.
 
@@ -96,7 +96,7 @@ class Checkpoint:
             raise InputError(f"{self.path / 'vae' / 'config.json'}: no usable block_out_channels")
         return 2 ** (len(channels) - 1)
 
-    @property
+    @cached_property
     def default_size(self) -> tuple[int, int]:
         """The (width, height) in pixels that the U-Net was trained for."""
         size = self.config("unet").get("sample_size")
@@ -108,7 +108,7 @@ class Checkpoint:
             )
         return latents[1] * self.size_multiple, latents[0] * self.size_multiple
 
-    @property
+    @cached_property
     def default_sampler(self) -> str:
         """The sampler that the checkpoint's scheduler config names.
 
@@ -122,6 +122,25 @@ class Checkpoint:
                 f"not built; ask for a --sampler: {', '.join(SAMPLER_OF_SCHEDULER.values())}"
             )
         return SAMPLER_OF_SCHEDULER[scheduler]
+
+    @cached_property
+    def latent_channels(self) -> int:
+        """The channels of a latent, which has a pixel for each `size_multiple` of the image's."""
+        return self._count("vae", "latent_channels", default=4, least=1)
+
+    @cached_property
+    def max_steps(self) -> int:
+        """The most steps that every sampler can take; dpmpp_2m needs two timesteps more."""
+        return self._count("scheduler", "num_train_timesteps", default=1000, least=3) - 2
+
+    def _count(self, component: str, key: str, default: int, least: int) -> int:
+        value = self.config(component).get(key, default)
+        if type(value) is not int or value < least:
+            raise InputError(
+                f"{self.path / component / CONFIGS[component]}: {key} = {value!r} must be a whole "
+                f"number from {least}"
+            )
+        return value
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
