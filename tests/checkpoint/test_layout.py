@@ -88,6 +88,43 @@ def test_a_missing_vocabulary_is_named(checkpoint):
     assert "merges.txt" in refusal(checkpoint)
 
 
+@pytest.mark.parametrize("share", [0, 0.25, 0.5, 0.75, 0.98])
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_a_truncated_tokenizer_is_named(checkpoint, name, share):
+    path = checkpoint / "tokenizer" / name
+    os.truncate(path, int(share * path.stat().st_size))
+    assert str(path) in refusal(checkpoint)
+
+
+def test_merges_cut_anywhere_are_refused(checkpoint):
+    path = checkpoint / "tokenizer" / "merges.txt"
+    content = path.read_bytes()
+    assert content.endswith(b"\n")  # which may go: some of CLIP's own copies lack it
+    for kept in range(len(content) - 2, 0, -11):
+        path.write_bytes(content[:kept])
+        assert str(path) in refusal(checkpoint)
+    path.write_bytes(content[:-1])
+    open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", b'{"a": 0, "b": 0}'),
+        ("vocab.json", b'{"a": 0, "b": "1"}'),
+        ("vocab.json", b'{"a": 0, "b": [1]}'),
+        ("vocab.json", b'{"a": -1}'),
+        ("vocab.json", b"[]"),
+        ("merges.txt", b"\xff\xfe"),
+        ("merges.txt", b"#version: 0.2\na b c\n"),
+        ("tokenizer.json", b'{"version": "1.0", '),
+    ],
+)
+def test_a_broken_tokenizer_is_named(checkpoint, name, content):
+    (checkpoint / "tokenizer" / name).write_bytes(content)
+    assert str(checkpoint / "tokenizer" / name) in refusal(checkpoint)
+
+
 @pytest.mark.parametrize("kept", [0, 4, 8, 20, 1000, -1])
 def test_a_truncated_weights_file_is_named(checkpoint, kept):
     path = checkpoint / UNET
