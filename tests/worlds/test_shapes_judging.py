@@ -102,6 +102,18 @@ def test_a_level_pair_is_neither_above_nor_below():
     assert not verdict(Caption((Group("star"), Group("ring")), "below"), scene).correct
 
 
+@pytest.mark.parametrize(("offset", "right"), [(8, True), (6, False), (-8, False)])
+@pytest.mark.parametrize("relation", shapes.RELATIONS)
+def test_a_relation_holds_from_eight_pixels_between_the_centres(relation, offset, right):
+    caption = Caption((Group("star"), Group("ring")), relation)
+    across = relation in ("left of", "right of")
+    near = 32 + (offset if relation in ("right of", "below") else -offset)
+    x, y = (near, 12) if across else (12, near)
+    a = Object("star", "red", x, y, 16)
+    b = Object("ring", "blue", *((32, 44) if across else (44, 32)), 16)
+    assert verdict(caption, Scene("white", (a, b))).correct == right
+
+
 def test_a_relation_between_equals_holds_either_way_round():
     scene = Scene("gray", (Object("star", "red", 16, 30, 20), Object("star", "red", 48, 33, 20)))
     for relation in ("left of", "right of"):
