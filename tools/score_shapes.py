@@ -6,23 +6,21 @@ python tools/score_shapes.py score out/score
 """
 
 import argparse
-import io
 import json
-import re
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import formats
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.images import decode
 from jaxdiff.errors import InputError
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.scene import CANVAS
-
-MAX_MEMBER = 1 << 20  # bytes; a 64 px PNG has some 2 kB
-MEMBER_NAME = re.compile(r"(\d+)\.(png|webp|jpe?g|json|txt)")
 
 
 def manifest_rows(per_tag: int, images: int, seed: int) -> Iterator[dict]:
@@ -32,53 +30,30 @@ def manifest_rows(per_tag: int, images: int, seed: int) -> Iterator[dict]:
             yield {"id": f"{tag}-{number:04d}", "num_images": images} | row
 
 
-def dataset_pairs(directory: Path) -> Iterator[tuple[dict, np.ndarray]]:
-    """Stream (benchmark row, pixels uint8 [64, 64, 3]) from the WebDataset shards of a dataset.
+def dataset_pairs(directory: Path) -> Iterator[tuple[dict, np.ndarray | None]]:
+    """Stream (benchmark row, pixels uint8 [64, 64, 3]) for every planned image of a dataset.
 
-    Raises InputError for a shard that holds anything but finished 64 px images of benchmark rows.
+    An image that could not be made has None for its pixels. Raises InputError for anything but a
+    finished dataset of 64 px images.
     """
-    paths = sorted(directory.glob("data/*.tar"))
-    if not paths:
-        raise InputError(f"{directory}: no data/*.tar; give the directory of a finished dataset")
-    for path in paths:
+    plan = plans.load(directory)
+    if plan is None:
+        raise InputError(f"{directory} holds no jaxdiff run")
+    if not (directory / layout.SUCCESS).exists():
+        raise InputError(f"{directory} is not finished; run its generate command again")
+    _, _, read = formats.FORMATS[plan.settings.format]
+    for shard in range(len(plan.shard_sizes)):
+        path = directory / shards.file_names(plan, shard)[0]
         try:
-            with tarfile.open(path, "r:") as shard:
-                yield from _shard_pairs(shard, path)
-        except (tarfile.TarError, EOFError) as error:
-            raise InputError(f"{path}: not a whole tar file ({error}); run the job again") from None
-
-
-def _shard_pairs(shard: tarfile.TarFile, path: Path) -> Iterator[tuple[dict, np.ndarray]]:
-    key, parts = None, {}
-    for member in shard:
-        match = MEMBER_NAME.fullmatch(member.name)
-        if not match or not member.isfile() or member.size > MAX_MEMBER:
-            raise InputError(f"{path}: member {member.name!r} is not a shard's; rebuild the shard")
-        if match[1] != key:
-            key, parts = match[1], {}
-        kind = match[2] if match[2] in ("json", "txt") else "image"
-        parts[kind] = shard.extractfile(member).read()
-        if kind != "txt" and {"json", "image"} <= parts.keys():
-            place = f"{path}: {key}"
-            yield _row(parts["json"], place), _pixels(parts["image"], place)
-
-
-def _row(text: bytes, place: str) -> dict:
-    try:
-        record = json.loads(text)
-        return record["metadata"] | {"prompt": str(record["prompt"])}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{place}: no prompt and metadata; use the tool's own manifest") from None
-
-
-def _pixels(data: bytes, place: str) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.size != (CANVAS, CANVAS):  # known before anything is decoded
-                raise InputError(f"{place}: {image.size} px; the scorer reads {CANVAS} x {CANVAS}")
-            return np.array(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{place}: not a readable image ({error})") from None
+            made = {sample.record["key"]: sample.image for sample in read(path)}
+            for image in plans.read_shard(directory, shard):
+                request = image.request
+                if (request.width, request.height) != (CANVAS, CANVAS):
+                    raise InputError(f"{path} has images of another size than {CANVAS} x {CANVAS}")
+                row = json.loads(image.metadata) | {"prompt": request.prompt}
+                yield row, decode(made[image.key]) if image.key in made else None
+        except (OSError, ValueError) as problem:
+            raise InputError(f"{path}: {problem}; run jaxdiff verify") from None
 
 
 def _count(text: str) -> int:
@@ -113,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
         else:
             print(shapes.table(shapes.score(dataset_pairs(options.dataset))))
-    except (InputError, OSError) as error:
+    except (InputError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

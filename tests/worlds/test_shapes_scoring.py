@@ -1,52 +1,31 @@
 """tools/score_shapes.py: a manifest out, and a finished dataset back as a table of scores."""
 
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import ledger
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset import shard as shards
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes import Caption, Group
 
 ROOT = Path(__file__).parents[2]
+FACTS = {"device": "1 x test", "versions": {}, "seconds": {"load": 1.0, "generate": 2.0}}
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools" / "score_shapes.py"), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return file.getvalue()
-
-
-def write_shard(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as shard:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            shard.addfile(info, io.BytesIO(data))
-
-
-def members(key: int, row: dict, pixels: np.ndarray) -> dict[str, bytes]:
-    metadata = {name: value for name, value in row.items() if name != "prompt"}
-    record = {"key": f"{key:09d}", "prompt": row["prompt"], "metadata": metadata}
-    return {
-        f"{key:09d}.png": png(pixels),
-        f"{key:09d}.json": json.dumps(record).encode(),
-        f"{key:09d}.txt": row["prompt"].encode(),
-    }
 
 
 def picture(caption: Caption, seed: int) -> np.ndarray:
@@ -64,17 +43,60 @@ def test_the_manifest_has_every_tag_and_ids_of_its_own(tmp_path):
         assert [r for r in benchmark if r["tag"] == tag] == shapes.benchmark_rows(tag, 30, 5)
 
 
-def test_a_dataset_is_scored_per_tag_over_all_its_shards(tmp_path):
-    star, pair = Caption((Group("star"),)), Caption((Group("star"), Group("ring")), "above")
-    ring, backwards = Caption((Group("ring"),)), Caption(pair.groups[::-1], "above")
-    shown = [star, star, ring, star, pair, backwards]
-    asked = [star, star, star, star, pair, pair]
-    for shard in (0, 1):
-        both = {}
-        for key in range(3 * shard, 3 * shard + 3):
-            both |= members(key, shapes.row_for(asked[key]), picture(shown[key], key))
-        write_shard(tmp_path / "data" / f"train-{shard:05d}.tar", both)
-    done = run("score", tmp_path)
+STAR, RING = Caption((Group("star"),)), Caption((Group("ring"),))
+PAIR = Caption((Group("star"), Group("ring")), "above")
+BACKWARDS = Caption(PAIR.groups[::-1], "above")
+
+
+@pytest.fixture
+def dataset(tmp_path, tiny_checkpoint):
+    """Makes a dataset: `dataset(asked, shown, format="parquet")` returns its directory.
+
+    `asked` are manifest rows; `shown` the captions of the pictures made for them, None for an image
+    that failed. A `finished` of False leaves out what is done last.
+    """
+
+    def make(asked: list[dict], shown: list, finished: bool = True, **said) -> Path:
+        directory, manifest = tmp_path / "dataset", tmp_path / "rows.jsonl"
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in asked))
+        checkpoint = open_checkpoint(tiny_checkpoint)
+        said = {"images_per_shard": 3, "batch_size": 1, **said}
+        settings = job_settings.resolve(said, checkpoint)
+        identity = plans.identify(manifest, settings, checkpoint)
+        folder = layout.temporary(directory, "plan")
+        plan = plans.make(manifest, settings, checkpoint, identity, folder)
+        plans.store(folder, directory)
+        for shard in range(len(plan.shard_sizes)):
+            with shards.Attempt(directory, plan, shard) as attempt:
+                for image in plans.read_shard(directory, shard):
+                    caption = shown[int(image.key)]
+                    if caption is None:
+                        attempt.add_failed(image, "not finite")
+                    else:
+                        pixels = picture(caption, int(image.key))
+                        attempt.add(shards.encode(image, pixels, plan))
+                attempt.commit(
+                    {"device": "", "versions": {}, "seconds": {"load": 0, "generate": 0}}
+                )
+        if finished:
+            ledger.finalize(directory, plan, 0.0)
+        return directory
+
+    return make
+
+
+def refusal(directory: Path) -> str:
+    """The one line that scoring this directory ends in."""
+    done = run("score", directory)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    return done.stderr
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_dataset_is_scored_per_tag_over_all_its_shards(dataset, kind):
+    asked = [shapes.row_for(caption) for caption in (STAR, STAR, STAR, STAR, PAIR, PAIR)]
+    done = run("score", dataset(asked, [STAR, STAR, RING, STAR, PAIR, BACKWARDS], format=kind))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "| tag | prompts | images | correct | accuracy | most frequent failures |",
@@ -83,6 +105,14 @@ def test_a_dataset_is_scored_per_tag_over_all_its_shards(tmp_path):
         "| position | 1 | 2 | 1 | 0.500 | wrong relation 1 |",
         "| **mean of the tags** | 2 | 6 | 4 | **0.625** | |",
     ]
+
+
+def test_images_that_failed_are_wrong(dataset):
+    asked = [shapes.row_for(STAR)] * 4
+    done = run("score", dataset(asked, [None, STAR, RING, None]))
+    assert done.stdout.splitlines()[2] == (
+        "| single_object | 1 | 4 | 1 | 0.250 | not made 2, wrong shape 1 |"
+    )
 
 
 def test_arrays_are_scored_without_a_dataset():
@@ -94,35 +124,31 @@ def test_arrays_are_scored_without_a_dataset():
     assert shapes.overall(scores) == 1.0
 
 
-ROW = shapes.row_for(Caption((Group("star"),)))
-STAR = picture(Caption((Group("star"),)), 0)
-BROKEN = {
-    "not a readable image": members(0, ROW, STAR) | {"000000000.png": b"\x89PNG\r\n\x1a\nno"},
-    "(65, 64) px": members(0, ROW, np.zeros((64, 65, 3), np.uint8)),
-    "no prompt and metadata": members(0, ROW, STAR) | {"000000000.json": b'{"prompt": "a star"}'},
-    "member '../1.png'": members(0, ROW, STAR) | {"../1.png": b""},
-    "member '000000001.png'": {"000000001.png": bytes(2 << 20)},
-    "tag must be one of": members(0, ROW | {"tag": "ocr"}, STAR),
-    "class 'dog'": members(0, ROW | {"include": [{"class": "dog", "count": 1}]}, STAR),
+ROW = shapes.row_for(STAR)
+FOREIGN_ROWS = {
+    "tag must be one of": ROW | {"tag": "ocr"},
+    "class 'dog'": ROW | {"include": [{"class": "dog", "count": 1}]},
+    "include None": {"prompt": "a star"},
 }
 
 
-@pytest.mark.parametrize("message", BROKEN)
-def test_what_cannot_be_scored_is_one_clear_line(tmp_path, message):
-    write_shard(tmp_path / "data" / "train-00000.tar", BROKEN[message])
-    done = run("score", tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize("message", FOREIGN_ROWS)
+def test_rows_of_another_benchmark_are_one_clear_line(dataset, message):
+    assert message in refusal(dataset([FOREIGN_ROWS[message]], [STAR]))
 
 
-def test_no_shards_and_half_a_shard_are_one_clear_line(tmp_path):
-    done = run("score", tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "no data/*.tar" in done.stderr
-    shard = tmp_path / "data" / "train-00000.tar"
-    write_shard(shard, members(0, ROW, STAR))
+def test_images_of_another_size_are_one_clear_line(dataset):
+    assert "another size than 64 x 64" in refusal(dataset([ROW | {"width": 72}], [STAR]))
+
+
+def test_no_dataset_and_an_unfinished_one_are_one_clear_line(dataset, tmp_path):
+    assert f"{tmp_path} holds no jaxdiff run" in refusal(tmp_path)
+    assert "is not finished" in refusal(dataset([ROW], [STAR], finished=False))
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_half_a_shard_is_one_clear_line(dataset, kind):
+    directory = dataset([ROW], [STAR], format=kind)
+    (shard,) = (directory / "data").iterdir()
     shard.write_bytes(shard.read_bytes()[:700])
-    done = run("score", tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "not a whole tar file" in done.stderr
+    assert str(shard) in refusal(directory)

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdiff.errors import InputError
 from jaxdiff.worlds.shapes.benchmark import TAGS
-from jaxdiff.worlds.shapes.verdict import judge
+from jaxdiff.worlds.shapes.verdict import Verdict, judge
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,16 @@ class TagScore:
         return self.correct / self.images
 
 
-def score(pairs: Iterable[tuple[dict, np.ndarray]]) -> list[TagScore]:
+def score(pairs: Iterable[tuple[dict, np.ndarray | None]]) -> list[TagScore]:
     """Judge (benchmark row, pixels uint8 [64, 64, 3]) pairs: a score for each tag that occurs.
 
-    Raises InputError for a row that cannot be read.
+    Pixels of None stand for an image that could not be made, which is wrong too. Raises InputError
+    for a row that cannot be read.
     """
     prompts, images, correct, reasons = {}, Counter(), Counter(), {}
     for row, pixels in pairs:
-        tag, verdict = row.get("tag"), judge(row, pixels)
+        tag = row.get("tag")
+        verdict = Verdict(False, "not made") if pixels is None else judge(row, pixels)
         if tag not in TAGS:
             raise InputError(f"benchmark row {row['prompt']!r}: tag must be one of {TAGS}: {tag!r}")
         prompts.setdefault(tag, set()).add(row["prompt"])
