@@ -164,7 +164,7 @@ def save_pipeline(
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, new / "tokenizer" / name)
-        if directory.exists():
+        if directory.exists():  # killed right after this, we leave both in `scratch`, whole
             directory.rename(Path(scratch) / "old")
         new.rename(directory)
 

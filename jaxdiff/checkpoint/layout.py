@@ -128,7 +128,7 @@ class Checkpoint:
 
     @cached_property
     def latent_channels(self) -> int:
-        """The channels of a latent, which has a pixel for each `size_multiple` of the image's."""
+        """The channels of the autoencoder's latents."""
         return self._count("vae", "latent_channels", default=4, least=1)
 
     @cached_property
