@@ -111,7 +111,6 @@ def test_weights_stored_as_float16_are_computed_with_in_float32(tiny_checkpoint,
     assert largest_difference(model, pipeline, requests) <= 2
 
 
-@pytest.mark.skipif(not (BUNDLED["shapes64"] / "unet").exists(), reason="not trained yet")
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_the_bundled_model_gives_the_same_images(sampler):
     requests = [
