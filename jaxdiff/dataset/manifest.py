@@ -144,7 +144,8 @@ class _Record:
             self.error = self.error or error
             if len(self.raw) <= MAX_RAW_CHARACTERS:
                 self.raw += line
-            yield line
+            # Of a line that is cut, only whether it opens or closes a quoted field matters.
+            yield '"' * (line.count('"') % 2) if error else line
 
 
 def _read_parquet(path: Path) -> Iterator[Entry]:
@@ -207,10 +208,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str, str | None]]:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if len(line) > MAX_LINE_BYTES:
                 error = "the line is longer than 1 MiB"
-                rest = line
+                quotes, rest = line.count(b'"'), line
                 while rest and not rest.endswith(b"\n"):
                     rest = file.readline(MAX_LINE_BYTES)
-                line = line[:MAX_RAW_CHARACTERS]
+                    quotes += rest.count(b'"')
+                line = line[: 4 * MAX_RAW_CHARACTERS]  # a character has 4 bytes at most
+                line += b'"' * ((quotes - line.count(b'"')) % 2)  # for the CSV reader
             yield number, line.decode("utf-8", "surrogateescape"), error
 
 

@@ -96,6 +96,22 @@ def test_a_bad_row_does_not_stop_the_good_ones(read, name, bad, reason):
     assert len(entries[1].raw) <= 500
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'"%s"' % (b"x" * 2**20),
+        b'"short, then\n%s"' % (b"x" * 2**20),
+        b'n,"%s\nmore"' % (b"x" * 2**20),
+        b'"a ""quoted"" %s"' % (b'""' * 2**20),
+    ],
+)
+def test_a_quoted_csv_field_that_is_too_long_swallows_no_other_row(read, bad):
+    entries = read("p.csv", b"prompt\ngood\n" + bad + b"\ngood\n")
+    assert [bool(entry.values) for entry in entries] == [True, False, True]
+    assert entries[1].error == "the line is longer than 1 MiB"
+    assert bad.decode().startswith(entries[1].raw)
+
+
 def test_an_unclosed_quotation_mark_names_the_lines_it_swallows(read):
     (good, bad) = read("p.csv", b'prompt\ngood\n"never closed\nnext\n')
     assert good.values == {"prompt": "good"}
