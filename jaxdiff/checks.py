@@ -4,8 +4,11 @@ Each takes the value's name for its message and gives the value in its own type,
 """
 
 import math
+import numbers
 import re
 from collections.abc import Sequence
+
+from jaxdiff.request import MAX_SEED, SAMPLERS
 
 MAX_TEXT_CHARACTERS = 4000
 MAX_SIDE_PX = 8192
@@ -16,6 +19,24 @@ MAX_GUIDANCE_SCALE = 1000.0
 
 class BadValueError(ValueError):
     """A value that cannot be used; the message names it and says what would do."""
+
+
+def of_request(size_multiple: int, max_steps: int) -> dict[str, tuple]:
+    """How each value of a `Request` is checked: by name the check and its arguments.
+
+    Args:
+      size_multiple, max_steps: the `Checkpoint`'s.
+    """
+    return {
+        "prompt": (text,),
+        "negative_prompt": (text,),
+        "seed": (integer, 0, MAX_SEED),
+        "width": (side, size_multiple),
+        "height": (side, size_multiple),
+        "steps": (integer, 1, max_steps),
+        "guidance_scale": (guidance_scale,),
+        "sampler": (choice, SAMPLERS),
+    }
 
 
 def text(name: str, value) -> str:
@@ -48,9 +69,9 @@ def integer(name: str, value, low: int, high: int) -> int:
     number = value
     if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}(\.0*)?", value.strip()):
         number = int(value.strip().partition(".")[0])
-    elif isinstance(value, float) and value.is_integer():
+    elif isinstance(value, numbers.Real) and value % 1 == 0:
         number = int(value)
-    if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
+    if isinstance(value, bool) or not isinstance(number, int) or not low <= number <= high:
         raise BadValueError(
             f"{name} must be a whole number from {low} to {high}, not {shown(value)}"
         )
@@ -72,7 +93,7 @@ def side(name: str, value, multiple: int) -> int:
 def guidance_scale(name: str, value) -> float:
     """A finite number from 0 to 1000."""
     number = math.nan
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real | str) and not isinstance(value, bool):
         try:
             number = float(value)
         except (OverflowError, ValueError):

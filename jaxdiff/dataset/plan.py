@@ -20,29 +20,20 @@ from jaxdiff import checks
 from jaxdiff.checkpoint.layout import Checkpoint
 from jaxdiff.checks import BadValueError
 from jaxdiff.dataset import directory as layout
-from jaxdiff.dataset import manifest, rows
+from jaxdiff.dataset import formats, manifest, rows
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
 from jaxdiff.request import Bucket, Request
 
 VERSION = 1
 MAX_IMAGES = 10**9  # keys have 9 digits
+MIN_TORCH_VALUES = 16  # of one image; PyTorch draws fewer in another way
 DEFAULT_SHARD_IMAGES = 1000
 DEFAULT_SHARD_PX = 2**28  # 1000 images of 512x512, fewer when they are larger
+NOT_PLANNED = ("noise", "dtype", "model", "sha256", "pixel_sha256")  # the job's, or not known yet
 SCHEMA = pa.schema(
     [
-        ("key", pa.string()),
-        ("id", pa.string()),
-        ("image_index", pa.int32()),
-        ("prompt", pa.string()),
-        ("negative_prompt", pa.string()),
-        ("seed", pa.int64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("steps", pa.int32()),
-        ("guidance_scale", pa.float64()),
-        ("sampler", pa.string()),
-        ("metadata", pa.string()),
+        *(field for field in formats.RECORD_FIELDS if field[0] not in NOT_PLANNED),
         ("line", pa.int64()),
     ]
 )
@@ -184,7 +175,7 @@ def make(
         (folder / layout.REJECTED).open("w", **how) as rejected,
         pq.ParquetWriter(folder / "images.parquet", SCHEMA) as writer,
     ):
-        reader = _Reader(path, settings, checkpoint.size_multiple, rejected)
+        reader = _Reader(path, settings, checkpoint, rejected)
         shard_sizes = []
         for shard in _shards(reader.images(), settings):
             table = pa.Table.from_pylist([image.columns() for image in shard], SCHEMA)
@@ -230,9 +221,10 @@ def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
 class _Reader:
     """Turns a manifest into planned images, and writes down what it has to reject."""
 
-    def __init__(self, path: Path, settings: Settings, size_multiple: int, rejected):
-        self.path, self.settings, self.size_multiple = path, settings, size_multiple
+    def __init__(self, path: Path, settings: Settings, checkpoint: Checkpoint, rejected):
+        self.path, self.settings, self.checkpoint = path, settings, checkpoint
         self.rejected = rejected
+        self.checks = checks.of_request(checkpoint.size_multiple, checkpoint.max_steps)
         self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
         self.first_reason = ""
         self.line_of_id: dict[str, int] = {}
@@ -281,12 +273,24 @@ class _Reader:
     def _accept(self, entry: manifest.Entry, number: int) -> rows.Row:
         if entry.error is not None:
             raise BadValueError(entry.error)
-        row = rows.parse(entry.values, number, self.settings, self.size_multiple)
+        row = rows.parse(entry.values, number, self.settings, self.checks)
+        self._check_size(row.request)
         first = self.line_of_id.setdefault(row.id, entry.line)
         if first != entry.line:
-            raise BadValueError(f"id {checks.shown(row.id)} is that of line {first} already")
+            is_number = " (the row's number from 0, its id unless it says another)"
+            which = checks.shown(row.id) + (is_number if row.id == str(number) else "")
+            raise BadValueError(f"id {which} is that of line {first} already")
         self.counts["accepted"] += 1
         return row
+
+    def _check_size(self, request: Request) -> None:
+        latents_px = request.width * request.height // self.checkpoint.size_multiple**2
+        values = latents_px * self.checkpoint.latent_channels
+        if self.settings.noise == "torch" and values < MIN_TORCH_VALUES:
+            raise BadValueError(
+                f"{request.width}x{request.height} has {values} latent values; --noise torch needs "
+                f"at least {MIN_TORCH_VALUES}: make it larger"
+            )
 
     def _reject(self, entry: manifest.Entry, reason: str) -> None:
         self.counts["rejected"] += 1

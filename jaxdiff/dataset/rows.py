@@ -2,6 +2,7 @@
 
 import functools
 import json
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from jaxdiff import checks
 from jaxdiff.checks import BadValueError
 from jaxdiff.dataset.manifest import COLUMNS
 from jaxdiff.dataset.settings import Settings
-from jaxdiff.request import MAX_SEED, SAMPLERS, Request
+from jaxdiff.request import MAX_SEED, Request
 
 MAX_ID_CHARACTERS = 500
 
@@ -31,14 +32,14 @@ class Row:
     metadata: str
 
 
-def parse(values: dict, row_number: int, settings: Settings, size_multiple: int) -> Row:
+def parse(values: dict, row_number: int, settings: Settings, request_checks: dict) -> Row:
     """Checks one row.
 
     Args:
       values: by column, as `manifest.read` gives them; None counts as not said.
       row_number: stands in for a missing id.
       settings: the job's, for what the row does not say.
-      size_multiple: what width and height must be multiples of.
+      request_checks: as `checks.of_request` gives them.
 
     Raises:
       BadValueError: for a row that cannot be used.
@@ -47,20 +48,15 @@ def parse(values: dict, row_number: int, settings: Settings, size_multiple: int)
     said = {m: values[c] for c, m in meaning.items() if m and values[c] is not None}
     others = {c: values[c] for c, m in meaning.items() if not m}
 
-    def get(column, check, *arguments):
-        if column not in said:
-            return getattr(settings, column)
-        return check(column, said[column], *arguments)
-
-    request = Request(
-        prompt=_prompt(said.get("prompt")),
-        negative_prompt=get("negative_prompt", checks.text),
-        width=get("width", checks.side, size_multiple),
-        height=get("height", checks.side, size_multiple),
-        steps=get("steps", checks.integer, 1, checks.MAX_STEPS),
-        guidance_scale=get("guidance_scale", checks.guidance_scale),
-        sampler=get("sampler", checks.choice, SAMPLERS),
-    )
+    if _is_blank(said.get("prompt")):
+        raise BadValueError("the prompt is empty or missing")
+    wanted = {}
+    for name, (check, *arguments) in request_checks.items():
+        if name in said:
+            wanted[name] = check(name, said[name], *arguments)
+        else:
+            wanted[name] = getattr(settings, name)
+    request = Request(**wanted)
     num_images, seeds = _seeds(said, settings.num_images)
     row_id = _id(said.get("id", row_number))
     return Row(row_id, request, num_images, seeds, _json(others))
@@ -109,8 +105,8 @@ def _seed_list(value) -> tuple[int, ...]:
 
 
 def _id(value) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and value % 1 == 0:
+        value = str(int(value))  # 7.0 is what pandas makes of 7 in a column with gaps
     value = checks.text("id", value)
     if not value:
         raise BadValueError("id is empty; leave it out to get the row's number")
@@ -119,10 +115,8 @@ def _id(value) -> str:
     return value
 
 
-def _prompt(value) -> str:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise BadValueError("the prompt is empty or missing")
-    return checks.text("prompt", value)
+def _is_blank(value) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _json(others: dict) -> str:

@@ -6,7 +6,7 @@ from jaxdiff import checks
 from jaxdiff.checkpoint.layout import Checkpoint
 from jaxdiff.dataset import formats, images
 from jaxdiff.errors import InputError
-from jaxdiff.request import MAX_SEED, SAMPLERS, Request
+from jaxdiff.request import Request
 
 FORMATS = tuple(formats.FORMATS)
 IMAGE_FORMATS = tuple(images.EXTENSIONS)
@@ -40,14 +40,9 @@ class Settings:
     mesh: str | None = None
 
 
-# How each setting is checked, with the arguments of the check.
+# How each setting is checked that is no request's, with the arguments of the check.
 CHECKS = {
     "num_images": (checks.integer, 1, checks.MAX_IMAGES),
-    "seed": (checks.integer, 0, MAX_SEED),
-    "steps": (checks.integer, 1, checks.MAX_STEPS),
-    "guidance_scale": (checks.guidance_scale,),
-    "sampler": (checks.choice, SAMPLERS),
-    "negative_prompt": (checks.text,),
     "limit": (checks.integer, 1, 10**9),
     "format": (checks.choice, FORMATS),
     "image_format": (checks.choice, IMAGE_FORMATS),
@@ -71,10 +66,11 @@ def resolve(said: dict, checkpoint: Checkpoint) -> Settings:
       InputError: names the option and what it may be.
     """
     said = {name: value for name, value in said.items() if value is not None}
-    sides = (checks.side, checkpoint.size_multiple)
+    said.setdefault("steps", Settings.steps)  # which may be too many for the model
+    every = CHECKS | checks.of_request(checkpoint.size_multiple, checkpoint.max_steps)
     settings = {}
     for name, value in said.items():
-        check, *arguments = {**CHECKS, "width": sides, "height": sides}[name]
+        check, *arguments = every[name]
         try:
             settings[name] = check(f"--{name.replace('_', '-')}", value, *arguments)
         except checks.BadValueError as problem:

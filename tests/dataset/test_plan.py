@@ -107,6 +107,21 @@ def test_a_bad_row_is_written_down_and_the_others_are_planned(plan, tmp_path):
     assert rejected[1]["reason"] == "id 'x' is that of line 1 already"
 
 
+def test_a_row_number_that_is_an_id_already_is_said_clearly(plan):
+    _, _, (rejected,) = plan([{"prompt": "a", "id": 1.0}, {"prompt": "b"}])
+    assert rejected["reason"] == (
+        "id '1' (the row's number from 0, its id unless it says another) is that of line 1 already"
+    )
+
+
+def test_images_too_small_for_the_noise_of_torch_are_rejected(plan):
+    rows = [{"prompt": "a", "width": 8, "height": 8}, {"prompt": "b", "width": 16, "height": 16}]
+    _, (images,), (rejected,) = plan(rows, noise="torch")
+    assert rejected["reason"].startswith("8x8 has 4 latent values; --noise torch needs at least 16")
+    assert [image.request.prompt for image in images] == ["b"]
+    assert plan(rows)[0].rows["rejected"] == 0
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -162,8 +177,13 @@ from pathlib import Path
 sys.path.insert(0, {str(os.path.dirname(__file__))!r})
 from jaxdiff.dataset import card, images, ledger, shard
 from pipelines import options
-from making import make_plan
-make_plan(Path({str(tmp_path / "out")!r}), Path({str(manifest)!r}), Path({str(tiny_checkpoint)!r}))
+from making import make_plan, make_shard
+out = Path({str(tmp_path / "out")!r})
+plan = make_plan(out, Path({str(manifest)!r}), Path({str(tiny_checkpoint)!r}))
+make_shard(out, plan, 0)
+ledger.finalize(out, plan, 0.0)
+counts, problems = ledger.verify(out)
+assert counts["made"] == 9 and not problems
 heavy = {{"jax", "flax", "torch", "transformers", "apache_beam"}} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -173,7 +193,8 @@ assert not heavy, heavy
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"steps": "0"}, "--steps must be a whole number from 1 to 1000, not '0'"),
+        ({"steps": "0"}, "--steps must be a whole number from 1 to 998, not '0'"),
+        ({"steps": 999}, "--steps must be a whole number from 1 to 998, not 999"),
         ({"width": "100"}, "--width must be a multiple of 8 for this model, not 100"),
         ({"batch_size": 0}, "--batch-size must be a whole number from 1"),
         ({"guidance_scale": "x"}, "--guidance-scale must be a number from 0 to 1000"),

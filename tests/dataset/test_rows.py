@@ -1,17 +1,20 @@
 import math
 from datetime import date
 
+import numpy as np
 import pytest
 
+from jaxdiff import checks
 from jaxdiff.checks import BadValueError
 from jaxdiff.dataset import rows
 from jaxdiff.dataset.settings import Settings
 
 SETTINGS = Settings(width=64, height=64, sampler="ddim", num_images=2, negative_prompt="blur")
+CHECKS = checks.of_request(size_multiple=8, max_steps=998)
 
 
 def parse(**values) -> rows.Row:
-    return rows.parse({"prompt": "a cat", **values}, 12, SETTINGS, 8)
+    return rows.parse({"prompt": "a cat", **values}, 12, SETTINGS, CHECKS)
 
 
 def test_what_a_row_does_not_say_comes_from_the_job():
@@ -41,17 +44,26 @@ def test_numbers_may_be_text_and_whole_floats():
     assert (row.request.steps, row.request.guidance_scale, row.request.width) == (30, 2.5, 16)
 
 
+def test_numbers_may_be_of_numpy_and_of_pandas():
+    row = parse(id=7.0, seed=np.uint32(5), steps=np.float64(30), guidance_scale=np.float32(2.5))
+    assert row.id == "7"
+    assert row.seeds[0] == 5
+    assert (row.request.steps, row.request.guidance_scale) == (30, 2.5)
+    assert {type(row.request.steps), type(row.seeds[0])} == {int}
+    assert type(row.request.guidance_scale) is float
+
+
 @pytest.mark.parametrize("seeds", [[5, 9], "5 9", "[5, 9]", "5,9"])
 def test_seeds_make_one_image_each(seeds):
     assert (parse(seeds=seeds).num_images, parse(seeds=seeds).seeds) == (2, (5, 9))
 
 
 def test_capitals_of_a_column_do_not_matter_but_the_exact_name_goes_first():
-    row = rows.parse({"Prompt": "a cat", "Seed": 4, "Note": 1}, 0, SETTINGS, 8)
+    row = rows.parse({"Prompt": "a cat", "Seed": 4, "Note": 1}, 0, SETTINGS, CHECKS)
     assert row.request.prompt == "a cat"
     assert row.seeds[0] == 4
     assert row.metadata == '{"Note":1}'
-    row = rows.parse({"Prompt": "kept", "prompt": "used"}, 0, SETTINGS, 8)
+    row = rows.parse({"Prompt": "kept", "prompt": "used"}, 0, SETTINGS, CHECKS)
     assert row.request.prompt == "used"
     assert row.metadata == '{"Prompt":"kept"}'
 
@@ -73,6 +85,7 @@ def test_other_columns_are_carried_through_untouched():
         ({"prompt": "a\udcffb"}, "prompt holds the byte 0xff, which is not UTF-8"),
         ({"negative_prompt": ["x"]}, "negative_prompt must be text, not ['x']"),
         ({"id": True}, "id must be text, not True"),
+        ({"id": 7.5}, "id must be text, not 7.5"),
         ({"id": ""}, "id is empty"),
         ({"id": "x" * 501}, "id has 501 characters"),
         ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, not -1"),
@@ -94,8 +107,9 @@ def test_other_columns_are_carried_through_untouched():
         ({"width": 0}, "width must be a whole number from 8"),
         ({"width": 10**6}, "width must be a whole number from 8 to 8192"),
         ({"height": [64]}, "height must be a whole number"),
-        ({"steps": 0}, "steps must be a whole number from 1 to 1000, not 0"),
-        ({"steps": "many"}, "steps must be a whole number from 1 to 1000, not 'many'"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 998, not 0"),
+        ({"steps": "many"}, "steps must be a whole number from 1 to 998, not 'many'"),
+        ({"steps": 999}, "steps must be a whole number from 1 to 998, not 999"),
         ({"guidance_scale": math.inf}, "guidance_scale must be a number from 0 to 1000, not inf"),
         ({"guidance_scale": "nan"}, "guidance_scale must be a number from 0 to 1000, not 'nan'"),
         ({"guidance_scale": -1}, "guidance_scale must be a number from 0 to 1000"),
