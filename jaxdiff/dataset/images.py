@@ -2,13 +2,15 @@
 
 The file's own metadata hold the prompt, the line of settings that AUTOMATIC1111's web UI writes
 (`parameters`; most viewers of generated images read it), XMP with IPTC's digital source type for
-AI-made media, and in PNG also every setting as JSON (`jaxdiff`). Equal pixels and settings give
-equal bytes under one version of Pillow: no clock, no host.
+AI-made media, and every setting as JSON: in PNG the text `jaxdiff`, elsewhere the XMP property
+`jaxdiff:settings`. Equal pixels and settings give equal bytes under one version of Pillow: no
+clock, no host.
 """
 
 import hashlib
 import io
 import json
+from xml.sax import saxutils
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -30,7 +32,11 @@ XMP = (
     '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
     'Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/'
-    'trainedAlgorithmicMedia"/></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+    'trainedAlgorithmicMedia">{settings}</rdf:Description></rdf:RDF></x:xmpmeta>'
+    '<?xpacket end="r"?>'
+)
+XMP_SETTINGS = (  # not in EXIF, whose 64 KiB in JPEG are too few for the longest prompts
+    '<jaxdiff:settings xmlns:jaxdiff="urn:jaxdiff">{}</jaxdiff:settings>'
 )
 
 
@@ -43,13 +49,14 @@ def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
       image_format: "png", "webp" (lossless) or "jpeg" (quality 95).
     """
     arguments = dict(SAVE[image_format])
+    dumped = json.dumps(settings, ensure_ascii=False)
     if image_format == "png":
         chunks = PngImagePlugin.PngInfo()
         texts = {
             "Description": settings["prompt"],
             "parameters": parameters(settings),
-            "jaxdiff": json.dumps(settings, ensure_ascii=False),
-            XMP_KEYWORD: XMP,
+            "jaxdiff": dumped,
+            XMP_KEYWORD: XMP.format(settings=""),
         }
         for keyword, text in texts.items():
             chunks.add_itxt(keyword, text)
@@ -59,7 +66,8 @@ def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
         exif[IMAGE_DESCRIPTION] = settings["prompt"].encode()
         comment = b"UNICODE\0" + parameters(settings).encode("utf-16-be")
         exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
-        arguments.update(exif=exif, xmp=XMP.encode())
+        xmp = XMP.format(settings=XMP_SETTINGS.format(saxutils.escape(dumped)))
+        arguments.update(exif=exif, xmp=xmp.encode())
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, image_format, **arguments)
     return file.getvalue()

@@ -1,5 +1,6 @@
 import io
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -48,6 +49,14 @@ def test_webp_and_jpeg_say_in_exif_how_they_were_made(image_format):
     assert description.encode("latin-1").decode() == PROMPT  # Pillow reads it as Latin-1
 
 
+@pytest.mark.parametrize("image_format", ["webp", "jpeg"])
+def test_webp_and_jpeg_hold_every_setting_in_xmp(image_format):
+    awkward = {**SETTINGS, "negative_prompt": "<a> & ]]> {} \x01"}
+    packet = opened(image_format, awkward).info["xmp"]
+    (found,) = ElementTree.fromstring(packet.decode()).iter("{urn:jaxdiff}settings")
+    assert json.loads(found.text) == awkward
+
+
 @pytest.mark.parametrize("image_format", images.EXTENSIONS)
 def test_every_format_is_marked_as_made_by_an_algorithm(image_format):
     packet = opened(image_format).info["xmp"]
@@ -58,6 +67,8 @@ def test_every_format_is_marked_as_made_by_an_algorithm(image_format):
 def test_the_longest_prompts_fit_into_every_format(image_format):
     long = {**SETTINGS, "prompt": "🌟" * 4000, "negative_prompt": "🌟" * 4000}
     assert opened(image_format, long).size == (24, 16)
+    escaped = {**SETTINGS, "prompt": "\x01&" * 2000, "negative_prompt": "\x01&" * 2000}
+    assert opened(image_format, escaped).size == (24, 16)
 
 
 @pytest.mark.parametrize("image_format", images.EXTENSIONS)
