@@ -48,7 +48,7 @@ CROISSANT_TYPES = {"string": "sc:Text", "double": "sc:Float"}  # else sc:Integer
 
 README = """\
 ---
-pretty_name: {title}
+pretty_name: {yaml_title}
 task_categories:
 - text-to-image
 tags:
@@ -93,8 +93,10 @@ def readme(plan: Plan, counts: dict[str, int]) -> str:
         f"| {name} | {_cell(value)} |" for name, value in identity.items() if value is not None
     )
     webdataset = plan.settings.format == "webdataset"
+    title = f"{counts['made']} images by {plan.model_name}"
     return README.format(
-        title=f"{counts['made']} images by {plan.model_name}",
+        title=title,
+        yaml_title=json.dumps(title),
         ending=formats.FORMATS[plan.settings.format][0],
         # Written out, because a guess from the first images fails where metadata differ in type.
         features=_webdataset_features(plan) if webdataset else "",
