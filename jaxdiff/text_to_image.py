@@ -24,7 +24,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxdiff.request import MAX_SEED, SAMPLERS, Request
+from jaxdiff.request import Request
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Text is encoded in batches of this size whatever the size of the image batches, so that a prompt's
@@ -33,15 +33,6 @@ TEXT_BATCH = 8
 REMEMBERED_PROMPTS = 1024
 # What diffusers' StableDiffusionPipeline makes of any scheduler's config that it is given.
 PIPELINE_SCHEDULE = {"steps_offset": 1, "clip_sample": False}
-# How each value of a request is checked, with the arguments of the check.
-CHECKS = {
-    "prompt": (checks.text,),
-    "negative_prompt": (checks.text,),
-    "seed": (checks.integer, 0, MAX_SEED),
-    "steps": (checks.integer, 1, checks.MAX_STEPS),
-    "guidance_scale": (checks.guidance_scale,),
-    "sampler": (checks.choice, SAMPLERS),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,14 +120,14 @@ class TextToImage:
           InputError: naming the value that cannot be used or that this model cannot make.
         """
         width, height = self.checkpoint.default_size
-        sides = (checks.side, self.checkpoint.size_multiple)
         values = {
             **asdict(request),
             "width": width if request.width is None else request.width,
             "height": height if request.height is None else request.height,
             "sampler": request.sampler or self.checkpoint.default_sampler,
         }
-        for name, (check, *arguments) in {**CHECKS, "width": sides, "height": sides}.items():
+        rules = checks.of_request(self.checkpoint.size_multiple, self.checkpoint.max_steps)
+        for name, (check, *arguments) in rules.items():
             try:
                 values[name] = check(name, values[name], *arguments)
             except checks.BadValueError as problem:

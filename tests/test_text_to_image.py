@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 import jaxdiff
+from jaxdiff import request, text_to_image
+from jaxdiff.dataset import settings
+from jaxdiff.diffusion import noise, samplers
 from jaxdiff.errors import InputError
 
 REQUESTS = [
@@ -47,6 +50,12 @@ def test_images_are_8_bit_rgb_of_the_models_size(images):
     assert all(image.finite for image in images)
     assert [image.request.prompt for image in images] == [r.prompt for r in REQUESTS]
     assert len({image.pixels.tobytes() for image in images}) == len(images)
+
+
+def test_planning_knows_the_names_that_the_model_side_knows():
+    assert tuple(samplers.SAMPLERS) == request.SAMPLERS
+    assert noise.KINDS == settings.NOISES
+    assert tuple(text_to_image.DTYPES) == settings.DTYPES
 
 
 def test_order_and_neighbours_do_not_change_an_image(model, images):
