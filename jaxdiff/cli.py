@@ -1,5 +1,6 @@
 """The command line. What a command needs is imported when it runs, so that help comes at once."""
 
+import importlib.metadata
 import logging
 import os
 import sys
@@ -26,7 +27,7 @@ start with:
   jaxdiff generate --manifest prompts.txt --output out/first
 
 `jaxdiff COMMAND --help` lists a command's options. Every command takes --debug, which shows
-tracebacks and the libraries' own messages.
+tracebacks and the libraries' own messages. `jaxdiff --version` says which version this is.
 """
 SHOWN_PROBLEMS = 20
 
@@ -37,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(OVERVIEW, end="")
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"jaxdiff {_version()}")
+        return 0
     debug = "--debug" in arguments
     _set_logging(debug)
     try:
@@ -47,6 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
         message, code = _explain(problem)
         print(f"jaxdiff: {message}", file=sys.stderr)
         return code
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("jaxdiff")
+    except importlib.metadata.PackageNotFoundError:
+        return "(a checkout that is not installed)"
 
 
 def _explain(problem: BaseException) -> tuple[str, int]:
@@ -80,7 +91,10 @@ def _generate(arguments: list[str]) -> int:
 
 def _verify(arguments: list[str]) -> int:
     parser = Parser(
-        "verify", description="Check a finished dataset from its files alone, down to every pixel."
+        "verify",
+        description="Check a finished dataset from its files alone: that every planned image is "
+        "accounted for, and every file, every record and, in lossless formats, every pixel is as "
+        "it was made.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset's directory")
     directory = parser.parse_args(arguments).directory

@@ -1,3 +1,4 @@
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -33,6 +34,11 @@ def test_help_names_the_commands_and_an_example(capsys):
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
         assert f"usage: jaxdiff {command}" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxdiff {importlib.metadata.version('jaxdiff')}\n"
 
 
 @pytest.mark.parametrize(
