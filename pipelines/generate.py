@@ -11,6 +11,7 @@ runner is trusted with completeness. A job is complete when its files prove it.
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -23,9 +24,10 @@ from pathlib import Path
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.runners import create_runner
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from jaxdiff.checkpoint.layout import Checkpoint, open_checkpoint
+from jaxdiff.checkpoint.layout import BUNDLED, Checkpoint, open_checkpoint
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import ledger
 from jaxdiff.dataset import plan as plans
@@ -58,39 +60,46 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     """
     began = time.monotonic()
     beam_options = _beam_options(beam_arguments)
-    checkpoint = open_checkpoint(job.model)
-    settings = job_settings.resolve(job.settings, checkpoint)
-    with layout.held(job.output), _stopped_by_signals():
-        plan = _plan(job, settings, checkpoint)
-        if (job.output / layout.SUCCESS).exists():
-            return _already_finished(job)
-        _report_rejected(job, plan)
+    try:
+        checkpoint = open_checkpoint(job.model)
+        settings = job_settings.resolve(job.settings, checkpoint)
+        identity = plans.identify(job.manifest, settings, checkpoint)
+    except OSError as problem:
+        raise InputError(f"{problem.filename} cannot be read: {problem.strerror}") from None
+    with layout.held(job.output), _stopped_by_signals(), _full_disk_named(job.output):
+        plan = _plan(job, settings, checkpoint, identity)
         plan_seconds = time.monotonic() - began
         try:
+            if counts := ledger.finished(job.output, plan):
+                print(f"{job.output} is finished already: {counts['made']} images")
+                return EXIT_SOME_IMAGES_FAILED if counts["failed"] else EXIT_OK
+            (job.output / layout.SUCCESS).unlink(missing_ok=True)
+            _report_rejected(job, plan)
             _generate(job, plan, beam_options)
             report = ledger.finalize(job.output, plan, plan_seconds)
         except worker.StoppedError:
             _say(f"stopped; the same command continues {job.output}")
             return EXIT_STOPPED
         except ledger.IncompleteError as problem:
-            _say(f"{problem}; the same command continues")
+            _say(str(problem))
             return EXIT_FAILED
-        except InputError:
-            if not any((job.output / layout.DONE).glob("*.json")):
-                layout.clear(job.output)  # nothing was made of this plan
-            raise
-        except OSError as problem:
-            problem.filename = problem.filename or str(job.output)  # a full disk names no file
+        except InputError as problem:
+            if layout.has_shards(job.output):
+                _say(f"{problem}; when that is mended, the same command continues")
+                return EXIT_FAILED
+            layout.clear(job.output)
             raise
     _summarize(job, report)
     return EXIT_SOME_IMAGES_FAILED if report["counts"]["failed"] else EXIT_OK
 
 
-def _plan(job: Job, settings: job_settings.Settings, checkpoint: Checkpoint) -> Plan:
+def _plan(
+    job: Job, settings: job_settings.Settings, checkpoint: Checkpoint, identity: dict
+) -> Plan:
     """The directory's plan, made now if there is none."""
-    identity = plans.identify(job.manifest, settings, checkpoint)
     if not job.overwrite and (old := plans.load(job.output)):
         if old.id == plans.digest(identity):
+            _check_strict(job, old, job.output / layout.PLAN)
             return old
         raise InputError(
             f"--output {job.output} holds another run "
@@ -100,13 +109,17 @@ def _plan(job: Job, settings: job_settings.Settings, checkpoint: Checkpoint) -> 
     folder = layout.temporary(job.output, "plan")
     try:
         plan = plans.make(job.manifest, settings, checkpoint, identity, folder)
-        if job.strict and plan.rows["rejected"]:
-            raise InputError(f"--strict: {_rejections(job, plan, folder)}")
-        layout.clear(job.output)
+        _check_strict(job, plan, folder)
+        layout.set_aside(job.output)
         plans.store(folder, job.output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return plan
+
+
+def _check_strict(job: Job, plan: Plan, folder: Path) -> None:
+    if job.strict and plan.rows["rejected"]:
+        raise InputError(f"--strict: {_rejections(job, plan, folder)}")
 
 
 def _report_rejected(job: Job, plan: Plan) -> None:
@@ -125,12 +138,6 @@ def _rejections(job: Job, plan: Plan, folder: Path) -> str:
     )
 
 
-def _already_finished(job: Job) -> int:
-    counts = json.loads((job.output / layout.SUCCESS).read_text("utf-8"))["counts"]
-    print(f"{job.output} is finished already: {counts['made']} images")
-    return EXIT_SOME_IMAGES_FAILED if counts["failed"] else EXIT_OK
-
-
 def _generate(job: Job, plan: Plan, beam_options: PipelineOptions) -> None:
     """Makes the shards that are not made yet."""
     todo = ledger.todo(job.output, plan)
@@ -140,7 +147,9 @@ def _generate(job: Job, plan: Plan, beam_options: PipelineOptions) -> None:
     if not todo:
         return
     runner = beam_options.view_as(StandardOptions).runner or FnApiRunner()
-    generate_shard = GenerateShard(str(job.output.absolute()), job.model)
+    # A bundled model may lie elsewhere on a worker; a directory must be there by the same path.
+    model = job.model if job.model in BUNDLED else str(Path(job.model).absolute())
+    generate_shard = GenerateShard(str(job.output.absolute()), model)
     try:
         with (
             progress.shown(job.output, plan),
@@ -149,6 +158,8 @@ def _generate(job: Job, plan: Plan, beam_options: PipelineOptions) -> None:
             shards = pipeline | "Shards" >> beam.Create(todo, reshuffle=False)
             _ = shards | beam.Reshuffle() | "GenerateShard" >> beam.ParDo(generate_shard)
     except Exception as failure:
+        if worker.stopping.is_set():
+            raise worker.StoppedError from None
         cause = failure.__context__  # what the DoFn raised, if it ran here; Beam rewrites it
         if isinstance(cause, worker.StoppedError | InputError | OSError):
             raise cause from None
@@ -161,7 +172,7 @@ def _summarize(job: Job, report: dict) -> None:
     stages["finalize"] = "finalize"
     print(
         f"{counts['made']} images in {job.output} on {', '.join(report['devices'])}: "
-        f"{report['images_per_second']:.2f} images/s\n"
+        f"{report['images_per_worker_second']:.2f} images/s a worker\n"
         + ", ".join(f"{text} {seconds[stage]:.1f} s" for stage, text in stages.items())
     )
     if counts["failed"]:
@@ -171,13 +182,35 @@ def _summarize(job: Job, report: dict) -> None:
 def _beam_options(arguments: list[str]) -> PipelineOptions:
     """Beam's options; without a --runner, which may have its own, a name unknown to it is wrong."""
     beam_options = PipelineOptions(arguments)
-    if beam_options.view_as(StandardOptions).runner is None:
-        known = beam_options.get_all_options()
-        for name in beam_options.get_all_options(retain_unknown_options=True):
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            known = beam_options.get_all_options()
+            every = beam_options.get_all_options(retain_unknown_options=True)
+    except SystemExit:
+        last = (said.getvalue().splitlines() or ["they cannot be read"])[-1]
+        raise InputError(f"Beam's options: {last.rpartition('error: ')[2]}") from None
+    runner = beam_options.view_as(StandardOptions).runner
+    if runner is None:
+        for name in every:
             if name not in known:
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"unknown option {option}{options.suggest(name)}")
+        return beam_options
+    try:
+        create_runner(runner)
+    except (AttributeError, ImportError, ValueError) as problem:
+        raise InputError(f"--runner {runner}: {problem}") from None
     return beam_options
+
+
+@contextlib.contextmanager
+def _full_disk_named(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        problem.filename = problem.filename or str(directory)  # a full disk names no file
+        raise
 
 
 @contextlib.contextmanager

@@ -59,6 +59,9 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
     said = {name: value for name, value in vars(said).items() if value is not None}
     if rest and not rest[0].startswith("-"):
         said = _read_job(Path(rest.pop(0))) | said
+    for before, word in zip(["", *rest], rest, strict=False):
+        if not word.startswith("-") and (not before.startswith("-") or "=" in before):
+            parser.error(f"unexpected {word!r}")
     for name in ("manifest", "output"):
         if name not in said:
             parser.error(f"--{name} is missing")
@@ -143,7 +146,10 @@ HELP = {
         "images_per_shard": ("N", "rounded to full batches (default: 1000, fewer if over 512x512)"),
     },
     "computing": {
-        "batch_size": ("N", f"images computed at once (default: {Settings.batch_size})"),
+        "batch_size": (
+            "N",
+            f"images computed at once on each device (default: {Settings.batch_size})",
+        ),
         "noise": ("NAME", "jax, or torch for the noise of PyTorch's generator (default: jax)"),
         "dtype": ("NAME", "float32 or bfloat16 (default: float32)"),
         "mesh": ("AXES", "devices, such as data=4,model=2 (default: all for data)"),

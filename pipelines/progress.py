@@ -1,7 +1,6 @@
 """How far the job is, read from its files, so that it does not matter which process makes what."""
 
 import contextlib
-import os
 import shutil
 import sys
 import threading
@@ -22,6 +21,9 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} images, {rate_fmt}, {remaini
 @contextlib.contextmanager
 def shown(directory: Path, plan: Plan) -> Iterator[None]:
     """Shows progress on stderr meanwhile: a bar on a terminal, else a line every 30 seconds."""
+    if sys.stderr is None:  # a service may have none
+        yield
+        return
     done = threading.Event()
     show = _bar if sys.stderr.isatty() else _lines
     counter = Counter(directory, plan)
@@ -46,12 +48,12 @@ class Counter:
         images = {}
         for path in self._attempts():
             if path.name not in self._stale:
-                shard = int(path.name.partition("-")[0])
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError, ValueError):
+                    shard = int(path.name.partition("-")[0])
                     images[shard] = max(images.get(shard, 0), int(path.read_text() or 0))
-        with contextlib.suppress(FileNotFoundError):
-            for name in os.listdir(self._directory / layout.DONE):
-                shard = int(name.partition(".")[0])
+        for path in (self._directory / layout.DONE).glob("*.json"):
+            with contextlib.suppress(IndexError, ValueError):  # somebody else's file
+                shard = int(path.stem)
                 images[shard] = self._plan.shard_sizes[shard]
         return sum(images.values())
 

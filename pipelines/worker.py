@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import sys
 import threading
 import time
 from collections import deque
@@ -12,6 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
+from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
@@ -45,7 +49,7 @@ def make_shard(directory: Path, model: str, shard: int) -> dict:
 
     Raises:
       StoppedError: if `stopping` was set meanwhile; nothing of the shard is left.
-      InputError: if the model is not the plan's.
+      InputError: if the model is not the plan's, or another kind of device has made a shard.
     """
     plan = plans.load(directory)
     with _device:
@@ -56,6 +60,7 @@ def make_shard(directory: Path, model: str, shard: int) -> dict:
             raise StoppedError
         loading = time.monotonic()
         loaded = _load(model, plan)
+        _check_device(directory, plan, loaded)
         started = time.monotonic()
         with shards.Attempt(directory, plan, shard) as attempt:
             made = _fill(attempt, loaded, plan, plans.read_shard(directory, shard))
@@ -63,6 +68,7 @@ def make_shard(directory: Path, model: str, shard: int) -> dict:
             seconds = {"load": started - loading, "generate": finished - started}
             seconds = {stage: round(value, 3) for stage, value in seconds.items()}
             attempt.commit(_facts(loaded, plan, seconds))
+    layout.forget_old(directory)  # now that this run has a shard
     failed = plan.shard_sizes[shard] - made
     return {"shard": shard, "made": made, "failed": failed, "seconds": seconds}
 
@@ -79,7 +85,7 @@ def _fill(
             partial(_encode, plan),
             zip(planned, images, strict=True),
             pool,
-            depth=2 * plan.settings.batch_size,
+            depth=2 * plan.settings.batch_size * model.mesh.shape["data"],
         )
         for image, sample in zip(planned, samples, strict=True):
             if stopping.is_set():
@@ -121,13 +127,30 @@ def _load(model: str, plan: Plan) -> "TextToImage":
         if loaded.checkpoint.fingerprint != plan.identity["model"]:
             raise InputError(f"model {model} is not the one that the job was planned for")
         _held = (key, loaded)
+        tqdm.write(f"jaxdiff: {plan.model_name} is loaded on {_device_of(loaded)}", sys.stderr)
     return _held[1]
 
 
-def _facts(model: "TextToImage", plan: Plan, seconds: dict[str, float]) -> dict:
+def _device_of(model: "TextToImage") -> str:
     devices = model.mesh.devices
+    return f"{devices.size} x {devices.flat[0].device_kind}"
+
+
+def _check_device(directory: Path, plan: Plan, model: "TextToImage") -> None:
+    """Refuses to mix kinds of devices, whose pixels differ, in one dataset."""
+    here = _device_of(model)
+    made = (int(p.stem) for p in (directory / layout.DONE).glob("*.json") if p.stem.isdecimal())
+    marker = next(filter(None, (shards.read_marker(directory, plan, s) for s in made)), None)
+    if marker and marker.facts["device"].partition(" x ")[2] != here.partition(" x ")[2]:
+        raise InputError(
+            f"{directory} was begun on {marker.facts['device']}, but here is {here}: continue on "
+            "the same hardware, or start anew with --overwrite"
+        )
+
+
+def _facts(model: "TextToImage", plan: Plan, seconds: dict[str, float]) -> dict:
     return {
-        "device": f"{devices.size} x {devices.flat[0].device_kind}",
+        "device": _device_of(model),
         "batch_size": plan.settings.batch_size,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "seconds": seconds,

@@ -17,6 +17,7 @@ PLAN = f"{WORK}/plan"
 DONE = f"{WORK}/done"
 TMP = f"{WORK}/tmp"
 LOCK = f"{WORK}/lock"
+OLD = f"{WORK}/old"  # the run that --overwrite replaces, until the new one has made a shard
 DATA = "data"
 METADATA = "metadata"
 SUCCESS = "_SUCCESS"
@@ -54,9 +55,11 @@ def held(directory: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
+        settle(directory)
         try:
             yield
         finally:
+            settle(directory)
             if not (directory / PLAN).exists():
                 shutil.rmtree(directory / WORK)
                 for path in created:
@@ -67,7 +70,8 @@ def held(directory: Path) -> Iterator[None]:
 def _check_ours(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--output {directory} is a file; name a directory")
-    ours = (directory / PLAN).is_dir() or not directory.exists()
+    has_run = (directory / PLAN).is_dir() or (directory / OLD / Path(PLAN).name).is_dir()
+    ours = has_run or not directory.exists()
     if not ours and any(path.name != WORK for path in directory.iterdir()):
         raise InputError(
             f"--output {directory} holds other files and no jaxdiff run; name a new directory"
@@ -84,6 +88,47 @@ def clear(directory: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def set_aside(directory: Path) -> None:
+    """Keeps the run that is there in `OLD`, until `settle` or `forget_old`."""
+    if (directory / PLAN).is_dir():
+        (directory / OLD).mkdir()
+        for name in reversed(OURS):  # the plan first: while it lies there, nothing has been moved
+            if os.path.lexists(directory / name):
+                os.rename(directory / name, _old(directory, name))
+
+
+def settle(directory: Path) -> None:
+    """Puts a run that was set aside back, unless the new one has made a shard.
+
+    It decides by the files alone and may be repeated, after a kill at any moment too.
+    """
+    if not (directory / OLD).is_dir():
+        return
+    if (directory / PLAN).is_dir():
+        if has_shards(directory):
+            forget_old(directory)
+            return
+        shutil.rmtree(directory / PLAN)
+    for name in OURS:  # the plan last; of the new run there are at most empty folders
+        if os.path.lexists(_old(directory, name)):
+            os.replace(_old(directory, name), directory / name)
+    (directory / OLD).rmdir()
+
+
+def forget_old(directory: Path) -> None:
+    """Deletes the run that was set aside, if there is one; processes may do so at once."""
+    shutil.rmtree(directory / OLD, ignore_errors=True)
+
+
+def has_shards(directory: Path) -> bool:
+    """Whether a shard of the run is made."""
+    return any((directory / DONE).glob("*.json"))
+
+
+def _old(directory: Path, name: str) -> Path:
+    return directory / OLD / Path(name).name
 
 
 def temporary(directory: Path, name: str) -> Path:

@@ -23,6 +23,11 @@ from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.errors import InputError
 
+REPORTS = (
+    *(layout.SUCCESS, layout.CARD, layout.CROISSANT),
+    *(layout.RUN, layout.REJECTED, layout.FAILED),
+)
+
 
 class IncompleteError(Exception):
     """The dataset cannot be finished; the message says what is wrong, on one line."""
@@ -42,8 +47,25 @@ def todo(directory: Path, plan: Plan) -> list[int]:
         ]
     except ValueError as problem:
         raise InputError(
-            f"{directory}: {problem}; delete it, and the same command makes its shard again"
+            f"{directory}: {problem}; delete it to have its shard made again"
         ) from None
+
+
+def finished(directory: Path, plan: Plan) -> dict[str, int] | None:
+    """The counts of a finished dataset that has all its files, by name and size; else None.
+
+    Raises:
+      InputError: if a done-marker is damaged.
+    """
+    if not all((directory / name).is_file() for name in REPORTS) or todo(directory, plan):
+        return None
+    markers = [shards.read_marker(directory, plan, s) for s in range(len(plan.shard_sizes))]
+    for marker in markers:
+        for name, file in marker.files.items():
+            path = directory / name
+            if not path.is_file() or path.stat().st_size != file["bytes"]:
+                return None
+    return _counts(plan, markers)
 
 
 def finalize(directory: Path, plan: Plan, plan_seconds: float) -> dict:
@@ -82,7 +104,7 @@ def finalize(directory: Path, plan: Plan, plan_seconds: float) -> dict:
 
 
 def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
-    """Checks a finished dataset from its files alone, down to every pixel.
+    """Checks a finished dataset from its files alone; every pixel too where the format is lossless.
 
     Returns:
       The counts, and what is wrong, a line each: empty if all is right.
@@ -140,20 +162,23 @@ def _check_files(directory: Path, plan: Plan) -> Iterator[str]:
             yield str(problem)
             continue
         if marker is None:
-            yield f"shard {shard} of {len(plan.shard_sizes)} is not made yet"
+            made = f"shard {shard} of {len(plan.shard_sizes)} is not made yet"
+            yield f"{made}; the same generate command makes it"
             continue
+        mend = f"delete {layout.DONE}/{shard:05d}.json, and the same generate command makes it anew"
         for name, file in marker.files.items():
             path = directory / name
             if not path.is_file():
-                yield f"{name} is missing"
+                yield f"{name} is missing; {mend}"
             elif path.stat().st_size != file["bytes"]:
-                yield f"{name} has {path.stat().st_size} bytes instead of {file['bytes']}"
+                size = path.stat().st_size
+                yield f"{name} has {size} bytes instead of {file['bytes']}; {mend}"
             elif plans.file_sha256(path) != file["sha256"]:
-                yield f"{name} has changed: its SHA-256 is not {file['sha256']}"
+                yield f"{name} has changed: its SHA-256 is not {file['sha256']}; {mend}"
     for folder in (layout.DATA, layout.METADATA, layout.DONE):
         for path in sorted((directory / folder).glob("*")):
             if (name := path.relative_to(directory).as_posix()) not in expected:
-                yield f"{name} does not belong to the run"
+                yield f"{name} does not belong to the run; move it away"
 
 
 def _check_content(directory: Path, plan: Plan, shard: int) -> Iterator[str]:
@@ -249,7 +274,7 @@ def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) ->
         "model": {"name": plan.model_name, "fingerprint": plan.identity["model"]},
         "settings": asdict(plan.settings),
         "counts": counts,
-        "images_per_second": round(plan.images / max(seconds["generate"], 1e-9), 3),
+        "images_per_worker_second": round(plan.images / max(seconds["generate"], 1e-9), 3),
         "seconds": seconds,
         "devices": sorted({fact["device"] for fact in facts}),
         "versions": {

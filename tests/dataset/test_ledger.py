@@ -84,6 +84,12 @@ def test_verify_names_a_missing_file(finished, name):
     assert f"{name} is missing" in problems(directory)
 
 
+def test_verify_says_how_to_mend_a_shard(finished):
+    directory = finished()
+    (directory / "data" / "train-00001.tar").unlink()
+    assert "delete _jaxdiff/done/00001.json, and the same generate command" in problems(directory)
+
+
 def test_verify_names_a_missing_marker(finished):
     directory = finished()
     (directory / "_jaxdiff" / "done" / "00001.json").unlink()

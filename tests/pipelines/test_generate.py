@@ -217,6 +217,17 @@ def test_overwrite_deletes_nothing_when_the_new_input_cannot_be_used(tmp_path, c
     assert files(directory) == before
 
 
+def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_shard(tmp_path, command, capsys):
+    directory = tmp_path / "out"
+    cli.main(command(directory, "--limit=4"))
+    before = files(directory)
+    assert cli.main(command(directory, "--overwrite", "--mesh=data=64")) == 2
+    assert files(directory) == before
+    capsys.readouterr()
+    assert cli.main(command(directory, "--limit=4")) == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
 def test_a_directory_of_somebody_else_is_refused(tmp_path, command, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_bytes(b"")
@@ -306,6 +317,19 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(
     assert cli.main(["verify", str(directory)]) == 0
 
 
+def test_a_disk_that_is_full_at_planning_leaves_nothing(tmp_path, command, environment):
+    directory = tmp_path / "out"
+    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", sys.executable, "-m", "jaxdiff"]
+    ended = subprocess.run(
+        [*limited, *command(directory)], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    said = ended.stderr.splitlines()[-1]
+    assert said.startswith(f"jaxdiff: {directory}: ")
+    assert said.endswith("File too large; when that is mended, the same command continues")
+    assert not directory.exists()
+
+
 def test_progress_is_told_in_the_middle_of_a_shard(tmp_path, command, capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.02)
     assert cli.main(command(tmp_path / "out", "--num-images=80", "--images-per-shard=200")) == 0
@@ -318,6 +342,16 @@ def test_progress_is_told_in_the_middle_of_a_shard(tmp_path, command, capsys, mo
     assert counts == sorted(counts)
     assert any(0 < count < 103 for count in counts)
     assert any(match[2] for match in told if match)
+
+
+def test_progress_passes_over_files_with_odd_names(tmp_path, command):
+    directory = tmp_path / "out"
+    cli.main(command(directory))
+    counter = progress.Counter(directory, plans.load(directory))
+    (directory / layout.TMP).mkdir()
+    for name in (f"{layout.DONE}/x.json", f"{layout.DONE}/99999.json", f"{layout.TMP}/x.progress"):
+        (directory / name).write_text("")
+    assert counter.count() == 24
 
 
 def test_images_that_are_not_finite_fail_alone(tmp_path, command, capsys, tiny_checkpoint):
@@ -364,14 +398,55 @@ def test_a_model_that_changes_between_plan_and_work_is_refused(tmp_path, command
     assert shards.read_marker(directory, plans.load(directory), 0) is None
 
 
+def test_strict_holds_for_a_plan_that_is_there_already(tmp_path, command, capsys):
+    directory = tmp_path / "out"
+    cli.main(command(directory, "--num-images=1"))
+    assert cli.main(command(directory, "--num-images=1", "--strict")) == 2
+    assert "--strict: 1 of 5 rows of" in capsys.readouterr().err
+
+
+def test_a_finished_job_restores_what_was_deleted(tmp_path, command, capsys):
+    directory = tmp_path / "out"
+    cli.main(command(directory))
+    before = files(directory)
+    (directory / "README.md").unlink()
+    assert cli.main(command(directory)) == 0
+    assert files(directory) == before
+    (directory / "data" / "train-00001.tar").unlink()
+    capsys.readouterr()
+    assert cli.main(command(directory)) == 1
+    assert "delete _jaxdiff/done/00001.json, and the same" in capsys.readouterr().err
+    (directory / layout.DONE / "00001.json").unlink()
+    assert cli.main(command(directory)) == 0
+    assert files(directory) == before
+
+
+def test_another_kind_of_device_does_not_continue_a_job(tmp_path, command, capsys):
+    directory = tmp_path / "out"
+    cli.main(command(directory))
+    for path in (directory / layout.DONE).iterdir():
+        path.write_text(path.read_text().replace("1 x cpu", "4 x TPU v5e"))
+    (directory / layout.DONE / "00001.json").unlink()
+    capsys.readouterr()
+    assert cli.main(command(directory)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "was begun on 4 x TPU v5e, but here is 1 x cpu: continue on the same" in error
+    assert not (directory / "_SUCCESS").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--strict"], "--strict: 1 of 5 rows of"),
-        (["--steps=0"], "--steps must be a whole number from 1 to 1000, not '0'"),
+        (["--steps=0"], "--steps must be a whole number from 1 to 998, not '0'"),
         (["--manifest=no.csv"], "manifest no.csv does not exist"),
         (["--model=no"], "model 'no' is neither"),
         (["--mesh=data=64"], "--mesh data=64: needs 64 devices, but there are"),
+        (["--runner=FlinkRuner"], "--runner FlinkRuner: Unexpected pipeline runner"),
+        (["--direct_num_workers=x"], "Beam's options: argument --direct_num_workers: invalid int"),
+        (["--experiments=a", "10"], "unexpected '10' (jaxdiff generate --help"),
+        ([f"--manifest={'x' * 300}.txt"], f"{'x' * 300}.txt cannot be read: File name too long"),
+        ([f"--model={'x' * 300}"], f"{'x' * 300} cannot be read: File name too long"),
         (["--stpes=3"], "unknown option --stpes; did you mean --steps?"),
     ],
 )
