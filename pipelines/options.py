@@ -124,7 +124,7 @@ HELP = {
         "output": ("DIR", "the dataset's directory: new, or that of the run to be continued"),
         "model": ("NAME|DIR", "a bundled model or a diffusers directory (default: shapes64)"),
         "limit": ("N", "stop after the first N images of the manifest"),
-        "overwrite": (None, "delete the run that is in the output directory and start anew"),
+        "overwrite": (None, "start anew: the old run is deleted when the first new shard is made"),
         "strict": (None, "make nothing if a row of the manifest cannot be used"),
     },
     "for rows that do not say": {

@@ -35,7 +35,8 @@ OURS = (SUCCESS, DONE, DATA, METADATA, CARD, CROISSANT, RUN, REJECTED, FAILED, P
 def held(directory: Path) -> Iterator[None]:
     """Makes the directory and holds it for this process; while it is unplanned, leaves no trace.
 
-    The lock is the kernel's, so that a process that dies gives it back.
+    The lock is the kernel's, so that a process that dies gives it back. A run that was set aside is
+    settled at the beginning and at the end.
 
     Raises:
       InputError: if the directory holds other files, or another process holds it.
