@@ -40,7 +40,7 @@ class Request:
     width: int | None = None
     height: int | None = None
     steps: int = 20
-    guidance_scale: float = 5.0
+    guidance_scale: float = 3.0
     sampler: str | None = None
 
     @property

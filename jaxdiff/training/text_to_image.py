@@ -27,7 +27,7 @@ from jaxdiff.training.recipe import TextToImageRecipe
 from jaxdiff.worlds import shapes
 
 ENCODE_BATCH = 64
-PREVIEW_STEPS, PREVIEW_GUIDANCE, PREVIEW_IMAGES = 20, 5.0, 48
+PREVIEW_STEPS, PREVIEW_GUIDANCE, PREVIEW_IMAGES = 20, 3.0, 48
 
 
 def task(recipe: TextToImageRecipe, output: Path) -> Task:
