@@ -24,7 +24,7 @@ def test_what_a_row_does_not_say_comes_from_the_job():
     assert row.seeds is None
     assert row.request.negative_prompt == "blur"
     assert row.request.steps == 20
-    assert row.request.guidance_scale == 5.0
+    assert row.request.guidance_scale == 3.0
     assert row.metadata == "{}"
 
 

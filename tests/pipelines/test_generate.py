@@ -155,7 +155,7 @@ def test_a_manifest_becomes_a_finished_dataset(tmp_path, command, capsys, tiny_c
         "width": 64,
         "height": 64,
         "steps": 2,
-        "guidance_scale": 5.0,
+        "guidance_scale": 3.0,
         "sampler": "ddim",
         "noise": "jax",
         "dtype": "float32",
@@ -189,8 +189,8 @@ def test_another_job_in_the_same_directory_is_refused_with_the_difference(
     cli.main(command(directory, "--limit=4"))
     before = files(directory)
     capsys.readouterr()
-    assert cli.main(command(directory, "--limit=4", "--guidance-scale=3")) == 2
-    assert "holds another run (guidance_scale 5.0 -> 3.0)" in capsys.readouterr().err
+    assert cli.main(command(directory, "--limit=4", "--guidance-scale=4")) == 2
+    assert "holds another run (guidance_scale 3.0 -> 4.0)" in capsys.readouterr().err
     manifest.write_text('{"prompt": "another"}\n')
     assert cli.main(command(directory, "--limit=4")) == 2
     assert "(manifest_sha256 " in capsys.readouterr().err
