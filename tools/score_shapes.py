@@ -1,7 +1,7 @@
 """Score a model on the shapes world: write the benchmark's manifest, then read the dataset back.
 
 python tools/score_shapes.py manifest --per-tag 50 --images 4 --seed 1 --output rows.jsonl
-jaxdiff generate --manifest rows.jsonl --output out/score --guidance-scale 4 --steps 20
+jaxdiff generate --manifest rows.jsonl --output out/score
 python tools/score_shapes.py score out/score
 """
 

@@ -201,23 +201,27 @@ class Transformer2DModel(nnx.Module):
         return x + self.proj_out(tokens.reshape(x.shape))
 
 
+def _resnets(widths: list[tuple[int, int]], config: UNetConfig, rngs: nnx.Rngs) -> nnx.List:
+    return nnx.List(
+        [
+            ResnetBlock2D(
+                before,
+                after,
+                groups=config.norm_num_groups,
+                epsilon=config.norm_eps,
+                time_width=config.time_width,
+                rngs=rngs,
+            )
+            for before, after in widths
+        ]
+    )
+
+
 class _Block(nnx.Module):
-    """What down, mid and up blocks have in common: residual blocks, each with its transformer."""
+    """What down and up blocks have in common: residual blocks, each with its transformer."""
 
     def __init__(self, widths, num_heads, config: UNetConfig, *, attention: bool, rngs: nnx.Rngs):
-        self.resnets = nnx.List(
-            [
-                ResnetBlock2D(
-                    before,
-                    after,
-                    groups=config.norm_num_groups,
-                    epsilon=config.norm_eps,
-                    time_width=config.time_width,
-                    rngs=rngs,
-                )
-                for before, after in widths
-            ]
-        )
+        self.resnets = _resnets(widths, config, rngs)
         self.attentions = nnx.List(
             [Transformer2DModel(after, num_heads, config, rngs=rngs) for _, after in widths]
             if attention
@@ -247,19 +251,7 @@ class _DownBlock(_Block):
 
 class _MidBlock(nnx.Module):
     def __init__(self, channels: int, num_heads: int, config: UNetConfig, *, rngs: nnx.Rngs):
-        self.resnets = nnx.List(
-            [
-                ResnetBlock2D(
-                    channels,
-                    channels,
-                    groups=config.norm_num_groups,
-                    epsilon=config.norm_eps,
-                    time_width=config.time_width,
-                    rngs=rngs,
-                )
-                for _ in range(2)
-            ]
-        )
+        self.resnets = _resnets([(channels, channels)] * 2, config, rngs)
         self.attentions = nnx.List([Transformer2DModel(channels, num_heads, config, rngs=rngs)])
 
     def __call__(self, x: Array, time_embedding: Array, context: Array) -> Array:
