@@ -205,7 +205,8 @@ def _tensors(files: Sequence[Path]) -> dict[str, tuple[Path, str, tuple[int, ...
     """For each key, without a prefix: the file, the key as it stands there, and the shape."""
     found = {}
     for file in files:
-        for key, (dtype, shape) in read_header(file).items():
+        for key, tensor in read_header(file).items():
+            dtype, shape = tensor.dtype, tensor.shape
             plain = key.removeprefix(TEXT_PREFIX)
             if plain in BUFFERS:
                 continue

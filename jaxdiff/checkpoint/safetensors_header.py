@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.errors import InputError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -18,11 +19,11 @@ ITEM_BYTES = {
 }
 
 
-def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """Reads and checks the header of the safetensors file at `path`.
 
     Returns:
-      each tensor's name, with its dtype as the format spells it and its shape.
+      each tensor's name, with where it lies in the file.
 
     Raises:
       InputError: if the file is no safetensors file, or not exactly as long as its header says.
@@ -44,7 +45,16 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise InputError(
             f"{path} has {file_bytes} bytes where its header promises {expected}; copy it again"
         )
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
+    return {
+        name: StoredTensor(
+            file=path,
+            key=name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            offset=8 + header_bytes + entry["data_offsets"][0],
+        )
+        for name, entry in tensors.items()
+    }
 
 
 def _check_offsets(tensors: dict) -> int:

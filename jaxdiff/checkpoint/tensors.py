@@ -1,0 +1,82 @@
+"""One tensor of a safetensors file: where its bytes lie and how they are read. Imports no JAX."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from jaxdiff.errors import InputError
+
+FLOATS = {
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A weight in a safetensors file. Nothing is read before `read`.
+
+    Attributes:
+      file: the safetensors file.
+      key: the tensor's name in it.
+      dtype: as the format spells it: "F16", "BF16", "F32", "F64", ...
+      shape: of what `read` returns.
+      offset: in bytes, from the start of the file to the first element.
+      transposed: whether the file holds the axes in reverse order.
+    """
+
+    file: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    transposed: bool = False
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    def rows(self, start: int, stop: int) -> "StoredTensor":
+        """The part of it along its first axis, which is all that is then read."""
+        if self.transposed or not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(f"no rows {start} to {stop} of {self}")
+        row_bytes = math.prod(self.shape[1:]) * FLOATS[self.dtype].itemsize
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, offset=self.offset + start * row_bytes)
+
+    def reshape(self, *shape: int) -> "StoredTensor":
+        """The same elements in the same order in another shape."""
+        if self.transposed or math.prod(shape) != self.size:
+            raise ValueError(f"no reshaping to {shape} of {self}")
+        return replace(self, shape=shape)
+
+    def transpose(self) -> "StoredTensor":
+        """The same with its axes in reverse order."""
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
+
+    def read(self) -> np.ndarray:
+        """The tensor, read from just its bytes; a view with other strides if it is transposed.
+
+        It is a plain read: the pages of a mapped file would count as resident memory.
+
+        Raises:
+          InputError: if it is not stored as floating-point numbers, or the file has changed.
+        """
+        if self.dtype not in FLOATS:
+            raise InputError(
+                f"{self.file}: {self.key} is stored as {self.dtype}; only {', '.join(FLOATS)} "
+                "are read"
+            )
+        try:
+            flat = np.fromfile(self.file, FLOATS[self.dtype], self.size, offset=self.offset)
+        except OSError as error:
+            raise InputError(f"{self.file} cannot be read ({error.strerror})") from error
+        if flat.size != self.size:
+            raise InputError(f"{self.file} was cut short while it was read; copy it again")
+        return flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
