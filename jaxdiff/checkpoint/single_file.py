@@ -347,5 +347,7 @@ def _linear(tensor: StoredTensor) -> StoredTensor:
 
 
 def _third(third: int, tensor: StoredTensor) -> StoredTensor:
-    rows = tensor.shape[0] // 3
+    rows, rest = divmod(tensor.shape[0], 3)
+    if rest:
+        raise ValueError(f"{tensor.shape[0]} rows are no queries, keys and values")
     return tensor.rows(third * rows, (third + 1) * rows)

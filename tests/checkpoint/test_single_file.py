@@ -1,0 +1,232 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxdiff.checkpoint import single_file
+from jaxdiff.checkpoint.single_file_configs import FAMILIES
+from jaxdiff.errors import InputError
+
+SD1, XL, REFINER = 768, 2048, 1280
+UNET = "model.diffusion_model."
+CONV_IN = f"{UNET}input_blocks.0.0.weight"
+# As real files have them beside the weights.
+NO_WEIGHTS = {
+    "model_ema.diffusion_modelinput_blocks00weight": (2,),
+    "model_ema.decay": (),
+    "alphas_cumprod": (1000,),
+    "alphas_cumprod_prev": (1000,),
+    "sqrt_one_minus_alphas_cumprod": (1000,),
+    "log_one_minus_alphas_cumprod": (1000,),
+    "sqrt_recipm1_alphas_cumprod": (1000,),
+    "betas": (1000,),
+    "posterior_log_variance_clipped": (1000,),
+    "posterior_mean_coef1": (1000,),
+    "denoiser.sigmas": (1000,),
+    "first_stage_model.loss.discriminator.main.0.weight": (2,),
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
+    "cond_stage_model.transformer.text_projection.weight": (2, 2),
+    "cond_stage_model.logit_scale": (),
+    "conditioner.embedders.1.model.logit_scale": (),
+    "global_step": (),
+}
+
+
+def shapes(width):
+    """The keys of a file of a family, each with the smallest shape that its name allows."""
+    family = FAMILIES[width]
+    found = {}
+    for network, prefix in family.prefixes.items():
+        for _, key, _ in single_file.names(family.configs[network]):
+            found[prefix + key] = (1,)
+            if ".in_proj_" in key:
+                found[prefix + key] = (3, 2)[: 2 if key.endswith("weight") else 1]
+            elif ".attn_1." in key and key.endswith("weight") and ".norm." not in key:
+                found[prefix + key] = (2, 2, 1, 1)
+            elif key == "text_projection":
+                found[prefix + key] = (2, 3)
+            elif key.endswith("attn2.to_k.weight"):
+                found[prefix + key] = (1, width)
+    return found | {CONV_IN: (2, 4, 1, 1)}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes tensors of these shapes into a file whose name says nothing."""
+
+    def write(shapes, dtype=np.float16):
+        path = tmp_path / "download(3).safetensors"
+        save_file({key: np.zeros(shape, dtype) for key, shape in shapes.items()}, path)
+        return path
+
+    return write
+
+
+def refusal(path) -> str:
+    with pytest.raises(InputError) as caught:
+        single_file.read(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("width", FAMILIES)
+def test_the_family_is_read_off_the_keys(write, width):
+    read = single_file.read(write(shapes(width)))
+    family = FAMILIES[width]
+    assert (read.family, read.index, read.configs) == (family.name, family.index, family.configs)
+    assert list(read.weights) == list(family.prefixes)
+
+
+def test_the_configs_are_the_hubs():
+    sd1, xl, refiner = (FAMILIES[width] for width in (SD1, XL, REFINER))
+    assert sd1.index["_class_name"] == "StableDiffusionPipeline"
+    assert sd1.configs["scheduler"]["_class_name"] == "PNDMScheduler"
+    assert sd1.configs["scheduler"]["steps_offset"] == 1
+    assert sd1.configs["scheduler"]["skip_prk_steps"] is True
+    assert sd1.configs["vae"]["scaling_factor"] == 0.18215
+    assert xl.index["force_zeros_for_empty_prompt"] is True
+    assert xl.configs["scheduler"]["_class_name"] == "EulerDiscreteScheduler"
+    assert xl.configs["scheduler"]["timestep_spacing"] == "leading"
+    assert xl.configs["vae"]["scaling_factor"] == 0.13025
+    assert refiner.index["requires_aesthetics_score"] is True
+    assert refiner.index["text_encoder"] == [None, None]
+
+
+def test_what_holds_no_weights_of_the_networks_is_ignored(write):
+    plain = single_file.read(write(shapes(SD1)))
+    noisy = single_file.read(write(shapes(SD1) | NO_WEIGHTS))
+    assert {n: w.keys() for n, w in noisy.weights.items()} == {
+        n: w.keys() for n, w in plain.weights.items()
+    }
+    assert noisy.configs == plain.configs
+
+
+def test_a_file_says_by_two_keys_that_it_predicts_v(write):
+    marks = {"v_pred": (0,), "ztsnr": (0,)}
+    scheduler = single_file.read(write(shapes(XL) | marks)).configs["scheduler"]
+    assert scheduler == FAMILIES[XL].configs["scheduler"] | {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+    }
+
+
+def test_early_files_without_text_model_in_their_keys_are_read(write):
+    early = {key.replace("text_model.", ""): shape for key, shape in shapes(SD1).items()}
+    read = single_file.read(write(early))
+    tensor = read.weights["text_encoder"]["embeddings.token_embedding.weight"]
+    assert tensor.key == "cond_stage_model.transformer.embeddings.token_embedding.weight"
+    assert "holds its text encoder twice" in refusal(write(early | shapes(SD1)))
+
+
+def test_layouts_are_turned_into_those_of_diffusers(tmp_path):
+    """Fused queries, keys and values; a projection from the right; 1x1 convolutions."""
+    prefix = "conditioner.embedders.1.model."
+    fused = f"{prefix}transformer.resblocks.7.attn.in_proj_weight"
+    mixing = "first_stage_model.decoder.mid.attn_1.q.weight"
+    special = {
+        fused: np.arange(12, dtype=np.float32).reshape(6, 2),
+        f"{prefix}text_projection": np.arange(6, dtype=np.float32).reshape(2, 3),
+        mixing: np.arange(4, dtype=np.float32).reshape(2, 2, 1, 1),
+    }
+    tensors = {key: np.zeros(shape, np.float32) for key, shape in shapes(XL).items()} | special
+    save_file(tensors, tmp_path / "xl.safetensors")
+    weights = single_file.read(tmp_path / "xl.safetensors").weights
+    text = weights["text_encoder_2"]
+    for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
+        tensor = text[f"encoder.layers.7.self_attn.{part}.weight"]
+        np.testing.assert_array_equal(tensor.read(), special[fused][2 * i : 2 * i + 2])
+    projection = text["text_projection.weight"]
+    assert projection.shape == (3, 2)
+    np.testing.assert_array_equal(projection.read(), special[f"{prefix}text_projection"].T)
+    query = weights["vae"]["decoder.mid_block.attentions.0.to_q.weight"]
+    np.testing.assert_array_equal(query.read(), special[mixing][:, :, 0, 0])
+
+
+@pytest.mark.parametrize("width", FAMILIES)
+def test_every_tensor_is_used_and_none_twice(write, width):
+    weights = single_file.read(write(shapes(width))).weights.values()
+    used = [tensor for network in weights for tensor in network.values()]
+    assert {tensor.key for tensor in used} == shapes(width).keys()
+    assert len({(tensor.key, tensor.offset) for tensor in used}) == len(used)
+
+
+def test_missing_and_unknown_keys_are_counted_and_named_in_one_line(write):
+    keys = shapes(SD1) | {f"{UNET}adapter.weight": (1,)}
+    del keys[f"{UNET}out.2.bias"], keys["first_stage_model.quant_conv.bias"]
+    message = refusal(write(keys))
+    assert "Stable Diffusion 1" in message
+    assert f"2 missing (first_stage_model.quant_conv.bias, {UNET}out.2.bias)" in message
+    assert f"1 not known ({UNET}adapter.weight)" in message
+
+
+def test_a_distilled_model_with_fewer_layers_is_not_taken_for_its_parent(write):
+    keys = {k: v for k, v in shapes(XL).items() if ".transformer_blocks.9." not in k}
+    assert "missing" in refusal(write(keys))
+
+
+def test_a_file_without_an_autoencoder_says_so(write):
+    keys = {k: v for k, v in shapes(SD1).items() if not k.startswith("first_stage_model.")}
+    assert "holds no vae (no key begins with first_stage_model.)" in refusal(write(keys))
+
+
+def test_stable_diffusion_2_is_to_be_converted(write):
+    keys = {key: (1, 1024) if shape == (1, SD1) else shape for key, shape in shapes(SD1).items()}
+    message = refusal(write(keys))
+    assert "Stable Diffusion 2" in message
+    assert "save_pretrained" in message
+
+
+@pytest.mark.parametrize(("channels", "task"), [(9, "inpainting"), (8, "image editing")])
+@pytest.mark.parametrize("width", [SD1, XL])
+def test_a_model_for_another_task_is_named(write, channels, task, width):
+    assert task in refusal(write(shapes(width) | {CONV_IN: (2, channels, 1, 1)}))
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight", "Diffusion 3"),
+        ("double_blocks.0.img_attn.norm.key_norm.scale", "FLUX"),
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "FLUX"),
+        ("double_stream_modulation_img.lin.weight", "FLUX.2"),
+        ("control_model.time_embed.0.weight", "ControlNet"),
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "LoRA"),
+        ("unet.down_blocks.0.attentions.0.to_q.lora_A.weight", "LoRA"),
+        ("edm_mean", "EDM"),
+        ("down_blocks.0.resnets.0.conv1.weight", "one network alone"),
+        ("encoder.down.0.block.0.conv1.weight", "one network alone"),
+        ("model.layers.0.mlp.weight", "no Stable Diffusion model"),
+    ],
+)
+def test_what_is_no_stable_diffusion_model_is_named(write, key, what):
+    assert what in refusal(write({key: (2, 2)}))
+
+
+def test_weights_that_are_not_floats_are_refused(write):
+    assert "I8" in refusal(write(shapes(SD1), np.int8))
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("first_stage_model.encoder.mid.attn_1.q.weight", (2, 2, 3, 3)),
+        ("conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight", ()),
+        ("conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight", (4, 2)),
+    ],
+)
+def test_a_tensor_that_cannot_be_cut_is_named(write, key, shape):
+    message = refusal(write(shapes(XL) | {key: shape}))
+    assert f"{key} has the shape {list(shape)}" in message
+
+
+def test_a_truncated_file_is_refused(write):
+    path = write(shapes(SD1))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    assert "copy it again" in refusal(path)
+    header = json.dumps({"a": 1}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "broken safetensors header" in refusal(path)
