@@ -9,26 +9,25 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jaxdiff.checkpoint.layout import CONFIGS, NETWORKS, PIPELINE, TOKENIZER_FILES
-from jaxdiff.checkpoint.safetensors_header import read_header
+from jaxdiff.checkpoint.components import CONFIGS, INDEX, NETWORKS, TOKENIZER_FILES
+from jaxdiff.checkpoint.layout import PIPELINE
+from jaxdiff.checkpoint.tensors import StoredTensor
+from jaxdiff.checkpoint.weight_files import TEXT_PREFIX
 from jaxdiff.errors import InputError
 
 # The axes of a kernel in the order of the file: linear [out, in], convolution [out, in, h, w].
 FILE_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
-FLOATS = ("F16", "BF16", "F32", "F64")
-TEXT_PREFIX = "text_model."  # before each key of a text encoder in most files; not in ours
-BUFFERS = ("embeddings.position_ids",)  # 0, 1, 2, ...: old CLIP files carry it
+READERS = 4  # threads, which hold a tensor or two each
 SHOWN = 4  # faults of a kind that an error spells out
 
 
@@ -49,13 +48,13 @@ def abstract_network(model_class, config) -> tuple[nnx.GraphDef, dict]:
     return graph, nnx.to_pure_dict(state)
 
 
-def load_params(shapes: dict, files: Sequence[Path], dtype, sharding=None) -> dict:
+def load_params(shapes: dict, tensors: Mapping[str, StoredTensor], dtype, sharding=None) -> dict:
     """Reads one network's weights, tensor by tensor, each straight to its device.
 
     Args:
       shapes: the network's parameters as a nested dict of anything that has a `.shape`, from
         `abstract_network`.
-      files: safetensors files that together hold exactly these weights.
+      tensors: exactly these weights, by key: `Checkpoint.weights` of the network.
       dtype: what the parameters are turned into.
       sharding: one `jax.sharding.Sharding` for all, or a tree of them like `shapes`, or None for
         the default device.
@@ -66,19 +65,21 @@ def load_params(shapes: dict, files: Sequence[Path], dtype, sharding=None) -> di
     Raises:
       InputError: listing the weights that are missing, not known, or not of the right shape.
     """
-    found = _tensors(files)
-    _refuse_misfits(shapes, found, files)
+    _refuse_misfits(shapes, tensors)
+    paths, _ = zip(*jax.tree_util.tree_leaves_with_path(shapes), strict=True)
     places = jax.tree.broadcast(sharding, shapes, is_leaf=lambda leaf: leaf is None)
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(file, framework="numpy")) for file in files}
+    places = jax.tree.leaves(places, is_leaf=lambda leaf: leaf is None)
 
-        def load(path, _, place):
-            file, key, _ = found[_key(path)]
-            tensor = opened[file].get_tensor(key)
-            tensor = tensor.transpose(np.argsort(_axes(path, tensor.ndim)))
-            return jax.device_put(np.ascontiguousarray(tensor, dtype), place)
+    def load(path, place) -> jax.Array:
+        tensor = tensors[_key(path)].read().astype(dtype, copy=False)
+        turned = tensor.transpose(np.argsort(_axes(path, tensor.ndim)))
+        # The transfer makes it contiguous, faster than NumPy does. It is waited for, lest the
+        # tensors that are still to be transferred pile up in memory.
+        return jax.device_put(turned, place).block_until_ready()
 
-        return jax.tree_util.tree_map_with_path(load, shapes, places)
+    with ThreadPoolExecutor(READERS) as readers:
+        leaves = list(readers.map(load, paths, places))
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def file_shapes(shapes: dict) -> dict[str, tuple[int, ...]]:
@@ -137,29 +138,29 @@ def save_pipeline(
     """
     index = {
         "_class_name": PIPELINE,
-        **{component: [library, name] for component, (library, name, _) in NETWORKS.items()},
+        **{network: list(NETWORKS[network][:2]) for network in configs},
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
     }
-    _refuse_foreign_files(directory)
+    _refuse_foreign_files(directory, {INDEX, "tokenizer", "scheduler", *configs})
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory.parent) as scratch:
         new = Path(scratch) / "new"
-        for component in CONFIGS:
+        for component in ("scheduler", *configs):
             (new / component).mkdir(parents=True)
-        write_json(new / "model_index.json", index)
+        write_json(new / INDEX, index)
         write_json(new / "scheduler" / CONFIGS["scheduler"], scheduler)
-        for component, (_, _, weights) in NETWORKS.items():
-            config, prefix = configs[component].to_json(), ""
-            if component == "text_encoder":
+        for network, config in configs.items():
+            said, prefix = config.to_json(), ""
+            if network == "text_encoder":
                 # Without it transformers would compute in the dtype that the weights are stored in.
-                config["dtype"] = "float32"
+                said["dtype"] = "float32"
                 prefix = TEXT_PREFIX
-            write_json(new / component / CONFIGS[component], config)
-            save_params(params[component], new / component / weights, dtype, prefix)
+            write_json(new / network / CONFIGS[network], said)
+            save_params(params[network], new / network / NETWORKS[network][2], dtype, prefix)
         (new / "tokenizer").mkdir()
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
@@ -174,10 +175,9 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _refuse_foreign_files(directory: Path) -> None:
+def _refuse_foreign_files(directory: Path, ours: set[str]) -> None:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file: name a new directory")
-    ours = {"model_index.json", "tokenizer", *CONFIGS}
     foreign = sorted({path.name for path in directory.glob("*")} - ours)
     if foreign:
         raise InputError(
@@ -201,32 +201,15 @@ def _axes(path, ndim: int) -> tuple[int, ...]:
     return FILE_AXES[ndim] if _name(path).endswith(".kernel") else tuple(range(ndim))
 
 
-def _tensors(files: Sequence[Path]) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """For each key, without a prefix: the file, the key as it stands there, and the shape."""
-    found = {}
-    for file in files:
-        for key, tensor in read_header(file).items():
-            dtype, shape = tensor.dtype, tensor.shape
-            plain = key.removeprefix(TEXT_PREFIX)
-            if plain in BUFFERS:
-                continue
-            if plain in found:
-                raise InputError(f"{file}: {key} is there twice")
-            if dtype not in FLOATS:
-                raise InputError(f"{file}: {key} is stored as {dtype}; only {FLOATS} are read")
-            found[plain] = file, key, shape
-    return found
-
-
-def _refuse_misfits(shapes: dict, found: dict, files: Sequence[Path]) -> None:
+def _refuse_misfits(shapes: dict, found: Mapping[str, StoredTensor]) -> None:
     wanted = file_shapes(shapes)
     faults = {
         "missing": [key for key in wanted if key not in found],
         "not known": [key for key in found if key not in wanted],
         "of another shape": [
-            f"{key} {list(found[key][2])} for {list(shape)}"
+            f"{key} {list(found[key].shape)} for {list(shape)}"
             for key, shape in wanted.items()
-            if key in found and found[key][2] != shape
+            if key in found and found[key].shape != shape
         ],
     }
     told = [
@@ -235,6 +218,5 @@ def _refuse_misfits(shapes: dict, found: dict, files: Sequence[Path]) -> None:
         if keys
     ]
     if told:
-        raise InputError(
-            f"{files[0]} does not fit the config beside it: of the weights, {'; '.join(told)}"
-        )
+        file = min((str(tensor.file) for tensor in found.values()), default="an empty file")
+        raise InputError(f"{file} does not fit its config: of the weights, {'; '.join(told)}")

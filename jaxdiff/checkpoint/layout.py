@@ -1,91 +1,136 @@
-"""Where a diffusers directory keeps its parts, and whether they are whole. Imports no JAX."""
+"""A checkpoint: its configs, the places of its weights, its tokenizers. Imports no JAX.
 
-import hashlib
-import json
+A diffusers directory and a single file in the original naming are the same thing to their users.
+"""
+
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from jaxdiff.checkpoint.safetensors_header import read_header
+from jaxdiff.checkpoint import single_file, sources
+from jaxdiff.checkpoint.components import (
+    CONFIGS,
+    INDEX,
+    NETWORKS,
+    TOKENIZER_FILES,
+    TOKENIZERS,
+    read_json,
+)
+from jaxdiff.checkpoint.fingerprint import fingerprint
+from jaxdiff.checkpoint.tensors import StoredTensor
+from jaxdiff.checkpoint.tokenizer_files import check_tokenizer
+from jaxdiff.checkpoint.weight_files import choose, read_weights
 from jaxdiff.errors import InputError
 
 BUNDLED = {"shapes64": Path(__file__).parents[1] / "assets" / "shapes64"}
 
 PIPELINE = "StableDiffusionPipeline"
-NETWORKS = {  # component: (its library, its class, its file of weights)
-    "text_encoder": ("transformers", "CLIPTextModel", "model.safetensors"),
-    "unet": ("diffusers", "UNet2DConditionModel", "diffusion_pytorch_model.safetensors"),
-    "vae": ("diffusers", "AutoencoderKL", "diffusion_pytorch_model.safetensors"),
+XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+DEFAULTS = {  # pipeline: (steps, guidance scale) of its __call__ in diffusers
+    PIPELINE: (50, 7.5),
+    "LatentConsistencyModelPipeline": (4, 8.5),
+    **dict.fromkeys(XL_PIPELINES, (50, 5.0)),
 }
-CONFIGS = {
-    **{component: "config.json" for component in NETWORKS},
-    "scheduler": "scheduler_config.json",
-}
-TOKENIZER_FILES = (
-    *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
+BUNDLED_DEFAULTS = (20, 3.0)
 SAMPLER_OF_SCHEDULER = {
     "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "PNDMScheduler": "pndm",
     "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
+    "FlowMatchEulerDiscreteScheduler": "euler",
 }
-MAX_JSON_BYTES = 64_000_000
-END_OF_WORD = "</w>"
-SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<\w+>")  # <|endoftext|>, <unk>: made by no merge
+CLIP_SAMPLE_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
+BEFORE_0_9 = re.compile(r"0\.[0-8](\.|$)")  # a version of diffusers
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete diffusers directory of a Stable Diffusion pipeline; `open_checkpoint` makes it.
+    """A complete Stable Diffusion pipeline on this machine; `open_checkpoint` makes it.
 
     Attributes:
-      path: the directory.
-      name: "shapes64" for the bundled model, else the directory's own name.
+      path: the diffusers directory, or the single file.
+      name: "shapes64" for the bundled model, a Hub id, or the directory's or file's own name.
+      index: the parsed `model_index.json`.
+      configs: the parsed configs, by component: the networks, and "scheduler".
+      tensors: by network, where each weight lies.
+      tokenizers: by text encoder, the folder of the tokenizer that feeds it.
+      files: every file that decides pixels, by its name within the checkpoint.
     """
 
     path: Path
     name: str
+    index: dict
+    configs: dict[str, dict]
+    tensors: dict[str, dict[str, StoredTensor]]
+    tokenizers: dict[str, Path]
+    files: dict[str, Path]
 
     def config(self, component: str) -> dict:
-        """The parsed config of "unet", "vae", "text_encoder" or "scheduler"."""
-        return read_json(self.path / component / CONFIGS[component])
+        """The parsed config of a network or of "scheduler", as the file says it."""
+        return self.configs[component]
 
-    def weights(self, component: str) -> tuple[Path, ...]:
-        """The safetensors files that together hold the weights of a network."""
-        folder = self.path / component
-        path = folder / NETWORKS[component][2]
-        if path.is_file():
-            return (path,)
-        others = sorted(
-            other.name
-            for pattern in ("*.safetensors*", "*.bin", "*.ckpt", "*.pt", "*.msgpack")
-            for other in folder.glob(pattern)
-        )
-        found = (
-            f"; {others[0]} beside it cannot be read: write the checkpoint again with PyTorch "
-            "diffusers' save_pretrained, as one safetensors file a component"
-            if others
-            else "; copy the checkpoint again"
-        )
-        raise InputError(f"{path} is missing{found}")
+    def weights(self, network: str) -> dict[str, StoredTensor]:
+        """Where each weight of a network lies, by diffusers' or transformers' key.
+
+        A text encoder's keys are without the "text_model." that most files put before them.
+        """
+        return self.tensors[network]
+
+    def tokenizer(self, text_encoder: str) -> Path:
+        """The folder of the tokenizer that feeds "text_encoder" or "text_encoder_2"."""
+        return self.tokenizers[text_encoder]
+
+    @property
+    def pipeline(self) -> str:
+        """The class of the pipeline in diffusers."""
+        return self.index["_class_name"]
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Of "text_encoder", "text_encoder_2", "unet" and "vae" those that it has."""
+        return tuple(self.tensors)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Of the networks those that encode text."""
+        return tuple(self.tokenizers)
+
+    @property
+    def family(self) -> str:
+        """Such as "Stable Diffusion XL"; from the configs, whatever the name says."""
+        if self.pipeline in XL_PIPELINES:
+            alone = "text_encoder" not in self.networks
+            return "Stable Diffusion XL refiner" if alone else "Stable Diffusion XL"
+        second = self.config("unet").get("use_linear_projection")
+        return "Stable Diffusion 2" if second else "Stable Diffusion 1"
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over every file that decides pixels, whatever the directory is called."""
-        files = [
-            self.path / "model_index.json",
-            *(self.path / component / name for component, name in CONFIGS.items()),
-            *(path for component in NETWORKS for path in self.weights(component)),
-            *(self.path / "tokenizer" / name for name in TOKENIZER_FILES),
-        ]
-        digest = hashlib.sha256()
-        for path in sorted(path for path in files if path.is_file()):
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{content}  {path.relative_to(self.path).as_posix()}\n".encode())
-        return digest.hexdigest()
+        """SHA-256 (hex) over every file that decides pixels, whatever the checkpoint is called."""
+        return fingerprint(self.files)
+
+    @cached_property
+    def scheduler(self) -> dict:
+        """The scheduler's config as the pipeline of diffusers uses it.
+
+        `StableDiffusionPipeline` corrects two values that early files have wrong. Another sampler
+        that is made from this config does not see a correction of what the file left open: such
+        keys are listed under diffusers' "_use_default_values".
+        """
+        config = self.config("scheduler")
+        if self.pipeline != PIPELINE:
+            return config
+        forced = {"steps_offset": 1}
+        if config.get("clip_sample", config.get("_class_name") in CLIP_SAMPLE_BY_DEFAULT) is True:
+            forced["clip_sample"] = False
+        unsaid = [key for key in forced if key not in config]
+        return config | forced | ({"_use_default_values": unsaid} if unsaid else {})
 
     @cached_property
     def size_multiple(self) -> int:
@@ -95,21 +140,36 @@ class Checkpoint:
         crops on the way up, as diffusers does.
         """
         channels = self.config("vae").get("block_out_channels", ())
-        if not isinstance(channels, list) or not 1 <= len(channels) <= 16:
-            raise InputError(f"{self.path / 'vae' / 'config.json'}: no usable block_out_channels")
+        if not isinstance(channels, list | tuple) or not 1 <= len(channels) <= 16:
+            raise InputError(f"{self._place('vae')}: no usable block_out_channels")
         return 2 ** (len(channels) - 1)
 
     @cached_property
     def default_size(self) -> tuple[int, int]:
         """The (width, height) in pixels that the U-Net was trained for."""
-        size = self.config("unet").get("sample_size")
-        latents = size if isinstance(size, list) else [size, size]  # height, width
+        config = self.config("unet")
+        size = config.get("sample_size")
+        if self.pipeline == PIPELINE and type(size) is int and 0 < size < 64:
+            # As the pipeline does: early files of Stable Diffusion 1 say 32.
+            early = BEFORE_0_9.match(str(config.get("_diffusers_version", "")))
+            size = 64 if early else size
+        latents = size if isinstance(size, list | tuple) else [size, size]  # height, width
         if len(latents) != 2 or not all(type(side) is int and side > 0 for side in latents):
             raise InputError(
-                f"{self.path / 'unet' / 'config.json'}: sample_size = {size!r} gives no "
-                "default size; ask for a --width and a --height"
+                f"{self._place('unet')}: sample_size = {size!r} gives no default size; ask for a "
+                "--width and a --height"
             )
         return latents[1] * self.size_multiple, latents[0] * self.size_multiple
+
+    @property
+    def default_steps(self) -> int:
+        """The steps that the pipeline of diffusers takes unasked; 20 for the bundled model."""
+        return self._defaults[0]
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """The guidance scale of the pipeline of diffusers; 3 for the bundled model."""
+        return self._defaults[1]
 
     @cached_property
     def default_sampler(self) -> str:
@@ -118,13 +178,18 @@ class Checkpoint:
         Raises:
           InputError: if it names one that is not built.
         """
-        scheduler = self.config("scheduler").get("_class_name")
-        if scheduler not in SAMPLER_OF_SCHEDULER:
+        config = self.config("scheduler")
+        scheduler = config.get("_class_name")
+        if not isinstance(scheduler, str) or scheduler not in SAMPLER_OF_SCHEDULER:
+            samplers = sorted({*SAMPLER_OF_SCHEDULER.values(), "dpmpp_2m_sde"})
             raise InputError(
-                f"{self.path / 'scheduler' / CONFIGS['scheduler']} names {scheduler}, which is "
-                f"not built; ask for a --sampler: {', '.join(SAMPLER_OF_SCHEDULER.values())}"
+                f"{self._place('scheduler')} names {scheduler}, which is not built; ask for a "
+                f"--sampler: {', '.join(samplers)}"
             )
-        return SAMPLER_OF_SCHEDULER[scheduler]
+        sampler = SAMPLER_OF_SCHEDULER[scheduler]
+        if sampler == "dpmpp_2m" and config.get("algorithm_type") == "sde-dpmsolver++":
+            return "dpmpp_2m_sde"
+        return sampler
 
     @cached_property
     def latent_channels(self) -> int:
@@ -136,114 +201,153 @@ class Checkpoint:
         """The most steps that every sampler can take; dpmpp_2m needs two timesteps more."""
         return self._count("scheduler", "num_train_timesteps", default=1000, least=3) - 2
 
+    @property
+    def _defaults(self) -> tuple[int, float]:
+        bundled = self.path in BUNDLED.values()
+        return BUNDLED_DEFAULTS if bundled else DEFAULTS[self.pipeline]
+
+    def _place(self, component: str) -> Path:
+        """The file that says a component's config, for messages."""
+        return self.files.get(f"{component}/{CONFIGS[component]}", self.path)
+
     def _count(self, component: str, key: str, default: int, least: int) -> int:
         value = self.config(component).get(key, default)
         if type(value) is not int or value < least:
             raise InputError(
-                f"{self.path / component / CONFIGS[component]}: {key} = {value!r} must be a whole "
-                f"number from {least}"
+                f"{self._place(component)}: {key} = {value!r} must be a whole number from {least}"
             )
         return value
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Finds a checkpoint and checks that it is complete.
+def open_checkpoint(model: str | Path, variant: str | None = None) -> Checkpoint:
+    """Finds a checkpoint, fetches it if it is elsewhere, and checks that it is complete.
 
     Args:
-      model: the name of a bundled model, "shapes64", or the path of a diffusers directory.
+      model: the name of a bundled model, "shapes64"; the path of a diffusers directory or of a
+        single .safetensors file; a Hub id, "owner/name" or "owner/name@revision"; or a URL that
+        fsspec opens, such as "gs://bucket/name".
+      variant: which weights, such as "fp16". A network without them gives its full ones; without
+        a variant asked for, a network without full ones gives its fp16 or bf16 ones.
 
     Raises:
-      InputError: for a directory that is no Stable Diffusion checkpoint, or a file that is
-        missing, cut short or not what it should be.
+      InputError: for what is no Stable Diffusion checkpoint, or a file that is missing, cut short
+        or not what it should be.
     """
-    path = BUNDLED.get(model, Path(model))
-    if not path.is_dir():
+    if variant is not None and not re.fullmatch(r"[\w-]+", variant):
+        raise InputError(f'variant {variant!r} must be a word like "fp16"')
+    path = BUNDLED.get(model) or sources.local_path(str(model), variant)
+    if path.is_dir():
+        return _open_directory(path, _name(str(model), path), variant)
+    if path.is_file() and path.suffix != ".safetensors":
         raise InputError(
-            f"model {str(model)!r} is neither a directory in the diffusers layout nor bundled "
-            f"({', '.join(BUNDLED)})"
+            f"{path} is no .safetensors file, and nothing else is safe to read; convert it with "
+            "PyTorch diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
         )
-    checkpoint = Checkpoint(path=path, name=model if model in BUNDLED else path.resolve().name)
-    _check_classes(path)
-    for component in CONFIGS:
-        checkpoint.config(component)
-    for component in NETWORKS:
-        for file in checkpoint.weights(component):
-            read_header(file)
-    _check_tokenizer(path / "tokenizer")
-    return checkpoint
+    if path.is_file() and variant is not None:
+        raise InputError(f"{path} is a single file and has no variants; ask for none")
+    if path.is_file():
+        return _open_single_file(path)
+    raise InputError(
+        f"model {str(model)!r} is neither a diffusers directory, nor a .safetensors file, nor a "
+        f'Hub id ("owner/name"), nor bundled ({", ".join(BUNDLED)})'
+    )
 
 
-def _check_classes(path: Path) -> None:
-    index_path = path / "model_index.json"
-    index = read_json(index_path)
-    if index.get("_class_name") != PIPELINE:
-        raise InputError(
-            f"{index_path}: {index.get('_class_name')} is not supported, only {PIPELINE} is"
-        )
-    for component, (library, class_name, _) in NETWORKS.items():
-        if index.get(component) != [library, class_name]:
-            raise InputError(
-                f"{index_path}: {component} is {index.get(component)}, "
-                f"only {[library, class_name]} is supported"
-            )
+def _name(model: str, path: Path) -> str:
+    """What people call a directory that they asked for as `model`."""
+    if sources.URL.match(model):
+        return model.rstrip("/").rpartition("/")[2]
+    return path.resolve().name if Path(model).exists() else model
 
 
-def _check_tokenizer(folder: Path) -> None:
-    """Raises InputError unless the tokenizer's files are there and whole."""
-    for name in TOKENIZER_FILES:
-        if name.endswith(".json") and (folder / name).is_file():
-            read_json(folder / name)
-    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    if vocabulary.is_file() and merges.is_file():
-        _check_merges(vocabulary, merges)
-    elif not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder} lacks vocab.json and merges.txt; copy the checkpoint again")
+def _open_directory(path: Path, name: str, variant: str | None) -> Checkpoint:
+    index = read_json(path / INDEX)
+    networks = _networks(path / INDEX, index)
+    chosen = choose({network: _listing(path / network) for network in networks}, variant, path)
+    tensors = {
+        network: read_weights(network, path / network / file) for network, file in chosen.items()
+    }
+    tokenizers = {
+        network: path / folder for network, folder in TOKENIZERS.items() if network in networks
+    }
+    configs = {component: f"{component}/{CONFIGS[component]}" for component in networks}
+    configs["scheduler"] = f"scheduler/{CONFIGS['scheduler']}"
+    decisive = {INDEX, *configs.values()} | {
+        f"{network}/{tensor.file.name}"
+        for network, weights in tensors.items()
+        for tensor in weights.values()
+    }
+    return Checkpoint(
+        path=path,
+        name=name,
+        index=index,
+        configs={component: read_json(path / file) for component, file in configs.items()},
+        tensors=tensors,
+        tokenizers=tokenizers,
+        files={file: path / file for file in decisive} | _tokenizer_files(tokenizers),
+    )
 
 
-def _check_merges(vocabulary_path: Path, merges_path: Path) -> None:
-    """Raises InputError unless each makes the other's tokens: cut merges would give other tokens.
+def _open_single_file(path: Path) -> Checkpoint:
+    found = single_file.read(path)
+    tensors = {network: found.weights[network] for network in NETWORKS if network in found.weights}
+    tokenizers = {}
+    for network in tensors.keys() & TOKENIZERS.keys():
+        beside = path.parent / TOKENIZERS[network]
+        tokenizers[network] = beside if beside.is_dir() else _usual_tokenizer(path, network)
+    return Checkpoint(
+        path=path,
+        name=path.stem,
+        index=found.index,
+        configs=found.configs,
+        tensors=tensors,
+        tokenizers=tokenizers,
+        files={"checkpoint.safetensors": path} | _tokenizer_files(tokenizers),
+    )
 
-    As in CLIP and GPT-2, a token is a byte's symbol, with or without `END_OF_WORD`, or a merge of
-    two tokens, or special.
-    """
-    vocabulary = read_json(vocabulary_path)
-    ids = vocabulary.values()
-    if not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) < len(ids):
-        raise InputError(
-            f"{vocabulary_path}: its ids are not distinct whole numbers; copy the checkpoint again"
-        )
+
+def _usual_tokenizer(path: Path, text_encoder: str) -> Path:
     try:
-        with merges_path.open(encoding="utf-8") as file:
-            lines = file.read(MAX_JSON_BYTES).splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{merges_path} cannot be read ({error}); copy it again") from error
-    made = set()
-    for number, line in enumerate(lines, start=1):
-        if line.startswith("#version"):
+        return sources.usual_tokenizer(text_encoder)
+    except InputError as error:
+        folder = TOKENIZERS[text_encoder]
+        raise InputError(
+            f"{path} holds no tokenizer: put the folder {folder!r} of a diffusers directory of the "
+            f"same family beside it; or from the Hub: {error}"
+        ) from error
+
+
+def _listing(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def _networks(path: Path, index: dict) -> list[str]:
+    """The networks that a `model_index.json` lists, if they are a pipeline that can be run."""
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str) or pipeline not in DEFAULTS:
+        raise InputError(
+            f"{path}: {pipeline} is not supported; name a checkpoint of {', '.join(DEFAULTS)}"
+        )
+    # XL's refiner has the second text encoder alone.
+    optional = "text_encoder" if pipeline in XL_PIPELINES else "text_encoder_2"
+    networks = []
+    for network, (library, class_name, _) in NETWORKS.items():
+        said = index.get(network)
+        if network == optional and said in (None, [None, None]):
             continue
-        pair, token = line.split(" "), line.replace(" ", "")
-        if len(pair) != 2 or not vocabulary.keys() >= {*pair, token}:
+        if said != [library, class_name]:
             raise InputError(
-                f"{merges_path}: line {number} merges no two tokens of vocab.json into a third; "
-                "copy the checkpoint again"
+                f"{path}: {network} is {said}, only {[library, class_name]} is supported"
             )
-        made.add(token)
-    for token in vocabulary.keys() - made:
-        if len(token.removesuffix(END_OF_WORD)) > 1 and not SPECIAL_TOKEN.fullmatch(token):
-            raise InputError(
-                f"{merges_path} makes no {token!r}, which vocab.json has; copy the checkpoint again"
-            )
+        networks.append(network)
+    return networks
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in the file at `path`; raises InputError if there is none."""
-    try:
-        with path.open("rb") as file:
-            value = json.loads(file.read(MAX_JSON_BYTES))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; copy the checkpoint again") from None
-    except (OSError, RecursionError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); copy it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object; copy it again")
-    return value
+def _tokenizer_files(tokenizers: dict[str, Path]) -> dict[str, Path]:
+    """The tokenizers' files by their names in a checkpoint, if they are whole."""
+    files = {}
+    for network, folder in tokenizers.items():
+        check_tokenizer(folder)
+        found = {f"{TOKENIZERS[network]}/{name}": folder / name for name in TOKENIZER_FILES}
+        files |= {name: path for name, path in found.items() if path.is_file()}
+    return files

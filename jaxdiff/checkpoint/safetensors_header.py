@@ -28,12 +28,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
       InputError: if the file is no safetensors file, or not exactly as long as its header says.
     """
-    file_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-            raise InputError(f"{path} is not a safetensors file, or is cut short; copy it again")
-        text = file.read(header_bytes)
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
+                raise InputError(f"{path} is no safetensors file, or is cut short; copy it again")
+            text = file.read(header_bytes)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; copy the checkpoint again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
     try:
         tensors = json.loads(text)
         tensors.pop("__metadata__", None)

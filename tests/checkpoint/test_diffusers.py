@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxdiff.checkpoint.diffusers import abstract_network, load_params, save_params, save_pipeline
-from jaxdiff.checkpoint.layout import NETWORKS, open_checkpoint
+from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.errors import InputError
 from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
@@ -31,8 +33,8 @@ def config_and_shapes(directory, component):
 def vae(tiny_checkpoint, tmp_path):
     """The shapes of an autoencoder, and a file with its weights that a test may break."""
     _, shapes = config_and_shapes(tiny_checkpoint, "vae")
-    (file,) = open_checkpoint(tiny_checkpoint).weights("vae")
-    return shapes, shutil.copyfile(file, tmp_path / "vae.safetensors")
+    file = tiny_checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    return shapes, Path(shutil.copyfile(file, tmp_path / "vae.safetensors"))
 
 
 def edit(file, **changes):
@@ -41,21 +43,20 @@ def edit(file, **changes):
     save_file({key: value for key, value in tensors.items() if value is not None}, file)
 
 
-@pytest.mark.parametrize("component", NETWORKS)
+@pytest.mark.parametrize("component", CLASSES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_what_is_saved_is_what_is_loaded(tiny_checkpoint, tmp_path, component, dtype):
     _, shapes = config_and_shapes(tiny_checkpoint, component)
-    files = open_checkpoint(tiny_checkpoint).weights(component)
-    params = load_params(shapes, files, dtype)
+    params = load_params(shapes, open_checkpoint(tiny_checkpoint).weights(component), dtype)
     save_params(params, tmp_path / "again.safetensors", dtype)
-    again = load_params(shapes, [tmp_path / "again.safetensors"], dtype)
+    again = load_params(shapes, read_weights(component, tmp_path / "again.safetensors"), dtype)
     assert jax.tree.structure(again) == jax.tree.structure(shapes)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_one_rule_turns_kernels_and_renames_leaves(vae):
     shapes, file = vae
-    params, tensors = load_params(shapes, [file], np.float32), load_file(file)
+    params, tensors = load_params(shapes, read_weights("vae", file), np.float32), load_file(file)
     encoder = params["encoder"]
     np.testing.assert_array_equal(
         encoder["conv_in"]["kernel"].transpose(3, 2, 0, 1), tensors["encoder.conv_in.weight"]
@@ -72,19 +73,11 @@ def test_parameters_arrive_in_the_dtype_and_sharding_asked_for(vae):
     shapes, file = vae
     mesh = jax.make_mesh((1,), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    for leaf in jax.tree.leaves(load_params(shapes, [file], jnp.bfloat16, sharding)):
+    for leaf in jax.tree.leaves(
+        load_params(shapes, read_weights("vae", file), jnp.bfloat16, sharding)
+    ):
         assert leaf.dtype == jnp.bfloat16
         assert leaf.sharding == sharding
-
-
-def test_several_files_together_hold_a_network(vae, tmp_path):
-    shapes, file = vae
-    tensors = load_file(file)
-    first = {key: value for key, value in tensors.items() if key.startswith("encoder")}
-    save_file(first, tmp_path / "1.safetensors")
-    save_file({k: v for k, v in tensors.items() if k not in first}, tmp_path / "2.safetensors")
-    parts = load_params(shapes, [tmp_path / "1.safetensors", tmp_path / "2.safetensors"], "float32")
-    jax.tree.map(np.testing.assert_array_equal, parts, load_params(shapes, [file], "float32"))
 
 
 def test_every_misfit_is_counted_and_named_in_one_line(vae):
@@ -99,7 +92,7 @@ def test_every_misfit_is_counted_and_named_in_one_line(vae):
         },
     )
     with pytest.raises(InputError) as caught:
-        load_params(shapes, [file], np.float32)
+        load_params(shapes, read_weights("vae", file), np.float32)
     message = str(caught.value)
     assert "\n" not in message
     assert "2 missing (decoder.conv_in.bias, decoder.conv_norm_out.bias)" in message
@@ -111,20 +104,21 @@ def test_weights_that_are_not_floats_are_refused(vae):
     shapes, file = vae
     edit(file, **{"encoder.conv_in.bias": np.zeros(8, np.int8)})
     with pytest.raises(InputError, match="I8"):
-        load_params(shapes, [file], np.float32)
+        load_params(shapes, read_weights("vae", file), np.float32)
 
 
 def test_old_text_encoders_keys_are_read(tiny_checkpoint, tmp_path):
     _, shapes = config_and_shapes(tiny_checkpoint, "text_encoder")
-    (file,) = open_checkpoint(tiny_checkpoint).weights("text_encoder")
+    file = tiny_checkpoint / "text_encoder" / "model.safetensors"
     prefixed = load_file(file)
     assert all(key.startswith("text_model.") for key in prefixed)
     flat = {key.removeprefix("text_model."): value for key, value in prefixed.items()}
-    save_file(flat | {"embeddings.position_ids": np.arange(24)[None]}, tmp_path / "flat")
+    old = tmp_path / "flat.safetensors"
+    save_file(flat | {"embeddings.position_ids": np.arange(24)[None]}, old)
     jax.tree.map(
         np.testing.assert_array_equal,
-        load_params(shapes, [tmp_path / "flat"], np.float32),
-        load_params(shapes, [file], np.float32),
+        load_params(shapes, read_weights("text_encoder", old), np.float32),
+        load_params(shapes, read_weights("text_encoder", file), np.float32),
     )
 
 
@@ -139,7 +133,7 @@ def parts(tiny_checkpoint):
     """Everything that `save_pipeline` needs to write the tiny checkpoint again."""
     checkpoint = open_checkpoint(tiny_checkpoint)
     configs, params = {}, {}
-    for component in NETWORKS:
+    for component in CLASSES:
         configs[component], shapes = config_and_shapes(tiny_checkpoint, component)
         params[component] = load_params(shapes, checkpoint.weights(component), np.float32)
     tokenizer = tiny_checkpoint / "tokenizer"
@@ -168,9 +162,8 @@ def test_half_the_bytes_is_the_default_and_transformers_is_told_to_compute_in_fl
 ):
     save_pipeline(tmp_path / "half", **parts)
     half = open_checkpoint(tmp_path / "half")
-    for component in NETWORKS:
-        (file,) = half.weights(component)
-        assert {tensor.dtype for tensor in load_file(file).values()} == {np.dtype(np.float16)}
+    for component in CLASSES:
+        assert {tensor.dtype for tensor in half.weights(component).values()} == {"F16"}
     assert half.config("text_encoder")["dtype"] == "float32"
 
 

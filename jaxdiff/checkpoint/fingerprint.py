@@ -1,0 +1,66 @@
+"""SHA-256 over files, remembered between runs. Imports no JAX."""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+from jaxdiff.checkpoint.sources import cache_directory
+
+REMEMBERED_BYTES = 50_000_000  # smaller files are hashed faster than they are worth remembering
+SETTLED_SECONDS = 5  # a file that changed this recently may change again without a new time stamp
+
+
+def fingerprint(files: dict[str, Path]) -> str:
+    """SHA-256 (hex) over the contents and the names of some files, wherever they lie.
+
+    Args:
+      files: by the name that counts, such as "unet/config.json", where the file is.
+    """
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items(), key=lambda item: Path(item[0])):
+        digest.update(f"{file_sha256(path)}  {name}\n".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 (hex) of a file.
+
+    That of a large file is kept in the user's cache directory. It is taken from there if the file's
+    place, size and times are the same: among them is the time of the last change of its inode,
+    which no program can set, so copying an old time stamp onto new contents does not deceive it.
+    """
+    status = path.stat()
+    if status.st_size < REMEMBERED_BYTES:
+        return _sha256(path)
+    identity = (
+        *(path.resolve(), status.st_dev, status.st_ino),
+        *(status.st_size, status.st_mtime_ns, status.st_ctime_ns),
+    )
+    memory = cache_directory() / "sha256" / hashlib.sha256(repr(identity).encode()).hexdigest()
+    try:
+        remembered = memory.read_text()
+    except (OSError, ValueError):
+        remembered = ""
+    if len(remembered) == 64:
+        return remembered
+    content = _sha256(path)
+    if time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
+        _remember(memory, content)
+    return content
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remember(memory: Path, content: str) -> None:
+    """Writes the file whole or not at all; a cache that cannot be written is done without."""
+    scratch = memory.with_name(f".{memory.name}-{os.getpid()}")
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(content)
+        scratch.replace(memory)
+    except OSError:
+        pass

@@ -1,0 +1,197 @@
+"""Checkpoints from elsewhere: Hub ids and URLs become local paths. Imports no JAX."""
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from jaxdiff.checkpoint.components import INDEX, NETWORKS, TOKENIZER_FILES, TOKENIZERS
+from jaxdiff.checkpoint.weight_files import wanted_files
+from jaxdiff.errors import InputError
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+URL = re.compile(r"[a-z][a-z0-9+.-]+://.+")
+HUB_TIMEOUT_SECONDS = 10
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
+# What tells an object's versions apart, as far as its file system knows it.
+STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
+# The tokenizers of all Stable Diffusion 1 and XL checkpoints: (Hub id, folder).
+USUAL_TOKENIZERS = {
+    "text_encoder": ("openai/clip-vit-large-patch14", ""),
+    "text_encoder_2": ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer_2"),
+}
+
+
+def cache_directory() -> Path:
+    """Where jaxdiff keeps what it can make or fetch again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxdiff"
+
+
+def local_path(model: str, variant: str | None) -> Path:
+    """The directory or file that `model` names, fetched first if it is elsewhere.
+
+    Args:
+      model: a path, a Hub id "owner/name" or "owner/name@revision", or a URL such as "gs://...".
+        A path that exists goes before a Hub id.
+      variant: such as "fp16": which weights are fetched, where there are several.
+
+    Raises:
+      InputError: if there is nothing there, or it cannot be reached.
+    """
+    if URL.fullmatch(model):
+        return _from_url(model.rstrip("/"), variant)
+    path = Path(model)
+    if not path.exists() and HUB_ID.fullmatch(model):
+        return _from_hub(model, lambda names: wanted_files(names, variant, model), INDEX)
+    return path
+
+
+def usual_tokenizer(text_encoder: str) -> Path:
+    """The folder of the tokenizer for a text encoder of a single-file checkpoint, from the Hub."""
+    model, folder = USUAL_TOKENIZERS[text_encoder]
+    wanted = [f"{folder}/{name}" if folder else name for name in TOKENIZER_FILES]
+    snapshot = _from_hub(
+        model,
+        lambda names: [name for name in wanted if name in names],
+        probe=f"{folder}/vocab.json" if folder else "vocab.json",
+    )
+    return snapshot / folder
+
+
+def _from_hub(model: str, choose: Callable[[Collection[str]], list[str]], probe: str) -> Path:
+    """A snapshot of a Hub repository with at least the chosen files.
+
+    Where the Hub cannot be asked, it is what the cache has, if `probe` is in it.
+    """
+    from huggingface_hub import HfApi, errors, snapshot_download, try_to_load_from_cache, utils
+
+    repository, _, revision = model.partition("@")
+    try:
+        utils.validate_repo_id(repository)
+    except errors.HFValidationError:
+        raise InputError(f"model {model!r} is neither a path here nor a Hub id") from None
+    try:
+        info = HfApi().model_info(
+            repository, revision=revision or None, timeout=HUB_TIMEOUT_SECONDS
+        )
+        names = {file.rfilename for file in info.siblings}
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=choose(names))
+        )
+    except InputError:
+        raise
+    except Exception as error:  # what the network library raises differs between its versions
+        problem = error
+    cached = try_to_load_from_cache(repository, probe, revision=revision or None)
+    if isinstance(cached, str):
+        return Path(cached.removesuffix(probe))
+    raise InputError(f"model {model!r} {_why_not(problem)}") from problem
+
+
+def _why_not(problem: Exception) -> str:
+    from huggingface_hub import errors
+
+    absent = "is neither a path here nor in the Hugging Face cache"
+    if isinstance(problem, errors.GatedRepoError):
+        return "is gated on the Hugging Face Hub: accept its terms there, then `hf auth login`"
+    if isinstance(problem, errors.RevisionNotFoundError):
+        return "has no such revision on the Hugging Face Hub"
+    if isinstance(problem, errors.RepositoryNotFoundError):
+        return f"{absent}, and the Hub has none of this name, or only for those who are logged in"
+    if isinstance(problem, errors.OfflineModeIsEnabled):
+        return f"{absent}, and HF_HUB_OFFLINE forbids to ask the Hub; unset it, or name a directory"
+    return (
+        f"{absent}, and the Hub cannot be reached ({type(problem).__name__}); name a directory, or "
+        "run this once with network"
+    )
+
+
+def _from_url(url: str, variant: str | None) -> Path:
+    """A copy in the cache directory of the checkpoint at `url`: of its directory, or its one file.
+
+    A file that has not changed since it was fetched is not fetched again.
+    """
+    import fsspec
+
+    try:
+        system, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        protocol = url.partition("://")[0]
+        mend = f"pip install {PACKAGES[protocol]}" if protocol in PACKAGES else str(error)
+        raise InputError(f"model {url!r} cannot be read without a package: {mend}") from error
+    try:
+        return _fetch(system, root.rstrip("/"), url, variant)
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"model {url!r}: there is no {error}") from error
+    except Exception as error:  # what a file system raises is its own affair
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"model {url!r} cannot be read ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _fetch(system, root: str, url: str, variant: str | None) -> Path:
+    if root.endswith(".safetensors"):
+        base, _, name = root.rpartition("/")
+        found = _listing(system, base, TOKENIZERS.values())
+        beside = {f"{folder}/{file}" for folder in TOKENIZERS.values() for file in TOKENIZER_FILES}
+        wanted = [name, *sorted(beside & found.keys())]
+        found[name] = system.info(root)
+    else:
+        base, name = root, ""
+        found = _listing(system, base, ["", *TOKENIZERS.values(), *NETWORKS, "scheduler"])
+        if INDEX not in found:
+            raise InputError(f"model {url!r} holds no {INDEX}: it is no diffusers directory")
+        wanted = wanted_files(found, variant, url)
+    parent = url.rpartition("/")[0] if name else url
+    versions = {path: f"{parent}/{path} {_version(found[path])}" for path in wanted}
+    models = cache_directory() / "models"
+    directory = models / _digest("\n".join(versions.values()))
+    for path in wanted:
+        stored = models / "files" / _digest(versions[path])
+        if not stored.exists():
+            _copy(system, f"{base}/{path}", found[path], stored)
+        link = directory / path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.unlink(missing_ok=True)  # a link to what was cleared away
+            link.symlink_to(os.path.relpath(stored, link.parent))
+    return directory / name
+
+
+def _listing(system, base: str, folders: Collection[str]) -> dict[str, dict]:
+    """What the file system says about each file in some folders, by its path below `base`."""
+    found = {}
+    for folder in folders:
+        try:
+            entries = system.ls(f"{base}/{folder}".rstrip("/"), detail=True)
+        except FileNotFoundError:
+            continue
+        for entry in entries:
+            name = entry["name"].rstrip("/").rpartition("/")[2]
+            if entry["type"] == "file":
+                found[f"{folder}/{name}" if folder else name] = entry
+    return found
+
+
+def _version(entry: dict) -> str:
+    return " ".join([str(entry["size"]), *(str(entry[key]) for key in STAMPS if key in entry)])
+
+
+def _copy(system, source: str, entry: dict, target: Path) -> None:
+    """Copies a file, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=target.parent) as scratch:
+        new = Path(scratch) / "new"
+        system.get_file(source, str(new))
+        if entry["size"] is not None and new.stat().st_size != entry["size"]:
+            raise InputError(f"{source} has changed while it was fetched; run this again")
+        new.replace(target)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
