@@ -71,14 +71,12 @@ class SingleFile:
     """What a diffusers directory of the same checkpoint would hold; `read` makes it.
 
     Attributes:
-      family: as `Family.name`.
       index: as `model_index.json`.
       configs: each network's config, and the scheduler's.
       weights: for each network, by the key in diffusers or transformers (without "text_model."),
         where the weight lies.
     """
 
-    family: str
     index: dict
     configs: dict[str, dict]
     weights: dict[str, dict[str, StoredTensor]]
@@ -95,7 +93,7 @@ def read(path: Path) -> SingleFile:
     family = _recognise(path, tensors)
     scheduler = _scheduler(family.configs["scheduler"], tensors)
     configs = family.configs | {"scheduler": scheduler}
-    return SingleFile(family.name, family.index, configs, weights(path, tensors, family))
+    return SingleFile(family.index, configs, weights(path, tensors, family))
 
 
 def _recognise(path: Path, tensors: Mapping[str, StoredTensor]) -> Family:
