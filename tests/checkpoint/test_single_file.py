@@ -6,8 +6,13 @@ from original import CONV_IN, REFINER, SD1, UNET, XL, shapes
 from safetensors.numpy import save_file
 
 from jaxdiff.checkpoint import single_file
+from jaxdiff.checkpoint.layout import SAMPLER_OF_SCHEDULER
 from jaxdiff.checkpoint.single_file_configs import FAMILIES
+from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.errors import InputError
+from jaxdiff.models.clip import CLIPTextConfig
+from jaxdiff.models.unet import UNetConfig
+from jaxdiff.models.vae import AutoencoderKLConfig
 
 # As real files have them beside the weights.
 NO_WEIGHTS = {
@@ -73,6 +78,17 @@ def test_the_configs_are_the_hubs():
     assert xl.configs["vae"]["scaling_factor"] == 0.13025
     assert refiner.index["requires_aesthetics_score"] is True
     assert refiner.index["text_encoder"] == [None, None]
+
+
+@pytest.mark.parametrize("width", FAMILIES)
+def test_our_networks_and_schedules_take_every_config(width):
+    configs = dict(FAMILIES[width].configs)
+    scheduler = configs.pop("scheduler")
+    UNetConfig.from_json(configs.pop("unet"))
+    AutoencoderKLConfig.from_json(configs.pop("vae"))
+    for config in configs.values():
+        CLIPTextConfig.from_json(config)
+    NoiseSchedule.from_json(scheduler, SAMPLER_OF_SCHEDULER[scheduler["_class_name"]])
 
 
 def test_what_holds_no_weights_of_the_networks_is_ignored(write):
