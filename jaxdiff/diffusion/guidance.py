@@ -14,16 +14,24 @@ def paired(unconditional: Array, conditional: Array) -> Array:
     return pairs.reshape(-1, *unconditional.shape[1:])
 
 
-def guide(output: Array, scale: Array) -> Array:
+def guide(output: Array, scale: Array, rescale: Array | float | None = None) -> Array:
     """Mixes the pairs of predictions.
 
     Args:
       output: [2 batch, ...], in the order of `paired`.
       scale: [batch]; 1 gives the conditional prediction, more goes beyond it.
+      rescale: [batch] or a number, phi of Lin et al., 2024, arXiv:2305.08891, section 3.4:
+        how far each image's deviation is brought back to the conditional prediction's, against
+        overexposure; None or 0.0 leaves it.
 
     Returns:
-      [batch, ...]: unconditional + scale (conditional - unconditional).
+      [batch, ...]: unconditional + scale (conditional - unconditional), rescaled.
     """
     unconditional, conditional = output.reshape(-1, 2, *output.shape[1:]).swapaxes(0, 1)
-    scale = scale.reshape(-1, *[1] * (unconditional.ndim - 1))
-    return unconditional + scale * (conditional - unconditional)
+    ones = [1] * (unconditional.ndim - 1)
+    guided = unconditional + scale.reshape(-1, *ones) * (conditional - unconditional)
+    if rescale is None or (isinstance(rescale, float) and rescale == 0.0):
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    ratio = conditional.std(axis=axes, keepdims=True) / guided.std(axis=axes, keepdims=True)
+    return guided * (1.0 + jnp.reshape(rescale, (-1, *ones)) * (ratio - 1.0))

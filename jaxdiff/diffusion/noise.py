@@ -1,4 +1,4 @@
-"""The starting noise of each image, from its own seed: never from its place in a batch."""
+"""The noise of each image, from its own seed: never from its place in a batch."""
 
 from functools import partial
 
@@ -11,52 +11,72 @@ KINDS = ("jax", "torch")
 TORCH_BLOCK = 16
 
 
-def draw(seeds: np.ndarray, shape: tuple[int, int, int], kind: str) -> Array | np.ndarray:
+def draw(
+    seeds: np.ndarray, shape: tuple[int, int, int], kind: str, draws: int = 0
+) -> tuple[Array | np.ndarray, Array | np.ndarray | None]:
     """Standard normal noise for a batch of images.
 
     Args:
       seeds: uint32 [batch].
       shape: (height, width, channels) of one image's latents.
       kind: "jax" draws on the device; "torch" gives what `torch.randn` of a latent tensor
-        (channels, height, width) gives from `torch.Generator("cpu").manual_seed(seed)`.
+        (channels, height, width) gives from `torch.Generator("cpu").manual_seed(seed)`, called
+        once for the start and then for each row of a stochastic sampler, as diffusers' pipelines do
+        with a generator for each image.
+      draws: how often a stochastic sampler draws fresh noise.
 
     Returns:
-      float32 [batch, height, width, channels].
+      the starting noise, float32 [batch, height, width, channels], whatever `draws` is; and the
+      fresh noise, float32 [draws, batch, height, width, channels], None where there are no draws.
     """
     if kind == "jax":
-        return _jax_normal(seeds, shape)
+        return _jax_normal(seeds, shape, draws)
     height, width, channels = shape
-    images = [torch_normal(int(seed), height * width * channels) for seed in seeds]
-    return np.stack(images).reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
+    images = [torch_normal(int(seed), height * width * channels, 1 + draws) for seed in seeds]
+    noise = np.stack(images, axis=1).reshape(1 + draws, -1, channels, height, width)
+    noise = noise.transpose(0, 1, 3, 4, 2)
+    return noise[0], noise[1:] if draws else None
 
 
-@partial(jax.jit, static_argnums=1)
-def _jax_normal(seeds: Array, shape: tuple[int, int, int]) -> Array:
-    def one(seed: Array) -> Array:
-        # Named, because JAX's default generator may change and a seed's image must not.
-        key = jax.random.key(seed, impl="threefry2x32")
-        return jax.random.normal(key, shape, jnp.float32)
+@partial(jax.jit, static_argnums=(1, 2))
+def _jax_normal(
+    seeds: Array, shape: tuple[int, int, int], draws: int
+) -> tuple[Array, Array | None]:
+    # Named, because JAX's default generator may change and a seed's image must not.
+    keys = jax.vmap(partial(jax.random.key, impl="threefry2x32"))(seeds)
 
-    return jax.vmap(one)(seeds)
+    def normal(keys: Array) -> Array:
+        return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+    if not draws:
+        return normal(keys), None
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    fresh = jax.lax.map(lambda draw: normal(fold_in(keys, draw)), jnp.arange(draws))
+    return normal(keys), fresh
 
 
-def torch_normal(seed: int, size: int) -> np.ndarray:
-    """What `torch.randn(size)` draws on the CPU after `manual_seed(seed)`, within 5e-7.
+def torch_normal(seed: int, size: int, draws: int = 1) -> np.ndarray:
+    """What `draws` calls of `torch.randn(size)` give on the CPU after `manual_seed(seed)`.
 
-    PyTorch takes 24 bits of each Mersenne Twister word as a uniform number and turns blocks of 16
-    into normal ones by the Box-Muller transform; a last incomplete block is drawn anew, over the
-    last 16 places.
+    Within 5e-7. PyTorch takes 24 bits of each Mersenne Twister word as a uniform number and turns
+    blocks of 16 into normal ones by the Box-Muller transform; a last incomplete block is drawn
+    anew, over the last 16 places.
 
     Args:
       seed: 0 to 2**32 - 1.
       size: at least 16; below that PyTorch draws in another way.
+      draws: at least 1.
 
     Returns:
-      float32 [size].
+      float32 [draws, size].
     """
     if size < TORCH_BLOCK:
         raise ValueError(f"size = {size}: PyTorch's noise is reproduced from {TORCH_BLOCK} on")
     generator = np.random.RandomState(seed)  # the same seeding of MT19937 as PyTorch's
+    return np.stack([_torch_randn(generator, size) for _ in range(draws)])
+
+
+def _torch_randn(generator: np.random.RandomState, size: int) -> np.ndarray:
     values = _uniform(generator, size)
     whole = size - size % TORCH_BLOCK
     values[:whole] = _box_muller(values[:whole])

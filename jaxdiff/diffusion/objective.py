@@ -1,4 +1,9 @@
-"""What the network predicts, and how x_0 is got back from it: the one place that knows."""
+"""What the network predicts, and how x_0 is got back from it: the one place that knows.
+
+The prediction types are "epsilon" (Ho et al., 2020, arXiv:2006.11239), "v_prediction" (Salimans and
+Ho, 2022, arXiv:2202.00512, appendix D), "sample", which is x_0 itself, and "flow" (Lipman et al.,
+2023, arXiv:2210.02747), the velocity eps - x_0 where alpha = 1 - sigma.
+"""
 
 from jax import Array
 
@@ -9,17 +14,22 @@ def noisy(x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
 
 
 def target(x0: Array, noise: Array, alpha: Array, sigma: Array, prediction_type: str) -> Array:
-    """What the network is trained to predict from `noisy(...)`.
-
-    Args:
-      prediction_type: "epsilon", or "v_prediction" (Salimans and Ho, 2022, arXiv:2202.00512,
-        appendix D).
-    """
-    return noise if prediction_type == "epsilon" else alpha * noise - sigma * x0
+    """What the network is trained to predict from `noisy(...)`."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return x0
+    if prediction_type == "flow":
+        return noise - x0
+    return alpha * noise - sigma * x0
 
 
 def to_x0(output: Array, x: Array, alpha: Array, sigma: Array, prediction_type: str) -> Array:
     """The estimate of x_0 that the network's output means, given its input `x`."""
     if prediction_type == "epsilon":
         return (x - sigma * output) / alpha
+    if prediction_type == "sample":
+        return output
+    if prediction_type == "flow":
+        return x - sigma * output
     return alpha * x - sigma * output

@@ -1,0 +1,346 @@
+"""The solvers, each a function from the noise schedule and the number of steps to a table.
+
+What an equation calls x_t is alpha x_0 + sigma eps here, whatever its paper writes. diffusers'
+choices at the ends of a trajectory are kept, because people know their images by them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxdiff.diffusion import levels
+from jaxdiff.diffusion.levels import Levels
+from jaxdiff.diffusion.schedule import NoiseSchedule
+
+REMEMBERED = 5  # evaluations: PLMS uses four, and among them it leaves one out
+
+
+@dataclass(frozen=True)
+class SamplerTable:
+    """The rows of a sampler, one for each evaluation of the network; arrays are float64 [rows].
+
+    Attributes:
+      timesteps: what the network is told.
+      alpha, sigma: signal and noise in its input.
+      p, q: what is remembered of an evaluation is h = p x + q D, D being the estimate of x_0.
+      a, b: x' = a x + b[0] h + b[1] h_previous + ... + s z; b is [rows, REMEMBERED].
+      s: the scale of fresh noise.
+      initial_scale: what the starting noise is multiplied by.
+    """
+
+    timesteps: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    p: np.ndarray
+    q: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    s: np.ndarray
+    initial_scale: float
+
+    @property
+    def draws(self) -> int:
+        """How many rows draw fresh noise, from the first on: up to the last whose `s` is not 0."""
+        return int(np.flatnonzero(self.s).max(initial=-1)) + 1
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The arrays as float32, for the scan."""
+        names = ("timesteps", "alpha", "sigma", "p", "q", "a", "b", "s")
+        return {name: getattr(self, name).astype(np.float32) for name in names}
+
+
+def _table(timesteps, alpha, sigma, a, b, *, p=0.0, q=1.0, s=0.0, initial_scale=1.0):
+    """A table from columns [rows] or numbers; `b` may have fewer columns, or be one."""
+    rows = len(timesteps)
+    b = np.asarray(b, np.float64).reshape(rows, -1)
+    return SamplerTable(
+        timesteps=np.asarray(timesteps, np.float64),
+        alpha=alpha,
+        sigma=sigma,
+        p=np.broadcast_to(p, rows).astype(np.float64),
+        q=np.broadcast_to(q, rows).astype(np.float64),
+        a=a,
+        b=np.pad(b, ((0, 0), (0, REMEMBERED - b.shape[1]))),
+        s=np.broadcast_to(s, rows).astype(np.float64),
+        initial_scale=initial_scale,
+    )
+
+
+def _from_levels(at: Levels, a, b, *, s=0.0) -> SamplerTable:
+    return _table(
+        at.timesteps, at.alpha[:-1], at.sigma[:-1], a, b, s=s, initial_scale=at.initial_scale
+    )
+
+
+# Samplers of one evaluation a step, which remember nothing.
+
+
+def ddim(schedule: NoiseSchedule, steps: int, *, eta: float = 0.0) -> SamplerTable:
+    """Song et al., 2021, arXiv:2010.02502, equations 12 and 16."""
+    timesteps, bars = levels.trained(schedule, steps, "ddim"), schedule.alpha_bars()
+    previous = timesteps - schedule.num_train_timesteps // steps  # also where that is uneven
+    bar, next_bar = bars[timesteps], _or_final(schedule, bars, previous)
+    alpha, sigma, next_alpha = np.sqrt(bar), np.sqrt(1.0 - bar), np.sqrt(next_bar)
+    variance = eta**2 * (1.0 - next_bar) / (1.0 - bar) * (1.0 - bar / next_bar)
+    a = np.sqrt(np.maximum(1.0 - next_bar - variance, 0.0)) / sigma
+    return _table(timesteps, alpha, sigma, a, next_alpha - alpha * a, s=np.sqrt(variance))
+
+
+def ddpm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    """Ho et al., 2020, arXiv:2006.11239, equations 6 and 7, between the timesteps that are taken.
+
+    The variance is that of equation 7 or, "fixed_large", the step's beta.
+    """
+    timesteps = levels.trained(schedule, steps, "ddpm")
+    bar = schedule.alpha_bars()[timesteps]
+    next_bar = np.append(bar[1:], 1.0)
+    beta, share = 1.0 - bar / next_bar, (1.0 - next_bar) / (1.0 - bar)
+    variance = beta if schedule.variance_type == "fixed_large" else share * beta
+    return _table(
+        timesteps,
+        np.sqrt(bar),
+        np.sqrt(1.0 - bar),
+        a=np.sqrt(bar / next_bar) * share,
+        b=np.sqrt(next_bar) * beta / (1.0 - bar),
+        s=np.sqrt(variance) * (timesteps > 0),
+    )
+
+
+def lcm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    """Luo et al., 2023, arXiv:2310.04378, algorithm 3: estimate x_0, and make it noisy again.
+
+    The estimate is mixed with x so that at timestep 0 it would be x (Song et al., 2023,
+    arXiv:2303.01469, equation 5); the timesteps are some of those that it was distilled at.
+    """
+    originally = schedule.original_inference_steps
+    trained = np.arange(originally, 0, -1) * (schedule.num_train_timesteps // originally) - 1
+    timesteps = trained[np.linspace(0, originally, steps, endpoint=False).astype(np.int64)]
+    bar = schedule.alpha_bars()[timesteps]
+    next_bar = np.append(bar[1:], 1.0)
+    time, deviation = timesteps * schedule.timestep_scaling, 0.5
+    skip = deviation**2 / (time**2 + deviation**2)
+    out = time / np.sqrt(time**2 + deviation**2)
+    return _table(
+        timesteps,
+        np.sqrt(bar),
+        np.sqrt(1.0 - bar),
+        a=np.sqrt(next_bar) * skip,
+        b=np.sqrt(next_bar) * out,
+        s=np.sqrt(1.0 - next_bar),
+    )
+
+
+def euler(schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    """Karras et al., 2022, arXiv:2206.00364, algorithm 1 without line 8; of flow matching too."""
+    at = levels.continuous(schedule, steps, "euler")
+    a = at.sigma[1:] / at.sigma[:-1]
+    return _from_levels(at, a, at.alpha[1:] - at.alpha[:-1] * a)
+
+
+def euler_ancestral(schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    """Song et al., 2021, arXiv:2011.13456, appendix F: Euler's step to less noise, and fresh noise.
+
+    Euler's method goes down so far that the fresh noise, as much as DDPM would draw, makes up for
+    it.
+    """
+    at = levels.continuous(schedule, steps, "euler_ancestral")
+    now, after = at.ratio[:-1], at.ratio[1:]
+    fresh = after * np.sqrt(1.0 - (after / now) ** 2)
+    down = np.sqrt(after**2 - fresh**2) / now
+    next_alpha = at.alpha[1:]
+    return _from_levels(
+        at, next_alpha * down / at.alpha[:-1], next_alpha * (1.0 - down), s=next_alpha * fresh
+    )
+
+
+# Heun's method: two evaluations a step.
+
+
+def heun(schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    """Karras et al., 2022, arXiv:2206.00364, algorithm 1; it has 2 steps - 1 rows.
+
+    After Euler's step from noise per signal r to r', and with the estimates D and D' at both, the
+    correction of the algorithm's line 8 comes to x' + alpha' (1 - r / r') (D - D') / 2.
+    """
+    predictor = euler(schedule, steps)
+    at = levels.continuous(schedule, steps, "heun")
+    rows, odd = 2 * steps - 1, np.arange(1, 2 * steps - 1, 2)
+    place = (np.arange(rows) + 1) // 2  # each level but the first is evaluated twice
+    a, b = np.ones(rows), np.zeros((rows, 2))
+    a[::2], b[::2] = predictor.a, predictor.b[:, :2]
+    half = at.alpha[1:-1] * (1.0 - at.ratio[:-2] / at.ratio[1:-1]) / 2.0
+    b[odd] = np.stack([-half, half], axis=1)
+    return _table(
+        at.timesteps[place], at.alpha[place], at.sigma[place], a, b, initial_scale=at.initial_scale
+    )
+
+
+# Multistep methods, which use the estimates of earlier steps.
+
+
+def pndm(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTable:
+    """PLMS: Liu et al., 2022, arXiv:2202.09778, equations 11 and 12, after a start of diffusers'.
+
+    The first step is taken twice, the second time with the mean of the outputs at both its ends, so
+    there is a row more than steps. What is combined is the network's own output, epsilon or v.
+    """
+    stride, bars = schedule.num_train_timesteps // steps, schedule.alpha_bars()
+    timesteps = levels.trained(schedule, steps, "pndm")
+    timesteps = np.insert(timesteps, 1, timesteps[1:2])
+    alpha, sigma = np.sqrt(bars[timesteps]), np.sqrt(1.0 - bars[timesteps])
+    again = np.arange(len(timesteps)) == begin + 1
+    starts = timesteps + stride * again
+    x_weight, output_weight = _plms_transfer(
+        schedule, bars[starts], _or_final(schedule, bars, starts - stride)
+    )
+    a, b = x_weight.copy(), np.zeros((len(timesteps), REMEMBERED))
+    for row in range(len(timesteps)):
+        b[row] = output_weight[row] * _adams_bashforth(max(row - begin, 0))
+    if begin + 1 < len(a):  # from the x before the first step, got back from x and its output
+        a[begin + 1] /= x_weight[begin]
+        b[begin + 1, 1] -= a[begin + 1] * output_weight[begin]
+    p, q = (1.0 / sigma, -alpha / sigma)  # x = alpha D + sigma epsilon
+    if schedule.prediction_type == "v_prediction":
+        p, q = (alpha / sigma, -1.0 / sigma)  # D = alpha x - sigma v
+    return _table(timesteps, alpha, sigma, a, b, p=p, q=q)
+
+
+def _plms_transfer(schedule: NoiseSchedule, bar, next_bar) -> tuple[np.ndarray, np.ndarray]:
+    """The weights of x and of the output in a step of DDIM (equation 11 of arXiv:2202.09778)."""
+    alpha, sigma = np.sqrt(bar), np.sqrt(1.0 - bar)
+    next_alpha, next_sigma = np.sqrt(next_bar), np.sqrt(1.0 - next_bar)
+    if schedule.prediction_type == "v_prediction":
+        return next_alpha * alpha + next_sigma * sigma, next_sigma * alpha - next_alpha * sigma
+    return next_alpha / alpha, next_sigma - next_alpha / alpha * sigma
+
+
+def _adams_bashforth(evaluation: int) -> np.ndarray:
+    """The weights of the last outputs, the newest first; evaluation 1 is used only by itself."""
+    weights = np.zeros(REMEMBERED)
+    if evaluation == 1:
+        weights[:2] = 0.5
+        return weights
+    used = [k for k in range(REMEMBERED) if evaluation - k in (0, *range(2, evaluation + 1))][:4]
+    of_order = {
+        1: np.array([1.0]),
+        2: np.array([3.0, -1.0]) / 2.0,
+        3: np.array([23.0, -16.0, 5.0]) / 12.0,
+        4: np.array([55.0, -59.0, 37.0, -9.0]) / 24.0,
+    }
+    weights[used] = of_order[len(used)]
+    return weights
+
+
+def dpmpp_2m(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTable:
+    """DPM-Solver++(2M): Lu et al., 2022, arXiv:2211.01095, algorithm 2."""
+    at = levels.continuous(schedule, steps, "dpmpp_2m")
+    ratio = _extrapolation(schedule, at, begin)
+    gain = at.alpha[1:] * (1.0 - at.ratio[1:] / at.ratio[:-1])
+    b = np.stack([gain * (1.0 + ratio), -gain * ratio], axis=1)
+    return _from_levels(at, at.sigma[1:] / at.sigma[:-1], b)
+
+
+def dpmpp_2m_sde(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTable:
+    """SDE-DPM-Solver++(2M): Lu et al., 2022, arXiv:2211.01095, section 5."""
+    at = levels.continuous(schedule, steps, "dpmpp_2m_sde")
+    ratio = _extrapolation(schedule, at, begin)
+    decay = at.ratio[1:] / at.ratio[:-1]  # e^-h
+    gain = at.alpha[1:] * (1.0 - decay**2)
+    b = np.stack([gain * (1.0 + ratio), -gain * ratio], axis=1)
+    a = at.sigma[1:] / at.sigma[:-1] * decay
+    return _from_levels(at, a, b, s=at.sigma[1:] * np.sqrt(1.0 - decay**2))
+
+
+def _extrapolation(schedule: NoiseSchedule, at: Levels, begin: int) -> np.ndarray:
+    """How far each step goes beyond the last two estimates: 1 / (2 r), 0 in a first-order step.
+
+    The first step has no history, and with no noise at its end the last one would go infinitely
+    far; a short trajectory's last step is of first order too.
+    """
+    steps = len(at.timesteps)
+    h = np.diff(_half_log_snr(at))
+    ratio = np.zeros(steps)
+    ratio[begin + 1 :] = h[begin + 1 :] / (2.0 * h[begin:-1])
+    short = schedule.lower_order_final and steps < 15
+    if short or schedule.euler_at_final or schedule.final_sigmas_type == "zero":
+        ratio[-1] = 0.0
+    return ratio
+
+
+def _half_log_snr(at: Levels) -> np.ndarray:
+    """The papers' lambda, log(alpha / sigma); infinite where there is no noise."""
+    with np.errstate(divide="ignore"):
+        return -np.log(at.ratio)
+
+
+def unipc(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTable:
+    """UniPC: Zhao et al., 2023, arXiv:2302.04867, algorithms 1 and 2, with estimates of x_0.
+
+    x is the prediction. Its correction only adds a combination of estimates to it, the one at x
+    among them, so it is made at the head of the step that follows.
+    """
+    at = levels.continuous(schedule, steps, "unipc")
+    half_log_snr = _half_log_snr(at)
+    a = at.sigma[1:] / at.sigma[:-1]
+    b = np.zeros((steps, REMEMBERED))
+    bh1, order = schedule.solver_type == "bh1", 0
+    for row in range(steps):
+        if row > begin:  # `order` is that of the step that led here
+            weights = _unipc_correction(half_log_snr[: row + 1], order, bh1)
+            b[row, : order + 1] += a[row] * at.alpha[row] * weights
+        order = min(schedule.solver_order, max(row - begin, 0) + 1)
+        if schedule.lower_order_final:
+            order = min(order, steps - row)
+        weights = _unipc_prediction(half_log_snr[: row + 2], order, bh1)
+        b[row, :order] += at.alpha[row + 1] * weights
+    return _from_levels(at, a, b)
+
+
+def _unipc_prediction(half_log_snr: np.ndarray, order: int, bh1: bool) -> np.ndarray:
+    """The weights of the last estimates in UniP's step: [order], the newest first, over alpha.
+
+    Args:
+      half_log_snr: up to the step's end.
+      order: how many estimates are used.
+      bh1: whether B(h) is h rather than e^h - 1.
+    """
+    h = half_log_snr[-1] - half_log_snr[-2]
+    newest = -np.expm1(-h)
+    if order == 1:
+        return np.array([newest])
+    places, scale, weights, _ = _unipc_terms(half_log_snr, order, bh1)
+    weights = scale * weights / places
+    return np.array([newest + weights.sum(), *-weights])
+
+
+def _unipc_correction(half_log_snr: np.ndarray, order: int, bh1: bool) -> np.ndarray:
+    """The weights of what UniC adds to UniP's x: [order + 1], that of the estimate at x first."""
+    places, scale, predicted, corrected = _unipc_terms(half_log_snr, order, bh1)
+    weights = scale * (predicted - corrected[:-1]) / places
+    newest = scale * corrected[-1]
+    return np.array([-newest, newest - weights.sum(), *weights])
+
+
+def _unipc_terms(half_log_snr: np.ndarray, order: int, bh1: bool):
+    """The r_m of the earlier estimates, -B(h), and the a_m of UniP and UniC (theorem 3.1)."""
+    h = half_log_snr[-1] - half_log_snr[-2]
+    places = (half_log_snr[-3 : -order - 2 : -1] - half_log_snr[-2]) / h
+    scale = -h if bh1 else np.expm1(-h)
+    right, phi, factorial = [], np.expm1(-h) / -h - 1.0, 1
+    for k in range(1, order + 1):
+        right.append(phi * factorial / scale)
+        factorial *= k + 1
+        phi = phi / -h - 1.0 / factorial
+    matrix = np.vander([*places, 1.0], order, increasing=True).T
+    if order == 1:  # as the authors' code; equation (8) would give nearly the same
+        return places, scale, places, np.array([0.5])
+    predicted = np.array([0.5])
+    if order == 3:
+        predicted = np.linalg.solve(matrix[:-1, :-1], right[:-1])
+    return places, scale, predicted, np.linalg.solve(matrix, right)
+
+
+def _or_final(schedule: NoiseSchedule, bars: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
+    """`bars` at `timesteps`, and what stands after timestep 0 where they are negative."""
+    final = 1.0 if schedule.set_alpha_to_one else bars[0]
+    return np.where(timesteps >= 0, bars[np.maximum(timesteps, 0)], final)
