@@ -1,0 +1,260 @@
+"""Weights in shards, in variants and in old names; and every way in which they may be damaged."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.checkpoint.weight_files import read_weights, wanted_files
+from jaxdiff.errors import InputError
+
+UNET = "diffusion_pytorch_model"
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def shard(folder: Path, variant: str = "") -> Path:
+    """Cuts the one file of the U-Net in two, as diffusers names them; returns the index."""
+    whole = folder / f"{UNET}{variant}.safetensors"
+    tensors = load_file(whole)
+    keys = sorted(tensors)
+    halves = keys[: len(keys) // 2], keys[len(keys) // 2 :]
+    places = {}
+    for number, half in enumerate(halves, start=1):
+        name = f"{UNET}{variant}-0000{number}-of-00002.safetensors"
+        save_file({key: tensors[key] for key in half}, folder / name)
+        places |= dict.fromkeys(half, name)
+    whole.unlink()
+    index = folder / f"{UNET}.safetensors.index{variant}.json"
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}))
+    return index
+
+
+def to_half(path: Path, new: Path) -> None:
+    """Writes the tensors of a file again as float16."""
+    save_file({key: tensor.astype(np.float16) for key, tensor in load_file(path).items()}, new)
+
+
+def files(opened, network: str) -> set[str]:
+    return {tensor.file.name for tensor in opened.weights(network).values()}
+
+
+def refusal(directory: Path, variant: str | None = None) -> str:
+    """The one line that opening this directory ends in."""
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(directory, variant)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_shards_together_hold_what_the_one_file_held(checkpoint, tiny_checkpoint):
+    shard(checkpoint / "unet")
+    sharded, whole = open_checkpoint(checkpoint), open_checkpoint(tiny_checkpoint)
+    assert len(files(sharded, "unet")) == 2
+    assert sharded.weights("unet").keys() == whole.weights("unet").keys()
+    for key, tensor in sharded.weights("unet").items():
+        np.testing.assert_array_equal(tensor.read(), whole.weights("unet")[key].read())
+    assert sharded.fingerprint != whole.fingerprint  # of files, not of what they mean
+
+
+def edit_index(path: Path, change) -> None:
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+FIRST, SECOND = (f"{UNET}-0000{number}-of-00002.safetensors" for number in (1, 2))
+INDEX_FAULTS = {
+    "no map": (lambda index: index.pop("weight_map"), "weight_map"),
+    "empty map": (lambda index: index.update(weight_map={}), "weight_map"),
+    "out of the folder": (
+        lambda index: index["weight_map"].update({"conv_in.bias": "../vae/model.safetensors"}),
+        r"'../vae/model.safetensors'",
+    ),
+    "absolute": (
+        lambda index: index["weight_map"].update({"conv_in.bias": "/etc/model.safetensors"}),
+        "'/etc/model.safetensors'",
+    ),
+    "no name": (lambda index: index["weight_map"].update({"conv_in.bias": 7}), "names 7"),
+    "another file": (
+        lambda index: index["weight_map"].update({"conv_in.bias": SECOND}),
+        f"conv_in.bias should be in {SECOND} and is in {FIRST}",
+    ),
+    "a key too many": (
+        lambda index: index["weight_map"].update({"extra": FIRST}),
+        "extra should be",
+    ),
+    "a key too few": (
+        lambda index: index["weight_map"].pop("conv_in.bias"),
+        "conv_in.bias should be nowhere",
+    ),
+    "another size": (lambda index: index["metadata"].update(total_size=1), "promises 1 bytes"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), INDEX_FAULTS.values(), ids=INDEX_FAULTS)
+def test_an_index_at_odds_with_its_shards_is_named(checkpoint, change, message):
+    index = shard(checkpoint / "unet")
+    edit_index(index, change)
+    said = refusal(checkpoint)
+    assert str(index) in said
+    assert message in said
+
+
+def test_an_index_need_not_say_the_size(checkpoint):
+    edit_index(shard(checkpoint / "unet"), lambda index: index.pop("metadata"))
+    open_checkpoint(checkpoint)
+
+
+def test_a_missing_or_truncated_shard_is_named(checkpoint):
+    shard(checkpoint / "unet")
+    path = checkpoint / "unet" / SECOND
+    os.truncate(path, path.stat().st_size - 1)
+    assert str(path) in refusal(checkpoint)
+    path.unlink()
+    assert f"{path} is missing" in refusal(checkpoint)
+
+
+def test_a_key_in_two_shards_is_named(checkpoint):
+    shard(checkpoint / "unet")
+    folder = checkpoint / "unet"
+    both = load_file(folder / SECOND) | {"conv_in.bias": load_file(folder / FIRST)["conv_in.bias"]}
+    save_file(both, folder / SECOND)
+    assert f"{folder / SECOND}: conv_in.bias is in {FIRST} too" in refusal(checkpoint)
+
+
+def test_a_variant_is_taken_where_it_is_and_the_full_weights_elsewhere(checkpoint):
+    folder = checkpoint / "unet"
+    to_half(folder / f"{UNET}.safetensors", folder / f"{UNET}.fp16.safetensors")
+    assert files(open_checkpoint(checkpoint), "unet") == {f"{UNET}.safetensors"}
+    opened = open_checkpoint(checkpoint, "fp16")
+    assert files(opened, "unet") == {f"{UNET}.fp16.safetensors"}
+    assert files(opened, "vae") == {f"{UNET}.safetensors"}
+    assert opened.fingerprint != open_checkpoint(checkpoint).fingerprint
+
+
+def test_without_full_weights_the_fp16_ones_are_taken_before_bf16(checkpoint):
+    folder = checkpoint / "unet"
+    (folder / f"{UNET}.safetensors").rename(folder / f"{UNET}.bf16.safetensors")
+    assert files(open_checkpoint(checkpoint), "unet") == {f"{UNET}.bf16.safetensors"}
+    to_half(folder / f"{UNET}.bf16.safetensors", folder / f"{UNET}.fp16.safetensors")
+    assert files(open_checkpoint(checkpoint), "unet") == {f"{UNET}.fp16.safetensors"}
+    assert files(open_checkpoint(checkpoint, "bf16"), "unet") == {f"{UNET}.bf16.safetensors"}
+
+
+def test_a_variant_may_be_sharded(checkpoint):
+    folder = checkpoint / "unet"
+    to_half(folder / f"{UNET}.safetensors", folder / f"{UNET}.fp16.safetensors")
+    index = shard(folder, ".fp16")
+    assert index.name == f"{UNET}.safetensors.index.fp16.json"
+    opened = open_checkpoint(checkpoint, "fp16")
+    assert len(files(opened, "unet")) == 2
+    assert all(".fp16-" in name for name in files(opened, "unet"))
+
+
+def test_a_variant_that_no_network_has_is_refused(checkpoint):
+    assert "variant 'fp16'" in refusal(checkpoint, "fp16")
+    assert "'../fp16'" in refusal(checkpoint, "../fp16")
+
+
+def test_a_rare_variant_is_taken_only_if_it_is_asked_for(checkpoint):
+    folder = checkpoint / "unet"
+    (folder / f"{UNET}.safetensors").rename(folder / f"{UNET}.non_ema.safetensors")
+    assert "only the variants non_ema" in refusal(checkpoint)
+    open_checkpoint(checkpoint, "non_ema")
+
+
+@pytest.mark.parametrize(
+    "name", [f"{UNET}.bin", f"{UNET}.fp16.bin", "diffusion_flax_model.msgpack"]
+)
+def test_weights_in_another_format_are_refused_with_the_mend(checkpoint, name):
+    folder = checkpoint / "unet"
+    (folder / f"{UNET}.safetensors").rename(folder / name)
+    said = refusal(checkpoint)
+    assert f"{folder} holds {name}" in said
+    assert "save_pretrained(DIRECTORY, safe_serialization=True)" in said
+
+
+def test_old_names_in_the_autoencoders_attention_are_read(checkpoint, tiny_checkpoint):
+    path = checkpoint / "vae" / f"{UNET}.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(path)
+    for key in list(tensors):
+        for new, name in old.items():
+            if f".attentions.0.{new}." in key:
+                tensors[key.replace(new, name)] = tensors.pop(key)
+    save_file(tensors, path)
+    renamed = open_checkpoint(checkpoint).weights("vae")
+    today = open_checkpoint(tiny_checkpoint).weights("vae")
+    assert renamed.keys() == today.keys()
+    assert sum("query" in tensor.key for tensor in renamed.values()) == 4
+    for key in today:
+        np.testing.assert_array_equal(renamed[key].read(), today[key].read())
+
+
+def test_a_weight_in_two_dialects_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    zeros = np.zeros(3, np.float32)
+    save_file({"final_layer_norm.bias": zeros, "text_model.final_layer_norm.bias": zeros}, path)
+    with pytest.raises(InputError, match=r"model\.safetensors: \S+ is there twice"):
+        read_weights("text_encoder", path)
+
+
+def test_a_file_without_weights_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"text_model.embeddings.position_ids": np.arange(77)[None]}, path)
+    with pytest.raises(InputError, match="holds no weights"):
+        read_weights("text_encoder", path)
+
+
+HUB_FILES = [
+    *(
+        "README.md",
+        "model_index.json",
+        "v1-5-pruned.safetensors",
+        "scheduler/scheduler_config.json",
+    ),
+    *("text_encoder/config.json", "text_encoder/model.safetensors", "text_encoder/model.bin"),
+    *("text_encoder/model.fp16.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt"),
+    *("tokenizer/merges.txt.bak", "unet/config.json", f"unet/{UNET}.fp16.safetensors"),
+    *(f"unet/{UNET}.safetensors.index.json", f"unet/{UNET}-00001-of-00001.safetensors"),
+    *("vae/config.json", f"vae/{UNET}.safetensors", f"vae/{UNET}.msgpack"),
+    *("safety_checker/config.json", "safety_checker/model.safetensors", f"../{UNET}.safetensors"),
+    *("unet/../../.bashrc", f"unet/../{UNET}-00001-of-00001.safetensors"),
+]
+ALWAYS = {
+    *("model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json"),
+    *("tokenizer/vocab.json", "tokenizer/merges.txt", "unet/config.json", "vae/config.json"),
+    f"vae/{UNET}.safetensors",
+}
+
+
+def test_only_what_is_needed_is_fetched(tmp_path):
+    full = wanted_files(HUB_FILES, None, "owner/name")
+    assert set(full) == ALWAYS | {
+        "text_encoder/model.safetensors",
+        f"unet/{UNET}.safetensors.index.json",
+        f"unet/{UNET}-00001-of-00001.safetensors",
+    }
+    half = wanted_files(HUB_FILES, "fp16", "owner/name")
+    assert set(half) == ALWAYS | {
+        "text_encoder/model.fp16.safetensors",
+        f"unet/{UNET}.fp16.safetensors",
+    }
+
+
+def test_nothing_is_fetched_of_what_cannot_be_read():
+    names = [name for name in HUB_FILES if not name.startswith("unet/diff")] + ["unet/model.bin"]
+    with pytest.raises(InputError, match=r"owner/name/unet holds model\.bin"):
+        wanted_files(names, None, "owner/name")
