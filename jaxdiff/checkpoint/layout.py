@@ -119,18 +119,13 @@ class Checkpoint:
     def scheduler(self) -> dict:
         """The scheduler's config as the pipeline of diffusers uses it.
 
-        `StableDiffusionPipeline` corrects two values that early files have wrong. Another sampler
-        that is made from this config does not see a correction of what the file left open: such
-        keys are listed under diffusers' "_use_default_values".
+        `StableDiffusionPipeline` corrects two values that early files have wrong or leave out.
         """
         config = self.config("scheduler")
         if self.pipeline != PIPELINE:
             return config
-        forced = {"steps_offset": 1}
-        if config.get("clip_sample", config.get("_class_name") in CLIP_SAMPLE_BY_DEFAULT) is True:
-            forced["clip_sample"] = False
-        unsaid = [key for key in forced if key not in config]
-        return config | forced | ({"_use_default_values": unsaid} if unsaid else {})
+        clips = config.get("clip_sample", config.get("_class_name") in CLIP_SAMPLE_BY_DEFAULT)
+        return config | {"steps_offset": 1} | ({"clip_sample": False} if clips is True else {})
 
     @cached_property
     def size_multiple(self) -> int:
@@ -292,9 +287,10 @@ def _open_single_file(path: Path) -> Checkpoint:
     found = single_file.read(path)
     tensors = {network: found.weights[network] for network in NETWORKS if network in found.weights}
     tokenizers = {}
-    for network in tensors.keys() & TOKENIZERS.keys():
-        beside = path.parent / TOKENIZERS[network]
-        tokenizers[network] = beside if beside.is_dir() else _usual_tokenizer(path, network)
+    for network, folder in TOKENIZERS.items():
+        if network in tensors:
+            beside = path.parent / folder
+            tokenizers[network] = beside if beside.is_dir() else _usual_tokenizer(path, network)
     return Checkpoint(
         path=path,
         name=path.stem,

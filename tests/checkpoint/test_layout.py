@@ -195,7 +195,9 @@ def test_what_is_neither_bundled_nor_a_directory_is_refused(tmp_path):
 
 
 def test_a_scheduler_that_is_not_built_is_an_error_only_when_it_is_needed(checkpoint):
-    edit_json(checkpoint / "scheduler" / "scheduler_config.json", _class_name="KDPM2DiscreteScheduler")
+    edit_json(
+        checkpoint / "scheduler" / "scheduler_config.json", _class_name="KDPM2DiscreteScheduler"
+    )
     opened = open_checkpoint(checkpoint)
     with pytest.raises(InputError, match=r"KDPM2DiscreteScheduler.*--sampler"):
         _ = opened.default_sampler

@@ -1,0 +1,379 @@
+"""Checkpoints from elsewhere: a Hub cache on disk, Hub ids without a network, fsspec's memory."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import ClassVar
+
+import fsspec
+import numpy as np
+import pytest
+from original import SD1, XL, shapes
+from safetensors.numpy import save_file
+
+from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.errors import InputError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache directory of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "jaxdiff" / "models"
+
+
+def refusal(model: str, variant: str | None = None) -> str:
+    """The one line that opening this model ends in."""
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(model, variant)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def in_a_new_process(code: str, hub_cache: Path, **environment) -> str:
+    """What code prints where huggingface_hub keeps its files in `hub_cache`.
+
+    It reads its environment when it is imported, so that takes a process of its own.
+    """
+    program = (
+        "from jaxdiff.checkpoint.layout import open_checkpoint\n"
+        "from jaxdiff.errors import InputError\n"
+        "try:\n"
+        f"    {code}\n"
+        "except InputError as error:\n"
+        "    print('InputError:', error)\n"
+    )
+    # Where nothing answers, and at once, whatever the machine's network is.
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(hub_cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | nowhere | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def hub_cache(tiny_checkpoint, tmp_path) -> Path:
+    """A cache as huggingface_hub leaves it behind: blobs, and a snapshot of links to them."""
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted(tiny_checkpoint.rglob("*.*"))):
+        blob = repository / "blobs" / f"{number:040x}"
+        shutil.copyfile(path, blob)
+        link = repository / "snapshots" / COMMIT / path.relative_to(tiny_checkpoint)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return tmp_path / "hub"
+
+
+PRINT = "opened = open_checkpoint({!r}); print(opened.name, opened.fingerprint)"
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+@pytest.mark.parametrize("model", ["someone/tiny", f"someone/tiny@{COMMIT}"])
+def test_a_hub_id_in_the_cache_is_opened_without_a_network(
+    hub_cache, tiny_checkpoint, model, offline
+):
+    said = in_a_new_process(PRINT.format(model), hub_cache, HF_HUB_OFFLINE=offline)
+    assert said == f"{model} {open_checkpoint(tiny_checkpoint).fingerprint}"
+
+
+def test_a_hub_id_that_is_not_in_the_cache_is_one_clear_line(hub_cache):
+    for model in ("someone/else", "someone/tiny@v2"):
+        said = in_a_new_process(PRINT.format(model), hub_cache)
+        assert said.startswith(f"InputError: model {model!r} is neither a path here nor in the")
+        assert "the Hub cannot be reached" in said
+        said = in_a_new_process(PRINT.format(model), hub_cache, HF_HUB_OFFLINE="1")
+        assert repr(model) in said
+        assert "HF_HUB_OFFLINE" in said
+
+
+def test_a_snapshot_that_was_not_fetched_whole_is_one_clear_line(hub_cache):
+    path = hub_cache / "models--someone--tiny" / "snapshots" / COMMIT / UNET
+    path.unlink()
+    said = in_a_new_process(PRINT.format("someone/tiny"), hub_cache, HF_HUB_OFFLINE="1")
+    assert said.startswith(f"InputError: {path} is missing")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's interface as a download asks for, over the files of `root`."""
+
+    root: Path
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self):
+        path = self.path.partition("?")[0]
+        files = {str(path.relative_to(self.root)): path for path in self.root.rglob("*.*")}
+        if not path.startswith(("/someone/tiny/", "/api/models/someone/tiny")):
+            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif "/tree/" in path:
+            tree = [
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": name_of(file)}
+                for name, file in files.items()
+            ]
+            self.answer(200, json.dumps(tree).encode())
+        elif path.startswith("/api/"):
+            siblings = [{"rfilename": name} for name in files]
+            info = {"id": "someone/tiny", "sha": COMMIT, "siblings": siblings}
+            self.answer(200, json.dumps(info).encode())
+        else:
+            name = path.partition(f"/resolve/{COMMIT}/")[2]
+            self.asked.append(name)
+            etag = {"ETag": f'"{name_of(files[name])}"', "X-Repo-Commit": COMMIT}
+            self.answer(200, files[name].read_bytes(), etag)
+
+    do_GET = do_HEAD
+
+    def answer(self, status: int, body: bytes, headers=None):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def name_of(file: Path) -> str:
+    """What git calls a file's contents, or something as good."""
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def hub(tiny_checkpoint, tmp_path):
+    """The address of a Hub with the tiny checkpoint, in float32 and float16, and a pickle."""
+    Hub.root = Path(shutil.copytree(tiny_checkpoint, tmp_path / "remote"))
+    shutil.copy(Hub.root / UNET, (Hub.root / UNET).with_suffix(".fp16.safetensors"))
+    (Hub.root / UNET).with_suffix(".bin").write_bytes(b"pickle")
+    Hub.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_only_what_is_needed_is_downloaded_from_the_hub_and_once(hub, tiny_checkpoint, tmp_path):
+    expected = f"someone/tiny {open_checkpoint(tiny_checkpoint).fingerprint}"
+    print_it = PRINT.format("someone/tiny")
+    assert in_a_new_process(print_it, tmp_path / "hub", HF_ENDPOINT=hub) == expected
+    needed = {str(path.relative_to(tiny_checkpoint)) for path in tiny_checkpoint.rglob("*.*")}
+    assert set(Hub.asked) == needed
+    Hub.asked.clear()
+    assert in_a_new_process(print_it, tmp_path / "hub", HF_ENDPOINT=hub) == expected
+    assert Hub.asked == []
+    assert in_a_new_process(print_it, tmp_path / "hub", HF_HUB_OFFLINE="1") == expected
+
+
+def test_a_variant_is_downloaded_alone(hub, tmp_path):
+    code = "print(open_checkpoint('someone/tiny', 'fp16').family)"
+    assert in_a_new_process(code, tmp_path / "hub", HF_ENDPOINT=hub) == "Stable Diffusion 1"
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in Hub.asked
+    assert UNET not in Hub.asked
+
+
+def test_what_the_hub_does_not_have_is_one_clear_line(hub, tmp_path):
+    said = in_a_new_process(PRINT.format("someone/else"), tmp_path / "hub", HF_ENDPOINT=hub)
+    assert said.startswith("InputError: model 'someone/else'")
+    assert "the Hub has none of this name" in said
+    (Hub.root / UNET).unlink()
+    (Hub.root / UNET).with_suffix(".fp16.safetensors").unlink()
+    said = in_a_new_process(PRINT.format("someone/tiny"), tmp_path / "hub", HF_ENDPOINT=hub)
+    assert said.startswith("InputError: someone/tiny/unet holds diffusion_pytorch_model.bin")
+
+
+def test_a_directory_goes_before_a_hub_id_of_its_name(tiny_checkpoint, tmp_path, monkeypatch):
+    shutil.copytree(tiny_checkpoint, tmp_path / "someone" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    opened = open_checkpoint("someone/tiny")
+    assert opened.path == Path("someone/tiny")
+    assert opened.name == "tiny"
+
+
+def test_what_can_be_no_hub_id_is_not_looked_for(tmp_path):
+    for model in ("no-such-model", str(tmp_path / "a/b"), "./a/b", "a/b/c", "a//b"):
+        assert "neither a diffusers directory" in refusal(model)
+    assert "neither a path here nor a Hub id" in refusal("some..one/tiny")
+
+
+@pytest.fixture
+def single(tmp_path):
+    """A function that writes a single file of a family: every key, next to no data."""
+
+    def single(width: int) -> Path:
+        path = tmp_path / "download.safetensors"
+        save_file({key: np.zeros(shape, np.float16) for key, shape in shapes(width).items()}, path)
+        return path
+
+    return single
+
+
+def test_a_single_file_is_like_a_directory_to_its_users(single, tiny_checkpoint):
+    path = single(XL)
+    for folder in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(tiny_checkpoint / "tokenizer", path.parent / folder)
+    opened = open_checkpoint(path)
+    assert (opened.name, opened.path) == ("download", path)
+    assert opened.family == "Stable Diffusion XL"
+    assert opened.networks == ("text_encoder", "text_encoder_2", "unet", "vae")
+    assert opened.tokenizer("text_encoder_2") == path.parent / "tokenizer_2"
+    assert (opened.default_size, opened.size_multiple) == ((1024, 1024), 8)
+    assert (opened.default_sampler, opened.latent_channels) == ("euler", 4)
+    assert {tensor.file for tensor in opened.weights("unet").values()} == {path}
+
+
+def test_a_single_files_fingerprint_is_of_its_contents_and_its_tokenizers(single, tiny_checkpoint):
+    path = single(SD1)
+    shutil.copytree(tiny_checkpoint / "tokenizer", path.parent / "tokenizer")
+    fingerprint = open_checkpoint(path).fingerprint
+    renamed = path.rename(path.with_name("another name.safetensors"))
+    assert open_checkpoint(renamed).fingerprint == fingerprint
+    content = renamed.read_bytes()
+    renamed.write_bytes(content[:-1] + b"7")
+    changed = open_checkpoint(renamed).fingerprint
+    assert changed != fingerprint
+    (path.parent / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    assert open_checkpoint(renamed).fingerprint != changed
+
+
+def test_a_single_files_tokenizers_come_from_the_hub(single, hub_cache, tiny_checkpoint):
+    path = single(XL)
+    said = in_a_new_process(PRINT.format(str(path)), hub_cache)
+    assert said.startswith(f"InputError: {path} holds no tokenizer: put the folder 'tokenizer'")
+    assert "openai/clip-vit-large-patch14" in said
+    for repository, folder in (
+        ("models--openai--clip-vit-large-patch14", "."),
+        ("models--stabilityai--stable-diffusion-xl-base-1.0", "tokenizer_2"),
+    ):
+        snapshot = hub_cache / repository / "snapshots" / COMMIT / folder
+        shutil.copytree(tiny_checkpoint / "tokenizer", snapshot)
+        (hub_cache / repository / "refs").mkdir()
+        (hub_cache / repository / "refs" / "main").write_text(COMMIT)
+    said = in_a_new_process(PRINT.format(str(path)), hub_cache)
+    for folder in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(tiny_checkpoint / "tokenizer", path.parent / folder)
+    assert said == f"download {open_checkpoint(path).fingerprint}"
+
+
+def test_a_file_that_is_no_safetensors_file_is_refused_with_the_mend(tmp_path):
+    path = tmp_path / "v1-5-pruned.ckpt"
+    path.write_bytes(b"PK")
+    assert "from_single_file" in refusal(str(path))
+    path = path.rename(path.with_suffix(".safetensors"))
+    assert f"{path} is no safetensors file" in refusal(str(path))
+    assert "single file and has no variants" in refusal(str(path), "fp16")
+
+
+@pytest.fixture
+def bucket(tiny_checkpoint):
+    """The tiny checkpoint in fsspec's memory, with what must not be fetched beside it."""
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tiny_checkpoint), "/bucket/models/tiny", recursive=True)
+    memory.pipe("/bucket/models/tiny/unet/diffusion_pytorch_model.bin", b"pickle")
+    memory.pipe("/bucket/models/tiny/safety_checker/model.safetensors", b"not needed")
+    memory.pipe("/bucket/models/tiny/README.md", b"A card")
+    yield memory
+    memory.rm("/bucket", recursive=True)
+
+
+def fetched(cache: Path) -> dict[str, int]:
+    """When each file in the cache was written."""
+    return {path.name: path.stat().st_mtime_ns for path in (cache / "files").iterdir()}
+
+
+def test_a_url_is_copied_into_the_cache_and_opened(bucket, tiny_checkpoint, cache):
+    opened = open_checkpoint("memory://bucket/models/tiny/")
+    assert opened.name == "tiny"
+    assert opened.path.parent == cache
+    assert opened.fingerprint == open_checkpoint(tiny_checkpoint).fingerprint
+    needed = {path.relative_to(tiny_checkpoint) for path in tiny_checkpoint.rglob("*.*")}
+    assert {path.relative_to(opened.path) for path in opened.path.rglob("*.*")} == needed
+
+
+def test_only_what_has_changed_is_fetched_again(bucket, cache):
+    first = open_checkpoint("memory://bucket/models/tiny")
+    before = fetched(cache)
+    assert open_checkpoint("memory://bucket/models/tiny").path == first.path
+    assert fetched(cache) == before
+
+    config = json.loads(bucket.cat("/bucket/models/tiny/unet/config.json")) | {"sample_size": 16}
+    bucket.pipe("/bucket/models/tiny/unet/config.json", json.dumps(config).encode())
+    second = open_checkpoint("memory://bucket/models/tiny")
+    assert second.default_size == (128, 128)
+    assert first.default_size == (64, 64)  # the job that has it open keeps it
+    after = fetched(cache)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 1
+
+
+def test_a_copy_that_was_interrupted_is_finished(bucket, cache):
+    path = open_checkpoint("memory://bucket/models/tiny").path / UNET
+    size = path.stat().st_size
+    path.resolve().unlink()
+    assert (open_checkpoint("memory://bucket/models/tiny").path / UNET).stat().st_size == size
+    assert not list(cache.glob("**/.fetching*"))
+
+
+def test_a_variant_is_fetched_alone(bucket):
+    full = f"/bucket/models/tiny/{UNET}"
+    bucket.mv(full, full.replace(".safetensors", ".fp16.safetensors"))
+    opened = open_checkpoint("memory://bucket/models/tiny", "fp16")
+    assert "diffusion_pytorch_model.fp16.safetensors" in os.listdir(opened.path / "unet")
+
+
+def test_one_file_is_fetched_with_the_tokenizers_beside_it(bucket, cache):
+    bucket.pipe("/bucket/models/merged.safetensors", b"no weights")
+    bucket.copy("/bucket/models/tiny/tokenizer", "/bucket/models/tokenizer", recursive=True)
+    said = refusal("memory://bucket/models/merged.safetensors")
+    assert "merged.safetensors is no safetensors file" in said
+    (file,) = cache.glob("*/merged.safetensors")
+    assert file.read_bytes() == b"no weights"
+    assert (file.parent / "tokenizer" / "vocab.json").is_file()
+
+
+URL_FAULTS = {
+    "memory://bucket/models": "holds no model_index.json",
+    "memory://bucket/nothing": "holds no model_index.json",
+    "memory://bucket/nothing.safetensors": "there is no",
+    "s3://bucket/model": "pip install s3fs",
+    "gs://bucket/model": "pip install gcsfs",
+    "abc://bucket/model": "abc",
+}
+
+
+@pytest.mark.parametrize(("url", "message"), URL_FAULTS.items(), ids=URL_FAULTS)
+def test_a_url_with_nothing_to_read_is_one_clear_line(bucket, url, message):
+    said = refusal(url)
+    assert repr(url) in said
+    assert message in said
+
+
+def test_a_listing_cannot_write_outside_the_cache(bucket, tmp_path, cache):
+    for name in ("..", "../../evil.safetensors", "diffusion_pytorch_model-1-of-2.safetensors/../x"):
+        bucket.store[f"/bucket/models/tiny/unet/{name}"] = bucket.store[
+            f"/bucket/models/tiny/{UNET}"
+        ]
+    opened = open_checkpoint("memory://bucket/models/tiny")
+    inside = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert all(cache in path.parents for path in inside)
+    assert sorted(os.listdir(opened.path / "unet")) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
