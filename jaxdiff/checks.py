@@ -3,17 +3,25 @@
 Each takes the value's name for its message and gives the value in its own type, or raises.
 """
 
+import difflib
+import json
 import math
 import numbers
 import re
 from collections.abc import Sequence
 
+from jaxdiff.diffusion import schedule
+from jaxdiff.errors import InputError
 from jaxdiff.request import MAX_SEED, SAMPLERS
 
 MAX_TEXT_CHARACTERS = 4000
 MAX_SIDE_PX = 8192
 MAX_IMAGES = 1_000_000  # of one row
-MAX_GUIDANCE_SCALE = 1000.0
+MAX_GUIDANCE_SCALE = 1000
+MAX_CLIP_SKIP = 100
+MAX_PROMPT_CHUNKS = 16
+DTYPES = ("float32", "bfloat16")
+NOISES = ("jax", "torch")
 
 
 class BadValueError(ValueError):
@@ -33,8 +41,26 @@ def of_request(size_multiple: int, max_steps: int) -> dict[str, tuple]:
         "width": (side, size_multiple),
         "height": (side, size_multiple),
         "steps": (integer, 1, max_steps),
-        "guidance_scale": (guidance_scale,),
+        "guidance_scale": (number, 0, MAX_GUIDANCE_SCALE),
         "sampler": (choice, SAMPLERS),
+    }
+
+
+def of_options() -> dict[str, tuple]:
+    """The same for the values of `Options`."""
+    share = (number, 0, 1)
+    return {
+        "dtype": (choice, DTYPES),
+        "noise": (choice, NOISES),
+        "mesh": (text,),
+        "scheduler": (scheduler,),
+        "eta": share,
+        "guidance_rescale": share,
+        "guidance_start": share,
+        "guidance_stop": share,
+        "clip_skip": (integer, 0, MAX_CLIP_SKIP),
+        "prompt_chunks": (integer, 1, MAX_PROMPT_CHUNKS),
+        "refiner_start": share,
     }
 
 
@@ -89,17 +115,58 @@ def side(name: str, value, multiple: int) -> int:
     return px
 
 
-def guidance_scale(name: str, value) -> float:
-    """A finite number from 0 to 1000."""
+def number(name: str, value, low: float, high: float) -> float:
+    """A number between two others, or one of them."""
     number = math.nan
     if isinstance(value, numbers.Real | str) and not isinstance(value, bool):
         try:
             number = float(value)
         except (OverflowError, ValueError):
             number = math.nan
-    if not 0 <= number <= MAX_GUIDANCE_SCALE:
-        raise BadValueError(f"{name} must be a number from 0 to 1000, not {shown(value)}")
+    if not low <= number <= high:
+        raise BadValueError(f"{name} must be a number from {low} to {high}, not {shown(value)}")
     return number
+
+
+def scheduler(name: str, value) -> str:
+    """Changes to a scheduler's config, sorted: "timestep_spacing=trailing, use_karras_sigmas=true".
+
+    Comes as text in this form, or as a dictionary (a table in TOML).
+    """
+    changes = scheduler_changes(value) if isinstance(value, str) else value
+    plain = {}
+    for key, said in changes.items() if isinstance(changes, dict) else [("", value)]:
+        plain[key] = said if isinstance(said, str) else json.dumps(said, default=repr)
+        if not re.fullmatch(r"[a-z_]+", str(key)) or not re.fullmatch(r"[\w.+-]+", plain[key]):
+            raise BadValueError(f'{name} must be like "key=value, key=value", not {shown(value)}')
+    for key in plain.keys() - schedule.KEYS:
+        close = difflib.get_close_matches(key, schedule.KEYS, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise BadValueError(f"{name}: {key} is no key of a scheduler's config{meant}")
+    return ", ".join(f"{key}={said}" for key, said in sorted(plain.items()))
+
+
+def scheduler_changes(text: str) -> dict:
+    """What a text in the form of `scheduler` says, by key."""
+    parts = (part.partition("=") for part in text.split(",") if part.strip())
+    return {key.strip(): _json_or_text(said.strip()) for key, _, said in parts}
+
+
+def _json_or_text(said: str):
+    try:
+        return json.loads(said)
+    except ValueError:
+        return said
+
+
+def steps_of(sampler: str, steps: int, scheduler_config: dict) -> None:
+    """Refuses a sampler that cannot follow the model's scheduler, or not in so many steps."""
+    try:
+        most = schedule.max_steps(scheduler_config, sampler)
+    except InputError as problem:
+        raise BadValueError(str(problem)) from None
+    if steps > most:
+        raise BadValueError(f"steps must be at most {most} for {sampler}, not {steps}")
 
 
 def choice(name: str, value, choices: Sequence[str]) -> str:

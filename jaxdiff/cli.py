@@ -19,6 +19,7 @@ Prompt manifests in, verifiable image datasets out: batch text-to-image generati
 
 commands:
   generate   make an image for every prompt of a manifest
+  inspect    say what is in a model, and whether it can be used
   verify     prove from its files that a dataset is complete and unchanged
   train      train a model from a recipe
 
@@ -74,7 +75,7 @@ def _explain(problem: BaseException) -> tuple[str, int]:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {"generate": _generate, "verify": _verify, "train": _train}
+    commands = {"generate": _generate, "inspect": _inspect, "verify": _verify, "train": _train}
     if name not in commands:
         raise InputError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
     return commands[name]
@@ -87,6 +88,22 @@ def _generate(arguments: list[str]) -> int:
     from pipelines import generate
 
     return generate.run(job, beam_arguments)
+
+
+def _inspect(arguments: list[str]) -> int:
+    parser = Parser(
+        "inspect",
+        description="Say what is in a model: its family, its networks, what it prefers, and the "
+        "fingerprint that datasets name it by.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="as for jaxdiff generate --model")
+    parser.add_argument("--variant", metavar="NAME", help="which of its files, such as fp16")
+    said = parser.parse_args(arguments)
+    from jaxdiff.checkpoint import inspect
+    from jaxdiff.checkpoint.layout import open_checkpoint
+
+    print(inspect.report(open_checkpoint(said.model, said.variant)))
+    return 0
 
 
 def _verify(arguments: list[str]) -> int:

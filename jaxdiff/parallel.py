@@ -59,9 +59,9 @@ def _sizes(spec: str) -> dict[str, int]:
     return sizes
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits an array's first axis over `data`."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Splits an array's axis, the first unless `axis` names another, over `data`."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,9 +1,12 @@
-"""What one image is asked to be. Imports no JAX, so that planning needs none."""
+"""What one image is asked to be, and what all images of a run share. Imports no JAX."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-SAMPLERS = ("ddim", "euler", "dpmpp_2m")
+SAMPLERS = (
+    *("ddim", "ddpm", "pndm", "euler", "euler_ancestral", "heun"),
+    *("dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"),
+)
 MAX_SEED = 2**32 - 1
 
 
@@ -29,7 +32,7 @@ class Request:
       negative_prompt: what classifier-free guidance steers away from.
       seed: 0 to 2**32 - 1; with the same model and settings it fixes every pixel.
       width, height: pixels, multiples of the autoencoder's factor (8 for Stable Diffusion).
-      steps: denoiser evaluations, at least 1.
+      steps: of the sampler, at least 1.
       guidance_scale: w in uncond + w (cond - uncond); guidance is off at 1 and below.
       sampler: one of `SAMPLERS`; `None` takes the one the model's scheduler names.
     """
@@ -39,11 +42,43 @@ class Request:
     seed: int = 0
     width: int | None = None
     height: int | None = None
-    steps: int = 20
-    guidance_scale: float = 3.0
+    steps: int | None = None
+    guidance_scale: float | None = None
     sampler: str | None = None
 
     @property
     def bucket(self) -> Bucket:
-        """The batches that this image may be part of."""
+        """The batches that this image may be part of, once nothing is None."""
         return Bucket(self.width, self.height, self.steps, self.guidance_scale > 1, self.sampler)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model is loaded and sampled: the same for every image of a run.
+
+    Attributes:
+      dtype: "float32" or "bfloat16", of the weights and of the networks' arithmetic.
+      noise: "jax", or "torch" for the noise that PyTorch's CPU generator draws.
+      mesh: such as "data=4,model=2"; None lets every device take its part of each batch.
+      scheduler: changes to `scheduler_config.json`, by diffusers' names, such as
+        "use_karras_sigmas=true, timestep_spacing=trailing".
+      eta: how much of DDIM's noise is drawn anew, 0 to 1 (arXiv:2010.02502, equation 16).
+      guidance_rescale: phi, 0 to 1, against overexposure (Lin et al., 2024, arXiv:2305.08891, 3.4).
+      guidance_start, guidance_stop: the stretch of the steps that is guided, as fractions from 0
+        to 1 (Kynkäänniemi et al., 2024, arXiv:2404.07724); the others cost half as much.
+      clip_skip: how many of the text encoder's last layers are left out.
+      prompt_chunks: how many stretches of 75 tokens a prompt may have; what is longer is cut.
+      refiner_start: the share of the noise levels after which a refiner takes over, 0 to 1.
+    """
+
+    dtype: str = "float32"
+    noise: str = "jax"
+    mesh: str | None = None
+    scheduler: str = ""
+    eta: float = 0.0
+    guidance_rescale: float = 0.0
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
+    clip_skip: int = 0
+    prompt_chunks: int = 1
+    refiner_start: float = 0.8

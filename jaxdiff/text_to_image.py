@@ -1,4 +1,4 @@
-"""The one compiled path: encode text, sample latents, decode, round to 8 bits."""
+"""The one compiled path: sample latents, decode, round to 8 bits."""
 
 import itertools
 from collections import deque
@@ -6,33 +6,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from transformers import CLIPTokenizer
 
 from jaxdiff import checks, parallel
 from jaxdiff.checkpoint.diffusers import abstract_network, load_params
-from jaxdiff.checkpoint.layout import Checkpoint, open_checkpoint
+from jaxdiff.checkpoint.ensemble import Ensemble, open_ensemble
 from jaxdiff.diffusion import guidance, objective, samplers
-from jaxdiff.diffusion import noise as starting_noise
-from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.errors import InputError
-from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
-from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
+from jaxdiff.expert import Conditioning, Expert, Network
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxdiff.request import Request
+from jaxdiff.request import Options, Request
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Text is encoded in batches of this size whatever the size of the image batches, so that a prompt's
-# embedding never depends on it.
-TEXT_BATCH = 8
-REMEMBERED_PROMPTS = 1024
-# What diffusers' StableDiffusionPipeline makes of any scheduler's config that it is given.
-PIPELINE_SCHEDULE = {"steps_offset": 1, "clip_sample": False}
+# An autoencoder's activations are many times an image: so few pixels are decoded at once.
+DECODED_PX = 1024 * 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,87 +45,95 @@ class Image:
 
 
 def load(
-    model: str | Path, *, dtype: str = "float32", noise: str = "jax", mesh: str | None = None
+    model: str | Path,
+    *,
+    variant: str | None = None,
+    refiner: str | Path | None = None,
+    **options,
 ) -> "TextToImage":
     """Loads a model onto this host's devices.
 
     Args:
-      model: "shapes64", the bundled model, or a directory in the diffusers layout.
-      dtype: "float32" or "bfloat16", of the weights and of the networks' arithmetic.
-      noise: "jax", or "torch" for the starting noise that PyTorch's CPU generator draws.
-      mesh: such as "data=4,model=2"; by default every device takes its part of each batch.
+      model: "shapes64", the bundled model; a directory in the diffusers layout; a single
+        .safetensors file; a Hub id; or a URL such as gs://bucket/model.
+      variant: "fp16" or the like, where the model has several files of the same weights.
+      refiner: a second model that makes the last steps, as Stable Diffusion XL's does.
+      **options: the fields of `Options`.
 
     Raises:
-      InputError: if the model cannot be read, or an argument is not one of the above.
+      InputError: if a model cannot be read, or an option cannot be what it is.
     """
-    for name, value, known in (
-        ("dtype", dtype, DTYPES),
-        ("noise", noise, starting_noise.KINDS),
-    ):
-        if value not in known:
-            raise InputError(f"{name} = {value!r}: it must be one of {', '.join(known)}")
-    return TextToImage(open_checkpoint(model), DTYPES[dtype], noise, parallel.make_mesh(mesh))
+    for name, (check, *arguments) in checks.of_options().items():
+        if options.get(name) is not None:
+            try:
+                options[name] = check(name, options[name], *arguments)
+            except checks.BadValueError as problem:
+                raise InputError(str(problem)) from None
+    return TextToImage(open_ensemble(model, variant, refiner), Options(**options))
+
+
+class Stretch(NamedTuple):
+    """Rows of a sampler's table that one denoiser takes, guided or not; static under `jax.jit`."""
+
+    expert: int
+    rows: int
+    guided: bool
 
 
 class TextToImage:
     """A loaded model. An image is a function of its request, whatever it is batched with."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype, noise: str, mesh: jax.sharding.Mesh):
-        self.checkpoint = checkpoint
-        self.noise = noise
-        self.mesh = mesh
-        self.schedule = NoiseSchedule.from_json(
-            {**checkpoint.config("scheduler"), **PIPELINE_SCHEDULE}
-        )
-        self.tokenizer = CLIPTokenizer.from_pretrained(checkpoint.path / "tokenizer")
-        text_config = CLIPTextConfig.from_json(checkpoint.config("text_encoder"))
-        self.tokens = min(self.tokenizer.model_max_length, text_config.max_position_embeddings)
-        unet_config = UNetConfig.from_json(checkpoint.config("unet"))
-        vae_config = AutoencoderKLConfig.from_json(checkpoint.config("vae"))
-        self.factor, self.channels = vae_config.factor, unet_config.in_channels
-        self.params = {}
-        graphs = {}
-        for component, network, config in (
-            ("text_encoder", CLIPTextModel, text_config),
-            ("unet", UNet2DConditionModel, unet_config),
-            ("vae", AutoencoderKL, vae_config),
-        ):
-            graphs[component], shapes = abstract_network(network, config)
-            self.params[component] = load_params(
-                shapes,
-                checkpoint.weights(component),
-                dtype,
-                parallel.parameter_shardings(mesh, shapes),
-            )
-        self._encode = jax.jit(
-            lambda params, token_ids: nnx.merge(graphs["text_encoder"], params)(token_ids)
-        )
-        prediction_type = self.schedule.prediction_type
+    def __init__(self, ensemble: Ensemble, options: Options):
+        self.ensemble, self.checkpoint = ensemble, ensemble.base
+        self.options = options
+        self.mesh = parallel.make_mesh(options.mesh)
+        dtype = DTYPES[options.dtype]
+        self._experts = [
+            Expert(checkpoint, dtype, self.mesh, options) for checkpoint in ensemble.experts
+        ]
+        last = ensemble.experts[-1]
+        vae_config = AutoencoderKLConfig.from_json(last.config("vae"))
+        vae_graph, shapes = abstract_network(AutoencoderKL, vae_config)
+        places = parallel.parameter_shardings(self.mesh, shapes)
+        vae = load_params(shapes, last.weights("vae"), dtype, places)
+        self.factor, self.channels = vae_config.factor, vae_config.latent_channels
+        self._params = {"unets": [expert.params for expert in self._experts], "vae": vae}
         self._sample = jax.jit(
-            partial(sample_pixels, graphs, vae_config, prediction_type, dtype),
-            static_argnames="guided",
+            partial(
+                sample_pixels,
+                [expert.network for expert in self._experts],
+                vae_graph,
+                vae_config,
+                dtype,
+                guidance_rescale=options.guidance_rescale,
+            ),
+            static_argnames=("stretches", "decoding"),
         )
-        self._embeddings: dict[str, Array] = {}
 
     def resolve(self, request: Request) -> Request:
-        """Fills in the model's own size and sampler where the request leaves them open.
+        """Fills in the model's own size, sampler and so on where the request leaves them open.
 
         Raises:
           InputError: naming the value that cannot be used or that this model cannot make.
         """
         width, height = self.checkpoint.default_size
-        values = {
-            **asdict(request),
-            "width": width if request.width is None else request.width,
-            "height": height if request.height is None else request.height,
-            "sampler": request.sampler or self.checkpoint.default_sampler,
+        defaults = {
+            "width": width,
+            "height": height,
+            "steps": self.checkpoint.default_steps,
+            "guidance_scale": self.checkpoint.default_guidance_scale,
+            "sampler": self.checkpoint.default_sampler if request.sampler is None else None,
         }
+        said = {name: value for name, value in asdict(request).items() if value is not None}
+        values = {**defaults, **said}
         rules = checks.of_request(self.checkpoint.size_multiple, self.checkpoint.max_steps)
-        for name, (check, *arguments) in rules.items():
-            try:
+        try:
+            for name, (check, *arguments) in rules.items():
                 values[name] = check(name, values[name], *arguments)
-            except checks.BadValueError as problem:
-                raise InputError(str(problem)) from None
+            for expert in self._experts:
+                checks.steps_of(values["sampler"], values["steps"], expert.scheduler)
+        except checks.BadValueError as problem:
+            raise InputError(str(problem)) from None
         return Request(**values)
 
     def generate(self, requests: Sequence[Request], batch_size: int = 8) -> list[Image]:
@@ -176,98 +178,162 @@ class TextToImage:
         """Starts a batch on the device; returns pixels and finiteness, perhaps not computed yet."""
         batch = batch + batch[-1:] * (batch_size - len(batch))
         first = batch[0]
-        guided = first.bucket.guided
-        embeddings = self._embed(
-            [r.prompt for r in batch] + [r.negative_prompt for r in batch if guided]
-        )
-        table = samplers.sampler_table(first.sampler, self.schedule, first.steps)
-        shape = (first.height // self.factor, first.width // self.factor, self.channels)
+        tables, stretches = self._tables(first)
         place = partial(jax.device_put, device=parallel.batch_sharding(self.mesh))
-        seeds = np.array([r.seed for r in batch], np.uint32)
+        shape = (first.height // self.factor, first.width // self.factor, self.channels)
+        seeds = place(np.array([request.seed for request in batch], np.uint32))
+        noise, fresh_noise = random_noise.draw(
+            seeds, shape, self.options.noise, draws=max(table.draws for table in tables)
+        )
+        if fresh_noise is not None:
+            fresh_noise = jax.device_put(fresh_noise, parallel.batch_sharding(self.mesh, axis=1))
+        guided = any(stretch.guided for stretch in stretches)
         return self._sample(
-            self.params,
-            place(starting_noise.draw(place(seeds), shape, self.noise)),
-            place(jnp.stack([embeddings[r.prompt] for r in batch])),
-            place(jnp.stack([embeddings[r.negative_prompt] for r in batch])) if guided else None,
-            place(np.array([r.guidance_scale for r in batch], np.float32)),
-            np.float32(table.initial_scale),
-            table.columns(),
-            guided=guided,
+            self._params,
+            place(noise),
+            fresh_noise,
+            place([expert.conditioning(batch) for expert in self._experts]),
+            place([expert.conditioning(batch, negative=True) for expert in self._experts])
+            if guided
+            else [None] * len(self._experts),
+            place(np.array([request.guidance_scale for request in batch], np.float32)),
+            np.float32(tables[0].initial_scale),
+            _joined(tables, stretches),
+            stretches=stretches,
+            decoding=(self._decoded_at_once(first, batch_size), self.mesh.shape["data"]),
         )
 
-    def _embed(self, prompts: list[str]) -> dict[str, Array]:
-        """The embedding of each prompt, [tokens, width]; those met lately are remembered."""
-        found = {p: self._embeddings.pop(p) for p in set(prompts) if p in self._embeddings}
-        new = sorted(set(prompts) - found.keys())
-        for start in range(0, len(new), TEXT_BATCH):
-            texts = new[start : start + TEXT_BATCH]
-            padded = texts + [""] * (TEXT_BATCH - len(texts))
-            token_ids = self.tokenizer(
-                padded, padding="max_length", truncation=True, max_length=self.tokens
-            )["input_ids"]
-            encoded = self._encode(self.params["text_encoder"], np.array(token_ids, np.int32))
-            if not parallel.may_run_ahead(self.mesh):
-                jax.block_until_ready(encoded)
-            found |= zip(texts, encoded, strict=False)
-        self._embeddings |= found  # the newest last
-        while len(self._embeddings) > REMEMBERED_PROMPTS:
-            del self._embeddings[next(iter(self._embeddings))]
-        return found
+    def _tables(self, request: Request) -> tuple[list[samplers.SamplerTable], tuple[Stretch, ...]]:
+        """Each expert's table, and which expert takes which rows, guided or not."""
+        base, *others = self._experts
+        table = base.table(request)
+        rows = len(table.timesteps)
+        refined_from, tables = rows, [table]
+        if others:
+            cut = round(base.train_steps * (1.0 - self.options.refiner_start))
+            refined_from = int((table.timesteps >= cut).sum())
+            tables.append(others[0].table(request, begin=refined_from))
+        guided_from = round(rows * self.options.guidance_start)
+        guided_until = round(rows * self.options.guidance_stop)
+        edges = sorted({0, min(guided_from, rows), min(guided_until, rows), refined_from, rows})
+        stretches = []
+        for begin, end in itertools.pairwise(edges):
+            expert = int(begin >= refined_from)
+            guided = request.bucket.guided and guided_from <= begin and end <= guided_until
+            guided = guided and not self._experts[expert].network.distilled
+            stretches.append(Stretch(expert, end - begin, guided))
+        return tables, tuple(stretches)
+
+    def _decoded_at_once(self, request: Request, batch_size: int) -> int:
+        """How many of a device's images its autoencoder decodes at once: a divisor of all."""
+        most = max(1, DECODED_PX // (request.width * request.height))
+        on_device = batch_size // self.mesh.shape["data"]
+        return max(n for n in range(1, on_device + 1) if on_device % n == 0 and n <= most)
 
 
 def sample_pixels(
-    graphs: dict[str, nnx.GraphDef],
+    networks: Sequence[Network],
+    vae_graph: nnx.GraphDef,
     vae_config: AutoencoderKLConfig,
-    prediction_type: str,
     dtype,
     params: dict,
     noise: Array,
-    context: Array,
-    negative_context: Array | None,
+    fresh_noise: Array | None,
+    positive: Sequence[Conditioning],
+    negative: Sequence[Conditioning | None],
     guidance_scale: Array,
     initial_scale: Array,
     columns: dict[str, Array],
     *,
-    guided: bool,
+    stretches: Sequence[Stretch],
+    decoding: tuple[int, int],
+    guidance_rescale: float = 0.0,
 ) -> tuple[Array, Array]:
     """The pure function from noise to pixels, for `jax.jit`.
 
     Args:
-      graphs, params: of "unet" and "vae".
-      vae_config: for the latents' scale, besides.
-      prediction_type: as in `objective.to_x0`.
+      networks: the denoisers, of one expert or several.
+      vae_graph, vae_config: of the autoencoder.
       dtype: of the networks' arithmetic; the sampler's own is float32.
+      params: "unets", those of each expert, and "vae".
       noise: float32 [batch, h, w, latent channels].
-      context, negative_context: [batch, tokens, width]; the latter only if `guided`.
+      fresh_noise: float32 [draws, batch, h, w, latent channels], None for a deterministic sampler.
+      positive, negative: what each expert is told; the latter None where nothing is guided.
       guidance_scale: [batch].
       initial_scale, columns: of a `SamplerTable`.
-      guided: whether to apply guidance at all.
+      stretches: cover the rows of the table.
+      decoding: how many images of each device to decode at once, and how many devices there are.
+      guidance_rescale: as in `Options`.
 
     Returns:
       pixels uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
     """
-    unet = nnx.merge(graphs["unet"], params["unet"])
-    vae = nnx.merge(graphs["vae"], params["vae"])
-    if guided:
-        context = guidance.paired(negative_context, context)
 
-    def denoise(x: Array, timestep: Array, alpha: Array, sigma: Array) -> Array:
-        latents = (guidance.paired(x, x) if guided else x).astype(dtype)
-        timesteps = jnp.full(latents.shape[0], timestep)
-        output = unet(latents, timesteps, context).astype(jnp.float32)
-        if guided:
-            output = guidance.guide(output, guidance_scale)
-        return objective.to_x0(output, x, alpha, sigma, prediction_type)
+    def denoiser(stretch: Stretch):
+        network, expert = networks[stretch.expert], stretch.expert
+        unet = nnx.merge(network.graph, params["unets"][expert])
+        told = positive[expert]
+        if stretch.guided:
+            told = jax.tree.map(guidance.paired, negative[expert], told)
 
-    latents = samplers.sample(denoise, noise, initial_scale, columns)
-    images = vae.decode(vae_config.unscale(latents).astype(dtype)).astype(jnp.float32)
-    finite = jnp.isfinite(images).all(axis=(1, 2, 3))
-    return to_pixels(images), finite
+        def denoise(x: Array, timestep: Array, alpha: Array, sigma: Array) -> Array:
+            latents = (guidance.paired(x, x) if stretch.guided else x).astype(dtype)
+            output = unet(
+                latents,
+                jnp.full(latents.shape[0], timestep),
+                **told._asdict(),
+                guidance_scale=guidance_scale if network.distilled else None,
+            ).astype(jnp.float32)
+            if stretch.guided:
+                output = guidance.guide(output, guidance_scale, guidance_rescale)
+            return objective.to_x0(output, x, alpha, sigma, network.prediction_type)
+
+        return denoise
+
+    denoisers = [(stretch.rows, denoiser(stretch)) for stretch in stretches]
+    latents = samplers.sample(denoisers, noise, initial_scale, columns, fresh_noise)
+    vae = nnx.merge(vae_graph, params["vae"])
+
+    def decode(latents: Array) -> tuple[Array, Array]:
+        images = vae.decode(vae_config.unscale(latents).astype(dtype)).astype(jnp.float32)
+        return to_pixels(images), jnp.isfinite(images).all(axis=(1, 2, 3))
+
+    return _in_turns(decode, latents, *decoding)
+
+
+def _in_turns(function, batch: Array, at_once: int, devices: int):
+    """Maps over a batch, `at_once` of each device's part at a time."""
+    turns = batch.shape[0] // (devices * at_once)
+    if turns == 1:
+        return function(batch)
+    # [devices, turns, at once, ...] with the turns in front: each device keeps to its own part.
+    split = batch.reshape(devices, turns, at_once, *batch.shape[1:]).swapaxes(0, 1)
+    results = jax.lax.map(lambda x: function(x.reshape(-1, *batch.shape[1:])), split)
+    return jax.tree.map(
+        lambda x: (
+            x.reshape(turns, devices, at_once, *x.shape[2:])
+            .swapaxes(0, 1)
+            .reshape(-1, *x.shape[2:])
+        ),
+        results,
+    )
 
 
 def to_pixels(images: Array) -> Array:
     """Images in -1..1 to uint8, rounded to the nearest."""
     return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def _joined(
+    tables: Sequence[samplers.SamplerTable], stretches: Sequence[Stretch]
+) -> dict[str, np.ndarray]:
+    """The columns of the table whose every row is its expert's."""
+    expert_of_row = np.repeat([s.expert for s in stretches], [s.rows for s in stretches])
+    columns = [table.columns() for table in tables]
+    return {
+        name: np.stack([columns[expert][name][row] for row, expert in enumerate(expert_of_row)])
+        for name in columns[0]
+    }
 
 
 def _fetch(batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]:

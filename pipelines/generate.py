@@ -27,7 +27,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from apache_beam.runners import create_runner
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from jaxdiff.checkpoint.layout import BUNDLED, Checkpoint, open_checkpoint
+from jaxdiff.checkpoint.ensemble import Ensemble
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import ledger
 from jaxdiff.dataset import plan as plans
@@ -35,7 +35,7 @@ from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.errors import InputError
 from pipelines import options, progress, worker
-from pipelines.options import Job
+from pipelines.options import Job, Models
 
 EXIT_OK, EXIT_FAILED, EXIT_SOME_IMAGES_FAILED, EXIT_STOPPED = 0, 1, 3, 75
 
@@ -43,12 +43,12 @@ EXIT_OK, EXIT_FAILED, EXIT_SOME_IMAGES_FAILED, EXIT_STOPPED = 0, 1, 3, 75
 class GenerateShard(beam.DoFn):
     """Makes the shards whose numbers it is given; what it yields is only for people."""
 
-    def __init__(self, directory: str, model: str):
-        self.directory, self.model = directory, model
+    def __init__(self, directory: str, models: Models):
+        self.directory, self.models = directory, models
 
     def process(self, shard: int) -> Iterator[dict]:
         """Yields what `worker.make_shard` returns."""
-        yield worker.make_shard(Path(self.directory), self.model, shard)
+        yield worker.make_shard(Path(self.directory), self.models, shard)
 
 
 def run(job: Job, beam_arguments: list[str]) -> int:
@@ -61,13 +61,13 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     began = time.monotonic()
     beam_options = _beam_options(beam_arguments)
     try:
-        checkpoint = open_checkpoint(job.model)
-        settings = job_settings.resolve(job.settings, checkpoint)
-        identity = plans.identify(job.manifest, settings, checkpoint)
+        ensemble = job.models.open()
+        settings = job_settings.resolve(job.settings, ensemble.base)
+        identity = plans.identify(job.manifest, settings, ensemble)
     except OSError as problem:
         raise InputError(f"{problem.filename} cannot be read: {problem.strerror}") from None
     with layout.held(job.output), _stopped_by_signals(), _full_disk_named(job.output):
-        plan = _plan(job, settings, checkpoint, identity)
+        plan = _plan(job, settings, ensemble, identity)
         plan_seconds = time.monotonic() - began
         try:
             if counts := ledger.finished(job.output, plan):
@@ -93,9 +93,7 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     return EXIT_SOME_IMAGES_FAILED if report["counts"]["failed"] else EXIT_OK
 
 
-def _plan(
-    job: Job, settings: job_settings.Settings, checkpoint: Checkpoint, identity: dict
-) -> Plan:
+def _plan(job: Job, settings: job_settings.Settings, ensemble: Ensemble, identity: dict) -> Plan:
     """The directory's plan, made now if there is none."""
     if not job.overwrite and (old := plans.load(job.output)):
         if old.id == plans.digest(identity):
@@ -108,7 +106,7 @@ def _plan(
         )
     folder = layout.temporary(job.output, "plan")
     try:
-        plan = plans.make(job.manifest, settings, checkpoint, identity, folder)
+        plan = plans.make(job.manifest, settings, ensemble, identity, folder)
         _check_strict(job, plan, folder)
         layout.set_aside(job.output)
         plans.store(folder, job.output)
@@ -147,9 +145,7 @@ def _generate(job: Job, plan: Plan, beam_options: PipelineOptions) -> None:
     if not todo:
         return
     runner = beam_options.view_as(StandardOptions).runner or FnApiRunner()
-    # A bundled model may lie elsewhere on a worker; a directory must be there by the same path.
-    model = job.model if job.model in BUNDLED else str(Path(job.model).absolute())
-    generate_shard = GenerateShard(str(job.output.absolute()), model)
+    generate_shard = GenerateShard(str(job.output.absolute()), job.models.anywhere())
     try:
         with (
             progress.shown(job.output, plan),

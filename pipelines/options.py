@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxdiff.arguments import Parser
+from jaxdiff.checkpoint.ensemble import Ensemble, open_ensemble
+from jaxdiff.checkpoint.layout import BUNDLED
 from jaxdiff.dataset import settings
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
+from jaxdiff.request import SAMPLERS
 
 DESCRIPTION = """\
 Make an image for every prompt in a manifest and leave a finished dataset in a directory. When it is
@@ -33,13 +36,35 @@ failed.jsonl could not be made; 75 stopped by a signal, the same command continu
 """
 
 
+@dataclass(frozen=True)
+class Models:
+    """What makes the images, by the names that `jaxdiff.load` takes."""
+
+    model: str
+    variant: str | None = None
+    refiner: str | None = None
+
+    def open(self) -> Ensemble:
+        """Finds them, and checks that they are complete; raises InputError."""
+        return open_ensemble(self.model, self.variant, self.refiner)
+
+    def anywhere(self) -> "Models":
+        """The same for a process with another working directory."""
+        return Models(_absolute(self.model), self.variant, self.refiner and _absolute(self.refiner))
+
+
+def _absolute(model: str) -> str:
+    # A bundled model may lie elsewhere there; a directory must be there by the same path.
+    return str(Path(model).absolute()) if Path(model).exists() and model not in BUNDLED else model
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A parsed command. `settings` has only what was said, unchecked, by `Settings`' names."""
 
     manifest: Path
     output: Path
-    model: str
+    models: Models
     settings: dict
     overwrite: bool
     strict: bool
@@ -68,7 +93,7 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
     job = Job(
         manifest=Path(said["manifest"]),
         output=Path(said["output"]),
-        model=said.get("model", "shapes64"),
+        models=Models(said.get("model", "shapes64"), said.get("variant"), said.get("refiner")),
         settings={name: said[name] for name in settings.NAMES if name in said},
         **{name: bool(said.get(name)) for name in FLAGS},
     )
@@ -87,7 +112,7 @@ def _read_job(path: Path) -> dict:
         is_flag = name in FLAGS
         if is_flag and not isinstance(value, bool):
             raise InputError(f"job file {path}: {name} must be true or false, not {value!r}")
-        if name in ("manifest", "output", "model") and not isinstance(value, str):
+        if name in NAMES and not isinstance(value, str):
             raise InputError(f"job file {path}: {name} must be text, not {value!r}")
     return said
 
@@ -117,12 +142,18 @@ def _parser() -> Parser:
     return parser
 
 
+MODEL = (
+    "a bundled model, a diffusers directory, a .safetensors file, a Hub id or a URL (gs://, s3://) "
+    "(default: shapes64)"
+)
 # By group: the option's name, what it takes (None: nothing), and what it does.
 HELP = {
     "what and where": {
         "manifest": ("FILE", "the prompts: .txt, .jsonl, .csv, .tsv or .parquet, each also .gz"),
         "output": ("DIR", "the dataset's directory: new, or that of the run to be continued"),
-        "model": ("NAME|DIR", "a bundled model or a diffusers directory (default: shapes64)"),
+        "model": ("MODEL", MODEL),
+        "variant": ("NAME", "which of a model's files, such as fp16 (default: the full ones)"),
+        "refiner": ("MODEL", "a second model that takes the last steps, such as SD XL's refiner"),
         "limit": ("N", "stop after the first N images of the manifest"),
         "overwrite": (None, "start anew: the old run is deleted when the first new shard is made"),
         "strict": (None, "make nothing if a row of the manifest cannot be used"),
@@ -132,12 +163,12 @@ HELP = {
         "seed": ("N", "what the images' own seeds are derived from (default: 0)"),
         "width": ("PX", "of the images (default: what the model was trained for)"),
         "height": ("PX", "of the images (default: what the model was trained for)"),
-        "steps": ("N", f"denoising steps (default: {Settings.steps})"),
+        "steps": ("N", "denoising steps (default: the model's; 20 for shapes64)"),
         "guidance_scale": (
             "W",
-            f"how closely to follow the prompt; off up to 1 (default: {Settings.guidance_scale:g})",
+            "how closely to follow the prompt; off up to 1 (default: the model's; 3 for shapes64)",
         ),
-        "sampler": ("NAME", "ddim, euler or dpmpp_2m (default: the model's)"),
+        "sampler": ("NAME", f"{', '.join(SAMPLERS)} (default: the model's)"),
         "negative_prompt": ("TEXT", "what to steer away from (default: nothing)"),
     },
     "files": {
@@ -145,15 +176,33 @@ HELP = {
         "image_format": ("NAME", "png, webp (lossless) or jpeg (default: png)"),
         "images_per_shard": ("N", "rounded to full batches (default: 1000, fewer if over 512x512)"),
     },
+    "sampling, of all images": {
+        "scheduler": (
+            "KEY=VALUE,...",
+            "changes to scheduler_config.json, such as "
+            "use_karras_sigmas=true,timestep_spacing=trailing",
+        ),
+        "noise": ("NAME", "jax, or torch for the noise of PyTorch's generator (default: jax)"),
+        "eta": ("ETA", "how much of ddim's noise is drawn anew, 0 to 1 (default: 0)"),
+        "guidance_rescale": ("PHI", "against overexposure, 0 to 1 (default: 0)"),
+        "guidance_start": ("SHARE", "of the steps that come before guidance (default: 0)"),
+        "guidance_stop": ("SHARE", "of the steps after which guidance ends (default: 1)"),
+        "clip_skip": ("N", "how many of the text encoder's last layers to leave out (default: 0)"),
+        "prompt_chunks": (
+            "N",
+            "chunks of 75 tokens a prompt may have, else it is cut (default: 1)",
+        ),
+        "refiner_start": ("SHARE", "of the noise levels that precede the refiner (default: 0.8)"),
+    },
     "computing": {
         "batch_size": (
             "N",
             f"images computed at once on each device (default: {Settings.batch_size})",
         ),
-        "noise": ("NAME", "jax, or torch for the noise of PyTorch's generator (default: jax)"),
         "dtype": ("NAME", "float32 or bfloat16 (default: float32)"),
         "mesh": ("AXES", "devices, such as data=4,model=2 (default: all for data)"),
     },
 }
 OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
+NAMES = ("manifest", "output", "model", "variant", "refiner")  # text, whatever it looks like
 FLAGS = tuple(name for name, value in OPTIONS.items() if value is None)

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.plan import Plan, PlannedImage
 from jaxdiff.errors import InputError
+from jaxdiff.request import Options
+from pipelines.options import Models
 
 if TYPE_CHECKING:
     from jaxdiff.text_to_image import Image, TextToImage
@@ -38,11 +41,11 @@ class StoppedError(Exception):
     """The job was asked to stop."""
 
 
-def make_shard(directory: Path, model: str, shard: int) -> dict:
+def make_shard(directory: Path, models: Models, shard: int) -> dict:
     """Makes and commits one shard of the directory's plan, unless that has been done.
 
     Args:
-      model: the name or directory that the plan was made for.
+      models: those that the plan was made for.
 
     Returns:
       The shard, how many of its images were made and failed, and the seconds by stage.
@@ -59,7 +62,7 @@ def make_shard(directory: Path, model: str, shard: int) -> dict:
         if stopping.is_set():
             raise StoppedError
         loading = time.monotonic()
-        loaded = _load(model, plan)
+        loaded = _load(models, plan)
         _check_device(directory, plan, loaded)
         started = time.monotonic()
         with shards.Attempt(directory, plan, shard) as attempt:
@@ -114,18 +117,18 @@ def _ahead(function: Callable, items: Iterable, pool: ThreadPoolExecutor, depth:
         yield pending.popleft().result()
 
 
-def _load(model: str, plan: Plan) -> "TextToImage":
+def _load(models: Models, plan: Plan) -> "TextToImage":
     """The plan's model; the process keeps the last one that it has loaded."""
     global _held
     import jaxdiff
 
-    settings = plan.settings
-    key = (plan.identity["model"], settings.dtype, settings.noise, settings.mesh)
+    options = {field.name: getattr(plan.settings, field.name) for field in fields(Options)}
+    key = (plan.identity["model"], *options.values())
     if _held is None or _held[0] != key:
         _held = None  # frees the old model's memory first
-        loaded = jaxdiff.load(model, dtype=settings.dtype, noise=settings.noise, mesh=settings.mesh)
-        if loaded.checkpoint.fingerprint != plan.identity["model"]:
-            raise InputError(f"model {model} is not the one that the job was planned for")
+        loaded = jaxdiff.load(**vars(models), **options)
+        if loaded.ensemble.fingerprint != plan.identity["model"]:
+            raise InputError(f"model {models.model} is not the one that the job was planned for")
         _held = (key, loaded)
         tqdm.write(f"jaxdiff: {plan.model_name} is loaded on {_device_of(loaded)}", sys.stderr)
     return _held[1]

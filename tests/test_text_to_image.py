@@ -3,14 +3,13 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff import request, text_to_image
-from jaxdiff.dataset import settings
+from jaxdiff import checks, request, text_to_image
 from jaxdiff.diffusion import noise, samplers
 from jaxdiff.errors import InputError
 
@@ -54,8 +53,9 @@ def test_images_are_8_bit_rgb_of_the_models_size(images):
 
 def test_planning_knows_the_names_that_the_model_side_knows():
     assert tuple(samplers.SAMPLERS) == request.SAMPLERS
-    assert noise.KINDS == settings.NOISES
-    assert tuple(text_to_image.DTYPES) == settings.DTYPES
+    assert noise.KINDS == checks.NOISES
+    assert tuple(text_to_image.DTYPES) == checks.DTYPES
+    assert set(checks.of_options()) == {field.name for field in fields(request.Options)}
 
 
 def test_order_and_neighbours_do_not_change_an_image(model, images):
@@ -82,8 +82,65 @@ def test_seed_prompt_guidance_and_negative_prompt_each_change_the_image(model, i
 def test_none_of_them_compiles_anything_anew(model, images):
     compiled = model._sample._cache_size()
     model.generate([replace(REQUESTS[0], seed=5, prompt="new", guidance_scale=9.0)], batch_size=4)
-    model.generate([replace(REQUESTS[0], sampler="dpmpp_2m")], batch_size=4)
+    model.generate([replace(REQUESTS[0], sampler="euler")], batch_size=4)
     assert model._sample._cache_size() == compiled
+
+
+def test_each_size_is_compiled_once(tiny_checkpoint):
+    model = jaxdiff.load(tiny_checkpoint)
+    sizes = [(64, 64), (72, 40), (64, 64), (40, 72), (72, 40)] * 2
+    requests = [replace(REQUESTS[0], width=w, height=h, steps=1) for w, h in sizes]
+    for image, (width, height) in zip(model.generate(requests, batch_size=2), sizes, strict=True):
+        assert image.pixels.shape == (height, width, 3)
+    assert model._sample._cache_size() == 3
+
+
+def test_decoding_in_turns_changes_at_most_the_last_bit(tiny_checkpoint, images, monkeypatch):
+    monkeypatch.setattr(text_to_image, "DECODED_PX", 64 * 64)
+    in_turns = jaxdiff.load(tiny_checkpoint).generate(REQUESTS, batch_size=4)
+    assert np.abs(pixels(in_turns).astype(int) - pixels(images)).max() <= 1
+
+
+def test_guidance_holds_in_its_interval_only(tiny_checkpoint, images):
+    def pixels_with(**options):
+        return pixels(jaxdiff.load(tiny_checkpoint, **options).generate(REQUESTS, batch_size=4))
+
+    never = [replace(request, guidance_scale=1.0) for request in REQUESTS]
+    unguided = pixels(jaxdiff.load(tiny_checkpoint).generate(never, batch_size=4))
+    np.testing.assert_array_equal(pixels_with(guidance_stop=0), unguided)
+    np.testing.assert_array_equal(pixels_with(guidance_start=1), unguided)
+    partly = pixels_with(guidance_start=0.3, guidance_stop=0.7)
+    assert (partly != unguided).any()
+    assert (partly != pixels(images)).any()
+
+
+def test_a_model_may_refine_itself(tiny_checkpoint, images):
+    """DDIM keeps nothing from step to step, so the change of experts cannot be seen."""
+    model = jaxdiff.load(tiny_checkpoint, refiner=tiny_checkpoint, refiner_start=0.5)
+    difference = pixels(model.generate(REQUESTS, batch_size=4)).astype(int) - pixels(images)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"clip_skip": 1}, {"prompt_chunks": 2}, {"guidance_rescale": 0.7}, {"eta": 0.5}],
+    ids=str,
+)
+def test_an_option_changes_the_image_whatever_the_neighbours(tiny_checkpoint, images, options):
+    model = jaxdiff.load(tiny_checkpoint, **options)
+    together = pixels(model.generate(REQUESTS, batch_size=4))
+    assert (together != pixels(images)).any()
+    alone = model.generate(REQUESTS[2:3], batch_size=4)[0].pixels
+    np.testing.assert_array_equal(alone, together[2])
+
+
+def test_the_end_of_a_long_prompt_counts_where_it_has_room(tiny_checkpoint):
+    long = replace(REQUESTS[0], prompt="a red circle and a blue star " * 4)
+    requests = [long, replace(long, prompt=long.prompt + "on a white background")]
+    cut = pixels(jaxdiff.load(tiny_checkpoint).generate(requests, batch_size=2))
+    np.testing.assert_array_equal(cut[0], cut[1])
+    whole = pixels(jaxdiff.load(tiny_checkpoint, prompt_chunks=3).generate(requests, batch_size=2))
+    assert (whole[0] != whole[1]).any()
 
 
 def test_without_guidance_the_negative_prompt_has_no_effect(model):
@@ -136,6 +193,8 @@ np.save({str(tmp_path / "pixels.npy")!r}, t.pixels(images))
         ({"mesh": "data=4096"}, "needs 4096 devices"),
         ({"dtype": "float8"}, "float32, bfloat16"),
         ({"noise": "numpy"}, "jax, torch"),
+        ({"eta": 1.5}, "eta must be a number from 0 to 1"),
+        ({"clip_skip": 2}, "text_encoder has only 2 layers"),
     ],
 )
 def test_bad_arguments_of_load_are_named(tiny_checkpoint, arguments, message):

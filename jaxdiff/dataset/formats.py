@@ -30,6 +30,7 @@ RECORD_FIELDS = (  # of an image, in the order in which they are written
     ("sampler", pa.string()),
     ("noise", pa.string()),
     ("dtype", pa.string()),
+    ("options", pa.string()),  # the run's that are not as usual, "name=value, name=value"
     ("model", pa.string()),
     ("sha256", pa.string()),
     ("pixel_sha256", pa.string()),

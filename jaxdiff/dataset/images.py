@@ -22,7 +22,18 @@ SAVE = {
     "jpeg": {"quality": 95, "subsampling": "4:4:4"},
 }
 LOSSLESS = ("png", "webp")
-SAMPLER_TITLES = {"ddim": "DDIM", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
+SAMPLER_TITLES = {  # as AUTOMATIC1111's web UI calls them
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "pndm": "PLMS",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
 IMAGE_DESCRIPTION, EXIF_IFD, USER_COMMENT = 0x010E, 0x8769, 0x9286
 XMP_KEYWORD = "XML:com.adobe.xmp"
 # https://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia

@@ -11,26 +11,29 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxdiff import checks
+from jaxdiff.checkpoint.ensemble import Ensemble
 from jaxdiff.checkpoint.layout import Checkpoint
 from jaxdiff.checks import BadValueError
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import formats, manifest, rows
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
-from jaxdiff.request import Bucket, Request
+from jaxdiff.request import Bucket, Options, Request
 
 VERSION = 1
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # of one image; PyTorch draws fewer in another way
 DEFAULT_SHARD_IMAGES = 1000
 DEFAULT_SHARD_PX = 2**28  # 1000 images of 512x512, fewer when they are larger
-NOT_PLANNED = ("noise", "dtype", "model", "sha256", "pixel_sha256")  # the job's, or not known yet
+# The job's own, or not known yet.
+NOT_PLANNED = ("noise", "dtype", "options", "model", "sha256", "pixel_sha256")
 SCHEMA = pa.schema(
     [
         *(field for field in formats.RECORD_FIELDS if field[0] not in NOT_PLANNED),
@@ -93,12 +96,23 @@ class Plan:
         return Settings(**{field.name: self.identity[field.name] for field in fields(Settings)})
 
     @property
+    def options(self) -> str:
+        """The model's options that are not as usual: "name=value, name=value"."""
+        settings, elsewhere = self.settings, ("noise", "dtype", "mesh", "scheduler")
+        changed = [
+            f"{field.name}={getattr(settings, field.name)}"
+            for field in fields(Options)
+            if field.name not in elsewhere and getattr(settings, field.name) != field.default
+        ]
+        return ", ".join(changed + [settings.scheduler] * bool(settings.scheduler))
+
+    @property
     def images(self) -> int:
         """How many images are planned."""
         return sum(self.shard_sizes)
 
 
-def identify(path: Path, settings: Settings, checkpoint: Checkpoint) -> dict:
+def identify(path: Path, settings: Settings, model: Ensemble) -> dict:
     """All that decides the dataset's bytes."""
     kind = manifest.kind(path)
     if not path.is_file():
@@ -109,7 +123,7 @@ def identify(path: Path, settings: Settings, checkpoint: Checkpoint) -> dict:
         "plan_version": VERSION,
         "manifest_sha256": digest,
         "manifest_kind": kind,
-        "model": checkpoint.fingerprint,
+        "model": model.fingerprint,
         **asdict(settings),
     }
 
@@ -158,9 +172,7 @@ def read_shard(directory: Path, shard: int) -> list[PlannedImage]:
     ]
 
 
-def make(
-    path: Path, settings: Settings, checkpoint: Checkpoint, identity: dict, folder: Path
-) -> Plan:
+def make(path: Path, settings: Settings, model: Ensemble, identity: dict, folder: Path) -> Plan:
     """Plans the manifest at `path` into a new folder.
 
     Args:
@@ -175,7 +187,7 @@ def make(
         (folder / layout.REJECTED).open("w", **how) as rejected,
         pq.ParquetWriter(folder / "images.parquet", SCHEMA) as writer,
     ):
-        reader = _Reader(path, settings, checkpoint, rejected)
+        reader = _Reader(path, settings, model.base, rejected)
         shard_sizes = []
         for shard in _shards(reader.images(), settings):
             table = pa.Table.from_pylist([image.columns() for image in shard], SCHEMA)
@@ -187,7 +199,7 @@ def make(
         id=digest(identity),
         identity=identity,
         manifest=str(path),
-        model_name=checkpoint.name,
+        model_name=model.name,
         rows=reader.counts,
         shard_sizes=shard_sizes,
         sha256={file.name: file_sha256(file) for file in sorted(folder.iterdir())},
@@ -225,6 +237,8 @@ class _Reader:
         self.path, self.settings, self.checkpoint = path, settings, checkpoint
         self.rejected = rejected
         self.checks = checks.of_request(checkpoint.size_multiple, checkpoint.max_steps)
+        scheduler = checkpoint.scheduler | checks.scheduler_changes(settings.scheduler)
+        self.check_steps = cache(partial(checks.steps_of, scheduler_config=scheduler))
         self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
         self.first_reason = ""
         self.line_of_id: dict[str, int] = {}
@@ -275,6 +289,7 @@ class _Reader:
             raise BadValueError(entry.error)
         row = rows.parse(entry.values, number, self.settings, self.checks)
         self._check_size(row.request)
+        self.check_steps(row.request.sampler, row.request.steps)
         first = self.line_of_id.setdefault(row.id, entry.line)
         if first != entry.line:
             is_number = " (the row's number from 0, its id unless it says another)"

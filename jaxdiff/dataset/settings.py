@@ -6,17 +6,15 @@ from jaxdiff import checks
 from jaxdiff.checkpoint.layout import Checkpoint
 from jaxdiff.dataset import formats, images
 from jaxdiff.errors import InputError
-from jaxdiff.request import Request
+from jaxdiff.request import Options, Request
 
 FORMATS = tuple(formats.FORMATS)
 IMAGE_FORMATS = tuple(images.EXTENSIONS)
-NOISES = ("jax", "torch")
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The job's settings, all filled in.
+class Settings(Options):
+    """The job's settings, all filled in: the model's options, and what else decides its bytes.
 
     Those from `num_images` to `negative_prompt` stand in for what a row does not say; `seed` is
     what such rows' seeds are derived from. The rest holds for the whole dataset.
@@ -26,8 +24,8 @@ class Settings:
     seed: int = 0
     width: int
     height: int
-    steps: int = Request.steps
-    guidance_scale: float = Request.guidance_scale
+    steps: int
+    guidance_scale: float
     sampler: str
     negative_prompt: str = Request.negative_prompt
     limit: int | None = None
@@ -35,9 +33,6 @@ class Settings:
     image_format: str = "png"
     images_per_shard: int | None = None
     batch_size: int = 8
-    noise: str = "jax"
-    dtype: str = "float32"
-    mesh: str | None = None
 
 
 # How each setting is checked that is no request's, with the arguments of the check.
@@ -48,9 +43,6 @@ CHECKS = {
     "image_format": (checks.choice, IMAGE_FORMATS),
     "images_per_shard": (checks.integer, 1, 100_000),
     "batch_size": (checks.integer, 1, 4096),
-    "noise": (checks.choice, NOISES),
-    "dtype": (checks.choice, DTYPES),
-    "mesh": (checks.text,),
 }
 NAMES = tuple(field.name for field in fields(Settings))
 
@@ -66,9 +58,10 @@ def resolve(said: dict, checkpoint: Checkpoint) -> Settings:
       InputError: names the option and what it may be.
     """
     said = {name: value for name, value in said.items() if value is not None}
-    said.setdefault("steps", Settings.steps)  # which may be too many for the model
+    said.setdefault("steps", checkpoint.default_steps)  # which may be too many for the sampler
     every = CHECKS | checks.of_request(checkpoint.size_multiple, checkpoint.max_steps)
-    settings = {}
+    every |= checks.of_options()
+    settings = {"guidance_scale": checkpoint.default_guidance_scale}
     for name, value in said.items():
         check, *arguments = every[name]
         try:
@@ -80,4 +73,9 @@ def resolve(said: dict, checkpoint: Checkpoint) -> Settings:
         settings = {"width": width, "height": height, **settings}
     if "sampler" not in said:
         settings["sampler"] = checkpoint.default_sampler
+    scheduler = checkpoint.scheduler | checks.scheduler_changes(settings.get("scheduler", ""))
+    try:
+        checks.steps_of(settings["sampler"], settings["steps"], scheduler)
+    except checks.BadValueError as problem:
+        raise InputError(str(problem)) from None
     return Settings(**settings)

@@ -123,6 +123,7 @@ def encode(planned: PlannedImage, pixels: np.ndarray, plan: Plan) -> Sample:
 def _record(planned: PlannedImage, plan: Plan) -> dict:
     """The fields that are known before the image is made."""
     known = planned.columns() | {name: plan.identity[name] for name in ("noise", "dtype", "model")}
+    known["options"] = plan.options
     return {name: known[name] for name, _ in formats.RECORD_FIELDS if name in known}
 
 

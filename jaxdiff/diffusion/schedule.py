@@ -113,6 +113,8 @@ FLOW_DEFAULTS = {
     "stochastic_sampling": False,
     "use_dynamic_shifting": False,
 }
+# Every key that means something to one of them.
+KEYS = frozenset(FLOW_DEFAULTS).union(*DEFAULTS.values())
 _EITHER = (False, True)
 # The values that are built, of keys whose other values would change the result.
 BUILT: dict[str, tuple] = {

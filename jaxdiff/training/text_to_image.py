@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,21 +16,38 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from jaxdiff.checkpoint import diffusers
-from jaxdiff.diffusion import noise as starting_noise
+from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.diffusion import objective, samplers
 from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.errors import InputError
+from jaxdiff.expert import Conditioning, Network
 from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
 from jaxdiff.models.vae import AutoencoderKLConfig
-from jaxdiff.text_to_image import sample_pixels
+from jaxdiff.text_to_image import Stretch, sample_pixels
 from jaxdiff.training.autoencoder import ENCODER, PREVIEW_SEED, load_autoencoder, to_float
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import TextToImageRecipe
 from jaxdiff.worlds import shapes
 
 ENCODE_BATCH = 64
-PREVIEW_STEPS, PREVIEW_GUIDANCE, PREVIEW_IMAGES = 20, 3.0, 48
+PREVIEW_SAMPLER, PREVIEW_STEPS, PREVIEW_GUIDANCE, PREVIEW_IMAGES = "ddim", 20, 3.0, 48
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the objective is made of, but for the weights that it trains."""
+
+    recipe: TextToImageRecipe
+    schedule: NoiseSchedule
+    tokenizer: CLIPTokenizer
+    text_config: CLIPTextConfig
+    text_graph: nnx.GraphDef
+    unet_config: UNetConfig
+    unet_graph: nnx.GraphDef
+    vae_config: AutoencoderKLConfig
+    vae_graph: nnx.GraphDef
+    vae_params: Params
 
 
 def task(recipe: TextToImageRecipe, output: Path) -> Task:
@@ -39,20 +59,39 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
     vae_config, vae_graph, vae_params = load_autoencoder(Path(recipe.autoencoder))
     text_config = CLIPTextConfig.from_json(recipe.text_encoder)
     unet_config = UNetConfig.from_json(recipe.unet)
-    schedule = NoiseSchedule.from_json(recipe.scheduler)
+    schedule = NoiseSchedule.from_json(recipe.scheduler, PREVIEW_SAMPLER)
     _refuse_misfits(text_config, unet_config, vae_config)
     tokenizer = _load_tokenizer(Path(recipe.tokenizer))
     latents, token_ids = _encoded_scenes(
         recipe, output, vae_config, vae_graph, vae_params, tokenizer
     )
-    empty_ids = _tokenize(tokenizer, [""])[0]
-
     rngs = nnx.Rngs(recipe.seed)
     text_graph, text_state = nnx.split(CLIPTextModel(text_config, rngs=rngs))
     unet_graph, unet_state = nnx.split(UNet2DConditionModel(unet_config, rngs=rngs))
-    alpha_bars = schedule.alpha_bars()
-    alphas = np.sqrt(alpha_bars).astype(np.float32)
-    sigmas = np.sqrt(1.0 - alpha_bars).astype(np.float32)
+    parts = _Parts(
+        recipe=recipe,
+        schedule=schedule,
+        tokenizer=tokenizer,
+        text_config=text_config,
+        text_graph=text_graph,
+        unet_config=unet_config,
+        unet_graph=unet_graph,
+        vae_config=vae_config,
+        vae_graph=vae_graph,
+        vae_params=vae_params,
+    )
+    params = {"text_encoder": text_state, "unet": unet_state}
+    return Task(
+        params={name: nnx.to_pure_dict(state) for name, state in params.items()},
+        loss=_loss(parts),
+        batch=_batches(parts, latents, token_ids),
+        preview=_preview(parts, latents.shape[1:]),
+        export=partial(_export, parts),
+    )
+
+
+def _batches(parts: _Parts, latents: np.ndarray, token_ids: np.ndarray) -> Callable[[int], dict]:
+    recipe, empty_ids = parts.recipe, _tokenize(parts.tokenizer, [""])[0]
 
     def batch(step: int) -> dict:
         rng = np.random.default_rng([recipe.seed, step])
@@ -63,6 +102,15 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
             "token_ids": np.where(dropped[:, None], empty_ids, token_ids[rows]).astype(np.int32),
         }
 
+    return batch
+
+
+def _loss(parts: _Parts) -> Callable[[Params, dict, Array], tuple[Array, dict]]:
+    schedule = parts.schedule
+    alpha_bars = schedule.alpha_bars()
+    alphas = np.sqrt(alpha_bars).astype(np.float32)
+    sigmas = np.sqrt(1.0 - alpha_bars).astype(np.float32)
+
     def loss(params: Params, batch: dict, key: Array) -> tuple[Array, dict]:
         time_key, noise_key = jax.random.split(key)
         x0 = batch["latents"]
@@ -70,55 +118,64 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
         timesteps = _stratified_timesteps(time_key, len(x0), schedule.num_train_timesteps)
         alpha = jnp.asarray(alphas)[timesteps][:, None, None, None]
         sigma = jnp.asarray(sigmas)[timesteps][:, None, None, None]
-        context = nnx.merge(text_graph, params["text_encoder"])(batch["token_ids"])
+        context, _ = nnx.merge(parts.text_graph, params["text_encoder"])(batch["token_ids"])
         x = objective.noisy(x0, noise, alpha, sigma)
-        output = nnx.merge(unet_graph, params["unet"])(x, timesteps, context)
+        output = nnx.merge(parts.unet_graph, params["unet"])(x, timesteps, context)
         target = objective.target(x0, noise, alpha, sigma, schedule.prediction_type)
         return jnp.mean((output - target) ** 2), {}
 
+    return loss
+
+
+def _preview(parts: _Parts, shape: tuple[int, int, int]) -> Callable[[Params], np.ndarray]:
+    captions = preview_captions()
+    table = samplers.sampler_table(PREVIEW_SAMPLER, parts.schedule, PREVIEW_STEPS)
+    token_ids = {
+        "positive": _tokenize(parts.tokenizer, captions),
+        "negative": _tokenize(parts.tokenizer, [""] * len(captions)),
+    }
+
     @jax.jit
-    def sample(params: Params, seeds: Array, token_ids: Array) -> Array:
-        encode = nnx.merge(text_graph, params["text_encoder"])
-        table = samplers.ddim(schedule, PREVIEW_STEPS)
-        count = len(seeds)
+    def sample(params: Params, noise: Array) -> Array:
+        encode = nnx.merge(parts.text_graph, params["text_encoder"])
+        told = {sign: [Conditioning(encode(ids)[0])] for sign, ids in token_ids.items()}
         pixels, _ = sample_pixels(
-            {"unet": unet_graph, "vae": vae_graph},
-            vae_config,
-            schedule.prediction_type,
+            [Network(parts.unet_graph, parts.schedule.prediction_type)],
+            parts.vae_graph,
+            parts.vae_config,
             jnp.float32,
-            {"unet": params["unet"], "vae": vae_params},
-            starting_noise.draw(seeds, latents.shape[1:], "jax"),
-            encode(token_ids),
-            encode(jnp.broadcast_to(empty_ids, token_ids.shape)),
-            jnp.full(count, PREVIEW_GUIDANCE),
-            table.initial_scale,
-            table.columns(),
-            guided=True,
+            {"unets": [params["unet"]], "vae": parts.vae_params},
+            noise,
+            None,
+            **told,
+            guidance_scale=jnp.full(len(captions), PREVIEW_GUIDANCE),
+            initial_scale=table.initial_scale,
+            columns=table.columns(),
+            stretches=[Stretch(expert=0, rows=PREVIEW_STEPS, guided=True)],
+            decoding=(len(captions), 1),
         )
         return pixels
 
     def preview(params: Params) -> np.ndarray:
-        captions = preview_captions()
-        seeds = np.arange(len(captions), dtype=np.uint32)
-        return grid(np.asarray(sample(params, seeds, _tokenize(tokenizer, captions))), columns=8)
+        noise, _ = random_noise.draw(np.arange(len(captions), dtype=np.uint32), shape, "jax")
+        return grid(np.asarray(sample(params, noise)), columns=8)
 
-    def export(params: Params, directory: Path) -> None:
-        diffusers.save_pipeline(
-            directory,
-            configs={"text_encoder": text_config, "unet": unet_config, "vae": vae_config},
-            params={**params, "vae": vae_params},
-            scheduler=recipe.scheduler,
-            tokenizer=Path(recipe.tokenizer),
-            dtype=np.float16,
-        )
+    return preview
 
-    params = {"text_encoder": text_state, "unet": unet_state}
-    return Task(
-        params={name: nnx.to_pure_dict(state) for name, state in params.items()},
-        loss=loss,
-        batch=batch,
-        preview=preview,
-        export=export,
+
+def _export(parts: _Parts, params: Params, directory: Path) -> None:
+    configs = {
+        "text_encoder": parts.text_config,
+        "unet": parts.unet_config,
+        "vae": parts.vae_config,
+    }
+    diffusers.save_pipeline(
+        directory,
+        configs=configs,
+        params={**params, "vae": parts.vae_params},
+        scheduler=parts.recipe.scheduler,
+        tokenizer=Path(parts.recipe.tokenizer),
+        dtype=np.float16,
     )
 
 

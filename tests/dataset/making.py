@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.checkpoint.ensemble import open_ensemble
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import settings as job_settings
@@ -20,8 +20,8 @@ def pixels_of(image: plans.PlannedImage, salt: int = 0) -> np.ndarray:
 
 
 def make_plan(directory: Path, manifest: Path, checkpoint: Path, **said) -> plans.Plan:
-    opened = open_checkpoint(checkpoint)
-    settings = job_settings.resolve({"width": 16, "height": 8, **said}, opened)
+    opened = open_ensemble(checkpoint)
+    settings = job_settings.resolve({"width": 16, "height": 8, **said}, opened.base)
     identity = plans.identify(manifest, settings, opened)
     folder = layout.temporary(directory, "plan")
     plan = plans.make(manifest, settings, opened, identity, folder)

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from making import make_plan
 
+from jaxdiff import checks
 from jaxdiff.checkpoint.layout import open_checkpoint
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import settings as job_settings
@@ -149,7 +150,7 @@ def test_equal_input_plans_equal_bytes(plan, tmp_path):
     assert first == second
     other, _, _ = plan(rows, steps=21)
     assert other.id != first.id
-    assert plans.differences(first.identity, other.identity) == "steps 20 -> 21"
+    assert plans.differences(first.identity, other.identity) == "steps 50 -> 21"
 
 
 def test_the_plan_has_a_row_group_a_shard(tmp_path, manifest, tiny_checkpoint):
@@ -198,11 +199,16 @@ assert not heavy, heavy
         ({"width": "100"}, "--width must be a multiple of 8 for this model, not 100"),
         ({"batch_size": 0}, "--batch-size must be a whole number from 1"),
         ({"guidance_scale": "x"}, "--guidance-scale must be a number from 0 to 1000"),
-        ({"sampler": "pndm"}, "--sampler must be one of ddim, euler, dpmpp_2m"),
+        ({"sampler": "plms"}, "--sampler must be one of ddim, ddpm, pndm, euler"),
         ({"format": "zip"}, "--format must be one of webdataset, parquet"),
         ({"image_format": "gif"}, "--image-format must be one of png, webp, jpeg"),
         ({"noise": "numpy"}, "--noise must be one of jax, torch"),
         ({"dtype": "int8"}, "--dtype must be one of float32, bfloat16"),
+        ({"eta": "2"}, "--eta must be a number from 0 to 1, not '2'"),
+        ({"clip_skip": -1}, "--clip-skip must be a whole number from 0"),
+        ({"prompt_chunks": 0}, "--prompt-chunks must be a whole number from 1"),
+        ({"scheduler": "karras"}, '--scheduler must be like "key=value, key=value"'),
+        ({"scheduler": {"use_karras_sigmas": [1]}}, '--scheduler must be like "key=value'),
         ({"seed": -1}, "--seed must be a whole number from 0"),
         ({"limit": 0}, "--limit must be a whole number from 1"),
     ],
@@ -213,6 +219,31 @@ def test_an_option_that_cannot_be_used_is_named(tiny_checkpoint, said, message):
     assert str(caught.value).startswith(message)
 
 
-def test_the_model_says_its_size_and_sampler(tiny_checkpoint):
+def test_the_model_says_its_size_sampler_steps_and_guidance(tiny_checkpoint):
     settings = job_settings.resolve({"height": "32"}, open_checkpoint(tiny_checkpoint))
     assert (settings.width, settings.height, settings.sampler) == (64, 32, "ddim")
+    assert (settings.steps, settings.guidance_scale) == (50, 7.5)
+    bundled = job_settings.resolve({}, open_checkpoint("shapes64"))
+    assert (bundled.steps, bundled.guidance_scale) == (20, 3.0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "use_karras_sigmas=true,timestep_spacing=trailing",
+        " timestep_spacing = trailing , use_karras_sigmas = true",
+        {"use_karras_sigmas": True, "timestep_spacing": "trailing"},
+    ],
+)
+def test_changes_to_the_scheduler_have_one_form(tiny_checkpoint, said):
+    settings = job_settings.resolve({"scheduler": said}, open_checkpoint(tiny_checkpoint))
+    assert settings.scheduler == "timestep_spacing=trailing, use_karras_sigmas=true"
+    changes = checks.scheduler_changes(settings.scheduler)
+    assert changes == {"use_karras_sigmas": True, "timestep_spacing": "trailing"}
+
+
+def test_a_record_says_the_options_that_are_not_as_usual(plan):
+    usual, _, _ = plan([{"prompt": "a"}])
+    assert usual.options == ""
+    other, _, _ = plan([{"prompt": "a"}], eta=0.5, clip_skip=1, scheduler={"shift": 3})
+    assert other.options == "eta=0.5, clip_skip=1, shift=3"

@@ -9,7 +9,15 @@ from jaxdiff.checks import BadValueError
 from jaxdiff.dataset import rows
 from jaxdiff.dataset.settings import Settings
 
-SETTINGS = Settings(width=64, height=64, sampler="ddim", num_images=2, negative_prompt="blur")
+SETTINGS = Settings(
+    width=64,
+    height=64,
+    steps=20,
+    guidance_scale=3.0,
+    sampler="ddim",
+    num_images=2,
+    negative_prompt="blur",
+)
 CHECKS = checks.of_request(size_multiple=8, max_steps=998)
 
 

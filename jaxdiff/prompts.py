@@ -1,0 +1,157 @@
+"""What a prompt becomes: token ids, and the vectors that the denoiser is told."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from transformers import CLIPTokenizer
+
+from jaxdiff import parallel
+from jaxdiff.checkpoint.diffusers import abstract_network, load_params
+from jaxdiff.checkpoint.layout import Checkpoint
+from jaxdiff.errors import InputError
+from jaxdiff.models import clip
+
+# Text is encoded in batches of this size whatever the size of the image batches, so that a prompt's
+# embedding never depends on it.
+TEXT_BATCH = 8
+REMEMBERED_PROMPTS = 1024
+XL_LAYERS_SKIPPED = 1  # Stable Diffusion XL is told the last layer but one (arXiv:2307.01952, 2.1)
+
+
+class Embedding(NamedTuple):
+    """A prompt's vectors.
+
+    Attributes:
+      context: [tokens, width], the hidden states of all text encoders side by side.
+      pooled: [width], the whole prompt in one vector; None where the denoiser takes none.
+    """
+
+    context: Array
+    pooled: Array | None
+
+
+class PromptEncoder:
+    """A checkpoint's tokenizers and text encoders; it remembers the prompts that it met lately."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype, mesh: jax.sharding.Mesh, *, clip_skip: int, chunks: int
+    ):
+        """Loads the text encoders of `checkpoint` onto `mesh`.
+
+        Args:
+          clip_skip, chunks: as in `Options`.
+
+        Raises:
+          InputError: if the encoders cannot be read, or have no layer so early.
+        """
+        self.mesh, self.chunks = mesh, chunks
+        self.tokenizers, self.params, graphs = {}, {}, {}
+        for name in checkpoint.text_encoders:
+            config = clip.CLIPTextConfig.from_json(checkpoint.config(name))
+            tokenizer = CLIPTokenizer.from_pretrained(checkpoint.tokenizer(name))
+            self.tokens = min(tokenizer.model_max_length, config.max_position_embeddings)
+            self.tokenizers[name] = tokenizer
+            if clip_skip >= config.num_hidden_layers:
+                raise InputError(
+                    f"--clip-skip {clip_skip}: {name} has only {config.num_hidden_layers} layers"
+                )
+            graphs[name], shapes = abstract_network(clip.network(config), config)
+            self.params[name] = load_params(
+                shapes,
+                checkpoint.weights(name),
+                dtype,
+                parallel.parameter_shardings(mesh, shapes),
+            )
+        xl = "text_encoder_2" in graphs
+        self._encode = jax.jit(
+            partial(
+                encode_tokens,
+                graphs,
+                layers_skipped=clip_skip + XL_LAYERS_SKIPPED * xl,
+                final_norm=not xl,
+                pooled=xl,
+            )
+        )
+        self._remembered: dict[str, Embedding] = {}
+
+    def __call__(self, prompts: Iterable[str]) -> dict[str, Embedding]:
+        """The embedding of each prompt."""
+        found = {p: self._remembered.pop(p) for p in set(prompts) if p in self._remembered}
+        new = sorted(set(prompts) - found.keys())
+        for start in range(0, len(new), TEXT_BATCH):
+            texts = new[start : start + TEXT_BATCH]
+            padded = texts + [""] * (TEXT_BATCH - len(texts))
+            token_ids = {
+                name: chunked_tokens(tokenizer, padded, self.tokens, self.chunks)
+                for name, tokenizer in self.tokenizers.items()
+            }
+            encoded = self._encode(self.params, token_ids)
+            if not parallel.may_run_ahead(self.mesh):
+                jax.block_until_ready(encoded)
+            for i, text in enumerate(texts):
+                found[text] = jax.tree.map(lambda array, i=i: array[i], encoded)
+        self._remembered |= found  # the newest last
+        while len(self._remembered) > REMEMBERED_PROMPTS:
+            del self._remembered[next(iter(self._remembered))]
+        return found
+
+
+def chunked_tokens(
+    tokenizer: CLIPTokenizer, texts: Sequence[str], tokens: int, chunks: int
+) -> np.ndarray:
+    """Token ids, int32 [texts, chunks, tokens]; what does not fit is cut.
+
+    Each chunk has its own start and end, as if it were a prompt by itself, so that prompts may be
+    longer than the encoder's positions (AUTOMATIC1111's way, without moving a cut to a comma).
+    """
+    room = tokens - 2  # beside start and end
+    most = chunks * room
+    ids = np.full((len(texts), chunks, tokens), tokenizer.pad_token_id, np.int32)
+    ids[:, :, 0] = tokenizer.bos_token_id
+    for row, text in zip(ids, texts, strict=True):
+        words = tokenizer(text, add_special_tokens=False, truncation=True, max_length=most)[
+            "input_ids"
+        ]
+        for i, chunk in enumerate(row):
+            part = words[i * room : (i + 1) * room]
+            chunk[1 : len(part) + 1] = part
+            chunk[len(part) + 1] = tokenizer.eos_token_id
+    return ids
+
+
+def encode_tokens(
+    graphs: Mapping[str, nnx.GraphDef],
+    params: dict,
+    token_ids: dict[str, Array],
+    *,
+    layers_skipped: int,
+    final_norm: bool,
+    pooled: bool,
+) -> Embedding:
+    """The pure function behind `PromptEncoder`, for `jax.jit`.
+
+    Args:
+      graphs, params, token_ids: by text encoder; the ids int32 [batch, chunks, tokens].
+      layers_skipped, final_norm: as in `CLIPTextModel`.
+      pooled: whether to give the last encoder's pooled vector, of the first chunk.
+
+    Returns:
+      context [batch, chunks * tokens, width] and pooled [batch, width].
+    """
+    contexts = []
+    for name, graph in graphs.items():
+        batch, chunks, tokens = token_ids[name].shape
+        hidden, vector = nnx.merge(graph, params[name])(
+            token_ids[name].reshape(batch * chunks, tokens),
+            layers_skipped=layers_skipped,
+            final_norm=final_norm,
+        )
+        contexts.append(hidden.reshape(batch, chunks * tokens, -1))
+    vector = vector.reshape(batch, chunks, -1)[:, 0]
+    return Embedding(jnp.concatenate(contexts, axis=-1), vector if pooled else None)
