@@ -1,4 +1,4 @@
-"""`CLIPTextModel`: Stable Diffusion's text encoder (Radford et al., 2021, arXiv:2103.00020)."""
+"""CLIP's text encoders, Stable Diffusion's (Radford et al., 2021, arXiv:2103.00020)."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,9 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-FIXED = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+FIXED = {"model_type": "clip_text_model"}
+# Configs from before transformers 4.31 name this token, whatever the vocabulary's end token is.
+OLD_EOS = 2
 # What transformers writes beside them: none of it changes the hidden states.
 IGNORED = {
     "attention_dropout",
@@ -32,6 +34,7 @@ IGNORED = {
 class CLIPTextConfig:
     """The fields of `text_encoder/config.json` that shape the network."""
 
+    architectures: tuple[str, ...] = ("CLIPTextModel",)
     vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
@@ -42,12 +45,16 @@ class CLIPTextConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     bos_token_id: int | None = 49406
-    eos_token_id: int | None = 49407
+    eos_token_id: int = 49407
     pad_token_id: int | None = 1
 
     def __post_init__(self):
+        if self.architectures not in {(name,) for name in NETWORKS}:
+            raise ValueError(f"architectures = {list(self.architectures)} is not supported")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act = {self.hidden_act!r} is not supported")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size = {self.hidden_size} cannot be split into heads")
 
     @classmethod
     def from_json(cls, data: dict) -> "CLIPTextConfig":
@@ -123,22 +130,76 @@ class _Encoder(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List([_Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> list[Array]:
+        """Returns what goes into the first layer, and what comes out of each."""
+        states = [x]
         for layer in self.layers:
-            x = layer(x)
-        return x
+            states.append(layer(states[-1]))
+        return states
 
 
 class CLIPTextModel(nnx.Module):
     """A causal transformer over the prompt's tokens; padding tokens are attended like others."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.eos_token_id = config.eos_token_id
         self.embeddings = _Embeddings(config, rngs=rngs)
         self.encoder = _Encoder(config, rngs=rngs)
         self.final_layer_norm = nnx.LayerNorm(
             config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs
         )
 
-    def __call__(self, token_ids: Array) -> Array:
-        """int32 [batch, tokens] to the last hidden states [batch, tokens, hidden size]."""
-        return self.final_layer_norm(self.encoder(self.embeddings(token_ids)))
+    def __call__(
+        self, token_ids: Array, *, layers_skipped: int = 0, final_norm: bool = True
+    ) -> tuple[Array, Array]:
+        """Encodes prompts.
+
+        Args:
+          token_ids: int32 [batch, tokens].
+          layers_skipped: how many of the last layers the hidden states do without.
+          final_norm: whether the hidden states pass the final layer norm: in Stable Diffusion 1
+            and 2 they do, in XL not.
+
+        Returns:
+          the hidden states, [batch, tokens, hidden size], and the pooled vector, [batch, hidden
+          size]: that of the end token, always from the last layer and normed.
+        """
+        states = self.encoder(self.embeddings(token_ids))
+        hidden = states[-1 - layers_skipped]
+        if final_norm:
+            hidden = self.final_layer_norm(hidden)
+        # The largest id stands for the end token in old files: it is the last of CLIP's vocabulary.
+        is_end = token_ids == self.eos_token_id
+        end = jnp.argmax(token_ids if self.eos_token_id == OLD_EOS else is_end, axis=1)
+        last = jnp.take_along_axis(states[-1], end[:, None, None], axis=1)[:, 0]
+        return hidden, self.final_layer_norm(last)
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """The same network, its pooled vector projected into the space shared with images."""
+
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.text_projection = nnx.Linear(
+            config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs
+        )
+
+    def __call__(
+        self, token_ids: Array, *, layers_skipped: int = 0, final_norm: bool = True
+    ) -> tuple[Array, Array]:
+        """As `CLIPTextModel`, but the pooled vector is [batch, projection dim]."""
+        hidden, pooled = super().__call__(
+            token_ids, layers_skipped=layers_skipped, final_norm=final_norm
+        )
+        return hidden, self.text_projection(pooled)
+
+
+NETWORKS = {
+    "CLIPTextModel": CLIPTextModel,
+    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+}
+
+
+def network(config: CLIPTextConfig) -> type[CLIPTextModel]:
+    """The class that the config is for: with a projection or without."""
+    return NETWORKS[config.architectures[0]]

@@ -1,6 +1,8 @@
 """Reading a component's `config.json` into its frozen dataclass, strictly."""
 
 import dataclasses
+import types
+import typing
 
 from jaxdiff.errors import InputError
 
@@ -15,11 +17,13 @@ def from_json(cls, component: str, data: dict, fixed: dict):
     Raises:
       InputError: for a key or value that this implementation does not build.
     """
-    fields = {field.name for field in dataclasses.fields(cls)}
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
     taken = {}
     for key, value in data.items():
         if key in fields:
             taken[key] = tuple(value) if isinstance(value, list) else value
+            if not _is_a(taken[key], fields[key]):
+                raise InputError(f"{component}/config.json: {key} = {value!r} is not supported")
         elif key in fixed:
             if value != fixed[key]:
                 raise InputError(
@@ -41,3 +45,14 @@ def to_json(config, fixed: dict) -> dict:
         for key, value in dataclasses.asdict(config).items()
     }
     return {**fixed, **fields}
+
+
+def _is_a(value, kind) -> bool:
+    """Whether `value` is of the annotated type: a plain one, `tuple[kind, ...]`, or a union."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(value, each) for each in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(v, typing.get_args(kind)[0]) for v in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is (type(None) if kind is None else kind)

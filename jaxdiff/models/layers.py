@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+BLOCKWISE = 2**16  # scores of one head from which blocks pay on a CPU: 256 tokens over 256
+BLOCK = 2**20  # scores of one block: 4 MB in float32, which stay in the cache
+
 
 def conv(in_channels: int, out_channels: int, size: int, *, rngs: nnx.Rngs, stride=1, padding=None):
     """A square convolution over NHWC, padded to keep the size unless `padding` says otherwise."""
@@ -30,6 +33,9 @@ def attention(
 ) -> Array:
     """Scaled dot-product attention (Vaswani et al., 2017), the softmax in float32.
 
+    Many tokens are attended for one image, one head and one block of queries at a time, so that
+    memory is bounded, and an image's arithmetic does not depend on the batch.
+
     Args:
       query: [batch, tokens, width].
       key, value: [batch, context tokens, width].
@@ -43,10 +49,36 @@ def attention(
     def split(x: Array) -> Array:
         return x.reshape(*x.shape[:2], num_heads, -1)  # [b, tokens, heads, head width]
 
-    mixed = jax.nn.dot_product_attention(
-        split(query), split(key), split(value), is_causal=is_causal
-    )
-    return mixed.reshape(query.shape)
+    query, key, value = split(query), split(key), split(value)
+    if is_causal or query.shape[1] * key.shape[1] < BLOCKWISE:
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal)
+    else:
+        mixed = _attend_blockwise(query, key, value)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def _attend_blockwise(query: Array, key: Array, value: Array) -> Array:
+    """As `attention`, of [b, tokens, heads, head width], by products of plain matrices."""
+    batch, tokens, heads, width = query.shape
+    largest = max(1, BLOCK // key.shape[1])
+    rows = max(n for n in range(1, largest + 1) if tokens % n == 0)  # of a block
+
+    def head(parts: tuple[Array, Array, Array]) -> Array:
+        queries, keys, values = parts
+
+        @jax.checkpoint  # else a gradient would keep every block's scores
+        def attend(block: Array) -> Array:
+            scores = jnp.matmul(block, keys.T, preferred_element_type=jnp.float32)
+            weights = jax.nn.softmax(scores * width**-0.5, axis=-1)
+            return weights.astype(values.dtype) @ values
+
+        return jax.lax.map(attend, queries.reshape(-1, rows, width)).reshape(tokens, width)
+
+    def flat(x: Array) -> Array:
+        return x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, width)
+
+    mixed = jax.lax.map(head, (flat(query), flat(key), flat(value)))
+    return mixed.reshape(batch, heads, tokens, width).transpose(0, 2, 1, 3)
 
 
 class Attention(nnx.Module):

@@ -1,26 +1,21 @@
-"""`UNet2DConditionModel`: the denoiser of Stable Diffusion 1 and 2.
+"""`UNet2DConditionModel`: the denoiser of Stable Diffusion 1, 2 and XL.
 
 Rombach et al., 2022, arXiv:2112.10752, section 3.3: a U-Net (Ronneberger et al., 2015) of residual
-blocks, each followed by a transformer that attends to the text.
+blocks, each followed by a transformer that attends to the text. XL (Podell et al., 2023,
+arXiv:2307.01952, section 2) also adds the pooled text and the image's size to the timestep's
+embedding; latent consistency models (Luo et al., 2023, arXiv:2310.04378) add the guidance scale.
 """
 
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from jaxdiff.models import config as config_json
-from jaxdiff.models.layers import (
-    Attention,
-    Downsample2D,
-    ResnetBlock2D,
-    Upsample2D,
-    conv,
-    group_norm,
-)
+from jaxdiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
+from jaxdiff.models.transformer import Transformer2DModel
 
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # name: has attention
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
@@ -42,7 +37,6 @@ IGNORED = {
     "addition_embed_type_num_heads",
     "attention_type",
     "dropout",
-    "num_class_embeds",
     "upcast_attention",  # attention is always computed with a float32 softmax
 }
 
@@ -63,10 +57,13 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int = 1280
-    transformer_layers_per_block: int = 1
+    transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
-    num_attention_heads: int | tuple[int, ...] | None = None
     use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    time_cond_proj_dim: int | None = None
 
     def __post_init__(self):
         count = len(self.block_out_channels)
@@ -76,12 +73,39 @@ class UNetConfig:
         ):
             if len(types) != count or not set(types) <= set(known):
                 raise ValueError(f"{name} = {list(types)} is not supported")
+        for name, values in (
+            ("attention_head_dim", self.heads),
+            ("transformer_layers_per_block", self.depths),
+        ):
+            if len(values) != count or min(values) < 1:
+                raise ValueError(f"{name} must be {count} numbers of at least 1, or one for all")
+        for width, heads in zip(self.block_out_channels, self.heads, strict=True):
+            if width % heads or width % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels: {width} is no multiple of its heads or groups"
+                )
+        if self.addition_embed_type not in (None, "text_time"):
+            raise ValueError(f"addition_embed_type = {self.addition_embed_type!r} is not supported")
+        if self.addition_embed_type and not (
+            self.addition_time_embed_dim and self.projection_class_embeddings_input_dim
+        ):
+            raise ValueError(
+                "addition_embed_type needs addition_time_embed_dim and "
+                "projection_class_embeddings_input_dim"
+            )
 
     @property
     def heads(self) -> tuple[int, ...]:
         """Attention heads in each down block. `attention_head_dim` holds them, despite its name."""
-        heads = self.num_attention_heads or self.attention_head_dim
-        return heads if isinstance(heads, tuple) else (heads,) * len(self.block_out_channels)
+        return self._for_each_block(self.attention_head_dim)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers of each transformer in each down block."""
+        return self._for_each_block(self.transformer_layers_per_block)
+
+    def _for_each_block(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     @property
     def time_width(self) -> int:
@@ -99,106 +123,39 @@ class UNetConfig:
         return config_json.to_json(self, FIXED)
 
 
-def timestep_embedding(timesteps: Array, config: UNetConfig) -> Array:
-    """Sinusoids of the timesteps (Vaswani et al., 2017, section 3.5).
+def sinusoids(numbers: Array, width: int, *, cosine_first: bool, freq_shift: int) -> Array:
+    """Sinusoids of the numbers (Vaswani et al., 2017, section 3.5).
 
     Args:
-      timesteps: [batch], 0 to 999 as the network was trained, not necessarily whole.
+      numbers: [...], such as timesteps or pixels.
+      width: even.
+      cosine_first: whether the cosines stand before the sines.
+      freq_shift: 0, or 1 for a lowest frequency of exactly 1 / 10000.
 
     Returns:
-      float32 [batch, block_out_channels[0]].
+      float32 [..., width].
     """
-    half = config.block_out_channels[0] // 2
-    exponents = -math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - config.freq_shift)
-    angles = timesteps.astype(jnp.float32)[:, None] * jnp.exp(exponents)
+    half = width // 2
+    exponents = -math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+    angles = numbers.astype(jnp.float32)[..., None] * jnp.exp(exponents)
     sine, cosine = jnp.sin(angles), jnp.cos(angles)
-    return jnp.concatenate([cosine, sine] if config.flip_sin_to_cos else [sine, cosine], axis=-1)
+    return jnp.concatenate([cosine, sine] if cosine_first else [sine, cosine], axis=-1)
 
 
-class _TimeEmbedding(nnx.Module):
-    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(config.block_out_channels[0], config.time_width, rngs=rngs)
+class _TimestepEmbedding(nnx.Module):
+    def __init__(self, width: int, config: UNetConfig, *, rngs: nnx.Rngs, condition_width=None):
+        self.cond_proj = (
+            nnx.Linear(condition_width, width, use_bias=False, rngs=rngs)
+            if condition_width
+            else None
+        )
+        self.linear_1 = nnx.Linear(width, config.time_width, rngs=rngs)
         self.linear_2 = nnx.Linear(config.time_width, config.time_width, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        if condition is not None:
+            x = x + self.cond_proj(condition)
         return self.linear_2(nnx.silu(self.linear_1(x)))
-
-
-class _GEGLU(nnx.Module):
-    """Shazeer, 2020, arXiv:2002.05202: a linear layer gated by the GELU of another."""
-
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(width, 2 * hidden, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return value * jax.nn.gelu(gate, approximate=False)
-
-
-class _Identity(nnx.Module):
-    """Holds the place of a dropout layer, so that the indices are the checkpoint's."""
-
-    def __call__(self, x: Array) -> Array:
-        return x
-
-
-class _FeedForward(nnx.Module):
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        hidden = 4 * width
-        self.net = nnx.List(
-            [_GEGLU(width, hidden, rngs=rngs), _Identity(), nnx.Linear(hidden, width, rngs=rngs)]
-        )
-
-    def __call__(self, x: Array) -> Array:
-        for layer in self.net:
-            x = layer(x)
-        return x
-
-
-class BasicTransformerBlock(nnx.Module):
-    """Self-attention, attention to the text, feed-forward: each normalised first, then added."""
-
-    def __init__(self, width: int, num_heads: int, context_width: int, *, rngs: nnx.Rngs):
-        self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.attn1 = Attention(width, num_heads, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.attn2 = Attention(width, num_heads, context_width=context_width, rngs=rngs)
-        self.norm3 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.ff = _FeedForward(width, rngs=rngs)
-
-    def __call__(self, x: Array, context: Array) -> Array:
-        """[batch, h w, width] and [batch, tokens, context width] to x's shape."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
-
-
-class Transformer2DModel(nnx.Module):
-    """Transformer blocks over the positions of a feature map, beside a shortcut."""
-
-    def __init__(self, channels: int, num_heads: int, config: UNetConfig, *, rngs: nnx.Rngs):
-        def projection():
-            if config.use_linear_projection:
-                return nnx.Linear(channels, channels, rngs=rngs)
-            return conv(channels, channels, 1, rngs=rngs)
-
-        self.norm = group_norm(channels, config.norm_num_groups, 1e-6, rngs=rngs)
-        self.proj_in = projection()
-        self.transformer_blocks = nnx.List(
-            [
-                BasicTransformerBlock(channels, num_heads, config.cross_attention_dim, rngs=rngs)
-                for _ in range(config.transformer_layers_per_block)
-            ]
-        )
-        self.proj_out = projection()
-
-    def __call__(self, x: Array, context: Array) -> Array:
-        """[batch, h, w, channels] and [batch, tokens, context width] to x's shape."""
-        hidden = self.proj_in(self.norm(x))
-        tokens = hidden.reshape(x.shape[0], -1, x.shape[-1])  # [b, h w, c]
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
-        return x + self.proj_out(tokens.reshape(x.shape))
 
 
 def _resnets(widths: list[tuple[int, int]], config: UNetConfig, rngs: nnx.Rngs) -> nnx.List:
@@ -217,16 +174,33 @@ def _resnets(widths: list[tuple[int, int]], config: UNetConfig, rngs: nnx.Rngs) 
     )
 
 
+def _transformers(
+    widths: list[tuple[int, int]], num_heads: int, depth: int, config: UNetConfig, rngs: nnx.Rngs
+) -> nnx.List:
+    """A transformer for each residual block, or none where `depth` is 0."""
+    return nnx.List(
+        [
+            Transformer2DModel(
+                width,
+                num_heads,
+                depth,
+                config.cross_attention_dim,
+                groups=config.norm_num_groups,
+                linear_projection=config.use_linear_projection,
+                rngs=rngs,
+            )
+            for _, width in widths
+            if depth
+        ]
+    )
+
+
 class _Block(nnx.Module):
     """What down and up blocks have in common: residual blocks, each with its transformer."""
 
-    def __init__(self, widths, num_heads, config: UNetConfig, *, attention: bool, rngs: nnx.Rngs):
+    def __init__(self, widths, num_heads, depth, config: UNetConfig, *, rngs: nnx.Rngs):
         self.resnets = _resnets(widths, config, rngs)
-        self.attentions = nnx.List(
-            [Transformer2DModel(after, num_heads, config, rngs=rngs) for _, after in widths]
-            if attention
-            else []
-        )
+        self.attentions = _transformers(widths, num_heads, depth, config, rngs)
 
     def layer(self, i: int, x: Array, time_embedding: Array, context: Array) -> Array:
         x = self.resnets[i](x, time_embedding)
@@ -234,8 +208,8 @@ class _Block(nnx.Module):
 
 
 class _DownBlock(_Block):
-    def __init__(self, widths, num_heads, config, *, attention, downsample: bool, rngs):
-        super().__init__(widths, num_heads, config, attention=attention, rngs=rngs)
+    def __init__(self, widths, num_heads, depth, config, *, downsample: bool, rngs):
+        super().__init__(widths, num_heads, depth, config, rngs=rngs)
         self.downsamplers = nnx.List(
             [Downsample2D(widths[-1][1], (1, 1), rngs=rngs)] if downsample else []
         )
@@ -250,9 +224,10 @@ class _DownBlock(_Block):
 
 
 class _MidBlock(nnx.Module):
-    def __init__(self, channels: int, num_heads: int, config: UNetConfig, *, rngs: nnx.Rngs):
-        self.resnets = _resnets([(channels, channels)] * 2, config, rngs)
-        self.attentions = nnx.List([Transformer2DModel(channels, num_heads, config, rngs=rngs)])
+    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
+        same = (config.block_out_channels[-1],) * 2
+        self.resnets = _resnets([same] * 2, config, rngs)
+        self.attentions = _transformers([same], config.heads[-1], config.depths[-1], config, rngs)
 
     def __call__(self, x: Array, time_embedding: Array, context: Array) -> Array:
         x = self.resnets[0](x, time_embedding)
@@ -260,8 +235,8 @@ class _MidBlock(nnx.Module):
 
 
 class _UpBlock(_Block):
-    def __init__(self, widths, num_heads, config, *, attention, upsample: bool, rngs):
-        super().__init__(widths, num_heads, config, attention=attention, rngs=rngs)
+    def __init__(self, widths, num_heads, depth, config, *, upsample: bool, rngs):
+        super().__init__(widths, num_heads, depth, config, rngs=rngs)
         self.upsamplers = nnx.List([Upsample2D(widths[-1][1], rngs=rngs)] if upsample else [])
 
     def __call__(self, x: Array, skips: list[Array], time_embedding, context) -> Array:
@@ -278,25 +253,32 @@ class UNet2DConditionModel(nnx.Module):
     """Predicts the noise (or v) in latents, given the timestep and the text."""
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
-        channels, heads, layers = config.block_out_channels, config.heads, config.layers_per_block
+        channels, layers = config.block_out_channels, config.layers_per_block
         last = len(channels) - 1
         self.config = config
         self.conv_in = conv(config.in_channels, channels[0], 3, rngs=rngs)
-        self.time_embedding = _TimeEmbedding(config, rngs=rngs)
+        self.time_embedding = _TimestepEmbedding(
+            channels[0], config, condition_width=config.time_cond_proj_dim, rngs=rngs
+        )
+        self.add_embedding = (
+            _TimestepEmbedding(config.projection_class_embeddings_input_dim, config, rngs=rngs)
+            if config.addition_embed_type
+            else None
+        )
         self.down_blocks = nnx.List(
             [
                 _DownBlock(
                     [(channels[max(i - 1, 0)], width)] + [(width, width)] * (layers - 1),
-                    heads[i],
+                    config.heads[i],
+                    config.depths[i] if DOWN_BLOCKS[config.down_block_types[i]] else 0,
                     config,
-                    attention=DOWN_BLOCKS[config.down_block_types[i]],
                     downsample=i < last,
                     rngs=rngs,
                 )
                 for i, width in enumerate(channels)
             ]
         )
-        self.mid_block = _MidBlock(channels[-1], heads[-1], config, rngs=rngs)
+        self.mid_block = _MidBlock(config, rngs=rngs)
         skips = [channels[0]]  # the width of every feature map that the way up takes back
         for i, width in enumerate(channels):
             skips += [width] * (layers + (i < last))
@@ -306,9 +288,9 @@ class UNet2DConditionModel(nnx.Module):
             self.up_blocks.append(
                 _UpBlock(
                     [(width + skips.pop(), channels[i]) for width in below],
-                    heads[i],
+                    config.heads[i],
+                    config.depths[i] if UP_BLOCKS[config.up_block_types[last - i]] else 0,
                     config,
-                    attention=UP_BLOCKS[config.up_block_types[last - i]],
                     upsample=i > 0,
                     rngs=rngs,
                 )
@@ -318,19 +300,34 @@ class UNet2DConditionModel(nnx.Module):
         )
         self.conv_out = conv(channels[0], config.out_channels, 3, rngs=rngs)
 
-    def __call__(self, latents: Array, timesteps: Array, context: Array) -> Array:
+    def __call__(
+        self,
+        latents: Array,
+        timesteps: Array,
+        context: Array,
+        *,
+        pooled: Array | None = None,
+        time_ids: Array | None = None,
+        guidance_scale: Array | None = None,
+    ) -> Array:
         """One evaluation of the denoiser.
 
         Args:
           latents: [batch, h, w, in channels], any height and width.
-          timesteps: [batch], in the units of training (0 to 999).
-          context: [batch, tokens, cross attention dim], the text encoder's hidden states.
+          timesteps: [batch], in the units of training (0 to 999), not necessarily whole.
+          context: [batch, tokens, cross attention dim], the text encoders' hidden states.
+          pooled: [batch, projection dim], the pooled text; for "text_time" networks (XL), which
+            need it.
+          time_ids: [batch, 6] for the same networks: the height and the width of the original, the
+            top and the left of the crop, the height and the width wanted, in pixels; or [batch, 5]
+            with an aesthetic score in place of the last two (the refiner).
+          guidance_scale: [batch], for networks with `time_cond_proj_dim`, distilled from a guided
+            network; None leaves it out, as diffusers does.
 
         Returns:
           [batch, h, w, out channels].
         """
-        sinusoids = timestep_embedding(timesteps, self.config).astype(latents.dtype)
-        time_embedding = self.time_embedding(sinusoids)
+        time_embedding = self._embedded(timesteps, pooled, time_ids, guidance_scale, latents.dtype)
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:
@@ -339,3 +336,25 @@ class UNet2DConditionModel(nnx.Module):
         for block in self.up_blocks:
             x = block(x, skips, time_embedding, context)
         return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+    def _embedded(self, timesteps, pooled, time_ids, guidance_scale, dtype) -> Array:
+        """All that conditions the residual blocks: [batch, time width]."""
+        config = self.config
+        order = {"cosine_first": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
+        condition = None
+        if guidance_scale is not None:
+            # As in Luo et al., 2023, whose w is 0 without guidance, unlike diffusers' scale.
+            condition = sinusoids(
+                1000 * (guidance_scale - 1),
+                config.time_cond_proj_dim,
+                cosine_first=False,
+                freq_shift=1,
+            ).astype(dtype)
+        times = sinusoids(timesteps, config.block_out_channels[0], **order)
+        embedded = self.time_embedding(times.astype(dtype), condition)
+        if self.add_embedding is not None:
+            sizes = sinusoids(time_ids, config.addition_time_embed_dim, **order)
+            sizes = sizes.reshape(len(time_ids), -1)  # [b, ids * dim]
+            added = jnp.concatenate([pooled, sizes], axis=-1).astype(dtype)
+            embedded = embedded + self.add_embedding(added)
+        return embedded

@@ -36,6 +36,8 @@ class AutoencoderKLConfig:
     sample_size: int = 32
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -47,6 +49,11 @@ class AutoencoderKLConfig:
             raise ValueError(f"down_block_types {self.down_block_types} is not supported")
         if self.up_block_types != ("UpDecoderBlock2D",) * count:
             raise ValueError(f"up_block_types {self.up_block_types} is not supported")
+        if any(width % self.norm_num_groups for width in self.block_out_channels):
+            raise ValueError("block_out_channels must be multiples of norm_num_groups")
+        lengths = {len(self.latents_mean or ()), len(self.latents_std or ())}
+        if lengths not in ({0}, {self.latent_channels}):
+            raise ValueError("latents_mean and latents_std must have a number for each channel")
 
     @property
     def factor(self) -> int:
@@ -64,11 +71,20 @@ class AutoencoderKLConfig:
 
     def scale(self, latents: Array) -> Array:
         """The encoder's latents, brought to about unit variance for the denoiser."""
-        return (latents - (self.shift_factor or 0.0)) * self.scaling_factor
+        shift, factor = self._affine
+        return (latents - shift) * factor
 
     def unscale(self, latents: Array) -> Array:
         """The inverse of `scale`."""
-        return latents / self.scaling_factor + (self.shift_factor or 0.0)
+        shift, factor = self._affine
+        return latents / factor + shift
+
+    @property
+    def _affine(self) -> tuple[float | Array, float | Array]:
+        """Shift and factor, or those of each channel."""
+        if self.latents_mean is None:
+            return self.shift_factor or 0.0, self.scaling_factor
+        return jnp.array(self.latents_mean), self.scaling_factor / jnp.array(self.latents_std)
 
 
 class _MidBlock(nnx.Module):

@@ -10,27 +10,48 @@ import pytest
 from flax import nnx
 
 from jaxdiff.checkpoint.diffusers import abstract_network, load_params
+from jaxdiff.checkpoint.weight_files import read_weights
+from jaxdiff.models import clip
+from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
+from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
 
 if importlib.util.find_spec("torch"):
     import torch
 
     torch.set_num_threads(1)  # such small networks only wait for their threads
 
+CONFIGS = {
+    "text_encoder": clip.CLIPTextConfig,
+    "unet": UNetConfig,
+    "vae": AutoencoderKLConfig,
+}
+NETWORKS = {
+    "text_encoder": clip.network,
+    "unet": lambda config: UNet2DConditionModel,
+    "vae": lambda config: AutoencoderKL,
+}
+
 
 @pytest.fixture(scope="session")
 def load():
-    """A function that reads a network with our loader from a folder that diffusers wrote.
+    """A function that reads a network with our loader from a folder in the diffusers layout.
 
-    It returns a function `run(*arrays, method="__call__")` of the compiled network.
+    It returns a function `run(*arrays, method="__call__", options={}, **arrays)` of the compiled
+    network; the options are not traced.
     """
 
-    def load(model_class, config_class, folder: Path):
-        config = config_class.from_json(json.loads((folder / "config.json").read_text()))
-        graph, shapes = abstract_network(model_class, config)
-        params = load_params(shapes, sorted(folder.glob("*.safetensors")), np.float32)
+    def load(network: str, folder: Path):
+        config = CONFIGS[network].from_json(json.loads((folder / "config.json").read_text()))
+        graph, shapes = abstract_network(NETWORKS[network](config), config)
+        (file,) = folder.glob("*.safetensors")
+        params = load_params(shapes, read_weights(network, file), np.float32)
 
-        def run(*arrays, method="__call__"):
-            return jax.jit(lambda p, *a: getattr(nnx.merge(graph, p), method)(*a))(params, *arrays)
+        def run(*arrays, method="__call__", options=None, **named):
+            def call(params, arrays, named):
+                merged = nnx.merge(graph, params)
+                return getattr(merged, method)(*arrays, **named, **(options or {}))
+
+            return jax.jit(call)(params, arrays, named)
 
         return run
 

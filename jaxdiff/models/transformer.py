@@ -1,0 +1,98 @@
+"""`Transformer2DModel`: where a feature map attends to itself and to the text.
+
+Rombach et al., 2022, arXiv:2112.10752, section 3.3 and appendix E.2.1.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxdiff.models.layers import Attention, conv, group_norm
+
+
+class _GEGLU(nnx.Module):
+    """Shazeer, 2020, arXiv:2002.05202: a linear layer gated by the GELU of another."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(width, 2 * hidden, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+
+class _Identity(nnx.Module):
+    """Holds the place of a dropout layer, so that the indices are the checkpoint's."""
+
+    def __call__(self, x: Array) -> Array:
+        return x
+
+
+class _FeedForward(nnx.Module):
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        hidden = 4 * width
+        self.net = nnx.List(
+            [_GEGLU(width, hidden, rngs=rngs), _Identity(), nnx.Linear(hidden, width, rngs=rngs)]
+        )
+
+    def __call__(self, x: Array) -> Array:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, attention to the text, feed-forward: each normalised first, then added."""
+
+    def __init__(self, width: int, num_heads: int, context_width: int, *, rngs: nnx.Rngs):
+        self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.attn1 = Attention(width, num_heads, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.attn2 = Attention(width, num_heads, context_width=context_width, rngs=rngs)
+        self.norm3 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.ff = _FeedForward(width, rngs=rngs)
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        """[batch, h w, width] and [batch, tokens, context width] to x's shape."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """Transformer blocks over the positions of a feature map, beside a shortcut."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        depth: int,
+        context_width: int,
+        *,
+        groups: int,
+        linear_projection: bool,
+        rngs: nnx.Rngs,
+    ):
+        def projection():
+            if linear_projection:
+                return nnx.Linear(channels, channels, rngs=rngs)
+            return conv(channels, channels, 1, rngs=rngs)
+
+        self.norm = group_norm(channels, groups, 1e-6, rngs=rngs)
+        self.proj_in = projection()
+        self.transformer_blocks = nnx.List(
+            [
+                BasicTransformerBlock(channels, num_heads, context_width, rngs=rngs)
+                for _ in range(depth)
+            ]
+        )
+        self.proj_out = projection()
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        """[batch, h, w, channels] and [batch, tokens, context width] to x's shape."""
+        hidden = self.proj_in(self.norm(x))
+        tokens = hidden.reshape(x.shape[0], -1, x.shape[-1])  # [b, h w, c]
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(tokens.reshape(x.shape))
