@@ -60,18 +60,27 @@ def continuous(schedule: NoiseSchedule, steps: int, sampler: str) -> Levels:
     places = np.arange(len(table))
     ratios = np.interp(timesteps, places, table)
     bounds = table[[-1, 0]] if multistep else ratios[[0, -1]]
+    least = table[0]
     if _is_respaced(schedule):
         ratios = _respaced(schedule, steps, *bounds)
         timesteps = np.interp(np.log(ratios), np.log(table), places)
-        if multistep:  # they tell the network whole timesteps, rounded in two ways
-            timesteps = np.round(timesteps) if schedule.use_karras_sigmas else np.floor(timesteps)
-    last = 0.0 if schedule.final_sigmas_type == "zero" else table[0]
-    ratios = np.append(ratios, last)
+        if multistep:
+            timesteps = _whole(timesteps, to_nearest=schedule.use_karras_sigmas)
+        least = ratios[-1] if sampler == "unipc" else least
+    ratios = np.append(ratios, 0.0 if schedule.final_sigmas_type == "zero" else least)
     alpha = 1.0 / np.sqrt(1.0 + ratios**2)
     sigma = ratios * alpha
     from_pure_noise = not multistep and schedule.timestep_spacing != "leading"
     scale = float(sigma[0]) if from_pure_noise else 1.0
     return Levels(timesteps, alpha, sigma, scale)
+
+
+def _whole(timesteps: np.ndarray, *, to_nearest: bool) -> np.ndarray:
+    """Timesteps as diffusers' multistep solvers tell them to the network."""
+    if to_nearest:
+        return timesteps.round()
+    # In float32, as there, the topmost comes out a little below 999 with Stable Diffusion's betas.
+    return np.floor(np.maximum(timesteps - 1e-4, 0.0))
 
 
 def _ratios(schedule: NoiseSchedule) -> np.ndarray:

@@ -45,14 +45,11 @@ def _jax_normal(
     # Named, because JAX's default generator may change and a seed's image must not.
     keys = jax.vmap(partial(jax.random.key, impl="threefry2x32"))(seeds)
 
-    def normal(keys: Array) -> Array:
-        return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
-
-    if not draws:
-        return normal(keys), None
-    fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-    fresh = jax.lax.map(lambda draw: normal(fold_in(keys, draw)), jnp.arange(draws))
-    return normal(keys), fresh
+    for_draw = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+    keys = jnp.concatenate([keys[None], for_draw(keys, jnp.arange(draws))])
+    normal = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32)))
+    noise = normal(keys)
+    return noise[0], noise[1:] if draws else None
 
 
 def torch_normal(seed: int, size: int, draws: int = 1) -> np.ndarray:

@@ -59,16 +59,21 @@ def sampler_table(
     options = {"begin": begin} if name in MULTISTEP else {}
     if name == "ddim":
         options = {"eta": eta}
-    table = SAMPLERS[name](schedule, steps, **options)
+    try:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            table = SAMPLERS[name](schedule, steps, **options)
+        finite = all(np.isfinite(column).all() for column in table.columns().values())
+    except np.linalg.LinAlgError:
+        finite = False
+    if not finite:
+        raise InputError(
+            f"{WHERE}: {name} divides by zero in {steps} steps; set lower_order_final to true, or "
+            "ask for another number of steps"
+        )
     if schedule.prediction_type == "epsilon" and not table.alpha[begin:].all():
         raise InputError(
             f"{WHERE}: prediction_type epsilon cannot start from pure noise; set "
             "rescale_betas_zero_snr to false"
-        )
-    if not all(np.isfinite(column).all() for column in table.columns().values()):
-        raise InputError(
-            f"{WHERE}: {name} divides by zero in {steps} steps; set lower_order_final to true, or "
-            "ask for another number of steps"
         )
     return table
 

@@ -101,6 +101,7 @@ DEFAULTS: dict[str, dict] = {
         "beta_schedule": "scaled_linear",
         "clip_sample": False,
         "original_inference_steps": 50,
+        "set_alpha_to_one": True,
         "timestep_scaling": 10.0,
     },
 }

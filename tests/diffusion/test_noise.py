@@ -15,34 +15,56 @@ TORCH_1234 = [
     *(-2.5273351669311523, 1.477784276008606, -0.16962362825870514, -0.9918573498725891),
     -1.4569084644317627,
 ]
+# The last six of what the same generator draws when it is called once more.
+TORCH_1234_AGAIN = [
+    *(1.1333558559417725, 0.8504235148429871, 1.0533899068832397, 0.36917850375175476),
+    *(0.06279586255550385, -0.329674631357193),
+]
 
 
 @pytest.mark.parametrize("kind", noise.KINDS)
 def test_an_images_noise_is_its_seeds_alone(kind):
-    batch = np.asarray(noise.draw(SEEDS, SHAPE, kind))
-    for seed, drawn in zip(SEEDS, batch, strict=True):
-        alone = np.asarray(noise.draw(np.array([seed]), SHAPE, kind))[0]
-        np.testing.assert_array_equal(drawn, alone)
-    assert len({drawn.tobytes() for drawn in batch}) == len(SEEDS)
+    batch, fresh = map(np.asarray, noise.draw(SEEDS, SHAPE, kind, draws=2))
+    assert fresh.shape == (2, len(SEEDS), *SHAPE)
+    for i, seed in enumerate(SEEDS):
+        alone, fresh_alone = noise.draw(np.array([seed]), SHAPE, kind, draws=2)
+        np.testing.assert_array_equal(batch[i], alone[0])
+        np.testing.assert_array_equal(fresh[:, i], fresh_alone[:, 0])
+    drawn = [*batch, *fresh.reshape(-1, *SHAPE)]
+    assert len({one.tobytes() for one in drawn}) == 3 * len(SEEDS)
+
+
+@pytest.mark.parametrize("kind", noise.KINDS)
+def test_how_much_more_is_drawn_changes_nothing(kind):
+    start, none = noise.draw(SEEDS, SHAPE, kind)
+    assert none is None
+    starts, fresh = zip(*(noise.draw(SEEDS, SHAPE, kind, draws) for draws in (1, 5)), strict=True)
+    for other in starts:
+        np.testing.assert_array_equal(start, other)
+    np.testing.assert_array_equal(fresh[0], fresh[1][:1])
 
 
 @pytest.mark.parametrize("kind", noise.KINDS)
 def test_noise_is_standard_normal(kind):
-    values = np.asarray(noise.draw(np.arange(64, dtype=np.uint32), (16, 16, 4), kind))
-    assert values.dtype == np.float32
-    assert abs(values.mean()) < 0.02
-    assert abs(values.std() - 1) < 0.02
-    assert abs((np.abs(values) < 1).mean() - 0.6827) < 0.01
+    for values in noise.draw(np.arange(64, dtype=np.uint32), (16, 16, 4), kind, draws=1):
+        values = np.asarray(values)
+        assert values.dtype == np.float32
+        assert abs(values.mean()) < 0.02
+        assert abs(values.std() - 1) < 0.02
+        assert abs((np.abs(values) < 1).mean() - 0.6827) < 0.01
 
 
 def test_torchs_noise_is_reproduced():
-    np.testing.assert_allclose(noise.torch_normal(1234, 21), TORCH_1234, atol=5e-7)
+    first, second = noise.torch_normal(1234, 21, draws=2)
+    np.testing.assert_allclose(first, TORCH_1234, atol=5e-7)
+    np.testing.assert_allclose(second[-6:], TORCH_1234_AGAIN, atol=5e-7)
 
 
 def test_torchs_noise_is_laid_out_channels_first():
-    drawn = noise.draw(np.array([3], np.uint32), (4, 6, 2), "torch")[0]
-    flat = noise.torch_normal(3, 48)
-    np.testing.assert_array_equal(drawn.transpose(2, 0, 1).reshape(-1), flat)
+    start, fresh = noise.draw(np.array([3], np.uint32), (4, 6, 2), "torch", draws=2)
+    drawn = np.stack([start[0], *fresh[:, 0]])
+    flat = noise.torch_normal(3, 48, draws=3)
+    np.testing.assert_array_equal(drawn.transpose(0, 3, 1, 2).reshape(3, -1), flat)
 
 
 def test_sizes_that_torch_draws_in_another_way_are_refused():

@@ -8,11 +8,18 @@ X0, NOISE = RNG.normal(size=(2, 3, 8, 8, 4))
 ALPHA, SIGMA = 0.6, 0.8
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_a_perfect_prediction_gives_the_image_back(prediction_type):
     x = objective.noisy(X0, NOISE, ALPHA, SIGMA)
     output = objective.target(X0, NOISE, ALPHA, SIGMA, prediction_type)
     np.testing.assert_allclose(objective.to_x0(output, x, ALPHA, SIGMA, prediction_type), X0)
+
+
+def test_a_perfect_flow_gives_the_image_back():
+    x = objective.noisy(X0, NOISE, 0.3, 0.7)
+    flow = objective.target(X0, NOISE, 0.3, 0.7, "flow")
+    np.testing.assert_allclose(objective.to_x0(flow, x, 0.3, 0.7, "flow"), X0)
+    np.testing.assert_allclose(x - 0.7 * flow, X0)  # a straight line
 
 
 def test_v_is_the_velocity_of_the_circle_from_image_to_noise():
@@ -34,3 +41,18 @@ def test_guidance_is_each_images_own():
     np.testing.assert_allclose(mixed[1], unconditional[1], atol=1e-6)
     expected = unconditional[2] + 5 * (conditional[2] - unconditional[2])
     np.testing.assert_allclose(mixed[2], expected, atol=1e-5)
+
+
+def test_rescaled_guidance_has_the_conditional_predictions_deviation():
+    unconditional, conditional = RNG.normal(size=(2, 3, 4, 4, 2)).astype(np.float32)
+    pairs, scale = guidance.paired(unconditional, conditional), np.full(3, 7.5, np.float32)
+    plain = guidance.guide(pairs, scale)
+    for none in (None, 0.0, np.zeros(3, np.float32)):
+        np.testing.assert_array_equal(guidance.guide(pairs, scale, none), plain)
+    phi = np.array([1.0, 0.0, 0.7], np.float32)
+    deviations = np.asarray(guidance.guide(pairs, scale, phi)).std(axis=(1, 2, 3))
+    theirs, own = conditional.std(axis=(1, 2, 3)), np.asarray(plain).std(axis=(1, 2, 3))
+    np.testing.assert_allclose(deviations, phi * theirs + (1 - phi) * own, rtol=1e-5)
+    np.testing.assert_allclose(
+        guidance.guide(pairs, scale, 0.7)[2], guidance.guide(pairs, scale, phi)[2]
+    )

@@ -1,0 +1,156 @@
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxdiff.diffusion.samplers import SAMPLERS, sampler_table
+from jaxdiff.diffusion.schedule import FLOW_CLASS, NoiseSchedule, max_steps
+from jaxdiff.errors import InputError
+
+SD15 = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_signal_only_falls(beta_schedule):
+    bars = NoiseSchedule(beta_schedule=beta_schedule).alpha_bars()
+    assert bars.shape == (1000,)
+    assert bars.dtype == np.float64
+    assert (np.diff(bars) < 0).all()
+    assert bars[0] > 0.99
+    assert 0 < bars[-1] < 0.01
+
+
+def test_zero_snr_rescaling_keeps_the_first_timestep_and_ends_at_zero():
+    plain = NoiseSchedule(beta_schedule="scaled_linear").alpha_bars()
+    rescaled = NoiseSchedule(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
+    assert rescaled.alpha_bars()[0] == pytest.approx(plain[0])
+    assert rescaled.alpha_bars()[-1] == 0
+
+
+def test_a_stable_diffusion_config_is_read_for_every_sampler():
+    spacings = {name: NoiseSchedule.from_json(SD15, name).timestep_spacing for name in SAMPLERS}
+    leading = {name for name, spacing in spacings.items() if spacing == "leading"}
+    assert leading == {"ddim", "ddpm", "pndm", "lcm"}
+    for name in SAMPLERS:
+        assert NoiseSchedule.from_json(SD15, name).beta_end == 0.012
+    assert not NoiseSchedule.from_json(SD15, "ddim").set_alpha_to_one
+    assert NoiseSchedule.from_json({"clip_sample": False}, "ddim").set_alpha_to_one
+    assert not NoiseSchedule.from_json({}, "pndm").set_alpha_to_one
+
+
+def test_defaults_that_another_class_wrote_down_are_not_taken():
+    written = {"timestep_spacing": "leading", "_use_default_values": ["timestep_spacing"]}
+    assert NoiseSchedule.from_json(written, "euler").timestep_spacing == "linspace"
+
+
+def test_keys_that_the_sampler_does_not_know_are_dropped():
+    strange = {"clip_sample": True, "thresholding": True, "rescale_betas_zero_snr": True, "x": 1}
+    assert not NoiseSchedule.from_json(strange, "pndm").rescale_betas_zero_snr
+    assert NoiseSchedule.from_json(strange, "euler").rescale_betas_zero_snr
+
+
+@pytest.mark.parametrize(
+    ("sampler", "config"),
+    [
+        ("ddim", {"beta_schedule": "sigmoid"}),
+        ("pndm", {"prediction_type": "sample"}),
+        ("pndm", {"skip_prk_steps": False}),
+        ("ddim", {"timestep_spacing": "karras"}),
+        ("ddim", {"clip_sample": True}),
+        ("ddpm", {"thresholding": True}),
+        ("ddpm", {"variance_type": "learned_range"}),
+        ("euler", {"interpolation_type": "log_linear"}),
+        ("euler", {"timestep_type": "continuous"}),
+        ("heun", {"trained_betas": [0.1] * 1000}),
+        ("dpmpp_2m", {"algorithm_type": "dpmsolver"}),
+        ("dpmpp_2m", {"lambda_min_clipped": -5.1}),
+        ("dpmpp_2m_sde", {"solver_order": 3}),
+        ("dpmpp_2m", {"solver_type": "heun"}),
+        ("dpmpp_2m", {"use_flow_sigmas": True}),
+        ("unipc", {"predict_x0": False}),
+        ("unipc", {"disable_corrector": [0]}),
+        ("unipc", {"final_sigmas_type": {"zero": 1}}),
+        ("euler", {"_class_name": FLOW_CLASS, "use_dynamic_shifting": True}),
+        ("euler", {"_class_name": FLOW_CLASS, "stochastic_sampling": True}),
+    ],
+)
+def test_what_would_change_the_result_is_refused_by_name(sampler, config):
+    key = list(config)[-1]
+    with pytest.raises(InputError, match=rf"scheduler_config.json: {key} = .* set it to ") as error:
+        NoiseSchedule.from_json({"clip_sample": False, **config}, sampler)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_default_that_is_not_built_is_named_as_one():
+    with pytest.raises(InputError, match="clip_sample = true, the default, is not built for ddim"):
+        NoiseSchedule.from_json({}, "ddim")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_train_timesteps": 10**12},
+        {"num_train_timesteps": "1000"},
+        {"num_train_timesteps": True},
+        {"num_train_timesteps": 1},
+        {"beta_start": math.nan},
+        {"beta_end": None},
+        {"beta_end": 1.5},
+        {"beta_end": 0.9},
+        {"steps_offset": -1},
+        {"steps_offset": 500},
+        {"sigma_max": 0},
+    ],
+)
+def test_impossible_numbers_are_refused_by_name(config):
+    with pytest.raises(InputError, match=next(iter(config))):
+        NoiseSchedule.from_json(config, "euler")
+
+
+def test_two_ways_of_placing_sigmas_are_refused():
+    config = {"use_karras_sigmas": True, "use_exponential_sigmas": True}
+    with pytest.raises(InputError, match="keep one of them"):
+        NoiseSchedule.from_json(config, "euler")
+    assert NoiseSchedule.from_json({**config, "clip_sample": False}, "ddim")
+
+
+def test_a_flow_schedule_is_eulers_alone():
+    config = {"_class_name": FLOW_CLASS, "shift": 3.0}
+    schedule = NoiseSchedule.from_json(config, "euler")
+    assert schedule.prediction_type == "flow"
+    table = sampler_table("euler", schedule, 10)
+    np.testing.assert_allclose(table.alpha + table.sigma, 1.0)
+    assert table.sigma[0] == 1
+    assert (np.diff(table.sigma) < 0).all()
+    with pytest.raises(InputError, match="ask for euler"):
+        NoiseSchedule.from_json(config, "dpmpp_2m")
+
+
+def test_the_most_steps_are_known_for_each_sampler():
+    most = {name: max_steps(SD15, name) for name in SAMPLERS}
+    assert most == {
+        **{"ddim": 999, "ddpm": 999, "pndm": 999, "lcm": 50},
+        **{"euler": 1000, "euler_ancestral": 1000, "heun": 1000},
+        **{"dpmpp_2m": 999, "dpmpp_2m_sde": 999, "unipc": 999},
+    }
+    assert max_steps({**SD15, "timestep_spacing": "leading"}, "dpmpp_2m") == 998
+    assert max_steps({**SD15, "timestep_spacing": "trailing"}, "unipc") == 1000
+
+
+def test_schedules_are_read_without_jax():
+    code = "import sys, jaxdiff.diffusion.schedule; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
