@@ -18,6 +18,7 @@ MAX_TEXT_CHARACTERS = 4000
 MAX_SIDE_PX = 8192
 MAX_IMAGES = 1_000_000  # of one row
 MAX_GUIDANCE_SCALE = 1000
+MAX_STEPS = 100_000  # `steps_of` knows better, once the sampler is known
 MAX_CLIP_SKIP = 100
 MAX_PROMPT_CHUNKS = 16
 DTYPES = ("float32", "bfloat16")
@@ -28,11 +29,11 @@ class BadValueError(ValueError):
     """A value that cannot be used; the message names it and says what would do."""
 
 
-def of_request(size_multiple: int, max_steps: int) -> dict[str, tuple]:
+def of_request(size_multiple: int) -> dict[str, tuple]:
     """How each value of a `Request` is checked: by name the check and its arguments.
 
     Args:
-      size_multiple, max_steps: the `Checkpoint`'s.
+      size_multiple: the `Checkpoint`'s.
     """
     return {
         "prompt": (text,),
@@ -40,7 +41,7 @@ def of_request(size_multiple: int, max_steps: int) -> dict[str, tuple]:
         "seed": (integer, 0, MAX_SEED),
         "width": (side, size_multiple),
         "height": (side, size_multiple),
-        "steps": (integer, 1, max_steps),
+        "steps": (integer, 1, MAX_STEPS),
         "guidance_scale": (number, 0, MAX_GUIDANCE_SCALE),
         "sampler": (choice, SAMPLERS),
     }

@@ -126,7 +126,7 @@ class TextToImage:
         }
         said = {name: value for name, value in asdict(request).items() if value is not None}
         values = {**defaults, **said}
-        rules = checks.of_request(self.checkpoint.size_multiple, self.checkpoint.max_steps)
+        rules = checks.of_request(self.checkpoint.size_multiple)
         try:
             for name, (check, *arguments) in rules.items():
                 values[name] = check(name, values[name], *arguments)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jaxdiff import cli
-from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.checkpoint.ensemble import open_ensemble
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.errors import InputError
@@ -28,9 +28,9 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
 def test_help_names_the_commands_and_an_example(capsys):
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert re.findall(r"^  (\w+)  +", said, re.M) == ["generate", "verify", "train"]
+    assert re.findall(r"^  (\w+)  +", said, re.M) == ["generate", "inspect", "verify", "train"]
     assert "jaxdiff generate --manifest prompts.txt --output out/first" in said
-    for command in ("generate", "verify", "train"):
+    for command in ("generate", "inspect", "verify", "train"):
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
         assert f"usage: jaxdiff {command}" in capsys.readouterr().out
@@ -44,13 +44,14 @@ def test_the_version_is_that_of_the_installed_package(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["make"], "unknown command 'make'; the commands are generate, verify, train"),
+        (["make"], "unknown command 'make'; the commands are generate, inspect, verify, train"),
         (["verify"], "the following arguments are required: DIR (jaxdiff verify --help"),
         (["verify", "/nowhere"], "/nowhere holds no jaxdiff run"),
         (["generate"], "--manifest is missing (jaxdiff generate --help"),
         (["generate", "--manifest", "x.txt"], "--output is missing"),
         (["generate", "--steps"], "argument --steps: expected one argument"),
         (["generate", "no.toml"], "job file no.toml cannot be read"),
+        (["inspect", "/nowhere"], "model '/nowhere' is neither a diffusers directory"),
         (["train"], "the following arguments are required: RECIPE.toml, --output"),
     ],
 )
@@ -100,7 +101,7 @@ def test_the_command_line_goes_before_the_job_file(job_file):
         'manifest = "a.txt"\noutput = "out"\nsteps = 30\nguidance-scale = 2\nstrict = true\n'
     )
     job, rest = options.parse([path, "--steps=7", "--runner", "FlinkRunner"])
-    assert (job.manifest, job.output, job.model) == (Path("a.txt"), Path("out"), "shapes64")
+    assert (job.manifest, job.output, job.models.model) == (Path("a.txt"), Path("out"), "shapes64")
     assert job.settings == {"steps": "7", "guidance_scale": 2}
     assert (job.strict, job.overwrite) == (True, False)
     assert rest == ["--runner", "FlinkRunner"]
@@ -124,10 +125,10 @@ def test_a_job_file_that_cannot_be_used_is_named(job_file, text, message):
 def test_the_demo_shows_every_template_of_the_shapes_world(tmp_path, tiny_checkpoint, monkeypatch):
     monkeypatch.chdir(ROOT)
     job, _ = options.parse(["configs/jobs/demo.toml"])
-    checkpoint = open_checkpoint(tiny_checkpoint)
-    settings = job_settings.resolve(job.settings, checkpoint)
-    identity = plans.identify(job.manifest, settings, checkpoint)
-    plan = plans.make(job.manifest, settings, checkpoint, identity, tmp_path / "plan")
+    model = open_ensemble(tiny_checkpoint)
+    settings = job_settings.resolve(job.settings, model.base)
+    identity = plans.identify(job.manifest, settings, model)
+    plan = plans.make(job.manifest, settings, model, identity, tmp_path / "plan")
     assert plan.images >= 64
     assert plan.rows["rejected"] == 0
     assert plan.rows["accepted"] >= 32

@@ -189,12 +189,12 @@ class Checkpoint:
     @cached_property
     def latent_channels(self) -> int:
         """The channels of the autoencoder's latents."""
-        return self._count("vae", "latent_channels", default=4, least=1)
-
-    @cached_property
-    def max_steps(self) -> int:
-        """The most steps that every sampler can take; dpmpp_2m needs two timesteps more."""
-        return self._count("scheduler", "num_train_timesteps", default=1000, least=3) - 2
+        channels = self.config("vae").get("latent_channels", 4)
+        if type(channels) is not int or channels < 1:
+            raise InputError(
+                f"{self._place('vae')}: latent_channels = {channels!r} must be a positive number"
+            )
+        return channels
 
     @property
     def _defaults(self) -> tuple[int, float]:
@@ -204,14 +204,6 @@ class Checkpoint:
     def _place(self, component: str) -> Path:
         """The file that says a component's config, for messages."""
         return self.files.get(f"{component}/{CONFIGS[component]}", self.path)
-
-    def _count(self, component: str, key: str, default: int, least: int) -> int:
-        value = self.config(component).get(key, default)
-        if type(value) is not int or value < least:
-            raise InputError(
-                f"{self._place(component)}: {key} = {value!r} must be a whole number from {least}"
-            )
-        return value
 
 
 def open_checkpoint(model: str | Path, variant: str | None = None) -> Checkpoint:

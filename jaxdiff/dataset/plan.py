@@ -236,7 +236,7 @@ class _Reader:
     def __init__(self, path: Path, settings: Settings, checkpoint: Checkpoint, rejected):
         self.path, self.settings, self.checkpoint = path, settings, checkpoint
         self.rejected = rejected
-        self.checks = checks.of_request(checkpoint.size_multiple, checkpoint.max_steps)
+        self.checks = checks.of_request(checkpoint.size_multiple)
         scheduler = checkpoint.scheduler | checks.scheduler_changes(settings.scheduler)
         self.check_steps = cache(partial(checks.steps_of, scheduler_config=scheduler))
         self.counts = {"blank": 0, "rejected": 0, "accepted": 0}

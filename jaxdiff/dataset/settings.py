@@ -59,7 +59,7 @@ def resolve(said: dict, checkpoint: Checkpoint) -> Settings:
     """
     said = {name: value for name, value in said.items() if value is not None}
     said.setdefault("steps", checkpoint.default_steps)  # which may be too many for the sampler
-    every = CHECKS | checks.of_request(checkpoint.size_multiple, checkpoint.max_steps)
+    every = CHECKS | checks.of_request(checkpoint.size_multiple)
     every |= checks.of_options()
     settings = {"guidance_scale": checkpoint.default_guidance_scale}
     for name, value in said.items():

@@ -11,7 +11,8 @@ from flax import nnx
 from jax import Array
 
 from jaxdiff.checkpoint import diffusers
-from jaxdiff.checkpoint.layout import CONFIGS, NETWORKS, read_json
+from jaxdiff.checkpoint.components import CONFIGS, NETWORKS, read_json
+from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.errors import InputError
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.text_to_image import to_pixels
@@ -96,7 +97,8 @@ def load_autoencoder(directory: Path) -> tuple[AutoencoderKLConfig, nnx.GraphDef
         raise InputError(f"{path} is missing: train the autoencoder's recipe first")
     config = AutoencoderKLConfig.from_json(read_json(path))
     graph, shapes = diffusers.abstract_network(AutoencoderKL, config)
-    return config, graph, diffusers.load_params(shapes, [directory / WEIGHTS], jnp.float32)
+    weights = read_weights("vae", directory / WEIGHTS)
+    return config, graph, diffusers.load_params(shapes, weights, jnp.float32)
 
 
 def save_autoencoder(directory: Path, config: AutoencoderKLConfig, params: Params) -> None:

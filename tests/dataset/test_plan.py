@@ -165,7 +165,7 @@ def test_a_damaged_plan_is_refused(tmp_path, manifest, tiny_checkpoint):
     make_plan(tmp_path / "out", manifest, tiny_checkpoint)
     path = tmp_path / "out" / "_jaxdiff" / "plan" / "plan.json"
     whole = path.read_text()
-    for damaged in ("", "[]", "{}", whole.replace('"steps": 20', '"steps": 21')):
+    for damaged in ("", "[]", "{}", whole.replace('"steps": 50', '"steps": 51')):
         path.write_text(damaged)
         with pytest.raises(InputError, match=r"plan\.json cannot be used .* --overwrite"):
             plans.load(tmp_path / "out")
@@ -194,8 +194,8 @@ assert not heavy, heavy
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"steps": "0"}, "--steps must be a whole number from 1 to 998, not '0'"),
-        ({"steps": 999}, "--steps must be a whole number from 1 to 998, not 999"),
+        ({"steps": "0"}, "--steps must be a whole number from 1 to 100000, not '0'"),
+        ({"steps": 1001}, "steps must be at most 1000 for ddim, not 1001"),
         ({"width": "100"}, "--width must be a multiple of 8 for this model, not 100"),
         ({"batch_size": 0}, "--batch-size must be a whole number from 1"),
         ({"guidance_scale": "x"}, "--guidance-scale must be a number from 0 to 1000"),

@@ -438,7 +438,7 @@ def test_another_kind_of_device_does_not_continue_a_job(tmp_path, command, capsy
     ("more", "message"),
     [
         (["--strict"], "--strict: 1 of 5 rows of"),
-        (["--steps=0"], "--steps must be a whole number from 1 to 998, not '0'"),
+        (["--steps=0"], "--steps must be a whole number from 1 to 100000, not '0'"),
         (["--manifest=no.csv"], "manifest no.csv does not exist"),
         (["--model=no"], "model 'no' is neither"),
         (["--mesh=data=64"], "--mesh data=64: needs 64 devices, but there are"),
