@@ -110,7 +110,7 @@ def lcm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     """Luo et al., 2023, arXiv:2310.04378, algorithm 3: estimate x_0, and make it noisy again.
 
     The estimate is mixed with x so that at timestep 0 it would be x (Song et al., 2023,
-    arXiv:2303.01469, equation 5); the timesteps are some of those that it was distilled at.
+    arXiv:2303.01469, equation 5); the timesteps are some of those of the distillation.
     """
     originally = schedule.original_inference_steps
     trained = np.arange(originally, 0, -1) * (schedule.num_train_timesteps // originally) - 1
@@ -164,12 +164,12 @@ def heun(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     """
     predictor = euler(schedule, steps)
     at = levels.continuous(schedule, steps, "heun")
-    rows, odd = 2 * steps - 1, np.arange(1, 2 * steps - 1, 2)
+    rows = 2 * steps - 1
     place = (np.arange(rows) + 1) // 2  # each level but the first is evaluated twice
     a, b = np.ones(rows), np.zeros((rows, 2))
     a[::2], b[::2] = predictor.a, predictor.b[:, :2]
     half = at.alpha[1:-1] * (1.0 - at.ratio[:-2] / at.ratio[1:-1]) / 2.0
-    b[odd] = np.stack([-half, half], axis=1)
+    b[1::2] = np.stack([-half, half], axis=1)
     return _table(
         at.timesteps[place], at.alpha[place], at.sigma[place], a, b, initial_scale=at.initial_scale
     )
@@ -322,7 +322,7 @@ def _unipc_correction(half_log_snr: np.ndarray, order: int, bh1: bool) -> np.nda
 
 
 def _unipc_terms(half_log_snr: np.ndarray, order: int, bh1: bool):
-    """The r_m of the earlier estimates, -B(h), and the a_m of UniP and UniC (theorem 3.1)."""
+    """The r_m of the earlier estimates, B(-h), and the a_m of UniP and UniC (theorem 3.1)."""
     h = half_log_snr[-1] - half_log_snr[-2]
     places = (half_log_snr[-3 : -order - 2 : -1] - half_log_snr[-2]) / h
     scale = -h if bh1 else np.expm1(-h)
@@ -332,7 +332,7 @@ def _unipc_terms(half_log_snr: np.ndarray, order: int, bh1: bool):
         factorial *= k + 1
         phi = phi / -h - 1.0 / factorial
     matrix = np.vander([*places, 1.0], order, increasing=True).T
-    if order == 1:  # as the authors' code; equation (8) would give nearly the same
+    if order == 1:  # as in the authors' code
         return places, scale, places, np.array([0.5])
     predicted = np.array([0.5])
     if order == 3:
