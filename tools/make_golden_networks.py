@@ -34,7 +34,7 @@ CLASSES = {
 
 
 def main() -> None:
-    """Compares nothing: what diffusers says is right."""
+    """Draws, runs and writes."""
     configs, arrays = {}, {}
     for family in FAMILIES:
         for network, network_class in CLASSES.items():
