@@ -34,7 +34,7 @@ def from_json(cls, component: str, data: dict, fixed: dict):
             raise InputError(f"{component}/config.json: the key {key} = {value!r} is not supported")
     try:
         return cls(**taken)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{component}/config.json: {error}") from error
 
 

@@ -1,0 +1,66 @@
+"""A config that asks for what is not built is refused by its key, and the others come back."""
+
+import pytest
+
+from jaxdiff.errors import InputError
+from jaxdiff.models import clip
+from jaxdiff.models.unet import UNetConfig
+from jaxdiff.models.vae import AutoencoderKLConfig
+
+XL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "attention_head_dim": [5, 10, 20, 20],
+    "transformer_layers_per_block": [1, 2, 10, 10],
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (UNetConfig, "layers_per_block", [2, 2, 2, 2]),
+        (UNetConfig, "layers_per_block", "2"),
+        (UNetConfig, "layers_per_block", True),
+        (UNetConfig, "cross_attention_dim", [768, 768, 768, 768]),
+        (UNetConfig, "transformer_layers_per_block", [1, [2, 2], 10, 10]),
+        (UNetConfig, "transformer_layers_per_block", [1, 2, 10]),
+        (UNetConfig, "transformer_layers_per_block", 0),
+        (UNetConfig, "reverse_transformer_layers_per_block", [[4, 4], 2]),
+        (UNetConfig, "attention_head_dim", [5, 10]),
+        (UNetConfig, "block_out_channels", [320, 640, 1280, 1300]),
+        (UNetConfig, "mid_block_type", None),
+        (UNetConfig, "num_attention_heads", 8),
+        (UNetConfig, "num_class_embeds", 1000),
+        (UNetConfig, "class_embed_type", "timestep"),
+        (UNetConfig, "encoder_hid_dim", 4096),
+        (UNetConfig, "addition_embed_type", "image"),
+        (UNetConfig, "addition_embed_type", "text_time"),  # without its widths
+        (UNetConfig, "down_block_types", ["AttnDownBlock2D"] * 4),
+        (clip.CLIPTextConfig, "architectures", ["CLIPModel"]),
+        (clip.CLIPTextConfig, "hidden_act", "relu"),
+        (clip.CLIPTextConfig, "hidden_size", 500),
+        (clip.CLIPTextConfig, "eos_token_id", None),
+        (AutoencoderKLConfig, "latents_mean", [0.0] * 4),  # without latents_std
+        (AutoencoderKLConfig, "norm_num_groups", 7),
+        (AutoencoderKLConfig, "scaling_factor", None),
+    ],
+)
+def test_what_is_not_built_is_refused(config, key, value):
+    with pytest.raises(InputError, match=rf"^\w+/config\.json: .*{key}") as refusal:
+        config.from_json({key: value})
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "data"),
+    [
+        (UNetConfig, {}),
+        (UNetConfig, {**XL, "time_cond_proj_dim": 256, "sample_size": [96, 64]}),
+        (AutoencoderKLConfig, {"latents_mean": [0.5] * 4, "latents_std": [2, 1, 1, 1]}),
+        (clip.CLIPTextConfig, {"architectures": ["CLIPTextModelWithProjection"]}),
+    ],
+)
+def test_what_is_written_is_read_again(config, data):
+    read = config.from_json(data)
+    assert config.from_json(read.to_json()) == read
