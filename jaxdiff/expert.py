@@ -94,7 +94,7 @@ class Expert:
     def conditioning(self, batch: Sequence[Request], *, negative: bool = False) -> Conditioning:
         """What the denoiser is told of a batch, or of what to steer away from."""
         prompts = [r.negative_prompt if negative else r.prompt for r in batch]
-        embeddings = self._encode(prompts)
+        embeddings = self._encode(prompts, negative=negative)
         if negative and self._ignores_empty and "" in embeddings:
             embeddings[""] = jax.tree.map(jnp.zeros_like, embeddings[""])
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[embeddings[p] for p in prompts])

@@ -52,15 +52,20 @@ class PromptEncoder:
         """
         self.mesh, self.chunks = mesh, chunks
         self.tokenizers, self.params, graphs = {}, {}, {}
+        xl = "text_encoder_2" in checkpoint.text_encoders
         for name in checkpoint.text_encoders:
             config = clip.CLIPTextConfig.from_json(checkpoint.config(name))
             tokenizer = CLIPTokenizer.from_pretrained(checkpoint.tokenizer(name))
             self.tokens = min(tokenizer.model_max_length, config.max_position_embeddings)
             self.tokenizers[name] = tokenizer
-            if clip_skip >= config.num_hidden_layers:
+            words, layers = config.vocab_size, config.num_hidden_layers
+            if len(tokenizer) > words:
                 raise InputError(
-                    f"--clip-skip {clip_skip}: {name} has only {config.num_hidden_layers} layers"
+                    f"{checkpoint.tokenizer(name)} has {len(tokenizer)} tokens, but {name} knows "
+                    f"{words}: it is another model's; copy the checkpoint again"
                 )
+            if clip_skip + XL_LAYERS_SKIPPED * xl > layers:
+                raise InputError(f"--clip-skip {clip_skip}: {name} has only {layers} layers")
             graphs[name], shapes = abstract_network(clip.network(config), config)
             self.params[name] = load_params(
                 shapes,
@@ -68,21 +73,27 @@ class PromptEncoder:
                 dtype,
                 parallel.parameter_shardings(mesh, shapes),
             )
-        xl = "text_encoder_2" in graphs
-        self._encode = jax.jit(
-            partial(
-                encode_tokens,
-                graphs,
-                layers_skipped=clip_skip + XL_LAYERS_SKIPPED * xl,
-                final_norm=not xl,
-                pooled=xl,
+        # By how many layers are skipped: a negative prompt skips none that it need not.
+        self._encode = {
+            clip_skip: jax.jit(
+                partial(
+                    encode_tokens,
+                    graphs,
+                    layers_skipped=clip_skip + XL_LAYERS_SKIPPED * xl,
+                    final_norm=not xl,
+                    pooled=xl,
+                )
             )
-        )
-        self._remembered: dict[str, Embedding] = {}
+            for clip_skip in (0, clip_skip)
+        }
+        self._clip_skip = clip_skip
+        self._remembered: dict[int, dict[str, Embedding]] = {skip: {} for skip in self._encode}
 
-    def __call__(self, prompts: Iterable[str]) -> dict[str, Embedding]:
-        """The embedding of each prompt."""
-        found = {p: self._remembered.pop(p) for p in set(prompts) if p in self._remembered}
+    def __call__(self, prompts: Iterable[str], *, negative: bool = False) -> dict[str, Embedding]:
+        """The embedding of each prompt; `clip_skip` is not for negative ones, as in diffusers."""
+        clip_skip = 0 if negative else self._clip_skip
+        remembered = self._remembered[clip_skip]
+        found = {p: remembered.pop(p) for p in set(prompts) if p in remembered}
         new = sorted(set(prompts) - found.keys())
         for start in range(0, len(new), TEXT_BATCH):
             texts = new[start : start + TEXT_BATCH]
@@ -91,14 +102,14 @@ class PromptEncoder:
                 name: chunked_tokens(tokenizer, padded, self.tokens, self.chunks)
                 for name, tokenizer in self.tokenizers.items()
             }
-            encoded = self._encode(self.params, token_ids)
+            encoded = self._encode[clip_skip](self.params, token_ids)
             if not parallel.may_run_ahead(self.mesh):
                 jax.block_until_ready(encoded)
             for i, text in enumerate(texts):
                 found[text] = jax.tree.map(lambda array, i=i: array[i], encoded)
-        self._remembered |= found  # the newest last
-        while len(self._remembered) > REMEMBERED_PROMPTS:
-            del self._remembered[next(iter(self._remembered))]
+        remembered |= found  # the newest last
+        while len(remembered) > REMEMBERED_PROMPTS:
+            del remembered[next(iter(remembered))]
         return found
 
 

@@ -165,20 +165,26 @@ class TextToImage:
           batch_size: as in `generate`; a last short batch is filled with copies.
         """
         batch_size *= self.mesh.shape["data"]
-        requests, running = iter(requests), deque()
+        requests, running, plan = iter(requests), deque(), None
         ahead = 1 if parallel.may_run_ahead(self.mesh) else 0
         while batch := list(itertools.islice(requests, batch_size)):
-            running.append((batch, self._dispatch(batch, batch_size)))
+            plan = plan or self._tables(batch[0])
+            running.append((batch, self._dispatch(batch, batch_size, *plan)))
             if len(running) > ahead:
                 yield from _fetch(*running.popleft())
         while running:
             yield from _fetch(*running.popleft())
 
-    def _dispatch(self, batch: list[Request], batch_size: int) -> tuple[Array, Array]:
+    def _dispatch(
+        self,
+        batch: list[Request],
+        batch_size: int,
+        tables: list[samplers.SamplerTable],
+        stretches: tuple[Stretch, ...],
+    ) -> tuple[Array, Array]:
         """Starts a batch on the device; returns pixels and finiteness, perhaps not computed yet."""
         batch = batch + batch[-1:] * (batch_size - len(batch))
         first = batch[0]
-        tables, stretches = self._tables(first)
         place = partial(jax.device_put, device=parallel.batch_sharding(self.mesh))
         shape = (first.height // self.factor, first.width // self.factor, self.channels)
         seeds = place(np.array([request.seed for request in batch], np.uint32))

@@ -1,11 +1,18 @@
 """A complete checkpoint that is small enough for every test: real structure, random weights."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # One CPU device, whatever the machine has: the tests compare bits. Before JAX is imported.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("XLA_FLAGS", None)
+# Models that differ in weights or options only are the same program: compile it once in a run.
+COMPILED = tempfile.mkdtemp(prefix="jaxdiff-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 import numpy as np
 import pytest

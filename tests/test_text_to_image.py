@@ -1,6 +1,8 @@
 """The compiled path on a random model: what an image depends on, and what it does not."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -134,6 +136,15 @@ def test_an_option_changes_the_image_whatever_the_neighbours(tiny_checkpoint, im
     np.testing.assert_array_equal(alone, together[2])
 
 
+def test_another_models_tokenizer_is_refused(tiny_checkpoint, tmp_path):
+    directory = shutil.copytree(tiny_checkpoint, tmp_path / "mixed")
+    added = {"added_tokens_decoder": {"641": {"content": "<new>", "special": True}}}
+    path = directory / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | added))
+    with pytest.raises(InputError, match="has 642 tokens, but text_encoder knows 641"):
+        jaxdiff.load(directory)
+
+
 def test_the_end_of_a_long_prompt_counts_where_it_has_room(tiny_checkpoint):
     long = replace(REQUESTS[0], prompt="a red circle and a blue star " * 4)
     requests = [long, replace(long, prompt=long.prompt + "on a white background")]
@@ -194,7 +205,7 @@ np.save({str(tmp_path / "pixels.npy")!r}, t.pixels(images))
         ({"dtype": "float8"}, "float32, bfloat16"),
         ({"noise": "numpy"}, "jax, torch"),
         ({"eta": 1.5}, "eta must be a number from 0 to 1"),
-        ({"clip_skip": 2}, "text_encoder has only 2 layers"),
+        ({"clip_skip": 3}, "text_encoder has only 2 layers"),
     ],
 )
 def test_bad_arguments_of_load_are_named(tiny_checkpoint, arguments, message):

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import cache, partial
 
-import jax
 import numpy as np
 import pytest
 
@@ -44,14 +43,6 @@ PROMPTS = [
     "an orange ring and a blue square",
     "a red circle left of a cyan triangle on a white background",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    """Models that differ in weights or options only are the same program: most of the time here."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="module")
