@@ -6,6 +6,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 # One CPU device, whatever the machine has: the tests compare bits. Before JAX is imported.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("XLA_FLAGS", None)
@@ -13,9 +16,6 @@ os.environ.pop("XLA_FLAGS", None)
 COMPILED = tempfile.mkdtemp(prefix="jaxdiff-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
 atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
-
-import numpy as np
-import pytest
 
 TOKENIZER = Path(__file__).parents[1] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
 SCHEDULER = {

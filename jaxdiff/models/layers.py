@@ -33,8 +33,9 @@ def attention(
 ) -> Array:
     """Scaled dot-product attention (Vaswani et al., 2017), the softmax in float32.
 
-    Many tokens are attended for one image, one head and one block of queries at a time, so that
-    memory is bounded, and an image's arithmetic does not depend on the batch.
+    On a CPU, whose XLA is fast on plain matrices only, many tokens are attended for one image, one
+    head and one block of queries at a time; that bounds the memory, too, and keeps an image's
+    arithmetic independent of the batch. Other devices are kept busy by the whole batch at once.
 
     Args:
       query: [batch, tokens, width].
@@ -50,7 +51,8 @@ def attention(
         return x.reshape(*x.shape[:2], num_heads, -1)  # [b, tokens, heads, head width]
 
     query, key, value = split(query), split(key), split(value)
-    if is_causal or query.shape[1] * key.shape[1] < BLOCKWISE:
+    small = query.shape[1] * key.shape[1] < BLOCKWISE
+    if is_causal or small or jax.default_backend() != "cpu":
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal)
     else:
         mixed = _attend_blockwise(query, key, value)

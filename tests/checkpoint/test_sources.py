@@ -54,7 +54,11 @@ def in_a_new_process(code: str, hub_cache: Path, **environment) -> str:
         "    print('InputError:', error)\n"
     )
     # Where nothing answers, and at once, whatever the machine's network is.
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(hub_cache)}
+    nowhere = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_CACHE": str(hub_cache),
+        "HF_HUB_OFFLINE": "0",
+    }
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | nowhere | environment,
