@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/python tools/contact_sheet.py out/demo
 
 test: .venv/installed-$(EXTRAS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-$(EXTRAS)
 	$(BIN)/ruff check .

@@ -175,7 +175,7 @@ def test_planning_and_verifying_import_no_jax(tmp_path, manifest, tiny_checkpoin
     code = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+sys.path.insert(0, {str(os.path.dirname(os.path.dirname(__file__)))!r})
 from jaxdiff.dataset import card, images, ledger, shard
 from pipelines import options
 from making import make_plan, make_shard

@@ -113,7 +113,7 @@ def test_racing_processes_that_write_other_bytes_never_mix(tmp_path, manifest, t
     directory = tmp_path / "out"
     manifest.write_text('{"prompt": "a", "num_images": 80}\n')
     plan = make_plan(directory, manifest, tiny_checkpoint, batch_size=2, images_per_shard=2)
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", RACER, here, str(directory), str(salt)], stdout=subprocess.PIPE

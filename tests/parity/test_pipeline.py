@@ -199,6 +199,30 @@ def test_clip_skip(checkpoint, compare, family, clip_skip):
     compare(checkpoint(family), requests("ddim"), clip_skip=clip_skip)
 
 
+def test_long_prompts_in_chunks(checkpoint, load_model, load_reference, assert_same_images):
+    """Users of diffusers encode each stretch by itself and hand the embeddings over."""
+    pipeline = load_reference(checkpoint("SD 1.5"), "ddim")
+    tokenizer, room = pipeline.tokenizer, pipeline.tokenizer.model_max_length - 2
+
+    def embed(text):
+        words = tokenizer(text, add_special_tokens=False)["input_ids"]
+        parts = [words[start : start + room] for start in (0, room)]
+        ids = [[tokenizer.bos_token_id, *part, tokenizer.eos_token_id] for part in parts]
+        ids = [row + [tokenizer.pad_token_id] * (room + 2 - len(row)) for row in ids]
+        with torch.no_grad():
+            return pipeline.text_encoder(torch.tensor(ids))[0].reshape(1, 2 * (room + 2), -1)
+
+    def their_pixels(request):
+        words = in_their_words(request)
+        del words["prompt"], words["negative_prompt"]
+        embeddings = embed(request.prompt), embed(request.negative_prompt)
+        names = ("prompt_embeds", "negative_prompt_embeds")
+        return np.asarray(pipeline(**words, **dict(zip(names, embeddings, strict=True))).images[0])
+
+    model = load_model(checkpoint("SD 1.5"), prompt_chunks=2)
+    assert_same_images(model, their_pixels, requests("ddim"))
+
+
 def test_guidance_rescale(checkpoint, compare):
     changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     compare(checkpoint("SD 2.1"), requests(), changes=changes, guidance_rescale=0.7)

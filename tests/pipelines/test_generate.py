@@ -26,6 +26,7 @@ from jaxdiff.dataset import images
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from pipelines import progress, worker
+from pipelines.options import Models
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
@@ -155,10 +156,11 @@ def test_a_manifest_becomes_a_finished_dataset(tmp_path, command, capsys, tiny_c
         "width": 64,
         "height": 64,
         "steps": 2,
-        "guidance_scale": 3.0,
+        "guidance_scale": 7.5,
         "sampler": "ddim",
         "noise": "jax",
         "dtype": "float32",
+        "options": "",
         "model": report["model"]["fingerprint"],
         "sha256": plans.hashlib.sha256(content).hexdigest(),
         "pixel_sha256": images.pixel_sha256(images.decode(content)),
@@ -190,7 +192,7 @@ def test_another_job_in_the_same_directory_is_refused_with_the_difference(
     before = files(directory)
     capsys.readouterr()
     assert cli.main(command(directory, "--limit=4", "--guidance-scale=4")) == 2
-    assert "holds another run (guidance_scale 3.0 -> 4.0)" in capsys.readouterr().err
+    assert "holds another run (guidance_scale 7.5 -> 4.0)" in capsys.readouterr().err
     manifest.write_text('{"prompt": "another"}\n')
     assert cli.main(command(directory, "--limit=4")) == 2
     assert "(manifest_sha256 " in capsys.readouterr().err
@@ -394,7 +396,7 @@ def test_a_model_that_changes_between_plan_and_work_is_refused(tmp_path, command
     (directory / layout.PLAN / "plan.json").write_text(json.dumps(body))
     model = command(directory)[3].removeprefix("--model=")
     with pytest.raises(jaxdiff.errors.InputError, match="is not the one that the job was planned"):
-        worker.make_shard(directory, model, 0)
+        worker.make_shard(directory, Models(model), 0)
     assert shards.read_marker(directory, plans.load(directory), 0) is None
 
 

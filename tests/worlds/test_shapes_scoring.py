@@ -8,18 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from making import FACTS, make_plan
 
-from jaxdiff.checkpoint.layout import open_checkpoint
-from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import ledger
 from jaxdiff.dataset import plan as plans
-from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset import shard as shards
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes import Caption, Group
 
 ROOT = Path(__file__).parents[2]
-FACTS = {"device": "1 x test", "versions": {}, "seconds": {"load": 1.0, "generate": 2.0}}
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
@@ -59,13 +56,8 @@ def dataset(tmp_path, tiny_checkpoint):
     def make(asked: list[dict], shown: list, finished: bool = True, **said) -> Path:
         directory, manifest = tmp_path / "dataset", tmp_path / "rows.jsonl"
         manifest.write_text("".join(json.dumps(row) + "\n" for row in asked))
-        checkpoint = open_checkpoint(tiny_checkpoint)
-        said = {"images_per_shard": 3, "batch_size": 1, **said}
-        settings = job_settings.resolve(said, checkpoint)
-        identity = plans.identify(manifest, settings, checkpoint)
-        folder = layout.temporary(directory, "plan")
-        plan = plans.make(manifest, settings, checkpoint, identity, folder)
-        plans.store(folder, directory)
+        said = {"width": 64, "height": 64, "images_per_shard": 3, "batch_size": 1, **said}
+        plan = make_plan(directory, manifest, tiny_checkpoint, **said)
         for shard in range(len(plan.shard_sizes)):
             with shards.Attempt(directory, plan, shard) as attempt:
                 for image in plans.read_shard(directory, shard):
@@ -75,9 +67,7 @@ def dataset(tmp_path, tiny_checkpoint):
                     else:
                         pixels = picture(caption, int(image.key))
                         attempt.add(shards.encode(image, pixels, plan))
-                attempt.commit(
-                    {"device": "", "versions": {}, "seconds": {"load": 0, "generate": 0}}
-                )
+                attempt.commit(FACTS)
         if finished:
             ledger.finalize(directory, plan, 0.0)
         return directory
