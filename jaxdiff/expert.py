@@ -13,7 +13,10 @@ from jaxdiff.checkpoint.diffusers import abstract_network, load_params
 from jaxdiff.checkpoint.layout import Checkpoint
 from jaxdiff.diffusion import samplers
 from jaxdiff.diffusion.schedule import FLOW_CLASS, NoiseSchedule
+from jaxdiff.errors import InputError
+from jaxdiff.models.clip import CLIPTextConfig
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
+from jaxdiff.models.vae import AutoencoderKLConfig
 from jaxdiff.prompts import PromptEncoder
 from jaxdiff.request import Options, Request
 
@@ -60,6 +63,7 @@ class Expert:
 
     def __init__(self, checkpoint: Checkpoint, dtype, mesh: jax.sharding.Mesh, options: Options):
         config = UNetConfig.from_json(checkpoint.config("unet"))
+        _refuse_misfits(checkpoint, config)
         graph, shapes = abstract_network(UNet2DConditionModel, config)
         self.params = load_params(
             shapes, checkpoint.weights("unet"), dtype, parallel.parameter_shardings(mesh, shapes)
@@ -112,3 +116,28 @@ class Expert:
             score = NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE
             return (*size, *corner, score)
         return (*size, *corner, *size)
+
+
+def _refuse_misfits(checkpoint: Checkpoint, unet: UNetConfig) -> None:
+    """Raises InputError unless the networks' configs fit each other."""
+    encoders = [CLIPTextConfig.from_json(checkpoint.config(n)) for n in checkpoint.text_encoders]
+    vae = AutoencoderKLConfig.from_json(checkpoint.config("vae"))
+    widths = {
+        "in_channels": vae.latent_channels,
+        "out_channels": vae.latent_channels,
+        "cross_attention_dim": sum(encoder.hidden_size for encoder in encoders),
+    }
+    if unet.addition_embed_type == "text_time":
+        scores = bool(checkpoint.index.get("requires_aesthetics_score"))
+        ids = (5 if scores else 6) * unet.addition_time_embed_dim
+        widths["projection_class_embeddings_input_dim"] = encoders[-1].projection_dim + ids
+    for key, width in widths.items():
+        if getattr(unet, key) != width:
+            raise InputError(
+                f"{checkpoint.path}: the U-Net's {key} = {getattr(unet, key)} does not fit the "
+                f"networks beside it, which need {width}; copy the checkpoint again"
+            )
+    if vae.out_channels != 3:
+        raise InputError(
+            f"{checkpoint.path}: the autoencoder's out_channels = {vae.out_channels} are no RGB"
+        )

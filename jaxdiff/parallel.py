@@ -5,6 +5,7 @@ that do not fit one device; pure data parallelism is faster wherever they do.
 """
 
 import re
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -62,6 +63,30 @@ def _sizes(spec: str) -> dict[str, int]:
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Splits an array's axis, the first unless `axis` names another, over `data`."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def over_data(function: Callable, mesh: Mesh, axes: Sequence[int | None]) -> Callable:
+    """The function that lets each device of `data` call `function` on its own part of a batch.
+
+    What one device computes of its part is what a lone device would, and nothing is exchanged over
+    `data`, by construction; over `model` XLA splits and exchanges as ever.
+
+    Args:
+      function: of trees of arrays, to trees of arrays [part, ...].
+      axes: for each argument, which axis of its arrays is the batch; None gives it whole to all.
+    """
+
+    def spec(axis: int | None) -> PartitionSpec:
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "data")
+
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=tuple(map(spec, axes)),
+        out_specs=PartitionSpec("data"),
+        axis_names={"data"},
+        check_vma=False,
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -20,7 +20,7 @@ from jaxdiff.models import clip
 # Text is encoded in batches of this size whatever the size of the image batches, so that a prompt's
 # embedding never depends on it.
 TEXT_BATCH = 8
-REMEMBERED_PROMPTS = 1024
+REMEMBERED_BYTES = 2**28  # of embeddings, on every device
 XL_LAYERS_SKIPPED = 1  # Stable Diffusion XL is told the last layer but one (arXiv:2307.01952, 2.1)
 
 
@@ -108,7 +108,9 @@ class PromptEncoder:
             for i, text in enumerate(texts):
                 found[text] = jax.tree.map(lambda array, i=i: array[i], encoded)
         remembered |= found  # the newest last
-        while len(remembered) > REMEMBERED_PROMPTS:
+        embedding = next(iter(found.values()))
+        most = REMEMBERED_BYTES // sum(array.nbytes for array in jax.tree.leaves(embedding))
+        while len(remembered) > most:
             del remembered[next(iter(remembered))]
         return found
 
@@ -119,7 +121,8 @@ def chunked_tokens(
     """Token ids, int32 [texts, chunks, tokens]; what does not fit is cut.
 
     Each chunk has its own start and end, as if it were a prompt by itself, so that prompts may be
-    longer than the encoder's positions (AUTOMATIC1111's way, without moving a cut to a comma).
+    longer than the encoder's positions. Each prompt has all its chunks, the last perhaps empty: its
+    embedding does not depend on the prompts beside it.
     """
     room = tokens - 2  # beside start and end
     most = chunks * room

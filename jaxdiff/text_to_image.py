@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -98,16 +98,20 @@ class TextToImage:
         vae = load_params(shapes, last.weights("vae"), dtype, places)
         self.factor, self.channels = vae_config.factor, vae_config.latent_channels
         self._params = {"unets": [expert.params for expert in self._experts], "vae": vae}
+        pixels = partial(
+            sample_pixels,
+            [expert.network for expert in self._experts],
+            vae_graph,
+            vae_config,
+            dtype,
+            guidance_rescale=options.guidance_rescale,
+        )
         self._sample = jax.jit(
-            partial(
-                sample_pixels,
-                [expert.network for expert in self._experts],
-                vae_graph,
-                vae_config,
-                dtype,
-                guidance_rescale=options.guidance_rescale,
-            ),
-            static_argnames=("stretches", "decoding"),
+            # params, noise, fresh noise, positive, negative, guidance scale; the table is for all
+            lambda *arrays, **static: parallel.over_data(
+                partial(pixels, **static), self.mesh, (None, 0, 1, 0, 0, 0, None, None)
+            )(*arrays),
+            static_argnames=("stretches", "decoded_at_once"),
         )
 
     def resolve(self, request: Request) -> Request:
@@ -206,7 +210,7 @@ class TextToImage:
             np.float32(tables[0].initial_scale),
             _joined(tables, stretches),
             stretches=stretches,
-            decoding=(self._decoded_at_once(first, batch_size), self.mesh.shape["data"]),
+            decoded_at_once=self._decoded_at_once(first, batch_size),
         )
 
     def _tables(self, request: Request) -> tuple[list[samplers.SamplerTable], tuple[Stretch, ...]]:
@@ -252,7 +256,7 @@ def sample_pixels(
     columns: dict[str, Array],
     *,
     stretches: Sequence[Stretch],
-    decoding: tuple[int, int],
+    decoded_at_once: int,
     guidance_rescale: float = 0.0,
 ) -> tuple[Array, Array]:
     """The pure function from noise to pixels, for `jax.jit`.
@@ -268,35 +272,27 @@ def sample_pixels(
       guidance_scale: [batch].
       initial_scale, columns: of a `SamplerTable`.
       stretches: cover the rows of the table.
-      decoding: how many images of each device to decode at once, and how many devices there are.
+      decoded_at_once: so many images, a divisor of the batch.
       guidance_rescale: as in `Options`.
 
     Returns:
       pixels uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
     """
-
-    def denoiser(stretch: Stretch):
-        network, expert = networks[stretch.expert], stretch.expert
-        unet = nnx.merge(network.graph, params["unets"][expert])
-        told = positive[expert]
-        if stretch.guided:
-            told = jax.tree.map(guidance.paired, negative[expert], told)
-
-        def denoise(x: Array, timestep: Array, alpha: Array, sigma: Array) -> Array:
-            latents = (guidance.paired(x, x) if stretch.guided else x).astype(dtype)
-            output = unet(
-                latents,
-                jnp.full(latents.shape[0], timestep),
-                **told._asdict(),
-                guidance_scale=guidance_scale if network.distilled else None,
-            ).astype(jnp.float32)
-            if stretch.guided:
-                output = guidance.guide(output, guidance_scale, guidance_rescale)
-            return objective.to_x0(output, x, alpha, sigma, network.prediction_type)
-
-        return denoise
-
-    denoisers = [(stretch.rows, denoiser(stretch)) for stretch in stretches]
+    denoisers = [
+        (
+            rows,
+            _denoiser(
+                networks[expert],
+                params["unets"][expert],
+                dtype,
+                positive[expert],
+                negative[expert] if guided else None,
+                guidance_scale,
+                guidance_rescale,
+            ),
+        )
+        for expert, rows, guided in stretches
+    ]
     latents = samplers.sample(denoisers, noise, initial_scale, columns, fresh_noise)
     vae = nnx.merge(vae_graph, params["vae"])
 
@@ -304,25 +300,38 @@ def sample_pixels(
         images = vae.decode(vae_config.unscale(latents).astype(dtype)).astype(jnp.float32)
         return to_pixels(images), jnp.isfinite(images).all(axis=(1, 2, 3))
 
-    return _in_turns(decode, latents, *decoding)
+    if decoded_at_once == len(latents):
+        return decode(latents)
+    turns = latents.reshape(-1, decoded_at_once, *latents.shape[1:])
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(decode, turns))
 
 
-def _in_turns(function, batch: Array, at_once: int, devices: int):
-    """Maps over a batch, `at_once` of each device's part at a time."""
-    turns = batch.shape[0] // (devices * at_once)
-    if turns == 1:
-        return function(batch)
-    # [devices, turns, at once, ...] with the turns in front: each device keeps to its own part.
-    split = batch.reshape(devices, turns, at_once, *batch.shape[1:]).swapaxes(0, 1)
-    results = jax.lax.map(lambda x: function(x.reshape(-1, *batch.shape[1:])), split)
-    return jax.tree.map(
-        lambda x: (
-            x.reshape(turns, devices, at_once, *x.shape[2:])
-            .swapaxes(0, 1)
-            .reshape(-1, *x.shape[2:])
-        ),
-        results,
-    )
+def _denoiser(
+    network: Network,
+    params: dict,
+    dtype,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    guidance_scale: Array,
+    guidance_rescale: float,
+) -> Callable[[Array, Array, Array, Array], Array]:
+    """What `samplers.sample` takes: guided, if there is something to steer away from."""
+    unet, guided = nnx.merge(network.graph, params), negative is not None
+    told = jax.tree.map(guidance.paired, negative, positive) if guided else positive
+
+    def denoise(x: Array, timestep: Array, alpha: Array, sigma: Array) -> Array:
+        latents = (guidance.paired(x, x) if guided else x).astype(dtype)
+        output = unet(
+            latents,
+            jnp.full(latents.shape[0], timestep),
+            **told._asdict(),
+            guidance_scale=guidance_scale if network.distilled else None,
+        ).astype(jnp.float32)
+        if guided:
+            output = guidance.guide(output, guidance_scale, guidance_rescale)
+        return objective.to_x0(output, x, alpha, sigma, network.prediction_type)
+
+    return denoise
 
 
 def to_pixels(images: Array) -> Array:

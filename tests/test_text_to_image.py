@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff import checks, request, text_to_image
+from jaxdiff import checks, prompts, request, text_to_image
 from jaxdiff.diffusion import noise, samplers
 from jaxdiff.errors import InputError
 
@@ -39,6 +39,11 @@ def model(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def images(model):
     return model.generate(REQUESTS, batch_size=4)
+
+
+# Enough latents for attention in blocks, and more pixels than are decoded at once.
+LARGE = [replace(request, width=160, height=128, steps=1) for request in REQUESTS]
+LARGE_PX = 160 * 128
 
 
 def pixels(images):
@@ -145,6 +150,35 @@ def test_another_models_tokenizer_is_refused(tiny_checkpoint, tmp_path):
         jaxdiff.load(directory)
 
 
+@pytest.mark.parametrize(
+    ("network", "change", "message"),
+    [
+        ("unet", {"in_channels": 8}, "in_channels = 8 does not fit .* need 4"),
+        ("unet", {"out_channels": 8}, "out_channels = 8 does not fit .* need 4"),
+        ("unet", {"cross_attention_dim": 64}, "cross_attention_dim = 64 does not fit .* need 32"),
+        ("vae", {"out_channels": 4}, "out_channels = 4 are no RGB"),
+    ],
+)
+def test_networks_that_do_not_fit_each_other_are_refused(
+    tiny_checkpoint, tmp_path, network, change, message
+):
+    directory = shutil.copytree(tiny_checkpoint, tmp_path / "mixed")
+    path = directory / network / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        jaxdiff.load(directory)
+
+
+def test_prompts_are_forgotten_when_they_take_too_much_room(model, images, monkeypatch):
+    monkeypatch.setattr(prompts, "REMEMBERED_BYTES", 3 * images[0].pixels.nbytes)
+    (encoder,) = (expert._encode for expert in model._experts)
+    many = [replace(REQUESTS[0], prompt=f"a ring {i}") for i in range(30)]
+    model.generate([*many, *REQUESTS], batch_size=4)
+    assert 0 < len(encoder._remembered[0]) < 20
+    again = model.generate(REQUESTS, batch_size=4)
+    np.testing.assert_array_equal(pixels(again), pixels(images))
+
+
 def test_the_end_of_a_long_prompt_counts_where_it_has_room(tiny_checkpoint):
     long = replace(REQUESTS[0], prompt="a red circle and a blue star " * 4)
     requests = [long, replace(long, prompt=long.prompt + "on a white background")]
@@ -183,18 +217,24 @@ def test_bfloat16_gives_nearly_the_same_image(tiny_checkpoint, images):
 
 @pytest.mark.parametrize(("mesh", "tolerance"), [("data=4", 0), ("data=2,model=2", 1)])
 def test_a_mesh_of_devices_makes_the_same_images(
-    mesh, tolerance, tiny_checkpoint, images, tmp_path
+    mesh, tolerance, tiny_checkpoint, images, tmp_path, monkeypatch
 ):
     program = f"""
 import numpy as np, jaxdiff, tests.test_text_to_image as t
-images = jaxdiff.load({str(tiny_checkpoint)!r}, mesh={mesh!r}).generate(t.REQUESTS, batch_size=4)
-np.save({str(tmp_path / "pixels.npy")!r}, t.pixels(images))
+t.text_to_image.DECODED_PX = t.LARGE_PX
+model = jaxdiff.load({str(tiny_checkpoint)!r}, mesh={mesh!r})
+images = model.generate(t.REQUESTS, batch_size=4)
+large = model.generate(t.LARGE, batch_size=2)
+np.savez({str(tmp_path / "pixels.npz")!r}, images=t.pixels(images), large=t.pixels(large))
 """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **flags})
-    ours = np.load(tmp_path / "pixels.npy").astype(int)
+    monkeypatch.setattr(text_to_image, "DECODED_PX", LARGE_PX)
+    large = jaxdiff.load(tiny_checkpoint).generate(LARGE, batch_size=2)
     # Each device computes batches of the same size; sums split over `model` round differently.
-    assert np.abs(ours - pixels(images)).max() <= tolerance
+    with np.load(tmp_path / "pixels.npz") as made:
+        for ours, theirs in ((made["images"], images), (made["large"], large)):
+            assert np.abs(ours.astype(int) - pixels(theirs)).max() <= tolerance
 
 
 @pytest.mark.parametrize(

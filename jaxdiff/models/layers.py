@@ -9,7 +9,8 @@ from flax import nnx
 from jax import Array
 
 BLOCKWISE = 2**16  # scores of one head from which blocks pay on a CPU: 256 tokens over 256
-BLOCK = 2**20  # scores of one block: 4 MB in float32, which stay in the cache
+BLOCK = 2**20  # scores of a CPU's block: 4 MB in float32, which stay in the cache
+MOST_SCORES = 2**28  # of another device's: 1 GB in float32, which keeps it busy
 
 
 def conv(in_channels: int, out_channels: int, size: int, *, rngs: nnx.Rngs, stride=1, padding=None):
@@ -33,9 +34,9 @@ def attention(
 ) -> Array:
     """Scaled dot-product attention (Vaswani et al., 2017), the softmax in float32.
 
-    On a CPU, whose XLA is fast on plain matrices only, many tokens are attended for one image, one
-    head and one block of queries at a time; that bounds the memory, too, and keeps an image's
-    arithmetic independent of the batch. Other devices are kept busy by the whole batch at once.
+    Many tokens are attended a block of queries at a time, so that memory is bounded. On a CPU,
+    whose XLA is fast on plain matrices only, a block is of one image and one head, which also keeps
+    an image's arithmetic independent of the batch; elsewhere it is of the whole batch.
 
     Args:
       query: [batch, tokens, width].
@@ -51,19 +52,37 @@ def attention(
         return x.reshape(*x.shape[:2], num_heads, -1)  # [b, tokens, heads, head width]
 
     query, key, value = split(query), split(key), split(value)
-    small = query.shape[1] * key.shape[1] < BLOCKWISE
-    if is_causal or small or jax.default_backend() != "cpu":
+    if is_causal or query.shape[1] * key.shape[1] < BLOCKWISE:
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal)
+    elif jax.default_backend() == "cpu":
+        mixed = _attend_by_matrices(query, key, value)
     else:
-        mixed = _attend_blockwise(query, key, value)
+        mixed = _attend_by_queries(query, key, value)
     return mixed.reshape(*mixed.shape[:2], -1)
 
 
-def _attend_blockwise(query: Array, key: Array, value: Array) -> Array:
+def _attend_by_queries(query: Array, key: Array, value: Array) -> Array:
+    """As `attention`, of [b, tokens, heads, head width]."""
+    batch, tokens, heads, width = query.shape
+    rows = _divisor(tokens, MOST_SCORES // (batch * heads * key.shape[1]))
+    blocks = query.reshape(batch, -1, rows, heads, width).swapaxes(0, 1)
+
+    @jax.checkpoint  # else a gradient would keep every block's scores
+    def attend(block: Array) -> Array:
+        return jax.nn.dot_product_attention(block, key, value)
+
+    return jax.lax.map(attend, blocks).swapaxes(0, 1).reshape(query.shape)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`, at least 1."""
+    return max(n for n in range(1, max(1, min(number, most)) + 1) if number % n == 0)
+
+
+def _attend_by_matrices(query: Array, key: Array, value: Array) -> Array:
     """As `attention`, of [b, tokens, heads, head width], by products of plain matrices."""
     batch, tokens, heads, width = query.shape
-    largest = max(1, BLOCK // key.shape[1])
-    rows = max(n for n in range(1, largest + 1) if tokens % n == 0)  # of a block
+    rows = _divisor(tokens, BLOCK // key.shape[1])
 
     def head(parts: tuple[Array, Array, Array]) -> Array:
         queries, keys, values = parts

@@ -152,7 +152,7 @@ def _preview(parts: _Parts, shape: tuple[int, int, int]) -> Callable[[Params], n
             initial_scale=table.initial_scale,
             columns=table.columns(),
             stretches=[Stretch(expert=0, rows=PREVIEW_STEPS, guided=True)],
-            decoding=(len(captions), 1),
+            decoded_at_once=len(captions),
         )
         return pixels
 

@@ -41,6 +41,14 @@ def test_it_is_what_the_paper_says(tokens, context):
     np.testing.assert_allclose(mixed, by_definition(query, key, value), atol=1e-5)
 
 
+def test_other_devices_attend_with_the_whole_batch_at_once(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(layers, "MOST_SCORES", 2 * HEADS * 550 * 1000)  # blocks of 550
+    query, key, value = drawn((2, 1100, 16), (2, 1000, 16), (2, 1000, 16))
+    mixed = attention(query, key, value, HEADS)
+    np.testing.assert_allclose(mixed, by_definition(query, key, value), atol=1e-5)
+
+
 def test_an_image_does_not_depend_on_the_batch():
     images = drawn(*[(3, 1100, 16)] * 3)
     attend = jax.jit(attention, static_argnums=3)
