@@ -120,12 +120,16 @@ class Checkpoint:
         """The scheduler's config as the pipeline of diffusers uses it.
 
         `StableDiffusionPipeline` corrects two values that early files have wrong or leave out.
+        What the file leaves out is listed, as there, in "_use_default_values": a scheduler of
+        another class that is made from this config takes its own default instead.
         """
         config = self.config("scheduler")
         if self.pipeline != PIPELINE:
             return config
         clips = config.get("clip_sample", config.get("_class_name") in CLIP_SAMPLE_BY_DEFAULT)
-        return config | {"steps_offset": 1} | ({"clip_sample": False} if clips is True else {})
+        corrected = {"steps_offset": 1} | ({"clip_sample": False} if clips is True else {})
+        left_out = [key for key in corrected if key not in config]
+        return config | corrected | ({"_use_default_values": left_out} if left_out else {})
 
     @cached_property
     def size_multiple(self) -> int:

@@ -161,9 +161,15 @@ def test_stable_diffusions_pipeline_corrects_early_scheduler_files(checkpoint):
     right = {"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample": False}
     assert scheduler_of(checkpoint, early) == right
     assert scheduler_of(checkpoint, right) == right
-    assert scheduler_of(checkpoint, {"_class_name": "DDIMScheduler"}) == right
+
+
+def test_what_a_file_leaves_out_is_corrected_for_its_own_scheduler_alone(checkpoint):
+    silent = scheduler_of(checkpoint, {"_class_name": "DDIMScheduler"})
+    assert (silent["steps_offset"], silent["clip_sample"]) == (1, False)
+    assert silent["_use_default_values"] == ["steps_offset", "clip_sample"]
     euler = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
-    assert scheduler_of(checkpoint, euler) == euler | {"steps_offset": 1}
+    left_out = {"steps_offset": 1, "_use_default_values": ["steps_offset"]}
+    assert scheduler_of(checkpoint, euler) == euler | left_out
 
 
 def test_the_other_pipelines_take_the_scheduler_as_it_is(xl):
