@@ -45,6 +45,7 @@ SAMPLER_OF_SCHEDULER = {
     "LCMScheduler": "lcm",
     "FlowMatchEulerDiscreteScheduler": "euler",
 }
+OTHER_NOISE_LEVELS = ("EDM", "FlowMatch")  # how the names of schedulers with these begin
 CLIP_SAMPLE_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
 BEFORE_0_9 = re.compile(r"0\.[0-8](\.|$)")  # a version of diffusers
 
@@ -268,11 +269,13 @@ def _open_directory(path: Path, name: str, variant: str | None) -> Checkpoint:
         for network, weights in tensors.items()
         for tensor in weights.values()
     }
+    parsed = {component: read_json(path / file) for component, file in configs.items()}
+    _refuse_other_noise(path / configs["scheduler"], str(parsed["scheduler"].get("_class_name")))
     return Checkpoint(
         path=path,
         name=name,
         index=index,
-        configs={component: read_json(path / file) for component, file in configs.items()},
+        configs=parsed,
         tensors=tensors,
         tokenizers=tokenizers,
         files={file: path / file for file in decisive} | _tokenizer_files(tokenizers),
@@ -333,6 +336,15 @@ def _networks(path: Path, index: dict) -> list[str]:
             )
         networks.append(network)
     return networks
+
+
+def _refuse_other_noise(path: Path, scheduler: str) -> None:
+    """Refuses what no sampler would make an image of: its scheduler's betas mean nothing."""
+    if scheduler not in SAMPLER_OF_SCHEDULER and scheduler.startswith(OTHER_NOISE_LEVELS):
+        raise InputError(
+            f"{path}: {scheduler} has other noise levels than Stable Diffusion, which no sampler "
+            "here takes (Playground 2.5 and CosXL have EDM's); name another model"
+        )
 
 
 def _tokenizer_files(tokenizers: dict[str, Path]) -> dict[str, Path]:

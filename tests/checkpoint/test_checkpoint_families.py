@@ -151,6 +151,16 @@ def test_each_scheduler_names_its_sampler(checkpoint):
     assert open_checkpoint(checkpoint).default_sampler == "dpmpp_2m_sde"
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchHeunDiscreteScheduler"],
+)
+def test_other_noise_levels_are_refused_whatever_the_sampler(xl, scheduler):
+    edit_json(xl / "scheduler" / "scheduler_config.json", _class_name=scheduler)
+    with pytest.raises(InputError, match=rf"scheduler_config\.json: {scheduler} has other noise"):
+        open_checkpoint(xl)
+
+
 def scheduler_of(directory: Path, config: dict) -> dict:
     (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     return open_checkpoint(directory).scheduler
