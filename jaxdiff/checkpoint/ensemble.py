@@ -8,6 +8,13 @@ from jaxdiff.checkpoint.layout import Checkpoint, open_checkpoint
 from jaxdiff.errors import InputError
 
 REFINER = "Stable Diffusion XL refiner"
+# What turns an autoencoder's latents into a U-Net's, and the class's defaults.
+LATENTS = {
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,18 @@ def open_ensemble(
     if refiner is None:
         return Ensemble(base)
     last = open_checkpoint(refiner, variant)
-    for what in ("size_multiple", "latent_channels"):
-        ours, theirs = getattr(base, what), getattr(last, what)
-        if ours != theirs:
+    ours, theirs = _latents(base), _latents(last)
+    for what in ours:
+        if ours[what] != theirs[what]:
             raise InputError(
-                f"--refiner {str(refiner)!r} has latents of another shape than the model "
-                f"({what} {theirs}, not {ours})"
+                f"--refiner {str(refiner)!r} has other latents than the model "
+                f"({what} {theirs[what]}, not {ours[what]}); name the refiner of this model"
             )
     return Ensemble(base, last)
+
+
+def _latents(checkpoint: Checkpoint) -> dict:
+    """All that tells the latents of one checkpoint from those of another."""
+    config = checkpoint.config("vae")
+    shape = {"size_multiple": checkpoint.size_multiple, "channels": checkpoint.latent_channels}
+    return shape | {key: config.get(key, default) for key, default in LATENTS.items()}
