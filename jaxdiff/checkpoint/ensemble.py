@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxdiff.checkpoint.layout import Checkpoint, open_checkpoint
+from jaxdiff.checkpoint.weight_files import NoVariantError
 from jaxdiff.errors import InputError
 
 REFINER = "Stable Diffusion XL refiner"
@@ -49,7 +50,8 @@ def open_ensemble(
     """Opens a model and, if one is named, its refiner.
 
     Args:
-      model, variant: as in `open_checkpoint`.
+      model, variant: as in `open_checkpoint`. The model must have the variant; a refiner that has
+        none of it gives the weights that it gives unasked.
       refiner: a second model over the same latents, the last of the paper's experts (Podell et al.,
         2023, arXiv:2307.01952, 2.5).
 
@@ -63,7 +65,10 @@ def open_ensemble(
         )
     if refiner is None:
         return Ensemble(base)
-    last = open_checkpoint(refiner, variant)
+    try:
+        last = open_checkpoint(refiner, variant)
+    except NoVariantError:
+        last = open_checkpoint(refiner)
     ours, theirs = _latents(base), _latents(last)
     for what in ours:
         if ours[what] != theirs[what]:

@@ -20,7 +20,7 @@ from jaxdiff.checkpoint.components import (
 from jaxdiff.checkpoint.fingerprint import fingerprint
 from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.checkpoint.tokenizer_files import check_tokenizer
-from jaxdiff.checkpoint.weight_files import choose, read_weights
+from jaxdiff.checkpoint.weight_files import NoVariantError, choose, read_weights
 from jaxdiff.errors import InputError
 
 BUNDLED = {"shapes64": Path(__file__).parents[1] / "assets" / "shapes64"}
@@ -223,7 +223,7 @@ def open_checkpoint(model: str | Path, variant: str | None = None) -> Checkpoint
 
     Raises:
       InputError: for what is no Stable Diffusion checkpoint, or a file that is missing, cut short
-        or not what it should be.
+        or not what it should be; NoVariantError, which is one, where nothing has the variant.
     """
     if variant is not None and not re.fullmatch(r"[\w-]+", variant):
         raise InputError(f'variant {variant!r} must be a word like "fp16"')
@@ -236,7 +236,7 @@ def open_checkpoint(model: str | Path, variant: str | None = None) -> Checkpoint
             "PyTorch diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
         )
     if path.is_file() and variant is not None:
-        raise InputError(f"{path} is a single file and has no variants; ask for none")
+        raise NoVariantError(f"{path} is a single file and has no variants; ask for none")
     if path.is_file():
         return _open_single_file(path)
     raise InputError(

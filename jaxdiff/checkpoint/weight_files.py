@@ -28,6 +28,10 @@ OLD_ATTENTION = re.compile(r"\b(attentions\.\d+)\.(query|key|value|proj_attn)\."
 NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+class NoVariantError(InputError):
+    """A checkpoint has no weights of the variant that was asked for."""
+
+
 def choose(
     folders: dict[str, Collection[str]], variant: str | None, where: str | Path
 ) -> dict[str, str]:
@@ -40,19 +44,25 @@ def choose(
       where: the folders' parent, for the messages.
 
     Raises:
-      InputError: if a network has no weights to read, or none has the variant.
+      InputError: if a network has no weights to read.
+      NoVariantError: if none has the variant.
     """
+    stems = {network: NETWORKS[network][2].removesuffix(".safetensors") for network in folders}
+    if variant and not any(
+        name in folders[network]
+        for network, stem in stems.items()
+        for name in (_single(stem, variant), _index(stem, variant))
+    ):
+        raise NoVariantError(f"{where} has no weights of the variant {variant!r}; ask for none")
     chosen = {}
     for network, names in folders.items():
-        stem = NETWORKS[network][2].removesuffix(".safetensors")
+        stem = stems[network]
         wanted = [variant, None] if variant else [None, *OTHER_VARIANTS]
         known = [name for kind in wanted for name in (_single(stem, kind), _index(stem, kind))]
         found = [name for name in known if name in names]
         if not found:
             raise InputError(_no_weights(f"{where}/{network}", stem, names))
         chosen[network] = found[0]
-    if variant and not any(f".{variant}." in name for name in chosen.values()):
-        raise InputError(f"{where} has no weights of the variant {variant!r}; ask for none")
     return chosen
 
 
