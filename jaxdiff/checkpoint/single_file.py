@@ -44,7 +44,8 @@ IGNORED = re.compile(
     | first_stage_model\.(loss|model_ema)\. .* # the autoencoder's discriminator
     | .* \.position_ids                        # 0, 1, 2, ...
     | .* \.logit_scale                         # the temperature of CLIP's training
-    | \w+(\.embedders\.0)?\.transformer\.text_projection\.weight  # into the space of CLIP's images
+    | (cond_stage_model | conditioner\.embedders\.0)
+      (\.transformer)?\.text_projection(\.weight)?  # CLIP-L's, into the space of its images
     | v_pred | ztsnr                           # said by their presence: `_scheduler`
     | global_step | epoch""",
     re.VERBOSE,

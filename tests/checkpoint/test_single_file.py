@@ -100,6 +100,17 @@ def test_what_holds_no_weights_of_the_networks_is_ignored(write):
     assert noisy.configs == plain.configs
 
 
+@pytest.mark.parametrize("parameter", ["text_projection", "text_projection.weight"])
+def test_only_clip_ls_projection_is_left_unread(write, parameter):
+    single_file.read(write(shapes(SD1) | {f"cond_stage_model.{parameter}": (2, 2)}))
+    single_file.read(write(shapes(XL) | {f"conditioner.embedders.0.{parameter}": (2, 2)}))
+    strange = f"conditioner.embedders.1.{parameter}"
+    assert f"1 not known ({strange})" in refusal(write(shapes(XL) | {strange: (2, 2)}))
+    needed = "conditioner.embedders.1.model.text_projection"
+    keys = {key: shape for key, shape in shapes(XL).items() if key != needed}
+    assert f"1 missing ({needed})" in refusal(write(keys))
+
+
 def test_a_file_says_by_two_keys_that_it_predicts_v(write):
     marks = {"v_pred": (0,), "ztsnr": (0,)}
     scheduler = single_file.read(write(shapes(XL) | marks)).configs["scheduler"]
