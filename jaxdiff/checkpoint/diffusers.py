@@ -21,14 +21,13 @@ from safetensors.numpy import save_file
 
 from jaxdiff.checkpoint.components import CONFIGS, INDEX, NETWORKS, TOKENIZER_FILES
 from jaxdiff.checkpoint.layout import PIPELINE
-from jaxdiff.checkpoint.tensors import StoredTensor
+from jaxdiff.checkpoint.tensors import StoredTensor, told_misfits
 from jaxdiff.checkpoint.weight_files import TEXT_PREFIX
 from jaxdiff.errors import InputError
 
 # The axes of a kernel in the order of the file: linear [out, in], convolution [out, in, h, w].
 FILE_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
 READERS = 4  # threads, which hold a tensor or two each
-SHOWN = 4  # faults of a kind that an error spells out
 
 
 def abstract_network(model_class, config) -> tuple[nnx.GraphDef, dict]:
@@ -154,13 +153,7 @@ def save_pipeline(
         write_json(new / INDEX, index)
         write_json(new / "scheduler" / CONFIGS["scheduler"], scheduler)
         for network, config in configs.items():
-            said, prefix = config.to_json(), ""
-            if network == "text_encoder":
-                # Without it transformers would compute in the dtype that the weights are stored in.
-                said["dtype"] = "float32"
-                prefix = TEXT_PREFIX
-            write_json(new / network / CONFIGS[network], said)
-            save_params(params[network], new / network / NETWORKS[network][2], dtype, prefix)
+            _save_network(new / network, config.to_json(), params[network], dtype)
         (new / "tokenizer").mkdir()
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
@@ -168,6 +161,16 @@ def save_pipeline(
         if directory.exists():  # killed right after this, we leave both in `scratch`, whole
             directory.rename(Path(scratch) / "old")
         new.rename(directory)
+
+
+def _save_network(folder: Path, config: dict, params: dict, dtype) -> None:
+    network, prefix = folder.name, ""
+    if network == "text_encoder":
+        # Without it transformers would compute in the dtype that the weights are stored in.
+        config["dtype"] = "float32"
+        prefix = TEXT_PREFIX
+    write_json(folder / CONFIGS[network], config)
+    save_params(params, folder / NETWORKS[network][2], dtype, prefix)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -212,11 +215,6 @@ def _refuse_misfits(shapes: dict, found: Mapping[str, StoredTensor]) -> None:
             if key in found and found[key].shape != shape
         ],
     }
-    told = [
-        f"{len(keys)} {kind} ({', '.join(sorted(keys)[:SHOWN])}{', ...' * (len(keys) > SHOWN)})"
-        for kind, keys in faults.items()
-        if keys
-    ]
-    if told:
+    if misfits := told_misfits(faults):
         file = min((str(tensor.file) for tensor in found.values()), default="an empty file")
-        raise InputError(f"{file} does not fit its config: of the weights, {'; '.join(told)}")
+        raise InputError(f"{file} does not fit its config: of the weights, {misfits}")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from jaxdiff.checkpoint.safetensors_header import read_header
 from jaxdiff.checkpoint.single_file_configs import FAMILIES, UNET, Family
-from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor
+from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor, told_misfits
 from jaxdiff.errors import InputError
 
 # The key in diffusers or transformers, the key in the file, and what turns the latter's tensor into
@@ -35,7 +35,6 @@ CLIP_LAYER = (
     *("layer_norm1", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     *("self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2"),
 )
-SHOWN = 4  # keys of a kind that an error spells out
 # No weights of the networks.
 IGNORED = re.compile(
     r"""model_ema\. .*                         # a running mean of the U-Net; diffusers ignores it
@@ -162,7 +161,8 @@ def weights(
             else:
                 missing.append(key)
     unknown = [key for key in stored if key not in used and not IGNORED.fullmatch(key)]
-    _refuse(path, family, {"missing": sorted(set(missing)), "not known": sorted(unknown)})
+    if misfits := told_misfits({"missing": set(missing), "not known": unknown}):
+        raise InputError(f"{path} is not quite {family.name}: of its weights, {misfits}")
     return found
 
 
@@ -178,16 +178,6 @@ def _cut(tensor: StoredTensor, cut: Callable[[StoredTensor], StoredTensor] | Non
         raise InputError(
             f"{tensor.file}: {tensor.key} has the shape {list(tensor.shape)}; copy it again"
         ) from error
-
-
-def _refuse(path: Path, family: Family, faults: dict[str, list[str]]) -> None:
-    told = [
-        f"{len(keys)} {kind} ({', '.join(keys[:SHOWN])}{', ...' * (len(keys) > SHOWN)})"
-        for kind, keys in faults.items()
-        if keys
-    ]
-    if told:
-        raise InputError(f"{path} is not quite {family.name}: of its weights, {'; '.join(told)}")
 
 
 def names(config: dict) -> Names:

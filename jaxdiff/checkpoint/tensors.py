@@ -1,6 +1,7 @@
 """One tensor of a safetensors file: where its bytes lie and how they are read. Imports no JAX."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ FLOATS = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
+SHOWN = 4  # keys of a kind that an error spells out
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,12 @@ class StoredTensor:
         if flat.size != self.size:
             raise InputError(f"{self.file} was cut short while it was read; copy it again")
         return flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
+
+
+def told_misfits(faults: dict[str, Collection[str]]) -> str:
+    """Keys by what is wrong with them, in words: "2 missing (a, b); 1 not known (c)", or ""."""
+    return "; ".join(
+        f"{len(keys)} {kind} ({', '.join(sorted(keys)[:SHOWN])}{', ...' * (len(keys) > SHOWN)})"
+        for kind, keys in faults.items()
+        if keys
+    )
