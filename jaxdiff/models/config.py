@@ -6,6 +6,12 @@ import typing
 
 from jaxdiff.errors import InputError
 
+# The numbers that may be 0 or less; the others are sizes, counts and scales.
+MAY_BE_ZERO = (
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("freq_shift", "latents_mean", "shift_factor"),
+)
+
 
 def from_json(cls, component: str, data: dict, fixed: dict):
     """Builds the config dataclass `cls` from a parsed `config.json`.
@@ -24,6 +30,9 @@ def from_json(cls, component: str, data: dict, fixed: dict):
             taken[key] = tuple(value) if isinstance(value, list) else value
             if not _is_a(taken[key], fields[key]):
                 raise InputError(f"{component}/config.json: {key} = {value!r} is not supported")
+            numbers = value if isinstance(value, list) else [value]
+            if key not in MAY_BE_ZERO and any(type(n) in (int, float) and n <= 0 for n in numbers):
+                raise InputError(f"{component}/config.json: {key} = {value!r} must be above 0")
         elif key in fixed:
             if value != fixed[key]:
                 raise InputError(

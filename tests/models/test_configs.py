@@ -53,11 +53,32 @@ def test_what_is_not_built_is_refused(config, key, value):
 
 
 @pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (UNetConfig, "norm_num_groups", 0),
+        (UNetConfig, "attention_head_dim", [8, 0, 8, 8]),
+        (UNetConfig, "block_out_channels", [320, -640, 1280, 1280]),
+        (UNetConfig, "layers_per_block", -1),
+        (AutoencoderKLConfig, "norm_num_groups", 0),
+        (AutoencoderKLConfig, "scaling_factor", 0.0),
+        (clip.CLIPTextConfig, "num_attention_heads", 0),
+    ],
+)
+def test_a_size_of_nothing_is_told_with_its_key(config, key, value):
+    with pytest.raises(InputError) as refusal:
+        config.from_json({key: value})
+    assert f"/config.json: {key} = {value!r} must be above 0" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
     ("config", "data"),
     [
         (UNetConfig, {}),
         (UNetConfig, {**XL, "time_cond_proj_dim": 256, "sample_size": [96, 64]}),
         (AutoencoderKLConfig, {"latents_mean": [0.5] * 4, "latents_std": [2, 1, 1, 1]}),
+        (AutoencoderKLConfig, {"latents_mean": [0, -1, 0, 0], "latents_std": [1.0] * 4}),
+        (AutoencoderKLConfig, {"shift_factor": 0.0}),
+        (UNetConfig, {"freq_shift": 0}),
         (clip.CLIPTextConfig, {"architectures": ["CLIPTextModelWithProjection"]}),
     ],
 )
