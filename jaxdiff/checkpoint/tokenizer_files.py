@@ -6,6 +6,8 @@ from pathlib import Path
 from jaxdiff.checkpoint.components import MAX_JSON_BYTES, TOKENIZER_FILES, read_json
 from jaxdiff.errors import InputError
 
+LEAST_TOKENS = 3  # the beginning, one of the text, the end
+NO_LIMIT = 1e30  # as old files say it
 END_OF_WORD = "</w>"
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<\w+>")  # <|endoftext|>, <unk>: made by no merge
 
@@ -20,6 +22,28 @@ def check_tokenizer(folder: Path) -> None:
         _check_merges(vocabulary, merges)
     elif not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder} lacks vocab.json and merges.txt; copy the checkpoint again")
+    if (folder / "tokenizer.json").is_file():
+        _check_model(folder / "tokenizer.json")
+    if (folder / "tokenizer_config.json").is_file():
+        _check_length(folder / "tokenizer_config.json")
+
+
+def _check_model(path: Path) -> None:
+    model = read_json(path).get("model")
+    if not isinstance(model, dict) or not (model.get("vocab") and model.get("merges")):
+        raise InputError(f"{path} holds no vocabulary and merges; copy the checkpoint again")
+
+
+def _check_length(path: Path) -> None:
+    """Refuses what leaves no room between the tokens for the beginning and the end."""
+    length = read_json(path).get("model_max_length")
+    if length in (None, NO_LIMIT):
+        return
+    if type(length) is not int or length < LEAST_TOKENS:
+        raise InputError(
+            f"{path}: model_max_length = {length!r} must be a whole number of at least "
+            f"{LEAST_TOKENS} tokens; CLIP's is 77"
+        )
 
 
 def _check_merges(vocabulary_path: Path, merges_path: Path) -> None:

@@ -119,11 +119,23 @@ def test_merges_cut_anywhere_are_refused(checkpoint):
         ("merges.txt", b"\xff\xfe"),
         ("merges.txt", b"#version: 0.2\na b c\n"),
         ("tokenizer.json", b'{"version": "1.0", '),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}'),
+        ("tokenizer_config.json", b'{"model_max_length": "abc"}'),
+        ("tokenizer_config.json", b'{"model_max_length": 1}'),
+        ("tokenizer_config.json", b'{"model_max_length": true}'),
+        ("tokenizer_config.json", b'{"model_max_length": 77.5}'),
     ],
 )
 def test_a_broken_tokenizer_is_named(checkpoint, name, content):
     (checkpoint / "tokenizer" / name).write_bytes(content)
     assert str(checkpoint / "tokenizer" / name) in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("length", [77, 3, None, 10**30, 1e30])
+def test_a_tokenizer_may_say_that_it_has_no_limit(checkpoint, length):
+    edit_json(checkpoint / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    open_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 20, 1000, -1])
