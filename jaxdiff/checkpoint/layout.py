@@ -20,7 +20,7 @@ from jaxdiff.checkpoint.components import (
 from jaxdiff.checkpoint.fingerprint import fingerprint
 from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.checkpoint.tokenizer_files import check_tokenizer
-from jaxdiff.checkpoint.weight_files import NoVariantError, choose, read_weights
+from jaxdiff.checkpoint.weight_files import NoVariantError, choose, no_index, read_weights
 from jaxdiff.errors import InputError
 
 BUNDLED = {"shapes64": Path(__file__).parents[1] / "assets" / "shapes64"}
@@ -227,6 +227,14 @@ def open_checkpoint(model: str | Path, variant: str | None = None) -> Checkpoint
     """
     if variant is not None and not re.fullmatch(r"[\w-]+", variant):
         raise InputError(f'variant {variant!r} must be a word like "fp16"')
+    try:
+        return _open(model, variant)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"model {str(model)!r} cannot be read ({reason})") from error
+
+
+def _open(model: str | Path, variant: str | None) -> Checkpoint:
     path = BUNDLED.get(model) or sources.local_path(str(model), variant)
     if path.is_dir():
         return _open_directory(path, _name(str(model), path), variant)
@@ -253,6 +261,10 @@ def _name(model: str, path: Path) -> str:
 
 
 def _open_directory(path: Path, name: str, variant: str | None) -> Checkpoint:
+    if not (path / INDEX).exists():
+        if (path.absolute().parent / INDEX).is_file():
+            raise InputError(f"{path} holds no {INDEX}: it is a part of a model; name its parent")
+        raise InputError(no_index(str(path), "directory", _listing(path)))
     index = read_json(path / INDEX)
     networks = _networks(path / INDEX, index)
     chosen = choose({network: _listing(path / network) for network in networks}, variant, path)

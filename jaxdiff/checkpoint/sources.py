@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from jaxdiff.checkpoint.components import INDEX, NETWORKS, TOKENIZER_FILES, TOKENIZERS
-from jaxdiff.checkpoint.weight_files import wanted_files
+from jaxdiff.checkpoint.weight_files import no_index, wanted_files
 from jaxdiff.errors import InputError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
@@ -44,8 +44,14 @@ def local_path(model: str, variant: str | None) -> Path:
         return _from_url(model.rstrip("/"), variant)
     path = Path(model)
     if not path.exists() and HUB_ID.fullmatch(model):
-        return _from_hub(model, lambda names: wanted_files(names, variant, model), INDEX)
+        return _from_hub(model, lambda names: _wanted(names, variant, model, "repository"), INDEX)
     return path
+
+
+def _wanted(names: Collection[str], variant: str | None, model: str, kind: str) -> list[str]:
+    if INDEX not in names:
+        raise InputError(no_index(f"model {model!r}", kind, names))
+    return wanted_files(names, variant, model)
 
 
 def usual_tokenizer(text_encoder: str) -> Path:
@@ -83,11 +89,21 @@ def _from_hub(model: str, choose: Callable[[Collection[str]], list[str]], probe:
     except InputError:
         raise
     except Exception as error:  # what the network library raises differs between its versions
+        if _is_local(error):
+            raise InputError(
+                f"model {model!r} cannot be kept in the Hugging Face cache ({error})"
+            ) from error
         problem = error
     cached = try_to_load_from_cache(repository, probe, revision=revision or None)
     if isinstance(cached, str):
         return Path(cached.removesuffix(probe))
     raise InputError(f"model {model!r} {_why_not(problem)}") from problem
+
+
+def _is_local(error: Exception) -> bool:
+    """Whether it is this machine's fault, such as a full disk; the network's have no number."""
+    network = ConnectionError, TimeoutError
+    return isinstance(error, OSError) and bool(error.errno) and not isinstance(error, network)
 
 
 def _why_not(problem: Exception) -> str:
@@ -144,9 +160,7 @@ def _fetch(system, root: str, url: str, variant: str | None) -> Path:
     else:
         base, name = root, ""
         found = _listing(system, base, ["", *TOKENIZERS.values(), *NETWORKS, "scheduler"])
-        if INDEX not in found:
-            raise InputError(f"model {url!r} holds no {INDEX}: it is no diffusers directory")
-        wanted = wanted_files(found, variant, url)
+        wanted = _wanted(found, variant, url, "directory")
     parent = url.rpartition("/")[0] if name else url
     versions = {path: f"{parent}/{path} {_version(found[path])}" for path in wanted}
     models = cache_directory() / "models"

@@ -17,7 +17,7 @@ from jaxdiff.checkpoint.components import (
     read_json,
 )
 from jaxdiff.checkpoint.safetensors_header import ITEM_BYTES, read_header
-from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor
+from jaxdiff.checkpoint.tensors import FLOATS, SHOWN, StoredTensor
 from jaxdiff.errors import InputError
 
 OTHER_VARIANTS = ("fp16", "bf16")  # taken in this order where there is no full file
@@ -81,6 +81,19 @@ def wanted_files(names: Collection[str], variant: str | None, where: str) -> lis
         if main.endswith(".json"):
             wanted += [f"{network}/{name}" for name in networks[network] if _is_shard(name, main)]
     return wanted
+
+
+def no_index(where: str, kind: str, names: Collection[str]) -> str:
+    """Why a "directory" or a "repository" with these files cannot be opened without `INDEX`."""
+    said = f"{where} holds no {INDEX}: it is no diffusers {kind}"
+    if CONFIGS["unet"] in names:
+        return f"{said} but one network alone; name a whole model"
+    single = sorted(name for name in names if name.endswith(".safetensors"))
+    if single:
+        return (
+            f"{said}; of single files it holds {', '.join(single[:SHOWN])}: download and name one"
+        )
+    return f"{said}; name another"
 
 
 def read_weights(network: str, path: Path) -> dict[str, StoredTensor]:

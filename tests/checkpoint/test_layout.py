@@ -72,7 +72,6 @@ def test_any_byte_that_decides_pixels_changes_the_fingerprint(checkpoint, name):
 @pytest.mark.parametrize(
     "name",
     [
-        "model_index.json",
         "scheduler/scheduler_config.json",
         "text_encoder/config.json",
         "text_encoder/model.safetensors",
@@ -202,7 +201,23 @@ def test_another_network_is_refused(checkpoint):
 
 def test_what_is_neither_bundled_nor_a_directory_is_refused(tmp_path):
     assert "neither a diffusers directory" in refusal("no-such-model")
-    assert "model_index.json is missing" in refusal(tmp_path)
+    none = f"{tmp_path} holds no model_index.json: it is no diffusers directory"
+    assert refusal(tmp_path).startswith(none)
+    (tmp_path / "merged.safetensors").touch()
+    assert "merged.safetensors" in refusal(tmp_path)
+
+
+def test_one_networks_folder_is_told_to_name_its_parent(checkpoint, monkeypatch):
+    assert "holds no model_index.json: it is a part of a model" in refusal(checkpoint / "unet")
+    monkeypatch.chdir(checkpoint / "unet")
+    assert "name its parent" in refusal(".")
+    (checkpoint / "model_index.json").unlink()
+    assert "no diffusers directory but one network alone" in refusal(".")
+
+
+@pytest.mark.parametrize("model", ["a" * 300, f"someone/{'a' * 300}"])
+def test_a_name_that_no_file_can_have_is_one_clear_line(model):
+    assert refusal(model) == f"model {model!r} cannot be read (File name too long)"
 
 
 def test_a_scheduler_that_is_not_built_is_an_error_only_when_it_is_needed(checkpoint):

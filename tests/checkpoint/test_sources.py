@@ -203,6 +203,22 @@ def test_what_the_hub_does_not_have_is_one_clear_line(hub, tmp_path):
     assert said.startswith("InputError: someone/tiny/unet holds diffusion_pytorch_model.bin")
 
 
+def test_a_repository_of_single_files_is_told_what_it_holds(hub, tmp_path):
+    (Hub.root / "model_index.json").unlink()
+    shutil.copy(Hub.root / UNET, Hub.root / "merged.safetensors")
+    said = in_a_new_process(PRINT.format("someone/tiny"), tmp_path / "hub", HF_ENDPOINT=hub)
+    assert "holds no model_index.json: it is no diffusers repository" in said
+    assert "merged.safetensors" in said
+
+
+def test_a_full_disk_is_not_taken_for_the_network(hub, tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
+    code = limit + PRINT.format("someone/tiny")
+    said = in_a_new_process(code, tmp_path / "hub", HF_ENDPOINT=hub)
+    assert "cannot be kept in the Hugging Face cache" in said
+    assert "File too large" in said
+
+
 def test_a_directory_goes_before_a_hub_id_of_its_name(tiny_checkpoint, tmp_path, monkeypatch):
     shutil.copytree(tiny_checkpoint, tmp_path / "someone" / "tiny")
     monkeypatch.chdir(tmp_path)
