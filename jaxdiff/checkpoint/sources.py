@@ -16,7 +16,11 @@ URL = re.compile(r"[a-z][a-z0-9+.-]+://.+")
 HUB_TIMEOUT_SECONDS = 10
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
 # What tells an object's versions apart, as far as its file system knows it.
-STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
+STAMPS = (
+    *("ETag", "etag", "blob_id", "sha", "md5Hash", "Content-MD5", "checksum", "generation"),
+    *("mtime", "modified", "modifiedTime", "modificationTime", "created"),
+    *("LastModified", "last_modified", "Last-Modified"),
+)
 # The tokenizers of all Stable Diffusion 1 and XL checkpoints: (Hub id, folder).
 USUAL_TOKENIZERS = {
     "text_encoder": ("openai/clip-vit-large-patch14", ""),
@@ -127,7 +131,8 @@ def _why_not(problem: Exception) -> str:
 def _from_url(url: str, variant: str | None) -> Path:
     """A copy in the cache directory of the checkpoint at `url`: of its directory, or its one file.
 
-    A file that has not changed since it was fetched is not fetched again.
+    A file that has not changed since it was fetched is not fetched again. One whose file system
+    does not tell whether it has is fetched each time.
     """
     import fsspec
 
@@ -162,18 +167,19 @@ def _fetch(system, root: str, url: str, variant: str | None) -> Path:
         found = _listing(system, base, ["", *TOKENIZERS.values(), *NETWORKS, "scheduler"])
         wanted = _wanted(found, variant, url, "directory")
     parent = url.rpartition("/")[0] if name else url
-    versions = {path: f"{parent}/{path} {_version(found[path])}" for path in wanted}
     models = cache_directory() / "models"
-    directory = models / _digest("\n".join(versions.values()))
-    for path in wanted:
-        stored = models / "files" / _digest(versions[path])
-        if not stored.exists():
-            _copy(system, f"{base}/{path}", found[path], stored)
+    stored = {
+        path: _stored(system, f"{base}/{path}", f"{parent}/{path}", found[path], models / "files")
+        for path in wanted
+    }
+    versions = "\n".join(f"{path} {copy.name}" for path, copy in stored.items())
+    directory = models / _digest(f"{url}\n{versions}")
+    for path, copy in stored.items():
         link = directory / path
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.unlink(missing_ok=True)  # a link to what was cleared away
-            link.symlink_to(os.path.relpath(stored, link.parent))
+            link.symlink_to(os.path.relpath(copy, link.parent))
     return directory / name
 
 
@@ -192,19 +198,28 @@ def _listing(system, base: str, folders: Collection[str]) -> dict[str, dict]:
     return found
 
 
-def _version(entry: dict) -> str:
-    return " ".join([str(entry["size"]), *(str(entry[key]) for key in STAMPS if key in entry)])
-
-
-def _copy(system, source: str, entry: dict, target: Path) -> None:
-    """Copies a file, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=target.parent) as scratch:
+def _stored(system, source: str, url: str, entry: dict, files: Path) -> Path:
+    """The copy in the cache of a file: fetched, whole or not at all, unless it is there."""
+    if not _stamps(entry):
+        entry = entry | system.info(source)  # which some know more of than their listing tells
+    size, stamps = entry.get("size"), _stamps(entry)
+    stored = files / _digest(" ".join([url, str(size), *stamps]))
+    if stamps and stored.exists():
+        return stored
+    files.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=files) as scratch:
         new = Path(scratch) / "new"
         system.get_file(source, str(new))
-        if entry["size"] is not None and new.stat().st_size != entry["size"]:
+        if size is not None and new.stat().st_size != size:
             raise InputError(f"{source} has changed while it was fetched; run this again")
-        new.replace(target)
+        if not stamps:  # nothing but its contents tells it from another version
+            with new.open("rb") as file:
+                stored = files / hashlib.file_digest(file, "sha256").hexdigest()
+        return new.replace(stored)
+
+
+def _stamps(entry: dict) -> list[str]:
+    return [str(entry[key]) for key in STAMPS if entry.get(key) is not None]
 
 
 def _digest(text: str) -> str:

@@ -215,8 +215,8 @@ def test_one_networks_folder_is_told_to_name_its_parent(checkpoint, monkeypatch)
     assert "no diffusers directory but one network alone" in refusal(".")
 
 
-@pytest.mark.parametrize("model", ["a" * 300, f"someone/{'a' * 300}"])
-def test_a_name_that_no_file_can_have_is_one_clear_line(model):
+def test_a_name_that_no_file_can_have_is_one_clear_line():
+    model = "a" * 300
     assert refusal(model) == f"model {model!r} cannot be read (File name too long)"
 
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from original import SD1, XL, shapes
 from safetensors.numpy import save_file
 
@@ -341,6 +342,51 @@ def test_only_what_has_changed_is_fetched_again(bucket, cache):
     after = fetched(cache)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 1
+
+
+class Terse(MemoryFileSystem):
+    """Tells of a file what plain HTTP servers do, its name alone, and whatever `stamps` says."""
+
+    stamps: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("terse://"))
+
+    def ls(self, path, detail=True, **_):
+        entries = super().ls(path)
+        return [{"name": e["name"], "type": e["type"], "size": None} | self.stamps for e in entries]
+
+    def info(self, path, **_):
+        return {"name": path, "type": "file", "size": None} | self.stamps
+
+
+fsspec.register_implementation("terse", Terse)
+
+
+def change_weights(bucket) -> None:
+    path = f"/bucket/models/tiny/{UNET}"
+    content = bucket.cat(path)
+    bucket.pipe(path, content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_what_cannot_be_known_to_be_unchanged_is_fetched_again(bucket, cache):
+    first = open_checkpoint("terse://bucket/models/tiny")
+    before = fetched(cache)
+    assert open_checkpoint("terse://bucket/models/tiny").path == first.path
+    assert fetched(cache).keys() == before.keys()  # the same contents are kept once
+    change_weights(bucket)
+    assert open_checkpoint("terse://bucket/models/tiny").fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("key", ["blob_id", "sha", "checksum", "ETag", "mtime"])
+def test_a_file_systems_own_stamp_tells_versions_apart(bucket, monkeypatch, key):
+    monkeypatch.setattr(Terse, "stamps", {key: "1"})
+    first = open_checkpoint("terse://bucket/models/tiny").fingerprint
+    change_weights(bucket)
+    assert open_checkpoint("terse://bucket/models/tiny").fingerprint == first
+    monkeypatch.setattr(Terse, "stamps", {key: "2"})
+    assert open_checkpoint("terse://bucket/models/tiny").fingerprint != first
 
 
 def test_a_copy_that_was_interrupted_is_finished(bucket, cache):
