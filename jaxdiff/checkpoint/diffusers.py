@@ -64,7 +64,7 @@ def load_params(shapes: dict, tensors: Mapping[str, StoredTensor], dtype, shardi
     Raises:
       InputError: listing the weights that are missing, not known, or not of the right shape.
     """
-    _refuse_misfits(shapes, tensors)
+    refuse_misfits(shapes, tensors)
     paths, _ = zip(*jax.tree_util.tree_leaves_with_path(shapes), strict=True)
     places = jax.tree.broadcast(sharding, shapes, is_leaf=lambda leaf: leaf is None)
     places = jax.tree.leaves(places, is_leaf=lambda leaf: leaf is None)
@@ -79,6 +79,23 @@ def load_params(shapes: dict, tensors: Mapping[str, StoredTensor], dtype, shardi
     with ThreadPoolExecutor(READERS) as readers:
         leaves = list(readers.map(load, paths, places))
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def refuse_misfits(shapes: dict, found: Mapping[str, StoredTensor]) -> None:
+    """Raises InputError unless the weights found are those of a network, `shapes` as above."""
+    wanted = file_shapes(shapes)
+    faults = {
+        "missing": [key for key in wanted if key not in found],
+        "not known": [key for key in found if key not in wanted],
+        "of another shape": [
+            f"{key} {list(found[key].shape)} for {list(shape)}"
+            for key, shape in wanted.items()
+            if key in found and found[key].shape != shape
+        ],
+    }
+    if misfits := told_misfits(faults):
+        file = min((str(tensor.file) for tensor in found.values()), default="an empty file")
+        raise InputError(f"{file} does not fit its config: of the weights, {misfits}")
 
 
 def file_shapes(shapes: dict) -> dict[str, tuple[int, ...]]:
@@ -202,19 +219,3 @@ def _key(path) -> str:
 def _axes(path, ndim: int) -> tuple[int, ...]:
     """The parameter's axes in the order of the file."""
     return FILE_AXES[ndim] if _name(path).endswith(".kernel") else tuple(range(ndim))
-
-
-def _refuse_misfits(shapes: dict, found: Mapping[str, StoredTensor]) -> None:
-    wanted = file_shapes(shapes)
-    faults = {
-        "missing": [key for key in wanted if key not in found],
-        "not known": [key for key in found if key not in wanted],
-        "of another shape": [
-            f"{key} {list(found[key].shape)} for {list(shape)}"
-            for key, shape in wanted.items()
-            if key in found and found[key].shape != shape
-        ],
-    }
-    if misfits := told_misfits(faults):
-        file = min((str(tensor.file) for tensor in found.values()), default="an empty file")
-        raise InputError(f"{file} does not fit its config: of the weights, {misfits}")

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, for people: from configs and headers alone. Imports no JAX."""
+"""What is in a checkpoint, for people: from configs and headers alone."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -6,6 +6,7 @@ from jaxdiff.checkpoint.components import read_json
 from jaxdiff.checkpoint.layout import Checkpoint
 from jaxdiff.checkpoint.safetensors_header import ITEM_BYTES
 from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor
+from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.errors import InputError
 
 HEADINGS = ("component", "class", "parameters", "stored as", "size", "file")
@@ -15,7 +16,8 @@ SIGMAS = ("Karras", "exponential", "beta")
 def report(checkpoint: Checkpoint) -> str:
     """A checkpoint's family, networks, defaults and fingerprint, as aligned lines of text.
 
-    Nothing is read but configs and headers, and for the fingerprint every byte once.
+    The last says whether its networks can be built. Nothing is read but configs and headers, and
+    for the fingerprint every byte once.
 
     Raises:
       InputError: if a value that a checkpoint must have is none. A default that it may lack is
@@ -59,13 +61,14 @@ def _facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     return [
         ("prediction", _prediction(checkpoint.scheduler)),
         ("scheduler", _scheduler(checkpoint.scheduler)),
-        ("default sampler", _or_reason(lambda: checkpoint.default_sampler)),
+        ("default sampler", _or_reason(lambda: _sampler(checkpoint))),
         ("default steps", f"{checkpoint.default_steps}"),
         ("default guidance", _guidance(checkpoint)),
         ("default size", _or_reason(lambda: _default_size(checkpoint))),
         ("latent channels", f"{checkpoint.latent_channels}"),
         *(_tokenizer(checkpoint, encoder) for encoder in checkpoint.text_encoders),
         ("fingerprint", checkpoint.fingerprint),
+        ("can be used", _usable(checkpoint)),
     ]
 
 
@@ -82,6 +85,21 @@ def _scheduler(scheduler: dict) -> str:
         said.append(f"{scheduler['timestep_spacing']} spacing")
     said += [f"{kind} sigmas" for kind in SIGMAS if scheduler.get(f"use_{kind.lower()}_sigmas")]
     return ", ".join(map(str, said))
+
+
+def _sampler(checkpoint: Checkpoint) -> str:
+    NoiseSchedule.from_json(checkpoint.scheduler, checkpoint.default_sampler)
+    return checkpoint.default_sampler
+
+
+def _usable(checkpoint: Checkpoint) -> str:
+    from jaxdiff.checkpoint.networks import check_networks  # imports JAX: a second
+
+    try:
+        check_networks(checkpoint)
+    except InputError as error:
+        return f"no: {error}"
+    return "yes"
 
 
 def _guidance(checkpoint: Checkpoint) -> str:

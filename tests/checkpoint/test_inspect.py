@@ -138,12 +138,38 @@ def test_the_scheduler_is_told_in_words(checkpoint, changes, line, text):
     assert report(checkpoint)[line].endswith(text)
 
 
-def test_it_needs_neither_jax_nor_torch():
+@pytest.mark.parametrize(
+    ("network", "changes", "reason"),
+    [
+        # As SSD-1B has it.
+        ("unet", {"transformer_layers_per_block": [1, [2, 2]]}, "transformer_layers_per_block"),
+        ("unet", {"class_embed_type": "timestep"}, "class_embed_type"),
+        ("vae", {"norm_num_groups": 0}, "norm_num_groups = 0"),
+        ("text_encoder", {"num_hidden_layers": 3}, "16 missing (encoder.layers.2."),
+        ("unet", {"layers_per_block": 2}, "does not fit its config"),
+        ("unet", {"cross_attention_dim": 64}, "cross_attention_dim = 64 does not fit"),
+    ],
+)
+def test_a_model_that_cannot_be_used_says_why(checkpoint, network, changes, reason):
+    assert report(checkpoint)["can be used"] == "yes"
+    edit(checkpoint / network / "config.json", **changes)
+    said = report(checkpoint)["can be used"]
+    assert said.startswith(f"no: {checkpoint}")
+    assert reason in said
+
+
+def test_a_scheduler_that_its_sampler_does_not_take_is_told_in_its_line(checkpoint):
+    edit(checkpoint / "scheduler" / "scheduler_config.json", thresholding=True)
+    assert "thresholding = true is not built" in report(checkpoint)["default sampler"]
+
+
+def test_it_needs_no_torch():
     code = (
         "import sys; from jaxdiff import cli; assert cli.main(['inspect', 'shapes64']) == 0; "
-        "assert not sys.modules.keys() & {'jax', 'torch', 'transformers', 'apache_beam'}"
+        "assert not sys.modules.keys() & {'torch', 'transformers', 'apache_beam'}"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.startswith("shapes64: Stable Diffusion 1")
+    assert done.stdout.splitlines()[-1].split() == ["can", "be", "used", "yes"]
