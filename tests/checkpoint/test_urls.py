@@ -1,0 +1,174 @@
+"""Checkpoints from any file system that fsspec knows: its memory, and one that tells little."""
+
+import json
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.errors import InputError
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache directory of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "jaxdiff" / "models"
+
+
+def refusal(model: str, variant: str | None = None) -> str:
+    """The one line that opening this model ends in."""
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(model, variant)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def bucket(tiny_checkpoint):
+    """The tiny checkpoint in fsspec's memory, with what must not be fetched beside it."""
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tiny_checkpoint), "/bucket/models/tiny", recursive=True)
+    memory.pipe("/bucket/models/tiny/unet/diffusion_pytorch_model.bin", b"pickle")
+    memory.pipe("/bucket/models/tiny/safety_checker/model.safetensors", b"not needed")
+    memory.pipe("/bucket/models/tiny/README.md", b"A card")
+    yield memory
+    memory.rm("/bucket", recursive=True)
+
+
+def fetched(cache: Path) -> dict[str, int]:
+    """When each file in the cache was written."""
+    return {path.name: path.stat().st_mtime_ns for path in (cache / "files").iterdir()}
+
+
+def test_a_url_is_copied_into_the_cache_and_opened(bucket, tiny_checkpoint, cache):
+    opened = open_checkpoint("memory://bucket/models/tiny/")
+    assert opened.name == "tiny"
+    assert opened.path.parent == cache
+    assert opened.fingerprint == open_checkpoint(tiny_checkpoint).fingerprint
+    needed = {path.relative_to(tiny_checkpoint) for path in tiny_checkpoint.rglob("*.*")}
+    assert {path.relative_to(opened.path) for path in opened.path.rglob("*.*")} == needed
+
+
+def test_only_what_has_changed_is_fetched_again(bucket, cache):
+    first = open_checkpoint("memory://bucket/models/tiny")
+    before = fetched(cache)
+    assert open_checkpoint("memory://bucket/models/tiny").path == first.path
+    assert fetched(cache) == before
+
+    config = json.loads(bucket.cat("/bucket/models/tiny/unet/config.json")) | {"sample_size": 16}
+    bucket.pipe("/bucket/models/tiny/unet/config.json", json.dumps(config).encode())
+    second = open_checkpoint("memory://bucket/models/tiny")
+    assert second.default_size == (128, 128)
+    assert first.default_size == (64, 64)  # the job that has it open keeps it
+    after = fetched(cache)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 1
+
+
+class Terse(MemoryFileSystem):
+    """Tells of a file what plain HTTP servers do, its name alone, and whatever `stamps` says."""
+
+    stamps: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("terse://"))
+
+    def ls(self, path, detail=True, **_):
+        entries = super().ls(path)
+        return [{"name": e["name"], "type": e["type"], "size": None} | self.stamps for e in entries]
+
+    def info(self, path, **_):
+        return {"name": path, "type": "file", "size": None} | self.stamps
+
+
+fsspec.register_implementation("terse", Terse)
+
+
+def change_weights(bucket) -> None:
+    path = f"/bucket/models/tiny/{UNET}"
+    content = bucket.cat(path)
+    bucket.pipe(path, content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_what_cannot_be_known_to_be_unchanged_is_fetched_again(bucket, cache):
+    first = open_checkpoint("terse://bucket/models/tiny")
+    before = fetched(cache)
+    assert open_checkpoint("terse://bucket/models/tiny").path == first.path
+    assert fetched(cache).keys() == before.keys()  # the same contents are kept once
+    change_weights(bucket)
+    assert open_checkpoint("terse://bucket/models/tiny").fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("key", ["blob_id", "sha", "checksum", "ETag", "mtime"])
+def test_a_file_systems_own_stamp_tells_versions_apart(bucket, monkeypatch, key):
+    monkeypatch.setattr(Terse, "stamps", {key: "1"})
+    first = open_checkpoint("terse://bucket/models/tiny").fingerprint
+    change_weights(bucket)
+    assert open_checkpoint("terse://bucket/models/tiny").fingerprint == first
+    monkeypatch.setattr(Terse, "stamps", {key: "2"})
+    assert open_checkpoint("terse://bucket/models/tiny").fingerprint != first
+
+
+def test_a_copy_that_was_interrupted_is_finished(bucket, cache):
+    path = open_checkpoint("memory://bucket/models/tiny").path / UNET
+    size = path.stat().st_size
+    path.resolve().unlink()
+    assert (open_checkpoint("memory://bucket/models/tiny").path / UNET).stat().st_size == size
+    assert not list(cache.glob("**/.fetching*"))
+
+
+def test_a_variant_is_fetched_alone(bucket):
+    full = f"/bucket/models/tiny/{UNET}"
+    bucket.mv(full, full.replace(".safetensors", ".fp16.safetensors"))
+    opened = open_checkpoint("memory://bucket/models/tiny", "fp16")
+    assert "diffusion_pytorch_model.fp16.safetensors" in os.listdir(opened.path / "unet")
+
+
+def test_one_file_is_fetched_with_the_tokenizers_beside_it(bucket, cache):
+    bucket.pipe("/bucket/models/merged.safetensors", b"no weights")
+    bucket.copy("/bucket/models/tiny/tokenizer", "/bucket/models/tokenizer", recursive=True)
+    said = refusal("memory://bucket/models/merged.safetensors")
+    assert "merged.safetensors is no safetensors file" in said
+    (file,) = cache.glob("*/merged.safetensors")
+    assert file.read_bytes() == b"no weights"
+    assert (file.parent / "tokenizer" / "vocab.json").is_file()
+
+
+URL_FAULTS = {
+    "memory://bucket/models": "holds no model_index.json",
+    "memory://bucket/nothing": "holds no model_index.json",
+    "memory://bucket/nothing.safetensors": "there is no",
+    "s3://bucket/model": "pip install s3fs",
+    "gs://bucket/model": "pip install gcsfs",
+    "abc://bucket/model": "abc",
+}
+
+
+@pytest.mark.parametrize(("url", "message"), URL_FAULTS.items(), ids=URL_FAULTS)
+def test_a_url_with_nothing_to_read_is_one_clear_line(bucket, url, message):
+    said = refusal(url)
+    assert repr(url) in said
+    assert message in said
+
+
+def test_a_listing_cannot_write_outside_the_cache(bucket, tmp_path, cache):
+    for name in ("..", "../../evil.safetensors", "diffusion_pytorch_model-1-of-2.safetensors/../x"):
+        bucket.store[f"/bucket/models/tiny/unet/{name}"] = bucket.store[
+            f"/bucket/models/tiny/{UNET}"
+        ]
+    opened = open_checkpoint("memory://bucket/models/tiny")
+    inside = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert all(cache in path.parents for path in inside)
+    assert sorted(os.listdir(opened.path / "unet")) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
