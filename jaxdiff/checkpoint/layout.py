@@ -230,7 +230,7 @@ def open_checkpoint(model: str | Path, variant: str | None = None) -> Checkpoint
     try:
         return _open(model, variant)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = error.strerror or " ".join(str(error).split())
         raise InputError(f"model {str(model)!r} cannot be read ({reason})") from error
 
 
