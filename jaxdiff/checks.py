@@ -8,11 +8,11 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from jaxdiff.diffusion import schedule
+from jaxdiff.diffusion import samplers, schedule
 from jaxdiff.errors import InputError
-from jaxdiff.request import MAX_SEED, SAMPLERS
+from jaxdiff.request import MAX_SEED, SAMPLERS, Options
 
 MAX_TEXT_CHARACTERS = 4000
 MAX_SIDE_PX = 8192
@@ -153,6 +153,33 @@ def scheduler_changes(text: str) -> dict:
     return {key.strip(): _json_or_text(said.strip()) for key, _, said in parts}
 
 
+def options_together(options: Options, samplers_used: Collection[str], refined: bool) -> None:
+    """Refuses options that would do nothing, but stand in every image's record.
+
+    Args:
+      samplers_used: of the run's images.
+      refined: whether there is a refiner.
+    """
+    usual = Options()
+    if options.eta != usual.eta and "ddim" not in samplers_used:
+        raise BadValueError("--eta is for the sampler ddim alone; leave it out")
+    if options.refiner_start != usual.refiner_start and not refined:
+        raise BadValueError("--refiner-start does nothing without a --refiner; leave it out")
+    if options.guidance_start >= options.guidance_stop:
+        raise BadValueError(
+            f"--guidance-start {options.guidance_start} must come before --guidance-stop "
+            f"{options.guidance_stop}; --guidance-scale 1 leaves guidance off"
+        )
+    for key, said in scheduler_changes(options.scheduler).items():
+        if key == "algorithm_type":
+            raise BadValueError(f"--scheduler {key}: ask for --sampler dpmpp_2m or dpmpp_2m_sde")
+        if not any(schedule.reads(sampler, key) for sampler in samplers_used):
+            raise BadValueError(
+                f"--scheduler {key}={said} means nothing to {', '.join(sorted(samplers_used))}; "
+                "leave it out, or ask for another --sampler"
+            )
+
+
 def _json_or_text(said: str):
     try:
         return json.loads(said)
@@ -160,14 +187,31 @@ def _json_or_text(said: str):
         return said
 
 
-def steps_of(sampler: str, steps: int, scheduler_config: dict) -> None:
-    """Refuses a sampler that cannot follow the model's scheduler, or not in so many steps."""
+def steps_of(sampler: str, steps: int, schedulers: Sequence[dict], eta: float = 0.0) -> None:
+    """Refuses a sampler that cannot follow the model's schedulers, or not in so many steps.
+
+    Args:
+      schedulers: the config of each expert's, as `changed_scheduler` gives it.
+    """
     try:
-        most = schedule.max_steps(scheduler_config, sampler)
+        for config in schedulers:
+            noise_schedule = schedule.NoiseSchedule.from_json(config, sampler)
+            most = noise_schedule.max_steps(sampler)
+            if steps > most:
+                raise BadValueError(f"steps must be at most {most} for {sampler}, not {steps}")
+            samplers.sampler_table(sampler, noise_schedule, steps, eta=eta)
     except InputError as problem:
         raise BadValueError(str(problem)) from None
-    if steps > most:
-        raise BadValueError(f"steps must be at most {most} for {sampler}, not {steps}")
+
+
+def changed_scheduler(config: dict, changes: str) -> dict:
+    """A scheduler's config after `changes` in the form of `scheduler`; said is no longer left out.
+
+    diffusers lists what a file leaves out under "_use_default_values".
+    """
+    said = scheduler_changes(changes)
+    left_out = [key for key in config.get("_use_default_values") or () if key not in said]
+    return config | said | {"_use_default_values": left_out}
 
 
 def choice(name: str, value, choices: Sequence[str]) -> str:

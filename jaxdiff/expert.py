@@ -11,12 +11,11 @@ from jax import Array
 from jaxdiff import checks, parallel
 from jaxdiff.checkpoint.diffusers import abstract_network, load_params
 from jaxdiff.checkpoint.layout import Checkpoint
+from jaxdiff.checkpoint.networks import read_configs
 from jaxdiff.diffusion import samplers
 from jaxdiff.diffusion.schedule import FLOW_CLASS, NoiseSchedule
-from jaxdiff.errors import InputError
-from jaxdiff.models.clip import CLIPTextConfig
-from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.models.vae import AutoencoderKLConfig
+from jaxdiff.diffusion.solvers import SamplerTable
+from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.prompts import PromptEncoder
 from jaxdiff.request import Options, Request
 
@@ -62,17 +61,22 @@ class Expert:
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype, mesh: jax.sharding.Mesh, options: Options):
-        config = UNetConfig.from_json(checkpoint.config("unet"))
-        _refuse_misfits(checkpoint, config)
+        configs = read_configs(checkpoint)
+        config = configs["unet"]
         graph, shapes = abstract_network(UNet2DConditionModel, config)
         self.params = load_params(
             shapes, checkpoint.weights("unet"), dtype, parallel.parameter_shardings(mesh, shapes)
         )
         self._encode = PromptEncoder(
-            checkpoint, dtype, mesh, clip_skip=options.clip_skip, chunks=options.prompt_chunks
+            checkpoint,
+            configs,
+            dtype,
+            mesh,
+            clip_skip=options.clip_skip,
+            chunks=options.prompt_chunks,
         )
         self._options = options
-        self.scheduler = checkpoint.scheduler | checks.scheduler_changes(options.scheduler)
+        self.scheduler = checks.changed_scheduler(checkpoint.scheduler, options.scheduler)
         self.train_steps = self.scheduler.get("num_train_timesteps", 1000)
         is_flow = self.scheduler.get("_class_name") == FLOW_CLASS
         self.network = Network(
@@ -84,7 +88,7 @@ class Expert:
         self._takes_score = bool(checkpoint.index.get("requires_aesthetics_score"))
         self._ignores_empty = bool(checkpoint.index.get("force_zeros_for_empty_prompt"))
 
-    def table(self, request: Request, begin: int = 0) -> samplers.SamplerTable:
+    def table(self, request: Request, begin: int = 0) -> SamplerTable:
         """The steps of the request's sampler; those before `begin` are another expert's.
 
         Raises:
@@ -116,28 +120,3 @@ class Expert:
             score = NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE
             return (*size, *corner, score)
         return (*size, *corner, *size)
-
-
-def _refuse_misfits(checkpoint: Checkpoint, unet: UNetConfig) -> None:
-    """Raises InputError unless the networks' configs fit each other."""
-    encoders = [CLIPTextConfig.from_json(checkpoint.config(n)) for n in checkpoint.text_encoders]
-    vae = AutoencoderKLConfig.from_json(checkpoint.config("vae"))
-    widths = {
-        "in_channels": vae.latent_channels,
-        "out_channels": vae.latent_channels,
-        "cross_attention_dim": sum(encoder.hidden_size for encoder in encoders),
-    }
-    if unet.addition_embed_type == "text_time":
-        scores = bool(checkpoint.index.get("requires_aesthetics_score"))
-        ids = (5 if scores else 6) * unet.addition_time_embed_dim
-        widths["projection_class_embeddings_input_dim"] = encoders[-1].projection_dim + ids
-    for key, width in widths.items():
-        if getattr(unet, key) != width:
-            raise InputError(
-                f"{checkpoint.path}: the U-Net's {key} = {getattr(unet, key)} does not fit the "
-                f"networks beside it, which need {width}; copy the checkpoint again"
-            )
-    if vae.out_channels != 3:
-        raise InputError(
-            f"{checkpoint.path}: the autoencoder's out_channels = {vae.out_channels} are no RGB"
-        )

@@ -40,11 +40,19 @@ class PromptEncoder:
     """A checkpoint's tokenizers and text encoders; it remembers the prompts that it met lately."""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype, mesh: jax.sharding.Mesh, *, clip_skip: int, chunks: int
+        self,
+        checkpoint: Checkpoint,
+        configs: dict,
+        dtype,
+        mesh: jax.sharding.Mesh,
+        *,
+        clip_skip: int,
+        chunks: int,
     ):
         """Loads the text encoders of `checkpoint` onto `mesh`.
 
         Args:
+          configs: as `read_configs` gives them.
           clip_skip, chunks: as in `Options`.
 
         Raises:
@@ -54,7 +62,7 @@ class PromptEncoder:
         self.tokenizers, self.params, graphs = {}, {}, {}
         xl = "text_encoder_2" in checkpoint.text_encoders
         for name in checkpoint.text_encoders:
-            config = clip.CLIPTextConfig.from_json(checkpoint.config(name))
+            config = configs[name]
             tokenizer = CLIPTokenizer.from_pretrained(checkpoint.tokenizer(name))
             self.tokens = min(tokenizer.model_max_length, config.max_position_embeddings)
             self.tokenizers[name] = tokenizer

@@ -17,8 +17,10 @@ from jax import Array
 from jaxdiff import checks, parallel
 from jaxdiff.checkpoint.diffusers import abstract_network, load_params
 from jaxdiff.checkpoint.ensemble import Ensemble, open_ensemble
-from jaxdiff.diffusion import guidance, objective, samplers
+from jaxdiff.checkpoint.networks import read_configs
+from jaxdiff.diffusion import guidance, objective, sampling
 from jaxdiff.diffusion import noise as random_noise
+from jaxdiff.diffusion.solvers import SamplerTable
 from jaxdiff.errors import InputError
 from jaxdiff.expert import Conditioning, Expert, Network
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
@@ -92,7 +94,7 @@ class TextToImage:
             Expert(checkpoint, dtype, self.mesh, options) for checkpoint in ensemble.experts
         ]
         last = ensemble.experts[-1]
-        vae_config = AutoencoderKLConfig.from_json(last.config("vae"))
+        vae_config = read_configs(last)["vae"]
         vae_graph, shapes = abstract_network(AutoencoderKL, vae_config)
         places = parallel.parameter_shardings(self.mesh, shapes)
         vae = load_params(shapes, last.weights("vae"), dtype, places)
@@ -134,8 +136,12 @@ class TextToImage:
         try:
             for name, (check, *arguments) in rules.items():
                 values[name] = check(name, values[name], *arguments)
-            for expert in self._experts:
-                checks.steps_of(values["sampler"], values["steps"], expert.scheduler)
+            checks.steps_of(
+                values["sampler"],
+                values["steps"],
+                [expert.scheduler for expert in self._experts],
+                self.options.eta,
+            )
         except checks.BadValueError as problem:
             raise InputError(str(problem)) from None
         return Request(**values)
@@ -183,7 +189,7 @@ class TextToImage:
         self,
         batch: list[Request],
         batch_size: int,
-        tables: list[samplers.SamplerTable],
+        tables: list[SamplerTable],
         stretches: tuple[Stretch, ...],
     ) -> tuple[Array, Array]:
         """Starts a batch on the device; returns pixels and finiteness, perhaps not computed yet."""
@@ -213,7 +219,7 @@ class TextToImage:
             decoded_at_once=self._decoded_at_once(first, batch_size),
         )
 
-    def _tables(self, request: Request) -> tuple[list[samplers.SamplerTable], tuple[Stretch, ...]]:
+    def _tables(self, request: Request) -> tuple[list[SamplerTable], tuple[Stretch, ...]]:
         """Each expert's table, and which expert takes which rows, guided or not."""
         base, *others = self._experts
         table = base.table(request)
@@ -293,7 +299,7 @@ def sample_pixels(
         )
         for expert, rows, guided in stretches
     ]
-    latents = samplers.sample(denoisers, noise, initial_scale, columns, fresh_noise)
+    latents = sampling.sample(denoisers, noise, initial_scale, columns, fresh_noise)
     vae = nnx.merge(vae_graph, params["vae"])
 
     def decode(latents: Array) -> tuple[Array, Array]:
@@ -315,7 +321,7 @@ def _denoiser(
     guidance_scale: Array,
     guidance_rescale: float,
 ) -> Callable[[Array, Array, Array, Array], Array]:
-    """What `samplers.sample` takes: guided, if there is something to steer away from."""
+    """What `sampling.sample` takes: guided, if there is something to steer away from."""
     unet, guided = nnx.merge(network.graph, params), negative is not None
     told = jax.tree.map(guidance.paired, negative, positive) if guided else positive
 
@@ -339,9 +345,7 @@ def to_pixels(images: Array) -> Array:
     return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
-def _joined(
-    tables: Sequence[samplers.SamplerTable], stretches: Sequence[Stretch]
-) -> dict[str, np.ndarray]:
+def _joined(tables: Sequence[SamplerTable], stretches: Sequence[Stretch]) -> dict[str, np.ndarray]:
     """The columns of the table whose every row is its expert's."""
     expert_of_row = np.repeat([s.expert for s in stretches], [s.rows for s in stretches])
     columns = [table.columns() for table in tables]

@@ -141,7 +141,7 @@ def _generate(job: Job, plan: Plan, beam_options: PipelineOptions) -> None:
     todo = ledger.todo(job.output, plan)
     total = len(plan.shard_sizes)
     made = f", {total - len(todo)} of them made already" if len(todo) < total else ""
-    _say(f"{plan.images} images in {total} shard{'s' if total > 1 else ''}{made}")
+    _say(f"{_count(plan.images, 'image')} in {_count(total, 'shard')}{made}")
     if not todo:
         return
     runner = beam_options.view_as(StandardOptions).runner or FnApiRunner()
@@ -230,6 +230,10 @@ def _stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _say(message: str) -> None:

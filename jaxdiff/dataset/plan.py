@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 
 from jaxdiff import checks
 from jaxdiff.checkpoint.ensemble import Ensemble
-from jaxdiff.checkpoint.layout import Checkpoint
 from jaxdiff.checks import BadValueError
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import formats, manifest, rows
@@ -27,7 +26,7 @@ from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
 from jaxdiff.request import Bucket, Options, Request
 
-VERSION = 1
+VERSION = 2
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # of one image; PyTorch draws fewer in another way
 DEFAULT_SHARD_IMAGES = 1000
@@ -187,7 +186,7 @@ def make(path: Path, settings: Settings, model: Ensemble, identity: dict, folder
         (folder / layout.REJECTED).open("w", **how) as rejected,
         pq.ParquetWriter(folder / "images.parquet", SCHEMA) as writer,
     ):
-        reader = _Reader(path, settings, model.base, rejected)
+        reader = _Reader(path, settings, model, rejected)
         shard_sizes = []
         for shard in _shards(reader.images(), settings):
             table = pa.Table.from_pylist([image.columns() for image in shard], SCHEMA)
@@ -195,6 +194,10 @@ def make(path: Path, settings: Settings, model: Ensemble, identity: dict, folder
             shard_sizes.append(len(shard))
     if not shard_sizes:
         raise InputError(reader.why_nothing())
+    try:
+        checks.options_together(settings, reader.samplers, refined=model.refiner is not None)
+    except BadValueError as problem:
+        raise InputError(str(problem)) from None
     plan = Plan(
         id=digest(identity),
         identity=identity,
@@ -233,12 +236,16 @@ def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
 class _Reader:
     """Turns a manifest into planned images, and writes down what it has to reject."""
 
-    def __init__(self, path: Path, settings: Settings, checkpoint: Checkpoint, rejected):
-        self.path, self.settings, self.checkpoint = path, settings, checkpoint
+    def __init__(self, path: Path, settings: Settings, model: Ensemble, rejected):
+        self.path, self.settings, self.checkpoint = path, settings, model.base
         self.rejected = rejected
-        self.checks = checks.of_request(checkpoint.size_multiple)
-        scheduler = checkpoint.scheduler | checks.scheduler_changes(settings.scheduler)
-        self.check_steps = cache(partial(checks.steps_of, scheduler_config=scheduler))
+        self.checks = checks.of_request(model.base.size_multiple)
+        schedulers = [
+            checks.changed_scheduler(expert.scheduler, settings.scheduler)
+            for expert in model.experts
+        ]
+        self.check_steps = cache(partial(checks.steps_of, schedulers=schedulers, eta=settings.eta))
+        self.samplers: set[str] = set()
         self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
         self.first_reason = ""
         self.line_of_id: dict[str, int] = {}
@@ -289,6 +296,7 @@ class _Reader:
             raise BadValueError(entry.error)
         row = rows.parse(entry.values, number, self.settings, self.checks)
         self._check_size(row.request)
+        self.samplers.add(row.request.sampler)
         self.check_steps(row.request.sampler, row.request.steps)
         first = self.line_of_id.setdefault(row.id, entry.line)
         if first != entry.line:

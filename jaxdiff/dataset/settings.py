@@ -73,9 +73,11 @@ def resolve(said: dict, checkpoint: Checkpoint) -> Settings:
         settings = {"width": width, "height": height, **settings}
     if "sampler" not in said:
         settings["sampler"] = checkpoint.default_sampler
-    scheduler = checkpoint.scheduler | checks.scheduler_changes(settings.get("scheduler", ""))
+    scheduler = checks.changed_scheduler(checkpoint.scheduler, settings.get("scheduler", ""))
     try:
-        checks.steps_of(settings["sampler"], settings["steps"], scheduler)
+        checks.steps_of(
+            settings["sampler"], settings["steps"], [scheduler], settings.get("eta", 0.0)
+        )
     except checks.BadValueError as problem:
         raise InputError(str(problem)) from None
     return Settings(**settings)

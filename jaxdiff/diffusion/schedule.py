@@ -16,6 +16,18 @@ from jaxdiff.errors import InputError
 
 WHERE = "scheduler/scheduler_config.json"
 FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
+CLASSES = {  # the diffusers class of each sampler
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
 NEARLY_ZERO_SNR = 2.0**-24  # diffusers' stand-in for 0 where a sampler divides by alpha
 # These place one timestep more than they take, and leave out the last, which is nearly noiseless.
 ONE_MORE_TIMESTEP = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
@@ -153,7 +165,8 @@ BUILT: dict[str, tuple] = {
 }
 BUILT_FOR: dict[str, dict[str, tuple]] = {
     "pndm": {"prediction_type": ("epsilon", "v_prediction")},
-    "ddpm": {"variance_type": ("fixed_small", "fixed_small_log", "fixed_large")},
+    # None is what files of DPM-Solver carry; diffusers then takes the usual one.
+    "ddpm": {"variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large")},
     "unipc": {"solver_order": (1, 2, 3), "solver_type": (*BUILT["solver_type"], "heun")},
 }
 # The other keys are numbers: their type, and the least and the largest.
@@ -280,13 +293,9 @@ class NoiseSchedule:
         return int(np.logical_and.accumulate(fits).sum())
 
 
-def max_steps(scheduler_config: dict, sampler: str) -> int:
-    """The most steps that a sampler can take with a parsed `scheduler_config.json`.
-
-    Raises:
-      InputError: as `NoiseSchedule.from_json`.
-    """
-    return NoiseSchedule.from_json(scheduler_config, sampler).max_steps(sampler)
+def reads(sampler: str, key: str) -> bool:
+    """Whether a key of a scheduler's config means something to a sampler."""
+    return key in DEFAULTS[sampler] or (sampler == "euler" and key in FLOW_DEFAULTS)
 
 
 def _values(data: dict, sampler: str) -> dict:
@@ -298,8 +307,10 @@ def _values(data: dict, sampler: str) -> dict:
             "ask for euler"
         )
     defaults = FLOW_DEFAULTS if is_flow else DEFAULTS[sampler]
+    # What the file left out is another class's default there, and not this one's.
     left_out = data.get("_use_default_values")
-    left_out = left_out if isinstance(left_out, list) else ()
+    is_own = data.get("_class_name") == CLASSES[sampler]
+    left_out = left_out if isinstance(left_out, list) and not is_own else ()
     said = {key: value for key, value in data.items() if key in defaults and key not in left_out}
     values = {**defaults, **said}
     for key, value in values.items():

@@ -242,8 +242,51 @@ def test_changes_to_the_scheduler_have_one_form(tiny_checkpoint, said):
     assert changes == {"use_karras_sigmas": True, "timestep_spacing": "trailing"}
 
 
+def test_what_a_user_changes_is_no_default_of_the_file():
+    config = {"timestep_spacing": "leading", "_use_default_values": ["timestep_spacing", "x"]}
+    changed = checks.changed_scheduler(config, "timestep_spacing=trailing")
+    assert changed == {"timestep_spacing": "trailing", "_use_default_values": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "said", "reason"),
+    [
+        ({"sampler": "unipc"}, {"scheduler": "lower_order_final=false"}, "unipc divides by zero"),
+        ({"sampler": "lcm", "steps": 60}, {}, "steps must be at most 50 for lcm, not 60"),
+        ({"sampler": "pndm"}, {"scheduler": "prediction_type=sample"}, "is not built for pndm"),
+    ],
+    ids=str,
+)
+def test_a_row_that_its_sampler_cannot_make_is_rejected_alone(plan, row, said, reason):
+    rows = [{"prompt": "a", "sampler": "euler"}, {"prompt": "b", **row}]
+    made, _, rejected = plan(rows, sampler="euler", **said)
+    assert made.images == 1
+    assert [entry["line"] for entry in rejected] == [2]
+    assert reason in rejected[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"eta": 0.5, "sampler": "euler"}, "--eta is for the sampler ddim alone"),
+        ({"refiner_start": 0.5}, "--refiner-start does nothing without a --refiner"),
+        ({"guidance_start": 0.8, "guidance_stop": 0.2}, "must come before --guidance-stop 0.2"),
+        ({"scheduler": "use_karras_sigmas=true"}, "use_karras_sigmas=True means nothing to ddim"),
+        (
+            {"scheduler": "algorithm_type=sde-dpmsolver++", "sampler": "dpmpp_2m"},
+            "ask for --sampler dpmpp_2m or dpmpp_2m_sde",
+        ),
+    ],
+    ids=str,
+)
+def test_an_option_that_would_do_nothing_is_refused(plan, said, message):
+    with pytest.raises(InputError, match=message):
+        plan([{"prompt": "a"}], **said)
+    plan([{"prompt": "a", "sampler": "ddim"}], eta=0.5, sampler="euler")
+
+
 def test_a_record_says_the_options_that_are_not_as_usual(plan):
     usual, _, _ = plan([{"prompt": "a"}])
     assert usual.options == ""
-    other, _, _ = plan([{"prompt": "a"}], eta=0.5, clip_skip=1, scheduler={"shift": 3})
-    assert other.options == "eta=0.5, clip_skip=1, shift=3"
+    other, _, _ = plan([{"prompt": "a"}], eta=0.5, clip_skip=1, scheduler={"steps_offset": 3})
+    assert other.options == "eta=0.5, clip_skip=1, steps_offset=3"

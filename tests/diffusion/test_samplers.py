@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.samplers import MULTISTEP, SAMPLERS, sample, sampler_table
-from jaxdiff.diffusion.schedule import DEFAULTS, NoiseSchedule, max_steps
+from jaxdiff.diffusion.samplers import MULTISTEP, SAMPLERS, sampler_table
+from jaxdiff.diffusion.sampling import sample
+from jaxdiff.diffusion.schedule import DEFAULTS, NoiseSchedule
 from jaxdiff.errors import InputError
 
 MEAN, DEVIATION = 0.7, 0.4
@@ -140,7 +141,7 @@ def test_another_networks_estimates_are_not_used(name, begin):
 def test_up_to_the_most_steps_all_can_be_taken(name, offset, spacing):
     config = {**BETAS, "clip_sample": False, "timestep_spacing": spacing, "steps_offset": offset}
     config = {**config, "num_train_timesteps": 100}
-    most = max_steps(config, name)
+    most = NoiseSchedule.from_json(config, name).max_steps(name)
     assert most >= (20 if offset == 4 else 50)
     for steps in (*range(1, most, 7), most):
         table = table_of(name, steps, **config)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.diffusion.samplers import SAMPLERS, sampler_table
-from jaxdiff.diffusion.schedule import FLOW_CLASS, NoiseSchedule, max_steps
+from jaxdiff.diffusion.schedule import FLOW_CLASS, NoiseSchedule
 from jaxdiff.errors import InputError
 
 SD15 = {
@@ -55,6 +55,8 @@ def test_a_stable_diffusion_config_is_read_for_every_sampler():
 def test_defaults_that_another_class_wrote_down_are_not_taken():
     written = {"timestep_spacing": "leading", "_use_default_values": ["timestep_spacing"]}
     assert NoiseSchedule.from_json(written, "euler").timestep_spacing == "linspace"
+    own = {**written, "timestep_spacing": "trailing", "_class_name": "EulerDiscreteScheduler"}
+    assert NoiseSchedule.from_json(own, "euler").timestep_spacing == "trailing"
 
 
 def test_keys_that_the_sampler_does_not_know_are_dropped():
@@ -141,16 +143,18 @@ def test_a_flow_schedule_is_eulers_alone():
 
 
 def test_the_most_steps_are_known_for_each_sampler():
-    most = {name: max_steps(SD15, name) for name in SAMPLERS}
-    assert most == {
+    def most(sampler, **changes):
+        return NoiseSchedule.from_json({**SD15, **changes}, sampler).max_steps(sampler)
+
+    assert {name: most(name) for name in SAMPLERS} == {
         **{"ddim": 999, "ddpm": 999, "pndm": 999, "lcm": 50},
         **{"euler": 1000, "euler_ancestral": 1000, "heun": 1000},
         **{"dpmpp_2m": 999, "dpmpp_2m_sde": 999, "unipc": 999},
     }
-    assert max_steps({**SD15, "timestep_spacing": "leading"}, "dpmpp_2m") == 998
-    assert max_steps({**SD15, "timestep_spacing": "trailing"}, "unipc") == 1000
+    assert most("dpmpp_2m", timestep_spacing="leading") == 998
+    assert most("unipc", timestep_spacing="trailing") == 1000
 
 
-def test_schedules_are_read_without_jax():
-    code = "import sys, jaxdiff.diffusion.schedule; sys.exit('jax' in sys.modules)"
+def test_samplers_are_planned_without_jax():
+    code = "import sys, jaxdiff.diffusion.samplers; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -214,7 +214,7 @@ def test_long_prompts_in_chunks(checkpoint, load_model, load_reference, assert_s
 
     def their_pixels(request):
         words = in_their_words(request)
-        del words["prompt"], words["negative_prompt"]
+        words = {name: words[name] for name in words if not name.endswith("prompt")}
         embeddings = embed(request.prompt), embed(request.negative_prompt)
         names = ("prompt_embeds", "negative_prompt_embeds")
         return np.asarray(pipeline(**words, **dict(zip(names, embeddings, strict=True))).images[0])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from trajectories import BETAS, CLASSES, SEED, SHAPE, config, difference, network, ours, theirs
 
-from jaxdiff.diffusion import guidance, noise, samplers
+from jaxdiff.diffusion import guidance, noise, samplers, sampling
 from jaxdiff.diffusion.objective import to_x0
 from jaxdiff.diffusion.schedule import (
     BUILT,
@@ -16,7 +16,6 @@ from jaxdiff.diffusion.schedule import (
     FLOW_CLASS,
     FLOW_DEFAULTS,
     NoiseSchedule,
-    max_steps,
 )
 from jaxdiff.errors import InputError
 
@@ -158,7 +157,7 @@ def test_the_scan_ends_where_their_loop_ends(sampler):
         return to_x0(network(x, timestep, jnp.tanh), x, alpha, sigma, "v_prediction")
 
     denoisers = [(5, denoise), (len(table.timesteps) - 5, denoise)]
-    end = samplers.sample(denoisers, start, table.initial_scale, table.columns(), fresh)
+    end = sampling.sample(denoisers, start, table.initial_scale, table.columns(), fresh)
     expected = theirs(sampler, case, 20, eta)[1][-1]
     assert np.linalg.norm(end[0] - expected) <= BOUND * np.sqrt(expected.size)
 
@@ -168,7 +167,7 @@ def test_the_scan_ends_where_their_loop_ends(sampler):
 def test_a_step_for_nearly_every_timestep(sampler, spacing):
     case = config(steps_offset=1, timestep_spacing=spacing)
     assert_same(sampler, case, 997)
-    assert max_steps(case, sampler) >= 998
+    assert NoiseSchedule.from_json(case, sampler).max_steps(sampler) >= 998
 
 
 @pytest.mark.parametrize("sampler", [*CLASSES, "flow"])
