@@ -4,6 +4,7 @@ Each takes the value's name for its message and gives the value in its own type,
 """
 
 import difflib
+import itertools
 import json
 import math
 import numbers
@@ -153,29 +154,33 @@ def scheduler_changes(text: str) -> dict:
     return {key.strip(): _json_or_text(said.strip()) for key, _, said in parts}
 
 
-def options_together(options: Options, samplers_used: Collection[str], refined: bool) -> None:
+def options_together(
+    options: Options, samplers_used: Collection[str], schedulers: Sequence[dict]
+) -> None:
     """Refuses options that would do nothing, but stand in every image's record.
 
     Args:
       samplers_used: of the run's images.
-      refined: whether there is a refiner.
+      schedulers: the config of each expert's; the second is a refiner's.
     """
     usual = Options()
     if options.eta != usual.eta and "ddim" not in samplers_used:
         raise BadValueError("--eta is for the sampler ddim alone; leave it out")
-    if options.refiner_start != usual.refiner_start and not refined:
+    if options.refiner_start != usual.refiner_start and len(schedulers) == 1:
         raise BadValueError("--refiner-start does nothing without a --refiner; leave it out")
     if options.guidance_start >= options.guidance_stop:
         raise BadValueError(
             f"--guidance-start {options.guidance_start} must come before --guidance-stop "
             f"{options.guidance_stop}; --guidance-scale 1 leaves guidance off"
         )
-    for key, said in scheduler_changes(options.scheduler).items():
+    for change in filter(None, options.scheduler.split(", ")):
+        key = change.partition("=")[0]
         if key == "algorithm_type":
             raise BadValueError(f"--scheduler {key}: ask for --sampler dpmpp_2m or dpmpp_2m_sde")
-        if not any(schedule.reads(sampler, key) for sampler in samplers_used):
+        every = itertools.product(samplers_used, schedulers)
+        if not any(schedule.reads(sampler, config, key) for sampler, config in every):
             raise BadValueError(
-                f"--scheduler {key}={said} means nothing to {', '.join(sorted(samplers_used))}; "
+                f"--scheduler {change} means nothing to {', '.join(sorted(samplers_used))}; "
                 "leave it out, or ask for another --sampler"
             )
 
@@ -210,7 +215,8 @@ def changed_scheduler(config: dict, changes: str) -> dict:
     diffusers lists what a file leaves out under "_use_default_values".
     """
     said = scheduler_changes(changes)
-    left_out = [key for key in config.get("_use_default_values") or () if key not in said]
+    left_out = config.get("_use_default_values")
+    left_out = [key for key in left_out if key not in said] if isinstance(left_out, list) else []
     return config | said | {"_use_default_values": left_out}
 
 

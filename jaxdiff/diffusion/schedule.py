@@ -293,9 +293,10 @@ class NoiseSchedule:
         return int(np.logical_and.accumulate(fits).sum())
 
 
-def reads(sampler: str, key: str) -> bool:
+def reads(sampler: str, config: dict, key: str) -> bool:
     """Whether a key of a scheduler's config means something to a sampler."""
-    return key in DEFAULTS[sampler] or (sampler == "euler" and key in FLOW_DEFAULTS)
+    is_flow = config.get("_class_name") == FLOW_CLASS
+    return key in (FLOW_DEFAULTS if is_flow else DEFAULTS[sampler])
 
 
 def _values(data: dict, sampler: str) -> dict:

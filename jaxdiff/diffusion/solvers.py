@@ -220,7 +220,7 @@ def _adams_bashforth(evaluation: int) -> np.ndarray:
     if evaluation == 1:
         weights[:2] = 0.5
         return weights
-    used = [k for k in range(REMEMBERED) if evaluation - k in (0, *range(2, evaluation + 1))][:4]
+    used = [k for k in range(REMEMBERED) if evaluation == k or evaluation - k >= 2][:4]
     of_order = {
         1: np.array([1.0]),
         2: np.array([3.0, -1.0]) / 2.0,

@@ -272,7 +272,7 @@ def test_a_row_that_its_sampler_cannot_make_is_rejected_alone(plan, row, said, r
         ({"eta": 0.5, "sampler": "euler"}, "--eta is for the sampler ddim alone"),
         ({"refiner_start": 0.5}, "--refiner-start does nothing without a --refiner"),
         ({"guidance_start": 0.8, "guidance_stop": 0.2}, "must come before --guidance-stop 0.2"),
-        ({"scheduler": "use_karras_sigmas=true"}, "use_karras_sigmas=True means nothing to ddim"),
+        ({"scheduler": "use_karras_sigmas=true"}, "use_karras_sigmas=true means nothing to ddim"),
         (
             {"scheduler": "algorithm_type=sde-dpmsolver++", "sampler": "dpmpp_2m"},
             "ask for --sampler dpmpp_2m or dpmpp_2m_sde",
