@@ -21,7 +21,7 @@ def pixels_of(image: plans.PlannedImage, salt: int = 0) -> np.ndarray:
 
 def make_plan(directory: Path, manifest: Path, checkpoint: Path, **said) -> plans.Plan:
     opened = open_ensemble(checkpoint)
-    settings = job_settings.resolve({"width": 16, "height": 8, **said}, opened.base)
+    settings = job_settings.resolve({"width": 16, "height": 8, **said}, opened)
     identity = plans.identify(manifest, settings, opened)
     folder = layout.temporary(directory, "plan")
     plan = plans.make(manifest, settings, opened, identity, folder)

@@ -126,7 +126,7 @@ def test_the_demo_shows_every_template_of_the_shapes_world(tmp_path, tiny_checkp
     monkeypatch.chdir(ROOT)
     job, _ = options.parse(["configs/jobs/demo.toml"])
     model = open_ensemble(tiny_checkpoint)
-    settings = job_settings.resolve(job.settings, model.base)
+    settings = job_settings.resolve(job.settings, model)
     identity = plans.identify(job.manifest, settings, model)
     plan = plans.make(job.manifest, settings, model, identity, tmp_path / "plan")
     assert plan.images >= 64

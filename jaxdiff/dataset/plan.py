@@ -142,11 +142,12 @@ def load(directory: Path) -> Plan | None:
     if not path.exists():
         return None
     try:
-        plan = Plan(**json.loads(path.read_text("utf-8")))
+        said = json.loads(path.read_text("utf-8"))
+        if said["identity"]["plan_version"] != VERSION:
+            raise ValueError("another version of jaxdiff made it")
+        plan = Plan(**said)
         if plan.id != digest(plan.identity):
             raise ValueError("its settings do not have its id")
-        if plan.identity["plan_version"] != VERSION:
-            raise ValueError("another version of jaxdiff made it")
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
         raise InputError(f"{path} cannot be used ({problem}); --overwrite starts anew") from None
     return plan
@@ -195,7 +196,7 @@ def make(path: Path, settings: Settings, model: Ensemble, identity: dict, folder
     if not shard_sizes:
         raise InputError(reader.why_nothing())
     try:
-        checks.options_together(settings, reader.samplers, refined=model.refiner is not None)
+        checks.options_together(settings, reader.samplers, reader.schedulers)
     except BadValueError as problem:
         raise InputError(str(problem)) from None
     plan = Plan(
@@ -240,11 +241,11 @@ class _Reader:
         self.path, self.settings, self.checkpoint = path, settings, model.base
         self.rejected = rejected
         self.checks = checks.of_request(model.base.size_multiple)
-        schedulers = [
+        self.schedulers = [
             checks.changed_scheduler(expert.scheduler, settings.scheduler)
             for expert in model.experts
         ]
-        self.check_steps = cache(partial(checks.steps_of, schedulers=schedulers, eta=settings.eta))
+        self.why_not = cache(partial(_why_not, schedulers=self.schedulers, eta=settings.eta))
         self.samplers: set[str] = set()
         self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
         self.first_reason = ""
@@ -297,7 +298,8 @@ class _Reader:
         row = rows.parse(entry.values, number, self.settings, self.checks)
         self._check_size(row.request)
         self.samplers.add(row.request.sampler)
-        self.check_steps(row.request.sampler, row.request.steps)
+        if reason := self.why_not(row.request.sampler, row.request.steps):
+            raise BadValueError(reason)
         first = self.line_of_id.setdefault(row.id, entry.line)
         if first != entry.line:
             is_number = " (the row's number from 0, its id unless it says another)"
@@ -328,6 +330,15 @@ class _Reader:
                 f"{self.first_reason}"
             )
         return f"manifest {self.path} has no rows"
+
+
+def _why_not(sampler: str, steps: int, **model) -> str:
+    """What `checks.steps_of` refuses; empty if nothing. A refusal is cached, too."""
+    try:
+        checks.steps_of(sampler, steps, **model)
+    except BadValueError as problem:
+        return str(problem)
+    return ""
 
 
 def _shards(images: Iterator[PlannedImage], settings: Settings) -> Iterator[list[PlannedImage]]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from jaxdiff import checks
-from jaxdiff.checkpoint.layout import Checkpoint
+from jaxdiff.checkpoint.ensemble import Ensemble
 from jaxdiff.dataset import formats, images
 from jaxdiff.errors import InputError
 from jaxdiff.request import Options, Request
@@ -47,16 +47,17 @@ CHECKS = {
 NAMES = tuple(field.name for field in fields(Settings))
 
 
-def resolve(said: dict, checkpoint: Checkpoint) -> Settings:
+def resolve(said: dict, model: Ensemble) -> Settings:
     """Checks the settings that were said and takes the others from the model or the defaults.
 
     Args:
       said: by name (of `NAMES`), as text or in their own type; None counts as not said.
-      checkpoint: the model's.
+      model: with the refiner, if there is one.
 
     Raises:
       InputError: names the option and what it may be.
     """
+    checkpoint = model.base
     said = {name: value for name, value in said.items() if value is not None}
     said.setdefault("steps", checkpoint.default_steps)  # which may be too many for the sampler
     every = CHECKS | checks.of_request(checkpoint.size_multiple)
@@ -73,11 +74,10 @@ def resolve(said: dict, checkpoint: Checkpoint) -> Settings:
         settings = {"width": width, "height": height, **settings}
     if "sampler" not in said:
         settings["sampler"] = checkpoint.default_sampler
-    scheduler = checks.changed_scheduler(checkpoint.scheduler, settings.get("scheduler", ""))
+    changes, eta = settings.get("scheduler", ""), settings.get("eta", Options.eta)
+    schedulers = [checks.changed_scheduler(expert.scheduler, changes) for expert in model.experts]
     try:
-        checks.steps_of(
-            settings["sampler"], settings["steps"], [scheduler], settings.get("eta", 0.0)
-        )
+        checks.steps_of(settings["sampler"], settings["steps"], schedulers, eta)
     except checks.BadValueError as problem:
         raise InputError(str(problem)) from None
     return Settings(**settings)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -8,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from making import make_plan
 
-from jaxdiff import checks
-from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff import checks, cli
+from jaxdiff.checkpoint.ensemble import open_ensemble
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.errors import InputError
@@ -172,6 +173,19 @@ def test_a_damaged_plan_is_refused(tmp_path, manifest, tiny_checkpoint):
             plans.load(tmp_path / "out")
 
 
+def test_a_plan_of_another_version_is_refused_whatever_it_holds(
+    tmp_path, manifest, tiny_checkpoint, capsys
+):
+    make_plan(tmp_path / "out", manifest, tiny_checkpoint)
+    path = tmp_path / "out" / "_jaxdiff" / "plan" / "plan.json"
+    older = json.loads(path.read_text())
+    older["identity"]["plan_version"] = 1
+    del older["identity"]["eta"], older["model_name"]
+    path.write_text(json.dumps(older))
+    assert cli.main(["verify", str(tmp_path / "out")]) == 2
+    assert "(another version of jaxdiff made it)" in capsys.readouterr().err
+
+
 def test_planning_and_verifying_import_no_jax(tmp_path, manifest, tiny_checkpoint):
     code = f"""
 import sys
@@ -216,15 +230,26 @@ assert not heavy, heavy
 )
 def test_an_option_that_cannot_be_used_is_named(tiny_checkpoint, said, message):
     with pytest.raises(InputError) as caught:
-        job_settings.resolve(said, open_checkpoint(tiny_checkpoint))
+        job_settings.resolve(said, open_ensemble(tiny_checkpoint))
     assert str(caught.value).startswith(message)
 
 
+def test_a_sampler_that_the_refiners_scheduler_does_not_fit_is_refused(tiny_checkpoint, tmp_path):
+    refiner = tmp_path / "refiner"
+    shutil.copytree(tiny_checkpoint, refiner)
+    path = refiner / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+    model = open_ensemble(tiny_checkpoint, refiner=refiner)
+    assert job_settings.resolve({"sampler": "ddim"}, model).sampler == "ddim"
+    with pytest.raises(InputError, match='prediction_type = "sample" is not built for pndm'):
+        job_settings.resolve({"sampler": "pndm"}, model)
+
+
 def test_the_model_says_its_size_sampler_steps_and_guidance(tiny_checkpoint):
-    settings = job_settings.resolve({"height": "32"}, open_checkpoint(tiny_checkpoint))
+    settings = job_settings.resolve({"height": "32"}, open_ensemble(tiny_checkpoint))
     assert (settings.width, settings.height, settings.sampler) == (64, 32, "ddim")
     assert (settings.steps, settings.guidance_scale) == (50, 7.5)
-    bundled = job_settings.resolve({}, open_checkpoint("shapes64"))
+    bundled = job_settings.resolve({}, open_ensemble("shapes64"))
     assert (bundled.steps, bundled.guidance_scale) == (20, 3.0)
 
 
@@ -237,7 +262,7 @@ def test_the_model_says_its_size_sampler_steps_and_guidance(tiny_checkpoint):
     ],
 )
 def test_changes_to_the_scheduler_have_one_form(tiny_checkpoint, said):
-    settings = job_settings.resolve({"scheduler": said}, open_checkpoint(tiny_checkpoint))
+    settings = job_settings.resolve({"scheduler": said}, open_ensemble(tiny_checkpoint))
     assert settings.scheduler == "timestep_spacing=trailing, use_karras_sigmas=true"
     changes = checks.scheduler_changes(settings.scheduler)
     assert changes == {"use_karras_sigmas": True, "timestep_spacing": "trailing"}
@@ -273,6 +298,7 @@ def test_a_row_that_its_sampler_cannot_make_is_rejected_alone(plan, row, said, r
         ({"refiner_start": 0.5}, "--refiner-start does nothing without a --refiner"),
         ({"guidance_start": 0.8, "guidance_stop": 0.2}, "must come before --guidance-stop 0.2"),
         ({"scheduler": "use_karras_sigmas=true"}, "use_karras_sigmas=true means nothing to ddim"),
+        ({"scheduler": "shift=3", "sampler": "euler"}, "shift=3 means nothing to euler"),
         (
             {"scheduler": "algorithm_type=sde-dpmsolver++", "sampler": "dpmpp_2m"},
             "ask for --sampler dpmpp_2m or dpmpp_2m_sde",
