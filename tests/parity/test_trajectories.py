@@ -115,7 +115,7 @@ def test_ddim_with_fresh_noise(eta):
         assert_same("ddim", config(timestep_spacing=spacing, steps_offset=offset), steps, eta=eta)
 
 
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large"])
+@pytest.mark.parametrize("variance_type", [None, "fixed_small", "fixed_small_log", "fixed_large"])
 def test_ddpms_variances(variance_type):
     for steps, offset in itertools.product(STEPS, (0, 1)):
         assert_same("ddpm", config(variance_type=variance_type, steps_offset=offset), steps)
