@@ -62,7 +62,7 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     beam_options = _beam_options(beam_arguments)
     try:
         ensemble = job.models.open()
-        settings = job_settings.resolve(job.settings, ensemble.base)
+        settings = job_settings.resolve(job.settings, ensemble)
         identity = plans.identify(job.manifest, settings, ensemble)
     except OSError as problem:
         raise InputError(f"{problem.filename} cannot be read: {problem.strerror}") from None
@@ -71,7 +71,7 @@ def run(job: Job, beam_arguments: list[str]) -> int:
         plan_seconds = time.monotonic() - began
         try:
             if counts := ledger.finished(job.output, plan):
-                print(f"{job.output} is finished already: {counts['made']} images")
+                print(f"{job.output} is finished already: {_count(counts['made'], 'image')}")
                 return EXIT_SOME_IMAGES_FAILED if counts["failed"] else EXIT_OK
             (job.output / layout.SUCCESS).unlink(missing_ok=True)
             _report_rejected(job, plan)
@@ -167,12 +167,14 @@ def _summarize(job: Job, report: dict) -> None:
     stages = {"plan": "plan", "load": "load", "generate": "compile and generate"}
     stages["finalize"] = "finalize"
     print(
-        f"{counts['made']} images in {job.output} on {', '.join(report['devices'])}: "
+        f"{_count(counts['made'], 'image')} in {job.output} on {', '.join(report['devices'])}: "
         f"{report['images_per_worker_second']:.2f} images/s a worker\n"
         + ", ".join(f"{text} {seconds[stage]:.1f} s" for stage, text in stages.items())
     )
     if counts["failed"]:
-        print(f"{counts['failed']} images could not be made: {job.output / layout.FAILED}")
+        print(
+            f"{_count(counts['failed'], 'image')} could not be made: {job.output / layout.FAILED}"
+        )
 
 
 def _beam_options(arguments: list[str]) -> PipelineOptions:
