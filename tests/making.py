@@ -37,3 +37,15 @@ def make_shard(directory: Path, plan: plans.Plan, shard: int, failing=(), salt: 
             else:
                 attempt.add(shards.encode(image, pixels_of(image, salt), plan))
         return attempt.commit(FACTS)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """The dataset's files, without the report that has a clock in it."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+        and path.name != "run.json"
+        and path.parent.name != "done"
+        and path.name != "lock"
+    }

@@ -1,0 +1,173 @@
+"""The same command again: after a crash, a full disk or a signal, and when all is made."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from making import files
+
+from jaxdiff import cli
+from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import shard as shards
+from jaxdiff.errors import InputError
+from pipelines import worker
+from pipelines.options import Models
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def on_terminal(arguments: list[str], environment: dict[str, str]):
+    """Runs a command whose stderr is a terminal; gives the process and what it writes there."""
+    terminal, stderr = pty.openpty()
+    output = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the terminal's other end is closed
+            while content := os.read(terminal, 4096):
+                output.append(content)
+
+    with subprocess.Popen(arguments, env=environment, stderr=stderr) as process:
+        os.close(stderr)
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            yield process, output
+        finally:
+            process.kill()
+            reader.join()
+            os.close(terminal)
+
+
+def test_a_finished_job_is_not_run_again(tmp_path, command, capsys):
+    directory = tmp_path / "out"
+    cli.main(command(directory, "--limit=1"))
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*.*")}
+    assert "1 image in 1 shard\n" in capsys.readouterr().err
+    assert cli.main(command(directory, "--limit=1")) == 0
+    assert "is finished already: 1 image\n" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*.*")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_interrupted_job_continues_to_the_same_bytes(
+    tmp_path, command, capsys, environment, number
+):
+    directory = tmp_path / "out"
+    arguments = [sys.executable, "-m", "jaxdiff", *command(directory, "--num-images=40")]
+    with on_terminal(arguments, environment) as (process, output):
+        wait_for(lambda: (directory / layout.DONE / "00001.json").exists(), process)
+        process.send_signal(number)
+        assert process.wait() == (75 if number == signal.SIGTERM else -number)
+    said = b"".join(output).decode()
+    assert re.search(r"\d+%\|.*\| \d+/63 images", said)
+    if number == signal.SIGTERM:
+        assert "stopped; the same command continues" in said
+    assert not (directory / "_SUCCESS").exists()
+    assert cli.main(["verify", str(directory)]) == 1
+    kept = sorted((directory / layout.DONE).iterdir())
+    marked = {path: path.read_bytes() for path in kept}
+
+    assert cli.main(command(directory, "--num-images=40")) == 0
+    assert f"{len(kept)} of them made already" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in kept} == marked
+    assert cli.main(command(tmp_path / "whole", "--num-images=40")) == 0
+    assert files(directory) == files(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(
+    tmp_path, command, capsys, environment
+):
+    directory = tmp_path / "out"
+
+    job = [sys.executable, "-m", "jaxdiff", *command(directory)]
+    # Files end after 20 KiB, as they would on a full disk: in the middle of a shard.
+    limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *job]
+    ended = subprocess.run(limited, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        f"jaxdiff: {directory}: File too large; when that is mended, the same command continues"
+    )
+    assert not list((directory / layout.TMP).iterdir())
+    assert cli.main(command(directory)) == 0
+    assert cli.main(["verify", str(directory)]) == 0
+
+
+def test_a_disk_that_is_full_at_planning_leaves_nothing(tmp_path, command, environment):
+    directory = tmp_path / "out"
+    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", sys.executable, "-m", "jaxdiff"]
+    ended = subprocess.run(
+        [*limited, *command(directory)], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    said = ended.stderr.splitlines()[-1]
+    assert said.startswith(f"jaxdiff: {directory}: ")
+    assert said.endswith("File too large; when that is mended, the same command continues")
+    assert not directory.exists()
+
+
+def test_a_model_that_changes_between_plan_and_work_is_refused(tmp_path, command, capsys):
+    directory = tmp_path / "out"
+    cli.main(command(directory, "--limit=4"))
+    plan = plans.load(directory)
+    shutil.rmtree(directory / layout.DONE)
+    changed = plan.identity | {"model": "0" * 64}
+    body = json.loads((directory / layout.PLAN / "plan.json").read_text())
+    body |= {"identity": changed, "id": plans.digest(changed)}
+    (directory / layout.PLAN / "plan.json").write_text(json.dumps(body))
+    model = command(directory)[3].removeprefix("--model=")
+    with pytest.raises(InputError, match="is not the one that the job was planned"):
+        worker.make_shard(directory, Models(model), 0)
+    assert shards.read_marker(directory, plans.load(directory), 0) is None
+
+
+def test_strict_holds_for_a_plan_that_is_there_already(tmp_path, command, capsys):
+    directory = tmp_path / "out"
+    cli.main(command(directory, "--num-images=1"))
+    assert cli.main(command(directory, "--num-images=1", "--strict")) == 2
+    assert "--strict: 1 of 5 rows of" in capsys.readouterr().err
+
+
+def test_a_finished_job_restores_what_was_deleted(tmp_path, command, capsys):
+    directory = tmp_path / "out"
+    cli.main(command(directory))
+    before = files(directory)
+    (directory / "README.md").unlink()
+    assert cli.main(command(directory)) == 0
+    assert files(directory) == before
+    (directory / "data" / "train-00001.tar").unlink()
+    capsys.readouterr()
+    assert cli.main(command(directory)) == 1
+    assert "delete _jaxdiff/done/00001.json, and the same" in capsys.readouterr().err
+    (directory / layout.DONE / "00001.json").unlink()
+    assert cli.main(command(directory)) == 0
+    assert files(directory) == before
+
+
+def test_another_kind_of_device_does_not_continue_a_job(tmp_path, command, capsys):
+    directory = tmp_path / "out"
+    cli.main(command(directory))
+    for path in (directory / layout.DONE).iterdir():
+        path.write_text(path.read_text().replace("1 x cpu", "4 x TPU v5e"))
+    (directory / layout.DONE / "00001.json").unlink()
+    capsys.readouterr()
+    assert cli.main(command(directory)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "was begun on 4 x TPU v5e, but here is 1 x cpu: continue on the same" in error
+    assert not (directory / "_SUCCESS").exists()

@@ -1,0 +1,32 @@
+"""What a job tells of how far it is."""
+
+import re
+
+from jaxdiff import cli
+from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import plan as plans
+from pipelines import progress
+
+
+def test_progress_is_told_in_the_middle_of_a_shard(tmp_path, command, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.02)
+    assert cli.main(command(tmp_path / "out", "--num-images=80", "--images-per-shard=200")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    told = [
+        re.fullmatch(r"jaxdiff: (\d+)/103 images(, [\d.]+ images/s, [\d:]+ left)?", line)
+        for line in lines
+    ]
+    counts = [int(match[1]) for match in told if match]
+    assert counts == sorted(counts)
+    assert any(0 < count < 103 for count in counts)
+    assert any(match[2] for match in told if match)
+
+
+def test_progress_passes_over_files_with_odd_names(tmp_path, command):
+    directory = tmp_path / "out"
+    cli.main(command(directory))
+    counter = progress.Counter(directory, plans.load(directory))
+    (directory / layout.TMP).mkdir()
+    for name in (f"{layout.DONE}/x.json", f"{layout.DONE}/99999.json", f"{layout.TMP}/x.progress"):
+        (directory / name).write_text("")
+    assert counter.count() == 24
