@@ -216,7 +216,8 @@ def changed_scheduler(config: dict, changes: str) -> dict:
     """
     said = scheduler_changes(changes)
     left_out = config.get("_use_default_values")
-    left_out = [key for key in left_out if key not in said] if isinstance(left_out, list) else []
+    left_out = left_out if isinstance(left_out, list) else []  # of whatever a file may hold
+    left_out = [key for key in left_out if isinstance(key, str) and key not in said]
     return config | said | {"_use_default_values": left_out}
 
 
