@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import socket
@@ -84,11 +85,7 @@ def clear(directory: Path) -> None:
     if not (directory / PLAN).is_dir():
         return
     for name in OURS:
-        path = directory / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        delete(directory / name)
 
 
 def set_aside(directory: Path) -> None:
@@ -160,3 +157,31 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(file)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 (hex) of a file; of a folder, of its sorted lines "SHA-256  name", one for each entry.
+
+    Raises:
+      OSError: if it cannot be read.
+    """
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    lines = sorted(os.fsencode(f"{digest(entry)}  {entry.name}\n") for entry in path.iterdir())
+    return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def size(path: Path) -> int:
+    """The bytes of a file, or of all files in a folder; raises OSError if it cannot be read."""
+    if not path.is_dir():
+        return path.stat().st_size
+    return sum(size(entry) for entry in path.iterdir())
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, or a folder with all in it, or nothing if nothing is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
