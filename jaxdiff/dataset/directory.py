@@ -160,7 +160,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 (hex) of a file; of a folder, of its sorted lines "SHA-256  name", one for each entry.
+    """SHA-256 (hex) of a file; of a folder, of the sorted lines "SHA-256  name" of its entries.
 
     Raises:
       OSError: if it cannot be read.
