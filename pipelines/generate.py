@@ -29,7 +29,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from jaxdiff.checkpoint.ensemble import Ensemble
 from jaxdiff.dataset import directory as layout
-from jaxdiff.dataset import ledger
+from jaxdiff.dataset import ledger, planning
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.plan import Plan
@@ -37,6 +37,7 @@ from jaxdiff.errors import InputError
 from pipelines import options, progress, worker
 from pipelines.options import Job, Models
 
+ELSEWHERE = "name another directory, or start anew with --overwrite"
 EXIT_OK, EXIT_FAILED, EXIT_SOME_IMAGES_FAILED, EXIT_STOPPED = 0, 1, 3, 75
 
 
@@ -63,7 +64,7 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     try:
         ensemble = job.models.open()
         settings = job_settings.resolve(job.settings, ensemble)
-        identity = plans.identify(job.manifest, settings, ensemble)
+        identity = planning.identify(job.manifest, settings, ensemble)
     except OSError as problem:
         raise InputError(f"{problem.filename} cannot be read: {problem.strerror}") from None
     with layout.held(job.output), _stopped_by_signals(), _full_disk_named(job.output):
@@ -99,16 +100,37 @@ def _plan(job: Job, settings: job_settings.Settings, ensemble: Ensemble, identit
         if old.id == plans.digest(identity):
             _check_strict(job, old, job.output / layout.PLAN)
             return old
-        raise InputError(
-            f"--output {job.output} holds another run "
-            f"({plans.differences(old.identity, identity)}); name another directory, or start "
-            "anew with --overwrite"
-        )
+        why = f"holds another run ({plans.differences(old.identity, identity)})"
+        if not planning.can_extend(old.identity, identity):
+            raise InputError(f"--output {job.output} {why}; {ELSEWHERE}")
+        try:
+            return _make_plan(job, settings, ensemble, identity, (job.output, old))
+        except InputError as problem:
+            raise InputError(
+                f"--output {job.output} {why} and cannot be extended: {problem}; {ELSEWHERE}"
+            ) from None
+    return _make_plan(job, settings, ensemble, identity)
+
+
+def _make_plan(
+    job: Job,
+    settings: job_settings.Settings,
+    ensemble: Ensemble,
+    identity: dict,
+    extended: tuple[Path, Plan] | None = None,
+) -> Plan:
     folder = layout.temporary(job.output, "plan")
+    models = vars(job.models.anywhere())
     try:
-        plan = plans.make(job.manifest, settings, ensemble, identity, folder)
+        plan = planning.make(
+            job.manifest, settings, ensemble, identity, folder, models=models, extended=extended
+        )
         _check_strict(job, plan, folder)
-        layout.set_aside(job.output)
+        if extended:
+            made = len(extended[1].shard_sizes)
+            _say(f"{job.output} is extended; its {_count(made, 'shard')} stay as planned")
+        else:
+            layout.set_aside(job.output)
         plans.store(folder, job.output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -128,7 +150,7 @@ def _report_rejected(job: Job, plan: Plan) -> None:
 
 def _rejections(job: Job, plan: Plan, folder: Path) -> str:
     count = plan.rows["rejected"]
-    with (folder / layout.REJECTED).open(encoding="utf-8") as file:
+    with (folder / plan.rejected_file).open(encoding="utf-8") as file:
         first = json.loads(file.readline())
     return (
         f"{count} of {count + plan.rows['accepted']} rows of {job.manifest} cannot be used; the "

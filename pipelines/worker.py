@@ -66,7 +66,7 @@ def make_shard(directory: Path, models: Models, shard: int) -> dict:
         _check_device(directory, plan, loaded)
         started = time.monotonic()
         with shards.Attempt(directory, plan, shard) as attempt:
-            made = _fill(attempt, loaded, plan, plans.read_shard(directory, shard))
+            made = _fill(attempt, loaded, plan, plans.read_shard(directory, plan, shard))
             finished = time.monotonic()
             seconds = {"load": started - loading, "generate": finished - started}
             seconds = {stage: round(value, 3) for stage, value in seconds.items()}

@@ -7,6 +7,7 @@ import numpy as np
 from jaxdiff.checkpoint.ensemble import open_ensemble
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset import shard as shards
 
@@ -22,16 +23,17 @@ def pixels_of(image: plans.PlannedImage, salt: int = 0) -> np.ndarray:
 def make_plan(directory: Path, manifest: Path, checkpoint: Path, **said) -> plans.Plan:
     opened = open_ensemble(checkpoint)
     settings = job_settings.resolve({"width": 16, "height": 8, **said}, opened)
-    identity = plans.identify(manifest, settings, opened)
+    identity = planning.identify(manifest, settings, opened)
     folder = layout.temporary(directory, "plan")
-    plan = plans.make(manifest, settings, opened, identity, folder)
+    models = {"model": str(checkpoint), "variant": None, "refiner": None}
+    plan = planning.make(manifest, settings, opened, identity, folder, models=models)
     plans.store(folder, directory)
     return plan
 
 
 def make_shard(directory: Path, plan: plans.Plan, shard: int, failing=(), salt: int = 0) -> bool:
     with shards.Attempt(directory, plan, shard) as attempt:
-        for image in plans.read_shard(directory, shard):
+        for image in plans.read_shard(directory, plan, shard):
             if image.key in failing:
                 attempt.add_failed(image, "not finite")
             else:

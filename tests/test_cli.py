@@ -10,7 +10,7 @@ from PIL import Image
 
 from jaxdiff import cli
 from jaxdiff.checkpoint.ensemble import open_ensemble
-from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.errors import InputError
 from jaxdiff.worlds.shapes import captions, scene
@@ -127,8 +127,10 @@ def test_the_demo_shows_every_template_of_the_shapes_world(tmp_path, tiny_checkp
     job, _ = options.parse(["configs/jobs/demo.toml"])
     model = open_ensemble(tiny_checkpoint)
     settings = job_settings.resolve(job.settings, model)
-    identity = plans.identify(job.manifest, settings, model)
-    plan = plans.make(job.manifest, settings, model, identity, tmp_path / "plan")
+    identity = planning.identify(job.manifest, settings, model)
+    plan = planning.make(
+        job.manifest, settings, model, identity, tmp_path / "plan", models=vars(job.models)
+    )
     assert plan.images >= 64
     assert plan.rows["rejected"] == 0
     assert plan.rows["accepted"] >= 32
@@ -140,7 +142,7 @@ def test_the_demo_shows_every_template_of_the_shapes_world(tmp_path, tiny_checkp
         for name, choices in words.items():
             pattern = pattern.replace(f"{{{name}}}", f"({'|'.join(choices)})")
         patterns[template] = f"{pattern}( on a ({'|'.join(scene.BACKGROUNDS)}) background)?"
-    table = pq.read_table(tmp_path / "plan" / "images.parquet").to_pylist()
+    table = pq.read_table(tmp_path / "plan" / plan.images_file).to_pylist()
     for name in ("prompt", "negative_prompt"):
         for text in {row[name] for row in table} - {"", "a black background"}:
             assert any(re.fullmatch(pattern, text) for pattern in patterns.values()), text

@@ -46,7 +46,7 @@ def dataset_pairs(directory: Path) -> Iterator[tuple[dict, np.ndarray | None]]:
         path = directory / shards.file_names(plan, shard)[0]
         try:
             made = {sample.record["key"]: sample.image for sample in read(path)}
-            for image in plans.read_shard(directory, shard):
+            for image in plans.read_shard(directory, plan, shard):
                 request = image.request
                 if (request.width, request.height) != (CANVAS, CANVAS):
                     raise InputError(f"{path} has images of another size than {CANVAS} x {CANVAS}")

@@ -147,6 +147,23 @@ def write(directory: Path, name: str, content: str) -> None:
     sync_folder(directory)
 
 
+def replace(source: Path, target: Path) -> None:
+    """`os.replace`, for a shard that is a folder as well.
+
+    Raises:
+      FileNotFoundError: if there is no source; then nothing has happened.
+    """
+    try:
+        os.replace(source, target)
+    except OSError as problem:
+        if problem.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        old = source.with_name(f"{source.name}.old")
+        os.rename(target, old)
+        os.rename(source, target)
+        delete(old)
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the folder's names would survive a power cut."""
     file = os.open(folder, os.O_RDONLY)

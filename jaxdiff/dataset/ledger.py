@@ -63,7 +63,7 @@ def finished(directory: Path, plan: Plan) -> dict[str, int] | None:
     for marker in markers:
         for name, file in marker.files.items():
             path = directory / name
-            if not path.is_file() or path.stat().st_size != file["bytes"]:
+            if not path.exists() or layout.size(path) != file["bytes"]:
                 return None
     return _counts(plan, markers)
 
@@ -89,7 +89,7 @@ def finalize(directory: Path, plan: Plan, plan_seconds: float) -> dict:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise IncompleteError(f"{directory}: {problems[0]}{more}")
     counts = _counts(plan, markers)
-    layout.write(directory, layout.REJECTED, _rejected(directory))
+    layout.write(directory, layout.REJECTED, _rejected(directory, plan))
     layout.write(directory, layout.FAILED, _failed(directory, plan, markers))
     layout.write(directory, layout.CARD, card.readme(plan, counts))
     layout.write(directory, layout.CROISSANT, card.croissant(plan))
@@ -126,7 +126,7 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
     markers = [shards.read_marker(directory, plan, s) for s in range(len(plan.shard_sizes))]
     counts = _counts(plan, markers)
     expected = {
-        layout.REJECTED: _rejected(directory),
+        layout.REJECTED: _rejected(directory, plan),
         layout.FAILED: _failed(directory, plan, markers),
         layout.CARD: card.readme(plan, counts),
         layout.CROISSANT: card.croissant(plan),
@@ -146,7 +146,7 @@ def _check_plan(directory: Path, plan: Plan) -> Iterator[str]:
         path = directory / layout.PLAN / name
         if not path.is_file():
             yield f"{layout.PLAN}/{name} is missing"
-        elif plans.file_sha256(path) != digest:
+        elif layout.digest(path) != digest:
             yield f"{layout.PLAN}/{name} has changed since the job was planned"
 
 
@@ -168,12 +168,12 @@ def _check_files(directory: Path, plan: Plan) -> Iterator[str]:
         mend = f"delete {layout.DONE}/{shard:05d}.json, and the same generate command makes it anew"
         for name, file in marker.files.items():
             path = directory / name
-            if not path.is_file():
+            if not path.exists():
                 yield f"{name} is missing; {mend}"
-            elif path.stat().st_size != file["bytes"]:
-                size = path.stat().st_size
+            elif layout.size(path) != file["bytes"]:
+                size = layout.size(path)
                 yield f"{name} has {size} bytes instead of {file['bytes']}; {mend}"
-            elif plans.file_sha256(path) != file["sha256"]:
+            elif layout.digest(path) != file["sha256"]:
                 yield f"{name} has changed: its SHA-256 is not {file['sha256']}; {mend}"
     for folder in (layout.DATA, layout.METADATA, layout.DONE):
         for path in sorted((directory / folder).glob("*")):
@@ -184,13 +184,13 @@ def _check_files(directory: Path, plan: Plan) -> Iterator[str]:
 def _check_content(directory: Path, plan: Plan, shard: int) -> Iterator[str]:
     """Whether a shard's images and metadata are those that were planned."""
     images_name, metadata_name = shards.file_names(plan, shard)
-    if not all((directory / name).is_file() for name in (images_name, metadata_name)):
+    if not all((directory / name).exists() for name in (images_name, metadata_name)):
         return  # said already
     _, _, read = formats.FORMATS[plan.settings.format]
     samples = read(directory / images_name)
     try:
         metadata = pq.read_table(directory / metadata_name).to_pylist()
-        planned = plans.read_shard(directory, shard)
+        planned = plans.read_shard(directory, plan, shard)
         if len(metadata) != len(planned):
             yield f"{metadata_name} has {len(metadata)} rows instead of {len(planned)}"
             return
@@ -231,8 +231,8 @@ def _counts(plan: Plan, markers: list[shards.Marker]) -> dict[str, int]:
     }
 
 
-def _rejected(directory: Path) -> str:
-    return (directory / layout.PLAN / layout.REJECTED).read_text("utf-8")
+def _rejected(directory: Path, plan: Plan) -> str:
+    return (directory / layout.PLAN / plan.rejected_file).read_text("utf-8")
 
 
 def _failed(directory: Path, plan: Plan, markers: list[shards.Marker]) -> str:
@@ -242,7 +242,9 @@ def _failed(directory: Path, plan: Plan, markers: list[shards.Marker]) -> str:
         if marker.failed:
             _, metadata_name = shards.file_names(plan, marker.shard)
             rows = pq.read_table(directory / metadata_name).to_pylist()
-            for image, row in zip(plans.read_shard(directory, marker.shard), rows, strict=True):
+            for image, row in zip(
+                plans.read_shard(directory, plan, marker.shard), rows, strict=True
+            ):
                 if row["status"] == "failed":
                     what = {"file": plan.manifest, "line": image.line, "reason": row["error"]}
                     names = ("key", "id", "image_index", "prompt", "seed")

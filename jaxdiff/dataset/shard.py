@@ -5,6 +5,10 @@ which is atomic and fails where there is one already: whoever links first has ma
 only then are its files renamed to their final names, which anyone may do again. Two attempts need
 not write equal bytes (GPUs choose kernels by timing), so replacing files could leave one attempt's
 images beside another's marker; linking cannot.
+
+A made shard is never changed, but it may be revised, by images that had failed and by signatures:
+the revision has a done-marker of its own (`00007.r1.json`), made in the same way, and the last one
+holds.
 """
 
 import contextlib
@@ -22,7 +26,7 @@ import pyarrow.parquet as pq
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import formats, images
 from jaxdiff.dataset.formats import Sample
-from jaxdiff.dataset.plan import Plan, PlannedImage, file_sha256
+from jaxdiff.dataset.plan import Plan, PlannedImage
 
 METADATA_SCHEMA = pa.schema(
     [
@@ -40,14 +44,17 @@ class Marker:
     """What a done-marker says: this attempt made the shard.
 
     Attributes:
+      shard_id: the plan's digest of the shard.
+      revision: 0 for the first attempt that succeeded.
       attempt: the temporary name of its files, without their endings.
       files: their final names, each with its `sha256` and `bytes`.
       made, failed: how many of the shard's images.
-      facts: what the run reports: device, versions, batch size, seconds by stage.
+      facts: what the run reports: device, versions, padded slots of batches, seconds by stage.
     """
 
-    plan_id: str
+    shard_id: str
     shard: int
+    revision: int
     attempt: str
     files: dict[str, dict]
     made: int
@@ -62,22 +69,27 @@ def file_names(plan: Plan, shard: int) -> tuple[str, str]:
     return f"{layout.DATA}/{name}.{ending}", f"{layout.METADATA}/{name}.parquet"
 
 
-def marker_path(directory: Path, shard: int) -> Path:
+def marker_path(directory: Path, shard: int, revision: int = 0) -> Path:
     """Where the shard's done-marker lies once it is made."""
-    return directory / layout.DONE / f"{shard:05d}.json"
+    ending = f".r{revision}.json" if revision else ".json"
+    return directory / layout.DONE / f"{shard:05d}{ending}"
 
 
 def read_marker(directory: Path, plan: Plan, shard: int) -> Marker | None:
-    """The shard's done-marker, None where it is not made yet.
+    """The shard's last done-marker, None where it is not made yet.
 
     Raises:
       ValueError: if it is damaged or another plan's.
     """
-    path = marker_path(directory, shard)
+    revision = 0
+    while marker_path(directory, shard, revision + 1).exists():
+        revision += 1
+    path = marker_path(directory, shard, revision)
     try:
         marker = Marker(**json.loads(path.read_text("utf-8")))
+        identity = (plan.shard_ids[shard], shard, revision)
         sound = (
-            (marker.plan_id, marker.shard) == (plan.id, shard)
+            (marker.shard_id, marker.shard, marker.revision) == identity
             and sorted(marker.files) == sorted(file_names(plan, shard))
             and re.fullmatch(r"[\w.-]+", marker.attempt)
             and marker.made + marker.failed == plan.shard_sizes[shard]
@@ -97,7 +109,7 @@ def publish(directory: Path, marker: Marker) -> None:
     for name in marker.files:
         (directory / name).parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # it has its final name already
-            os.replace(_temporary_path(directory, marker.attempt, name), directory / name)
+            layout.replace(_temporary_path(directory, marker.attempt, name), directory / name)
         layout.sync_folder((directory / name).parent)
 
 
@@ -128,10 +140,15 @@ def _record(planned: PlannedImage, plan: Plan) -> dict:
 
 
 class Attempt:
-    """One attempt at a shard: a context that leaves nothing behind unless it is committed."""
+    """One attempt at a shard: a context that leaves nothing behind unless it is committed.
 
-    def __init__(self, directory: Path, plan: Plan, shard: int):
+    Args:
+      revision: 0 to make it, one more than its last marker's to revise it.
+    """
+
+    def __init__(self, directory: Path, plan: Plan, shard: int, revision: int = 0):
         self._directory, self._plan, self._shard = directory, plan, shard
+        self._revision = revision
         self._name = layout.temporary(directory, f"{shard:05d}").name
         self._images_name, self._metadata_name = file_names(plan, shard)
         _, writer, _ = formats.FORMATS[plan.settings.format]
@@ -149,7 +166,7 @@ class Attempt:
             self._writer.close()
         if not self._committed():
             for name in (self._images_name, self._metadata_name):
-                self._path(name).unlink(missing_ok=True)
+                layout.delete(self._path(name))
         self._progress.close()
         self._progress_path.unlink(missing_ok=True)
 
@@ -175,11 +192,12 @@ class Attempt:
             file.flush()
             os.fsync(file.fileno())
         marker = Marker(
-            plan_id=self._plan.id,
+            shard_id=self._plan.shard_ids[self._shard],
             shard=self._shard,
+            revision=self._revision,
             attempt=self._name,
             files={
-                name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+                name: {"sha256": layout.digest(path), "bytes": layout.size(path)}
                 for name in (self._images_name, self._metadata_name)
                 for path in [self._path(name)]
             },
@@ -194,7 +212,7 @@ class Attempt:
 
     def _link(self, marker: Marker) -> None:
         body = self._directory / layout.TMP / f"{self._name}.json"
-        final = marker_path(self._directory, self._shard)
+        final = marker_path(self._directory, self._shard, self._revision)
         final.parent.mkdir(exist_ok=True)
         try:
             with body.open("w", encoding="utf-8") as file:

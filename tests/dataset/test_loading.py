@@ -21,7 +21,7 @@ def test_shards_open_with_webdataset(finished):
     pipeline = webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8")
     samples = list(pipeline)
     assert [sample["__key__"] for sample in samples] == [f"{key:09d}" for key in range(9)]
-    planned = plans.read_shard(directory, 1)
+    planned = plans.read_shard(directory, plans.load(directory), 1)
     for sample, image in zip(samples[4:8], planned, strict=True):
         assert (sample["png"] == pixels_of(image)).all()
         assert sample["txt"] == sample["json"]["prompt"] == image.request.prompt

@@ -12,6 +12,7 @@ from making import make_plan
 from jaxdiff import checks, cli
 from jaxdiff.checkpoint.ensemble import open_ensemble
 from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.errors import InputError
 
@@ -26,7 +27,7 @@ def plan(tmp_path, tiny_checkpoint):
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         path.write_text("".join(line + "\n" for line in lines))
         made = make_plan(directory, path, tiny_checkpoint, **said)
-        shards = [plans.read_shard(directory, shard) for shard in range(len(made.shard_sizes))]
+        shards = [plans.read_shard(directory, made, n) for n in range(len(made.shard_sizes))]
         rejected = (directory / "rejected.jsonl").read_text().splitlines()
         return made, shards, [json.loads(line) for line in rejected]
 
@@ -53,7 +54,7 @@ def test_a_derived_seed_depends_on_the_id_and_not_on_the_place(plan):
     assert seeds == {(i.id, i.image_index): i.request.seed for i in second}
     assert len(set(seeds.values())) == 3
     # sha256("0|a|0") begins with these four bytes.
-    assert seeds["a", 0] == plans.derived_seed(0, "a", 0) == 0x699BA3D2
+    assert seeds["a", 0] == planning.derived_seed(0, "a", 0) == 0x699BA3D2
     _, (third,), _ = plan([a, b], seed=1)
     assert seeds != {(i.id, i.image_index): i.request.seed for i in third}
 
@@ -157,7 +158,7 @@ def test_equal_input_plans_equal_bytes(plan, tmp_path):
 
 def test_the_plan_has_a_row_group_a_shard(tmp_path, manifest, tiny_checkpoint):
     made = make_plan(tmp_path / "out", manifest, tiny_checkpoint, batch_size=2, images_per_shard=4)
-    file = pq.ParquetFile(tmp_path / "out" / "_jaxdiff" / "plan" / "images.parquet")
+    file = pq.ParquetFile(tmp_path / "out" / "_jaxdiff" / "plan" / made.images_file)
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     assert sizes == made.shard_sizes == [4, 4, 1]
     assert plans.load(tmp_path / "out") == made

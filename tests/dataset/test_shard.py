@@ -37,7 +37,7 @@ def test_a_shard_holds_its_images_in_order_with_their_records(job):
     images_name, metadata_name = shards.file_names(plan, 1)
     _, _, read = formats.FORMATS[plan.settings.format]
     samples = list(read(directory / images_name))
-    planned = plans.read_shard(directory, 1)
+    planned = plans.read_shard(directory, plan, 1)
     assert [s.record["key"] for s in samples] == [image.key for image in planned]
     assert [s.record["seed"] for s in samples] == [image.request.seed for image in planned]
     assert json.loads(samples[1].record["metadata"]) == {"note": "x"}
@@ -60,7 +60,7 @@ def test_equal_images_make_equal_shards(job, tmp_path):
 def test_an_attempt_that_is_not_committed_leaves_nothing(job):
     directory, plan = job
     before = files(directory)
-    image = plans.read_shard(directory, 0)[0]
+    image = plans.read_shard(directory, plan, 0)[0]
     with shards.Attempt(directory, plan, 0) as attempt:
         attempt.add(shards.encode(image, pixels_of(image), plan))
         assert len(files(directory)) > len(before)
@@ -69,7 +69,7 @@ def test_an_attempt_that_is_not_committed_leaves_nothing(job):
 
 def test_of_two_attempts_one_makes_the_shard(job):
     directory, plan = job
-    planned = plans.read_shard(directory, 0)
+    planned = plans.read_shard(directory, plan, 0)
     with (
         shards.Attempt(directory, plan, 0) as first,
         shards.Attempt(directory, plan, 0) as second,

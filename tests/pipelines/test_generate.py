@@ -1,5 +1,6 @@
 """The job on real Beam with a real model: what it makes, and what it refuses."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,6 @@ import jaxdiff
 from jaxdiff import cli
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import images
-from jaxdiff.dataset import plan as plans
 
 
 def records(directory: Path) -> list[dict]:
@@ -69,7 +69,7 @@ def test_a_manifest_becomes_a_finished_dataset(tmp_path, command, capsys, tiny_c
         "dtype": "float32",
         "options": "",
         "model": report["model"]["fingerprint"],
-        "sha256": plans.hashlib.sha256(content).hexdigest(),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "pixel_sha256": images.pixel_sha256(images.decode(content)),
         "metadata": {},
     }

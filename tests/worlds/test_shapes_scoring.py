@@ -60,7 +60,7 @@ def dataset(tmp_path, tiny_checkpoint):
         plan = make_plan(directory, manifest, tiny_checkpoint, **said)
         for shard in range(len(plan.shard_sizes)):
             with shards.Attempt(directory, plan, shard) as attempt:
-                for image in plans.read_shard(directory, shard):
+                for image in plans.read_shard(directory, plan, shard):
                     caption = shown[int(image.key)]
                     if caption is None:
                         attempt.add_failed(image, "not finite")
