@@ -1,4 +1,4 @@
-"""The two forms in which a shard's images are stored, each with its writer and its reader.
+"""The three forms in which a shard's images are stored, each with its writer and its reader.
 
 A writer takes images one at a time, keeps none of them, and gives equal bytes for equal images:
 fixed times and owners, no name of a host. A reader yields what a writer was given.
@@ -15,7 +15,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxdiff.dataset import directory as layout
+
 ROW_GROUP_IMAGES = 64
+RECORDS = "metadata.jsonl"  # of an imagefolder; the Hub knows it by this name
 RECORD_FIELDS = (  # of an image, in the order in which they are written
     ("key", pa.string()),
     ("id", pa.string()),
@@ -160,6 +163,53 @@ def read_parquet(path: Path) -> Iterator[Sample]:
         raise ValueError(f"no whole Parquet file ({problem})") from problem
 
 
+class FolderWriter:
+    """The Hugging Face Hub's imagefolder: a folder of image files, and the records beside them.
+
+    `metadata.jsonl` has a line an image: `file_name` and the record, in which the row's other
+    columns are a JSON text, as a column of `datasets` can have one type only.
+    """
+
+    def __init__(self, path: Path):
+        path.mkdir()
+        self._path = path
+        self._records = (path / RECORDS).open("wb")
+
+    def add(self, sample: Sample) -> None:
+        """Appends an image."""
+        name = f"{sample.record['key']}.{sample.extension}"
+        (self._path / name).write_bytes(sample.image)
+        line = json.dumps({"file_name": name, **sample.record}, ensure_ascii=False)
+        self._records.write(line.encode() + b"\n")
+
+    def close(self) -> None:
+        """Ends the folder and waits until it is on the disk."""
+        self._records.close()
+        for path in self._path.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        layout.sync_folder(self._path)
+
+
+def read_folder(path: Path) -> Iterator[Sample]:
+    """Yields the images of an imagefolder shard; raises ValueError where it is not one of ours."""
+    expected = {RECORDS}
+    try:
+        with (path / RECORDS).open("rb") as lines:
+            for line in lines:
+                record = json.loads(line)
+                name = record.pop("file_name")
+                key, _, extension = name.partition(".")
+                if key != record["key"] or Path(name).name != name:
+                    raise ValueError(f"{RECORDS}: {name} is not image {record['key']}")
+                yield Sample(record, (path / name).read_bytes(), extension)
+                expected.add(name)
+        for name in sorted(set(os.listdir(path)) - expected):
+            raise ValueError(f"{name} does not belong there")
+    except (AttributeError, KeyError, OSError, TypeError) as problem:
+        raise ValueError(f"no whole folder of images ({problem})") from problem
+
+
 def _sync(file: io.BufferedWriter) -> None:
     file.flush()
     os.fsync(file.fileno())
@@ -169,4 +219,5 @@ def _sync(file: io.BufferedWriter) -> None:
 FORMATS = {
     "webdataset": ("tar", TarWriter, read_tar),
     "parquet": ("parquet", ParquetWriter, read_parquet),
+    "imagefolder": ("", FolderWriter, read_folder),  # a folder has none
 }

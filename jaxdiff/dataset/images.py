@@ -10,6 +10,7 @@ clock, no host.
 import hashlib
 import io
 import json
+import re
 from xml.sax import saxutils
 
 import numpy as np
@@ -49,6 +50,7 @@ XMP = (
 XMP_SETTINGS = (  # not in EXIF, whose 64 KiB in JPEG are too few for the longest prompts
     '<jaxdiff:settings xmlns:jaxdiff="urn:jaxdiff">{}</jaxdiff:settings>'
 )
+NOT_IN_XML = re.compile("[\ufffe\uffff]")  # the others are escaped by JSON or refused in a prompt
 
 
 def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
@@ -77,7 +79,8 @@ def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
         exif[IMAGE_DESCRIPTION] = settings["prompt"].encode()
         comment = b"UNICODE\0" + parameters(settings).encode("utf-16-be")
         exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
-        xmp = XMP.format(settings=XMP_SETTINGS.format(saxutils.escape(dumped)))
+        escaped = NOT_IN_XML.sub(lambda match: f"\\u{ord(match[0]):04x}", saxutils.escape(dumped))
+        xmp = XMP.format(settings=XMP_SETTINGS.format(escaped))
         arguments.update(exif=exif, xmp=xmp.encode())
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, image_format, **arguments)
@@ -103,6 +106,14 @@ def pixel_sha256(pixels: np.ndarray) -> str:
 
 
 def decode(content: bytes) -> np.ndarray:
-    """The pixels of an encoded image, uint8 [height, width, 3]."""
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image.convert("RGB"))
+    """The pixels of an encoded image, uint8 [height, width, 3].
+
+    Raises:
+      ValueError: if it is no whole image of a format that is written here, or a huge one.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=tuple(SAVE)) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as problem:  # Pillow's plugins raise errors of many kinds
+        reason, *_ = str(problem).splitlines() or [type(problem).__name__]
+        raise ValueError(f"no image that can be read ({reason})") from problem

@@ -64,9 +64,9 @@ class Marker:
 
 def file_names(plan: Plan, shard: int) -> tuple[str, str]:
     """The final names of the shard's images and of its metadata."""
-    ending = formats.FORMATS[plan.settings.format][0]
+    ending, _, _ = formats.FORMATS[plan.settings.format]
     name = f"train-{shard:05d}"
-    return f"{layout.DATA}/{name}.{ending}", f"{layout.METADATA}/{name}.parquet"
+    return f"{layout.DATA}/{name}{'.' * bool(ending)}{ending}", f"{layout.METADATA}/{name}.parquet"
 
 
 def marker_path(directory: Path, shard: int, revision: int = 0) -> Path:

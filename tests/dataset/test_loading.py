@@ -2,26 +2,50 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import webdataset
+from making import make_plan, make_shard, pixels_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when datasets is imported
 import datasets
-from making import pixels_of
 
+from jaxdiff.dataset import ledger
 from jaxdiff.dataset import plan as plans
+
+IMAGE_COLUMNS = {"webdataset": "png", "parquet": "image", "imagefolder": "image"}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads what `datasets` finds at a place; it takes imagefolders in any order, so by key."""
+
+    def load_(*where: str, **how) -> list[dict]:
+        cache = str(tmp_path / "cache")
+        rows = datasets.load_dataset(*where, split="train", cache_dir=cache, **how)
+        return sorted(rows, key=lambda row: row["__key__"] if "__key__" in row else row["key"])
+
+    return load_
+
+
+def records_of(rows: list[dict], format_: str) -> list[dict]:
+    """The images' records, with the rows' other columns as objects."""
+    if format_ == "webdataset":
+        return [row["json"] for row in rows]
+    return [{**row, "metadata": json.loads(row["metadata"])} for row in rows]
 
 
 def test_shards_open_with_webdataset(finished):
     directory = finished()
+    plan = plans.load(directory)
     urls = [str(path) for path in sorted((directory / "data").iterdir())]
     pipeline = webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8")
     samples = list(pipeline)
     assert [sample["__key__"] for sample in samples] == [f"{key:09d}" for key in range(9)]
-    planned = plans.read_shard(directory, plans.load(directory), 1)
+    planned = plans.read_shard(directory, plan, 1)
     for sample, image in zip(samples[4:8], planned, strict=True):
         assert (sample["png"] == pixels_of(image)).all()
         assert sample["txt"] == sample["json"]["prompt"] == image.request.prompt
@@ -38,39 +62,73 @@ def test_metadata_opens_with_pandas(finished):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
-    ("format_", "image_format", "column"),
-    [("webdataset", "png", "png"), ("webdataset", "jpeg", "jpg"), ("parquet", "webp", "image")],
+    ("format_", "image_format"),
+    [
+        *(("webdataset", "png"), ("webdataset", "jpeg"), ("parquet", "webp")),
+        *(("imagefolder", "png"), ("imagefolder", "webp"), ("imagefolder", "jpeg")),
+    ],
 )
-def test_load_dataset_finds_images_and_metadata(
-    finished, tmp_path, format_, image_format, column, streaming
-):
+def test_load_dataset_finds_images_and_metadata(finished, load, format_, image_format, streaming):
     directory = finished(format=format_, image_format=image_format)
-    how = {"split": "train", "streaming": streaming, "cache_dir": str(tmp_path / "cache")}
-    rows = list(datasets.load_dataset(str(directory), **how))
+    rows = load(str(directory), streaming=streaming)
     assert len(rows) == 9
-    assert rows[0][column].size == (16, 8)
-    records = [row["json"] if format_ == "webdataset" else row for row in rows]
-    assert records[4]["prompt"] == "ein grüner Stern 🌟"
-    metadata = [record["metadata"] for record in records]
-    if format_ == "parquet":
-        metadata = [json.loads(text) for text in metadata]
+    column = "jpg" if (format_, image_format) == ("webdataset", "jpeg") else IMAGE_COLUMNS[format_]
+    records = records_of(rows, format_)
+    plan = plans.load(directory)
+    planned = [image for s in range(3) for image in plans.read_shard(directory, plan, s)]
+    for row, record, image in zip(rows, records, planned, strict=True):
+        assert (record["key"], record["prompt"]) == (image.key, image.request.prompt)
+        assert row[column].size == (16, 8)
+        if image_format != "jpeg":
+            assert (np.asarray(row[column]) == pixels_of(image)).all()
     # Columns of several types, and of some rows only, are carried through as they are.
-    assert metadata[4:7] == [
+    assert [record["metadata"] for record in records[4:7]] == [
         {"note": None},
         {"note": "x"},
         {"note": 3, "tags": ["a", {"b": 1}]},
     ]
     tables = str(directory / "metadata" / "*.parquet")
-    table = list(datasets.load_dataset("parquet", data_files=tables, **how))
+    table = load("parquet", data_files=tables, streaming=streaming)
     assert [row["pixel_sha256"] for row in table] == [r["pixel_sha256"] for r in records]
 
 
-@pytest.mark.parametrize("format_", ["webdataset", "parquet"])
-def test_croissant_names_files_and_columns_that_are_there(finished, format_):
-    directory = finished(format=format_)
-    description = json.loads((directory / "croissant.json").read_text())
-    for files in description["distribution"]:
-        assert len(list(directory.glob(files["includes"]))) == 3
-    columns = set(pd.read_parquet(directory / "metadata").columns)
-    (records,) = description["recordSet"]
-    assert {field["source"]["extract"]["column"] for field in records["field"]} <= columns
+@pytest.mark.parametrize("format_", IMAGE_COLUMNS)
+def test_what_failed_is_left_out_and_the_rest_loads(finished, load, format_):
+    directory = finished(format=format_, failing=["000000000", "000000005"])
+    rows = load(str(directory))
+    keys = [record["key"] for record in records_of(rows, format_)]
+    assert keys == [f"{key:09d}" for key in (1, 2, 3, 4, 6, 7, 8)]
+    assert all(row[IMAGE_COLUMNS[format_]].size == (16, 8) for row in rows)
+
+
+@pytest.mark.parametrize("format_", IMAGE_COLUMNS)
+def test_a_shard_without_an_image_does_not_hide_the_others(finished, load, format_):
+    directory = finished(format=format_, failing=[f"{key:09d}" for key in range(4)])
+    keys = [record["key"] for record in records_of(load(str(directory)), format_)]
+    assert keys == [f"{key:09d}" for key in range(4, 9)]
+
+
+@pytest.mark.parametrize("format_", IMAGE_COLUMNS)
+def test_text_of_every_kind_loads_as_it_is(tmp_path, tiny_checkpoint, load, format_):
+    prompts = [
+        *("一只红色的猫", "قطة حمراء", "2024-01-01", '"quoted", <b> & | `code`'),
+        "👩\u200d👩\u200d👧 \u200f\ufffe\uffff",
+        "\x01\x1f\x7f\x85\u2028",
+    ]
+    rows = [{"prompt": prompt, "id": f"{n}/ü", "列": n} for n, prompt in enumerate(prompts)]
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    directory = make_dataset(tmp_path / "out", manifest, tiny_checkpoint, format=format_)
+    assert ledger.verify(directory)[1] == []
+    records = records_of(load(str(directory)), format_)
+    assert [record["prompt"] for record in records] == prompts
+    assert [record["id"] for record in records] == [row["id"] for row in rows]
+    assert [record["metadata"] for record in records] == [{"列": n} for n in range(len(rows))]
+
+
+def make_dataset(directory: Path, manifest: Path, checkpoint: Path, **said) -> Path:
+    plan = make_plan(directory, manifest, checkpoint, **said)
+    for shard in range(len(plan.shard_sizes)):
+        make_shard(directory, plan, shard)
+    ledger.finalize(directory, plan, 0.0)
+    return directory
