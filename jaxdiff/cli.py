@@ -21,6 +21,7 @@ commands:
   generate   make an image for every prompt of a manifest
   inspect    say what is in a model, and whether it can be used
   verify     prove from its files that a dataset is complete and unchanged
+  view       write a gallery of a dataset: pages for a browser, without a server
   train      train a model from a recipe
 
 start with:
@@ -75,7 +76,13 @@ def _explain(problem: BaseException) -> tuple[str, int]:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {"generate": _generate, "inspect": _inspect, "verify": _verify, "train": _train}
+    commands = {
+        "generate": _generate,
+        "inspect": _inspect,
+        "verify": _verify,
+        "view": _view,
+        "train": _train,
+    }
     if name not in commands:
         raise InputError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
     return commands[name]
@@ -124,6 +131,24 @@ def _verify(arguments: list[str]) -> int:
         print(f"{directory}: {len(problems)} problems", file=sys.stderr)
         return 1
     print(f"{directory} is complete: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+    return 0
+
+
+def _view(arguments: list[str]) -> int:
+    parser = Parser(
+        "view",
+        description="Write a gallery of a dataset, finished or not: thumbnails, search, and each "
+        "image with its settings and the command that makes it again. It opens in any browser, "
+        "needs no server and no network, and replaces the gallery that is there.",
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset's directory")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, help="the gallery's folder (default: DIR/gallery)"
+    )
+    said = parser.parse_args(arguments)
+    from jaxdiff.dataset import gallery
+
+    print(gallery.write(said.directory, said.output))
     return 0
 
 

@@ -17,6 +17,7 @@ from jaxdiff.worlds.shapes import captions, scene
 from pipelines import options
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ["generate", "inspect", "verify", "view", "train"]
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
@@ -28,9 +29,9 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
 def test_help_names_the_commands_and_an_example(capsys):
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert re.findall(r"^  (\w+)  +", said, re.M) == ["generate", "inspect", "verify", "train"]
+    assert re.findall(r"^  (\w+)  +", said, re.M) == COMMANDS
     assert "jaxdiff generate --manifest prompts.txt --output out/first" in said
-    for command in ("generate", "inspect", "verify", "train"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
         assert f"usage: jaxdiff {command}" in capsys.readouterr().out
@@ -44,9 +45,10 @@ def test_the_version_is_that_of_the_installed_package(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["make"], "unknown command 'make'; the commands are generate, inspect, verify, train"),
+        (["make"], "unknown command 'make'; the commands are generate, inspect, verify, view, "),
         (["verify"], "the following arguments are required: DIR (jaxdiff verify --help"),
         (["verify", "/nowhere"], "/nowhere holds no jaxdiff run"),
+        (["view", "/nowhere"], "/nowhere holds no jaxdiff run"),
         (["generate"], "--manifest is missing (jaxdiff generate --help"),
         (["generate", "--manifest", "x.txt"], "--output is missing"),
         (["generate", "--steps"], "argument --steps: expected one argument"),

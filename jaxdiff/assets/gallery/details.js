@@ -1,0 +1,98 @@
+// One image with all that is known of it, and the command that makes it again.
+"use strict";
+
+const HASHES = ["sha256", "pixel_sha256", "model's fingerprint"];
+const ROW = ["id", "prompt", "negative_prompt", "seed", "width", "height", "steps",
+  "guidance_scale", "sampler"];
+
+// Two lines for a POSIX shell. The row is JSON in single quotes; what cannot be seen, or would end
+// the quotes, is written as JSON's escape: the same row, and nothing that a terminal obeys.
+function commandFor(image, job) {
+  const row = {};
+  for (const name of ROW) {
+    if (image[name] !== "") row[name] = image[name];
+  }
+  const json = JSON.stringify(row).replace(/['\p{C}\p{Zl}\p{Zp}]/gu, escapeCharacter);
+  const name = `image-${image.key}`;
+  return `printf '%s\\n' '${json}' > ${name}.jsonl &&\n` +
+    `jaxdiff generate --manifest ${name}.jsonl --output ${name} ${job.options}`;
+}
+
+function escapeCharacter(character) {
+  let escaped = "";
+  for (let index = 0; index < character.length; index++) {
+    escaped += `\\u${character.charCodeAt(index).toString(16).padStart(4, "0")}`;
+  }
+  return escaped;
+}
+
+// Fills the full view; `link` gives the address of the gallery with another query.
+function showDetails(image, job, url, link) {
+  const img = element("image");
+  const failed = image.status === "failed";
+  element("original").hidden = failed;
+  element("failure").hidden = !failed;
+  if (failed) {
+    img.removeAttribute("src");
+    element("failure").textContent = `This image could not be made: ${image.error}`;
+  } else {
+    element("original").href = img.src = url;
+    img.alt = image.prompt;
+    img.className = isSmall(image) ? "pixels" : "";
+  }
+  element("prompt").textContent = image.prompt;
+  element("settings").replaceChildren(...settingsOf(image, job).flatMap(
+    ([name, value, isField]) => settingRow(name, value, isField && link(queryFor(name, value)))));
+  element("command").textContent = commandFor(image, job);
+  element("copy").textContent = "Copy";
+}
+
+// [name, value, whether it can be searched for], in the order of reading.
+function settingsOf(image, job) {
+  const { fingerprint, ...shared } = job.shared;
+  const { key, image_index, sha256, pixel_sha256 } = image;
+  const searchable = ["id", "negative_prompt", "seed", "sampler", "steps", "guidance_scale"]
+    .map((name) => [name, image[name], true])
+    .concat(Object.entries(image.metadata).map(([name, value]) => [name, value, true]));
+  const others = { size: `${image.width} × ${image.height}`, ...shared, image_index, key,
+    sha256, pixel_sha256, "model's fingerprint": fingerprint };
+  return searchable
+    .concat(Object.entries(others).map(([name, value]) => [name, value, false]))
+    .filter(([, value]) => value !== null && value !== "");
+}
+
+function settingRow(name, value, href) {
+  const term = document.createElement("dt");
+  term.textContent = name;
+  const text = document.createElement(href ? "a" : "span");
+  text.textContent = asText(value);
+  text.dir = "auto";
+  if (href) {
+    text.href = href;
+    text.title = "Find all images with this value";
+  }
+  const description = document.createElement("dd");
+  description.className = HASHES.includes(name) ? "hash" : "";
+  description.append(text);
+  return [term, description];
+}
+
+// Such as a model of shapes makes: shown in its pixels, not blurred.
+function isSmall(image) {
+  return Math.max(image.width, image.height) <= 128;
+}
+
+async function copyCommand() {
+  const command = element("command");
+  getSelection().selectAllChildren(command);
+  try {
+    await navigator.clipboard.writeText(command.textContent);
+  } catch {
+    document.execCommand("copy"); // of the selection
+  }
+  element("copy").textContent = "Copied";
+}
+
+function element(id) {
+  return document.getElementById(id);
+}

@@ -1,0 +1,56 @@
+// What the search box says, and which images it means.
+//
+//   red circle         both words, anywhere: prompts, id, key, seed, sampler, the row's columns
+//   "red circle"       these words together
+//   sampler:euler      within one field, whose name may be a column of the manifest
+//   seed=7             a field that is just this
+"use strict";
+
+const TERM = /(?:([^\s:="]+)([:=]))?(?:"([^"]*)"?|(\S+))/g;
+const ANYWHERE = ["prompt", "negative_prompt", "id", "key", "seed", "sampler", "error"];
+
+// The terms of a query; a name that no image has is a part of the text.
+function parseQuery(query, isField) {
+  const terms = [];
+  for (const [whole, name, sign, quoted, word] of query.matchAll(TERM)) {
+    const text = quoted ?? word;
+    if (name && isField(name.toLowerCase())) {
+      terms.push({ field: name.toLowerCase(), exactly: sign === "=", text: text.toLowerCase() });
+    } else {
+      terms.push({ text: (name ? whole.replaceAll('"', "") : text).toLowerCase() });
+    }
+  }
+  return terms;
+}
+
+// The query that finds all images with this value of the field.
+function queryFor(name, value) {
+  const text = asText(value).replaceAll('"', "");
+  return `${name}=${/^[^\s"]+$/.test(text) ? text : `"${text}"`}`;
+}
+
+function matches(image, terms) {
+  return terms.every((term) => {
+    if (!term.field) return image.text.includes(term.text);
+    const value = fieldOf(image, term.field);
+    if (value === undefined) return false;
+    const text = asText(value).replaceAll('"', "").toLowerCase();
+    return term.exactly || typeof value === "number" ? text === term.text : text.includes(term.text);
+  });
+}
+
+// What a search without a field's name looks through.
+function searchableText(image) {
+  const values = ANYWHERE.map((name) => image[name]).concat(Object.values(image.metadata));
+  return values.filter((value) => value != null).map(asText).join("\n").toLowerCase();
+}
+
+function fieldOf(image, name) {
+  if (name !== "metadata" && name !== "text" && Object.hasOwn(image, name)) return image[name];
+  const column = Object.keys(image.metadata).find((key) => key.toLowerCase() === name);
+  return column === undefined ? undefined : image.metadata[column];
+}
+
+function asText(value) {
+  return typeof value === "string" ? value : JSON.stringify(value);
+}
