@@ -1,0 +1,101 @@
+"""What the card says, and that Croissant's own validator reads `croissant.json`."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import mlcroissant
+import pytest
+import yaml
+
+from jaxdiff.dataset import card, formats
+from jaxdiff.dataset import plan as plans
+
+MISSING_DATE = '"https://schema.org/datePublished" is recommended'
+HOSTILE = '`a|b`` --- "c": {d} <script>\n---\n\x07\x85\u2028\udcff\ufffe💥 [x](y)'
+
+
+def front_matter(text: str) -> dict:
+    _, head, _ = text.split("---\n", 2)
+    return yaml.safe_load(head)
+
+
+def test_the_card_says_what_there_is(finished):
+    directory = finished(failing=["000000001", "000000005"])
+    text = (directory / "README.md").read_text()
+    plan = plans.load(directory)
+    for said in (
+        "| images | 7 |",
+        "| images that failed | 2, see `failed.jsonl` |",
+        "| rejected rows | 1, see `rejected.jsonl` |",
+        f"| its fingerprint | `{plan.identity['model']}` |",
+        f"| steps | `{plan.settings.steps}` |",
+    ):
+        assert said in text
+    assert front_matter(text)["pretty_name"] == "7 images by tiny"
+
+
+@pytest.mark.parametrize("format_", formats.FORMATS)
+def test_the_card_says_how_its_own_format_is_loaded(finished, format_):
+    directory = finished(format=format_)
+    text = (directory / "README.md").read_text()
+    (config,) = front_matter(text)["configs"]
+    ((data_files),) = config["data_files"]
+    assert {path.parts[0] for path in map(Path, [data_files["path"]])} == {"data"}
+    assert list(directory.glob(data_files["path"]))
+    assert ("import webdataset" in text) == (format_ == "webdataset")
+    assert ("train-{00000..00002}.tar" in text) == (format_ == "webdataset")
+    example = text.partition("```python\n")[2].partition("```")[0]
+    compile(example, "README.md", "exec")
+
+
+def test_a_licence_is_stated_only_where_it_is_known(finished):
+    directory = finished()
+    plan = plans.load(directory)
+    counts = {"made": 9, "failed": 0, "accepted": 5, "rejected": 1}
+    bundled = {"model": "shapes64", "variant": None, "refiner": None}
+    for models, license in (
+        (plan.models, "unknown"),
+        (bundled, "apache-2.0"),
+        ({**bundled, "refiner": "another"}, "unknown"),
+    ):
+        text = card.readme(replace(plan, models=models), counts)
+        assert front_matter(text)["license"] == license
+        assert ("knows none for these images" in text) == (license == "unknown")
+        described = json.loads(card.croissant(replace(plan, models=models)))["license"]
+        assert ("apache.org" in described) == (license == "apache-2.0")
+
+
+def test_no_name_or_setting_breaks_the_card(finished):
+    plan = plans.load(finished())
+    plan = replace(plan, model_name=HOSTILE, identity={**plan.identity, "negative_prompt": HOSTILE})
+    text = card.readme(plan, {"made": 9, "failed": 0, "accepted": 5, "rejected": 1})
+    shown = '`a|b`` --- "c": {d} <script>�---������💥 [x](y)'
+    assert front_matter(text)["pretty_name"] == f"9 images by {shown}"
+    assert f"\n# 9 images by ``` {shown} ```\n" in text
+    cell = shown.replace("|", "\\|")
+    assert f"\n| negative_prompt | ``` {cell} ``` |\n" in text
+    assert json.loads(card.croissant(plan))["description"].endswith(shown)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of mlcroissant's own calls
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+@pytest.mark.parametrize("format_", formats.FORMATS)
+def test_croissant_is_valid_and_names_the_files_that_are_there(finished, format_, image_format):
+    directory = finished(format=format_, image_format=image_format, failing=["000000002"])
+    dataset = mlcroissant.Dataset(str(directory / "croissant.json"))
+    assert not dataset.metadata.ctx.issues.errors
+    (warning,) = dataset.metadata.ctx.issues.warnings  # there is no clock in the file
+    assert MISSING_DATE in warning
+    for files in dataset.metadata.distribution:
+        (pattern,) = files.includes
+        images = pattern.startswith("data/") and format_ == "imagefolder"
+        assert len(list(directory.glob(pattern))) == (8 if images else 3)
+    records = list(dataset.records("images"))
+    assert [record["images/key"] for record in records] == [b"%09d" % key for key in range(9)]
+    assert [record["images/status"] == b"made" for record in records] == [
+        key != 2 for key in range(9)
+    ]
+    assert records[4]["images/prompt"].decode() == "ein grüner Stern 🌟"
+    assert records[2]["images/bytes"] is None
+    assert isinstance(records[3]["images/bytes"], int)
