@@ -1,0 +1,122 @@
+"""Which runner a job gets from what the user says, and the names it gives to mistakes."""
+
+import os
+import subprocess
+import sys
+
+import apache_beam as beam
+import pytest
+from apache_beam.options import pipeline_options as beam_options
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+from jaxdiff.errors import InputError
+from pipelines import runners
+
+SAYS = {
+    ("--runner",): "argument --runner: expected one argument",
+    ("--runner=Nope",): "unknown --runner Nope; Beam's are FnApiRunner, DaskRunner, Dataflow",
+    ("--runner=no.such.Runner",): "--runner no.such.Runner: No module named 'no'",
+    ("--runner=builtins.int",): "--runner builtins.int is not a runner of Beam's",
+    ("--direct_running_mode=multi_processing",): "say --workers N instead",
+    ("--runner=direct", "--direct_running_mode", "multi_processing"): "say --workers N instead",
+    ("--direct_running_mode=nonsense",): "invalid choice: 'nonsense'",
+    ("--stepz", "3"): "unknown option --stepz; did you mean --steps?",
+    ("--runner=DaskRunner", "--stepz=3"): "unknown option --stepz; did you mean --steps?",
+    ("--runner=flink", "--stepz=3"): "unknown option --stepz; did you mean --steps?",
+    ("--flink_master=host:8081",): "add --runner FlinkRunner",
+    ("--spark_master_url", "spark://host"): "add --runner SparkRunner",
+    ("--dask_client_address=tcp://host:8786",): "add --runner DaskRunner",
+    ("--runner=direct", "--region=us-central1"): "add --runner DataflowRunner",
+    ("--sdk_container_image=image",): "add --runner DataflowRunner",
+    ("--environment_type=EXTERNAL",): "add --runner PortableRunner",
+    ("--runner=flink", "--job_server_java_launcher=/no/java"): "needs /no/java to start its job",
+    ("--runner=SparkRunner", "--job_server_java_launcher=/no/java"): "say --spark_submit_uber_jar",
+}
+
+
+@pytest.mark.parametrize("arguments", SAYS, ids=" ".join)
+def test_a_mistake_is_told_on_one_line(arguments):
+    with pytest.raises(InputError) as told:
+        runners.choose(list(arguments), workers=1)
+    assert SAYS[arguments] in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--runner=DirectRunner"], ["--runner", "fnapi"]])
+def test_a_job_at_home_has_the_pinned_runner(arguments):
+    runner, options = runners.choose(arguments, workers=1)
+    assert type(runner) is FnApiRunner
+    assert options.view_as(beam_options.DirectOptions).direct_running_mode == "in_memory"
+    assert type(beam.Pipeline(runner=runner, options=options).runner) is FnApiRunner
+
+
+def test_workers_at_home_have_a_thread_each():
+    _, options = runners.choose([], workers=3)
+    direct = options.view_as(beam_options.DirectOptions)
+    assert (direct.direct_running_mode, direct.direct_num_workers) == ("multi_threading", 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["DaskRunner", "dask", "apache_beam.runners.dask.dask_runner.DaskRunner"]
+)
+def test_dask_takes_one_shard_at_a_time(name):
+    runner, options = runners.choose([f"--runner={name}"], workers=1)
+    assert type(runner).__name__ == "DaskRunner"
+    assert options.get_all_options()["partition_size"] == 1
+
+
+@pytest.mark.parametrize("said", [{"npartitions": 6}, {"partition_size": 2}])
+def test_dasks_partitions_may_be_said(said):
+    ((name, value),) = said.items()
+    _, options = runners.choose(["--runner=DaskRunner", f"--dask_{name}", str(value)], workers=1)
+    found = options.get_all_options()
+    assert {key: found[key] for key in ("npartitions", "partition_size") if found[key]} == said
+
+
+@pytest.mark.parametrize("name", ["FlinkRunner", "SparkRunner", "PortableRunner"])
+def test_a_job_servers_own_options_are_left_to_it(name):
+    arguments = [f"--runner={name}", "--job_endpoint=localhost:8099", "--fasterCopy=true"]
+    runner, options = runners.choose(arguments, workers=2)
+    assert type(runner).__name__ == name
+    assert options.get_all_options(retain_unknown_options=True)["fasterCopy"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("runner", "module", "extra"),
+    [("DaskRunner", "distributed", "dask"), ("DataflowRunner", "apitools", "gcp")],
+)
+def test_a_missing_extra_is_named(runner, module, extra):
+    script = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        f"from pipelines import runners; runners.choose(['--runner={runner}'], 1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.splitlines()[-1].endswith(
+        f"--runner {runner} is not installed: pip install 'jaxdiff[{extra}]'"
+    )
+
+
+def test_straight_lines_and_forks_are_told_apart():
+    straight = beam.Pipeline(runner=FnApiRunner())
+    _ = straight | beam.Create([1], reshuffle=False) | beam.Reshuffle() | beam.Map(str)
+    assert runners.forks(straight) == []
+
+    forked = beam.Pipeline(runner=FnApiRunner())
+    ones = forked | "Ones" >> beam.Create([1], reshuffle=False)
+    _ = ones | "Left" >> beam.Map(str)
+    _ = ones | "Right" >> beam.Map(lambda x, side: x, beam.pvalue.AsList(ones))
+    _ = ones | "Tagged" >> beam.ParDo(lambda x: [x]).with_outputs("bad", main="good")
+    found = " ".join(runners.forks(forked))
+    assert "is used by 3 transforms" in found
+    assert "Right has side inputs" in found
+    assert "has the tagged outputs bad" in found
+
+    joined = beam.Pipeline(runner=FnApiRunner())
+    parts = [joined | f"Part{n}" >> beam.Create([n], reshuffle=False) for n in range(2)]
+    _ = parts | beam.Flatten()
+    assert runners.forks(joined) == ["Flatten joins 2 inputs"]
