@@ -17,7 +17,7 @@ from jaxdiff.worlds.shapes import captions, scene
 from pipelines import options
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["generate", "inspect", "verify", "view", "train"]
+COMMANDS = ["generate", "inspect", "verify", "view", "sign", "train"]
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
@@ -54,6 +54,7 @@ def test_the_version_is_that_of_the_installed_package(capsys):
         (["generate", "--steps"], "argument --steps: expected one argument"),
         (["generate", "no.toml"], "job file no.toml cannot be read"),
         (["inspect", "/nowhere"], "model '/nowhere' is neither a diffusers directory"),
+        (["sign", "x"], "the following arguments are required: --certificate, --key"),
         (["train"], "the following arguments are required: RECIPE.toml, --output"),
     ],
 )

@@ -37,14 +37,14 @@ SAMPLER_TITLES = {  # as AUTOMATIC1111's web UI calls them
 }
 IMAGE_DESCRIPTION, EXIF_IFD, USER_COMMENT = 0x010E, 0x8769, 0x9286
 XMP_KEYWORD = "XML:com.adobe.xmp"
-# https://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia
+DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
     '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
     '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
-    'Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/'
-    'trainedAlgorithmicMedia">{settings}</rdf:Description></rdf:RDF></x:xmpmeta>'
+    f'Iptc4xmpExt:DigitalSourceType="{DIGITAL_SOURCE_TYPE}">'
+    "{settings}</rdf:Description></rdf:RDF></x:xmpmeta>"
     '<?xpacket end="r"?>'
 )
 XMP_SETTINGS = (  # not in EXIF, whose 64 KiB in JPEG are too few for the longest prompts
