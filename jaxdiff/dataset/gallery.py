@@ -40,12 +40,13 @@ GENERATOR = '<meta name="generator" content="jaxdiff view">'
 FILES = re.compile(r"files-[0-9a-f]{8}")  # what INDEX names, each time another
 THUMBNAIL_PX = 384  # the longer side; smaller images are their own thumbnails
 CHUNK_IMAGES, CHUNK_CHARACTERS = 500, 2**20
-WAITING_IMAGES = 64  # read, but not written yet
+WAITING_IMAGES = 16  # read, but not written yet
 # Of an image, in the order in which its record is written.
 COLUMNS = (
     *("key", "id", "image_index", "prompt", "negative_prompt", "seed", "width", "height"),
-    *("steps", "guidance_scale", "sampler", "sha256", "pixel_sha256", "metadata", "error"),
+    *("steps", "guidance_scale", "sampler", "metadata", "sha256", "pixel_sha256", "error"),
 )
+PLANNED = COLUMNS[:12]  # which a failed image has, too
 # The job's settings that decide an image's file, beside its own.
 ALWAYS_SAID = ("noise", "dtype", "batch_size")
 DECISIVE = dict.fromkeys((*ALWAYS_SAID, "image_format", *(field.name for field in fields(Options))))
@@ -97,13 +98,15 @@ def _held(target: Path) -> Iterator[None]:
     lock = os.open(target, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
-        raise InputError(f"{target}: another `jaxdiff view` is writing here; wait for it") from None
-    finally:
         os.close(lock)
+        raise InputError(f"{target}: another `jaxdiff view` is writing here; wait for it") from None
+    try:
+        yield
+    finally:
         with contextlib.suppress(OSError):
             target.rmdir()
+        os.close(lock)
 
 
 def _check_ours(target: Path) -> None:
@@ -177,11 +180,11 @@ def _job(directory: Path, plan: Plan) -> dict:
         "aspect": settings.width / settings.height,
         "shared": {
             "model": plan.model_name,
-            "fingerprint": plan.identity["model"],
             "noise": settings.noise,
             "dtype": settings.dtype,
             "options": plan.options,
         },
+        "fingerprint": plan.identity["model"],
         "options": _options(plan),
     }
 
@@ -226,7 +229,7 @@ def _images(directory: Path, plan: Plan) -> Iterator[tuple[dict, bytes | None]]:
                 if hashlib.sha256(sample.image).hexdigest() != row["sha256"]:
                     raise ValueError(f"image {row['key']} has changed")
                 yield row, sample.image
-        except (KeyError, OSError, ValueError, pa.ArrowException) as problem:
+        except (OSError, RecursionError, ValueError, pa.ArrowException) as problem:
             raise InputError(
                 f"{directory / name} cannot be shown: {problem} "
                 f"(jaxdiff verify {directory} says more)"
@@ -239,9 +242,22 @@ def _rows(path: Path) -> Iterator[dict]:
             raise ValueError(f"{path.name} has other columns than jaxdiff writes")
         for batch in file.iter_batches(CHUNK_IMAGES):
             for row in batch.to_pylist():
-                if not re.fullmatch(r"[0-9]{9}", row["key"] or ""):
+                if any(row[name] is None for name in PLANNED):
+                    raise ValueError(f"{path.name} has a row with gaps")
+                if not re.fullmatch(r"[0-9]{9}", row["key"]):
                     raise ValueError(f"{path.name} has a key that is none")
+                if not isinstance(_read_json(row["metadata"]), dict):
+                    raise ValueError(f"{path.name} has metadata that are no JSON object")
                 yield row
+
+
+def _read_json(text: str):
+    """Reads what a browser reads: JSON without Python's NaN and infinities."""
+
+    def refuse(name: str):
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def _store(folder: Path, row: dict, image: bytes, extension: str) -> None:

@@ -1,7 +1,6 @@
 // One image with all that is known of it, and the command that makes it again.
 "use strict";
 
-const HASHES = ["sha256", "pixel_sha256", "model's fingerprint"];
 const ROW = ["id", "prompt", "negative_prompt", "seed", "width", "height", "steps",
   "guidance_scale", "sampler"];
 
@@ -41,24 +40,27 @@ function showDetails(image, job, url, link) {
     img.className = isSmall(image) ? "pixels" : "";
   }
   element("prompt").textContent = image.prompt;
-  element("settings").replaceChildren(...settingsOf(image, job).flatMap(
-    ([name, value, isField]) => settingRow(name, value, isField && link(queryFor(name, value)))));
+  element("settings").replaceChildren(...searchableSettings(image).flatMap(([name, value]) => {
+    const query = queryFor(name, value);
+    return settingRow(name, value, query && link(query));
+  }), ...rows({ size: `${image.width} × ${image.height}`, ...job.shared, key: image.key }));
   element("command").textContent = commandFor(image, job);
   element("copy").textContent = "Copy";
+  const { sha256, pixel_sha256 } = image;
+  element("hashes").replaceChildren(...rows({ sha256, pixel_sha256, model: job.fingerprint }));
 }
 
-// [name, value, whether it can be searched for], in the order of reading.
-function settingsOf(image, job) {
-  const { fingerprint, ...shared } = job.shared;
-  const { key, image_index, sha256, pixel_sha256 } = image;
-  const searchable = ["id", "negative_prompt", "seed", "sampler", "steps", "guidance_scale"]
-    .map((name) => [name, image[name], true])
-    .concat(Object.entries(image.metadata).map(([name, value]) => [name, value, true]));
-  const others = { size: `${image.width} × ${image.height}`, ...shared, image_index, key,
-    sha256, pixel_sha256, "model's fingerprint": fingerprint };
-  return searchable
-    .concat(Object.entries(others).map(([name, value]) => [name, value, false]))
+// [name, value] of what differs from image to image, but for its prompt.
+function searchableSettings(image) {
+  return ["id", "image_index", "negative_prompt", "seed", "sampler", "steps", "guidance_scale"]
+    .map((name) => [name, image[name]])
+    .concat(Object.entries(image.metadata))
     .filter(([, value]) => value !== null && value !== "");
+}
+
+function rows(values) {
+  return Object.entries(values).filter(([, value]) => value).flatMap(
+    ([name, value]) => settingRow(name, value));
 }
 
 function settingRow(name, value, href) {
@@ -72,7 +74,6 @@ function settingRow(name, value, href) {
     text.title = "Find all images with this value";
   }
   const description = document.createElement("dd");
-  description.className = HASHES.includes(name) ? "hash" : "";
   description.append(text);
   return [term, description];
 }

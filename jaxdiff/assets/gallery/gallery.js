@@ -35,6 +35,7 @@ const gallery = {
     images.sort((one, other) => (one.key < other.key ? -1 : 1));
     search();
     if (state.key && !element("view").open) openView();
+    else if (state.key) showPosition();
   },
 };
 
@@ -80,8 +81,10 @@ function addressOf({ query, key }) {
 function readAddress() {
   clearTimeout(addressTimer);
   const said = new URLSearchParams(location.hash.slice(1));
-  state = { query: said.get("q") ?? "", key: said.get("image") };
-  if (element("search").value !== state.query) element("search").value = state.query;
+  const [query, key] = [said.get("q") ?? "", said.get("image")];
+  if (query === state.query && key === state.key) return; // what writeAddress wrote
+  state = { query, key };
+  element("search").value = query;
   search();
   if (state.key) openView();
   else element("view").close();
@@ -99,15 +102,12 @@ function search() {
   const at = results[cursor];
   results = terms.length ? images.filter((image) => matches(image, terms)) : images.slice();
   cursor = results.indexOf(at);
-  tiles.forEach((tile) => tile.remove());
-  tiles.clear();
   render();
   describe();
 }
 
 function describe() {
   const loaded = images.length === job.made + job.failed;
-  const number = (count) => count.toLocaleString("en");
   const all = `${number(images.length)} image${images.length === 1 ? "" : "s"}`;
   let count = state.query ? `${number(results.length)} of ${all}` : all;
   if (!loaded) count += ` of ${number(job.made + job.failed)}, loading …`;
@@ -118,7 +118,11 @@ function describe() {
   failed.textContent = `${number(job.failed)} failed`;
   failed.href = addressOf({ query: "status=failed" });
   if (results.length || !loaded) say("");
-  else say(images.length ? `No image matches ${state.query}` : "No image has been made yet.");
+  else say(images.length ? `No image matches “${state.query}”.` : "No image has been made yet.");
+}
+
+function number(count) {
+  return count.toLocaleString("en");
 }
 
 function say(message) {
@@ -144,32 +148,33 @@ function render() {
   const first = Math.max(0, Math.floor(above / row) - ROWS_BEYOND) * columns;
   const last = Math.min(results.length,
     (Math.ceil((above + innerHeight) / row) + ROWS_BEYOND) * columns);
-  const wanted = new Set();
-  for (let index = first; index < last; index++) {
-    const { key } = results[index];
-    wanted.add(key);
-    if (!tiles.has(key)) tiles.set(key, grid.appendChild(makeTile(results[index])));
-    place(tiles.get(key), index);
-  }
+  const wanted = results.slice(first, last);
+  const keys = new Set(wanted.map(({ key }) => key));
   for (const [key, tile] of tiles) {
-    if (!wanted.has(key)) {
+    if (!keys.has(key)) {
       tile.remove();
       tiles.delete(key);
     }
   }
+  wanted.forEach((image, place) => {
+    if (!tiles.has(image.key)) tiles.set(image.key, makeTile(image));
+    const tile = tiles.get(image.key);
+    if (grid.children[place] !== tile) grid.insertBefore(tile, grid.children[place] ?? null);
+    putTile(tile, image, first + place);
+  });
 }
 
-function place(tile, index) {
+function putTile(tile, image, index) {
   const { columns, row, tile: width, picture } = sizes;
   tile.style.left = `${(index % columns) * (width + GAP_PX)}px`;
   tile.style.top = `${Math.floor(index / columns) * row}px`;
   tile.style.width = `${width}px`;
   tile.firstChild.style.height = `${picture}px`;
+  tile.href = addressOf({ query: state.query, key: image.key });
 }
 
 function makeTile(image) {
   const tile = document.createElement("a");
-  tile.href = addressOf({ query: state.query, key: image.key });
   tile.dataset.key = image.key;
   tile.append(image.status === "failed" ? failureOf(image) : pictureOf(image));
   const prompt = document.createElement("b");
@@ -203,8 +208,8 @@ function failureOf(image) {
 
 function moveCursor(step) {
   if (!results.length) return;
-  const from = cursor < 0 ? (step > 0 ? -step : results.length) : cursor;
-  cursor = Math.min(results.length - 1, Math.max(0, from + step));
+  const wanted = cursor < 0 ? 0 : cursor + step;
+  if (wanted >= 0 && wanted < results.length) cursor = wanted;
   const top = element("grid").getBoundingClientRect().top + Math.floor(cursor / sizes.columns) * sizes.row;
   const header = document.querySelector("header").offsetHeight + GAP_PX;
   if (top < header) scrollBy(0, top - header);
@@ -216,16 +221,21 @@ function moveCursor(step) {
 // --- the full view ---
 
 function openView() {
-  const index = results.findIndex((image) => image.key === state.key);
-  const image = results[index] ?? images.find(({ key }) => key === state.key);
+  const image = images.find(({ key }) => key === state.key);
   if (!image) return; // not loaded yet, or not of this dataset
-  cursor = index;
   showDetails(image, job, imageUrl(image), (query) => addressOf({ query }));
-  element("position").textContent = index < 0 ? "" : `${index + 1} of ${results.length}`;
-  element("previous").disabled = index <= 0;
-  element("next").disabled = index < 0 || index === results.length - 1;
-  if (!element("view").open) element("view").showModal();
+  showPosition();
+  if (element("view").open) return;
+  element("view").showModal();
   element("view").focus();
+}
+
+function showPosition() {
+  cursor = results.findIndex(({ key }) => key === state.key);
+  const position = `${number(cursor + 1)} of ${number(results.length)}`;
+  element("position").textContent = cursor < 0 ? "" : position;
+  element("previous").disabled = cursor <= 0;
+  element("next").disabled = cursor < 0 || cursor === results.length - 1;
 }
 
 function turn(step) {
@@ -246,29 +256,35 @@ function closeView() {
 // --- what people do ---
 
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const isView = element("view").open;
-  const isSearch = document.activeElement === element("search");
-  const columns = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -sizes.columns, ArrowDown: sizes.columns };
-  if (isView && document.activeElement !== element("command")) {
-    if (event.key === "ArrowLeft" || event.key === "ArrowRight") turn(columns[event.key]);
-    else return;
-  } else if (isView) {
-    return;
-  } else if (event.key === "/" && !isSearch) {
-    element("search").select();
-  } else if (event.key === "Escape" && isSearch) {
-    setQuery("");
-    element("search").blur();
-  } else if (event.key === "ArrowDown" && isSearch) {
-    cursor = -1;
-    moveCursor(1);
-  } else if (event.key in columns && !isSearch) {
-    moveCursor(cursor < 0 ? Math.sign(columns[event.key]) : columns[event.key]);
-  } else {
-    return;
-  }
+  if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
+  const act = element("view").open ? viewKey(event.key)
+    : document.activeElement === element("search") ? searchKey(event.key) : gridKey(event.key);
+  if (!act) return;
+  act();
   event.preventDefault();
+}
+
+function viewKey(key) {
+  return { ArrowLeft: () => turn(-1), ArrowRight: () => turn(1) }[key]; // Escape is the dialog's own
+}
+
+function searchKey(key) {
+  return {
+    Escape: () => {
+      setQuery("");
+      element("search").blur();
+    },
+    ArrowDown: () => {
+      cursor = -1;
+      moveCursor(1);
+    },
+  }[key];
+}
+
+function gridKey(key) {
+  const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -sizes.columns, ArrowDown: sizes.columns };
+  if (key === "/") return () => element("search").select();
+  return key in steps ? () => moveCursor(steps[key]) : undefined;
 }
 
 function setQuery(query) {

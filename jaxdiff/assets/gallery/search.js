@@ -23,8 +23,9 @@ function parseQuery(query, isField) {
   return terms;
 }
 
-// The query that finds all images with this value of the field.
+// The query that finds all images with this value of the field; none where the name is no word.
 function queryFor(name, value) {
+  if (!/^[^\s:="]+$/.test(name)) return null;
   const text = asText(value).replaceAll('"', "");
   return `${name}=${/^[^\s"]+$/.test(text) ? text : `"${text}"`}`;
 }
@@ -33,7 +34,7 @@ function matches(image, terms) {
   return terms.every((term) => {
     if (!term.field) return image.text.includes(term.text);
     const value = fieldOf(image, term.field);
-    if (value === undefined) return false;
+    if (value == null) return false;
     const text = asText(value).replaceAll('"', "").toLowerCase();
     return term.exactly || typeof value === "number" ? text === term.text : text.includes(term.text);
   });

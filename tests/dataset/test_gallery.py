@@ -1,0 +1,247 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from making import make_plan, make_shard
+from PIL import Image
+
+from jaxdiff import cli
+from jaxdiff.dataset import formats, gallery, ledger
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import shard as shards
+from jaxdiff.errors import InputError
+
+FORMATS = list(formats.FORMATS)
+
+
+def read(index: Path) -> tuple[dict, list[dict], Path]:
+    """What the gallery's page is told: of the job, of each image; and the folder of its files."""
+    (folder,) = set(re.findall(r"files-\w+", index.read_text("utf-8")))
+    data = index.parent / folder / "data"
+
+    def argument(path: Path, function: str):
+        text = path.read_text("ascii")
+        assert text.startswith(f"gallery.{function}(")
+        return json.loads(text[len(f"gallery.{function}(") : -len(");\n")])
+
+    job = argument(data / "job.js", "open")
+    chunks = sorted(path for path in data.iterdir() if path.name != "job.js")
+    assert [path.name for path in chunks] == [f"{n:05d}.js" for n in range(job["chunks"])]
+    rows = [row for path in chunks for row in argument(path, "add")]
+    return job, [dict(zip(job["columns"], row, strict=True)) for row in rows], index.parent / folder
+
+
+def many(tmp_path: Path, checkpoint: Path, name: str, count: int, **said) -> Path:
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("".join(f'{{"prompt": "number {n}"}}\n' for n in range(count)))
+    plan = make_plan(tmp_path / name, path, checkpoint, **said)
+    for shard in range(len(plan.shard_sizes)):
+        make_shard(tmp_path / name, plan, shard)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+def test_a_gallery_has_every_image_as_it_was_made(finished, format_, image_format):
+    directory = finished(format=format_, image_format=image_format)
+    job, records, files = read(gallery.write(directory))
+    assert (job["made"], job["failed"], job["planned"]) == (9, 0, 9)
+    rows = pq.read_table(directory / "metadata").sort_by("key").to_pylist()
+    assert sorted(records, key=lambda record: record["key"]) == [
+        {name: row[name] for name in gallery.COLUMNS} for row in rows
+    ]
+    plan = plans.load(directory)
+    _, _, read_samples = formats.FORMATS[format_]
+    for shard in range(len(plan.shard_sizes)):
+        for sample in read_samples(directory / shards.file_names(plan, shard)[0]):
+            path = f"images/000000/{sample.record['key']}.{job['extension']}"
+            assert (files / path).read_bytes() == sample.image
+    assert not (files / "thumbnails").exists()
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_dataset_with_a_gallery_is_still_whole(finished, format_, capsys):
+    directory = finished(format=format_)
+    assert cli.main(["view", str(directory)]) == 0
+    assert capsys.readouterr().out == f"{directory}/gallery/index.html\n"
+    assert ledger.verify(directory)[1] == []
+
+
+def test_the_gallery_lies_where_it_is_told_to(finished, tmp_path):
+    directory = finished()
+    assert cli.main(["view", str(directory), "--output", str(tmp_path / "a" / "b")]) == 0
+    assert len(read(tmp_path / "a" / "b" / "index.html")[1]) == 9
+    assert not (directory / "gallery").exists()
+
+
+def test_failed_images_come_with_their_reason(finished):
+    job, records, files = read(gallery.write(finished(failing=["000000002"])))
+    assert (job["made"], job["failed"]) == (8, 1)
+    assert {r["key"]: r["error"] for r in records if r["error"]} == {"000000002": "not finite"}
+    assert not list(files.glob("images/*/000000002.*"))
+
+
+def test_an_unfinished_dataset_shows_what_is_made(tmp_path, manifest, tiny_checkpoint):
+    directory = tmp_path / "dataset"
+    plan = make_plan(directory, manifest, tiny_checkpoint, images_per_shard=4, batch_size=2)
+    job, records, _ = read(gallery.write(directory))
+    assert (job["planned"], job["made"], records) == (9, 0, [])
+    make_shard(directory, plan, 1)
+    job, records, _ = read(gallery.write(directory))
+    assert (job["planned"], job["made"]) == (9, 4)
+    assert [r["key"] for r in records] == [f"00000000{n}" for n in (4, 5, 6, 7)]
+
+
+def test_only_what_is_larger_gets_a_thumbnail(tmp_path, tiny_checkpoint):
+    path = tmp_path / "sizes.jsonl"
+    sizes = [(384, 384), (392, 16), (512, 1024)]
+    lines = [json.dumps({"prompt": "x", "width": w, "height": h}) for w, h in sizes]
+    path.write_text("\n".join(lines))
+    for image_format in ("png", "jpeg"):
+        directory = tmp_path / image_format
+        plan = make_plan(directory, path, tiny_checkpoint, image_format=image_format)
+        for shard in range(3):
+            make_shard(directory, plan, shard)
+        _, _, files = read(gallery.write(directory))
+        thumbnails = {}
+        for path_ in (files / "thumbnails").rglob("*.webp"):
+            with Image.open(path_) as image:
+                thumbnails[path_.stem] = image.size
+        assert thumbnails == {"000000001": (384, 16), "000000002": (192, 384)}
+
+
+def test_the_command_has_the_options_that_decide_pixels(finished, tiny_checkpoint):
+    assert read(gallery.write(finished("plain")))[0]["options"] == (
+        f"--model={tiny_checkpoint} --noise=jax --dtype=float32 --batch-size=2"
+    )
+    said = {"noise": "torch", "eta": 0.5, "guidance_rescale": 0.7, "image_format": "webp"}
+    said |= {"width": 64, "height": 64, "scheduler": "timestep_spacing=leading, steps_offset=1"}
+    options = read(gallery.write(finished("special", **said)))[0]["options"]
+    for option in (
+        "--noise=torch",
+        "--eta=0.5",
+        "--guidance-rescale=0.7",
+        "--image-format=webp",
+        "'--scheduler=steps_offset=1, timestep_spacing=leading'",
+    ):
+        assert f" {option}" in options
+
+
+def test_a_second_gallery_takes_the_place_of_the_first(finished):
+    directory = finished()
+    index = gallery.write(directory)
+    _, _, first = read(index)
+    assert gallery.write(directory) == index
+    _, _, second = read(index)
+    assert first != second
+    assert sorted(path.name for path in index.parent.iterdir()) == [second.name, "index.html"]
+
+
+def test_a_gallery_that_cannot_be_written_leaves_the_old_one(finished):
+    directory = finished()
+    index = gallery.write(directory)
+    before = read(index)
+    path = next((directory / "data").iterdir())
+    content = bytearray(path.read_bytes())
+    content[1500] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"train-00000\.tar cannot be shown") as caught:
+        gallery.write(directory)
+    assert str(caught.value).count("\n") == 0
+    assert f"jaxdiff verify {directory}" in str(caught.value)
+    assert read(index) == before
+    assert len(list(index.parent.iterdir())) == 2
+
+
+def test_a_reader_never_sees_half_a_gallery(tmp_path, tiny_checkpoint):
+    directory = many(tmp_path, tiny_checkpoint, "many", 1500)
+    target = directory / "gallery"
+    for part in range(6):  # killed at the beginning, in the middle, near the end
+        command = [sys.executable, "-m", "jaxdiff", "view", str(directory)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        old = set(target.glob("files-*"))
+        while process.poll() is None:
+            new = [f for f in target.glob("files-*") if f not in old]
+            if new and len(list(new[0].glob("data/*.js"))) > part // 2:
+                time.sleep(part % 2 * 0.05)
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        process.wait()
+        if (target / "index.html").exists():
+            assert len(read(target / "index.html")[1]) == 1500
+    assert len(read(gallery.write(directory))[1]) == 1500
+    assert len(list(target.iterdir())) == 2  # and nothing is left of those that were killed
+
+
+def test_what_is_no_gallery_is_never_replaced(finished, tmp_path):
+    directory = finished()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "index.html").write_text("<p>my own page")
+    (tmp_path / "file").write_text("x")
+    for target, message in (
+        (tmp_path / "mine", "mine holds other files; name a new folder with --output"),
+        (tmp_path / "file", "file is a file; name a folder with --output"),
+        (directory, "holds other files"),
+    ):
+        with pytest.raises(InputError, match=message):
+            gallery.write(directory, target)
+    assert (tmp_path / "mine" / "index.html").read_text() == "<p>my own page"
+    (directory / "gallery").symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match="gallery is a link"):
+        gallery.write(directory)
+
+
+def test_a_folder_without_a_run_stays_as_it_is(tmp_path, capsys):
+    assert cli.main(["view", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"jaxdiff: {tmp_path} holds no jaxdiff run\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("key", "../../../../evil", "a key that is none"),
+        ("key", "/tmp/evil", "a key that is none"),
+        ("metadata", '{"a": NaN}', "NaN is no JSON"),
+        ("metadata", "[1]", "metadata that are no JSON object"),
+        ("metadata", "[" * 100_000, "cannot be shown"),
+        ("prompt", None, "a row with gaps"),
+        ("width", None, "a row with gaps"),
+        ("sha256", "0" * 64, "image 000000000 has changed"),
+    ],
+)
+def test_a_hostile_record_is_refused_and_nothing_is_written(finished, name, value, message):
+    directory = finished()
+    path = directory / "metadata" / "train-00000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0][name] = value
+    pq.write_table(pa.Table.from_pylist(rows, shards.METADATA_SCHEMA), path)
+    before = sorted(directory.parent.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        gallery.write(directory)
+    assert sorted(directory.parent.rglob("*")) == before
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path, tiny_checkpoint):
+    peaks = []
+    for count in (1000, 4000):
+        directory = many(tmp_path, tiny_checkpoint, str(count), count, image_format="jpeg")
+        tracemalloc.start()
+        gallery.write(directory)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_a_gallery_needs_no_jax():
+    code = "import sys, jaxdiff.dataset.gallery; assert not {'jax', 'flax'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
