@@ -174,11 +174,10 @@ def test_a_second_signing_does_nothing(finished, signer):
     assert contents(directory) == before
 
 
-def test_only_what_is_not_signed_is_signed(finished, signer, monkeypatch):
+def test_only_what_is_not_signed_is_signed(finished, signer):
     directory = finished()
     opened = signing.open_signer(*signer())
     first = samples(directory)[0]
-
     plan = plans.load(directory)
     marker = shards.read_marker(directory, plan, 0)
     with shards.Attempt(directory, plan, 0, marker.revision + 1) as attempt:
@@ -192,33 +191,46 @@ def test_only_what_is_not_signed_is_signed(finished, signer, monkeypatch):
     assert ledger.verify(directory)[1] == []
 
 
-class Killed(BaseException):
-    pass
+DYING = """
+import os, sys
+from pathlib import Path
+from jaxdiff.dataset import directory, ledger, signing
+
+name, last, *paths = sys.argv[1:]
+module = {"replace": directory, "finalize": ledger, "sign": signing}[name]
+original, calls = getattr(module, name), []
+
+def dying(*arguments):
+    calls.append(arguments)
+    if len(calls) == int(last):
+        os._exit(9)
+    return original(*arguments)
+
+setattr(module, name, dying)
+signing.sign_dataset(*map(Path, paths))
+"""
 
 
 @pytest.mark.parametrize("format_", ["webdataset", "imagefolder"])
-@pytest.mark.parametrize("step", ["sign", "publish", "finalize"])
-def test_an_interrupted_signing_goes_on(finished, signer, monkeypatch, step, format_):
+@pytest.mark.parametrize(
+    ("name", "last", "left"),
+    [
+        ("sign", 7, 5),  # the certificate's trial, the first shard's four, the second's second
+        ("replace", 3, 5),  # the first shard's marker is there, its files are not
+        ("replace", 4, 5),  # its images are, its metadata are not
+        ("finalize", 1, 0),
+    ],
+)
+def test_a_signing_that_was_killed_goes_on(finished, signer, name, last, left, format_):
     directory = finished(format=format_)
-    of = {"sign": signing, "publish": layout, "finalize": ledger}[step]
-    name = {"publish": "replace"}.get(step, step)
-    original, calls = getattr(of, name), []
-
-    def dying(*arguments):
-        calls.append(arguments)
-        if len(calls) == {"sign": 7, "publish": 2, "finalize": 1}[step]:
-            raise Killed
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(of, name, dying)
-        with pytest.raises(Killed):
-            signing.sign_dataset(directory, *signer())
+    arguments = [name, str(last), directory, *signer()]
+    ended = subprocess.run([sys.executable, "-c", DYING, *arguments], check=False)
+    assert ended.returncode == 9
     assert not (directory / "_SUCCESS").exists()
-    expected = {"sign": 5, "publish": 5, "finalize": 0}[step]
-    assert signing.sign_dataset(directory, *signer()) == expected
+    assert signing.sign_dataset(directory, *signer()) == left
     assert ledger.verify(directory)[1] == []
     assert all(signing.is_signed(sample.image, "png") for sample in samples(directory))
+    assert not (directory / layout.TMP).exists()
 
 
 def test_what_has_been_changed_is_not_signed(finished, signer):
