@@ -45,8 +45,6 @@ def test_the_card_says_how_its_own_format_is_loaded(finished, format_):
     assert list(directory.glob(data_files["path"]))
     assert ("import webdataset" in text) == (format_ == "webdataset")
     assert ("train-{00000..00002}.tar" in text) == (format_ == "webdataset")
-    example = text.partition("```python\n")[2].partition("```")[0]
-    compile(example, "README.md", "exec")
 
 
 def test_a_licence_is_stated_only_where_it_is_known(finished):

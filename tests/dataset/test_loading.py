@@ -126,6 +126,19 @@ def test_text_of_every_kind_loads_as_it_is(tmp_path, tiny_checkpoint, load, form
     assert [record["metadata"] for record in records] == [{"列": n} for n in range(len(rows))]
 
 
+@pytest.mark.parametrize("image_format", ["png", "jpeg"])
+@pytest.mark.parametrize("format_", IMAGE_COLUMNS)
+def test_the_card_s_example_runs(finished, tmp_path, monkeypatch, format_, image_format):
+    directory = finished(format=format_, image_format=image_format, failing=["000000003"])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    example = (directory / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(example.replace("DIR", str(directory)), names)
+    assert (len(names["images"]), len(names["metadata"])) == (8, 9)
+    if format_ == "webdataset":
+        assert names["sample"]["json"]["key"] == "000000008"
+
+
 def make_dataset(directory: Path, manifest: Path, checkpoint: Path, **said) -> Path:
     plan = make_plan(directory, manifest, checkpoint, **said)
     for shard in range(len(plan.shard_sizes)):
