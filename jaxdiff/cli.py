@@ -160,7 +160,8 @@ def _sign(arguments: list[str]) -> int:
         description="Add a C2PA manifest (Content Credentials) to every image of a finished "
         "dataset: that jaxdiff made it, with a trained model, signed with your certificate. Pixels "
         "and settings stay as they are. What is signed already is left alone, so an interrupted "
-        "signing goes on. Nothing is asked of the network.",
+        "signing goes on. Nothing is asked of the network, a timestamp neither: the signatures "
+        "count while the certificate is in force.",
         epilog="example:\n  pip install jaxdiff[c2pa]\n"
         "  jaxdiff sign out/first --certificate chain.pem --key key.pem",
     )
