@@ -6,12 +6,18 @@ import numpy as np
 
 from jaxdiff.checkpoint.ensemble import open_ensemble
 from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import manifest as manifests
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset import shard as shards
 
-FACTS = {"device": "1 x test", "versions": {}, "seconds": {"load": 1.0, "generate": 2.0}}
+FACTS = {
+    "device": "1 x test",
+    "padded": 0,
+    "versions": {},
+    "seconds": {"load": 1.0, "compile": 0.5, "generate": 2.0},
+}
 
 
 def pixels_of(image: plans.PlannedImage, salt: int = 0) -> np.ndarray:
@@ -23,10 +29,11 @@ def pixels_of(image: plans.PlannedImage, salt: int = 0) -> np.ndarray:
 def make_plan(directory: Path, manifest: Path, checkpoint: Path, **said) -> plans.Plan:
     opened = open_ensemble(checkpoint)
     settings = job_settings.resolve({"width": 16, "height": 8, **said}, opened)
-    identity = planning.identify(manifest, settings, opened)
+    found = manifests.find(manifest)
+    identity = planning.identify(found, settings, opened)
     folder = layout.temporary(directory, "plan")
     models = {"model": str(checkpoint), "variant": None, "refiner": None}
-    plan = planning.make(manifest, settings, opened, identity, folder, models=models)
+    plan = planning.make(found, settings, opened, identity, folder, models=models)
     plans.store(folder, directory)
     return plan
 

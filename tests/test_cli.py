@@ -10,6 +10,7 @@ from PIL import Image
 
 from jaxdiff import cli
 from jaxdiff.checkpoint.ensemble import open_ensemble
+from jaxdiff.dataset import manifest as manifests
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.errors import InputError
@@ -104,7 +105,7 @@ def test_the_command_line_goes_before_the_job_file(job_file):
         'manifest = "a.txt"\noutput = "out"\nsteps = 30\nguidance-scale = 2\nstrict = true\n'
     )
     job, rest = options.parse([path, "--steps=7", "--runner", "FlinkRunner"])
-    assert (job.manifest, job.output, job.models.model) == (Path("a.txt"), Path("out"), "shapes64")
+    assert (job.manifest, job.output, job.models.model) == ("a.txt", Path("out"), "shapes64")
     assert job.settings == {"steps": "7", "guidance_scale": 2}
     assert (job.strict, job.overwrite) == (True, False)
     assert rest == ["--runner", "FlinkRunner"]
@@ -130,9 +131,10 @@ def test_the_demo_shows_every_template_of_the_shapes_world(tmp_path, tiny_checkp
     job, _ = options.parse(["configs/jobs/demo.toml"])
     model = open_ensemble(tiny_checkpoint)
     settings = job_settings.resolve(job.settings, model)
-    identity = planning.identify(job.manifest, settings, model)
+    manifest = manifests.find(job.manifest)
+    identity = planning.identify(manifest, settings, model)
     plan = planning.make(
-        job.manifest, settings, model, identity, tmp_path / "plan", models=vars(job.models)
+        manifest, settings, model, identity, tmp_path / "plan", models=vars(job.models)
     )
     assert plan.images >= 64
     assert plan.rows["rejected"] == 0

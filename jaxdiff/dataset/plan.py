@@ -1,10 +1,10 @@
 """The plan: which image stands in which batch of which shard, fixed before anything is made.
 
-A plan is a Parquet file with a row an image and a row group a shard, and `plan.json`, which names
-it. Shards are pure: all their images can run through one compiled program. The plan's id is the
-digest of everything that decides the dataset's bytes; each shard has an id of its own, because a
-plan that asks for more images of the same kind may take the place of a smaller one, whose shards
-stay as they are.
+A plan is a Parquet file with a row an image, shard after shard, and `plan.json`, which names it.
+Shards are pure: all their images can run through one compiled program. The plan's id is the digest
+of everything that decides the dataset's bytes; each shard has an id of its own, because a plan that
+asks for more images of the same kind may take the place of a smaller one, whose shards stay as they
+are.
 """
 
 import hashlib
@@ -23,16 +23,18 @@ from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
 from jaxdiff.request import Options, Request
 
-VERSION = 3
+VERSION = 4
 PLAN_JSON = "plan.json"
 # The job's own, or not known yet.
 NOT_PLANNED = ("noise", "dtype", "options", "model", "sha256", "pixel_sha256")
 SCHEMA = pa.schema(
     [
         *(field for field in formats.RECORD_FIELDS if field[0] not in NOT_PLANNED),
+        ("source", pa.string()),
         ("line", pa.int64()),
     ]
 )
+ROW_GROUP_IMAGES = 4096  # at least, in whole shards: the files say a little about every row group
 REQUEST_COLUMNS = tuple(field.name for field in fields(Request))
 
 
@@ -46,7 +48,8 @@ class PlannedImage:
       image_index: which of its row's images it is.
       request: resolved; nothing is left to the model.
       metadata: its row's other columns, a JSON object.
-      line: of its row in the manifest.
+      source: the file of the manifest that its row stands in.
+      line: of its row there.
     """
 
     key: str
@@ -54,6 +57,7 @@ class PlannedImage:
     image_index: int
     request: Request
     metadata: str
+    source: str
     line: int
 
     def columns(self) -> dict:
@@ -156,11 +160,19 @@ def differences(old: dict, new: dict) -> str:
 
 def read_shard(directory: Path, plan: Plan, shard: int) -> list[PlannedImage]:
     """The images of one shard, in the order of their keys."""
+    start = sum(plan.shard_sizes[:shard])  # in the row group that is looked at
     with pq.ParquetFile(directory / layout.PLAN / plan.images_file) as file:
-        table = file.read_row_group(shard).to_pylist()
+        group = 0
+        while start >= (rows := file.metadata.row_group(group).num_rows):
+            start, group = start - rows, group + 1
+        return planned_images(file.read_row_group(group).slice(start, plan.shard_sizes[shard]))
+
+
+def planned_images(table: pa.Table) -> list[PlannedImage]:
+    """The rows of a plan's Parquet file as images."""
     return [
         PlannedImage(request=Request(**{name: row.pop(name) for name in REQUEST_COLUMNS}), **row)
-        for row in table
+        for row in table.to_pylist()
     ]
 
 

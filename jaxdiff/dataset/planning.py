@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import cache, partial
+from operator import attrgetter
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,16 +14,21 @@ import pyarrow.parquet as pq
 from jaxdiff import checks
 from jaxdiff.checkpoint.ensemble import Ensemble
 from jaxdiff.checks import BadValueError
+from jaxdiff.dataset import columns, rows
 from jaxdiff.dataset import directory as layout
-from jaxdiff.dataset import manifest, rows
+from jaxdiff.dataset import manifest as manifests
+from jaxdiff.dataset.manifest import Manifest
+from jaxdiff.dataset.manifest_readers import Entry
 from jaxdiff.dataset.plan import (
     PLAN_JSON,
+    REQUEST_COLUMNS,
+    ROW_GROUP_IMAGES,
     SCHEMA,
     VERSION,
     Plan,
     PlannedImage,
     digest,
-    read_shard,
+    planned_images,
 )
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
@@ -30,30 +36,26 @@ from jaxdiff.request import Bucket, Request
 
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # of one image; PyTorch draws fewer in another way
+OWN_COLUMNS = [name for name in SCHEMA.names if name not in REQUEST_COLUMNS]
 DEFAULT_SHARD_IMAGES = 1000
 DEFAULT_SHARD_PX = 2**28  # 1000 images of 512x512, fewer when they are larger
 # What of an identity may change when a plan is extended: whatever lets it ask for more images.
 EXTENDABLE = {"manifest_sha256", "manifest_kind", "num_images", "limit"}
 
 
-def identify(path: Path, settings: Settings, model: Ensemble) -> dict:
-    """All that decides the dataset's bytes."""
-    kind = manifest.kind(path)
-    if not path.is_file():
-        raise InputError(f"manifest {path} does not exist (or is no file)")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def identify(manifest: Manifest, settings: Settings, model: Ensemble) -> dict:
+    """All that decides the dataset's bytes; raises OSError for a manifest that cannot be read."""
     return {
         "plan_version": VERSION,
-        "manifest_sha256": digest,
-        "manifest_kind": kind,
+        "manifest_sha256": manifests.digest(manifest),
+        "manifest_kind": manifests.kinds(manifest),
         "model": model.fingerprint,
         **asdict(settings),
     }
 
 
 def make(
-    path: Path,
+    manifest: Manifest,
     settings: Settings,
     model: Ensemble,
     identity: dict,
@@ -62,7 +64,7 @@ def make(
     models: dict[str, str | None],
     extended: tuple[Path, Plan] | None = None,
 ) -> Plan:
-    """Plans the manifest at `path` into a new folder.
+    """Plans a manifest into a new folder. Afterwards nothing reads the manifest again.
 
     Args:
       identity: as `identify` gives it.
@@ -70,33 +72,36 @@ def make(
       extended: a directory and its plan, whose every shard the new plan begins with.
 
     Raises:
-      InputError: if the manifest cannot be read, has no row that can be used, or asks for less or
-        for others than the plan that is to be extended.
+      InputError: if the manifest cannot be read, changes meanwhile, has no row that can be used, or
+        asks for less or for others than the plan that is to be extended.
     """
     folder.mkdir()
     plan_id = digest(identity)
-    plan = Plan(plan_id, identity, str(path), model.name, models, {}, [], [], {})
+    plan = Plan(plan_id, identity, manifest.name, model.name, models, {}, [], [], {})
     if extended:
         old = extended[1]
         plan = replace(plan, shard_sizes=[*old.shard_sizes], shard_ids=[*old.shard_ids])
     how = {"encoding": "utf-8", "errors": "backslashreplace"}  # the path may be no UTF-8
     with (
         (folder / plan.rejected_file).open("w", **how) as rejected,
-        pq.ParquetWriter(folder / plan.images_file, SCHEMA) as writer,
+        pq.ParquetWriter(folder / plan.images_file, SCHEMA, write_statistics=False) as writer,
     ):
         known = _copy_shards(*extended, writer) if extended else {}
-        reader = _Reader(path, settings, model, rejected, known)
-        for shard in _shards(reader.images(), settings):
-            table = pa.Table.from_pylist([image.columns() for image in shard], SCHEMA)
-            writer.write_table(table, row_group_size=len(shard))
-            plan.shard_sizes.append(len(shard))
-            plan.shard_ids.append(_shard_id(identity, table))
+        reader = _Reader(manifest, settings, model, rejected, known)
+        tables = map(_table, _shards(reader.images(), settings))
+        for table in _row_groups(_noted(tables, plan)):
+            writer.write_table(table, row_group_size=len(table))
+    if manifests.digest(manifest) != identity["manifest_sha256"]:
+        raise InputError(
+            f"manifest {manifest.name} changed while it was read; run the command again"
+        )
     if not plan.shard_sizes:
         raise InputError(reader.why_nothing())
     if known:
         row_id, index = next(iter(known))
         raise InputError(
-            f"manifest {path} does not ask for image {index} of row {checks.shown(row_id)} any more"
+            f"manifest {manifest.name} does not ask for image {index} of row "
+            f"{checks.shown(row_id)} any more"
         )
     try:
         checks.options_together(settings, reader.samplers, reader.schedulers)
@@ -117,22 +122,53 @@ def _copy_shards(directory: Path, old: Plan, writer: pq.ParquetWriter) -> dict:
     """Copies a plan's shards; returns the digest of each image, by its row's id and its index."""
     known = {}
     with pq.ParquetFile(directory / layout.PLAN / old.images_file) as file:
-        for shard in range(file.num_row_groups):
-            writer.write_table(file.read_row_group(shard))
-            for image in read_shard(directory, old, shard):
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            writer.write_table(table, row_group_size=len(table))
+            for image in planned_images(table):
                 known[image.id, image.image_index] = _image_digest(image)
     return known
 
 
 def _image_digest(image: PlannedImage) -> bytes:
-    """Of all that decides an image's record, but for its key."""
-    row = [image.id, image.image_index, asdict(image.request), image.metadata]
-    return hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=16).digest()
+    """Of all that decides an image's record, but for its key; good in this process alone."""
+    decides = (image.id, image.image_index, image.request, image.metadata)
+    return hashlib.blake2b(repr(decides).encode(), digest_size=16).digest()
+
+
+def _table(images: list[PlannedImage]) -> pa.Table:
+    """A shard's images as rows of the plan."""
+    requests = [image.request for image in images]
+    own = {name: list(map(attrgetter(name), images)) for name in OWN_COLUMNS}
+    asked = {name: list(map(attrgetter(name), requests)) for name in REQUEST_COLUMNS}
+    return pa.table(own | asked, SCHEMA)
+
+
+def _noted(shards: Iterable[pa.Table], plan: Plan) -> Iterator[pa.Table]:
+    """Notes each shard's size and id in the plan on its way."""
+    for table in shards:
+        plan.shard_sizes.append(len(table))
+        plan.shard_ids.append(_shard_id(plan.identity, table))
+        yield table
+
+
+def _row_groups(shards: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Puts whole shards together until they have `ROW_GROUP_IMAGES`."""
+    group, images = [], 0
+    for table in shards:
+        group.append(table)
+        images += len(table)
+        if images >= ROW_GROUP_IMAGES:
+            yield pa.concat_tables(group)
+            group, images = [], 0
+    if group:
+        yield pa.concat_tables(group)
 
 
 def _shard_id(identity: dict, table: pa.Table) -> str:
     """The digest of the shard's images and of all else that decides its bytes."""
     kept = {name: value for name, value in identity.items() if name not in EXTENDABLE}
+    table = table.drop_columns(["source", "line"])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
@@ -150,8 +186,10 @@ def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
 class _Reader:
     """Turns a manifest into planned images, and writes down what it has to reject."""
 
-    def __init__(self, path: Path, settings: Settings, model: Ensemble, rejected, known: dict):
-        self.path, self.settings, self.checkpoint = path, settings, model.base
+    def __init__(
+        self, manifest: Manifest, settings: Settings, model: Ensemble, rejected, known: dict
+    ):
+        self.manifest, self.settings, self.checkpoint = manifest, settings, model.base
         self.rejected = rejected
         self.known, self.next_key = known, len(known)
         self.checks = checks.of_request(model.base.size_multiple)
@@ -163,36 +201,35 @@ class _Reader:
         self.samplers: set[str] = set()
         self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
         self.first_reason = ""
-        self.line_of_id: dict[str, int] = {}
+        self.place_of_id: dict[str, tuple[str, int]] = {}
+        self.prompt_of_item: dict[str, str] = {}  # of manifests with a row a question
 
     def images(self) -> Iterator[PlannedImage]:
         """Yields the images that are not known yet in the manifest's order, `limit` at most."""
         index = 0
         limit = self.settings.limit or MAX_IMAGES + 1
-        for line, row in self._rows():
+        for place, row in self._rows():
             for image_index in range(min(row.num_images, limit - index)):
-                image = self._planned(line, row, image_index)
-                if not self._is_known(image):
+                image = self._planned(place, row, image_index)
+                if not self.known or not self._is_known(image):
                     yield image
                     self.next_key += 1
                 index += 1
             if index > MAX_IMAGES:
-                raise InputError(f"manifest {self.path} asks for more than {MAX_IMAGES} images")
+                raise InputError(
+                    f"manifest {self.manifest.name} asks for more than {MAX_IMAGES} images"
+                )
             if index == limit:
                 return
 
-    def _planned(self, line: int, row: rows.Row, image_index: int) -> PlannedImage:
+    def _planned(self, place: tuple[str, int], row: rows.Row, image_index: int) -> PlannedImage:
         if row.seeds is None:
             seed = derived_seed(self.settings.seed, row.id, image_index)
         else:
             seed = row.seeds[image_index]
+        request = replace(row.request, seed=seed)
         return PlannedImage(
-            key=f"{self.next_key:09d}",
-            id=row.id,
-            image_index=image_index,
-            request=replace(row.request, seed=seed),
-            metadata=row.metadata,
-            line=line,
+            f"{self.next_key:09d}", row.id, image_index, request, row.metadata, *place
         )
 
     def _is_known(self, image: PlannedImage) -> bool:
@@ -200,40 +237,54 @@ class _Reader:
         digest = self.known.pop((image.id, image.image_index), None)
         if digest not in (None, _image_digest(image)):
             raise InputError(
-                f"line {image.line} of manifest {self.path} asks for another image "
+                f"line {image.line} of manifest {image.source} asks for another image "
                 f"{image.image_index} of row {checks.shown(image.id)} than before"
             )
         return digest is not None
 
-    def _rows(self) -> Iterator[tuple[int, rows.Row]]:
+    def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row]]:
+        """Yields each accepted row and its place: its file and its line."""
         number = -1
-        for entry in manifest.read(self.path):
-            if entry.values is None and entry.error is None:
-                self.counts["blank"] += 1
-                continue
-            number += 1
-            try:
-                row = self._accept(entry, number)
-            except BadValueError as problem:
-                self._reject(entry, str(problem))
-            else:
-                yield entry.line, row
+        for source in self.manifest.sources:
+            for entry in manifests.read(source, self.settings.prompt_column):
+                if entry.values is None and entry.error is None:
+                    self.counts["blank"] += 1
+                    continue
+                number += 1
+                place = (source.name, entry.line)
+                try:
+                    row = self._accept(entry, place, number)
+                except BadValueError as problem:
+                    self._reject(entry, place, str(problem))
+                else:
+                    self.counts["blank" if row is None else "accepted"] += 1
+                    if row is not None:
+                        yield place, row
 
-    def _accept(self, entry: manifest.Entry, number: int) -> rows.Row:
+    def _accept(self, entry: Entry, place: tuple[str, int], number: int) -> rows.Row | None:
+        """The row; None for one that repeats the item of an accepted row."""
         if entry.error is not None:
             raise BadValueError(entry.error)
         row = rows.parse(entry.values, number, self.settings, self.checks)
-        self._check_size(row.request)
-        self.samplers.add(row.request.sampler)
-        if reason := self.why_not(row.request.sampler, row.request.steps):
+        request = row.request
+        self._check_size(request)
+        self.samplers.add(request.sampler)
+        if reason := self.why_not(request.sampler, request.steps):
             raise BadValueError(reason)
-        first = self.line_of_id.setdefault(row.id, entry.line)
-        if first != entry.line:
-            is_number = " (the row's number from 0, its id unless it says another)"
-            which = checks.shown(row.id) + (is_number if row.id == str(number) else "")
-            raise BadValueError(f"id {which} is that of line {first} already")
-        self.counts["accepted"] += 1
+        first = self.place_of_id.setdefault(row.id, place)
+        if columns.has_repeated_items(entry.values):
+            said = self.prompt_of_item.setdefault(row.id, request.prompt)
+            if first is not place and said == request.prompt:
+                return None
+        if first is not place:
+            raise BadValueError(self._why_not_again(row.id, number, first, place))
         return row
+
+    def _why_not_again(self, row_id: str, number: int, first: tuple, place: tuple) -> str:
+        is_number = " (the row's number from 0, its id unless it says another)"
+        which = checks.shown(row_id) + (is_number if row_id == str(number) else "")
+        where = f" of {first[0]}" if first[0] != place[0] else ""
+        return f"id {which} is that of line {first[1]}{where} already"
 
     def _check_size(self, request: Request) -> None:
         latents_px = request.width * request.height // self.checkpoint.size_multiple**2
@@ -244,19 +295,22 @@ class _Reader:
                 f"at least {MIN_TORCH_VALUES}: make it larger"
             )
 
-    def _reject(self, entry: manifest.Entry, reason: str) -> None:
+    def _reject(self, entry: Entry, place: tuple[str, int], reason: str) -> None:
+        source, line = place
         self.counts["rejected"] += 1
-        self.first_reason = self.first_reason or f"line {entry.line}: {reason}"
-        record = {"file": str(self.path), "line": entry.line, "reason": reason, "raw": entry.raw}
+        if not self.first_reason:
+            where = f"{source}, " if len(self.manifest.sources) > 1 else ""
+            self.first_reason = f"{where}line {line}: {reason}"
+        record = {"file": source, "line": line, "reason": reason, "raw": entry.raw}
         self.rejected.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def why_nothing(self) -> str:
         if self.counts["rejected"]:
             return (
-                f"manifest {self.path}: none of its {self.counts['rejected']} rows can be used; "
-                f"{self.first_reason}"
+                f"manifest {self.manifest.name}: none of its {self.counts['rejected']} rows can be "
+                f"used; {self.first_reason}"
             )
-        return f"manifest {self.path} has no rows"
+        return f"manifest {self.manifest.name} has no rows"
 
 
 def _why_not(sampler: str, steps: int, **model) -> str:

@@ -1,6 +1,5 @@
 """What a manifest row asks for: every value checked, every default filled in."""
 
-import functools
 import json
 import numbers
 from collections.abc import Sequence
@@ -8,11 +7,12 @@ from dataclasses import dataclass
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
-from jaxdiff.dataset.manifest import COLUMNS
+from jaxdiff.dataset import columns
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.request import MAX_SEED, Request
 
 MAX_ID_CHARACTERS = 500
+JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def parse(values: dict, row_number: int, settings: Settings, request_checks: dic
     """Checks one row.
 
     Args:
-      values: by column, as `manifest.read` gives them; None counts as not said.
+      values: by column, as `manifest.Entry` has them; None counts as not said.
       row_number: stands in for a missing id.
       settings: the job's, for what the row does not say.
       request_checks: as `checks.of_request` gives them.
@@ -44,10 +44,12 @@ def parse(values: dict, row_number: int, settings: Settings, request_checks: dic
     Raises:
       BadValueError: for a row that cannot be used.
     """
-    meaning = _columns(tuple(values))
+    meaning = columns.meaning(tuple(values), settings.prompt_column)
     said = {m: values[c] for c, m in meaning.items() if m and values[c] is not None}
     others = {c: values[c] for c, m in meaning.items() if not m}
 
+    if "prompt" not in meaning.values():
+        raise BadValueError(f"the row {columns.no_prompt(values, settings.prompt_column)}")
     if _is_blank(said.get("prompt")):
         raise BadValueError("the prompt is empty or missing")
     wanted = {}
@@ -60,19 +62,6 @@ def parse(values: dict, row_number: int, settings: Settings, request_checks: dic
     num_images, seeds = _seeds(said, settings.num_images)
     row_id = _id(said.get("id", row_number))
     return Row(row_id, request, num_images, seeds, _json(others))
-
-
-@functools.lru_cache(maxsize=256)
-def _columns(names: tuple[str, ...]) -> dict[str, str | None]:
-    """What each column means, None for one that is carried through.
-
-    Capitals do not matter (PartiPrompts writes `Prompt`), but the exact name goes first.
-    """
-    meaning = {name: name if name in COLUMNS else None for name in names}
-    for name in names:
-        if name.casefold() in COLUMNS and name.casefold() not in meaning.values():
-            meaning[name] = name.casefold()
-    return meaning
 
 
 def _seeds(said: dict, default_count: int) -> tuple[int, Sequence[int] | None]:
@@ -120,8 +109,10 @@ def _is_blank(value) -> bool:
 
 
 def _json(others: dict) -> str:
+    if not others:
+        return "{}"
     try:
-        encoded = json.dumps(others, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        encoded = JSON.encode(others)
     except (RecursionError, TypeError, ValueError) as problem:
         name = next(name for name, value in others.items() if not _is_json(value))
         raise BadValueError(f"column {checks.shown(name)}: {problem}; make it text") from None

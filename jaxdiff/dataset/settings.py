@@ -29,6 +29,7 @@ class Settings(Options):
     sampler: str
     negative_prompt: str = Request.negative_prompt
     limit: int | None = None
+    prompt_column: str | None = None
     format: str = "webdataset"
     image_format: str = "png"
     images_per_shard: int | None = None
@@ -39,6 +40,7 @@ class Settings(Options):
 CHECKS = {
     "num_images": (checks.integer, 1, checks.MAX_IMAGES),
     "limit": (checks.integer, 1, 10**9),
+    "prompt_column": (checks.text,),
     "format": (checks.choice, FORMATS),
     "image_format": (checks.choice, IMAGE_FORMATS),
     "images_per_shard": (checks.integer, 1, 100_000),

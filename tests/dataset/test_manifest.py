@@ -6,16 +6,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxdiff.dataset import manifest
+from jaxdiff.dataset import manifest as manifests
+from jaxdiff.dataset.manifest_readers import Entry
 from jaxdiff.errors import InputError
+
+
+def read_file(path, **said) -> list[Entry]:
+    (source,) = manifests.find(path).sources
+    return list(manifests.read(source, **said))
 
 
 @pytest.fixture
 def read(tmp_path):
-    def read(name: str, content: bytes) -> list[manifest.Entry]:
+    def read(name: str, content: bytes, **said) -> list[Entry]:
         path = tmp_path / name
         path.write_bytes(content)
-        return list(manifest.read(path))
+        return read_file(path, **said)
 
     return read
 
@@ -122,7 +128,7 @@ def test_an_unclosed_quotation_mark_names_the_lines_it_swallows(read):
 def test_a_parquet_row_that_is_not_utf8_does_not_stop_the_others(tmp_path):
     prompts_ = pa.array([b"good", b"\xff", b"fine"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"prompt": prompts_}), tmp_path / "p.parquet")
-    entries = list(manifest.read(tmp_path / "p.parquet"))
+    entries = read_file(tmp_path / "p.parquet")
     assert [bool(entry.values) for entry in entries] == [True, False, True]
     assert "cannot be read" in entries[1].error
 
@@ -132,7 +138,7 @@ def test_a_parquet_row_that_is_not_utf8_does_not_stop_the_others(tmp_path):
     [
         ("p.docx", b"", "the name must end in one of .jsonl"),
         ("prompts", b"", "the name must end in one of .jsonl"),
-        ("p.csv", b"text,n\na,1\n", "has no column 'prompt'; its header says 'text, n'"),
+        ("p.csv", b"text,n\na,1\n", "has no column 'prompt', but 'text, n'; --prompt-column says"),
         ("p.tsv", b"prompt\ta\ta\nx\ty\tz\n", "names a column twice"),
         ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9999)[:-20], "is no whole gzip file"),
         ("p.jsonl.gz", b'{"prompt": "a"}', "is no whole gzip file"),
@@ -152,12 +158,12 @@ def test_a_truncated_parquet_file_is_refused(tmp_path):
     pd.DataFrame({"prompt": ["a"] * 1000}).to_parquet(path)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(InputError, match="no whole Parquet file"):
-        list(manifest.read(path))
+        read_file(path)
 
 
 def test_a_missing_manifest_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
-        list(manifest.read(tmp_path / "p.csv"))
+        read_file(tmp_path / "p.csv")
 
 
 def test_raw_text_of_bad_bytes_can_be_written_as_json(read):

@@ -156,11 +156,16 @@ def test_equal_input_plans_equal_bytes(plan, tmp_path):
     assert plans.differences(first.identity, other.identity) == "steps 50 -> 21"
 
 
-def test_the_plan_has_a_row_group_a_shard(tmp_path, manifest, tiny_checkpoint):
-    made = make_plan(tmp_path / "out", manifest, tiny_checkpoint, batch_size=2, images_per_shard=4)
+def test_shards_lie_one_after_the_other_whole_in_few_row_groups(tmp_path, tiny_checkpoint):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "num_images": 9001}\n')
+    made = make_plan(tmp_path / "out", path, tiny_checkpoint, images_per_shard=1000)
     file = pq.ParquetFile(tmp_path / "out" / "_jaxdiff" / "plan" / made.images_file)
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-    assert sizes == made.shard_sizes == [4, 4, 1]
+    assert sizes == [5000, 4001]
+    assert made.shard_sizes == [*[1000] * 9, 1]
+    keys = [i.key for n in range(10) for i in plans.read_shard(tmp_path / "out", made, n)]
+    assert keys == [f"{index:09d}" for index in range(9001)]
     assert plans.load(tmp_path / "out") == made
 
 

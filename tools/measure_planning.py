@@ -1,0 +1,93 @@
+"""How long planning takes, and how much memory: a manifest is written and planned, and extended.
+
+    python tools/measure_planning.py [--rows 1000000] [--images-per-shard N]
+
+Prints seconds, and the largest resident memory of each process of its own as the kernel tells it.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+from jaxdiff.checkpoint.ensemble import open_ensemble
+from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import manifest as manifests
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import planning
+from jaxdiff.dataset import settings as job_settings
+
+WORDS = ("a", "red", "blue", "large", "small", "circle", "square", "ring", "above", "of", "and")
+MODELS = {"model": "shapes64", "variant": None, "refiner": None}
+
+
+def main() -> None:
+    """Writes, plans, reads, extends and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--images-per-shard", type=int)
+    said = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows, output = Path(folder) / "rows.jsonl", Path(folder) / "out"
+        _write(rows, 0, said.rows)
+        _in_a_process("planned", _plan, rows, output, said.images_per_shard)
+        _in_a_process("one shard read", _read, output)
+        _write(rows, said.rows, said.rows // 10)
+        _in_a_process("extended by a tenth", _plan, rows, output, said.images_per_shard)
+
+
+def _write(path: Path, start: int, count: int) -> None:
+    words = random.Random(start)
+    with path.open("a") as file:
+        for number in range(start, start + count):
+            prompt = " ".join(words.choices(WORDS, k=10))
+            row = {"id": f"row-{number}", "prompt": prompt, "category": words.choice(WORDS)}
+            file.write(json.dumps(row) + "\n")
+
+
+def _in_a_process(what: str, function, *arguments) -> None:
+    process = multiprocessing.get_context("spawn").Process(
+        target=_measure, args=(what, function, *arguments)
+    )
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{what}: failed")
+
+
+def _measure(what: str, function, *arguments) -> None:
+    began = time.monotonic()
+    said = function(*arguments)
+    seconds = time.monotonic() - began
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{what}: {said} in {seconds:.1f} s, {peak_bytes / 1e9:.2f} GB", flush=True)
+
+
+def _plan(path: Path, output: Path, images_per_shard: int | None) -> str:
+    model = open_ensemble("shapes64")
+    settings = job_settings.resolve({"images_per_shard": images_per_shard}, model)
+    manifest = manifests.find(path)
+    identity = planning.identify(manifest, settings, model)
+    old = plans.load(output)
+    folder = layout.temporary(output, "plan")
+    plan = planning.make(
+        manifest, settings, model, identity, folder, models=MODELS, extended=old and (output, old)
+    )
+    plans.store(folder, output)
+    plans.tidy(output, plan)
+    size = sum(file.stat().st_size for file in (output / layout.PLAN).iterdir())
+    return f"{plan.images} images in {len(plan.shard_sizes)} shards ({size / 1e6:.0f} MB)"
+
+
+def _read(output: Path) -> str:
+    plan = plans.load(output)
+    shard = len(plan.shard_sizes) // 2
+    return f"{len(plans.read_shard(output, plan, shard))} images"
+
+
+if __name__ == "__main__":
+    main()
