@@ -20,10 +20,11 @@ KEY_CODES |= {"Enter": 13, "Escape": 27, "/": 191}
 
 
 class Page:
-    """A tab. `complaints` has what its console and its exceptions said."""
+    """A tab: `complaints` has what its console and exceptions said, `requests` what it loaded."""
 
     def __init__(self, read: int, write: int):
         self.complaints: list[str] = []
+        self.requests: list[str] = []
         self._read, self._write = read, write
         self._unread = b""
         self._id = 0
@@ -31,7 +32,7 @@ class Page:
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         attached = self._call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
+        for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
         self.resize(1280, 800)
 
@@ -105,6 +106,8 @@ class Page:
     def _note(self, event: dict) -> None:
         if event["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
             self.complaints.append(json.dumps(event["params"]))
+        if event["method"] == "Network.requestWillBeSent":
+            self.requests.append(event["params"]["request"]["url"])
         if event["method"] == "Log.entryAdded":
             self.complaints.append(event["params"]["entry"]["text"])
 

@@ -1,13 +1,13 @@
 // What the search box says, and which images it means.
 //
-//   red circle         both words, anywhere: prompts, id, key, seed, sampler, the row's columns
+//   red circle         both words, anywhere: prompts, id, seed, sampler, the row's columns
 //   "red circle"       these words together
 //   sampler:euler      within one field, whose name may be a column of the manifest
 //   seed=7             a field that is just this
 "use strict";
 
 const TERM = /(?:([^\s:="]+)([:=]))?(?:"([^"]*)"?|(\S+))/g;
-const ANYWHERE = ["prompt", "negative_prompt", "id", "key", "seed", "sampler", "error"];
+const ANYWHERE = ["prompt", "negative_prompt", "id", "seed", "sampler", "error"];
 
 // The terms of a query; a name that no image has is a part of the text.
 function parseQuery(query, isField) {
