@@ -170,6 +170,19 @@ def test_an_address_opens_what_it_says(page, few):
     assert len(shown(page)) == 8
 
 
+def test_an_unfinished_dataset_says_so(page, tmp_path, tiny_checkpoint):
+    (tmp_path / "prompts.txt").write_text("a ring\n" * 6)
+    said = {"images_per_shard": 4, "batch_size": 2}
+    plan = make_plan(tmp_path / "out", tmp_path / "prompts.txt", tiny_checkpoint, **said)
+    page.open(gallery.write(tmp_path / "out").as_uri())
+    assert text(page, "count") == "0 images so far, of 6 planned"
+    assert text(page, "message") == "No image has been made yet."
+    make_shard(tmp_path / "out", plan, 0)
+    page.open(gallery.write(tmp_path / "out").as_uri())
+    assert text(page, "count") == "4 images so far, of 6 planned"
+    assert len(shown(page)) == 4
+
+
 def test_back_closes_the_full_view(page, few):
     page.open(f"{few}#q=blue")
     page.click("#grid > a")

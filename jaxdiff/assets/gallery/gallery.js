@@ -49,7 +49,8 @@ function asImage(row) {
 }
 
 function loadChunk(number) {
-  if (number < job.chunks) load(`data/${String(number).padStart(5, "0")}.js`, () => loadChunk(number + 1));
+  if (number === job.chunks) return;
+  load(`data/${String(number).padStart(5, "0")}.js`, () => loadChunk(number + 1));
 }
 
 function load(name, then) {
@@ -81,10 +82,8 @@ function addressOf({ query, key }) {
 function readAddress() {
   clearTimeout(addressTimer);
   const said = new URLSearchParams(location.hash.slice(1));
-  const [query, key] = [said.get("q") ?? "", said.get("image")];
-  if (query === state.query && key === state.key) return; // what writeAddress wrote
-  state = { query, key };
-  element("search").value = query;
+  state = { query: said.get("q") ?? "", key: said.get("image") };
+  element("search").value = state.query;
   search();
   if (state.key) openView();
   else element("view").close();
@@ -92,7 +91,8 @@ function readAddress() {
 
 function writeAddress() {
   clearTimeout(addressTimer);
-  addressTimer = setTimeout(() => location.replace(addressOf(state)), ADDRESS_DELAY_MS);
+  const write = () => history.replaceState(null, "", addressOf(state));
+  addressTimer = setTimeout(write, ADDRESS_DELAY_MS);
 }
 
 // --- the grid ---
