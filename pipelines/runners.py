@@ -34,9 +34,11 @@ OWNERS = {
     beam_options.PrismRunnerOptions: "PrismRunner",
     beam_options.GoogleCloudOptions: "DataflowRunner",
     beam_options.WorkerOptions: "DataflowRunner",
+    beam_options.TestOptions: "DataflowRunner",
     beam_options.PortableOptions: "PortableRunner",
     beam_options.JobServerOptions: "PortableRunner",
 }
+FOR_FILES = ("project", "no_auth", "impersonate_service_account", "gcp_oauth_scopes")  # at gs://
 
 
 def choose(arguments: list[str], workers: int) -> tuple[PipelineRunner, PipelineOptions]:
@@ -120,9 +122,11 @@ def _options_at_home(arguments: list[str], workers: int) -> PipelineOptions:
             raise InputError(f"{flag} is an option of DaskRunner: add --runner DaskRunner")
     _refuse_unknown(options)
     for owned, owner in OWNERS.items():
-        view = options.view_as(owned)
-        for name in view.get_all_options(drop_default=True, current_only=True):
-            raise InputError(f"--{name} is an option of {owner}: add --runner {owner}")
+        said = options.view_as(owned).get_all_options(drop_default=True, current_only=True)
+        for name in said.keys() - FOR_FILES:
+            ours = name.removeprefix("num_")
+            meant = f", or say --{ours.replace('_', '-')}" * (ours in job_options.OPTIONS)
+            raise InputError(f"--{name} is an option of {owner}: add --runner {owner}{meant}")
     direct = options.view_as(beam_options.DirectOptions)
     if direct.direct_running_mode == "multi_processing":
         raise InputError(

@@ -28,6 +28,8 @@ SAYS = {
     ("--dask_client_address=tcp://host:8786",): "add --runner DaskRunner",
     ("--runner=direct", "--region=us-central1"): "add --runner DataflowRunner",
     ("--sdk_container_image=image",): "add --runner DataflowRunner",
+    ("--dry_run=True",): "add --runner DataflowRunner",
+    ("--num_workers=3",): "add --runner DataflowRunner, or say --workers",
     ("--environment_type=EXTERNAL",): "add --runner PortableRunner",
     ("--runner=flink", "--job_server_java_launcher=/no/java"): "needs /no/java to start its job",
     ("--runner=SparkRunner", "--job_server_java_launcher=/no/java"): "say --spark_submit_uber_jar",
@@ -48,6 +50,11 @@ def test_a_job_at_home_has_the_pinned_runner(arguments):
     assert type(runner) is FnApiRunner
     assert options.view_as(beam_options.DirectOptions).direct_running_mode == "in_memory"
     assert type(beam.Pipeline(runner=runner, options=options).runner) is FnApiRunner
+
+
+def test_a_manifest_at_an_address_may_need_options_at_home():
+    _, options = runners.choose(["--project=my-project", "--s3_region_name=eu"], workers=1)
+    assert options.get_all_options()["project"] == "my-project"
 
 
 def test_workers_at_home_have_a_thread_each():
