@@ -9,7 +9,7 @@ import argparse
 import json
 import multiprocessing
 import random
-import resource
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -63,7 +63,8 @@ def _measure(what: str, function, *arguments) -> None:
     began = time.monotonic()
     said = function(*arguments)
     seconds = time.monotonic() - began
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    peak_bytes = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
     print(f"{what}: {said} in {seconds:.1f} s, {peak_bytes / 1e9:.2f} GB", flush=True)
 
 

@@ -1,6 +1,12 @@
+import datetime
+import decimal
 import gzip
+import hashlib
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -169,3 +175,187 @@ def test_a_missing_manifest_is_refused(tmp_path):
 def test_raw_text_of_bad_bytes_can_be_written_as_json(read):
     (entry,) = read("p.jsonl", b'{"prompt": "\xff')
     assert json.loads(json.dumps(entry.raw)).encode() == b'{"prompt": "\\udcff'
+
+
+def test_a_json_list_is_prompts_or_rows(read):
+    content = json.dumps(["one", {"prompt": "two", "n": 1}, 3, None, "f\udcffur"]).encode()
+    for entries in (read("p.json", content), read("p.json.gz", gzip.compress(content))):
+        assert prompts(entries) == ["one", "two", "f\udcffur"]
+        assert [entry.line for entry in entries] == [1, 2, 3, 4, 5]
+        assert entries[2].error == entries[3].error == "it is neither text nor a JSON object"
+        assert (entries[1].values["n"], entries[2].raw) == (1, "3")
+        assert json.loads(json.dumps(entries[1].raw)) == '{"prompt": "two", "n": 1}'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not JSON (Expecting value"),
+        (b'["a", NaN]', "is not JSON (NaN is no JSON value)"),
+        (b"[" * 100_000, "is not JSON (maximum recursion depth exceeded"),
+        (b'{"prompt": "a"}', "is no JSON list; .jsonl is for an object a line"),
+        (b'["' + b"x" * 2**26 + b'"]', "has more than 64 MiB; make it JSON Lines"),
+        ('["a"]'.encode("utf-16"), "is UTF-16"),
+    ],
+)
+def test_a_json_file_that_is_no_list_is_one_clear_line(read, content, message):
+    with pytest.raises(InputError, match=r"^manifest .*p\.json") as caught:
+        read("p.json", content)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_texts_is_a_prompt_each_in_the_order_of_their_names(tmp_path):
+    files = {"COCOval2014": "a bird\r\n", "10": "two\nlines\n\n", "2": "\ufeff a cat", "3": ""}
+    for name, text in files.items():
+        (tmp_path / f"{name}.txt").write_bytes(text.encode())
+    (tmp_path / "9.txt").write_bytes(b"x" * (2**20 + 1))
+    (tmp_path / "README.md").write_text("no prompt")
+    (tmp_path / "more.txt").mkdir()
+    found = manifests.find(tmp_path)
+    entries = [entry for source in found.sources for entry in manifests.read(source)]
+    assert [entry.values for entry in entries] == [
+        {"id": "10", "prompt": "two\nlines\n"},
+        {"id": "2", "prompt": " a cat"},
+        {"id": "3", "prompt": ""},
+        None,
+        {"id": "COCOval2014", "prompt": "a bird"},
+    ]
+    assert entries[3].error == "it is longer than 1 MiB"
+    assert len(entries[3].raw) == 500
+    assert manifests.kinds(found) == "item"
+
+
+def test_a_glob_is_its_files_in_the_order_of_their_names(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.jsonl", "deep/c.txt"):
+        (tmp_path / name).write_text('{"prompt": "a"}\n')
+
+    def names(pattern: str) -> list[str]:
+        found = manifests.find(tmp_path / pattern)
+        return [source.name.removeprefix(f"{tmp_path}/") for source in found.sources]
+
+    assert names("*.txt") == ["b.txt"]
+    assert names("[ab].*") == ["a.jsonl", "b.txt"]
+    assert names("**/*.txt") == ["b.txt", "deep/c.txt"]
+    assert manifests.kinds(manifests.find(tmp_path / "[ab].*")) == "jsonl, txt"
+    (tmp_path / "[b].txt").write_text("a\n")  # a file of just this name goes first
+    assert names("[b].txt") == ["[b].txt"]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("*.csv", "matches no file"),
+        ("no.csv", "does not exist"),
+        ("empty", "is a folder without .txt files"),
+        ("*", "photo.png: the name must end in one of"),
+    ],
+)
+def test_what_is_no_manifest_is_one_clear_line(tmp_path, where, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "photo.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"^manifest ") as caught:
+        manifests.find(tmp_path / where)
+    assert message in str(caught.value)
+
+
+def test_the_digest_is_of_every_name_and_byte(tmp_path):
+    def digest(files: dict[str, str], where: str) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        return manifests.digest(manifests.find(folder / where))
+
+    assert digest({"a.txt": "x"}, "a.txt") == hashlib.sha256(b"x").hexdigest()
+    assert digest({"a.txt": "x"}, "a.txt") == digest({"b.txt": "x"}, "b.txt")
+    several = {"a.txt": "x", "b.txt": "y"}
+    assert digest(several, "*.txt") == digest(several, "*.txt")
+    others = [several | {"b.txt": "z"}, {"a.txt": "x", "c.txt": "y"}, {"a.txt": "y", "b.txt": "x"}]
+    digests = {digest(files, "*.txt") for files in [several, *others]}
+    assert len(digests) == 4
+    assert digest({"a.txt": "x"}, ".") != digest({"b.txt": "x"}, ".")  # the name is the prompt's id
+
+
+def test_the_column_of_prompts_may_be_named(read):
+    table = b"caption,prompt\na cat,\n"
+    (entry,) = read("p.csv", table, prompt_column="caption")
+    assert entry.values == {"caption": "a cat", "prompt": ""}  # carried through as it stands
+    with pytest.raises(InputError, match=r"has no column 'Caption', but 'caption, prompt'"):
+        read("p.csv", table, prompt_column="Caption")
+    for name, content in (("p.txt", b"a cat\n"), ("p.json", b'["a cat"]')):
+        (entry,) = read(name, content, prompt_column="caption")
+        assert entry.values == {"caption": "a cat"}
+
+
+def test_dates_and_decimals_of_parquet_are_text(tmp_path):
+    moment = datetime.datetime(2022, 8, 11, 1, 2, 3, tzinfo=datetime.UTC)
+    columns = {
+        "prompt": pa.array(["a"]),
+        "timestamp": pa.array([moment], pa.timestamp("ms", "UTC")),
+        "day": pa.array([moment.date()]),
+        "price": pa.array([decimal.Decimal("1.50")]),
+        "none": pa.array([None], pa.timestamp("us")),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
+    (entry,) = read_file(tmp_path / "p.parquet")
+    assert entry.values == {
+        "prompt": "a",
+        "timestamp": "2022-08-11 01:02:03.000Z",
+        "day": "2022-08-11",
+        "price": "1.50",
+        "none": None,
+    }
+
+
+def test_a_file_in_two_encodings_loses_only_the_rows_that_are_not_utf8(read):
+    lines = ["ein grüner Stern", "a ring"]
+    content = "\n".join(lines).encode() + b"\n" + "ein grüner Kreis\n".encode("latin-1")
+    entries = read("p.txt", b"\xef\xbb\xbf" + content)
+    assert prompts(entries)[:2] == lines
+    assert "\udcfc" in prompts(entries)[2]  # which rows.parse refuses and names
+
+
+MEASURE = """
+import sys
+from jaxdiff.dataset import manifest as manifests
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if "VmHWM" in line)
+(source,) = manifests.find(sys.argv[1]).sources
+before = peak()
+count = sum(1 for _ in manifests.read(source))
+print(count, (peak() - before) // 1024)
+"""
+
+
+def measure(path) -> tuple[int, int]:
+    """Reads a manifest in a process of its own; returns its rows and the MiB that it took."""
+    command = [sys.executable, "-c", MEASURE, str(path)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    count, mib = said.split()
+    return int(count), int(mib)
+
+
+def test_a_gzip_bomb_takes_no_memory(tmp_path):
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(300):
+            file.write(bytes(2**20))  # one line of 300 MiB
+        file.write(b'\n{"prompt": "a"}\n')
+    assert path.stat().st_size < 2 * 2**20
+    count, mib = measure(path)
+    assert count == 2
+    assert mib < 50
+
+
+def test_a_parquet_file_with_one_huge_row_group_is_read_in_pieces(tmp_path):
+    words = np.random.default_rng(0).integers(0, 2**62, 1_500_000)
+    table = pa.table({"prompt": pa.array(words).cast(pa.string())})
+    pq.write_table(table, tmp_path / "p.parquet", row_group_size=len(words), use_dictionary=False)
+    assert pq.ParquetFile(tmp_path / "p.parquet").num_row_groups == 1
+    assert (tmp_path / "p.parquet").stat().st_size > 20 * 2**20
+    count, mib = measure(tmp_path / "p.parquet")
+    assert count == len(words)
+    assert mib < 60
