@@ -123,14 +123,24 @@ def _verify(arguments: list[str]) -> int:
         "it was made.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset's directory")
-    directory = parser.parse_args(arguments).directory
+    parser.add_argument(
+        "--repair", action="store_true", help="make what is wrong again, to the same bytes"
+    )
+    said = parser.parse_args(arguments)
+    directory = said.directory
     from jaxdiff.dataset import ledger
 
+    if said.repair:
+        from pipelines.repair import repair
+
+        if not repair(directory):
+            return 75
     counts, problems = ledger.verify(directory)
     for problem in problems[:SHOWN_PROBLEMS]:
         print(problem)
     if problems:
-        print(f"{directory}: {len(problems)} problems", file=sys.stderr)
+        what = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        print(f"{directory}: {what}", file=sys.stderr)
         return 1
     print(f"{directory} is complete: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
     return 0

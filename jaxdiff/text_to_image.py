@@ -29,6 +29,9 @@ from jaxdiff.request import Options, Request
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # An autoencoder's activations are many times an image: so few pixels are decoded at once.
 DECODED_PX = 1024 * 1024
+# XLA's kernels for CPUs depend on the size of their arrays, down to the last bit. There, so many
+# pixels are computed at once whatever the batch size, and a larger image alone, at no loss in speed.
+CPU_BATCH_PX = 8 * 64 * 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +154,8 @@ class TextToImage:
 
         Args:
           requests: of any sizes and settings; those alike enough are batched together.
-          batch_size: images computed at once on each device of the mesh's `data` axis.
+          batch_size: images computed at once on each device of the mesh's `data` axis; a CPU has
+            its own.
 
         Raises:
           InputError: if a request cannot be made by this model.
@@ -174,16 +178,23 @@ class TextToImage:
           requests: resolved, all with the same `Request.bucket`; taken as they are needed.
           batch_size: as in `generate`; a last short batch is filled with copies.
         """
-        batch_size *= self.mesh.shape["data"]
         requests, running, plan = iter(requests), deque(), None
         ahead = 1 if parallel.may_run_ahead(self.mesh) else 0
-        while batch := list(itertools.islice(requests, batch_size)):
-            plan = plan or self._tables(batch[0])
-            running.append((batch, self._dispatch(batch, batch_size, *plan)))
+        for first in requests:
+            plan = plan or self._tables(first)
+            slots = self.slots(first, batch_size)
+            batch = [first, *itertools.islice(requests, slots - 1)]
+            running.append((batch, self._dispatch(batch, slots, *plan)))
             if len(running) > ahead:
                 yield from _fetch(*running.popleft())
         while running:
             yield from _fetch(*running.popleft())
+
+    def slots(self, request: Request, batch_size: int) -> int:
+        """How many images like a resolved request are computed at once on all devices together."""
+        if self.mesh.devices.flat[0].platform == "cpu":
+            batch_size = max(1, CPU_BATCH_PX // (request.width * request.height))
+        return batch_size * self.mesh.shape["data"]
 
     def _dispatch(
         self,

@@ -11,7 +11,6 @@ runner is trusted with completeness. A job is complete when its files prove it.
 """
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -20,36 +19,56 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-from apache_beam.runners import create_runner
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.metrics import Metrics
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import PipelineRunner
 
 from jaxdiff.checkpoint.ensemble import Ensemble
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import ledger, planning
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset.manifest import Manifest
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.errors import InputError
-from pipelines import options, progress, worker
-from pipelines.options import Job, Models
+from pipelines import dry_run, inputs, progress, runners, supervisor
+from pipelines.options import Job, Models, Workers
+from pipelines.worker import StoppedError, Task
 
 ELSEWHERE = "name another directory, or start anew with --overwrite"
+NAMESPACE = "jaxdiff"  # of the metrics
 EXIT_OK, EXIT_FAILED, EXIT_SOME_IMAGES_FAILED, EXIT_STOPPED = 0, 1, 3, 75
 
 
 class GenerateShard(beam.DoFn):
-    """Makes the shards whose numbers it is given; what it yields is only for people."""
+    """Has the shards made whose numbers it is given; what it yields is only for people.
 
-    def __init__(self, directory: str, models: Models):
-        self.directory, self.models = directory, models
+    Args:
+      mode: as in `worker.Task`.
+    """
+
+    def __init__(self, plan: Plan, directory: Path, models: Models, workers: Workers, mode: str):
+        self.directory, self.models = str(directory.absolute()), models
+        self.workers, self.mode = workers, mode
+        self.rejected = plan.rows["rejected"]
+        self.last = len(plan.shard_sizes) - 1  # the shard with which they are counted
 
     def process(self, shard: int) -> Iterator[dict]:
-        """Yields what `worker.make_shard` returns."""
-        yield worker.make_shard(Path(self.directory), self.models, shard)
+        """Yields what `worker.make_shard` returns, and counts it among Beam's metrics."""
+        task = Task(self.directory, vars(self.models), shard, self.mode)
+        done = supervisor.make_shard(task, self.workers)
+        for name, value in done.items():
+            if isinstance(value, int):
+                Metrics.counter(NAMESPACE, name).inc(value)
+            else:
+                Metrics.counter(NAMESPACE, f"{name}_ms").inc(round(1000 * value))
+        if shard == self.last:
+            Metrics.counter(NAMESPACE, "rejected").inc(self.rejected)
+        yield {"shard": shard, **done}
 
 
 def run(job: Job, beam_arguments: list[str]) -> int:
@@ -60,28 +79,40 @@ def run(job: Job, beam_arguments: list[str]) -> int:
       OSError: if the disk is full or refuses; the same command continues the job.
     """
     began = time.monotonic()
-    beam_options = _beam_options(beam_arguments)
+    beam_runner = runners.choose(beam_arguments, job.workers.count)
+    copies = contextlib.ExitStack()
     try:
+        if job.dry_run:
+            print(dry_run.report(job, beam_runner[1]))
+            return EXIT_OK
         ensemble = job.models.open()
         settings = job_settings.resolve(job.settings, ensemble)
-        identity = planning.identify(job.manifest, settings, ensemble)
+        manifest = copies.enter_context(inputs.fetched(job.manifest, beam_runner[1]))
+        identity = planning.identify(manifest, settings, ensemble)
     except OSError as problem:
         raise InputError(f"{problem.filename} cannot be read: {problem.strerror}") from None
-    with layout.held(job.output), _stopped_by_signals(), _full_disk_named(job.output):
-        plan = _plan(job, settings, ensemble, identity)
+    with copies, layout.held(job.output), stopped_by_signals(), _full_disk_named(job.output):
+        plan = _plan(job, manifest, settings, ensemble, identity)
+        copies.close()
         plan_seconds = time.monotonic() - began
         try:
-            if counts := ledger.finished(job.output, plan):
+            ledger.settle(job.output, plan)
+            counts = ledger.finished(job.output, plan)
+            if counts and not (job.retry_failed and counts["failed"]):
                 print(f"{job.output} is finished already: {_count(counts['made'], 'image')}")
                 return EXIT_SOME_IMAGES_FAILED if counts["failed"] else EXIT_OK
             (job.output / layout.SUCCESS).unlink(missing_ok=True)
             _report_rejected(job, plan)
-            _generate(job, plan, beam_options)
+            shards = partial(GenerateShard, plan, job.output, job.models.anywhere(), job.workers)
+            make_shards(shards("make"), plan, ledger.todo(job.output, plan), beam_runner)
+            if job.retry_failed:
+                failed = ledger.with_failed(job.output, plan)
+                make_shards(shards("retry"), plan, failed, beam_runner)
             report = ledger.finalize(job.output, plan, plan_seconds)
-        except worker.StoppedError:
+        except StoppedError:
             _say(f"stopped; the same command continues {job.output}")
             return EXIT_STOPPED
-        except ledger.IncompleteError as problem:
+        except (ledger.IncompleteError, supervisor.WorkerError) as problem:
             _say(str(problem))
             return EXIT_FAILED
         except InputError as problem:
@@ -94,7 +125,13 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     return EXIT_SOME_IMAGES_FAILED if report["counts"]["failed"] else EXIT_OK
 
 
-def _plan(job: Job, settings: job_settings.Settings, ensemble: Ensemble, identity: dict) -> Plan:
+def _plan(
+    job: Job,
+    manifest: Manifest,
+    settings: job_settings.Settings,
+    ensemble: Ensemble,
+    identity: dict,
+) -> Plan:
     """The directory's plan, made now if there is none."""
     if not job.overwrite and (old := plans.load(job.output)):
         if old.id == plans.digest(identity):
@@ -104,16 +141,17 @@ def _plan(job: Job, settings: job_settings.Settings, ensemble: Ensemble, identit
         if not planning.can_extend(old.identity, identity):
             raise InputError(f"--output {job.output} {why}; {ELSEWHERE}")
         try:
-            return _make_plan(job, settings, ensemble, identity, (job.output, old))
+            return _make_plan(job, manifest, settings, ensemble, identity, (job.output, old))
         except InputError as problem:
             raise InputError(
                 f"--output {job.output} {why} and cannot be extended: {problem}; {ELSEWHERE}"
             ) from None
-    return _make_plan(job, settings, ensemble, identity)
+    return _make_plan(job, manifest, settings, ensemble, identity)
 
 
 def _make_plan(
     job: Job,
+    manifest: Manifest,
     settings: job_settings.Settings,
     ensemble: Ensemble,
     identity: dict,
@@ -123,7 +161,7 @@ def _make_plan(
     models = vars(job.models.anywhere())
     try:
         plan = planning.make(
-            job.manifest, settings, ensemble, identity, folder, models=models, extended=extended
+            manifest, settings, ensemble, identity, folder, models=models, extended=extended
         )
         _check_strict(job, plan, folder)
         if extended:
@@ -152,76 +190,63 @@ def _rejections(job: Job, plan: Plan, folder: Path) -> str:
     count = plan.rows["rejected"]
     with (folder / plan.rejected_file).open(encoding="utf-8") as file:
         first = json.loads(file.readline())
+    where = f" of {first['file']}" if first["file"] != job.manifest else ""
     return (
         f"{count} of {count + plan.rows['accepted']} rows of {job.manifest} cannot be used; the "
-        f"first is line {first['line']}: {first['reason']}"
+        f"first is line {first['line']}{where}: {first['reason']}"
     )
 
 
-def _generate(job: Job, plan: Plan, beam_options: PipelineOptions) -> None:
-    """Makes the shards that are not made yet."""
-    todo = ledger.todo(job.output, plan)
-    total = len(plan.shard_sizes)
-    made = f", {total - len(todo)} of them made already" if len(todo) < total else ""
-    _say(f"{_count(plan.images, 'image')} in {_count(total, 'shard')}{made}")
+def make_shards(
+    generate_shard: GenerateShard,
+    plan: Plan,
+    todo: list[int],
+    beam_runner: tuple[PipelineRunner, PipelineOptions],
+) -> None:
+    """Runs the Beam job over the shards in `todo`.
+
+    Raises:
+      StoppedError, InputError, OSError, WorkerError: as `supervisor.make_shard` does.
+    """
     if not todo:
         return
-    runner = beam_options.view_as(StandardOptions).runner or FnApiRunner()
-    generate_shard = GenerateShard(str(job.output.absolute()), job.models.anywhere())
+    runner, beam_options = beam_runner
+    shown, total = contextlib.nullcontext(), len(plan.shard_sizes)
+    if generate_shard.mode == "make":
+        shown = progress.shown(Path(generate_shard.directory), plan)
+        made = f", {total - len(todo)} of them made already" if len(todo) < total else ""
+        _say(f"{_count(plan.images, 'image')} in {_count(total, 'shard')}{made}")
+    else:
+        _say(f"{_count(len(todo), 'shard')} of {total} to {generate_shard.mode}")
     try:
         with (
-            progress.shown(job.output, plan),
+            shown,
+            contextlib.closing(supervisor),
             beam.Pipeline(runner=runner, options=beam_options) as pipeline,
         ):
             shards = pipeline | "Shards" >> beam.Create(todo, reshuffle=False)
             _ = shards | beam.Reshuffle() | "GenerateShard" >> beam.ParDo(generate_shard)
     except Exception as failure:
-        if worker.stopping.is_set():
-            raise worker.StoppedError from None
+        if supervisor.stopping.is_set():
+            raise StoppedError from None
         cause = failure.__context__  # what the DoFn raised, if it ran here; Beam rewrites it
-        if isinstance(cause, worker.StoppedError | InputError | OSError):
+        if isinstance(cause, StoppedError | InputError | OSError | supervisor.WorkerError):
             raise cause from None
         raise
 
 
 def _summarize(job: Job, report: dict) -> None:
     counts, seconds = report["counts"], report["seconds"]
-    stages = {"plan": "plan", "load": "load", "generate": "compile and generate"}
-    stages["finalize"] = "finalize"
+    stages = ("plan", "load", "compile", "generate", "finalize")
     print(
         f"{_count(counts['made'], 'image')} in {job.output} on {', '.join(report['devices'])}: "
         f"{report['images_per_worker_second']:.2f} images/s a worker\n"
-        + ", ".join(f"{text} {seconds[stage]:.1f} s" for stage, text in stages.items())
+        + ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in stages)
     )
     if counts["failed"]:
         print(
             f"{_count(counts['failed'], 'image')} could not be made: {job.output / layout.FAILED}"
         )
-
-
-def _beam_options(arguments: list[str]) -> PipelineOptions:
-    """Beam's options; without a --runner, which may have its own, a name unknown to it is wrong."""
-    beam_options = PipelineOptions(arguments)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            known = beam_options.get_all_options()
-            every = beam_options.get_all_options(retain_unknown_options=True)
-    except SystemExit:
-        last = (said.getvalue().splitlines() or ["they cannot be read"])[-1]
-        raise InputError(f"Beam's options: {last.rpartition('error: ')[2]}") from None
-    runner = beam_options.view_as(StandardOptions).runner
-    if runner is None:
-        for name in every:
-            if name not in known:
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"unknown option {option}{options.suggest(name)}")
-        return beam_options
-    try:
-        create_runner(runner)
-    except (AttributeError, ImportError, ValueError) as problem:
-        raise InputError(f"--runner {runner}: {problem}") from None
-    return beam_options
 
 
 @contextlib.contextmanager
@@ -234,9 +259,9 @@ def _full_disk_named(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
+def stopped_by_signals() -> Iterator[None]:
     """The first SIGTERM or Ctrl-C ends the job after the current batch, the second at once."""
-    worker.stopping.clear()
+    supervisor.stopping.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -244,7 +269,7 @@ def _stopped_by_signals() -> Iterator[None]:
 
     def stop(number, _) -> None:
         os.write(2, b"\njaxdiff: stopping after the current batch\n")  # print may be running
-        worker.stopping.set()
+        supervisor.stopping.set()
         signal.signal(number, old[number])
 
     for number in old:

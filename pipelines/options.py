@@ -5,6 +5,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxdiff import checks
 from jaxdiff.arguments import Parser
 from jaxdiff.checkpoint.ensemble import Ensemble, open_ensemble
 from jaxdiff.checkpoint.layout import BUNDLED
@@ -17,9 +18,10 @@ DESCRIPTION = """\
 Make an image for every prompt in a manifest and leave a finished dataset in a directory. When it is
 interrupted, the same command continues where it was.
 
-A manifest is a text file with a prompt a line, or JSON Lines, CSV, TSV or Parquet (each also .gz)
-with a column `prompt` and, as you like, id, negative_prompt, seed or seeds, num_images, width,
-height, steps, guidance_scale, sampler; other columns are carried through to the images' metadata.
+A manifest is a text file with a prompt a line, or JSON Lines, CSV, TSV, Parquet or a JSON list
+(each also .gz) with a column `prompt` and, as you like, id, negative_prompt, seed or seeds,
+num_images, width, height, steps, guidance_scale, sampler; other columns are carried through to the
+images' metadata. It may be several files, as a glob, and a folder of text files of one prompt each.
 """
 EPILOG = """\
 example:
@@ -58,16 +60,32 @@ def _absolute(model: str) -> str:
     return str(Path(model).absolute()) if Path(model).exists() and model not in BUNDLED else model
 
 
+@dataclass(frozen=True)
+class Workers:
+    """The processes that make images on a host, and how they are watched.
+
+    Attributes:
+      count: each has its share of the host's GPUs; CPU cores are shared.
+      patience: seconds that a batch may take, loading and compilation included.
+    """
+
+    count: int = 1
+    patience: float = 3600.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A parsed command. `settings` has only what was said, unchecked, by `Settings`' names."""
 
-    manifest: Path
+    manifest: str
     output: Path
     models: Models
     settings: dict
-    overwrite: bool
-    strict: bool
+    workers: Workers = Workers()
+    overwrite: bool = False
+    strict: bool = False
+    retry_failed: bool = False
+    dry_run: bool = False
 
 
 def parse(arguments: list[str]) -> tuple[Job, list[str]]:
@@ -91,13 +109,23 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
         if name not in said:
             parser.error(f"--{name} is missing")
     job = Job(
-        manifest=Path(said["manifest"]),
+        manifest=said["manifest"],
         output=Path(said["output"]),
         models=Models(said.get("model", "shapes64"), said.get("variant"), said.get("refiner")),
         settings={name: said[name] for name in settings.NAMES if name in said},
+        workers=_workers(said),
         **{name: bool(said.get(name)) for name in FLAGS},
     )
     return job, rest
+
+
+def _workers(said: dict) -> Workers:
+    try:
+        count = checks.integer("--workers", said.get("workers", Workers.count), 1, 1024)
+        patience = checks.number("--patience", said.get("patience", Workers.patience), 1, 10**7)
+    except checks.BadValueError as problem:
+        raise InputError(str(problem)) from None
+    return Workers(count, patience)
 
 
 def _read_job(path: Path) -> dict:
@@ -149,7 +177,12 @@ MODEL = (
 # By group: the option's name, what it takes (None: nothing), and what it does.
 HELP = {
     "what and where": {
-        "manifest": ("FILE", "the prompts: .txt, .jsonl, .csv, .tsv or .parquet, each also .gz"),
+        "manifest": (
+            "FILE",
+            "the prompts: .txt, .jsonl, .json, .csv, .tsv or .parquet, each also .gz; a folder of "
+            ".txt files, a prompt each; a quoted glob; each also at gs:// or s3://",
+        ),
+        "prompt_column": ("NAME", "which of its columns holds the prompts (default: prompt)"),
         "output": ("DIR", "the dataset's directory: new, or that of the run to be continued"),
         "model": ("MODEL", MODEL),
         "variant": ("NAME", "which of a model's files, such as fp16 (default: the full ones)"),
@@ -157,6 +190,8 @@ HELP = {
         "limit": ("N", "stop after the first N images of the manifest"),
         "overwrite": (None, "start anew: the old run is deleted when the first new shard is made"),
         "strict": (None, "make nothing if a row of the manifest cannot be used"),
+        "retry_failed": (None, "try the images of failed.jsonl again"),
+        "dry_run": (None, "make nothing: say what would be made, and how long it may take"),
     },
     "for rows that do not say": {
         "num_images": ("N", f"images of each prompt (default: {Settings.num_images})"),
@@ -201,8 +236,16 @@ HELP = {
         ),
         "dtype": ("NAME", "float32 or bfloat16 (default: float32)"),
         "mesh": ("AXES", "devices, such as data=4,model=2 (default: all for data)"),
+        "workers": ("N", "processes, each with its share of the GPUs (default: 1)"),
+        "patience": (
+            "SECONDS",
+            "what a batch may take before its process is restarted, loading and compiling included "
+            f"(default: {Workers.patience:g})",
+        ),
     },
 }
 OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
-NAMES = ("manifest", "output", "model", "variant", "refiner")  # text, whatever it looks like
+NAMES = (  # text, whatever it looks like
+    *("manifest", "prompt_column", "output", "model", "variant", "refiner"),
+)
 FLAGS = tuple(name for name, value in OPTIONS.items() if value is None)

@@ -1,22 +1,33 @@
-"""Making one shard in a worker process: the model, the encoding threads, the commit."""
+"""The process that makes shards: the model, the encoding threads, the commit.
 
+    python -m pipelines.worker
+
+A supervisor writes its tasks to standard input and reads what happens from standard output, a line
+of JSON each. The process ends when its input does, so it cannot outlive its supervisor.
+"""
+
+import functools
 import importlib.metadata
+import json
+import logging
 import os
 import platform
+import queue
+import signal
 import sys
 import threading
 import time
+import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import formats
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
@@ -31,79 +42,235 @@ if TYPE_CHECKING:
 ENCODING_THREADS = min(4, os.cpu_count() or 1)
 PACKAGES = ("jaxdiff", "apache-beam", "flax", "jax", "jaxlib", "numpy", "pillow", "pyarrow")
 NOT_FINITE = "the model's values were not finite"
+NVIDIA = Path("/proc/driver/nvidia/version")  # lies there where NVIDIA's driver is loaded
+MAX_REASON_CHARACTERS = 300
 
-stopping = threading.Event()  # set by a signal: the running shard is given up
-_device = threading.Lock()  # one shard at a time, however many threads the runner has
-_held: tuple[tuple, "TextToImage"] | None = None
+stopping = threading.Event()  # the running shard is given up
 
 
 class StoppedError(Exception):
-    """The job was asked to stop."""
+    """The worker was asked to stop."""
 
 
-def make_shard(directory: Path, models: Models, shard: int) -> dict:
-    """Makes and commits one shard of the directory's plan, unless that has been done.
+@dataclass(frozen=True)
+class Task:
+    """One shard to make.
+
+    Attributes:
+      directory: of the dataset, absolute.
+      models: the arguments of `options.Models`.
+      mode: "make" what is not made; "retry" the images of a made shard that have failed; "repair"
+        a made shard's files, which must come out with the bytes that its marker names.
+      alone: the keys of images that a batch shall hold nothing but copies of, because they were
+        being made when the process died.
+      deadly: the keys of images that have killed the process too often, each with its reason.
+    """
+
+    directory: str
+    models: dict
+    shard: int
+    mode: Literal["make", "retry", "repair"] = "make"
+    alone: tuple[str, ...] = ()
+    deadly: dict[str, str] | None = None
+
+
+_held: tuple[tuple, "TextToImage"] | None = None  # the model, and what it was loaded for
+_compile_seconds = 0.0
+
+
+def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
+    """Makes and commits one shard of a directory's plan, unless that has been done.
 
     Args:
-      models: those that the plan was made for.
+      tell: is given {"running": [key, ...]}, the images that are being made, whenever they change,
+        and {"loaded": "the device"}.
 
     Returns:
-      The shard, how many of its images were made and failed, and the seconds by stage.
+      What was done: "images" that were made, "failed" ones, "padded" slots of batches, and seconds
+      by stage, as the marker names them.
 
     Raises:
       StoppedError: if `stopping` was set meanwhile; nothing of the shard is left.
-      InputError: if the model is not the plan's, or another kind of device has made a shard.
+      InputError: if the model is not the plan's or fails on every image, if another kind of device
+        has made a shard, or if a shard cannot be repaired.
     """
+    directory = Path(task.directory)
     plan = plans.load(directory)
-    with _device:
-        if marker := shards.read_marker(directory, plan, shard):
-            shards.publish(directory, marker)
-            return {"shard": shard, "made": 0, "failed": 0, "seconds": {}}
-        if stopping.is_set():
-            raise StoppedError
-        loading = time.monotonic()
-        loaded = _load(models, plan)
-        _check_device(directory, plan, loaded)
-        started = time.monotonic()
-        with shards.Attempt(directory, plan, shard) as attempt:
-            made = _fill(attempt, loaded, plan, plans.read_shard(directory, plan, shard))
-            finished = time.monotonic()
-            seconds = {"load": started - loading, "generate": finished - started}
-            seconds = {stage: round(value, 3) for stage, value in seconds.items()}
-            attempt.commit(_facts(loaded, plan, seconds))
+    marker = shards.read_marker(directory, plan, task.shard)
+    if marker and (task.mode == "make" or (task.mode == "retry" and not marker.failed)):
+        return {"images": 0, "failed": 0, "padded": 0}
+    started = time.monotonic()
+    model = _load(Models(**task.models), plan, tell)
+    _check_device(directory, plan, model)
+    planned = plans.read_shard(directory, plan, task.shard)
+    kept = _kept(directory, plan, marker) if task.mode == "retry" else {}
+    revision = marker.revision + 1 if task.mode == "retry" else 0
+    loaded = time.monotonic()
+    with shards.Attempt(directory, plan, task.shard, revision) as attempt:
+        work = _Work(model, plan, task, tell)
+        work.fill(attempt, planned, kept)
+        seconds = {"load": loaded - started} | work.seconds(time.monotonic() - loaded)
+        facts = _facts(model, work.padded, seconds)
+        if task.mode == "repair":
+            attempt.repair(marker)
+        elif work.made or task.mode == "make":
+            attempt.commit(facts)
     layout.forget_old(directory)  # now that this run has a shard
-    failed = plan.shard_sizes[shard] - made
-    return {"shard": shard, "made": made, "failed": failed, "seconds": seconds}
+    return {"images": work.made, "failed": work.failed, "padded": work.padded} | facts["seconds"]
 
 
-def _fill(
-    attempt: shards.Attempt, model: "TextToImage", plan: Plan, planned: list[PlannedImage]
-) -> int:
-    """Generates, encodes and stores the images; returns how many were made."""
-    requests = (image.request for image in planned)
-    images = model.stream(requests, plan.settings.batch_size)
-    made = 0
-    with ThreadPoolExecutor(ENCODING_THREADS) as pool:
-        samples = _ahead(
-            partial(_encode, plan),
-            zip(planned, images, strict=True),
-            pool,
-            depth=2 * plan.settings.batch_size * model.mesh.shape["data"],
+class _Work:
+    """Generates, encodes and stores the images of a shard, and counts."""
+
+    def __init__(self, model: "TextToImage", plan: Plan, task: Task, tell: Callable[[dict], None]):
+        self._model, self._plan, self._tell = model, plan, tell
+        self._alone, self._deadly = set(task.alone), task.deadly or {}
+        self._batch_size = plan.settings.batch_size
+        self._running: dict[str, PlannedImage] = {}
+        self._compiled_before, self._encode_seconds = _compile_seconds, 0.0
+        self._write_seconds = 0.0
+        self.made = self.failed = self.padded = 0
+
+    def fill(
+        self, attempt: shards.Attempt, planned: list[PlannedImage], kept: dict[str, Sample]
+    ) -> None:
+        """Adds all images to the attempt, of which some may be there already."""
+        wanted = [i for i in planned if i.key not in kept and i.key not in self._deadly]
+        reasons = dict(self._deadly)
+        with ThreadPoolExecutor(ENCODING_THREADS) as pool:
+            depth = 2 * self._model.slots(planned[0].request, self._batch_size)
+            samples = _ahead(self._encode, self._images(wanted), pool, depth)
+            for image in planned:
+                if stopping.is_set():
+                    raise StoppedError
+                sample = kept.get(image.key)
+                if sample is None and image.key not in reasons:
+                    sample = next(samples)
+                    self.made += isinstance(sample, Sample)
+                began = time.monotonic()
+                if isinstance(sample, Sample):
+                    attempt.add(sample)
+                else:
+                    attempt.add_failed(image, sample or reasons[image.key])
+                    self.failed += 1
+                self._write_seconds += time.monotonic() - began
+
+    def seconds(self, all_seconds: float) -> dict[str, float]:
+        """The seconds of the work by stage; encoding goes on beside generating."""
+        compiling = _compile_seconds - self._compiled_before
+        generating = all_seconds - compiling - self._write_seconds
+        return {
+            "compile": compiling,
+            "generate": generating,
+            "encode": self._encode_seconds,
+            "write": self._write_seconds,
+        }
+
+    def _images(self, planned: list[PlannedImage]) -> Iterator[tuple[PlannedImage, "Image | str"]]:
+        """Yields each image with its pixels, or with the reason why it cannot be made, in order."""
+        rest = deque(planned)
+        while rest:
+            together = [rest.popleft()]
+            if together[0].key in self._alone:
+                yield from self._made_alone(together)
+                continue
+            while rest and rest[0].key not in self._alone:
+                together.append(rest.popleft())
+            made = 0
+            try:
+                for pair in self._stream(together):
+                    yield pair
+                    made += 1
+            except Exception as problem:
+                if _is_fatal(problem):
+                    raise self._explained(problem, together[0]) from problem
+                suspects = together[made : made + len(self._running)]
+                rest.extendleft(reversed(together[made + len(suspects) :]))
+                yield from self._made_alone(suspects)
+
+    def _made_alone(
+        self, planned: list[PlannedImage]
+    ) -> Iterator[tuple[PlannedImage, "Image | str"]]:
+        """As `_images`, of images that may make the model fail, by halving what is together."""
+        try:
+            yield from list(self._stream(planned))
+        except Exception as problem:
+            if _is_fatal(problem):
+                raise self._explained(problem, planned[0]) from problem
+            if len(planned) > 1:
+                middle = len(planned) // 2
+                yield from self._made_alone(planned[:middle])
+                yield from self._made_alone(planned[middle:])
+                return
+            self._probe(planned[0], problem)
+            yield planned[0], _reason(problem)
+
+    def _stream(self, planned: list[PlannedImage]) -> Iterator[tuple[PlannedImage, "Image"]]:
+        """Yields images as the model makes them, and tells which are under way."""
+        self._running = {}
+        requests = self._announced(planned)
+        images = self._model.stream(requests, self._batch_size)
+        for image, made in zip(planned, images, strict=True):
+            del self._running[image.key]
+            yield image, made
+        self._tell({"running": []})
+
+    def _announced(self, planned: list[PlannedImage]) -> Iterator:
+        """Yields the images' requests, each batch announced before its first is taken."""
+        slots = self._model.slots(planned[0].request, self._batch_size)
+        for start in range(0, len(planned), slots):
+            batch = planned[start : start + slots]
+            self.padded += slots - len(batch)
+            self._running |= {image.key: image for image in batch}
+            self._tell({"running": [*self._running]})
+            yield from (image.request for image in batch)
+
+    def _probe(self, image: PlannedImage, problem: Exception) -> None:
+        """Raises what an image has failed with if one of nothing in particular fails as well."""
+        plain = replace(image.request, prompt="", negative_prompt="", seed=0)
+        try:
+            list(self._model.stream([plain], self._batch_size))
+        except Exception:
+            raise InputError(f"the model fails whatever it is asked: {_reason(problem)}") from None
+
+    def _explained(self, problem: Exception, image: PlannedImage) -> Exception:
+        if "RESOURCE_EXHAUSTED" not in str(problem):
+            return problem
+        size = f"{image.request.width}x{image.request.height}"
+        return InputError(
+            f"{self._batch_size} images of {size} at once do not fit the memory of "
+            f"{_device_of(self._model)}; a smaller --batch-size does"
         )
-        for image, sample in zip(planned, samples, strict=True):
-            if stopping.is_set():
-                raise StoppedError
-            if sample is None:
-                attempt.add_failed(image, NOT_FINITE)
-            else:
-                attempt.add(sample)
-                made += 1
-    return made
+
+    def _encode(self, pair: tuple[PlannedImage, "Image | str"]) -> Sample | str:
+        planned, image = pair
+        if isinstance(image, str):
+            return image
+        if not image.finite:
+            return NOT_FINITE
+        began = time.monotonic()
+        sample = shards.encode(planned, image.pixels, self._plan)
+        self._encode_seconds += time.monotonic() - began
+        return sample
 
 
-def _encode(plan: Plan, pair: tuple[PlannedImage, "Image"]) -> Sample | None:
-    planned, image = pair
-    return shards.encode(planned, image.pixels, plan) if image.finite else None
+def _is_fatal(problem: Exception) -> bool:
+    """Whether no row can be the cause."""
+    return isinstance(
+        problem, StoppedError | InputError | OSError | MemoryError
+    ) or "RESOURCE_EXHAUSTED" in str(problem)
+
+
+def _reason(problem: Exception) -> str:
+    first, *_ = str(problem).splitlines() or [""]
+    return f"{type(problem).__name__}: {first}"[:MAX_REASON_CHARACTERS]
+
+
+def _kept(directory: Path, plan: Plan, marker: shards.Marker) -> dict[str, Sample]:
+    """The images of a made shard, by key."""
+    images_name, _ = shards.file_names(plan, marker.shard)
+    _, _, read = formats.FORMATS[plan.settings.format]
+    return {sample.record["key"]: sample for sample in read(directory / images_name)}
 
 
 def _ahead(function: Callable, items: Iterable, pool: ThreadPoolExecutor, depth: int) -> Iterator:
@@ -117,21 +284,49 @@ def _ahead(function: Callable, items: Iterable, pool: ThreadPoolExecutor, depth:
         yield pending.popleft().result()
 
 
-def _load(models: Models, plan: Plan) -> "TextToImage":
+def _load(models: Models, plan: Plan, tell: Callable[[dict], None]) -> "TextToImage":
     """The plan's model; the process keeps the last one that it has loaded."""
     global _held
-    import jaxdiff
-
     options = {field.name: getattr(plan.settings, field.name) for field in fields(Options)}
     key = (plan.identity["model"], *options.values())
     if _held is None or _held[0] != key:
         _held = None  # frees the old model's memory first
+        import jaxdiff
+
+        _check_devices()
         loaded = jaxdiff.load(**vars(models), **options)
         if loaded.ensemble.fingerprint != plan.identity["model"]:
             raise InputError(f"model {models.model} is not the one that the job was planned for")
-        _held = (key, loaded)
-        tqdm.write(f"jaxdiff: {plan.model_name} is loaded on {_device_of(loaded)}", sys.stderr)
+        _held = key, loaded
+        tell({"loaded": _device_of(loaded)})
     return _held[1]
+
+
+@functools.cache
+def _check_devices() -> None:
+    """Refuses a platform that is not there, and one that JAX has given up without a word."""
+    import jax
+
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    try:
+        platform = jax.local_devices()[0].platform
+    except (AssertionError, RuntimeError) as problem:  # for CUDA the assertion is a blank
+        first, *_ = str(problem).splitlines() or [""]
+        raise InputError(
+            f"JAX_PLATFORMS={wanted}: JAX finds no such device here {f'({first})' if first else ''}"
+        ) from None
+    if platform == "cpu" and not wanted and NVIDIA.exists():
+        raise InputError(
+            "this host has an NVIDIA GPU that JAX does not see: pip install 'jax[cuda12]', or set "
+            "JAX_PLATFORMS=cpu to compute without it"
+        )
+    jax.monitoring.register_event_duration_secs_listener(_note_duration)
+
+
+def _note_duration(event: str, seconds: float, **_) -> None:
+    global _compile_seconds
+    if event.startswith("/jax/core/compile/"):
+        _compile_seconds += seconds
 
 
 def _device_of(model: "TextToImage") -> str:
@@ -151,12 +346,12 @@ def _check_device(directory: Path, plan: Plan, model: "TextToImage") -> None:
         )
 
 
-def _facts(model: "TextToImage", plan: Plan, seconds: dict[str, float]) -> dict:
+def _facts(model: "TextToImage", padded: int, seconds: dict[str, float]) -> dict:
     return {
         "device": _device_of(model),
-        "batch_size": plan.settings.batch_size,
+        "padded": padded,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
-        "seconds": seconds,
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
     }
 
 
@@ -165,3 +360,54 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # jaxdiff in a checkout
         return "not installed"
+
+
+def main(tasks: TextIO, answers: TextIO) -> None:
+    """Makes shards until there are no more tasks; a line each, and a last line for each task."""
+    todo: queue.SimpleQueue[dict] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(tasks, todo), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+
+    def tell(event: dict) -> None:
+        answers.write(json.dumps(event) + "\n")
+        answers.flush()
+
+    while True:
+        task = todo.get()
+        try:
+            tell({"done": make_shard(Task(**task), tell)})
+        except StoppedError:
+            tell({"stopped": True})
+        except (InputError, ValueError) as problem:
+            traceback.print_exc() if _debug() else None
+            tell({"refused": str(problem)})
+        except OSError as problem:
+            about = [problem.errno, problem.strerror or str(problem), problem.filename]
+            tell({"os": [about[0], about[1], about[2] and str(about[2])]})
+        except Exception as problem:
+            traceback.print_exc() if _debug() else None
+            tell({"broken": _reason(problem)})
+
+
+def _debug() -> bool:
+    return logging.getLogger().isEnabledFor(logging.INFO)
+
+
+def _listen(tasks: TextIO, todo: queue.SimpleQueue) -> None:
+    """Takes what the supervisor says; when it is gone, so is the process, whatever it is doing."""
+    for line in tasks:
+        message = json.loads(line)
+        if message == "stop":
+            stopping.set()
+        else:
+            todo.put(message)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    # What libraries print must not stand among the answers.
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    logging.basicConfig(level=logging.INFO if os.environ.get("JAXDIFF_DEBUG") else logging.ERROR)
+    warnings.simplefilter("ignore")
+    main(sys.stdin, own)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -127,6 +128,27 @@ def has_shards(directory: Path) -> bool:
 
 def _old(directory: Path, name: str) -> Path:
     return directory / OLD / Path(name).name
+
+
+def sweep(directory: Path) -> None:
+    """Deletes what dead processes of this host have left unfinished.
+
+    Call `shard.publish` for all that is made first: its files may still have temporary names.
+    """
+    for path in (directory / TMP).glob("*"):
+        match = re.search(r"-(.*)-([0-9]+)-[0-9a-f]{8}", path.name)
+        if match and match[1] == socket.gethostname() and not _is_alive(int(match[2])):
+            delete(path)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's, so it is none of a run of ours
+        return False
+    return True
 
 
 def temporary(directory: Path, name: str) -> Path:

@@ -34,21 +34,33 @@ class IncompleteError(Exception):
 
 
 def todo(directory: Path, plan: Plan) -> list[int]:
-    """The shards that are not made yet.
+    """The shards that are not made yet; raises InputError if a done-marker is damaged."""
+    return [shard for shard, marker in enumerate(_markers(directory, plan)) if marker is None]
+
+
+def with_failed(directory: Path, plan: Plan) -> list[int]:
+    """The shards of which an image has failed; raises InputError if a done-marker is damaged."""
+    markers = _markers(directory, plan)
+    return [shard for shard, marker in enumerate(markers) if marker and marker.failed]
+
+
+def settle(directory: Path, plan: Plan) -> None:
+    """Ends what a dead job was doing: gives what it has made its final names, deletes the rest.
 
     Raises:
       InputError: if a done-marker is damaged.
     """
+    for marker in filter(None, _markers(directory, plan)):
+        shards.publish(directory, marker)
+    layout.sweep(directory)
+
+
+def _markers(directory: Path, plan: Plan) -> list[shards.Marker | None]:
     try:
-        return [
-            shard
-            for shard in range(len(plan.shard_sizes))
-            if shards.read_marker(directory, plan, shard) is None
-        ]
+        return [shards.read_marker(directory, plan, n) for n in range(len(plan.shard_sizes))]
     except ValueError as problem:
-        raise InputError(
-            f"{directory}: {problem}; delete it to have its shard made again"
-        ) from None
+        mend = f"`jaxdiff verify {directory} --repair` makes its shard again"
+        raise InputError(f"{directory}: {problem}; {mend}") from None
 
 
 def finished(directory: Path, plan: Plan) -> dict[str, int] | None:
@@ -57,9 +69,9 @@ def finished(directory: Path, plan: Plan) -> dict[str, int] | None:
     Raises:
       InputError: if a done-marker is damaged.
     """
-    if not all((directory / name).is_file() for name in REPORTS) or todo(directory, plan):
+    markers = _markers(directory, plan)
+    if None in markers or not all((directory / name).is_file() for name in REPORTS):
         return None
-    markers = [shards.read_marker(directory, plan, s) for s in range(len(plan.shard_sizes))]
     for marker in markers:
         for name, file in marker.files.items():
             path = directory / name
@@ -81,10 +93,8 @@ def finalize(directory: Path, plan: Plan, plan_seconds: float) -> dict:
       IncompleteError: if a shard is missing or not what its marker says.
     """
     began = time.monotonic()
-    markers = [shards.read_marker(directory, plan, s) for s in range(len(plan.shard_sizes))]
-    for marker in markers:
-        if marker is not None:
-            shards.publish(directory, marker)
+    settle(directory, plan)
+    markers = _markers(directory, plan)
     if problems := list(_check_files(directory, plan)):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise IncompleteError(f"{directory}: {problems[0]}{more}")
@@ -97,6 +107,7 @@ def finalize(directory: Path, plan: Plan, plan_seconds: float) -> dict:
     seconds = report["seconds"] | {"plan": plan_seconds, "finalize": time.monotonic() - began}
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
     layout.write(directory, layout.RUN, _dump(report))
+    plans.tidy(directory, plan)
     shutil.rmtree(directory / layout.TMP)
     layout.write(directory, layout.SUCCESS, _success(plan, markers, counts))
     (directory / layout.TMP).rmdir()
@@ -123,7 +134,7 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
         problems += _check_content(directory, plan, shard)
     if problems:
         return {}, problems
-    markers = [shards.read_marker(directory, plan, s) for s in range(len(plan.shard_sizes))]
+    markers = _markers(directory, plan)
     counts = _counts(plan, markers)
     expected = {
         layout.REJECTED: _rejected(directory, plan),
@@ -141,6 +152,26 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
     return counts, problems
 
 
+def broken(directory: Path, plan: Plan) -> list[int]:
+    """The shards that are made but not as their markers say; deletes markers that say nothing.
+
+    Raises:
+      InputError: if the plan is damaged, which no other file could mend.
+    """
+    if problem := next(_check_plan(directory, plan), None):
+        raise InputError(f"{directory}: {problem}; that cannot be repaired: start anew elsewhere")
+    found = []
+    for shard in range(len(plan.shard_sizes)):
+        if any(_check_shard(directory, plan, shard)) or any(_check_content(directory, plan, shard)):
+            try:
+                marker = shards.read_marker(directory, plan, shard)
+            except ValueError:
+                shards.forget(directory, shard)
+            else:
+                found += [shard] if marker else []
+    return found
+
+
 def _check_plan(directory: Path, plan: Plan) -> Iterator[str]:
     for name, digest in plan.sha256.items():
         path = directory / layout.PLAN / name
@@ -155,30 +186,35 @@ def _check_files(directory: Path, plan: Plan) -> Iterator[str]:
     expected = set()
     for shard in range(len(plan.shard_sizes)):
         expected.update(shards.file_names(plan, shard))
-        expected.add(f"{layout.DONE}/{shard:05d}.json")
-        try:
-            marker = shards.read_marker(directory, plan, shard)
-        except ValueError as problem:
-            yield str(problem)
-            continue
-        if marker is None:
-            made = f"shard {shard} of {len(plan.shard_sizes)} is not made yet"
-            yield f"{made}; the same generate command makes it"
-            continue
-        mend = f"delete {layout.DONE}/{shard:05d}.json, and the same generate command makes it anew"
-        for name, file in marker.files.items():
-            path = directory / name
-            if not path.exists():
-                yield f"{name} is missing; {mend}"
-            elif layout.size(path) != file["bytes"]:
-                size = layout.size(path)
-                yield f"{name} has {size} bytes instead of {file['bytes']}; {mend}"
-            elif layout.digest(path) != file["sha256"]:
-                yield f"{name} has changed: its SHA-256 is not {file['sha256']}; {mend}"
+        expected.update(path.name for path in shards.marker_paths(directory, shard))
+        yield from _check_shard(directory, plan, shard)
     for folder in (layout.DATA, layout.METADATA, layout.DONE):
         for path in sorted((directory / folder).glob("*")):
-            if (name := path.relative_to(directory).as_posix()) not in expected:
+            name = path.relative_to(directory).as_posix()
+            if name not in expected and not (folder == layout.DONE and path.name in expected):
                 yield f"{name} does not belong to the run; move it away"
+
+
+def _check_shard(directory: Path, plan: Plan, shard: int) -> Iterator[str]:
+    """Whether a shard is there with the bytes that its marker names."""
+    mend = f"`jaxdiff verify {directory} --repair` makes it again"
+    try:
+        marker = shards.read_marker(directory, plan, shard)
+    except ValueError as problem:
+        yield f"{problem}; {mend}"
+        return
+    if marker is None:
+        made = f"shard {shard} of {len(plan.shard_sizes)} is not made yet"
+        yield f"{made}; the same generate command makes it"
+        return
+    for name, file in marker.files.items():
+        path = directory / name
+        if not path.exists():
+            yield f"{name} is missing; {mend}"
+        elif (size := layout.size(path)) != file["bytes"]:
+            yield f"{name} has {size} bytes instead of {file['bytes']}; {mend}"
+        elif layout.digest(path) != file["sha256"]:
+            yield f"{name} has changed: its SHA-256 is not {file['sha256']}; {mend}"
 
 
 def _check_content(directory: Path, plan: Plan, shard: int) -> Iterator[str]:
@@ -246,7 +282,7 @@ def _failed(directory: Path, plan: Plan, markers: list[shards.Marker]) -> str:
                 plans.read_shard(directory, plan, marker.shard), rows, strict=True
             ):
                 if row["status"] == "failed":
-                    what = {"file": plan.manifest, "line": image.line, "reason": row["error"]}
+                    what = {"file": image.source, "line": image.line, "reason": row["error"]}
                     names = ("key", "id", "image_index", "prompt", "seed")
                     record = {**what, **{name: row[name] for name in names}}
                     lines.append(json.dumps(record, ensure_ascii=False) + "\n")
@@ -267,7 +303,7 @@ def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) ->
     """What the plan and the markers say of the run; the seconds are sums over the shards."""
     facts = [marker.facts for marker in markers]
     seconds = {
-        stage: sum(fact["seconds"][stage] for fact in facts) for stage in ("load", "generate")
+        stage: sum(fact["seconds"][stage] for fact in facts) for stage in facts[0]["seconds"]
     }
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -276,6 +312,7 @@ def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) ->
         "model": {"name": plan.model_name, "fingerprint": plan.identity["model"]},
         "settings": asdict(plan.settings),
         "counts": counts,
+        "padded": sum(fact["padded"] for fact in facts),
         "images_per_worker_second": round(plan.images / max(seconds["generate"], 1e-9), 3),
         "seconds": seconds,
         "devices": sorted({fact["device"] for fact in facts}),

@@ -27,6 +27,7 @@ from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import formats, images
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.plan import Plan, PlannedImage
+from jaxdiff.errors import InputError
 
 METADATA_SCHEMA = pa.schema(
     [
@@ -75,16 +76,30 @@ def marker_path(directory: Path, shard: int, revision: int = 0) -> Path:
     return directory / layout.DONE / f"{shard:05d}{ending}"
 
 
+def marker_paths(directory: Path, shard: int) -> list[Path]:
+    """The shard's done-markers, the one that holds last; revisions without a gap."""
+    paths = []
+    while (path := marker_path(directory, shard, len(paths))).exists():
+        paths.append(path)
+    return paths
+
+
+def forget(directory: Path, shard: int) -> None:
+    """Deletes the shard's done-markers, so that it is made again."""
+    for path in reversed(marker_paths(directory, shard)):
+        path.unlink()
+
+
 def read_marker(directory: Path, plan: Plan, shard: int) -> Marker | None:
     """The shard's last done-marker, None where it is not made yet.
 
     Raises:
       ValueError: if it is damaged or another plan's.
     """
-    revision = 0
-    while marker_path(directory, shard, revision + 1).exists():
-        revision += 1
-    path = marker_path(directory, shard, revision)
+    paths = marker_paths(directory, shard)
+    if not paths:
+        return None
+    revision, path = len(paths) - 1, paths[-1]
     try:
         marker = Marker(**json.loads(path.read_text("utf-8")))
         identity = (plan.shard_ids[shard], shard, revision)
@@ -95,8 +110,6 @@ def read_marker(directory: Path, plan: Plan, shard: int) -> Marker | None:
             and marker.made + marker.failed == plan.shard_sizes[shard]
             and all(set(file) == {"sha256", "bytes"} for file in marker.files.values())
         )
-    except FileNotFoundError:
-        return None
     except (TypeError, ValueError):
         sound = False
     if not sound:
@@ -105,12 +118,12 @@ def read_marker(directory: Path, plan: Plan, shard: int) -> Marker | None:
 
 
 def publish(directory: Path, marker: Marker) -> None:
-    """Gives a made shard's files their final names; may be repeated, by anyone."""
+    """Gives a made shard's files their final names; may be repeated."""
     for name in marker.files:
         (directory / name).parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # it has its final name already
             layout.replace(_temporary_path(directory, marker.attempt, name), directory / name)
-        layout.sync_folder((directory / name).parent)
+            layout.sync_folder((directory / name).parent)
 
 
 def _temporary_path(directory: Path, attempt: str, name: str) -> Path:
@@ -185,22 +198,12 @@ class Attempt:
 
     def commit(self, facts: dict) -> bool:
         """Makes the shard final, unless another attempt was first: then False."""
-        self._writer.close()
-        metadata = self._path(self._metadata_name)
-        with metadata.open("wb") as file:
-            pq.write_table(pa.Table.from_pylist(self._rows, METADATA_SCHEMA), file)
-            file.flush()
-            os.fsync(file.fileno())
         marker = Marker(
             shard_id=self._plan.shard_ids[self._shard],
             shard=self._shard,
             revision=self._revision,
             attempt=self._name,
-            files={
-                name: {"sha256": layout.digest(path), "bytes": layout.size(path)}
-                for name in (self._images_name, self._metadata_name)
-                for path in [self._path(name)]
-            },
+            files=self._finish(),
             made=len(self._rows) - self._failed,
             failed=self._failed,
             facts=facts,
@@ -209,6 +212,38 @@ class Attempt:
         if self._committed():
             publish(self._directory, marker)
         return self._committed()
+
+    def repair(self, marker: Marker) -> None:
+        """Puts the files in the places of those that a marker names.
+
+        Raises:
+          InputError: if they differ from those; then nothing has changed.
+        """
+        made = self._finish()
+        for name, file in marker.files.items():
+            if made[name] != file:
+                path = marker_path(self._directory, self._shard, marker.revision)
+                raise InputError(
+                    f"{name} was made again, but not to the bytes that its marker names; delete "
+                    f"{path} to have others"
+                )
+        for name in marker.files:
+            layout.replace(self._path(name), self._directory / name)
+            layout.sync_folder((self._directory / name).parent)
+
+    def _finish(self) -> dict[str, dict]:
+        """Ends the files; returns what a marker says of them."""
+        self._writer.close()
+        metadata = self._path(self._metadata_name)
+        with metadata.open("wb") as file:
+            pq.write_table(pa.Table.from_pylist(self._rows, METADATA_SCHEMA), file)
+            file.flush()
+            os.fsync(file.fileno())
+        return {
+            name: {"sha256": layout.digest(path), "bytes": layout.size(path)}
+            for name in (self._images_name, self._metadata_name)
+            for path in [self._path(name)]
+        }
 
     def _link(self, marker: Marker) -> None:
         body = self._directory / layout.TMP / f"{self._name}.json"

@@ -22,7 +22,7 @@ def flip(path: Path, at: int = -700) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("format_", ["webdataset", "parquet"])
+@pytest.mark.parametrize("format_", ["webdataset", "parquet", "imagefolder"])
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
 def test_a_finished_dataset_balances(finished, format_, image_format):
     directory = finished(format=format_, image_format=image_format)
@@ -89,7 +89,7 @@ def test_verify_names_a_missing_file(finished, name):
 def test_verify_says_how_to_mend_a_shard(finished):
     directory = finished()
     (directory / "data" / "train-00001.tar").unlink()
-    assert "delete _jaxdiff/done/00001.json, and the same generate command" in problems(directory)
+    assert f"`jaxdiff verify {directory} --repair` makes it again" in problems(directory)
 
 
 def test_verify_names_a_missing_marker(finished):

@@ -21,7 +21,7 @@ from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.errors import InputError
 from pipelines import worker
-from pipelines.options import Models
+from pipelines.worker import Task
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -133,7 +133,7 @@ def test_a_model_that_changes_between_plan_and_work_is_refused(tmp_path, command
     (directory / layout.PLAN / "plan.json").write_text(json.dumps(body))
     model = command(directory)[3].removeprefix("--model=")
     with pytest.raises(InputError, match="is not the one that the job was planned"):
-        worker.make_shard(directory, Models(model), 0)
+        worker.make_shard(Task(str(directory), {"model": model}, 0), lambda _: None)
     assert shards.read_marker(directory, plans.load(directory), 0) is None
 
 
@@ -154,7 +154,7 @@ def test_a_finished_job_restores_what_was_deleted(tmp_path, command, capsys):
     (directory / "data" / "train-00001.tar").unlink()
     capsys.readouterr()
     assert cli.main(command(directory)) == 1
-    assert "delete _jaxdiff/done/00001.json, and the same" in capsys.readouterr().err
+    assert "train-00001.tar is missing; `jaxdiff verify" in capsys.readouterr().err
     (directory / layout.DONE / "00001.json").unlink()
     assert cli.main(command(directory)) == 0
     assert files(directory) == before

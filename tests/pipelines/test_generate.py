@@ -45,7 +45,9 @@ def test_a_manifest_becomes_a_finished_dataset(tmp_path, command, capsys, tiny_c
     (rejected,) = (directory / "rejected.jsonl").read_text().splitlines()
     assert json.loads(rejected)["line"] == 3
     report = json.loads((directory / "run.json").read_text())
-    assert set(report["seconds"]) == {"plan", "load", "generate", "finalize"}
+    stages = {"plan", "load", "compile", "generate", "encode", "write", "finalize"}
+    assert set(report["seconds"]) == stages
+    assert report["padded"] == 6 * 4
     assert report["devices"] == ["1 x cpu"]
     made = records(directory)
     assert [record["key"] for record in made] == [f"{index:09d}" for index in range(24)]
@@ -209,7 +211,8 @@ def test_images_that_are_not_finite_fail_alone(tmp_path, command, capsys, tiny_c
         (["--manifest=no.csv"], "manifest no.csv does not exist"),
         (["--model=no"], "model 'no' is neither"),
         (["--mesh=data=64"], "--mesh data=64: needs 64 devices, but there are"),
-        (["--runner=FlinkRuner"], "--runner FlinkRuner: Unexpected pipeline runner"),
+        (["--runner=FlinkRuner"], "unknown --runner FlinkRuner; Beam's are FnApiRunner,"),
+        (["--workers=0"], "--workers must be a whole number from 1 to 1024, not '0'"),
         (["--direct_num_workers=x"], "Beam's options: argument --direct_num_workers: invalid int"),
         (["--experiments=a", "10"], "unexpected '10' (jaxdiff generate --help"),
         ([f"--manifest={'x' * 300}.txt"], f"{'x' * 300}.txt cannot be read: File name too long"),

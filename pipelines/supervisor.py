@@ -1,0 +1,227 @@
+"""Keeps the processes that make shards: starts them, gives them work, watches and restarts them.
+
+The process that runs Beam never imports JAX. Its children hold the models and the devices, so a
+crash or a hung device call ends one child, not the job, on any runner. A child that dies tells by
+its death which images it was making: after three deaths an image is given up, not the job.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+from tqdm import tqdm
+
+from jaxdiff.errors import InputError
+from pipelines.options import Workers
+from pipelines.worker import StoppedError, Task
+
+MOST_DEATHS = 3
+LOOK_SECONDS = 0.5  # how often to look whether the job is to be stopped
+END_SECONDS = 10.0  # what an idle process has to end in
+
+stopping = threading.Event()  # set by a signal
+
+
+class WorkerError(Exception):
+    """The processes that make images cannot work; the message says why."""
+
+
+class _DeathError(Exception):
+    """A worker died while it was making the images of these keys."""
+
+    def __init__(self, how: str, running: list[str]):
+        super().__init__(how)
+        self.how, self.running = how, running
+
+
+# The host's workers, and those of them that make nothing at the moment; made when first needed.
+_workers: list["_Worker"] = []
+_free: queue.LifoQueue | None = None
+_lock = threading.Lock()
+
+
+def make_shard(task: Task, workers: Workers) -> dict:
+    """Has one of this host's workers make a shard; waits until one is free.
+
+    Returns:
+      What `worker.make_shard` returns.
+
+    Raises:
+      StoppedError: if `stopping` is set.
+      InputError, OSError: as `worker.make_shard` does.
+      WorkerError: if the worker cannot be kept alive, or fails in another way.
+    """
+    deaths, idle_deaths = Counter(), 0
+    with _free_worker(workers) as worker:
+        while True:
+            try:
+                return worker.ask(task, workers.patience)
+            except _DeathError as death:
+                if worker.is_closed or stopping.is_set():
+                    raise StoppedError from None
+                worker.end()
+                tqdm.write(f"jaxdiff: a worker {death.how} and is restarted", sys.stderr)
+                if not death.running:
+                    idle_deaths += 1
+                    if idle_deaths == MOST_DEATHS:
+                        raise WorkerError(f"a worker {death.how} while it made nothing") from None
+                deaths.update(death.running)
+                deadly = dict(task.deadly or {})
+                if len(death.running) == 1 and deaths[death.running[0]] >= MOST_DEATHS:
+                    deadly[death.running[0]] = f"the process {death.how}, {MOST_DEATHS} times"
+                task = replace(task, alone=(*sorted(deaths),), deadly=deadly)
+
+
+def close() -> None:
+    """Ends the workers, whatever they are doing."""
+    global _workers, _free
+    with _lock:
+        for worker in _workers:
+            worker.is_closed = True
+            worker.end()
+        _workers, _free = [], None
+
+
+@contextlib.contextmanager
+def _free_worker(workers: Workers) -> Iterator["_Worker"]:
+    global _workers, _free
+    with _lock:
+        if _free is None:
+            shares = [device_share(n, workers.count, os.environ) for n in range(workers.count)]
+            _workers, _free = [_Worker(share) for share in shares], queue.LifoQueue()
+            for worker in _workers:
+                _free.put(worker)
+        free = _free
+    worker = free.get()
+    try:
+        yield worker
+    finally:
+        free.put(worker)
+
+
+class _Worker:
+    """One child process, started when it is first asked for something."""
+
+    def __init__(self, environment: dict[str, str]):
+        self.is_closed = False
+        self._environment = environment
+        self._process: subprocess.Popen | None = None
+
+    def ask(self, task: Task, patience: float) -> dict:
+        """Has the process do a task; raises what it raises, or `_DeathError`."""
+        if self._process is None:
+            self._start()
+        process, running = self._process, []
+        heard, told_to_stop = time.monotonic(), False
+        try:
+            self._say(asdict(task))
+            while True:
+                if stopping.is_set() and not told_to_stop:
+                    told_to_stop = True
+                    self._say("stop")
+                try:
+                    answer = self._answers.get(timeout=LOOK_SECONDS)
+                except queue.Empty:
+                    if time.monotonic() - heard > patience:
+                        raise _DeathError(
+                            f"finished no batch in {patience:g} s (--patience)", running
+                        ) from None
+                    continue
+                heard = time.monotonic()
+                if answer is None:
+                    raise BrokenPipeError
+                if "running" in answer:
+                    running = answer["running"]
+                elif "loaded" in answer:
+                    tqdm.write(f"jaxdiff: the model is loaded on {answer['loaded']}", sys.stderr)
+                else:
+                    return _unpack(answer)
+        except BrokenPipeError:
+            raise _DeathError(_how(process.wait()), running) from None
+
+    def end(self) -> None:
+        """Ends the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            with contextlib.suppress(BrokenPipeError):  # of what it was to be told
+                process.stdin.close()
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env=self._environment,
+            start_new_session=True,  # a terminal's Ctrl-C is for the supervisor
+        )
+        self._answers: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        threading.Thread(
+            target=_listen, args=(self._process.stdout, self._answers), daemon=True
+        ).start()
+
+    def _say(self, message: dict | str) -> None:
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+
+def _listen(lines, answers: queue.SimpleQueue) -> None:
+    with lines:
+        for line in lines:
+            answers.put(json.loads(line))
+    answers.put(None)
+
+
+def _unpack(answer: dict) -> dict:
+    ((kind, what),) = answer.items()
+    if kind == "done":
+        return what
+    if kind == "stopped":
+        raise StoppedError
+    if kind == "refused":
+        raise InputError(what)
+    if kind == "os":
+        raise OSError(*what)
+    raise WorkerError(what)
+
+
+def _how(code: int) -> str:
+    return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def device_share(index: int, count: int, environment: dict[str, str]) -> dict[str, str]:
+    """The environment in which one of several workers sees its own devices only.
+
+    NVIDIA GPUs are dealt out, those of CUDA_VISIBLE_DEVICES or all; CPU cores are shared, so that
+    what a worker computes does not depend on how many there are.
+
+    Raises:
+      InputError: if there are GPUs, but not as many for each worker.
+    """
+    devices = environment.get("CUDA_VISIBLE_DEVICES")
+    if devices is None:
+        devices = ",".join(str(n) for n in range(_nvidia_gpus()))
+    gpus = [device for device in devices.split(",") if device]
+    if count == 1 or not gpus or environment.get("JAX_PLATFORMS") == "cpu":
+        return dict(environment)
+    if len(gpus) % count:
+        raise InputError(f"--workers {count}: {len(gpus)} GPUs cannot be shared out evenly")
+    own = gpus[index * len(gpus) // count : (index + 1) * len(gpus) // count]
+    return {**environment, "CUDA_VISIBLE_DEVICES": ",".join(own)}
+
+
+def _nvidia_gpus() -> int:
+    with contextlib.suppress(OSError):
+        return len(os.listdir("/proc/driver/nvidia/gpus"))
+    return 0

@@ -1,0 +1,205 @@
+"""Workers that fail, die or hang: nothing is lost but the image that is to blame."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from making import files
+
+from jaxdiff import cli
+from jaxdiff.dataset import directory as layout
+
+ROOT = Path(__file__).parents[2]
+# What a worker does when it is to encode a prompt with a word in it.
+AT_WORD = """
+from jaxdiff.prompts import PromptEncoder
+def wrapped(self, prompts, **how):
+    if any({word!r} in prompt for prompt in prompts):
+        {fault}
+    return encode(self, prompts, **how)
+encode, PromptEncoder.__call__ = PromptEncoder.__call__, wrapped
+"""
+STAR_KEYS = ["000000003", "000000004", "000000005"]
+
+
+def at(word: str, fault: str) -> str:
+    return AT_WORD.format(word=word, fault=fault)
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """Lets the workers that are started from now on run some code first; None for no more."""
+    paths = [str(Path(__file__).parent / "faults"), str(ROOT)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+    def faulty(code: str | None) -> None:
+        monkeypatch.setenv("FAULT", code or "")
+
+    return faulty
+
+
+@pytest.fixture
+def whole(tmp_path, command) -> Path:
+    """What the job leaves when nothing goes wrong."""
+    assert cli.main(command(tmp_path / "whole")) == 0
+    return tmp_path / "whole"
+
+
+def failures(directory: Path) -> dict[str, str]:
+    lines = (directory / "failed.jsonl").read_text().splitlines()
+    return {line["key"]: line["reason"] for line in map(json.loads, lines)}
+
+
+def children() -> list[int]:
+    """The workers of this process."""
+    found = subprocess.run(
+        ["pgrep", "-P", str(os.getpid()), "-f", "pipelines.worker"], capture_output=True, text=True
+    )
+    return [int(line) for line in found.stdout.split()]
+
+
+def test_rows_that_make_the_model_fail_stand_alone_until_they_are_retried(
+    tmp_path, command, faulty, capsys, whole
+):
+    directory = tmp_path / "out"
+    faulty(at("star", 'raise RuntimeError("no stars\\nat all")'))
+    assert cli.main(command(directory)) == 3
+    assert failures(directory) == dict.fromkeys(STAR_KEYS, "RuntimeError: no stars")
+    assert cli.main(["verify", str(directory)]) == 0
+    assert "21 made, 3 failed" in capsys.readouterr().out
+
+    assert cli.main(command(directory, "--retry-failed")) == 3  # they still fail
+    faulty(None)
+    assert cli.main(command(directory)) == 3  # they are not asked for
+    assert cli.main(command(directory, "--retry-failed")) == 0
+    assert failures(directory) == {}
+    assert files(directory) == files(whole)
+    assert cli.main(["verify", str(directory)]) == 0
+    assert cli.main(command(directory, "--retry-failed")) == 0
+    assert "is finished already: 24 images" in capsys.readouterr().out
+
+
+def test_a_model_that_fails_whatever_it_is_asked_is_not_the_rows_fault(
+    tmp_path, command, faulty, capsys
+):
+    faulty(at("", 'raise RuntimeError("broken")'))
+    assert cli.main(command(tmp_path / "out")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "jaxdiff: the model fails whatever it is asked: RuntimeError: broken"
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_does_not_suffice_is_not_the_rows_fault(tmp_path, command, faulty, capsys):
+    faulty(at("star", 'raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")'))
+    assert cli.main(command(tmp_path / "out")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "2 images of 64x64 at once do not fit the memory of 1 x cpu" in said
+
+
+def test_a_row_that_kills_the_process_is_given_up_after_three_deaths(
+    tmp_path, command, faulty, capsys, whole
+):
+    directory = tmp_path / "out"
+    faulty(at("star", "import os; os.kill(os.getpid(), 11)"))
+    assert cli.main(command(directory, "--negative-prompt=")) == 3
+    said = capsys.readouterr().err
+    # Two shards die in the first batch; then each of three images dies twice, alone.
+    assert said.count("a worker died of SIGSEGV and is restarted") == 8
+    reason = "the process died of SIGSEGV, 3 times"
+    assert failures(directory) == dict.fromkeys(STAR_KEYS, reason)
+    assert cli.main(["verify", str(directory)]) == 0
+    faulty(None)
+    assert cli.main(command(directory, "--retry-failed")) == 0
+    assert files(directory) == files(whole)
+
+
+def test_a_worker_that_cannot_even_load_the_model_ends_the_job(tmp_path, command, faulty, capsys):
+    faulty("import os; os._exit(5)")
+    assert cli.main(command(tmp_path / "out")) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "jaxdiff: a worker ended with exit code 5 while it made nothing"
+
+
+def test_a_worker_that_hangs_is_restarted(tmp_path, command, faulty, capsys, whole):
+    directory, once = tmp_path / "out", tmp_path / "once"
+    first = f"import os, time; os.path.exists({str(once)!r}) or "
+    hang = first + f"(open({str(once)!r}, 'w'), time.sleep(1e6))"
+    faulty(at("star", hang))
+    assert cli.main(command(directory, "--patience=30")) == 0
+    assert "a worker finished no batch in 30 s (--patience) and is restarted" in (
+        capsys.readouterr().err
+    )
+    assert files(directory) == files(whole)
+
+
+def test_a_worker_that_is_lost_costs_nothing(tmp_path, command, capsys):
+    directory = tmp_path / "out"
+
+    def kill() -> None:
+        while not (directory / layout.DONE / "00001.json").exists():
+            time.sleep(0.002)
+        for child in children():
+            os.kill(child, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert cli.main(command(directory, "--num-images=40")) == 0
+    killer.join()
+    assert "a worker died of SIGKILL and is restarted" in capsys.readouterr().err
+    assert cli.main(command(tmp_path / "whole", "--num-images=40")) == 0
+    assert files(directory) == files(tmp_path / "whole")
+
+
+def test_two_workers_make_the_same_bytes(tmp_path, command, whole):
+    assert cli.main(command(tmp_path / "out", "--workers=2")) == 0
+    assert files(tmp_path / "out") == files(whole)
+    assert children() == []
+
+
+@pytest.mark.parametrize("name", ["replace", "link", "fsync"])
+def test_a_disk_that_refuses_is_one_line_and_the_same_command_continues(
+    tmp_path, command, faulty, capsys, whole, name
+):
+    directory = tmp_path / "out"
+    faulty(f"""
+import os
+def refuse(*_, **__):
+    raise OSError(5, "Input/output error", "some/file")
+os.{name} = refuse
+""")
+    assert cli.main(command(directory)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        "jaxdiff: some/file: Input/output error; when that is mended, the same command continues"
+    )
+    faulty(None)
+    assert cli.main(command(directory)) == 0
+    assert files(directory) == files(whole)
+
+
+def test_a_platform_that_is_not_there_is_refused(tmp_path, command, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert cli.main(command(tmp_path / "out")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("jaxdiff: JAX_PLATFORMS=tpu: JAX finds no such device here")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_process_that_runs_beam_imports_no_jax(tmp_path, command, environment):
+    code = (
+        "import sys; from jaxdiff import cli; cli.main(sys.argv[1:]); print('jax' in sys.modules)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *command(tmp_path / "out", "--limit=1")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.splitlines()[-1] == "False"
+    assert (tmp_path / "out" / "_SUCCESS").exists()
