@@ -1,0 +1,132 @@
+"""`jaxdiff generate --dry-run`: what a job would do, before anything is made."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from jaxdiff.checkpoint import operations
+from jaxdiff.dataset import planning
+from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset.plan import Plan
+from jaxdiff.request import Bucket
+from pipelines import inputs
+from pipelines.options import Job
+
+BUCKET_COLUMNS = ["width", "height", "steps", "guidance_scale", "sampler"]
+HEADINGS = ("size", "steps", "sampler", "guided", "images", "batches", "padded slots", "shards")
+SPEEDS = ((0.3e12, "two CPU cores"), (100e12, "a fast accelerator"))  # operations per second
+
+
+@dataclass
+class Share:
+    """What of a plan falls to one bucket, on one device."""
+
+    images: int = 0
+    batches: int = 0
+    slots: int = 0
+    shards: int = 0
+
+
+def report(job: Job, options: PipelineOptions) -> str:
+    """Plans into a temporary folder and says what was planned, as lines of text.
+
+    Args:
+      options: Beam's, by which the manifest may be reached.
+
+    Raises:
+      InputError: as the job itself would.
+    """
+    ensemble = job.models.open()
+    settings = job_settings.resolve(job.settings, ensemble)
+    with (
+        inputs.fetched(job.manifest, options) as manifest,
+        tempfile.TemporaryDirectory(prefix="jaxdiff-plan-") as temporary,
+    ):
+        folder = Path(temporary) / "plan"
+        identity = planning.identify(manifest, settings, ensemble)
+        models = vars(job.models)
+        plan = planning.make(manifest, settings, ensemble, identity, folder, models=models)
+        shares = _shares(folder, plan)
+        rows = _rows(folder, plan)
+    work = sum(
+        share.slots * operations.of_image(ensemble, settings, bucket)
+        for bucket, share in shares.items()
+    )
+    return "\n".join(
+        [
+            rows,
+            f"images: {plan.images}, by {plan.model_name}; shards: {len(plan.shard_sizes)}; "
+            f"batches: of {settings.batch_size} on one device (a CPU takes what suits it)",
+            "",
+            *_table(shares),
+            "",
+            _time(work),
+        ]
+    )
+
+
+def _rows(folder: Path, plan: Plan) -> str:
+    said = ", ".join(f"{count} {what}" for what, count in plan.rows.items())
+    said = f"{plan.manifest}: rows: {said}"
+    if plan.rows["rejected"]:
+        with (folder / plan.rejected_file).open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        said += f"; the first rejected is {first['file']}, line {first['line']}: {first['reason']}"
+    return said
+
+
+def _shares(folder: Path, plan: Plan) -> dict[Bucket, Share]:
+    table = pq.read_table(folder / plan.images_file, columns=BUCKET_COLUMNS)
+    shares: dict[Bucket, Share] = {}
+    batch_size, start = plan.settings.batch_size, 0
+    for size in plan.shard_sizes:
+        row = {name: table[name][start].as_py() for name in BUCKET_COLUMNS}
+        row["guided"] = row.pop("guidance_scale") > 1
+        share = shares.setdefault(Bucket(**row), Share())
+        batches = -(-size // batch_size)
+        share.images += size
+        share.batches += batches
+        share.slots += batches * batch_size
+        share.shards += 1
+        start += size
+    return shares
+
+
+def _table(shares: dict[Bucket, Share]) -> list[str]:
+    rows = [HEADINGS]
+    for bucket, share in sorted(shares.items()):
+        rows.append(
+            (
+                f"{bucket.width}x{bucket.height}",
+                str(bucket.steps),
+                bucket.sampler,
+                "yes" if bucket.guided else "no",
+                str(share.images),
+                str(share.batches),
+                str(share.slots - share.images),
+                str(share.shards),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+
+
+def _time(work: int) -> str:
+    times = ", ".join(
+        f"{_duration(work / speed)} at {speed / 1e12:g} TFLOP/s ({what})" for speed, what in SPEEDS
+    )
+    return f"about {work:.1e} operations: {times}; loading, compiling and files come on top"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} s"
