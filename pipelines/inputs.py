@@ -41,11 +41,10 @@ def _copied(where: str, folder: Path, options: PipelineOptions) -> Manifest:
     _check_extra(where)
     FileSystems.set_options(options)
     try:
-        addresses, are_items = _match(where), False
+        addresses, are_items = [] if where.endswith("/") else _match(where), False
         if not addresses:
-            items = f"{where.rstrip('/')}/*{manifests.ITEM_ENDING}"
-            addresses = _match(items)
-            are_items = bool(addresses)
+            addresses = _match(f"{where.rstrip('/')}/*{manifests.ITEM_ENDING}")
+            are_items = bool(addresses) or where.endswith("/")
         paths = {}
         for number, address in enumerate(sorted(addresses)):
             paths[address] = folder / f"{number}{'.gz' * address.lower().endswith('.gz')}"

@@ -79,7 +79,8 @@ def _read_jsonl(path: Path, name: str, _) -> Iterator[Entry]:
                 if not isinstance(values, dict):
                     values, error = None, 'the line is not a JSON object, such as {"prompt": "..."}'
             except json.JSONDecodeError as problem:
-                error = f"the line is not JSON ({problem.msg} at character {problem.pos + 1})"
+                what = problem.msg.removesuffix(" at")
+                error = f"the line is not JSON ({what} at character {problem.pos + 1})"
             except (RecursionError, ValueError) as problem:
                 error = f"the line is not JSON ({problem})"
         yield Entry(number, _without_newline(line), values, error)

@@ -1,0 +1,148 @@
+"""Manifests elsewhere, through a real file system of Beam's: local files under another scheme."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+from apache_beam.io.localfilesystem import LocalFileSystem
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from jaxdiff import cli
+from jaxdiff.dataset import manifest as manifests
+from jaxdiff.errors import InputError
+from pipelines import inputs
+
+SCHEME = "shelf"
+
+
+class Shelf(LocalFileSystem):
+    """shelf://tmp/x is the local /tmp/x; Beam finds it by its scheme."""
+
+    @classmethod
+    def scheme(cls):
+        return SCHEME
+
+    def has_dirs(self):
+        return False
+
+    def _list(self, dir_or_prefix):
+        folder = Path(_local(dir_or_prefix)).parent
+        for path in [*folder.iterdir(), *folder.glob("*/*")]:
+            if path.is_file() and _shelf(path).startswith(dir_or_prefix):
+                yield self.metadata(_shelf(path))
+
+    def split(self, path):
+        head, _, tail = path.rpartition("/")
+        return head, tail
+
+    def exists(self, path):
+        return Path(_local(path)).is_file()  # there are no folders in a bucket
+
+    def metadata(self, path):
+        found = super().metadata(_local(path))
+        found.path = path
+        return found
+
+    def size(self, path):
+        return super().size(_local(path))
+
+    def open(self, path, *args, **kwargs):
+        return super().open(_local(path), *args, **kwargs)
+
+
+def _local(path: str) -> str:
+    return path.replace(f"{SCHEME}://", "/")
+
+
+def _shelf(path: str | Path) -> str:
+    return f"{SCHEME}://{str(path).lstrip('/')}"
+
+
+def fetched(where: str):
+    return inputs.fetched(where, PipelineOptions())
+
+
+@pytest.fixture
+def shelf(tmp_path) -> str:
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "b.txt").write_text("two\n")
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "one"}\n'))
+    return _shelf(folder)
+
+
+def prompts(manifest) -> list[str]:
+    return [e.values["prompt"] for source in manifest.sources for e in manifests.read(source)]
+
+
+def test_a_path_is_itself(tmp_path):
+    (tmp_path / "p.txt").write_text("a\n")
+    with fetched(str(tmp_path / "p.txt")) as manifest:
+        assert manifest == manifests.find(tmp_path / "p.txt")
+
+
+def test_an_address_is_copied_and_the_copy_deleted(shelf):
+    with fetched(f"{shelf}/a.jsonl.gz") as manifest:
+        (source,) = manifest.sources
+        assert (manifest.name, source.name) == (f"{shelf}/a.jsonl.gz",) * 2
+        assert prompts(manifest) == ["one"]
+        assert source.path.exists()
+    assert not source.path.exists()
+    assert not source.path.parent.exists()
+
+
+def test_a_glob_of_addresses_is_read_in_the_order_of_their_names(shelf):
+    with fetched(f"{shelf}/*") as manifest:
+        assert [source.name for source in manifest.sources] == [
+            f"{shelf}/a.jsonl.gz",
+            f"{shelf}/b.txt",
+        ]
+        assert prompts(manifest) == ["one", "two"]
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_an_address_of_a_folder_is_a_prompt_for_each_text(shelf, end):
+    with fetched(shelf + end) as manifest:
+        (source,) = manifest.sources
+        assert [entry.values for entry in manifests.read(source)] == [{"id": "b", "prompt": "two"}]
+
+
+def test_a_manifest_is_the_same_here_and_there(shelf, tmp_path):
+    for end in ("", "/*", "/b.txt"):
+        with fetched(shelf + end) as there:
+            here = manifests.find(f"{tmp_path}/prompts{end}")
+            assert manifests.digest(there) == manifests.digest(here)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("/no.txt", "does not exist"),
+        ("/*.csv", "matches no file"),
+        ("/no/", "is a folder without .txt files"),
+    ],
+)
+def test_an_address_of_nothing_is_one_clear_line(shelf, where, message):
+    with pytest.raises(InputError) as caught, fetched(shelf + where):
+        pass
+    assert str(caught.value).startswith(f"manifest {shelf}{where} {message}")
+
+
+def test_an_address_that_cannot_be_reached_says_what_is_missing(capsys, tmp_path):
+    said = {
+        "gs://bucket/p.txt": "needs: pip install 'apache-beam[gcp]'",
+        "s3://bucket/p.txt": "needs: pip install 'apache-beam[aws]'",
+        "https://host/p.txt": "cannot be read (Unable to get filesystem",
+    }
+    for where, message in said.items():
+        arguments = ["generate", f"--manifest={where}", f"--output={tmp_path / 'out'}"]
+        assert cli.main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"jaxdiff: manifest {where} {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_takes_its_prompts_from_an_address(shelf, command, tmp_path):
+    directory = tmp_path / "out"
+    assert cli.main(command(directory, manifest=f"{shelf}/*")) == 0
+    assert cli.main(["verify", str(directory)]) == 0
