@@ -165,8 +165,8 @@ def _make_plan(
         )
         _check_strict(job, plan, folder)
         if extended:
-            made = len(extended[1].shard_sizes)
-            _say(f"{job.output} is extended; its {_count(made, 'shard')} stay as planned")
+            kept = _count(len(extended[1].shard_sizes), "shard")
+            _say(f"{job.output} is extended; the plan of its {kept} stays")
         else:
             layout.set_aside(job.output)
         plans.store(folder, job.output)

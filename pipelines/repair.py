@@ -27,7 +27,6 @@ def repair(directory: Path) -> bool:
     if plan is None:
         raise InputError(f"{directory} holds no jaxdiff run")
     with layout.held(directory), stopped_by_signals():
-        ledger.settle(directory, plan)
         broken = ledger.broken(directory, plan)
         work = (plan, directory, Models(**plan.models), Workers())
         runner = runners.choose([], 1)

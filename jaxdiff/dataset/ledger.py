@@ -153,23 +153,29 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def broken(directory: Path, plan: Plan) -> list[int]:
-    """The shards that are made but not as their markers say; deletes markers that say nothing.
+    """The shards that are made, but not as their markers and the plan say.
+
+    Deletes markers that say nothing, and ends what a dead job was doing.
 
     Raises:
       InputError: if the plan is damaged, which no other file could mend.
     """
     if problem := next(_check_plan(directory, plan), None):
         raise InputError(f"{directory}: {problem}; that cannot be repaired: start anew elsewhere")
-    found = []
     for shard in range(len(plan.shard_sizes)):
-        if any(_check_shard(directory, plan, shard)) or any(_check_content(directory, plan, shard)):
-            try:
-                marker = shards.read_marker(directory, plan, shard)
-            except ValueError:
-                shards.forget(directory, shard)
-            else:
-                found += [shard] if marker else []
-    return found
+        try:
+            shards.read_marker(directory, plan, shard)
+        except ValueError:
+            shards.forget(directory, shard)
+    settle(directory, plan)
+    return [
+        shard
+        for shard, marker in enumerate(_markers(directory, plan))
+        if marker
+        and (
+            any(_check_shard(directory, plan, shard)) or any(_check_content(directory, plan, shard))
+        )
+    ]
 
 
 def _check_plan(directory: Path, plan: Plan) -> Iterator[str]:

@@ -214,7 +214,7 @@ class Attempt:
         return self._committed()
 
     def repair(self, marker: Marker) -> None:
-        """Puts the files in the places of those that a marker names.
+        """Puts the files in the places of those that a marker names and that are not as it says.
 
         Raises:
           InputError: if they differ from those; then nothing has changed.
@@ -225,11 +225,13 @@ class Attempt:
                 path = marker_path(self._directory, self._shard, marker.revision)
                 raise InputError(
                     f"{name} was made again, but not to the bytes that its marker names; delete "
-                    f"{path} to have others"
+                    f"{path} and repair again"
                 )
-        for name in marker.files:
-            layout.replace(self._path(name), self._directory / name)
-            layout.sync_folder((self._directory / name).parent)
+        for name, file in marker.files.items():
+            final = self._directory / name
+            if not final.exists() or layout.digest(final) != file["sha256"]:
+                layout.replace(self._path(name), final)
+                layout.sync_folder(final.parent)
 
     def _finish(self) -> dict[str, dict]:
         """Ends the files; returns what a marker says of them."""

@@ -1,0 +1,118 @@
+"""The same directory, asked for more: what is made stays, what is new is added, else a refusal."""
+
+import json
+
+import pytest
+from making import files
+
+from jaxdiff import cli
+from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import plan as plans
+
+FIRST = [{"prompt": "a red circle", "id": "a"}, {"prompt": "a star", "id": "b", "num_images": 3}]
+MORE = [*FIRST, {"prompt": "a blue square", "id": "c"}, "broken"]
+
+
+@pytest.fixture
+def write(manifest):
+    """Puts other rows into the job's manifest."""
+
+    def write(rows: list) -> None:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        manifest.write_text("\n".join(lines) + "\n")
+
+    return write
+
+
+def pixels(directory) -> dict[tuple[str, int], str]:
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(directory / "metadata").to_pylist()
+    return {(row["id"], row["image_index"]): row["pixel_sha256"] for row in rows}
+
+
+def test_a_longer_manifest_adds_its_images_and_keeps_what_is_made(tmp_path, command, capsys, write):
+    directory = tmp_path / "out"
+    write(FIRST)
+    assert cli.main(command(directory)) == 0
+    first = plans.load(directory)
+    before = {path: path.read_bytes() for path in directory.glob("data/*")}
+    write(MORE)
+    assert cli.main(command(directory)) == 0
+    said = capsys.readouterr().err
+    assert "is extended; the plan of its 1 shard stays" in said
+    assert "1 of 4 rows of" in said
+    assert {path: path.read_bytes() for path in before} == before
+    extended = plans.load(directory)
+    assert extended.shard_ids[:1] == first.shard_ids
+    assert extended.shard_sizes == [4, 1]
+    assert extended.rows == {"blank": 0, "rejected": 1, "accepted": 3}
+    assert len((directory / "rejected.jsonl").read_text().splitlines()) == 1
+    assert sorted(path.name for path in (directory / layout.PLAN).iterdir()) == sorted(
+        ["plan.json", *extended.sha256]
+    )
+    assert cli.main(["verify", str(directory)]) == 0
+
+    assert cli.main(command(tmp_path / "fresh")) == 0
+    assert pixels(directory) == pixels(tmp_path / "fresh")
+
+
+def test_more_images_of_each_row_and_a_higher_limit_extend_as_well(tmp_path, command, write):
+    directory = tmp_path / "out"
+    write([{"prompt": "a red circle"}, {"prompt": "a star"}])
+    for more in (["--limit=1"], [], ["--num-images=2"], ["--num-images=3", "--limit=5"]):
+        assert cli.main(command(directory, *more)) == 0
+        assert cli.main(["verify", str(directory)]) == 0
+    assert sorted(pixels(directory)) == [("0", 0), ("0", 1), ("0", 2), ("1", 0), ("1", 1)]
+    assert cli.main(command(tmp_path / "fresh", "--num-images=3", "--limit=5")) == 0
+    assert pixels(directory) == pixels(tmp_path / "fresh")
+
+
+def test_an_interrupted_job_can_be_extended(tmp_path, command, write):
+    directory = tmp_path / "out"
+    write(FIRST)
+    assert cli.main(command(directory)) == 0
+    for name in ("_SUCCESS", "_jaxdiff/done/00000.json"):  # as if it had been killed
+        (directory / name).unlink()
+    write(MORE)
+    assert cli.main(command(directory)) == 0
+    assert cli.main(["verify", str(directory)]) == 0
+    assert len(pixels(directory)) == 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ([{**FIRST[0], "prompt": "a ring"}, FIRST[1]], "line 1 of manifest"),
+        ([{**FIRST[0], "seed": 3}, FIRST[1]], "asks for another image 0 of row 'a' than before"),
+        ([{**FIRST[0], "note": "x"}, FIRST[1]], "asks for another image 0 of row 'a' than before"),
+        ([{**FIRST[1], "num_images": 2}, FIRST[0]], "does not ask for image 2 of row 'b' any more"),
+        ([FIRST[1]], "does not ask for image 0 of row 'a' any more"),
+    ],
+)
+def test_what_does_not_hold_all_that_was_planned_is_refused(
+    tmp_path, command, capsys, write, rows, why
+):
+    directory = tmp_path / "out"
+    write(FIRST)
+    assert cli.main(command(directory)) == 0
+    before = files(directory)
+    write(rows)
+    assert cli.main(command(directory)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "holds another run (manifest_sha256 '" in said
+    assert "and cannot be extended: " in said
+    assert why in said
+    assert files(directory) == before
+    assert cli.main(command(directory, "--num-images=2", "--steps=3")) == 2
+    assert "; name another directory" in capsys.readouterr().err
+
+
+def test_the_order_of_rows_does_not_matter_for_what_is_made(tmp_path, command, write):
+    directory = tmp_path / "out"
+    write(FIRST)
+    assert cli.main(command(directory)) == 0
+    write(MORE[::-1])
+    assert cli.main(command(directory)) == 0
+    assert cli.main(["verify", str(directory)]) == 0
+    assert len(pixels(directory)) == 5

@@ -1,0 +1,112 @@
+"""`verify` names what is wrong with a dataset, and `verify --repair` makes just that again."""
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from making import files
+
+from jaxdiff import cli
+from jaxdiff.dataset import directory as layout
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_checkpoint) -> Path:
+    """A finished dataset of three shards."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "rows.txt").write_text("a red circle\na star\n\ntwo rings\n")
+    job = {"manifest": folder / "rows.txt", "output": folder / "out", "model": tiny_checkpoint}
+    job |= {"steps": 2, "num-images": 3, "batch-size": 1, "images-per-shard": 3}
+    assert cli.main(["generate", *(f"--{name}={value}" for name, value in job.items())]) == 0
+    return folder / "out"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate_on_a_member(path: Path) -> None:
+    """What is left reads as a whole archive."""
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[3].offset
+    path.write_bytes(path.read_bytes()[:end])
+
+
+def edit_a_row(path: Path) -> None:
+    table = pq.read_table(path)
+    prompts = pa.array(["another", *table["prompt"].to_pylist()[1:]])
+    index = table.schema.get_field_index("prompt")
+    pq.write_table(table.set_column(index, table.schema.field(index), prompts), path)
+
+
+DAMAGE = {
+    "a flipped byte": ("data/train-00001.tar", flip),
+    "a removed shard": ("data/train-00002.tar", Path.unlink),
+    "a truncated shard": ("data/train-00000.tar", lambda p: p.write_bytes(p.read_bytes()[:5000])),
+    "a cut between images": ("data/train-00001.tar", truncate_on_a_member),
+    "an edited row": ("metadata/train-00001.parquet", edit_a_row),
+    "a removed marker": ("_jaxdiff/done/00001.json", Path.unlink),
+    "a damaged marker": ("_jaxdiff/done/00001.json", lambda path: path.write_text("{")),
+    "an edited card": ("README.md", lambda path: path.write_text("mine")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_is_named_and_made_again(tmp_path, made, capsys, damage):
+    directory = tmp_path / "out"
+    shutil.copytree(made, directory)
+    name, do = DAMAGE[damage]
+    do(directory / name)
+    untouched = {p: p.stat().st_mtime_ns for p in directory.glob("data/*") if p.name not in name}
+    capsys.readouterr()
+    assert cli.main(["verify", str(directory)]) == 1
+    said = capsys.readouterr()
+    shard = f"shard {int(name[-10:-5])} of 3" if name.endswith("json") else name
+    assert shard in said.out or name in said.out
+    assert said.err.splitlines()[-1].startswith(f"{directory}: ")
+    assert cli.main(["verify", str(directory), "--repair"]) == 0
+    assert "9 made" in capsys.readouterr().out
+    assert files(directory) == files(made)
+    if "marker" not in damage:
+        assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
+
+
+def test_a_stray_file_is_named_and_left_alone(tmp_path, made, capsys):
+    directory = tmp_path / "out"
+    shutil.copytree(made, directory)
+    (directory / "data" / "mine.tar").write_text("mine")
+    assert cli.main(["verify", str(directory), "--repair"]) == 1
+    said = capsys.readouterr()
+    assert "data/mine.tar does not belong to the run; move it away" in said.out
+    assert "1 problem\n" in said.err
+    assert (directory / "data" / "mine.tar").read_text() == "mine"
+
+
+def test_a_damaged_plan_cannot_be_repaired(tmp_path, made, capsys):
+    directory = tmp_path / "out"
+    shutil.copytree(made, directory)
+    (path,) = directory.glob(f"{layout.PLAN}/images-*")
+    flip(path)
+    before = files(directory)
+    assert cli.main(["verify", str(directory), "--repair"]) == 2
+    assert "that cannot be repaired: start anew elsewhere" in capsys.readouterr().err
+    assert files(directory) == before
+
+
+def test_a_repair_that_gives_other_bytes_changes_nothing(tmp_path, made, capsys):
+    directory = tmp_path / "out"
+    shutil.copytree(made, directory)
+    path = directory / "data" / "train-00001.tar"
+    marker = directory / "_jaxdiff" / "done" / "00001.json"
+    path.unlink()
+    marker.write_text(marker.read_text().replace('"sha256": "', '"sha256": "0', 1)[: -0 or None])
+    assert cli.main(["verify", str(directory), "--repair"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "was made again, but not to the bytes that its marker names; delete" in said
+    assert said.endswith("and repair again")
+    assert not path.exists()
