@@ -7,14 +7,15 @@ attention, which are nearly all; not normalizations, not the text encoders. Impo
 import re
 from collections.abc import Mapping
 
+import numpy as np
+
 from jaxdiff import checks
 from jaxdiff.checkpoint.ensemble import Ensemble
 from jaxdiff.checkpoint.layout import Checkpoint
 from jaxdiff.checkpoint.tensors import StoredTensor
-from jaxdiff.dataset.settings import Settings
 from jaxdiff.diffusion import samplers
 from jaxdiff.diffusion.schedule import NoiseSchedule
-from jaxdiff.request import Bucket
+from jaxdiff.request import Bucket, Options
 
 TOKENS = 77  # of a prompt, where the text encoder does not say
 BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.")
@@ -22,14 +23,14 @@ RESAMPLED = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(down|up)samplers\.")
 ONCE_AN_IMAGE = re.compile(r"\b(time_embedding|add_embedding|time_emb_proj)\.")
 
 
-def of_image(ensemble: Ensemble, settings: Settings, bucket: Bucket) -> int:
+def of_image(ensemble: Ensemble, options: Options, bucket: Bucket) -> int:
     """Those of one image of a bucket: every evaluation of the denoisers, and the decoder."""
     factor = ensemble.base.size_multiple
     height, width = bucket.height // factor, bucket.width // factor
     total = of_network(_decoder(ensemble.base), height, width)
-    rows = _evaluations(ensemble, settings, bucket)
+    rows = _evaluations(ensemble, options, bucket)
     for checkpoint, evaluations in zip(ensemble.experts, rows, strict=True):
-        tokens = _tokens(checkpoint) * settings.prompt_chunks
+        tokens = _tokens(checkpoint) * options.prompt_chunks
         total += evaluations * of_network(checkpoint.weights("unet"), height, width, tokens)
     return total
 
@@ -104,16 +105,16 @@ def _tokens(checkpoint: Checkpoint) -> int:
     return next((tokens for tokens in said if isinstance(tokens, int)), TOKENS)
 
 
-def _evaluations(ensemble: Ensemble, settings: Settings, bucket: Bucket) -> list[int]:
+def _evaluations(ensemble: Ensemble, options: Options, bucket: Bucket) -> list[int]:
     """Of each expert's network for one image; a guided step takes two."""
-    timesteps = [_timesteps(expert, settings, bucket) for expert in ensemble.experts]
+    timesteps = [_timesteps(expert, options, bucket) for expert in ensemble.experts]
     rows = len(timesteps[0])
     refined_from = rows
     if ensemble.refiner:
         trained = ensemble.base.scheduler.get("num_train_timesteps", 1000)
-        cut = round(trained * (1.0 - settings.refiner_start))
+        cut = round(trained * (1.0 - options.refiner_start))
         refined_from = int((timesteps[0] >= cut).sum())
-    guided = range(round(rows * settings.guidance_start), round(rows * settings.guidance_stop))
+    guided = range(round(rows * options.guidance_start), round(rows * options.guidance_stop))
     counts = []
     for expert, own in zip(
         ensemble.experts, (range(refined_from), range(refined_from, rows)), strict=False
@@ -123,9 +124,7 @@ def _evaluations(ensemble: Ensemble, settings: Settings, bucket: Bucket) -> list
     return counts
 
 
-def _timesteps(checkpoint: Checkpoint, settings: Settings, bucket: Bucket):
-    config = checks.changed_scheduler(checkpoint.scheduler, settings.scheduler)
+def _timesteps(checkpoint: Checkpoint, options: Options, bucket: Bucket) -> np.ndarray:
+    config = checks.changed_scheduler(checkpoint.scheduler, options.scheduler)
     schedule = NoiseSchedule.from_json(config, bucket.sampler)
-    return samplers.sampler_table(
-        bucket.sampler, schedule, bucket.steps, eta=settings.eta
-    ).timesteps
+    return samplers.sampler_table(bucket.sampler, schedule, bucket.steps, eta=options.eta).timesteps

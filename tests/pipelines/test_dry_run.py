@@ -1,0 +1,66 @@
+"""A dry run says what the job would do, and does nothing."""
+
+import tempfile
+from pathlib import Path
+
+from jaxdiff import cli
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import shard as shards
+
+ROWS = """\
+{"prompt": "a", "num_images": 5}
+{"prompt": "b", "width": 16, "height": 8, "guidance_scale": 1}
+{"prompt": ""}
+
+{"prompt": "c", "sampler": "heun", "steps": 3}
+"""
+
+
+def lines(capsys) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_dry_run_shows_buckets_batches_padding_shards_and_time(tmp_path, command, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(ROWS)
+    assert cli.main(command(tmp_path / "out", "--dry-run", manifest=path)) == 0
+    said = lines(capsys)
+    assert said[0] == (
+        f"{path}: rows: 1 blank, 1 rejected, 3 accepted; the first rejected is {path}, line 3: "
+        "the prompt is empty or missing"
+    )
+    assert said[1].startswith("images: 7, by tiny; shards: 4; batches: of 2 on one device")
+    assert [line.split() for line in said[3:7]] == [
+        ["size", "steps", "sampler", "guided", "images", "batches", "padded", "slots", "shards"],
+        ["16x8", "2", "ddim", "no", "1", "1", "1", "1"],
+        ["64x64", "2", "ddim", "yes", "5", "3", "1", "2"],
+        ["64x64", "3", "heun", "yes", "1", "1", "1", "1"],
+    ]
+    assert said[-1].startswith("about ")
+    assert " operations: " in said[-1]
+    assert " at 0.3 TFLOP/s (two CPU cores), " in said[-1]
+
+
+def test_a_dry_run_leaves_nothing_behind(tmp_path, command, capsys, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    assert cli.main(command(tmp_path / "new" / "out", "--dry-run")) == 0
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert cli.main(command(tmp_path / "new" / "out", "--dry-run", "--manifest=no.txt")) == 2
+    assert "manifest no.txt does not exist" in capsys.readouterr().err
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_the_job_makes_what_the_dry_run_says(tmp_path, command, capsys):
+    directory = tmp_path / "out"
+    arguments = command(directory)
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    said = lines(capsys)
+    assert cli.main(arguments) == 0
+    plan = plans.load(directory)
+    made = sum(shards.read_marker(directory, plan, n).made for n in range(len(plan.shard_sizes)))
+    assert said[1].startswith(f"images: {made}, by tiny; shards: {len(plan.shard_sizes)};")
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    assert cli.main([*arguments, "--dry-run", "--steps=3"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in Path(directory).rglob("*")} == before
