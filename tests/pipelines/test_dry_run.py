@@ -38,7 +38,7 @@ def test_a_dry_run_shows_buckets_batches_padding_shards_and_time(tmp_path, comma
     ]
     assert said[-1].startswith("about ")
     assert " operations: " in said[-1]
-    assert " at 0.3 TFLOP/s (two CPU cores), " in said[-1]
+    assert " at 0.1 TFLOP/s (two CPU cores), " in said[-1]
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path, command, capsys, monkeypatch):
