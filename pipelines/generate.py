@@ -36,8 +36,9 @@ from jaxdiff.dataset.manifest import Manifest
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.errors import InputError
 from pipelines import dry_run, inputs, progress, runners, supervisor
+from pipelines.images import StoppedError
 from pipelines.options import Job, Models, Workers
-from pipelines.worker import StoppedError, Task
+from pipelines.worker import Task
 
 ELSEWHERE = "name another directory, or start anew with --overwrite"
 NAMESPACE = "jaxdiff"  # of the metrics

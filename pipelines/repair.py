@@ -9,8 +9,8 @@ from jaxdiff.dataset import plan as plans
 from jaxdiff.errors import InputError
 from pipelines import runners
 from pipelines.generate import GenerateShard, make_shards, stopped_by_signals
+from pipelines.images import StoppedError
 from pipelines.options import Models, Workers
-from pipelines.worker import StoppedError
 
 
 def repair(directory: Path) -> bool:

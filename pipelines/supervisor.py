@@ -21,8 +21,9 @@ from dataclasses import asdict, replace
 from tqdm import tqdm
 
 from jaxdiff.errors import InputError
+from pipelines.images import StoppedError
 from pipelines.options import Workers
-from pipelines.worker import StoppedError, Task
+from pipelines.worker import Task
 
 MOST_DEATHS = 3
 LOOK_SECONDS = 0.5  # how often to look whether the job is to be stopped

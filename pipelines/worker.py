@@ -19,10 +19,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -31,25 +29,19 @@ from jaxdiff.dataset import formats
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
-from jaxdiff.dataset.plan import Plan, PlannedImage
+from jaxdiff.dataset.plan import Plan
 from jaxdiff.errors import InputError
 from jaxdiff.request import Options
+from pipelines.images import ShardImages, StoppedError, device_of, note_duration, reason_of
 from pipelines.options import Models
 
 if TYPE_CHECKING:
-    from jaxdiff.text_to_image import Image, TextToImage
+    from jaxdiff.text_to_image import TextToImage
 
-ENCODING_THREADS = min(4, os.cpu_count() or 1)
 PACKAGES = ("jaxdiff", "apache-beam", "flax", "jax", "jaxlib", "numpy", "pillow", "pyarrow")
-NOT_FINITE = "the model's values were not finite"
 NVIDIA = Path("/proc/driver/nvidia/version")  # lies there where NVIDIA's driver is loaded
-MAX_REASON_CHARACTERS = 300
 
 stopping = threading.Event()  # the running shard is given up
-
-
-class StoppedError(Exception):
-    """The worker was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,6 @@ class Task:
 
 
 _held: tuple[tuple, "TextToImage"] | None = None  # the model, and what it was loaded for
-_compile_seconds = 0.0
 
 
 def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
@@ -107,7 +98,14 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
     revision = marker.revision + 1 if task.mode == "retry" else 0
     loaded = time.monotonic()
     with shards.Attempt(directory, plan, task.shard, revision) as attempt:
-        work = _Work(model, plan, task, tell)
+        work = ShardImages(
+            model,
+            plan,
+            alone=task.alone,
+            deadly=task.deadly,
+            tell=tell,
+            is_stopping=stopping.is_set,
+        )
         work.fill(attempt, planned, kept)
         seconds = {"load": loaded - started} | work.seconds(time.monotonic() - loaded)
         facts = _facts(model, work.padded, seconds)
@@ -119,169 +117,11 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
     return {"images": work.made, "failed": work.failed, "padded": work.padded} | facts["seconds"]
 
 
-class _Work:
-    """Generates, encodes and stores the images of a shard, and counts."""
-
-    def __init__(self, model: "TextToImage", plan: Plan, task: Task, tell: Callable[[dict], None]):
-        self._model, self._plan, self._tell = model, plan, tell
-        self._alone, self._deadly = set(task.alone), task.deadly or {}
-        self._batch_size = plan.settings.batch_size
-        self._running: dict[str, PlannedImage] = {}
-        self._compiled_before, self._encode_seconds = _compile_seconds, 0.0
-        self._write_seconds = 0.0
-        self.made = self.failed = self.padded = 0
-
-    def fill(
-        self, attempt: shards.Attempt, planned: list[PlannedImage], kept: dict[str, Sample]
-    ) -> None:
-        """Adds all images to the attempt, of which some may be there already."""
-        wanted = [i for i in planned if i.key not in kept and i.key not in self._deadly]
-        reasons = dict(self._deadly)
-        with ThreadPoolExecutor(ENCODING_THREADS) as pool:
-            depth = 2 * self._model.slots(planned[0].request, self._batch_size)
-            samples = _ahead(self._encode, self._images(wanted), pool, depth)
-            for image in planned:
-                if stopping.is_set():
-                    raise StoppedError
-                sample = kept.get(image.key)
-                if sample is None and image.key not in reasons:
-                    sample = next(samples)
-                    self.made += isinstance(sample, Sample)
-                began = time.monotonic()
-                if isinstance(sample, Sample):
-                    attempt.add(sample)
-                else:
-                    attempt.add_failed(image, sample or reasons[image.key])
-                    self.failed += 1
-                self._write_seconds += time.monotonic() - began
-
-    def seconds(self, all_seconds: float) -> dict[str, float]:
-        """The seconds of the work by stage; encoding goes on beside generating."""
-        compiling = _compile_seconds - self._compiled_before
-        generating = all_seconds - compiling - self._write_seconds
-        return {
-            "compile": compiling,
-            "generate": generating,
-            "encode": self._encode_seconds,
-            "write": self._write_seconds,
-        }
-
-    def _images(self, planned: list[PlannedImage]) -> Iterator[tuple[PlannedImage, "Image | str"]]:
-        """Yields each image with its pixels, or with the reason why it cannot be made, in order."""
-        rest = deque(planned)
-        while rest:
-            together = [rest.popleft()]
-            if together[0].key in self._alone:
-                yield from self._made_alone(together)
-                continue
-            while rest and rest[0].key not in self._alone:
-                together.append(rest.popleft())
-            made = 0
-            try:
-                for pair in self._stream(together):
-                    yield pair
-                    made += 1
-            except Exception as problem:
-                if _is_fatal(problem):
-                    raise self._explained(problem, together[0]) from problem
-                suspects = together[made : made + len(self._running)]
-                rest.extendleft(reversed(together[made + len(suspects) :]))
-                yield from self._made_alone(suspects)
-
-    def _made_alone(
-        self, planned: list[PlannedImage]
-    ) -> Iterator[tuple[PlannedImage, "Image | str"]]:
-        """As `_images`, of images that may make the model fail, by halving what is together."""
-        try:
-            yield from list(self._stream(planned))
-        except Exception as problem:
-            if _is_fatal(problem):
-                raise self._explained(problem, planned[0]) from problem
-            if len(planned) > 1:
-                middle = len(planned) // 2
-                yield from self._made_alone(planned[:middle])
-                yield from self._made_alone(planned[middle:])
-                return
-            self._probe(planned[0], problem)
-            yield planned[0], _reason(problem)
-
-    def _stream(self, planned: list[PlannedImage]) -> Iterator[tuple[PlannedImage, "Image"]]:
-        """Yields images as the model makes them, and tells which are under way."""
-        self._running = {}
-        requests = self._announced(planned)
-        images = self._model.stream(requests, self._batch_size)
-        for image, made in zip(planned, images, strict=True):
-            del self._running[image.key]
-            yield image, made
-        self._tell({"running": []})
-
-    def _announced(self, planned: list[PlannedImage]) -> Iterator:
-        """Yields the images' requests, each batch announced before its first is taken."""
-        slots = self._model.slots(planned[0].request, self._batch_size)
-        for start in range(0, len(planned), slots):
-            batch = planned[start : start + slots]
-            self.padded += slots - len(batch)
-            self._running |= {image.key: image for image in batch}
-            self._tell({"running": [*self._running]})
-            yield from (image.request for image in batch)
-
-    def _probe(self, image: PlannedImage, problem: Exception) -> None:
-        """Raises what an image has failed with if one of nothing in particular fails as well."""
-        plain = replace(image.request, prompt="", negative_prompt="", seed=0)
-        try:
-            list(self._model.stream([plain], self._batch_size))
-        except Exception:
-            raise InputError(f"the model fails whatever it is asked: {_reason(problem)}") from None
-
-    def _explained(self, problem: Exception, image: PlannedImage) -> Exception:
-        if "RESOURCE_EXHAUSTED" not in str(problem):
-            return problem
-        size = f"{image.request.width}x{image.request.height}"
-        return InputError(
-            f"{self._batch_size} images of {size} at once do not fit the memory of "
-            f"{_device_of(self._model)}; a smaller --batch-size does"
-        )
-
-    def _encode(self, pair: tuple[PlannedImage, "Image | str"]) -> Sample | str:
-        planned, image = pair
-        if isinstance(image, str):
-            return image
-        if not image.finite:
-            return NOT_FINITE
-        began = time.monotonic()
-        sample = shards.encode(planned, image.pixels, self._plan)
-        self._encode_seconds += time.monotonic() - began
-        return sample
-
-
-def _is_fatal(problem: Exception) -> bool:
-    """Whether no row can be the cause."""
-    return isinstance(
-        problem, StoppedError | InputError | OSError | MemoryError
-    ) or "RESOURCE_EXHAUSTED" in str(problem)
-
-
-def _reason(problem: Exception) -> str:
-    first, *_ = str(problem).splitlines() or [""]
-    return f"{type(problem).__name__}: {first}"[:MAX_REASON_CHARACTERS]
-
-
 def _kept(directory: Path, plan: Plan, marker: shards.Marker) -> dict[str, Sample]:
     """The images of a made shard, by key."""
     images_name, _ = shards.file_names(plan, marker.shard)
     _, _, read = formats.FORMATS[plan.settings.format]
     return {sample.record["key"]: sample for sample in read(directory / images_name)}
-
-
-def _ahead(function: Callable, items: Iterable, pool: ThreadPoolExecutor, depth: int) -> Iterator:
-    """Maps on the pool, in order, at most `depth` items ahead of the consumer."""
-    pending = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > depth:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 def _load(models: Models, plan: Plan, tell: Callable[[dict], None]) -> "TextToImage":
@@ -298,7 +138,7 @@ def _load(models: Models, plan: Plan, tell: Callable[[dict], None]) -> "TextToIm
         if loaded.ensemble.fingerprint != plan.identity["model"]:
             raise InputError(f"model {models.model} is not the one that the job was planned for")
         _held = key, loaded
-        tell({"loaded": _device_of(loaded)})
+        tell({"loaded": device_of(loaded)})
     return _held[1]
 
 
@@ -320,23 +160,12 @@ def _check_devices() -> None:
             "this host has an NVIDIA GPU that JAX does not see: pip install 'jax[cuda12]', or set "
             "JAX_PLATFORMS=cpu to compute without it"
         )
-    jax.monitoring.register_event_duration_secs_listener(_note_duration)
-
-
-def _note_duration(event: str, seconds: float, **_) -> None:
-    global _compile_seconds
-    if event.startswith("/jax/core/compile/"):
-        _compile_seconds += seconds
-
-
-def _device_of(model: "TextToImage") -> str:
-    devices = model.mesh.devices
-    return f"{devices.size} x {devices.flat[0].device_kind}"
+    jax.monitoring.register_event_duration_secs_listener(note_duration)
 
 
 def _check_device(directory: Path, plan: Plan, model: "TextToImage") -> None:
     """Refuses to mix kinds of devices, whose pixels differ, in one dataset."""
-    here = _device_of(model)
+    here = device_of(model)
     made = (int(p.stem) for p in (directory / layout.DONE).glob("*.json") if p.stem.isdecimal())
     marker = next(filter(None, (shards.read_marker(directory, plan, s) for s in made)), None)
     if marker and marker.facts["device"].partition(" x ")[2] != here.partition(" x ")[2]:
@@ -348,7 +177,7 @@ def _check_device(directory: Path, plan: Plan, model: "TextToImage") -> None:
 
 def _facts(model: "TextToImage", padded: int, seconds: dict[str, float]) -> dict:
     return {
-        "device": _device_of(model),
+        "device": device_of(model),
         "padded": padded,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
@@ -386,7 +215,7 @@ def main(tasks: TextIO, answers: TextIO) -> None:
             tell({"os": [about[0], about[1], about[2] and str(about[2])]})
         except Exception as problem:
             traceback.print_exc() if _debug() else None
-            tell({"broken": _reason(problem)})
+            tell({"broken": reason_of(problem)})
 
 
 def _debug() -> bool:
