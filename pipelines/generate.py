@@ -222,18 +222,16 @@ def make_shards(
     try:
         with (
             shown,
-            contextlib.closing(supervisor),
+            supervisor.at_home(),
             beam.Pipeline(runner=runner, options=beam_options) as pipeline,
         ):
             shards = pipeline | "Shards" >> beam.Create(todo, reshuffle=False)
             _ = shards | beam.Reshuffle() | "GenerateShard" >> beam.ParDo(generate_shard)
-    except Exception as failure:
-        if supervisor.stopping.is_set():
-            raise StoppedError from None
-        cause = failure.__context__  # what the DoFn raised, if it ran here; Beam rewrites it
-        if isinstance(cause, StoppedError | InputError | OSError | supervisor.WorkerError):
-            raise cause from None
+    except (StoppedError, InputError, OSError, supervisor.WorkerError):
         raise
+    except Exception as failure:  # a cluster's, in which a worker's error is text
+        *_, last = str(failure).splitlines() or [type(failure).__name__]
+        raise supervisor.WorkerError(last.partition(" [while running")[0]) from failure
 
 
 def _summarize(job: Job, report: dict) -> None:

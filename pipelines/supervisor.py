@@ -7,6 +7,7 @@ its death which images it was making: after three deaths an image is given up, n
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import signal
@@ -23,11 +24,10 @@ from tqdm import tqdm
 from jaxdiff.errors import InputError
 from pipelines.images import StoppedError
 from pipelines.options import Workers
-from pipelines.worker import Task
+from pipelines.worker import DEBUG, Task
 
 MOST_DEATHS = 3
 LOOK_SECONDS = 0.5  # how often to look whether the job is to be stopped
-END_SECONDS = 10.0  # what an idle process has to end in
 
 stopping = threading.Event()  # set by a signal
 
@@ -48,38 +48,67 @@ class _DeathError(Exception):
 _workers: list["_Worker"] = []
 _free: queue.LifoQueue | None = None
 _lock = threading.Lock()
+_failures: list[Exception] | None = None  # of the job that runs in this process, if one does
+
+
+@contextlib.contextmanager
+def at_home() -> Iterator[None]:
+    """Around a job: ends its workers, and raises here what has gone wrong in this process.
+
+    Beam's threads would print it and raise another error, as text. After a failure the other
+    workers stop as well.
+    """
+    global _failures
+    _failures = []
+    try:
+        yield
+    finally:
+        failures, _failures = _failures, None
+        close()
+    if failures:
+        raise failures[0]
 
 
 def make_shard(task: Task, workers: Workers) -> dict:
     """Has one of this host's workers make a shard; waits until one is free.
 
     Returns:
-      What `worker.make_shard` returns.
+      What `worker.make_shard` returns; nothing if a job in this process has failed, see `at_home`.
 
     Raises:
       StoppedError: if `stopping` is set.
       InputError, OSError: as `worker.make_shard` does.
       WorkerError: if the worker cannot be kept alive, or fails in another way.
     """
+    try:
+        with _free_worker(workers) as worker:
+            return {} if _failures else _make_shard(worker, task, workers)
+    except Exception as problem:
+        if _failures is None:
+            raise
+        _failures.append(problem)
+        return {}
+
+
+def _make_shard(worker: "_Worker", task: Task, workers: Workers) -> dict:
     deaths, idle_deaths = Counter(), 0
-    with _free_worker(workers) as worker:
-        while True:
-            try:
-                return worker.ask(task, workers.patience)
-            except _DeathError as death:
-                if worker.is_closed or stopping.is_set():
-                    raise StoppedError from None
-                worker.end()
-                tqdm.write(f"jaxdiff: a worker {death.how} and is restarted", sys.stderr)
-                if not death.running:
-                    idle_deaths += 1
-                    if idle_deaths == MOST_DEATHS:
-                        raise WorkerError(f"a worker {death.how} while it made nothing") from None
-                deaths.update(death.running)
-                deadly = dict(task.deadly or {})
-                if len(death.running) == 1 and deaths[death.running[0]] >= MOST_DEATHS:
-                    deadly[death.running[0]] = f"the process {death.how}, {MOST_DEATHS} times"
-                task = replace(task, alone=(*sorted(deaths),), deadly=deadly)
+    while True:
+        try:
+            return worker.ask(task, workers.patience)
+        except _DeathError as death:
+            if worker.is_closed or stopping.is_set():
+                raise StoppedError from None
+            worker.end()
+            tqdm.write(f"jaxdiff: a worker {death.how} and is restarted", sys.stderr)
+            if not death.running:
+                idle_deaths += 1
+                if idle_deaths == MOST_DEATHS:
+                    raise WorkerError(f"a worker {death.how} while it made nothing") from None
+            deaths.update(death.running)
+            deadly = dict(task.deadly or {})
+            if len(death.running) == 1 and deaths[death.running[0]] >= MOST_DEATHS:
+                deadly[death.running[0]] = f"the process {death.how}, {MOST_DEATHS} times"
+            task = replace(task, alone=(*sorted(deaths),), deadly=deadly)
 
 
 def close() -> None:
@@ -126,7 +155,7 @@ class _Worker:
         try:
             self._say(asdict(task))
             while True:
-                if stopping.is_set() and not told_to_stop:
+                if (stopping.is_set() or _failures) and not told_to_stop:
                     told_to_stop = True
                     self._say("stop")
                 try:
@@ -160,7 +189,7 @@ class _Worker:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.worker"],
+            [sys.executable, "-m", "pipelines.worker", *([DEBUG] if _is_debugging() else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -175,6 +204,10 @@ class _Worker:
     def _say(self, message: dict | str) -> None:
         self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()
+
+
+def _is_debugging() -> bool:
+    return logging.getLogger().isEnabledFor(logging.INFO)
 
 
 def _listen(lines, answers: queue.SimpleQueue) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from jaxdiff.text_to_image import TextToImage
 
 PACKAGES = ("jaxdiff", "apache-beam", "flax", "jax", "jaxlib", "numpy", "pillow", "pyarrow")
+DEBUG = "--debug"  # shows where something went wrong
 NVIDIA = Path("/proc/driver/nvidia/version")  # lies there where NVIDIA's driver is loaded
 
 stopping = threading.Event()  # the running shard is given up
@@ -191,7 +192,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def main(tasks: TextIO, answers: TextIO) -> None:
+def main(tasks: TextIO, answers: TextIO, debug: bool) -> None:
     """Makes shards until there are no more tasks; a line each, and a last line for each task."""
     todo: queue.SimpleQueue[dict] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(tasks, todo), daemon=True).start()
@@ -205,21 +206,22 @@ def main(tasks: TextIO, answers: TextIO) -> None:
         task = todo.get()
         try:
             tell({"done": make_shard(Task(**task), tell)})
-        except StoppedError:
-            tell({"stopped": True})
-        except (InputError, ValueError) as problem:
-            traceback.print_exc() if _debug() else None
-            tell({"refused": str(problem)})
-        except OSError as problem:
-            about = [problem.errno, problem.strerror or str(problem), problem.filename]
-            tell({"os": [about[0], about[1], about[2] and str(about[2])]})
         except Exception as problem:
-            traceback.print_exc() if _debug() else None
-            tell({"broken": reason_of(problem)})
+            if debug:
+                traceback.print_exc()
+            tell(_described(problem))
 
 
-def _debug() -> bool:
-    return logging.getLogger().isEnabledFor(logging.INFO)
+def _described(problem: Exception) -> dict:
+    """As the supervisor raises it again."""
+    if isinstance(problem, StoppedError):
+        return {"stopped": True}
+    if isinstance(problem, InputError):
+        return {"refused": str(problem)}
+    if isinstance(problem, OSError):
+        name = problem.filename and str(problem.filename)
+        return {"os": [problem.errno, problem.strerror or str(problem), name]}
+    return {"broken": reason_of(problem)}
 
 
 def _listen(tasks: TextIO, todo: queue.SimpleQueue) -> None:
@@ -237,6 +239,8 @@ if __name__ == "__main__":
     # What libraries print must not stand among the answers.
     own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    logging.basicConfig(level=logging.INFO if os.environ.get("JAXDIFF_DEBUG") else logging.ERROR)
-    warnings.simplefilter("ignore")
-    main(sys.stdin, own)
+    debug = DEBUG in sys.argv
+    logging.basicConfig(level=logging.INFO if debug else logging.ERROR)
+    if not debug:
+        warnings.simplefilter("ignore")
+    main(sys.stdin, own, debug)
