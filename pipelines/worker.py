@@ -87,7 +87,7 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
         has made a shard, or if a shard cannot be repaired.
     """
     directory = Path(task.directory)
-    plan = plans.load(directory)
+    plan = _plan(directory, (directory / layout.PLAN / plans.PLAN_JSON).stat().st_mtime_ns)
     marker = shards.read_marker(directory, plan, task.shard)
     if marker and (task.mode == "make" or (task.mode == "retry" and not marker.failed)):
         return {"images": 0, "failed": 0, "padded": 0}
@@ -116,6 +116,11 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
             attempt.commit(facts)
     layout.forget_old(directory)  # now that this run has a shard
     return {"images": work.made, "failed": work.failed, "padded": work.padded} | facts["seconds"]
+
+
+@functools.lru_cache(maxsize=1)  # that of 100,000 shards takes a while to read
+def _plan(directory: Path, _: int) -> Plan:
+    return plans.load(directory)
 
 
 def _kept(directory: Path, plan: Plan, marker: shards.Marker) -> dict[str, Sample]:

@@ -58,8 +58,10 @@ def held(directory: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        settle(directory)
         try:
+            settle(directory)
+            if not (directory / PLAN).exists():
+                _check_links(directory)
             yield
         finally:
             settle(directory)
@@ -68,6 +70,19 @@ def held(directory: Path) -> Iterator[None]:
                 for path in created:
                     with contextlib.suppress(OSError):
                         path.rmdir()
+
+
+def _check_links(directory: Path) -> None:
+    """Refuses a file system on which no shard could be committed."""
+    probe = temporary(directory, "probe")
+    try:
+        os.link(directory / LOCK, probe)
+        probe.unlink()
+    except OSError as problem:
+        raise InputError(
+            f"--output {directory} is on a file system without hard links ({problem.strerror}), "
+            "which mark a shard as made; mounted buckets have none"
+        ) from None
 
 
 def _check_ours(directory: Path) -> None:

@@ -1,6 +1,7 @@
 """Manifests elsewhere, through a real file system of Beam's: local files under another scheme."""
 
 import gzip
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,9 @@ def test_an_address_of_nothing_is_one_clear_line(shelf, where, message):
     assert str(caught.value).startswith(f"manifest {shelf}{where} {message}")
 
 
-def test_an_address_that_cannot_be_reached_says_what_is_missing(capsys, tmp_path):
+def test_an_address_that_cannot_be_reached_says_what_is_missing(capsys, tmp_path, monkeypatch):
+    for module, _ in inputs.EXTRAS.values():  # as if not installed
+        monkeypatch.setitem(sys.modules, module, None)
     said = {
         "gs://bucket/p.txt": "needs: pip install 'apache-beam[gcp]'",
         "s3://bucket/p.txt": "needs: pip install 'apache-beam[aws]'",
