@@ -1,4 +1,4 @@
-# make demo   a dataset of images with the bundled model, in out/demo
+# make demo   a dataset of images with the bundled model, and its gallery, in out/demo
 # make test   the tests
 # make lint   ruff, as CI runs it
 PYTHON ?= python3
@@ -10,6 +10,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/jaxdiff generate --manifest configs/manifests/demo.jsonl --output out/demo
 	$(BIN)/python tools/contact_sheet.py out/demo
+	$(BIN)/jaxdiff view out/demo
 
 test: .venv/installed-$(EXTRAS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -95,21 +95,8 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     with copies, layout.held(job.output), stopped_by_signals(), _full_disk_named(job.output):
         plan = _plan(job, manifest, settings, ensemble, identity)
         copies.close()
-        plan_seconds = time.monotonic() - began
         try:
-            ledger.settle(job.output, plan)
-            counts = ledger.finished(job.output, plan)
-            if counts and not (job.retry_failed and counts["failed"]):
-                print(f"{job.output} is finished already: {_count(counts['made'], 'image')}")
-                return EXIT_SOME_IMAGES_FAILED if counts["failed"] else EXIT_OK
-            (job.output / layout.SUCCESS).unlink(missing_ok=True)
-            _report_rejected(job, plan)
-            shards = partial(GenerateShard, plan, job.output, job.models.anywhere(), job.workers)
-            make_shards(shards("make"), plan, ledger.todo(job.output, plan), beam_runner)
-            if job.retry_failed:
-                failed = ledger.with_failed(job.output, plan)
-                make_shards(shards("retry"), plan, failed, beam_runner)
-            report = ledger.finalize(job.output, plan, plan_seconds)
+            counts = _finish(job, plan, beam_runner, time.monotonic() - began)
         except StoppedError:
             _say(f"stopped; the same command continues {job.output}")
             return EXIT_STOPPED
@@ -122,8 +109,31 @@ def run(job: Job, beam_arguments: list[str]) -> int:
                 return EXIT_FAILED
             layout.clear(job.output)
             raise
+    return EXIT_SOME_IMAGES_FAILED if counts["failed"] else EXIT_OK
+
+
+def _finish(
+    job: Job,
+    plan: Plan,
+    beam_runner: tuple[PipelineRunner, PipelineOptions],
+    plan_seconds: float,
+) -> dict[str, int]:
+    """Makes what is not made yet and the reports; returns the counts."""
+    ledger.settle(job.output, plan)
+    counts = ledger.finished(job.output, plan)
+    if counts and not (job.retry_failed and counts["failed"]):
+        print(f"{job.output} is finished already: {_count(counts['made'], 'image')}")
+        return counts
+    (job.output / layout.SUCCESS).unlink(missing_ok=True)
+    _report_rejected(job, plan)
+    shards = partial(GenerateShard, plan, job.output, job.models.anywhere(), job.workers)
+    make_shards(shards("make"), plan, ledger.todo(job.output, plan), beam_runner)
+    if job.retry_failed:
+        failed = ledger.with_failed(job.output, plan)
+        make_shards(shards("retry"), plan, failed, beam_runner)
+    report = ledger.finalize(job.output, plan, plan_seconds)
     _summarize(job, report)
-    return EXIT_SOME_IMAGES_FAILED if report["counts"]["failed"] else EXIT_OK
+    return report["counts"]
 
 
 def _plan(
