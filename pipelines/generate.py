@@ -25,7 +25,7 @@ from pathlib import Path
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.runner import PipelineRunner
+from apache_beam.runners.runner import PipelineResult, PipelineRunner
 
 from jaxdiff.checkpoint.ensemble import Ensemble
 from jaxdiff.dataset import directory as layout
@@ -213,14 +213,14 @@ def make_shards(
     plan: Plan,
     todo: list[int],
     beam_runner: tuple[PipelineRunner, PipelineOptions],
-) -> None:
-    """Runs the Beam job over the shards in `todo`.
+) -> PipelineResult | None:
+    """Runs the Beam job over the shards in `todo`; returns its result, with the metrics.
 
     Raises:
       StoppedError, InputError, OSError, WorkerError: as `supervisor.make_shard` does.
     """
     if not todo:
-        return
+        return None
     runner, beam_options = beam_runner
     shown, total = contextlib.nullcontext(), len(plan.shard_sizes)
     if generate_shard.mode == "make":
@@ -237,6 +237,7 @@ def make_shards(
         ):
             shards = pipeline | "Shards" >> beam.Create(todo, reshuffle=False)
             _ = shards | beam.Reshuffle() | "GenerateShard" >> beam.ParDo(generate_shard)
+        return pipeline.result
     except (StoppedError, InputError, OSError, supervisor.WorkerError):
         raise
     except Exception as failure:  # a cluster's, in which a worker's error is text
