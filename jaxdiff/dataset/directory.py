@@ -79,6 +79,8 @@ def _check_links(directory: Path) -> None:
         os.link(directory / LOCK, probe)
         probe.unlink()
     except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise InputError(
             f"--output {directory} is on a file system without hard links ({problem.strerror}), "
             "which mark a shard as made; mounted buckets have none"
@@ -100,8 +102,12 @@ def clear(directory: Path) -> None:
     """Deletes the run that is there, if there is one, and nothing else."""
     if not (directory / PLAN).is_dir():
         return
-    for name in OURS:
+    *names, plan = OURS
+    for name in names:
         delete(directory / name)
+    gone = temporary(directory, "plan")
+    os.rename(directory / plan, gone)  # at once: what is left of a plan might be taken for one
+    delete(gone)
 
 
 def set_aside(directory: Path) -> None:
@@ -121,8 +127,8 @@ def settle(directory: Path) -> None:
     if not (directory / OLD).is_dir():
         return
     if (directory / PLAN).is_dir():
-        if has_shards(directory):
-            forget_old(directory)
+        if has_shards(directory) or not _old(directory, PLAN).is_dir():
+            forget_old(directory)  # or what is left of its folder: the plan is the old one
             return
         shutil.rmtree(directory / PLAN)
     for name in OURS:  # the plan last; of the new run there are at most empty folders
@@ -189,12 +195,13 @@ def replace(source: Path, target: Path) -> None:
 
     Raises:
       FileNotFoundError: if there is no source; then nothing has happened.
+      OSError: naming the target, which somebody's file or folder of another kind may occupy.
     """
     try:
         os.replace(source, target)
     except OSError as problem:
         if problem.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
+            raise OSError(problem.errno, problem.strerror, str(target)) from None
         old = source.with_name(f"{source.name}.old")
         os.rename(target, old)
         os.rename(source, target)

@@ -5,6 +5,7 @@ images in the shards = rows marked "made" in the metadata; every hash is right; 
 that no done-marker names.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -108,9 +109,11 @@ def finalize(directory: Path, plan: Plan, plan_seconds: float) -> dict:
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
     layout.write(directory, layout.RUN, _dump(report))
     plans.tidy(directory, plan)
-    shutil.rmtree(directory / layout.TMP)
+    # A process that was lost on another host may be writing there yet.
+    shutil.rmtree(directory / layout.TMP, ignore_errors=True)
     layout.write(directory, layout.SUCCESS, _success(plan, markers, counts))
-    (directory / layout.TMP).rmdir()
+    with contextlib.suppress(OSError):
+        (directory / layout.TMP).rmdir()
     return report
 
 

@@ -77,3 +77,35 @@ def test_a_kill_at_any_rename_loses_nothing(old, monkeypatch, renames):
             overwrite(old, made=False)
     with layout.held(old):
         assert contents(old) == before
+
+
+def test_a_plan_without_shards_outlives_a_kill_before_it_is_set_aside(old):
+    (old / layout.DONE / "00000.json").unlink()
+    before = contents(old)
+    (old / layout.OLD).mkdir()  # the first step
+    with layout.held(old):
+        assert contents(old) == before
+
+
+@pytest.mark.parametrize("steps", range(12))
+def test_a_run_that_is_deleted_loses_its_plan_at_once(old, monkeypatch, steps):
+    left = steps
+
+    def counted(function):
+        def step(*args, **kwargs) -> None:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            function(*args, **kwargs)
+
+        return step
+
+    (old / layout.PLAN / "plan.json").write_text("old")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        for name in ("unlink", "rename"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        layout.clear(old)
+        raise Killed
+    plan = old / layout.PLAN
+    assert not plan.exists() or len(list(plan.iterdir())) == 2

@@ -1,21 +1,27 @@
 """A job that dies at any moment is continued by the same command to the same bytes."""
 
+import contextlib
 import itertools
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import making
 import pytest
 from making import files
 
 from jaxdiff import cli
 from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import ledger
+from jaxdiff.dataset import shard as shards
 
 DYING = Path(__file__).parents[1] / "dying.py"
 ORPHANS_SECONDS = 10.0
@@ -67,6 +73,49 @@ def test_writers_that_race_and_die_never_mix_their_shards(tmp_path, tiny_checkpo
     assert dying(environment, "race", tmp_path, tiny_checkpoint) > 10
 
 
+def test_a_writer_that_was_thought_dead_does_not_disturb_the_end(
+    tmp_path, manifest, tiny_checkpoint
+):
+    directory, ended = tmp_path / "out", threading.Event()
+    plan = making.make_plan(directory, manifest, tiny_checkpoint)
+    for shard in range(len(plan.shard_sizes)):
+        making.make_shard(directory, plan, shard)
+
+    def write() -> None:
+        while not ended.is_set():
+            time.sleep(PAUSE_SECONDS)
+            with contextlib.suppress(OSError):
+                layout.temporary(directory, "late").write_text("late")
+
+    with ThreadPoolExecutor() as pool:
+        late = pool.submit(write)
+        try:
+            for _ in range(20):
+                ledger.finalize(directory, plan, 0.0)
+        finally:
+            ended.set()
+        late.result()
+    assert ledger.verify(directory)[1] == []
+
+
+@pytest.mark.parametrize("format_", ["webdataset", "imagefolder"])
+def test_what_occupies_a_shards_name_is_named(tmp_path, manifest, tiny_checkpoint, format_):
+    directory = tmp_path / "out"
+    plan = making.make_plan(directory, manifest, tiny_checkpoint, format=format_)
+    name, _ = shards.file_names(plan, 0)
+    occupied = directory / name
+    occupied.parent.mkdir()
+    occupied.write_text("") if format_ == "imagefolder" else occupied.mkdir()
+    with pytest.raises(OSError, match="a directory") as refused:
+        making.make_shard(directory, plan, 0)
+    assert refused.value.filename == str(occupied)
+    layout.delete(occupied)
+    for shard in ledger.todo(directory, plan):
+        making.make_shard(directory, plan, shard)
+    ledger.finalize(directory, plan, 0.0)
+    assert ledger.verify(directory)[1] == []
+
+
 def children(process: int) -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
@@ -90,6 +139,37 @@ def markers(directory: Path) -> dict[str, tuple[int, int]]:
 def wait_for_markers(process: subprocess.Popen, directory: Path, count: int) -> None:
     while len(markers(directory)) < count and process.poll() is None:
         time.sleep(PAUSE_SECONDS)
+
+
+def test_a_second_job_waits_for_nobody_and_a_dead_ones_lock_is_taken_over(
+    tmp_path, command, environment, manifest, capsys
+):
+    directory = tmp_path / "out"
+    arguments = command(directory, "--num-images=57")
+    job = [sys.executable, "-m", "jaxdiff", *arguments]
+    rows = manifest.read_text()
+    with subprocess.Popen(job, env=environment, stderr=subprocess.DEVNULL) as first:
+        wait_for_markers(first, directory, 1)
+        first.send_signal(signal.SIGSTOP)  # it holds the directory, but does nothing
+        for more in ([], ["--overwrite"]):
+            assert cli.main([*arguments, *more]) == 2
+            said = capsys.readouterr().err
+            assert f"process {first.pid} on" in said
+            assert "is writing here; wait for it" in said
+        first.kill()
+    made = markers(directory)
+    assert 0 < len(made) < 20
+    with subprocess.Popen(job, env=environment, stderr=subprocess.DEVNULL) as second:
+        wait_for_markers(second, directory, len(made) + 1)
+        manifest.write_text("a manifest that is being written anew")  # what is planned, is planned
+        assert second.wait() == 0
+    assert made.items() <= markers(directory).items()
+    assert cli.main(["verify", str(directory)]) == 0
+    assert "80 made" in capsys.readouterr().out
+    assert cli.main(arguments) == 2  # it is another manifest now
+    manifest.write_text(rows)
+    assert cli.main(arguments) == 0
+    assert "is finished already: 80 images" in capsys.readouterr().out
 
 
 def moment(directory: Path) -> str:
