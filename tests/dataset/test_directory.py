@@ -1,5 +1,6 @@
 """What --overwrite replaces is not lost before there is something better."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -102,10 +103,9 @@ def test_a_run_that_is_deleted_loses_its_plan_at_once(old, monkeypatch, steps):
         return step
 
     (old / layout.PLAN / "plan.json").write_text("old")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
         for name in ("unlink", "rename"):
             patch.setattr(os, name, counted(getattr(os, name)))
         layout.clear(old)
-        raise Killed
     plan = old / layout.PLAN
     assert not plan.exists() or len(list(plan.iterdir())) == 2
