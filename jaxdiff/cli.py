@@ -120,7 +120,8 @@ def _verify(arguments: list[str]) -> int:
         "verify",
         description="Check a finished dataset from its files alone: that every planned image is "
         "accounted for, and every file, every record and, in lossless formats, every pixel is as "
-        "it was made.",
+        "it was made. Exit codes: 0 all is right; 1 something is wrong; 2 there is nothing to "
+        "check, or its plan is damaged; 75 a repair was stopped.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset's directory")
     parser.add_argument(

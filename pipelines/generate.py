@@ -81,17 +81,18 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     """
     began = time.monotonic()
     beam_runner = runners.choose(beam_arguments, job.workers.count)
+    supervisor.device_share(0, job.workers.count, os.environ)  # refused before anything is written
     copies = contextlib.ExitStack()
-    try:
-        if job.dry_run:
-            print(dry_run.report(job, beam_runner[1]))
-            return EXIT_OK
+    if job.dry_run:
+        with _unreadable_named():
+            said = dry_run.report(job, beam_runner[1])
+        print(said)
+        return EXIT_OK
+    with _unreadable_named():
         ensemble = job.models.open()
         settings = job_settings.resolve(job.settings, ensemble)
         manifest = copies.enter_context(inputs.fetched(job.manifest, beam_runner[1]))
         identity = planning.identify(manifest, settings, ensemble)
-    except OSError as problem:
-        raise InputError(f"{problem.filename} cannot be read: {problem.strerror}") from None
     with copies, layout.held(job.output), stopped_by_signals(), _full_disk_named(job.output):
         plan = _plan(job, manifest, settings, ensemble, identity)
         copies.close()
@@ -129,6 +130,7 @@ def _finish(
     shards = partial(GenerateShard, plan, job.output, job.models.anywhere(), job.workers)
     make_shards(shards("make"), plan, ledger.todo(job.output, plan), beam_runner)
     if job.retry_failed:
+        ledger.settle(job.output, plan)
         failed = ledger.with_failed(job.output, plan)
         make_shards(shards("retry"), plan, failed, beam_runner)
     report = ledger.finalize(job.output, plan, plan_seconds)
@@ -144,10 +146,13 @@ def _plan(
     identity: dict,
 ) -> Plan:
     """The directory's plan, made now if there is none."""
-    if not job.overwrite and (old := plans.load(job.output)):
-        if old.id == plans.digest(identity):
-            _check_strict(job, old, job.output / layout.PLAN)
-            return old
+    old = _old_plan(job)
+    # The same command continues, even one that says --overwrite, until all is made.
+    goes_on = not job.overwrite or not (job.output / layout.SUCCESS).exists()
+    if old and old.id == plans.digest(identity) and goes_on:
+        _check_strict(job, old, job.output / layout.PLAN)
+        return old
+    if old and not job.overwrite:
         why = f"holds another run ({plans.differences(old.identity, identity)})"
         if not planning.can_extend(old.identity, identity):
             raise InputError(f"--output {job.output} {why}; {ELSEWHERE}")
@@ -158,6 +163,15 @@ def _plan(
                 f"--output {job.output} {why} and cannot be extended: {problem}; {ELSEWHERE}"
             ) from None
     return _make_plan(job, manifest, settings, ensemble, identity)
+
+
+def _old_plan(job: Job) -> Plan | None:
+    try:
+        return plans.load(job.output)
+    except InputError:
+        if job.overwrite:
+            return None
+        raise
 
 
 def _make_plan(
@@ -250,13 +264,22 @@ def _summarize(job: Job, report: dict) -> None:
     stages = ("plan", "load", "compile", "generate", "finalize")
     print(
         f"{_count(counts['made'], 'image')} in {job.output} on {', '.join(report['devices'])}: "
-        f"{report['images_per_worker_second']:.2f} images/s a worker\n"
+        f"{report['images_per_worker_second'] or 0:.2f} images/s a worker\n"
         + ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in stages)
     )
     if counts["failed"]:
         print(
             f"{_count(counts['failed'], 'image')} could not be made: {job.output / layout.FAILED}"
         )
+
+
+@contextlib.contextmanager
+def _unreadable_named() -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        name = problem.filename or "the input"
+        raise InputError(f"{name} cannot be read: {problem.strerror}") from None
 
 
 @contextlib.contextmanager

@@ -76,9 +76,16 @@ class ShardImages:
         self.made = self.failed = self.padded = 0
 
     def fill(
-        self, attempt: shards.Attempt, planned: list[PlannedImage], kept: dict[str, Sample]
+        self,
+        attempt: shards.Attempt,
+        planned: list[PlannedImage],
+        kept: set[str],
+        made: Iterator[Sample],
     ) -> None:
-        """Adds all images to the attempt, of which some may be there already.
+        """Adds all images to the attempt.
+
+        Args:
+          kept: the keys of those that are there already, in `made`.
 
         Raises:
           StoppedError: if it is to give up.
@@ -91,8 +98,11 @@ class ShardImages:
             for image in planned:
                 if self._is_stopping():
                     raise StoppedError
-                result = kept.get(image.key) or self._deadly.get(image.key)
-                if result is None:
+                if image.key in kept:
+                    result = next(made)
+                elif image.key in self._deadly:
+                    result = self._deadly[image.key]
+                else:
                     result, seconds = next(samples)
                     self._encode_seconds += seconds
                     self.made += isinstance(result, Sample)
@@ -117,6 +127,8 @@ class ShardImages:
 
     def _images(self, planned: list[PlannedImage]) -> Iterator[tuple[PlannedImage, "Image | str"]]:
         """Yields each image with its pixels, or with the reason why it cannot be made, in order."""
+        if self._alone:
+            self._works(planned[0])  # a process that dies of this accuses no row
         rest = deque(planned)
         while rest:
             together = [rest.popleft()]
@@ -151,7 +163,10 @@ class ShardImages:
                 yield from self._made_alone(planned[:middle])
                 yield from self._made_alone(planned[middle:])
                 return
-            self._probe(planned[0], problem)
+            if not self._works(planned[0]):
+                raise InputError(
+                    f"the model fails whatever it is asked: {reason_of(problem)}"
+                ) from problem
             yield planned[0], reason_of(problem)
 
     def _stream(self, planned: list[PlannedImage]) -> Iterator[tuple[PlannedImage, "Image"]]:
@@ -168,29 +183,34 @@ class ShardImages:
         """Yields the images' requests, each batch announced before its first is taken."""
         slots = self._model.slots(planned[0].request, self._batch_size)
         for start in range(0, len(planned), slots):
+            if self._is_stopping():
+                raise StoppedError
             batch = planned[start : start + slots]
             self.padded += slots - len(batch)
             self._running |= {image.key: image for image in batch}
             self._tell({"running": [*self._running]})
             yield from (image.request for image in batch)
 
-    def _probe(self, image: PlannedImage, problem: Exception) -> None:
-        """Raises what an image has failed with if one of nothing in particular fails as well."""
-        plain = replace(image.request, prompt="", negative_prompt="", seed=0)
+    def _works(self, image: PlannedImage) -> bool:
+        """Whether the model makes an image of nothing in particular, in its own size."""
+        width, height = self._model.checkpoint.default_size
+        nothing = {"prompt": "", "negative_prompt": "", "seed": 0}
+        plain = replace(image.request, **nothing, width=width, height=height)
         try:
             list(self._model.stream([plain], self._batch_size))
         except Exception:
-            raise InputError(
-                f"the model fails whatever it is asked: {reason_of(problem)}"
-            ) from None
+            return False
+        return True
 
     def _explained(self, problem: Exception, image: PlannedImage) -> Exception:
         if "RESOURCE_EXHAUSTED" not in str(problem):
             return problem
+        slots = self._model.slots(image.request, self._batch_size)
         size = f"{image.request.width}x{image.request.height}"
+        less = "a smaller --batch-size" if self._batch_size > 1 else "bfloat16 or smaller images"
         return InputError(
-            f"{self._batch_size} images of {size} at once do not fit the memory of "
-            f"{device_of(self._model)}; a smaller --batch-size does"
+            f"{slots} images of {size} at once do not fit the memory of "
+            f"{device_of(self._model)}; start anew, in another directory, with {less}"
         )
 
     def _encode(self, pair: tuple[PlannedImage, "Image | str"]) -> tuple[Sample | str, float]:

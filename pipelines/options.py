@@ -98,7 +98,7 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
       InputError: for a job file that cannot be used, or a missing option.
     """
     parser = _parser()
-    said, rest = parser.parse_known_args(arguments)
+    said, rest = parser.parse_known_args([_with_hyphens(word) for word in arguments])
     said = {name: value for name, value in vars(said).items() if value is not None}
     if rest and not rest[0].startswith("-"):
         said = _read_job(Path(rest.pop(0))) | said
@@ -119,6 +119,13 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
     return job, rest
 
 
+def _with_hyphens(word: str) -> str:
+    """An option of ours as it is documented, if it was written with underscores."""
+    name, equals, value = word.partition("=")
+    is_ours = name.startswith("--") and name[2:] in OPTIONS
+    return name.replace("_", "-") + equals + value if is_ours else word
+
+
 def _workers(said: dict) -> Workers:
     try:
         count = checks.integer("--workers", said.get("workers", Workers.count), 1, 1024)
@@ -129,6 +136,8 @@ def _workers(said: dict) -> Workers:
 
 
 def _read_job(path: Path) -> dict:
+    if path.suffix != ".toml":
+        raise InputError(f"unexpected {str(path)!r}: a manifest is named by --manifest")
     try:
         said = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as problem:
@@ -232,7 +241,8 @@ HELP = {
     "computing": {
         "batch_size": (
             "N",
-            f"images computed at once on each device (default: {Settings.batch_size})",
+            "images computed at once on each device; a CPU has its own number (default: "
+            f"{Settings.batch_size})",
         ),
         "dtype": ("NAME", "float32 or bfloat16 (default: float32)"),
         "mesh": ("AXES", "devices, such as data=4,model=2 (default: all for data)"),

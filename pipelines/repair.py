@@ -6,6 +6,7 @@ from pathlib import Path
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import ledger
 from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import shard as shards
 from jaxdiff.errors import InputError
 from pipelines import runners
 from pipelines.generate import GenerateShard, make_shards, stopped_by_signals
@@ -20,18 +21,30 @@ def repair(directory: Path) -> bool:
       False if a signal stopped it; what is right then is for `ledger.verify` to say.
 
     Raises:
-      InputError: if there is no run, if its plan is damaged or its model cannot be found any more,
-        or if a shard does not come out with the bytes that its marker names.
+      InputError: if there is no run, its plan is damaged or its model cannot be found any more.
     """
     plan = plans.load(directory)
     if plan is None:
         raise InputError(f"{directory} holds no jaxdiff run")
     with layout.held(directory), stopped_by_signals():
-        broken = ledger.broken(directory, plan)
         work = (plan, directory, Models(**plan.models), Workers())
         runner = runners.choose([], 1)
         try:
-            make_shards(GenerateShard(*work, "repair"), plan, broken, runner)
+            while broken := ledger.broken(directory, plan):
+                make_shards(GenerateShard(*work, "repair"), plan, broken, runner)
+                broken = ledger.broken(directory, plan)
+                revised = ledger.revised(directory, plan, broken)
+                for shard in revised:  # a signature is never the same twice
+                    shards.forget(directory, shard)
+                    print(f"shard {shard} is made as it was before it was signed: sign it again")
+                if not revised:
+                    break
+            for shard in broken:
+                print(
+                    f"shard {shard} was made again, but not to the bytes that its marker names, as "
+                    "other hardware or other versions do; to delete "
+                    f"{shards.marker_path(directory, shard)} lets it be made anew"
+                )
             make_shards(GenerateShard(*work, "make"), plan, ledger.todo(directory, plan), runner)
         except StoppedError:
             return False

@@ -8,13 +8,10 @@ import contextlib
 import importlib.util
 import io
 import shutil
-from collections import Counter
 
-import apache_beam as beam
 from apache_beam.options import pipeline_options as beam_options
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
-from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 from apache_beam.runners import create_runner
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.portable_runner import PortableRunner
@@ -23,6 +20,7 @@ from apache_beam.runners.runner import PipelineRunner
 from jaxdiff.errors import InputError
 from pipelines import options as job_options
 
+THREADS = 8  # of Beam's a worker: it deals shards out beforehand, one by one to each
 AT_HOME = ("DirectRunner", "SwitchingDirectRunner", "FnApiRunner")
 DASK = "apache_beam.runners.dask.dask_runner.DaskRunner"  # Beam does not know it by its short name
 # What a runner needs that is not in every installation: a module of it, and the extra with it.
@@ -81,28 +79,6 @@ def choose(arguments: list[str], workers: int) -> tuple[PipelineRunner, Pipeline
     return runner, options
 
 
-def forks(pipeline: beam.Pipeline) -> list[str]:
-    """What keeps a pipeline from being one straight line of transforms; nothing, if it is one.
-
-    Beam's Dask runner computes only the last transform's inputs, and merges tagged outputs.
-    """
-    found, consumers = [], Counter()
-
-    class Visitor(PipelineVisitor):
-        def visit_transform(self, node: AppliedPTransform) -> None:
-            consumers.update(node.main_inputs.values())
-            if node.side_inputs:
-                found.append(f"{node.full_label} has side inputs")
-            if tags := sorted(tag for tag in node.outputs if tag is not None):
-                found.append(f"{node.full_label} has the tagged outputs {', '.join(tags)}")
-            if len(node.main_inputs) > 1:
-                found.append(f"{node.full_label} joins {len(node.main_inputs)} inputs")
-
-    pipeline.visit(Visitor())
-    twice = [collection for collection, count in consumers.items() if count > 1]
-    return found + [f"{c.producer.full_label} is used by {consumers[c]} transforms" for c in twice]
-
-
 def _runner_name(arguments: list[str]) -> str | None:
     """As Beam spells it, where the name is one that needs care: `dask` is the DaskRunner."""
     options = PipelineOptions(arguments)
@@ -134,7 +110,7 @@ def _options_at_home(arguments: list[str], workers: int) -> PipelineOptions:
             "say --workers N instead"
         )
     if workers > 1:
-        direct.direct_running_mode, direct.direct_num_workers = "multi_threading", workers
+        direct.direct_running_mode, direct.direct_num_workers = "multi_threading", THREADS * workers
     return options
 
 

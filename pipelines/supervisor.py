@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -27,6 +28,8 @@ from pipelines.options import Workers
 from pipelines.worker import DEBUG, Task
 
 MOST_DEATHS = 3
+PACKAGES = Path(__file__).parents[1]  # where this one lies
+TPU = Path("/dev/accel0")
 LOOK_SECONDS = 0.5  # how often to look whether the job is to be stopped
 
 stopping = threading.Event()  # set by a signal
@@ -158,6 +161,9 @@ class _Worker:
                 if (stopping.is_set() or _failures) and not told_to_stop:
                     told_to_stop = True
                     self._say("stop")
+                if told_to_stop and not self._has_model:  # which may take minutes to load
+                    self.end()
+                    raise StoppedError
                 try:
                     answer = self._answers.get(timeout=LOOK_SECONDS)
                 except queue.Empty:
@@ -172,6 +178,7 @@ class _Worker:
                 if "running" in answer:
                     running = answer["running"]
                 elif "loaded" in answer:
+                    self._has_model = True
                     tqdm.write(f"jaxdiff: the model is loaded on {answer['loaded']}", sys.stderr)
                 else:
                     return _unpack(answer)
@@ -188,12 +195,15 @@ class _Worker:
                 process.stdin.close()
 
     def _start(self) -> None:
+        # Not from where the user happens to be: -P leaves that out.
+        paths = [*filter(None, [self._environment.get("PYTHONPATH")]), str(PACKAGES)]
+        self._has_model = False
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.worker", *([DEBUG] if _is_debugging() else [])],
+            [sys.executable, "-P", "-m", "pipelines.worker", *([DEBUG] if _is_debugging() else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
-            env=self._environment,
+            env={**self._environment, "PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=True,  # a terminal's Ctrl-C is for the supervisor
         )
         self._answers: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
@@ -211,10 +221,12 @@ def _is_debugging() -> bool:
 
 
 def _listen(lines, answers: queue.SimpleQueue) -> None:
-    with lines:
-        for line in lines:
-            answers.put(json.loads(line))
-    answers.put(None)
+    try:
+        with lines:
+            for line in lines:
+                answers.put(json.loads(line))
+    finally:
+        answers.put(None)
 
 
 def _unpack(answer: dict) -> dict:
@@ -241,13 +253,17 @@ def device_share(index: int, count: int, environment: dict[str, str]) -> dict[st
     what a worker computes does not depend on how many there are.
 
     Raises:
-      InputError: if there are GPUs, but not as many for each worker.
+      InputError: if there are GPUs, but not as many for each worker; or TPUs, which one process
+        takes as a whole.
     """
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if count > 1 and ("tpu" in platforms or (not platforms and TPU.exists())):
+        raise InputError(f"--workers {count}: one worker takes all of a host's TPU chips")
     devices = environment.get("CUDA_VISIBLE_DEVICES")
     if devices is None:
         devices = ",".join(str(n) for n in range(_nvidia_gpus()))
     gpus = [device for device in devices.split(",") if device]
-    if count == 1 or not gpus or environment.get("JAX_PLATFORMS") == "cpu":
+    if count == 1 or not gpus or platforms == "cpu":
         return dict(environment)
     if len(gpus) % count:
         raise InputError(f"--workers {count}: {len(gpus)} GPUs cannot be shared out evenly")

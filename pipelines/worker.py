@@ -19,10 +19,12 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
+
+import pyarrow.parquet as pq
 
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import formats
@@ -93,10 +95,11 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
         return {"images": 0, "failed": 0, "padded": 0}
     started = time.monotonic()
     model = _load(Models(**task.models), plan, tell)
-    _check_device(directory, plan, model)
+    _check_device(directory, model)
     planned = plans.read_shard(directory, plan, task.shard)
-    kept = _kept(directory, plan, marker) if task.mode == "retry" else {}
-    revision = marker.revision + 1 if task.mode == "retry" else 0
+    is_retry = task.mode == "retry"
+    kept = _kept_keys(directory, marker) if is_retry else set()
+    revision = marker.revision + 1 if is_retry else 0
     loaded = time.monotonic()
     with shards.Attempt(directory, plan, task.shard, revision) as attempt:
         work = ShardImages(
@@ -107,15 +110,15 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
             tell=tell,
             is_stopping=stopping.is_set,
         )
-        work.fill(attempt, planned, kept)
+        work.fill(attempt, planned, kept, _samples(directory, plan, task.shard))
         seconds = {"load": loaded - started} | work.seconds(time.monotonic() - loaded)
-        facts = _facts(model, work.padded, seconds)
+        facts = _facts(model, work.padded, seconds, marker.facts if is_retry else None)
         if task.mode == "repair":
             attempt.repair(marker)
         elif work.made or task.mode == "make":
             attempt.commit(facts)
     layout.forget_old(directory)  # now that this run has a shard
-    return {"images": work.made, "failed": work.failed, "padded": work.padded} | facts["seconds"]
+    return {"images": work.made, "failed": work.failed, "padded": work.padded} | seconds
 
 
 @functools.lru_cache(maxsize=1)  # that of 100,000 shards takes a while to read
@@ -123,11 +126,19 @@ def _plan(directory: Path, _: int) -> Plan:
     return plans.load(directory)
 
 
-def _kept(directory: Path, plan: Plan, marker: shards.Marker) -> dict[str, Sample]:
-    """The images of a made shard, by key."""
-    images_name, _ = shards.file_names(plan, marker.shard)
+def _kept_keys(directory: Path, marker: shards.Marker) -> set[str]:
+    """The keys of a made shard's images that were made; raises InputError if it is damaged."""
+    shards.check_files(directory, marker)
+    metadata_name = next(name for name in marker.files if name.startswith(layout.METADATA))
+    rows = pq.read_table(directory / metadata_name, columns=["key", "status"]).to_pylist()
+    return {row["key"] for row in rows if row["status"] == "made"}
+
+
+def _samples(directory: Path, plan: Plan, shard: int) -> Iterator[Sample]:
+    """The images of a made shard."""
+    images_name, _ = shards.file_names(plan, shard)
     _, _, read = formats.FORMATS[plan.settings.format]
-    return {sample.record["key"]: sample for sample in read(directory / images_name)}
+    return read(directory / images_name)
 
 
 def _load(models: Models, plan: Plan, tell: Callable[[dict], None]) -> "TextToImage":
@@ -140,6 +151,7 @@ def _load(models: Models, plan: Plan, tell: Callable[[dict], None]) -> "TextToIm
         import jaxdiff
 
         _check_devices()
+        _count_compilations()
         loaded = jaxdiff.load(**vars(models), **options)
         if loaded.ensemble.fingerprint != plan.identity["model"]:
             raise InputError(f"model {models.model} is not the one that the job was planned for")
@@ -148,7 +160,13 @@ def _load(models: Models, plan: Plan, tell: Callable[[dict], None]) -> "TextToIm
     return _held[1]
 
 
-@functools.cache
+@functools.cache  # once
+def _count_compilations() -> None:
+    import jax
+
+    jax.monitoring.register_event_duration_secs_listener(note_duration)
+
+
 def _check_devices() -> None:
     """Refuses a platform that is not there, and one that JAX has given up without a word."""
     import jax
@@ -166,27 +184,32 @@ def _check_devices() -> None:
             "this host has an NVIDIA GPU that JAX does not see: pip install 'jax[cuda12]', or set "
             "JAX_PLATFORMS=cpu to compute without it"
         )
-    jax.monitoring.register_event_duration_secs_listener(note_duration)
 
 
-def _check_device(directory: Path, plan: Plan, model: "TextToImage") -> None:
+def _check_device(directory: Path, model: "TextToImage") -> None:
     """Refuses to mix kinds of devices, whose pixels differ, in one dataset."""
-    here = device_of(model)
-    made = (int(p.stem) for p in (directory / layout.DONE).glob("*.json") if p.stem.isdecimal())
-    marker = next(filter(None, (shards.read_marker(directory, plan, s) for s in made)), None)
-    if marker and marker.facts["device"].partition(" x ")[2] != here.partition(" x ")[2]:
+    here = model.mesh.devices.flat[0].device_kind
+    begun_on = layout.pin(directory, layout.DEVICE, here)
+    if begun_on != here:
         raise InputError(
-            f"{directory} was begun on {marker.facts['device']}, but here is {here}: continue on "
-            "the same hardware, or start anew with --overwrite"
+            f"{directory} was begun on {begun_on}, but here is {here}: continue on the same "
+            "hardware, or start anew with --overwrite"
         )
 
 
-def _facts(model: "TextToImage", padded: int, seconds: dict[str, float]) -> dict:
+def _facts(
+    model: "TextToImage", padded: int, seconds: dict[str, float], before: dict | None
+) -> dict:
+    """What a marker reports; of a revision, with what the shard has cost before."""
+    before = before or {"padded": 0, "seconds": {}}
     return {
         "device": device_of(model),
-        "padded": padded,
+        "padded": before["padded"] + padded,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
-        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        "seconds": {
+            stage: round(before["seconds"].get(stage, 0.0) + value, 3)
+            for stage, value in seconds.items()
+        },
     }
 
 

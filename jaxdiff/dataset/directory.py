@@ -19,6 +19,7 @@ PLAN = f"{WORK}/plan"
 DONE = f"{WORK}/done"
 TMP = f"{WORK}/tmp"
 LOCK = f"{WORK}/lock"
+DEVICE = f"{WORK}/device"  # the kind that makes the run's images
 OLD = f"{WORK}/old"  # the run that --overwrite replaces, until the new one has made a shard
 DATA = "data"
 METADATA = "metadata"
@@ -30,7 +31,7 @@ CARD = "README.md"
 CROISSANT = "croissant.json"
 # All that a run leaves, in the order in which it is deleted: what has lost a file must not look
 # finished, and while the plan is there the directory is known as ours.
-OURS = (SUCCESS, DONE, DATA, METADATA, CARD, CROISSANT, RUN, REJECTED, FAILED, PLAN)
+OURS = (SUCCESS, DONE, DEVICE, DATA, METADATA, CARD, CROISSANT, RUN, REJECTED, FAILED, PLAN)
 
 
 @contextlib.contextmanager
@@ -177,6 +178,16 @@ def temporary(directory: Path, name: str) -> Path:
     folder = directory / TMP
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def pin(directory: Path, name: str, content: str) -> str:
+    """Writes a small file unless it is there; returns what it says, which never changes."""
+    path = temporary(directory, "pin")
+    path.write_text(content, "utf-8")
+    with contextlib.suppress(FileExistsError):
+        os.link(path, directory / name)
+    path.unlink()
+    return (directory / name).read_text("utf-8")
 
 
 def write(directory: Path, name: str, content: str) -> None:

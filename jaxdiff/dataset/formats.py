@@ -84,7 +84,7 @@ def read_tar(path: Path) -> Iterator[Sample]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
-                if not member.isreg() or extension in members:
+                if member.type != tarfile.REGTYPE or extension in members:
                     raise ValueError(f"{member.name} does not belong there")
                 members[extension] = tar.extractfile(member).read()
                 if len(members) == 3:

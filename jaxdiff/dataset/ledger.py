@@ -45,12 +45,19 @@ def with_failed(directory: Path, plan: Plan) -> list[int]:
     return [shard for shard, marker in enumerate(markers) if marker and marker.failed]
 
 
+def revised(directory: Path, plan: Plan, some: list[int]) -> list[int]:
+    """Those of some made shards that are revisions."""
+    return [shard for shard in some if shards.read_marker(directory, plan, shard).revision]
+
+
 def settle(directory: Path, plan: Plan) -> None:
     """Ends what a dead job was doing: gives what it has made its final names, deletes the rest.
 
     Raises:
-      InputError: if a done-marker is damaged.
+      InputError: if a done-marker is damaged, or the plan, which no other file could mend.
     """
+    if problem := next(_check_plan(directory, plan), None):
+        raise InputError(f"{directory}: {problem}; that cannot be mended: start anew elsewhere")
     for marker in filter(None, _markers(directory, plan)):
         shards.publish(directory, marker)
     layout.sweep(directory)
@@ -161,15 +168,16 @@ def broken(directory: Path, plan: Plan) -> list[int]:
     Deletes markers that say nothing, and ends what a dead job was doing.
 
     Raises:
-      InputError: if the plan is damaged, which no other file could mend.
+      InputError: if the plan is damaged.
     """
-    if problem := next(_check_plan(directory, plan), None):
-        raise InputError(f"{directory}: {problem}; that cannot be repaired: start anew elsewhere")
     for shard in range(len(plan.shard_sizes)):
-        try:
-            shards.read_marker(directory, plan, shard)
-        except ValueError:
-            shards.forget(directory, shard)
+        while True:
+            try:
+                shards.read_marker(directory, plan, shard)
+            except ValueError:
+                shards.forget(directory, shard)
+            else:
+                break
     settle(directory, plan)
     return [
         shard
@@ -322,7 +330,9 @@ def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) ->
         "settings": asdict(plan.settings),
         "counts": counts,
         "padded": sum(fact["padded"] for fact in facts),
-        "images_per_worker_second": round(plan.images / max(seconds["generate"], 1e-9), 3),
+        "images_per_worker_second": round(counts["made"] / seconds["generate"], 3)
+        if seconds["generate"]
+        else None,
         "seconds": seconds,
         "devices": sorted({fact["device"] for fact in facts}),
         "versions": {

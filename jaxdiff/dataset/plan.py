@@ -43,7 +43,7 @@ class PlannedImage:
     """One image to make.
 
     Attributes:
-      key: its place in the manifest's order, 9 digits.
+      key: 9 digits, in the manifest's order; what extends a plan comes after it.
       id: its row's.
       image_index: which of its row's images it is.
       request: resolved; nothing is left to the model.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -246,12 +247,14 @@ class _Reader:
         """Yields each accepted row and its place: its file and its line."""
         number = -1
         for source in self.manifest.sources:
+            # A name may be no UTF-8.
+            name = os.fsencode(source.name).decode("utf-8", "backslashreplace")
             for entry in manifests.read(source, self.settings.prompt_column):
                 if entry.values is None and entry.error is None:
                     self.counts["blank"] += 1
                     continue
                 number += 1
-                place = (source.name, entry.line)
+                place = (name, entry.line)
                 try:
                     row = self._accept(entry, place, number)
                 except BadValueError as problem:

@@ -85,9 +85,8 @@ def marker_paths(directory: Path, shard: int) -> list[Path]:
 
 
 def forget(directory: Path, shard: int) -> None:
-    """Deletes the shard's done-markers, so that it is made again."""
-    for path in reversed(marker_paths(directory, shard)):
-        path.unlink()
+    """Deletes the shard's last done-marker, so that the one before it holds, if there is one."""
+    marker_paths(directory, shard)[-1].unlink()
 
 
 def read_marker(directory: Path, plan: Plan, shard: int) -> Marker | None:
@@ -115,6 +114,17 @@ def read_marker(directory: Path, plan: Plan, shard: int) -> Marker | None:
     if not sound:
         raise ValueError(f"{path.relative_to(directory)} is damaged or another plan's")
     return marker
+
+
+def check_files(directory: Path, marker: Marker) -> None:
+    """Raises InputError unless a made shard's files are as its marker says."""
+    for name, file in marker.files.items():
+        path = directory / name
+        if not path.exists() or layout.digest(path) != file["sha256"]:
+            raise InputError(
+                f"{directory}: {name} is not as it was made; `jaxdiff verify {directory} --repair` "
+                "makes it again"
+            )
 
 
 def publish(directory: Path, marker: Marker) -> None:
@@ -216,17 +226,10 @@ class Attempt:
     def repair(self, marker: Marker) -> None:
         """Puts the files in the places of those that a marker names and that are not as it says.
 
-        Raises:
-          InputError: if they differ from those; then nothing has changed.
+        Where they are not as it says either, nothing changes.
         """
-        made = self._finish()
-        for name, file in marker.files.items():
-            if made[name] != file:
-                path = marker_path(self._directory, self._shard, marker.revision)
-                raise InputError(
-                    f"{name} was made again, but not to the bytes that its marker names; delete "
-                    f"{path} and repair again"
-                )
+        if self._finish() != marker.files:
+            return
         for name, file in marker.files.items():
             final = self._directory / name
             if not final.exists() or layout.digest(final) != file["sha256"]:

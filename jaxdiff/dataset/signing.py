@@ -154,13 +154,7 @@ def _sign_shard(directory: Path, plan: Plan, shard: int, signer: "c2pa.Context")
     """Commits the shard with its images signed, unless all are; returns how many it has signed."""
     marker = shards.read_marker(directory, plan, shard)
     shards.publish(directory, marker)  # for one that was killed in between
-    for name, file in marker.files.items():
-        path = directory / name
-        if not path.exists() or layout.digest(path) != file["sha256"]:
-            raise InputError(
-                f"{directory}: {name} is not as it was made, and is not signed; "
-                f"jaxdiff verify {directory} says what is wrong"
-            )
+    shards.check_files(directory, marker)
     images_name, metadata_name = shards.file_names(plan, shard)
     _, _, read = formats.FORMATS[plan.settings.format]
     image_format = plan.settings.image_format

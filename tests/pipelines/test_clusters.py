@@ -19,6 +19,7 @@ import pytest
 from apache_beam.internal import pickler
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult, PipelineRunner, PipelineState
+from graphs import forks
 from making import files, make_plan
 
 from jaxdiff import cli
@@ -64,7 +65,7 @@ def generate_shard(tmp_path, manifest, tiny_checkpoint) -> tuple[GenerateShard, 
 def test_the_graph_is_one_line(generate_shard):
     recorder = Recorder()
     generate.make_shards(*generate_shard, (recorder, PipelineOptions([])))
-    assert runners.forks(recorder.pipeline) == []
+    assert forks(recorder.pipeline) == []
     labels = {node.full_label for node in leaves(recorder.pipeline)}
     assert "GenerateShard" in labels
     assert len(labels) > 3

@@ -163,11 +163,40 @@ def test_a_finished_job_restores_what_was_deleted(tmp_path, command, capsys):
 def test_another_kind_of_device_does_not_continue_a_job(tmp_path, command, capsys):
     directory = tmp_path / "out"
     cli.main(command(directory))
-    for path in (directory / layout.DONE).iterdir():
-        path.write_text(path.read_text().replace("1 x cpu", "4 x TPU v5e"))
+    (directory / layout.DEVICE).write_text("TPU v5e")
     (directory / layout.DONE / "00001.json").unlink()
     capsys.readouterr()
     assert cli.main(command(directory)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "was begun on 4 x TPU v5e, but here is 1 x cpu: continue on the same" in error
+    assert "was begun on TPU v5e, but here is cpu: continue on the same" in error
     assert not (directory / "_SUCCESS").exists()
+
+
+def test_a_plan_that_has_changed_is_not_followed(tmp_path, command, capsys):
+    directory = tmp_path / "out"
+    cli.main(command(directory))
+    (directory / layout.DONE / "00001.json").unlink()
+    (path,) = (directory / layout.PLAN).glob("images-*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert cli.main(command(directory)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{path.name} has changed since the job was planned; that cannot be mended" in said
+
+
+def test_the_same_command_continues_even_where_it_says_overwrite(
+    tmp_path, command, capsys, environment
+):
+    directory = tmp_path / "out"
+    cli.main(command(directory, "--limit=4"))
+    anew = command(directory, "--seed=1", "--overwrite")
+    cli.main(anew)
+    (directory / "_SUCCESS").unlink()  # as if it had been interrupted
+    (directory / layout.DONE / "00002.json").unlink()
+    capsys.readouterr()
+    assert cli.main(anew) == 0
+    assert "24 images in 6 shards, 5 of them made already" in capsys.readouterr().err
+    assert cli.main(anew) == 0  # finished, so this one starts anew
+    assert "24 images in 6 shards\n" in capsys.readouterr().err

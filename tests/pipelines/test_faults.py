@@ -119,6 +119,56 @@ def test_a_row_that_kills_the_process_is_given_up_after_three_deaths(
     assert files(directory) == files(whole)
 
 
+def test_a_device_that_kills_every_process_accuses_no_row(tmp_path, command, faulty, capsys):
+    directory = tmp_path / "out"
+    faulty("""
+import os
+from jaxdiff.text_to_image import TextToImage
+TextToImage._dispatch = lambda *_: os.kill(os.getpid(), 9)
+""")
+    assert cli.main(command(directory)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "jaxdiff: a worker died of SIGKILL while it made nothing"
+    assert not list((directory / layout.DONE).glob("*"))
+    faulty(None)
+    assert cli.main(command(directory)) == 0
+
+
+def test_a_size_that_the_model_cannot_make_stops_only_its_rows(tmp_path, command, faulty, manifest):
+    manifest.write_text(
+        '{"prompt": "a ring"}\n{"prompt": "a star", "width": 96}\n{"prompt": "a cross"}\n'
+    )
+    faulty("""
+from jaxdiff.text_to_image import TextToImage
+def wrapped(self, batch, *how):
+    if batch[0].width == 96:
+        raise RuntimeError("too wide")
+    return dispatch(self, batch, *how)
+dispatch, TextToImage._dispatch = TextToImage._dispatch, wrapped
+""")
+    assert cli.main(command(tmp_path / "out")) == 3
+    assert failures(tmp_path / "out") == {"000000001": "RuntimeError: too wide"}
+
+
+def test_a_damaged_shard_is_not_retried(tmp_path, command, faulty, capsys):
+    directory = tmp_path / "out"
+    faulty(at("star", 'raise RuntimeError("no stars")'))
+    assert cli.main(command(directory)) == 3
+    faulty(None)
+    path = directory / "data" / "train-00000.tar"
+    content = bytearray(path.read_bytes())
+    content[3000] ^= 1
+    path.write_bytes(content)
+    assert cli.main(command(directory, "--retry-failed")) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "data/train-00000.tar is not as it was made; `jaxdiff verify" in said
+    # A repair makes what the first run has made, so the failure has to be made again as well.
+    faulty(at("star", 'raise RuntimeError("no stars")'))
+    assert cli.main(["verify", str(directory), "--repair"]) == 0
+    faulty(None)
+    assert cli.main(command(directory, "--retry-failed")) == 0
+
+
 def test_a_worker_that_cannot_even_load_the_model_ends_the_job(tmp_path, command, faulty, capsys):
     faulty("import os; os._exit(5)")
     assert cli.main(command(tmp_path / "out")) == 1

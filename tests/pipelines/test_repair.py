@@ -1,7 +1,9 @@
 """`verify` names what is wrong with a dataset, and `verify --repair` makes just that again."""
 
+import hashlib
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +13,9 @@ from making import files
 
 from jaxdiff import cli
 from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import formats, ledger
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import shard as shards
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +99,7 @@ def test_a_damaged_plan_cannot_be_repaired(tmp_path, made, capsys):
     flip(path)
     before = files(directory)
     assert cli.main(["verify", str(directory), "--repair"]) == 2
-    assert "that cannot be repaired: start anew elsewhere" in capsys.readouterr().err
+    assert "that cannot be mended: start anew elsewhere" in capsys.readouterr().err
     assert files(directory) == before
 
 
@@ -104,9 +109,32 @@ def test_a_repair_that_gives_other_bytes_changes_nothing(tmp_path, made, capsys)
     path = directory / "data" / "train-00001.tar"
     marker = directory / "_jaxdiff" / "done" / "00001.json"
     path.unlink()
-    marker.write_text(marker.read_text().replace('"sha256": "', '"sha256": "0', 1)[: -0 or None])
-    assert cli.main(["verify", str(directory), "--repair"]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "was made again, but not to the bytes that its marker names; delete" in said
-    assert said.endswith("and repair again")
+    marker.write_text(marker.read_text().replace('"sha256": "', '"sha256": "0', 1))
+    assert cli.main(["verify", str(directory), "--repair"]) == 1
+    said = capsys.readouterr().out
+    assert "shard 1 was made again, but not to the bytes that its marker names" in said
+    assert f"{marker} lets it be made anew" in said
     assert not path.exists()
+
+
+def test_a_signed_shard_is_made_as_it_was_before(tmp_path, made, capsys):
+    directory = tmp_path / "out"
+    shutil.copytree(made, directory)
+    plan = plans.load(directory)
+    path = directory / "data" / "train-00001.tar"
+    samples = list(formats.read_tar(path))
+    with shards.Attempt(directory, plan, 1, revision=1) as attempt:
+        for sample in samples:
+            image = sample.image + b"a signature, never the same twice"
+            sha256 = hashlib.sha256(image).hexdigest()
+            attempt.add(replace(sample, image=image, record={**sample.record, "sha256": sha256}))
+        attempt.commit(shards.read_marker(directory, plan, 1).facts)
+    ledger.finalize(directory, plan, 0.0)
+    assert cli.main(["verify", str(directory)]) == 0
+    path.unlink()
+    (directory / "data" / "train-00002.tar").unlink()
+    assert cli.main(["verify", str(directory), "--repair"]) == 0
+    assert "shard 1 is made as it was before it was signed: sign it again" in (
+        capsys.readouterr().out
+    )
+    assert files(directory) == files(made)

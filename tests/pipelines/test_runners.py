@@ -8,6 +8,7 @@ import apache_beam as beam
 import pytest
 from apache_beam.options import pipeline_options as beam_options
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from graphs import forks
 
 from jaxdiff.errors import InputError
 from pipelines import runners
@@ -111,14 +112,14 @@ def test_a_missing_extra_is_named(runner, module, extra):
 def test_straight_lines_and_forks_are_told_apart():
     straight = beam.Pipeline(runner=FnApiRunner())
     _ = straight | beam.Create([1], reshuffle=False) | beam.Reshuffle() | beam.Map(str)
-    assert runners.forks(straight) == []
+    assert forks(straight) == []
 
     forked = beam.Pipeline(runner=FnApiRunner())
     ones = forked | "Ones" >> beam.Create([1], reshuffle=False)
     _ = ones | "Left" >> beam.Map(str)
     _ = ones | "Right" >> beam.Map(lambda x, side: x, beam.pvalue.AsList(ones))
     _ = ones | "Tagged" >> beam.ParDo(lambda x: [x]).with_outputs("bad", main="good")
-    found = " ".join(runners.forks(forked))
+    found = " ".join(forks(forked))
     assert "is used by 3 transforms" in found
     assert "Right has side inputs" in found
     assert "has the tagged outputs bad" in found
@@ -126,4 +127,4 @@ def test_straight_lines_and_forks_are_told_apart():
     joined = beam.Pipeline(runner=FnApiRunner())
     parts = [joined | f"Part{n}" >> beam.Create([n], reshuffle=False) for n in range(2)]
     _ = parts | beam.Flatten()
-    assert runners.forks(joined) == ["Flatten joins 2 inputs"]
+    assert forks(joined) == ["Flatten joins 2 inputs"]
