@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from jaxdiff.dataset import directory as layout
 
 SHARDS, IMAGES_PER_SHARD = 52, 32
@@ -20,6 +22,7 @@ def resident_mb(process: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
 
 
+@pytest.mark.slow
 def test_memory_is_flat_from_the_fifth_shard_to_the_fiftieth(tmp_path, command, environment):
     directory, manifest = tmp_path / "out", tmp_path / "many.jsonl"
     row = {"prompt": "a ring", "num_images": SHARDS * IMAGES_PER_SHARD}
