@@ -48,7 +48,7 @@ def choose(arguments: list[str], workers: int) -> tuple[PipelineRunner, Pipeline
 
     Returns:
       The runner, which is the `FnApiRunner` unless another is named, and its options. At home it
-      has a thread for each worker to wait in.
+      has some threads for each worker to wait in.
 
     Raises:
       InputError: for an option or a runner that is unknown, that does not belong to the other or
