@@ -112,6 +112,7 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
         )
         work.fill(attempt, planned, kept, _samples(directory, plan, task.shard))
         seconds = {"load": loaded - started} | work.seconds(time.monotonic() - loaded)
+        seconds = {stage: round(value, 3) for stage, value in seconds.items()}
         facts = _facts(model, work.padded, seconds, marker.facts if is_retry else None)
         if task.mode == "repair":
             attempt.repair(marker)

@@ -45,3 +45,15 @@ def environment(tmp_path_factory) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """Lets the workers that are started from now on run some code first; None for no more."""
+    paths = [str(Path(__file__).parent / "faults"), str(ROOT)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+    def faulty(code: str | None) -> None:
+        monkeypatch.setenv("FAULT", code or "")
+
+    return faulty

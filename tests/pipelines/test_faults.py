@@ -10,38 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from injected import at
 from making import files
 
 from jaxdiff import cli
 from jaxdiff.dataset import directory as layout
 
-ROOT = Path(__file__).parents[2]
-# What a worker does when it is to encode a prompt with a word in it.
-AT_WORD = """
-from jaxdiff.prompts import PromptEncoder
-def wrapped(self, prompts, **how):
-    if any({word!r} in prompt for prompt in prompts):
-        {fault}
-    return encode(self, prompts, **how)
-encode, PromptEncoder.__call__ = PromptEncoder.__call__, wrapped
-"""
 STAR_KEYS = ["000000003", "000000004", "000000005"]
-
-
-def at(word: str, fault: str) -> str:
-    return AT_WORD.format(word=word, fault=fault)
-
-
-@pytest.fixture
-def faulty(monkeypatch):
-    """Lets the workers that are started from now on run some code first; None for no more."""
-    paths = [str(Path(__file__).parent / "faults"), str(ROOT)]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-
-    def faulty(code: str | None) -> None:
-        monkeypatch.setenv("FAULT", code or "")
-
-    return faulty
 
 
 @pytest.fixture

@@ -1,25 +1,14 @@
 """Beam's metrics count what the done-markers say, from which the report is summed."""
 
 import json
-import os
-from pathlib import Path
 
 from apache_beam.metrics import MetricsFilter
+from injected import at
 
 from jaxdiff import cli
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from pipelines import generate
-
-HERE = Path(__file__).parent
-NO_STARS = """
-from jaxdiff.prompts import PromptEncoder
-def wrapped(self, prompts, **how):
-    if any("star" in prompt for prompt in prompts):
-        raise RuntimeError("no stars")
-    return encode(self, prompts, **how)
-encode, PromptEncoder.__call__ = PromptEncoder.__call__, wrapped
-"""
 
 
 def counters(result) -> dict[str, int]:
@@ -27,11 +16,10 @@ def counters(result) -> dict[str, int]:
     return {counter.key.metric.name: counter.committed for counter in found}
 
 
-def test_the_counters_of_a_job_are_the_sums_of_its_markers(tmp_path, command, monkeypatch):
+def test_the_counters_of_a_job_are_the_sums_of_its_markers(tmp_path, command, monkeypatch, faulty):
     directory, results, make_shards = tmp_path / "out", [], generate.make_shards
     monkeypatch.setattr(generate, "make_shards", lambda *job: results.append(make_shards(*job)))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE / "faults"), str(HERE.parents[1])]))
-    monkeypatch.setenv("FAULT", NO_STARS)
+    faulty(at("star", 'raise RuntimeError("no stars")'))
     assert cli.main(command(directory, "--workers=2")) == 3
 
     report = json.loads((directory / "run.json").read_text())

@@ -1,0 +1,15 @@
+"""Faults for the workers of a test, as the code that `faults/sitecustomize.py` runs."""
+
+AT_WORD = """
+from jaxdiff.prompts import PromptEncoder
+def wrapped(self, prompts, **how):
+    if any({word!r} in prompt for prompt in prompts):
+        {fault}
+    return encode(self, prompts, **how)
+encode, PromptEncoder.__call__ = PromptEncoder.__call__, wrapped
+"""
+
+
+def at(word: str, fault: str) -> str:
+    """What happens when a prompt with a word in it is encoded."""
+    return AT_WORD.format(word=word, fault=fault)
