@@ -92,14 +92,23 @@ def make(
         tables = map(_table, _shards(reader.images(), settings))
         for table in _row_groups(_noted(tables, plan)):
             writer.write_table(table, row_group_size=len(table))
-    if manifests.digest(manifest) != identity["manifest_sha256"]:
+    _check(manifest, settings, plan, reader)
+    sha256 = {file.name: layout.digest(file) for file in sorted(folder.iterdir())}
+    plan = replace(plan, rows=reader.counts, sha256=sha256)
+    (folder / PLAN_JSON).write_text(json.dumps(asdict(plan), indent=2) + "\n", "utf-8")
+    return plan
+
+
+def _check(manifest: Manifest, settings: Settings, plan: Plan, reader: "_Reader") -> None:
+    """Refuses what cannot be made of a manifest, once it is read."""
+    if manifests.digest(manifest) != plan.identity["manifest_sha256"]:
         raise InputError(
             f"manifest {manifest.name} changed while it was read; run the command again"
         )
     if not plan.shard_sizes:
         raise InputError(reader.why_nothing())
-    if known:
-        row_id, index = next(iter(known))
+    if reader.known:
+        row_id, index = next(iter(reader.known))
         raise InputError(
             f"manifest {manifest.name} does not ask for image {index} of row "
             f"{checks.shown(row_id)} any more"
@@ -108,10 +117,6 @@ def make(
         checks.options_together(settings, reader.samplers, reader.schedulers)
     except BadValueError as problem:
         raise InputError(str(problem)) from None
-    sha256 = {file.name: layout.digest(file) for file in sorted(folder.iterdir())}
-    plan = replace(plan, rows=reader.counts, sha256=sha256)
-    (folder / PLAN_JSON).write_text(json.dumps(asdict(plan), indent=2) + "\n", "utf-8")
-    return plan
 
 
 def can_extend(old: dict, new: dict) -> bool:

@@ -8,10 +8,12 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import apache_beam as beam
@@ -109,28 +111,36 @@ def cluster(tmp_path) -> Iterator[tuple[int, int]]:
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     with contextlib.ExitStack() as ends:
 
-        def start(module: str, *arguments: str) -> Path:
-            log = tmp_path / f"{module}.log"
+        def start(module: str, option: str) -> int:
+            port = free_port()
             process = subprocess.Popen(
-                [sys.executable, "-m", f"apache_beam.runners.{module}", *arguments],
+                [sys.executable, "-m", f"apache_beam.runners.{module}", f"{option}={port}"],
                 env=environment,
-                stdout=ends.enter_context(log.open("w")),
+                stdout=ends.enter_context((tmp_path / f"{module}.log").open("w")),
                 stderr=subprocess.STDOUT,
             )
             ends.callback(process.wait)
             ends.callback(process.terminate)
-            return log
+            return port
 
-        servers = [
-            start("portability.local_job_service_main"),
-            start("worker.worker_pool_main", "--service_port=0"),
-        ]
-        yield tuple(port(log) for log in servers)
+        ports = (
+            start("portability.local_job_service_main", "--port"),
+            start("worker.worker_pool_main", "--service_port"),
+        )
+        for port in ports:
+            wait_for(partial(answers, port))
+        yield ports
 
 
-def port(log: Path) -> int:
-    found = wait_for(lambda: re.search(r"(?:on port |at port: localhost:)(\d+)", log.read_text()))
-    return int(found[1])
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("localhost", port)) == 0
 
 
 def wait_for(something: Callable):
