@@ -15,6 +15,7 @@ os.environ.pop("XLA_FLAGS", None)
 # Models that differ in weights or options only are the same program: compile it once in a run.
 COMPILED = tempfile.mkdtemp(prefix="jaxdiff-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small programs too
 atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 TOKENIZER = Path(__file__).parents[1] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
