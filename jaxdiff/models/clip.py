@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from jaxdiff.models import config as config_json
-from jaxdiff.models.layers import attention
+from jaxdiff.models.attention import attention
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

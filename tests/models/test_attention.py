@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdiff.models import layers
-from jaxdiff.models.layers import attention
+from jaxdiff.models import attention as kernels
+from jaxdiff.models.attention import attention
 
 HEADS = 2
 
@@ -43,7 +43,7 @@ def test_it_is_what_the_paper_says(tokens, context):
 
 def test_other_devices_attend_with_the_whole_batch_at_once(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(layers, "MOST_SCORES", 2 * HEADS * 550 * 1000)  # blocks of 550
+    monkeypatch.setattr(kernels, "MOST_SCORES", 2 * HEADS * 550 * 1000)  # blocks of 550
     query, key, value = drawn((2, 1100, 16), (2, 1000, 16), (2, 1000, 16))
     mixed = attention(query, key, value, HEADS)
     np.testing.assert_allclose(mixed, by_definition(query, key, value), atol=1e-5)
@@ -65,7 +65,7 @@ def gradients(*arrays):
 def test_its_gradient_is_that_of_plain_attention(monkeypatch):
     arrays = drawn((1, 300, 8), (1, 250, 8), (1, 250, 8))
     blockwise = gradients(*arrays)
-    monkeypatch.setattr(layers, "BLOCKWISE", np.inf)
+    monkeypatch.setattr(kernels, "BLOCKWISE", np.inf)
     for ours, plain in zip(blockwise, gradients(*arrays), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-4)
 
