@@ -1,12 +1,21 @@
 """Scaled dot-product attention: which kernel computes it where is known only here."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 BLOCKWISE = 2**16  # scores of one head from which blocks pay on a CPU: 256 tokens over 256
 BLOCK = 2**20  # scores of a CPU's block: 4 MB in float32, which stay in the cache
 MOST_SCORES = 2**28  # of another device's: 1 GB in float32, which keeps it busy
+LANES = 128  # of a TPU's registers: what its kernel's blocks are multiples of
+TPU_BLOCK = 4 * LANES  # tokens of a TPU's block; its scores are 1 MB in float32
+TPU_ROWS = [f"block_q{of}" for of in ("", "_dq", "_dkv", "_major_dkv")]  # names of sizes, there
+TPU_COLUMNS = [f"block_k{of}" for of in ("", "_major", "_dq", "_major_dq", "_dkv", "_major_dkv")]
 
 
 def attention(
@@ -14,9 +23,14 @@ def attention(
 ) -> Array:
     """Scaled dot-product attention (Vaswani et al., 2017), the softmax in float32.
 
-    Many tokens are attended a block of queries at a time, so that memory is bounded. On a CPU,
-    whose XLA is fast on plain matrices only, a block is of one image and one head, which also keeps
-    an image's arithmetic independent of the batch; elsewhere it is of the whole batch.
+    In bfloat16 there is flash attention (Dao et al., 2022, arXiv:2205.14135): cuDNN's on NVIDIA's
+    GPUs, Pallas' on TPUs. Everything else attends a block of queries at a time, so that memory is
+    bounded. On a CPU, whose XLA is fast on plain matrices only, a block is of one image and one
+    head, which also keeps an image's arithmetic independent of the batch; elsewhere it is of the
+    whole batch. Few scores, and causal ones, are computed plainly. All paths are differentiable.
+
+    The paths of CPUs and the blocks of other devices have been run; Pallas' kernel in its
+    interpreter only, and of cuDNN's it is only known that the program asks for it.
 
     Args:
       query: [batch, tokens, width].
@@ -32,13 +46,96 @@ def attention(
         return x.reshape(*x.shape[:2], num_heads, -1)  # [b, tokens, heads, head width]
 
     query, key, value = split(query), split(key), split(value)
-    if is_causal or query.shape[1] * key.shape[1] < BLOCKWISE:
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal)
-    elif jax.default_backend() == "cpu":
-        mixed = _attend_by_matrices(query, key, value)
+    if is_causal:
+        attend = partial(jax.nn.dot_product_attention, is_causal=True)
     else:
-        mixed = _attend_by_queries(query, key, value)
+        attend = _kernel(query, key)
+    mixed = _with_whole_heads(attend, num_heads)(query, key, value)
     return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def _kernel(query: Array, key: Array) -> Callable[[Array, Array, Array], Array]:
+    """What attends without a mask, of [b, tokens, heads, head width], on this host's devices.
+
+    Not by `jax.lax.platform_dependent`, which traces every platform's kernel on each: cuDNN's
+    cannot be traced where there is no cuDNN, and Pallas takes a quarter second to import.
+    """
+    platform, half, width = jax.default_backend(), query.dtype == jnp.bfloat16, query.shape[-1]
+    if platform == "gpu" and half and width % 8 == 0 and width <= _widest_in_cudnn():
+        return partial(jax.nn.dot_product_attention, implementation="cudnn")
+    if query.shape[1] * key.shape[1] < BLOCKWISE:
+        return jax.nn.dot_product_attention
+    if platform == "cpu":
+        return _attend_by_matrices
+    return _attend_by_pallas if platform == "tpu" and half else _attend_by_queries
+
+
+def _widest_in_cudnn() -> int:
+    """The widest head that cuDNN's flash attention takes on this host's GPUs, or 0."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")  # AMD's: "gfx942"
+    if capability == "9.0":
+        return 256
+    major = capability.partition(".")[0]
+    return 128 if major.isdigit() and int(major) >= 8 else 0
+
+
+def _with_whole_heads(attend: Callable, num_heads: int) -> Callable:
+    """`attend`, with each head on one device, where XLA splits arrays over axes of a mesh.
+
+    It cannot split the kernels of cuDNN and Pallas, nor would it split the loops over heads. Heads
+    that do not divide evenly are computed by every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = mesh.auto_axes
+    if not axes:
+        return attend
+    divides = num_heads % np.prod([mesh.shape[axis] for axis in axes]) == 0
+    heads = PartitionSpec(None, None, axes if divides else None)
+    return jax.shard_map(
+        attend,
+        in_specs=(heads, heads, heads),
+        out_specs=heads,
+        axis_names=set(axes),
+        check_vma=False,
+    )
+
+
+def _attend_by_pallas(query: Array, key: Array, value: Array) -> Array:
+    """As `attention`, of [b, tokens, heads, head width], on a TPU."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    batch, tokens, _, width = query.shape
+    context = key.shape[1]
+
+    def padded(x: Array) -> Array:  # to [b, heads, tokens, head width]
+        wider = -width % LANES if width > LANES else 0
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES), (0, 0), (0, wider)))
+        return x.transpose(0, 2, 1, 3)
+
+    query, key, value = padded(query), padded(key), padded(value)
+    rows, columns = _tpu_block(query.shape[2]), _tpu_block(key.shape[2])
+    is_token = (jnp.arange(key.shape[2]) < context).astype(jnp.int32)  # not padding
+    mixed = flash.flash_attention(
+        query,
+        key,
+        value,
+        segment_ids=flash.SegmentIds(
+            jnp.ones((batch, query.shape[2]), jnp.int32),
+            jnp.broadcast_to(is_token, (batch, key.shape[2])),
+        ),
+        sm_scale=width**-0.5,
+        block_sizes=flash.BlockSizes(
+            block_b=1,
+            **dict.fromkeys(TPU_ROWS, rows),
+            **dict.fromkeys(TPU_COLUMNS, columns),
+        ),
+    )
+    return mixed.transpose(0, 2, 1, 3)[:, :tokens, :, :width]
+
+
+def _tpu_block(tokens: int) -> int:
+    """The largest block, of LANES, that so many padded tokens divide into."""
+    return LANES * _divisor(tokens // LANES, TPU_BLOCK // LANES)
 
 
 def _attend_by_queries(query: Array, key: Array, value: Array) -> Array:

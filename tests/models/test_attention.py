@@ -1,8 +1,14 @@
-"""Attention in blocks is attention: exact, bounded in memory, and the same in every batch."""
+"""Attention by every kernel is attention: exact, bounded in memory, and the same in every batch."""
+
+import re
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.experimental.pallas import tpu as pallas
 
 from jaxdiff.models import attention as kernels
 from jaxdiff.models.attention import attention
@@ -87,3 +93,80 @@ def test_bfloat16_has_its_softmax_in_float32():
     np.testing.assert_allclose(
         mixed.astype(np.float32), exact, atol=4e-3
     )  # its spacing at 0.5 to 1
+
+
+def test_a_tpus_kernel_and_its_gradient_are_those_of_plain_attention():
+    # Tokens in blocks of which the last is not full, heads wider than 128 and no multiple of it.
+    tokens, context, width = 300, 700, 160
+    arrays = drawn((1, tokens, 2, width), (1, context, 2, width), (1, context, 2, width))
+
+    def squares(attend):
+        return jax.jit(jax.value_and_grad(lambda *a: (attend(*a) ** 2).sum(), argnums=(0, 1, 2)))
+
+    with pallas.force_tpu_interpret_mode():
+        ours = squares(kernels._attend_by_pallas)(*arrays)
+    plain = squares(jax.nn.dot_product_attention)(*arrays)
+    for array, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(array, other, atol=1e-4, rtol=1e-5)
+
+
+def asked_for(monkeypatch, platform, dtype, *shapes, capability=None, training=False):
+    """The kernels that the program for a device calls; it is made here, and not run."""
+    monkeypatch.setattr(jax, "default_backend", lambda: {"cuda": "gpu"}.get(platform, platform))
+    devices = [SimpleNamespace(compute_capability=capability)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: least == capability)
+    query, key = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+
+    def attend(*arrays):
+        return attention(*arrays, num_heads=8)
+
+    def train(*arrays):
+        return jax.grad(lambda *a: attend(*a).astype(jnp.float32).sum(), argnums=(0, 1, 2))(*arrays)
+
+    traced = jax.jit(train if training else attend).trace(query, key, key)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return re.findall(r"custom_call @([\w$]+)\(", text)
+
+
+SELF, CROSS = ((2, 4096, 320),) * 2, ((2, 4096, 320), (2, 77, 320))  # Stable Diffusion's, at 512
+
+
+@pytest.mark.parametrize("shapes", [SELF, CROSS])
+def test_in_bfloat16_a_gpu_is_asked_for_cudnns_kernel(shapes, monkeypatch):
+    found = asked_for(monkeypatch, "cuda", jnp.bfloat16, *shapes, capability="8.0")
+    assert found == ["__cudnn$fmhaSoftmax"]
+
+
+def test_in_bfloat16_a_tpu_is_asked_for_pallas_kernel(monkeypatch):
+    assert asked_for(monkeypatch, "tpu", jnp.bfloat16, *SELF) == ["tpu_custom_call"]
+
+
+def test_the_kernels_have_gradients(monkeypatch):
+    on_gpu = asked_for(monkeypatch, "cuda", jnp.bfloat16, *SELF, capability="9.0", training=True)
+    assert on_gpu == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    on_tpu = asked_for(monkeypatch, "tpu", jnp.bfloat16, *CROSS, training=True)
+    assert on_tpu == ["tpu_custom_call"] * 3  # forwards; of the queries; of the keys and values
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "is_taken"),
+    [
+        ("7.5", 64, False),
+        ("8.6", 160, False),
+        ("9.0", 160, True),
+        ("9.0", 512, False),  # the autoencoder's
+        ("12.0", 128, True),
+        ("gfx942", 64, False),
+    ],
+)
+def test_cudnn_gets_the_heads_that_the_gpu_takes(capability, width, is_taken, monkeypatch):
+    shapes = ((2, 1024, 8 * width),) * 2
+    found = asked_for(monkeypatch, "cuda", jnp.bfloat16, *shapes, capability=capability)
+    assert found == ["__cudnn$fmhaSoftmax"] * is_taken
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_float32_is_never_rounded_by_a_kernel(platform, monkeypatch):
+    assert asked_for(monkeypatch, platform, jnp.float32, *SELF, capability="9.0") == []
