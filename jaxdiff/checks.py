@@ -22,6 +22,7 @@ MAX_GUIDANCE_SCALE = 1000
 MAX_STEPS = 100_000  # `steps_of` knows better, once the sampler is known
 MAX_CLIP_SKIP = 100
 MAX_PROMPT_CHUNKS = 16
+MAX_DEEP_CACHE = 100
 DTYPES = ("float32", "bfloat16")
 NOISES = ("jax", "torch")
 
@@ -63,6 +64,7 @@ def of_options() -> dict[str, tuple]:
         "clip_skip": (integer, 0, MAX_CLIP_SKIP),
         "prompt_chunks": (integer, 1, MAX_PROMPT_CHUNKS),
         "refiner_start": share,
+        "deep_cache": (integer, 1, MAX_DEEP_CACHE),
     }
 
 

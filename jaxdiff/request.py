@@ -69,6 +69,8 @@ class Options:
       clip_skip: how many of the text encoder's last layers are left out.
       prompt_chunks: how many stretches of 75 tokens a prompt may have; what is longer is cut.
       refiner_start: the share of the noise levels after which a refiner takes over, 0 to 1.
+      deep_cache: of so many evaluations of the U-Net in turn only the first is computed whole; the
+        others take what its deep layers made (Ma et al., 2023, arXiv:2312.00858). 1: all whole.
     """
 
     dtype: str = "float32"
@@ -82,3 +84,4 @@ class Options:
     clip_skip: int = 0
     prompt_chunks: int = 1
     refiner_start: float = 0.8
+    deep_cache: int = 1

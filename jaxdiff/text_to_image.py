@@ -2,11 +2,10 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.expert import Conditioning, Expert, Network
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.request import Options, Request
+from jaxdiff.stretches import Stretch, stretches_of
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # An autoencoder's activations are many times an image: so few pixels are decoded at once.
@@ -77,14 +77,6 @@ def load(
     return TextToImage(open_ensemble(model, variant, refiner), Options(**options))
 
 
-class Stretch(NamedTuple):
-    """Rows of a sampler's table that one denoiser takes, guided or not; static under `jax.jit`."""
-
-    expert: int
-    rows: int
-    guided: bool
-
-
 class TextToImage:
     """A loaded model. An image is a function of its request, whatever it is batched with."""
 
@@ -110,6 +102,7 @@ class TextToImage:
             vae_config,
             dtype,
             guidance_rescale=options.guidance_rescale,
+            deep_cache=options.deep_cache,
         )
         self._sample = jax.jit(
             # params, noise, fresh noise, positive, negative, guidance scale; the table is for all
@@ -234,22 +227,15 @@ class TextToImage:
         """Each expert's table, and which expert takes which rows, guided or not."""
         base, *others = self._experts
         table = base.table(request)
-        rows = len(table.timesteps)
-        refined_from, tables = rows, [table]
-        if others:
-            cut = round(base.train_steps * (1.0 - self.options.refiner_start))
-            refined_from = int((table.timesteps >= cut).sum())
-            tables.append(others[0].table(request, begin=refined_from))
-        guided_from = round(rows * self.options.guidance_start)
-        guided_until = round(rows * self.options.guidance_stop)
-        edges = sorted({0, min(guided_from, rows), min(guided_until, rows), refined_from, rows})
-        stretches = []
-        for begin, end in itertools.pairwise(edges):
-            expert = int(begin >= refined_from)
-            guided = request.bucket.guided and guided_from <= begin and end <= guided_until
-            guided = guided and not self._experts[expert].network.distilled
-            stretches.append(Stretch(expert, end - begin, guided))
-        return tables, tuple(stretches)
+        parts = stretches_of(
+            table.timesteps,
+            self.options,
+            guided=request.bucket.guided,
+            distilled=[expert.network.distilled for expert in self._experts],
+            train_steps=base.train_steps,
+        )
+        begin = sum(part.rows for part in parts if part.expert == 0)
+        return [table, *(other.table(request, begin=begin) for other in others)], parts
 
     def _decoded_at_once(self, request: Request, batch_size: int) -> int:
         """How many of a device's images its autoencoder decodes at once: a divisor of all."""
@@ -275,6 +261,7 @@ def sample_pixels(
     stretches: Sequence[Stretch],
     decoded_at_once: int,
     guidance_rescale: float = 0.0,
+    deep_cache: int = 1,
 ) -> tuple[Array, Array]:
     """The pure function from noise to pixels, for `jax.jit`.
 
@@ -290,7 +277,7 @@ def sample_pixels(
       initial_scale, columns: of a `SamplerTable`.
       stretches: cover the rows of the table.
       decoded_at_once: so many images, a divisor of the batch.
-      guidance_rescale: as in `Options`.
+      guidance_rescale, deep_cache: as in `Options`.
 
     Returns:
       pixels uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
@@ -310,7 +297,9 @@ def sample_pixels(
         )
         for expert, rows, guided in stretches
     ]
-    latents = sampling.sample(denoisers, noise, initial_scale, columns, fresh_noise)
+    latents = sampling.sample(
+        denoisers, noise, initial_scale, columns, fresh_noise, whole_every=deep_cache
+    )
     vae = nnx.merge(vae_graph, params["vae"])
 
     def decode(latents: Array) -> tuple[Array, Array]:
@@ -331,22 +320,26 @@ def _denoiser(
     negative: Conditioning | None,
     guidance_scale: Array,
     guidance_rescale: float,
-) -> Callable[[Array, Array, Array, Array], Array]:
+) -> sampling.Denoiser:
     """What `sampling.sample` takes: guided, if there is something to steer away from."""
     unet, guided = nnx.merge(network.graph, params), negative is not None
     told = jax.tree.map(guidance.paired, negative, positive) if guided else positive
 
-    def denoise(x: Array, timestep: Array, alpha: Array, sigma: Array) -> Array:
+    def denoise(
+        x: Array, timestep: Array, alpha: Array, sigma: Array, deep: Array | None
+    ) -> tuple[Array, Array]:
         latents = (guidance.paired(x, x) if guided else x).astype(dtype)
-        output = unet(
+        output, deep = unet.evaluate(
             latents,
             jnp.full(latents.shape[0], timestep),
+            deep=deep,
             **told._asdict(),
             guidance_scale=guidance_scale if network.distilled else None,
-        ).astype(jnp.float32)
+        )
+        output = output.astype(jnp.float32)
         if guided:
             output = guidance.guide(output, guidance_scale, guidance_rescale)
-        return objective.to_x0(output, x, alpha, sigma, network.prediction_type)
+        return objective.to_x0(output, x, alpha, sigma, network.prediction_type), deep
 
     return denoise
 

@@ -237,6 +237,11 @@ HELP = {
             "chunks of 75 tokens a prompt may have, else it is cut (default: 1)",
         ),
         "refiner_start": ("SHARE", "of the noise levels that precede the refiner (default: 0.8)"),
+        "deep_cache": (
+            "N",
+            "compute the U-Net whole at every Nth evaluation only, its outermost layers at the "
+            "others: faster, a little worse (default: 1, whole at all)",
+        ),
     },
     "computing": {
         "batch_size": (

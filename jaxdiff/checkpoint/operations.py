@@ -7,8 +7,6 @@ attention, which are nearly all; not normalizations, not the text encoders. Impo
 import re
 from collections.abc import Mapping
 
-import numpy as np
-
 from jaxdiff import checks
 from jaxdiff.checkpoint.ensemble import Ensemble
 from jaxdiff.checkpoint.layout import Checkpoint
@@ -16,10 +14,13 @@ from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.diffusion import samplers
 from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.request import Bucket, Options
+from jaxdiff.stretches import Stretch, stretches_of
 
 TOKENS = 77  # of a prompt, where the text encoder does not say
 BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.")
 RESAMPLED = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(down|up)samplers\.")
+LAYER = re.compile(r"up_blocks\.(\d+)\.resnets\.(\d+)\.")
+DEEP = ("down_blocks.", "mid_block.", "up_blocks.")
 ONCE_AN_IMAGE = re.compile(r"\b(time_embedding|add_embedding|time_emb_proj)\.")
 
 
@@ -28,10 +29,15 @@ def of_image(ensemble: Ensemble, options: Options, bucket: Bucket) -> int:
     factor = ensemble.base.size_multiple
     height, width = bucket.height // factor, bucket.width // factor
     total = of_network(_decoder(ensemble.base), height, width)
-    rows = _evaluations(ensemble, options, bucket)
-    for checkpoint, evaluations in zip(ensemble.experts, rows, strict=True):
-        tokens = _tokens(checkpoint) * options.prompt_chunks
-        total += evaluations * of_network(checkpoint.weights("unet"), height, width, tokens)
+    for part in _stretches(ensemble, options, bucket):
+        checkpoint = ensemble.experts[part.expert]
+        weights, tokens = checkpoint.weights("unet"), _tokens(checkpoint) * options.prompt_chunks
+        whole = -(-part.rows // options.deep_cache)
+        evaluation = whole * of_network(weights, height, width, tokens)
+        if whole < part.rows:
+            outermost = of_network(_outermost(weights), height, width, tokens)
+            evaluation += (part.rows - whole) * outermost
+        total += evaluation * (2 if part.guided else 1)
     return total
 
 
@@ -105,26 +111,28 @@ def _tokens(checkpoint: Checkpoint) -> int:
     return next((tokens for tokens in said if isinstance(tokens, int)), TOKENS)
 
 
-def _evaluations(ensemble: Ensemble, options: Options, bucket: Bucket) -> list[int]:
-    """Of each expert's network for one image; a guided step takes two."""
-    timesteps = [_timesteps(expert, options, bucket) for expert in ensemble.experts]
-    rows = len(timesteps[0])
-    refined_from = rows
-    if ensemble.refiner:
-        trained = ensemble.base.scheduler.get("num_train_timesteps", 1000)
-        cut = round(trained * (1.0 - options.refiner_start))
-        refined_from = int((timesteps[0] >= cut).sum())
-    guided = range(round(rows * options.guidance_start), round(rows * options.guidance_stop))
-    counts = []
-    for expert, own in zip(
-        ensemble.experts, (range(refined_from), range(refined_from, rows)), strict=False
-    ):
-        pairs = bucket.guided and expert.config("unet").get("time_cond_proj_dim") is None
-        counts.append(len(own) + pairs * len([row for row in own if row in guided]))
-    return counts
+def _outermost(weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """What of a U-Net is computed at every evaluation, whatever `Options.deep_cache` says."""
+    layers = {found[0] for key in weights if (found := LAYER.match(key))}
+    block, layer = max(tuple(map(int, LAYER.match(each).groups())) for each in layers)
+    last = tuple(f"up_blocks.{block}.{kind}.{layer}." for kind in ("resnets", "attentions"))
+    return {
+        key: tensor
+        for key, tensor in weights.items()
+        if key.startswith(last) or not key.startswith(DEEP)
+    }
 
 
-def _timesteps(checkpoint: Checkpoint, options: Options, bucket: Bucket) -> np.ndarray:
-    config = checks.changed_scheduler(checkpoint.scheduler, options.scheduler)
+def _stretches(ensemble: Ensemble, options: Options, bucket: Bucket) -> tuple[Stretch, ...]:
+    base = ensemble.base
+    config = checks.changed_scheduler(base.scheduler, options.scheduler)
     schedule = NoiseSchedule.from_json(config, bucket.sampler)
-    return samplers.sampler_table(bucket.sampler, schedule, bucket.steps, eta=options.eta).timesteps
+    table = samplers.sampler_table(bucket.sampler, schedule, bucket.steps, eta=options.eta)
+    unets = [expert.config("unet") for expert in ensemble.experts]
+    return stretches_of(
+        table.timesteps,
+        options,
+        guided=bucket.guided,
+        distilled=[unet.get("time_cond_proj_dim") is not None for unet in unets],
+        train_steps=config.get("num_train_timesteps", 1000),
+    )

@@ -1,6 +1,8 @@
 """The scan that walks from noise to x_0 along a sampler's table."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,24 +11,31 @@ from jax import Array
 
 from jaxdiff.diffusion.solvers import REMEMBERED
 
+# (x, timestep, alpha, sigma, kept) to the estimate of x_0, in x's shape, and to what this
+# evaluation keeps for cheaper ones that follow. Kept is None where it is to be evaluated whole.
+Denoiser = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
+
 
 def sample(
-    denoisers: Sequence[tuple[int, Callable[[Array, Array, Array, Array], Array]]],
+    denoisers: Sequence[tuple[int, Denoiser]],
     noise: Array,
     initial_scale: Array | float,
     columns: dict[str, Array],
     fresh_noise: Array | None = None,
+    *,
+    whole_every: int = 1,
 ) -> Array:
     """Runs a sampler from noise to x_0.
 
     Args:
-      denoisers: how many rows of the table each takes, in turn and together all, and a function
-        (x, timestep, alpha, sigma) to the estimate of x_0, in x's shape. Each is one `lax.scan`;
-        what is remembered goes on from one to the next.
+      denoisers: how many rows of the table each takes, in turn and together all. What the sampler
+        remembers goes on from one to the next; what a denoiser keeps does not.
       noise: [batch, ...], standard normal.
       initial_scale, columns: of a `SamplerTable`.
       fresh_noise: [draws, batch, ...], standard normal, of a table with as many `draws` or fewer;
         None where it has none.
+      whole_every: of so many rows a denoiser's first is evaluated whole, and the others with what
+        that evaluation kept; 1 evaluates all of them whole.
 
     Returns:
       x_0, in the shape and dtype of `noise`.
@@ -35,23 +44,40 @@ def sample(
     if sum(taken for taken, _ in denoisers) != rows:
         raise ValueError(f"the denoisers must take {rows} rows together")
 
-    def scan(denoise, state, part):
-        def step(state, row):
-            x, remembered = state
-            estimate = denoise(x, row["timesteps"], row["alpha"], row["sigma"])
-            remembered = (row["p"] * x + row["q"] * estimate, *remembered[:-1])
-            x = row["a"] * x + sum(b * h for b, h in zip(row["b"], remembered, strict=True))
-            if fresh_noise is not None:  # past its end s is 0, and the last one is read again
-                fresh = jax.lax.dynamic_index_in_dim(fresh_noise, row["index"], keepdims=False)
-                x = x + row["s"] * fresh
-            return (x, remembered), None
-
-        return jax.lax.scan(step, state, part)[0]
+    def step(denoise, state, row, kept=None):
+        x, remembered = state
+        estimate, kept = denoise(x, row["timesteps"], row["alpha"], row["sigma"], kept)
+        remembered = (row["p"] * x + row["q"] * estimate, *remembered[:-1])
+        x = row["a"] * x + sum(b * h for b, h in zip(row["b"], remembered, strict=True))
+        if fresh_noise is not None:  # past its end s is 0, and the last one is read again
+            fresh = jax.lax.dynamic_index_in_dim(fresh_noise, row["index"], keepdims=False)
+            x = x + row["s"] * fresh
+        return (x, remembered), kept
 
     columns = {**columns, "index": np.arange(rows)}
     x = noise * initial_scale
     state, begin = (x, (jnp.zeros_like(x),) * REMEMBERED), 0
     for taken, denoise in denoisers:
         part = {name: column[begin : begin + taken] for name, column in columns.items()}
-        state, begin = scan(denoise, state, part), begin + taken
+        state, begin = _walk(partial(step, denoise), state, part, whole_every), begin + taken
     return state[0]
+
+
+def _walk(step: Callable, state, rows: dict[str, Array], whole_every: int):
+    """Takes the rows in groups of `whole_every`, the last of which may be shorter."""
+    if whole_every == 1:
+        return jax.lax.scan(lambda state, row: (step(state, row)[0], None), state, rows)[0]
+
+    def group(state, rows):
+        state, kept = step(state, {name: column[0] for name, column in rows.items()})
+        others = {name: column[1:] for name, column in rows.items()}
+        return jax.lax.scan(lambda state, row: (step(state, row, kept)[0], None), state, others)
+
+    count = len(rows["timesteps"])
+    size = min(whole_every, count)
+    full = count - count % size
+    groups = {name: x[:full].reshape(-1, size, *x.shape[1:]) for name, x in rows.items()}
+    state, _ = jax.lax.scan(group, state, groups)
+    if full < count:
+        state, _ = group(state, {name: column[full:] for name, column in rows.items()})
+    return state

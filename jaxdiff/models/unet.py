@@ -4,6 +4,9 @@ Rombach et al., 2022, arXiv:2112.10752, section 3.3: a U-Net (Ronneberger et al.
 blocks, each followed by a transformer that attends to the text. XL (Podell et al., 2023,
 arXiv:2307.01952, section 2) also adds the pooled text and the image's size to the timestep's
 embedding; latent consistency models (Luo et al., 2023, arXiv:2310.04378) add the guidance scale.
+
+DeepCache (Ma et al., 2023, arXiv:2312.00858) is built in: what all but the outermost layers make
+can be taken from an earlier evaluation.
 """
 
 import math
@@ -239,9 +242,11 @@ class _UpBlock(_Block):
         super().__init__(widths, num_heads, depth, config, rngs=rngs)
         self.upsamplers = nnx.List([Upsample2D(widths[-1][1], rngs=rngs)] if upsample else [])
 
-    def __call__(self, x: Array, skips: list[Array], time_embedding, context) -> Array:
+    def __call__(
+        self, x: Array, skips: list[Array], time_embedding, context, layers: slice = slice(None)
+    ) -> Array:
         """Takes one feature map from the end of `skips` for each layer; more may be left."""
-        for i in range(len(self.resnets)):
+        for i in range(len(self.resnets))[layers]:
             x = jnp.concatenate([x, skips.pop()], axis=-1)
             x = self.layer(i, x, time_embedding, context)
         for upsample in self.upsamplers:
@@ -327,15 +332,49 @@ class UNet2DConditionModel(nnx.Module):
         Returns:
           [batch, h, w, out channels].
         """
+        conditions = {"pooled": pooled, "time_ids": time_ids, "guidance_scale": guidance_scale}
+        return self.evaluate(latents, timesteps, context, **conditions)[0]
+
+    def evaluate(
+        self,
+        latents: Array,
+        timesteps: Array,
+        context: Array,
+        deep: Array | None = None,
+        *,
+        pooled: Array | None = None,
+        time_ids: Array | None = None,
+        guidance_scale: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """As `__call__`, and with what a later evaluation may be spared.
+
+        Args:
+          deep: what an evaluation of the same batch at a near timestep returned as the second; only
+            the first convolution and the last layer of the way up are computed then (Ma et al.,
+            figure 3). None computes everything.
+
+        Returns:
+          [batch, h, w, out channels]; and `deep`, the input of the last layer of the way up without
+          its skip, [batch, h, w, channels].
+        """
         time_embedding = self._embedded(timesteps, pooled, time_ids, guidance_scale, latents.dtype)
-        x = self.conv_in(latents)
+        entry = self.conv_in(latents)
+        if deep is None:
+            deep = self._deep(entry, time_embedding, context)
+        last = slice(-1, None)
+        x = self.up_blocks[-1](deep, [entry], time_embedding, context, last)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x))), deep
+
+    def _deep(self, x: Array, time_embedding: Array, context: Array) -> Array:
+        """Everything between the first convolution and the last layer of the way up."""
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], time_embedding, context)
         x = self.mid_block(skips[-1], time_embedding, context)
-        for block in self.up_blocks:
+        *blocks, last = self.up_blocks
+        for block in blocks:
             x = block(x, skips, time_embedding, context)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+        return last(x, skips, time_embedding, context, slice(-1))
 
     def _embedded(self, timesteps, pooled, time_ids, guidance_scale, dtype) -> Array:
         """All that conditions the residual blocks: [batch, time width]."""

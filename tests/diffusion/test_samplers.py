@@ -26,10 +26,10 @@ def table_of(sampler, steps, *, eta=0.0, begin=0, **config):
     return sampler_table(sampler, schedule(sampler, **config), steps, eta=eta, begin=begin)
 
 
-def gaussian_denoiser(x, timestep, alpha, sigma):
+def gaussian_denoiser(x, timestep, alpha, sigma, kept=None):
     """E[x_0 | x] where x_0 is normal: what a perfectly trained network would say."""
     variance = alpha**2 * DEVIATION**2 + sigma**2
-    return MEAN + alpha * DEVIATION**2 / variance * (x - alpha * MEAN)
+    return MEAN + alpha * DEVIATION**2 / variance * (x - alpha * MEAN), kept
 
 
 def run(table, noise, fresh_noise=None, denoisers=None):

@@ -153,8 +153,8 @@ def test_the_scan_ends_where_their_loop_ends(sampler):
     start, fresh = noise.draw(np.array([SEED]), SHAPE, "torch", draws=table.draws)
     assert (table.draws > 0) == (sampler in STOCHASTIC)
 
-    def denoise(x, timestep, alpha, sigma):
-        return to_x0(network(x, timestep, jnp.tanh), x, alpha, sigma, "v_prediction")
+    def denoise(x, timestep, alpha, sigma, kept):
+        return to_x0(network(x, timestep, jnp.tanh), x, alpha, sigma, "v_prediction"), kept
 
     denoisers = [(5, denoise), (len(table.timesteps) - 5, denoise)]
     end = sampling.sample(denoisers, start, table.initial_scale, table.columns(), fresh)
