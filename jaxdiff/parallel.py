@@ -15,11 +15,20 @@ from jaxdiff.errors import InputError
 
 AXES = ("data", "model")
 
+# The axis of a parameter that is split: a kernel's last is its outputs, the one before its inputs.
+COLUMNS, ROWS = -1, -2
+
 # The first rule whose pattern is found in a parameter's dotted path holds; the others are copied.
-# Megatron's layout (Shoeybi et al., 2019, arXiv:1909.08053): columns first, then rows.
+# Megatron's layout (Shoeybi et al., 2019, arXiv:1909.08053), also inside residual blocks: columns,
+# then rows, so that what lies between stays split and only the rows' products are summed up.
+# GEGLU's value and gate are one kernel, so each device must fetch its half of the one or the other.
 PARAMETER_RULES = (
-    (r"\.(to_[qkv]|[qkv]_proj|fc1|net\.0\.proj)\.kernel$", PartitionSpec(None, "model")),
-    (r"\.(to_out\.0|out_proj|fc2|net\.2)\.kernel$", PartitionSpec("model", None)),
+    (r"\.(to_[qkv]|[qkv]_proj|fc1|net\.0\.proj|linear_1)\.kernel$", COLUMNS),
+    (r"\.(to_out\.0|out_proj|fc2|net\.2|linear_2)\.kernel$", ROWS),
+    (r"\.(conv1|time_emb_proj)\.kernel$", COLUMNS),
+    (r"\.(conv2|conv_shortcut)\.kernel$", ROWS),
+    (r"\.(\w+samplers\.\d+\.conv|proj_in|proj_out)\.kernel$|^text_projection\.kernel$", ROWS),
+    (r"_embedding\.embedding$", COLUMNS),
 )
 
 
@@ -27,7 +36,8 @@ def make_mesh(spec: str | None = None) -> Mesh:
     """The mesh that `spec` describes over this host's devices.
 
     Args:
-      spec: such as "data=4" or "data=4,model=2"; None takes every device for `data`.
+      spec: such as "data=4" or "data=4,model=2", of any sizes: the first so many devices are taken,
+        and the others stay idle. None takes every device for `data`.
 
     Raises:
       InputError: if the text cannot be read, or asks for more devices than there are.
@@ -51,13 +61,13 @@ def may_run_ahead(mesh: Mesh) -> bool:
 
 
 def _sizes(spec: str) -> dict[str, int]:
-    sizes = {"data": 1, "model": 1}
+    sizes = {}
     for part in spec.split(","):
         match = re.fullmatch(r"(data|model)=([1-9][0-9]{0,5})", part.strip())
-        if match is None:
+        if match is None or match[1] in sizes:
             raise InputError(f"--mesh {spec}: write it as data=4 or data=4,model=2")
         sizes[match[1]] = int(match[2])
-    return sizes
+    return {"data": 1, "model": 1, **sizes}
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
@@ -99,14 +109,24 @@ def parameter_shardings(mesh: Mesh, shapes: dict) -> dict:
 
     Args:
       shapes: nested dict of anything with a `.shape`.
+
+    Raises:
+      InputError: if `model` divides no parameter that it should, so that nothing would be split.
     """
+    parts = mesh.shape["model"]
 
     def sharding(path, leaf) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        for pattern, spec in PARAMETER_RULES:
-            if re.search(pattern, name):
-                divides = leaf.shape[spec.index("model")] % mesh.shape["model"] == 0
-                return NamedSharding(mesh, spec) if divides else replicated(mesh)
-        return replicated(mesh)
+        axes = (axis for pattern, axis in PARAMETER_RULES if re.search(pattern, name))
+        axis = next(axes, None)
+        if axis is None or leaf.shape[axis] % parts:
+            return replicated(mesh)
+        after = [None] * (-1 - axis)
+        return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim + axis), "model", *after))
 
-    return jax.tree_util.tree_map_with_path(sharding, shapes)
+    shardings = jax.tree_util.tree_map_with_path(sharding, shapes)
+    if all(found.is_fully_replicated for found in jax.tree.leaves(shardings)) and parts > 1:
+        raise InputError(
+            f"--mesh model={parts}: divides none of this model's widths; take a power of 2"
+        )
+    return shardings
