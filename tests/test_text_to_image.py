@@ -130,7 +130,10 @@ def test_a_model_may_refine_itself(tiny_checkpoint, images):
 
 @pytest.mark.parametrize(
     "options",
-    [{"clip_skip": 1}, {"prompt_chunks": 2}, {"guidance_rescale": 0.7}, {"eta": 0.5}],
+    [
+        *({"clip_skip": 1}, {"prompt_chunks": 2}, {"guidance_rescale": 0.7}, {"eta": 0.5}),
+        {"deep_cache": 2},
+    ],
     ids=str,
 )
 def test_an_option_changes_the_image_whatever_the_neighbours(tiny_checkpoint, images, options):

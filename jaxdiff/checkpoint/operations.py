@@ -33,11 +33,10 @@ def of_image(ensemble: Ensemble, options: Options, bucket: Bucket) -> int:
         checkpoint = ensemble.experts[part.expert]
         weights, tokens = checkpoint.weights("unet"), _tokens(checkpoint) * options.prompt_chunks
         whole = -(-part.rows // options.deep_cache)
-        evaluation = whole * of_network(weights, height, width, tokens)
-        if whole < part.rows:
-            outermost = of_network(_outermost(weights), height, width, tokens)
-            evaluation += (part.rows - whole) * outermost
-        total += evaluation * (2 if part.guided else 1)
+        spared = part.rows - whole
+        evaluations = whole * of_network(weights, height, width, tokens)
+        evaluations += spared * of_network(outermost(weights), height, width, tokens)
+        total += evaluations * (2 if part.guided else 1)
     return total
 
 
@@ -111,7 +110,7 @@ def _tokens(checkpoint: Checkpoint) -> int:
     return next((tokens for tokens in said if isinstance(tokens, int)), TOKENS)
 
 
-def _outermost(weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def outermost(weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """What of a U-Net is computed at every evaluation, whatever `Options.deep_cache` says."""
     layers = {found[0] for key in weights if (found := LAYER.match(key))}
     block, layer = max(tuple(map(int, LAYER.match(each).groups())) for each in layers)

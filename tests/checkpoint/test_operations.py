@@ -48,6 +48,16 @@ def test_a_unets_operations_are_those_that_xla_counts(shapes64):
     assert counted(shapes, 16, 16) == pytest.approx(xla, rel=0.25)
 
 
+def test_so_are_those_of_its_outermost_layers(shapes64):
+    config = shapes64["unet"]
+    graph, shapes = abstract_network(UNet2DConditionModel, config)
+    given = (1, 16, 16, config.in_channels), (1,), (1, 77, config.cross_attention_dim)
+    deep = (1, 16, 16, config.block_out_channels[0])
+    xla = of_xla(UNet2DConditionModel.evaluate, graph, shapes, *given, deep)
+    outermost = operations.outermost(open_ensemble("shapes64").base.weights("unet"))
+    assert operations.of_network(outermost, 16, 16) == pytest.approx(xla, rel=0.25)
+
+
 def test_a_decoders_operations_are_those_that_xla_counts(shapes64):
     config = shapes64["vae"]
     graph, shapes = abstract_network(AutoencoderKL, config)
@@ -76,6 +86,12 @@ def test_an_image_takes_its_evaluations_and_the_decoder():
     assert of() == 20 * one + decoder
     assert of(sampler="heun") == 38 * one + decoder  # the last step has no corrector
     assert of(guidance_stop=0.5) == 15 * one + decoder
+    spared = 2 * one + decoder - of(2, guided=False, deep_cache=2)
+    assert 0 < spared < one
+    assert of(deep_cache=4) == of() - 2 * 7 * spared  # 3 of 10 are whole
+    # Unguided, guided and unguided stretches of 3, 4 and 3 rows, each of which begins anew.
+    interval = {"guidance_start": 0.3, "guidance_stop": 0.7}
+    assert of(**interval, deep_cache=3) == of(**interval) - (2 + 2 * 2 + 2) * spared
     assert one < of(guided=False, prompt_chunks=3) - of(guided=False) + one
 
 

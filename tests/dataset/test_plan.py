@@ -228,6 +228,7 @@ assert not heavy, heavy
         ({"eta": "2"}, "--eta must be a number from 0 to 1, not '2'"),
         ({"clip_skip": -1}, "--clip-skip must be a whole number from 0"),
         ({"prompt_chunks": 0}, "--prompt-chunks must be a whole number from 1"),
+        ({"deep_cache": 0}, "--deep-cache must be a whole number from 1"),
         ({"scheduler": "karras"}, '--scheduler must be like "key=value, key=value"'),
         ({"scheduler": {"use_karras_sigmas": [1]}}, '--scheduler must be like "key=value'),
         ({"seed": -1}, "--seed must be a whole number from 0"),

@@ -32,9 +32,9 @@ def gaussian_denoiser(x, timestep, alpha, sigma, kept=None):
     return MEAN + alpha * DEVIATION**2 / variance * (x - alpha * MEAN), kept
 
 
-def run(table, noise, fresh_noise=None, denoisers=None):
+def run(table, noise, fresh_noise=None, denoisers=None, **options):
     denoisers = denoisers or [(len(table.timesteps), gaussian_denoiser)]
-    return sample(denoisers, noise, table.initial_scale, table.columns(), fresh_noise)
+    return sample(denoisers, noise, table.initial_scale, table.columns(), fresh_noise, **options)
 
 
 def error(name, steps):
@@ -105,6 +105,41 @@ def test_several_denoisers_in_turn_are_one(name):
     np.testing.assert_allclose(
         run(table, noise, fresh, parts), run(table, noise, fresh), rtol=0, atol=2e-6
     )
+
+
+def denoiser_that_keeps(x, timestep, alpha, sigma, kept):
+    """What it says shows at which timestep it was evaluated whole."""
+    kept = timestep if kept is None else kept
+    estimate, _ = gaussian_denoiser(x, timestep, alpha, sigma)
+    return estimate + kept / 1000, kept
+
+
+@pytest.mark.parametrize("whole_every", [2, 3, 4, 7, 100])
+def test_every_nth_row_is_evaluated_whole_and_each_stretch_begins_so(whole_every):
+    table, noise = table_of("ddim", 9), jnp.ones((1, 2))
+    lengths, state, row = (2, 7), noise * table.initial_scale, 0
+    for length in lengths:  # DDIM, which remembers one estimate, written out
+        for turn in range(length):
+            if turn % whole_every == 0:
+                kept = table.timesteps[row]
+            estimate, _ = denoiser_that_keeps(state, None, table.alpha[row], table.sigma[row], kept)
+            state = table.a[row] * state + table.b[row, 0] * (
+                table.p[row] * state + table.q[row] * estimate
+            )
+            row += 1
+    denoisers = [(length, denoiser_that_keeps) for length in lengths]
+    got = run(table, noise, denoisers=denoisers, whole_every=whole_every)
+    np.testing.assert_allclose(got, state, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["heun", "unipc", "dpmpp_2m_sde"])
+def test_groups_of_rows_change_nothing_for_a_denoiser_that_keeps_nothing(name):
+    table = table_of(name, 8)
+    noise, fresh = jnp.ones((1, 2)), jnp.ones((max(1, table.draws), 1, 2))
+    plain = run(table, noise, fresh)
+    denoisers = [(len(table.timesteps), lambda *arguments: gaussian_denoiser(*arguments[:-1]))]
+    grouped = run(table, noise, fresh, denoisers, whole_every=3)
+    np.testing.assert_allclose(grouped, plain, rtol=1e-5)
 
 
 def test_denoisers_that_leave_rows_out_are_refused():

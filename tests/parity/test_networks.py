@@ -85,6 +85,38 @@ def test_unets(compare, variant, size):
     compare("unet", diffusers.UNet2DConditionModel(**UNETS[variant]), size=size)
 
 
+@pytest.mark.parametrize("variant", ["XL", "two layers a block"])
+def test_a_unet_takes_its_deep_features_from_an_earlier_evaluation(tmp_path, variant):
+    """As in DeepCache: diffusers' network, made to see them again by a hook."""
+    torch.manual_seed(0)
+    reference = diffusers.UNet2DConditionModel(**UNETS[variant]).eval()
+    reference.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    before = networks.inputs("unet", config)
+    after = before | {
+        "latents": networks.drawn("later", before["latents"].shape),
+        "timesteps": before["timesteps"] - 17,
+    }
+    ours = networks.load("unet", tmp_path)
+    whole, deep = ours(**before, method="evaluate")
+    spared, same = ours(**after, deep=deep, method="evaluate")
+    np.testing.assert_array_equal(same, deep)
+
+    last, seen = reference.up_blocks[-1].resnets[-1], []
+
+    def keep(_, arguments):  # the features stand before the skip
+        seen.append(arguments[0][:, : deep.shape[-1]])
+        return (torch.cat([seen[0], arguments[0][:, deep.shape[-1] :]], dim=1), *arguments[1:])
+
+    last.register_forward_pre_hook(keep)
+    for inputs, output in ((before, whole), (after, spared)):
+        expected = references.outputs(reference, inputs)["output"]
+        assert networks.difference(output, expected) <= networks.BOUND
+    assert (
+        networks.difference(*[features.numpy() for features in seen]) > 0.01
+    )  # it would have seen others
+
+
 AUTOENCODERS = {
     "SD": families.VAE,
     "two layers a block": families.VAE | {"layers_per_block": 2},
