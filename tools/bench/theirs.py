@@ -1,0 +1,252 @@
+"""What is measured of PyTorch diffusers, as `ours` has it, in the fastest form that it offers.
+
+All threads, fused attention (diffusers' default), inference mode; convolutions with the channels
+last where that is faster; on GPUs the U-Net and the decoder compiled.
+"""
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from tools.bench import workload
+from tools.bench.workload import Workload
+
+LAYOUT_STEPS = 2  # of an image suffice to tell which layout is the faster
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def text(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
+    """Prompts to embeddings; nothing is remembered here."""
+    pipeline = _pipeline(work, dtype, unet=None, vae=None)
+    turns = itertools.count()
+
+    def run() -> torch.Tensor:
+        prompts = workload.prompts(next(turns) * batch, batch)
+        with torch.inference_mode():
+            context, *_ = pipeline.encode_prompt(
+                prompts,
+                device=DEVICE,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )
+        _synchronize()
+        return context[0]
+
+    return run
+
+
+def step(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
+    """One evaluation of the U-Net for a batch of images, each with its unguided half."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(
+        work.model, subfolder="unet", torch_dtype=_dtype(dtype)
+    ).to(DEVICE)
+    rows = workload.GUIDED_PAIR * batch
+    told = workload.conditioning(work, rows)
+    added = {
+        name: _tensor(told[key], dtype)
+        for name, key in (("text_embeds", "pooled"), ("time_ids", "time_ids"))
+        if key in told
+    }
+    latents = _tensor(np.moveaxis(workload.latents(work, rows), -1, 1), dtype)
+    context = _tensor(told["context"], dtype)
+    timestep = torch.tensor(float(workload.TIMESTEP), device=DEVICE)
+
+    def forward(network: Callable) -> torch.Tensor:
+        return network(latents, timestep, context, added_cond_kwargs=added).sample
+
+    return _fastest(unet, unet, forward, work.compile_mode)
+
+
+def decode(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
+    """Latents to images."""
+    vae = diffusers.AutoencoderKL.from_pretrained(
+        work.model, subfolder="vae", torch_dtype=_dtype(dtype)
+    ).to(DEVICE)
+    latents = _tensor(np.moveaxis(workload.latents(work, batch), -1, 1), dtype)
+
+    def forward(decode: Callable) -> torch.Tensor:
+        return decode(latents).sample
+
+    return _fastest(vae, vae.decode, forward, work.compile_mode)
+
+
+def images(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
+    """Prompts to 8-bit pixels, which are made on the device."""
+    pipeline = _compiled_pipeline(work, dtype)
+    few = replace(work, steps=LAYOUT_STEPS)
+    _choose_layout((pipeline.unet, pipeline.vae), lambda: _pixels(pipeline, few, 0, batch))
+    batches = _batches(pipeline, work, batch)
+    return lambda: np.concatenate(list(itertools.islice(batches, work.batches)))
+
+
+def first(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
+    """The same without trying anything before."""
+    batches = _batches(_compiled_pipeline(work, dtype), work, batch)
+    return lambda: np.concatenate(list(itertools.islice(batches, work.batches)))
+
+
+def files(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
+    """Prompts to PNG files: the loop that a user writes in place of a job."""
+    pipeline = _compiled_pipeline(work, dtype)
+    few = replace(work, steps=LAYOUT_STEPS)
+    _choose_layout((pipeline.unet, pipeline.vae), lambda: _pixels(pipeline, few, 0, batch))
+    batches = _batches(pipeline, work, batch)
+
+    def run() -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            for number in range(work.batches):
+                pixels = next(batches)
+                for index, image in enumerate(pixels):
+                    Image.fromarray(image).save(f"{folder}/{number * batch + index:09d}.png")
+        return pixels
+
+    return run
+
+
+def product(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
+    """The product of two square matrices, whatever the batch."""
+    size = workload.product_size(platform())
+    matrix = torch.randn(size, size, dtype=_dtype(dtype), device=DEVICE)
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            result = matrix @ matrix
+        _synchronize()
+        return result
+
+    return run
+
+
+PARTS = {
+    "text": text,
+    "step": step,
+    "decode": decode,
+    "images": images,
+    "first": first,
+    "files": files,
+    "product": product,
+}
+
+
+def device() -> str:
+    """What the device is called."""
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+
+
+def platform() -> str:
+    """ "cpu" or "gpu", as JAX calls them."""
+    return "gpu" if DEVICE == "cuda" else "cpu"
+
+
+def device_peak_bytes() -> int | None:
+    """The most that has been in use on a GPU; None on a CPU."""
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
+
+
+def to_numpy(output: torch.Tensor | np.ndarray) -> np.ndarray:
+    """An output in float32, images with the channels last."""
+    if isinstance(output, np.ndarray):
+        return output.astype(np.float32)
+    array = output.float().cpu().numpy()
+    return np.moveaxis(array, 1, -1) if array.ndim == 4 else array
+
+
+def prepare_process(work: Workload) -> None:
+    """All cores; of a GPU its share, and TF32 for float32, as XLA does."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_float32_matmul_precision("high")
+    if DEVICE == "cuda":
+        torch.cuda.set_per_process_memory_fraction(work.memory_fraction)
+
+
+def _batches(pipeline, work: Workload, batch: int) -> Iterator[np.ndarray]:
+    for first in itertools.count(0, batch):
+        yield _pixels(pipeline, work, first, batch)
+
+
+def _pixels(pipeline, work: Workload, first: int, batch: int) -> np.ndarray:
+    seeds = range(first, first + batch)
+    pictures = pipeline(
+        workload.prompts(first, batch),
+        width=work.width,
+        height=work.height,
+        num_inference_steps=work.steps,
+        guidance_scale=work.guidance_scale,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).images
+    return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _pipeline(work: Workload, dtype: str, **without):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        work.model, torch_dtype=_dtype(dtype), **without
+    ).to(DEVICE)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _compiled_pipeline(work: Workload, dtype: str):
+    pipeline = _pipeline(work, dtype)
+    if work.compile_mode != "off":
+        pipeline.unet.compile(mode=work.compile_mode, dynamic=False)
+        pipeline.vae.decode = torch.compile(
+            pipeline.vae.decode, mode=work.compile_mode, dynamic=False
+        )
+    return pipeline
+
+
+def _fastest(
+    module: torch.nn.Module, function: Callable, forward: Callable, mode: str
+) -> Callable[[], torch.Tensor]:
+    """A part from `forward(function)`, after the module's layout has been chosen."""
+    if mode != "off":
+        function = torch.compile(function, mode=mode, dynamic=False)
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            output = forward(function)
+        _synchronize()
+        return output
+
+    _choose_layout((module,), run)
+    return run
+
+
+def _choose_layout(modules: tuple[torch.nn.Module, ...], run: Callable) -> None:
+    """Leaves the modules' convolutions in the layout in which `run` is the faster.
+
+    On GPUs that is known: the channels last.
+    """
+    seconds = {torch.channels_last: 0.0}
+    for layout in LAYOUTS if DEVICE == "cpu" else ():
+        for module in modules:
+            module.to(memory_format=layout)
+        run()  # the first is slower
+        began = time.perf_counter()
+        run()
+        seconds[layout] = time.perf_counter() - began
+    for module in modules:
+        module.to(memory_format=min(seconds, key=seconds.get))
+
+
+def _tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
+    return torch.tensor(array, dtype=_dtype(dtype), device=DEVICE)
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def _synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
