@@ -83,7 +83,8 @@ def over_data(function: Callable, mesh: Mesh, axes: Sequence[int | None]) -> Cal
 
     Args:
       function: of trees of arrays, to trees of arrays [part, ...].
-      axes: for each argument, which axis of its arrays is the batch; None gives it whole to all.
+      axes: for each argument, which axis of its arrays is the batch; None gives it whole to all. If
+        all are None, each device of `data` computes the same, and the result is not split either.
     """
 
     def spec(axis: int | None) -> PartitionSpec:
@@ -93,7 +94,7 @@ def over_data(function: Callable, mesh: Mesh, axes: Sequence[int | None]) -> Cal
         function,
         mesh=mesh,
         in_specs=tuple(map(spec, axes)),
-        out_specs=PartitionSpec("data"),
+        out_specs=PartitionSpec() if set(axes) == {None} else PartitionSpec("data"),
         axis_names={"data"},
         check_vma=False,
     )

@@ -84,12 +84,16 @@ class PromptEncoder:
         # By how many layers are skipped: a negative prompt skips none that it need not.
         self._encode = {
             clip_skip: jax.jit(
-                partial(
-                    encode_tokens,
-                    graphs,
-                    layers_skipped=clip_skip + XL_LAYERS_SKIPPED * xl,
-                    final_norm=not xl,
-                    pooled=xl,
+                parallel.over_data(
+                    partial(
+                        encode_tokens,
+                        graphs,
+                        layers_skipped=clip_skip + XL_LAYERS_SKIPPED * xl,
+                        final_norm=not xl,
+                        pooled=xl,
+                    ),
+                    mesh,
+                    (None, None),
                 )
             )
             for clip_skip in (0, clip_skip)
