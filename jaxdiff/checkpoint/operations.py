@@ -29,15 +29,25 @@ def of_image(ensemble: Ensemble, options: Options, bucket: Bucket) -> int:
     factor = ensemble.base.size_multiple
     height, width = bucket.height // factor, bucket.width // factor
     total = of_network(_decoder(ensemble.base), height, width)
-    for part in _stretches(ensemble, options, bucket):
-        checkpoint = ensemble.experts[part.expert]
+    counts = evaluations(ensemble, options, bucket)
+    for checkpoint, (whole, spared) in zip(ensemble.experts, counts, strict=True):
         weights, tokens = checkpoint.weights("unet"), _tokens(checkpoint) * options.prompt_chunks
-        whole = -(-part.rows // options.deep_cache)
-        spared = part.rows - whole
-        evaluations = whole * of_network(weights, height, width, tokens)
-        evaluations += spared * of_network(outermost(weights), height, width, tokens)
-        total += evaluations * (2 if part.guided else 1)
+        total += whole * of_network(weights, height, width, tokens)
+        total += spared * of_network(outermost(weights), height, width, tokens)
     return total
+
+
+def evaluations(ensemble: Ensemble, options: Options, bucket: Bucket) -> list[tuple[int, int]]:
+    """Of each expert's U-Net for one image: the whole ones, and those of its outermost layers.
+
+    A guided step takes two.
+    """
+    counts = [(0, 0)] * len(ensemble.experts)
+    for part in _stretches(ensemble, options, bucket):
+        turns, groups = 1 + part.guided, -(-part.rows // options.deep_cache)
+        whole, spared = counts[part.expert]
+        counts[part.expert] = whole + turns * groups, spared + turns * (part.rows - groups)
+    return counts
 
 
 def of_network(
