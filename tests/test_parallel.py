@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -67,8 +68,9 @@ def test_a_model_axis_that_splits_nothing_is_refused():
         specs(3, kernel=(8, 8))
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
-def test_each_device_of_model_holds_its_part_of_all_weights(family):
+@pytest.mark.parametrize("width", [768, 2048], ids=["SD 1", "SD XL"])
+def test_each_device_of_model_holds_its_part_of_all_weights(width):
+    family = FAMILIES[width]
     mesh = jax.sharding.AbstractMesh((1, 8), parallel.AXES)
     for component, config_class in CONFIGS.items():
         if component in family.configs:
@@ -159,3 +161,38 @@ def exchanging(program):
         else:
             shape, grid, order = ([*map(int, t.split(","))] if t else None for t in tiled.groups())
             yield from np.arange(math.prod(grid)).reshape(grid).transpose(order).reshape(shape)
+
+
+ON_A_HOST = """
+import sys
+import jax, numpy as np
+coordinator, host, checkpoint, file = sys.argv[1:]
+jax.distributed.initialize(coordinator, num_processes=2, process_id=int(host))
+assert len(jax.devices()) == 2
+import jaxdiff
+import tests.test_parallel as t
+model = jaxdiff.load(checkpoint)
+assert [*model.mesh.devices.flat] == jax.local_devices()
+np.save(file, model.generate(t.REQUESTS[:1])[0].pixels)
+"""
+
+
+def test_hosts_that_jax_joins_each_use_their_own_devices(tiny_checkpoint, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    files = [tmp_path / "0.npy", tmp_path / "1.npy"]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", ON_A_HOST, coordinator, str(host), str(tiny_checkpoint), file]
+        )
+        for host, file in enumerate(files)
+    ]
+    try:
+        assert [host.wait(timeout=180) for host in hosts] == [0, 0]
+    finally:
+        for host in hosts:
+            host.kill()
+    alone = jaxdiff.load(tiny_checkpoint).generate(REQUESTS[:1])[0].pixels
+    for file in files:
+        np.testing.assert_array_equal(np.load(file), alone)
