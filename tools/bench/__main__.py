@@ -75,7 +75,7 @@ def _plan(said: argparse.Namespace) -> tuple[Workload, Plan]:
         height=height,
         steps=said.steps,
         guidance_scale=said.guidance_scale or checkpoint.default_guidance_scale,
-        batches=said.batches,
+        batches_a_turn=said.batches_a_turn,
         turn_seconds=said.turn_seconds,
         memory_fraction=MEMORY_FRACTION / at_once,
         compile_mode=said.torch_compile,
@@ -84,7 +84,9 @@ def _plan(said: argparse.Namespace) -> tuple[Workload, Plan]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench", description=__doc__.splitlines()[0]
+    )
     add = parser.add_argument
     add("--model", default="shapes64", help="shapes64, a directory; sd15, sdxl: random weights")
     add("--parts", type=_one_of(PARTS), default=[*PARTS], help=f"of {','.join(PARTS)}")
@@ -97,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--torch-compile", choices=COMPILE_MODES, default="off", help="of U-Net and decoder")
     add("--rounds", type=_count, default=5, help="A B A B: so many pairs")
     add("--turn-seconds", type=float, default=1.0, help="what is shorter is repeated for so long")
-    add("--batches", type=_count, default=4, help="of images in a turn")
+    add("--batches-a-turn", type=_count, default=4, help="of images")
     add("--job-images", type=_count, default=512, help="of the job")
     add("--one-at-a-time", action="store_true", help="for models that do not fit memory twice")
     add("--output", type=Path, help="every round, as JSON")

@@ -1,8 +1,8 @@
-"""The checkpoints that are measured: a user's, the bundled one, or full-size ones of random weights.
+"""The checkpoints that are measured: a user's, the bundled one, or one of random weights.
 
     python -m tools.bench.checkpoints sd15|sdxl
 
-writes the latter: the published architecture, as a diffusers directory in float16.
+writes the last: the published architecture at full size, a diffusers directory in float16.
 """
 
 import json

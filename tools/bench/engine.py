@@ -132,7 +132,7 @@ def main() -> None:
             print(json.dumps(answer), file=answers)
     except Exception as problem:
         traceback.print_exc()
-        print(json.dumps({"failure": _reason(problem)}), file=answers)
+        print(json.dumps({"failure": failure_of(problem)}), file=answers)
 
 
 def _timed(run: Callable, at_least: float) -> float:
@@ -143,7 +143,8 @@ def _timed(run: Callable, at_least: float) -> float:
     return (time.perf_counter() - began) / runs
 
 
-def _reason(problem: Exception) -> str:
+def failure_of(problem: Exception) -> str:
+    """What has gone wrong, on one line; the same of every engine that lacks memory."""
     if isinstance(problem, MemoryError) or OUT_OF_MEMORY.search(str(problem)):
         return "out of memory"
     first, *_ = str(problem).splitlines() or [""]

@@ -74,7 +74,7 @@ def parts(name: str, work: Workload, plan: Plan) -> Iterator[Figure]:
         if name == "images":
             figure.unit = "images/s"
             for seconds in figure.rounds.values():
-                seconds[:] = [batch * work.batches / each for each in seconds]
+                seconds[:] = [batch * work.batches_a_turn / each for each in seconds]
         yield figure
 
 
@@ -88,7 +88,7 @@ def product(work: Workload, plan: Plan) -> Iterator[Figure]:
 
 def start(work: Workload, plan: Plan) -> Iterator[Figure]:
     """Seconds from a new process to its first image: with nothing compiled before, and again."""
-    work = replace(work, batches=1)
+    work = replace(work, batches_a_turn=1)
     cold, warm = Figure("first image, cold", 1, "s"), Figure("first image, warm", 1, "s")
     share = Figure("first image, warm / cold", 1, "")
     for _ in range(plan.rounds):
@@ -104,7 +104,7 @@ def start(work: Workload, plan: Plan) -> Iterator[Figure]:
 
 def memory(work: Workload, plan: Plan) -> Iterator[Figure]:
     """MiB at most, of a process that loads the model and makes one batch of images."""
-    work = replace(work, batches=1)
+    work = replace(work, batches_a_turn=1)
     for batch in plan.batches:
         figure = Figure("memory", batch, "MiB")
         for column in plan.columns:
@@ -121,8 +121,8 @@ def job(work: Workload, plan: Plan) -> Iterator[Figure]:
     """
     ours, *others = plan.columns
     batch = max(plan.batches)
-    work = replace(work, batches=-(-plan.job_images // batch))
-    images = work.batches * batch
+    work = replace(work, batches_a_turn=-(-plan.job_images // batch))
+    images = work.batches_a_turn * batch
     rates, share = Figure("job", batch, "images/s"), Figure("job / bare loop", batch, "")
     whole = Figure("job, whole command", batch, "images/s")
     loops: dict[Column, Engine] = {}
@@ -203,7 +203,8 @@ def _job_rates(column: Column, batch: int, images: int, work: Workload) -> tuple
         command = [sys.executable, "-m", "jaxdiff", "generate"]
         command += [f"--{name}={value}" for name, value in options.items()]
         began = time.perf_counter()
-        if subprocess.run(command, cwd=ROOT, env=environment_of(work)).returncode:
+        job = subprocess.run(command, cwd=ROOT, env=environment_of(work), stdout=sys.stderr)
+        if job.returncode:
             raise EngineError("the job failed")
         elapsed = time.perf_counter() - began
         seconds = json.loads((folder / "out" / "run.json").read_text())["seconds"]

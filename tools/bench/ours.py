@@ -58,9 +58,11 @@ def step(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
         for name, array in workload.conditioning(work, rows).items()
     }
     timesteps = jnp.full(rows, workload.TIMESTEP, jnp.float32)
-    unet = jax.jit(
-        lambda params, latents, told: nnx.merge(graph, params)(latents, timesteps, **told)
-    )
+
+    @jax.jit
+    def unet(params: dict, latents: jax.Array, told: dict) -> jax.Array:
+        return nnx.merge(graph, params)(latents, timesteps, **told)
+
     return lambda: unet(params, latents, told).block_until_ready()
 
 
@@ -78,7 +80,7 @@ def images(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
     turns = count()
 
     def run() -> np.ndarray:
-        number = batch * work.batches
+        number = batch * work.batches_a_turn
         first = next(turns) * number
         requests = [
             jaxdiff.Request(
@@ -99,7 +101,7 @@ def images(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
 def product(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
     """The product of two square matrices, whatever the batch."""
     size = workload.product_size(platform())
-    matrix = jax.random.normal(jax.random.key(0), (size, size), DTYPES[dtype])
+    matrix = jax.device_put(workload.matrix(size).astype(DTYPES[dtype]))
     multiply = jax.jit(jnp.matmul)
     return lambda: multiply(matrix, matrix).block_until_ready()
 

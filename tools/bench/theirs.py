@@ -47,7 +47,7 @@ def text(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
 def step(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
     """One evaluation of the U-Net for a batch of images, each with its unguided half."""
     unet = diffusers.UNet2DConditionModel.from_pretrained(
-        work.model, subfolder="unet", torch_dtype=_dtype(dtype)
+        work.model, subfolder="unet", dtype=_dtype(dtype)
     ).to(DEVICE)
     rows = workload.GUIDED_PAIR * batch
     told = workload.conditioning(work, rows)
@@ -69,7 +69,7 @@ def step(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
 def decode(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
     """Latents to images."""
     vae = diffusers.AutoencoderKL.from_pretrained(
-        work.model, subfolder="vae", torch_dtype=_dtype(dtype)
+        work.model, subfolder="vae", dtype=_dtype(dtype)
     ).to(DEVICE)
     latents = _tensor(np.moveaxis(workload.latents(work, batch), -1, 1), dtype)
 
@@ -85,13 +85,13 @@ def images(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
     few = replace(work, steps=LAYOUT_STEPS)
     _choose_layout((pipeline.unet, pipeline.vae), lambda: _pixels(pipeline, few, 0, batch))
     batches = _batches(pipeline, work, batch)
-    return lambda: np.concatenate(list(itertools.islice(batches, work.batches)))
+    return lambda: np.concatenate(list(itertools.islice(batches, work.batches_a_turn)))
 
 
 def first(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
     """The same without trying anything before."""
     batches = _batches(_compiled_pipeline(work, dtype), work, batch)
-    return lambda: np.concatenate(list(itertools.islice(batches, work.batches)))
+    return lambda: np.concatenate(list(itertools.islice(batches, work.batches_a_turn)))
 
 
 def files(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
@@ -103,7 +103,7 @@ def files(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
 
     def run() -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
-            for number in range(work.batches):
+            for number in range(work.batches_a_turn):
                 pixels = next(batches)
                 for index, image in enumerate(pixels):
                     Image.fromarray(image).save(f"{folder}/{number * batch + index:09d}.png")
@@ -115,7 +115,7 @@ def files(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
 def product(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
     """The product of two square matrices, whatever the batch."""
     size = workload.product_size(platform())
-    matrix = torch.randn(size, size, dtype=_dtype(dtype), device=DEVICE)
+    matrix = _tensor(workload.matrix(size), dtype)
 
     def run() -> torch.Tensor:
         with torch.inference_mode():
@@ -189,7 +189,7 @@ def _pixels(pipeline, work: Workload, first: int, batch: int) -> np.ndarray:
 
 def _pipeline(work: Workload, dtype: str, **without):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        work.model, torch_dtype=_dtype(dtype), **without
+        work.model, dtype=_dtype(dtype), **without
     ).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

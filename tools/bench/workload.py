@@ -1,4 +1,4 @@
-"""What both engines are given: the same checkpoint, prompts, inputs and settings. Imports no JAX."""
+"""What both engines are given: the same checkpoint, inputs and settings. Imports no JAX."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class Workload:
       model: a diffusers directory.
       width, height: of the images, pixels.
       steps, guidance_scale: of the checkpoint's own sampler.
-      batches: of images in a turn; an engine may begin one before it has finished another.
+      batches_a_turn: of images; an engine may begin one before it has finished another.
       turn_seconds: what is shorter is repeated for so long.
       memory_fraction: of an accelerator's memory, what an engine may take.
       compile_mode: of `torch.compile`, or "off".
@@ -31,7 +31,7 @@ class Workload:
     height: int
     steps: int
     guidance_scale: float
-    batches: int
+    batches_a_turn: int
     turn_seconds: float
     memory_fraction: float
     compile_mode: str
@@ -96,6 +96,11 @@ def decode_operations(work: Workload, batch: int) -> int:
 def product_size(platform: str) -> int:
     """Of the square matrices whose product stands for what a device can do at most."""
     return 4096 if platform == "cpu" else 16384
+
+
+def matrix(size: int) -> np.ndarray:
+    """Normal float32 numbers, [size, size]."""
+    return np.random.default_rng(2).standard_normal((size, size), np.float32)
 
 
 def product_operations(size: int) -> int:
