@@ -1,0 +1,52 @@
+"""The measurement of docs/speed.md: its arithmetic, and a whole run on a random model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tools import measure_speedups as speedups
+from tools.score_shapes import manifest_rows
+
+
+def test_the_score_is_the_mean_of_the_tags_whatever_their_sizes():
+    tags = ["colors"] * 2 + ["counting"] * 8
+    values = np.array([1, 1] + [0, 1] * 4, float)
+    mean, within = speedups.mean_of_tags(values, tags)
+    assert mean == pytest.approx(0.75)
+    # Of the first tag nothing is known to vary; the second's deviation is sqrt(2 / 7).
+    assert within == pytest.approx(1.96 * np.sqrt(2 / 7 / 8) / 2)
+
+
+def test_an_equal_image_has_infinite_psnr_and_a_level_off_by_one_48_db():
+    image = np.full((4, 4, 3), 7, np.uint8)
+    assert speedups.psnr(image, image) == np.inf
+    assert speedups.psnr(image, image + 1) == pytest.approx(48.13, abs=0.01)
+
+
+def test_every_setting_has_a_name_of_its_own(tmp_path):
+    files = {setting.file(tmp_path, ".npz") for setting in speedups.SETTINGS}
+    assert len(files) == len(speedups.SETTINGS)
+
+
+def test_a_run_makes_what_is_not_there_and_reports_it(tiny_checkpoint, tmp_path):
+    model, rows = str(tiny_checkpoint), list(manifest_rows(2, 1, 1))
+    settings = [speedups.PLAIN, speedups.DEEP_CACHE[0]]
+    speedups.make_images(tmp_path, model, rows, settings)
+    speedups.measure_speed(tmp_path, model, 1, settings[1:])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    speedups.make_images(tmp_path, model, rows, settings)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+    plain, cached = json.loads(json.dumps(speedups.results(tmp_path, model, rows, settings)))
+    assert plain["psnr"] == np.inf
+    assert 5 < cached["psnr"] < 100
+    assert (plain["evaluations"], cached["evaluations"]) == ([40, 0], [20, 20])
+    assert cached["operations"] < plain["operations"]
+    assert plain["seconds"] is None
+    assert len(cached["seconds"]) == 1
+    lines = speedups.table([plain, cached]).splitlines()
+    assert lines[-1].startswith("| deep cache 2 | x")
+    assert "| 20 + 20 |" in lines[-1]
+    speedups.plot([plain, cached], tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
