@@ -73,7 +73,7 @@ def _kernel(query: Array, key: Array) -> Callable[[Array, Array, Array], Array]:
 def _widest_in_cudnn() -> int:
     """The widest head that cuDNN's flash attention takes on this host's GPUs, or 0."""
     capability = getattr(jax.local_devices()[0], "compute_capability", "")  # AMD's: "gfx942"
-    if capability == "9.0":
+    if capability == "9.0":  # JAX and PyTorch agree on the limit of Hopper and of what was before
         return 256
     major = capability.partition(".")[0]
     return 128 if major.isdigit() and int(major) >= 8 else 0
