@@ -66,13 +66,14 @@ INTERVALS = [
 DEEP_CACHE = [
     Setting(f"deep cache {n}", "deep cache", options={"deep_cache": n}) for n in (2, 3, 5)
 ]
+MIDDLE = {"guidance_start": 0.2, "guidance_stop": 0.8}
 COMBINED = [
     Setting(f"{sampler} {steps}, {said}", "combined", sampler, steps, options)
     for sampler, steps in (("ddim", 20), ("dpmpp_2m", 12), ("unipc", 12))
     for said, options in (
-        ("guided 0 to 0.8", {"guidance_stop": 0.8}),
+        ("guided 0.2 to 0.8", MIDDLE),
         ("deep cache 2", {"deep_cache": 2}),
-        ("both", {"guidance_stop": 0.8, "deep_cache": 2}),
+        ("both", MIDDLE | {"deep_cache": 2}),
     )
     if sampler != "ddim" or said == "both"
 ]
