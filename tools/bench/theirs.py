@@ -173,6 +173,7 @@ def _batches(pipeline, work: Workload, batch: int) -> Iterator[np.ndarray]:
         yield _pixels(pipeline, work, first, batch)
 
 
+@torch.inference_mode()
 def _pixels(pipeline, work: Workload, first: int, batch: int) -> np.ndarray:
     seeds = range(first, first + batch)
     pictures = pipeline(
