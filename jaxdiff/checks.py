@@ -107,6 +107,16 @@ def integer(name: str, value, low: int, high: int) -> int:
     return number
 
 
+def integer_or(name: str, value, word: str, low: int, high: int) -> int | str:
+    """A whole number, or the word instead of one."""
+    if value == word:
+        return word
+    try:
+        return integer(name, value, low, high)
+    except BadValueError as problem:
+        raise BadValueError(f"{problem}, or {word}") from None
+
+
 def side(name: str, value, multiple: int) -> int:
     """A width or height in pixels."""
     px = integer(name, value, multiple, MAX_SIDE_PX)

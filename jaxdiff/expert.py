@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff import checks, parallel
-from jaxdiff.checkpoint.diffusers import abstract_network, load_params
+from jaxdiff import checks
+from jaxdiff.checkpoint.diffusers import open_network
 from jaxdiff.checkpoint.layout import Checkpoint
 from jaxdiff.checkpoint.networks import read_configs
 from jaxdiff.diffusion import samplers
@@ -55,7 +55,8 @@ class Expert:
     """A denoiser with its text encoders and its scheduler; most models have one, some two.
 
     Attributes:
-      network, params: the U-Net and its weights.
+      network, stored: the U-Net, and where its weights lie.
+      prompts: the text encoders.
       scheduler: the config of its scheduler, changed as the options ask.
       train_steps: how many timesteps it was trained with.
     """
@@ -63,11 +64,10 @@ class Expert:
     def __init__(self, checkpoint: Checkpoint, dtype, mesh: jax.sharding.Mesh, options: Options):
         configs = read_configs(checkpoint)
         config = configs["unet"]
-        graph, shapes = abstract_network(UNet2DConditionModel, config)
-        self.params = load_params(
-            shapes, checkpoint.weights("unet"), dtype, parallel.parameter_shardings(mesh, shapes)
+        self.stored = open_network(
+            UNet2DConditionModel, config, checkpoint.weights("unet"), dtype, mesh
         )
-        self._encode = PromptEncoder(
+        self.prompts = PromptEncoder(
             checkpoint,
             configs,
             dtype,
@@ -80,7 +80,7 @@ class Expert:
         self.train_steps = self.scheduler.get("num_train_timesteps", 1000)
         is_flow = self.scheduler.get("_class_name") == FLOW_CLASS
         self.network = Network(
-            graph,
+            self.stored.graph,
             "flow" if is_flow else self.scheduler.get("prediction_type", "epsilon"),
             distilled=config.time_cond_proj_dim is not None,
         )
@@ -102,7 +102,7 @@ class Expert:
     def conditioning(self, batch: Sequence[Request], *, negative: bool = False) -> Conditioning:
         """What the denoiser is told of a batch, or of what to steer away from."""
         prompts = [r.negative_prompt if negative else r.prompt for r in batch]
-        embeddings = self._encode(prompts, negative=negative)
+        embeddings = self.prompts(prompts, negative=negative)
         if negative and self._ignores_empty and "" in embeddings:
             embeddings[""] = jax.tree.map(jnp.zeros_like, embeddings[""])
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[embeddings[p] for p in prompts])
@@ -111,6 +111,19 @@ class Expert:
             stacked.context,
             stacked.pooled if self._takes_time_ids else None,
             jnp.array(time_ids, jnp.float32) if self._takes_time_ids else None,
+        )
+
+    def abstract_conditioning(self, batch: int, sharding: jax.sharding.Sharding) -> Conditioning:
+        """The shapes of what `conditioning` gives for so many images, placed by `sharding`."""
+        one = self.prompts.abstract()
+        time_ids = jax.ShapeDtypeStruct((5 if self._takes_score else 6,), jnp.float32)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape), leaf.dtype, sharding=sharding),
+            Conditioning(
+                one.context,
+                one.pooled if self._takes_time_ids else None,
+                time_ids if self._takes_time_ids else None,
+            ),
         )
 
     def _time_ids(self, request: Request, negative: bool) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ Batches are split over `data`. Parameters are split over `model` by the rules be
 that do not fit one device; pure data parallelism is faster wherever they do.
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
 
@@ -58,6 +59,21 @@ def may_run_ahead(mesh: Mesh) -> bool:
     all-reduces of each can wait for threads that the other holds, for ever.
     """
     return mesh.size == 1 or mesh.devices.flat[0].platform != "cpu"
+
+
+def hardware(mesh: Mesh) -> str:
+    """What decides a program's last bits: the kind of device; of a CPU, XLA's threads too.
+
+    XLA parts sums among as many threads as there are cores (or virtual devices, if those are more)
+    unless NPROC says how many.
+    """
+    first = mesh.devices.flat[0]
+    if first.platform != "cpu":
+        return first.device_kind
+    affinity = getattr(os, "sched_getaffinity", None)  # of Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    threads = int(os.environ.get("NPROC") or cores)
+    return f"{first.device_kind}, {max(threads, jax.local_device_count())} threads"
 
 
 def _sizes(spec: str) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What a prompt becomes: token ids, and the vectors that the denoiser is told."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
@@ -11,8 +12,8 @@ from flax import nnx
 from jax import Array
 from transformers import CLIPTokenizer
 
-from jaxdiff import parallel
-from jaxdiff.checkpoint.diffusers import abstract_network, load_params
+from jaxdiff import compilation, parallel
+from jaxdiff.checkpoint.diffusers import open_network
 from jaxdiff.checkpoint.layout import Checkpoint
 from jaxdiff.errors import InputError
 from jaxdiff.models import clip
@@ -49,7 +50,7 @@ class PromptEncoder:
         clip_skip: int,
         chunks: int,
     ):
-        """Loads the text encoders of `checkpoint` onto `mesh`.
+        """Finds the text encoders of `checkpoint`, for `mesh`; `load` reads their weights.
 
         Args:
           configs: as `read_configs` gives them.
@@ -59,7 +60,7 @@ class PromptEncoder:
           InputError: if the encoders cannot be read, or have no layer so early.
         """
         self.mesh, self.chunks = mesh, chunks
-        self.tokenizers, self.params, graphs = {}, {}, {}
+        self.tokenizers, self._stored = {}, {}
         xl = "text_encoder_2" in checkpoint.text_encoders
         for name in checkpoint.text_encoders:
             config = configs[name]
@@ -74,16 +75,13 @@ class PromptEncoder:
                 )
             if clip_skip + XL_LAYERS_SKIPPED * xl > layers:
                 raise InputError(f"--clip-skip {clip_skip}: {name} has only {layers} layers")
-            graphs[name], shapes = abstract_network(clip.network(config), config)
-            self.params[name] = load_params(
-                shapes,
-                checkpoint.weights(name),
-                dtype,
-                parallel.parameter_shardings(mesh, shapes),
+            self._stored[name] = open_network(
+                clip.network(config), config, checkpoint.weights(name), dtype, mesh
             )
+        graphs = {name: stored.graph for name, stored in self._stored.items()}
         # By how many layers are skipped: a negative prompt skips none that it need not.
         self._encode = {
-            clip_skip: jax.jit(
+            clip_skip: compilation.jit(
                 parallel.over_data(
                     partial(
                         encode_tokens,
@@ -94,15 +92,38 @@ class PromptEncoder:
                     ),
                     mesh,
                     (None, None),
-                )
+                ),
             )
             for clip_skip in (0, clip_skip)
         }
         self._clip_skip = clip_skip
         self._remembered: dict[int, dict[str, Embedding]] = {skip: {} for skip in self._encode}
+        self._programs: dict[int, Future[jax.stages.Compiled]] = {}
+
+    def load(self) -> None:
+        """Reads the weights, after which prompts can be encoded."""
+        self.params = {name: stored.load() for name, stored in self._stored.items()}
+
+    def compile(self) -> None:
+        """Begins to compile the encoder, for all prompts; returns at once."""
+        for clip_skip in self._encode.keys() - self._programs.keys():
+            self._programs[clip_skip] = compilation.ahead(
+                self._encode[clip_skip], *self._abstract_arguments()
+            )
+
+    def abstract(self) -> Embedding:
+        """The shapes of one prompt's vectors."""
+        batch = jax.eval_shape(self._encode[0], *self._abstract_arguments())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+
+    def _abstract_arguments(self) -> tuple[dict, dict]:
+        ids = jax.ShapeDtypeStruct((TEXT_BATCH, self.chunks, self.tokens), np.int32)
+        params = {name: stored.params for name, stored in self._stored.items()}
+        return params, dict.fromkeys(self._stored, ids)
 
     def __call__(self, prompts: Iterable[str], *, negative: bool = False) -> dict[str, Embedding]:
         """The embedding of each prompt; `clip_skip` is not for negative ones, as in diffusers."""
+        self.compile()
         clip_skip = 0 if negative else self._clip_skip
         remembered = self._remembered[clip_skip]
         found = {p: remembered.pop(p) for p in set(prompts) if p in remembered}
@@ -114,7 +135,7 @@ class PromptEncoder:
                 name: chunked_tokens(tokenizer, padded, self.tokens, self.chunks)
                 for name, tokenizer in self.tokenizers.items()
             }
-            encoded = self._encode[clip_skip](self.params, token_ids)
+            encoded = self._programs[clip_skip].result()(self.params, token_ids)
             if not parallel.may_run_ahead(self.mesh):
                 jax.block_until_ready(encoded)
             for i, text in enumerate(texts):

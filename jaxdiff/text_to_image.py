@@ -1,37 +1,35 @@
-"""The one compiled path: sample latents, decode, round to 8 bits."""
+"""The one path from requests to images: batches, their programs, and what goes into them."""
 
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
-from jaxdiff import checks, parallel
-from jaxdiff.checkpoint.diffusers import abstract_network, load_params
+from jaxdiff import batching, checks, compilation, parallel
+from jaxdiff.checkpoint.diffusers import open_network
 from jaxdiff.checkpoint.ensemble import Ensemble, open_ensemble
 from jaxdiff.checkpoint.networks import read_configs
-from jaxdiff.diffusion import guidance, objective, sampling
 from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.diffusion.solvers import SamplerTable
 from jaxdiff.errors import InputError
-from jaxdiff.expert import Conditioning, Expert, Network
-from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxdiff.expert import Expert
+from jaxdiff.models.vae import AutoencoderKL
+from jaxdiff.pixels import sample_pixels
 from jaxdiff.request import Options, Request
 from jaxdiff.stretches import Stretch, stretches_of
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # An autoencoder's activations are many times an image: so few pixels are decoded at once.
 DECODED_PX = 1024 * 1024
-# XLA's kernels for CPUs depend on the size of their arrays, down to the last bit. There, so many
-# pixels are computed at once whatever the batch size; larger images, alone, lose no speed by it.
-CPU_BATCH_PX = 8 * 64 * 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +52,8 @@ def load(
     *,
     variant: str | None = None,
     refiner: str | Path | None = None,
+    expecting: Sequence[Request] = (),
+    batch_size: int | Literal["auto"] = "auto",
     **options,
 ) -> "TextToImage":
     """Loads a model onto this host's devices.
@@ -63,6 +63,8 @@ def load(
         .safetensors file; a Hub id; or a URL such as gs://bucket/model.
       variant: "fp16" or the like, where the model has several files of the same weights.
       refiner: a second model that makes the last steps, as Stable Diffusion XL's does.
+      expecting: requests, one of each kind, for which it is compiled while the weights are read.
+      batch_size: as in `TextToImage.generate`, of these.
       **options: the fields of `Options`.
 
     Raises:
@@ -74,13 +76,23 @@ def load(
                 options[name] = check(name, options[name], *arguments)
             except checks.BadValueError as problem:
                 raise InputError(str(problem)) from None
-    return TextToImage(open_ensemble(model, variant, refiner), Options(**options))
+    compilation.keep_programs()
+    loaded = TextToImage(open_ensemble(model, variant, refiner), Options(**options))
+    for request in expecting:
+        loaded.compile(loaded.resolve(request), batch_size)
+    loaded.load_weights()
+    return loaded
 
 
 class TextToImage:
-    """A loaded model. An image is a function of its request, whatever it is batched with."""
+    """A model. An image is a function of its request, whatever it is batched with."""
 
     def __init__(self, ensemble: Ensemble, options: Options):
+        """Finds the networks; `load_weights` reads them.
+
+        Raises:
+          InputError: if they are not those that their configs tell of, or do not fit the options.
+        """
         self.ensemble, self.checkpoint = ensemble, ensemble.base
         self.options = options
         self.mesh = parallel.make_mesh(options.mesh)
@@ -90,27 +102,34 @@ class TextToImage:
         ]
         last = ensemble.experts[-1]
         vae_config = read_configs(last)["vae"]
-        vae_graph, shapes = abstract_network(AutoencoderKL, vae_config)
-        places = parallel.parameter_shardings(self.mesh, shapes)
-        vae = load_params(shapes, last.weights("vae"), dtype, places)
+        self._vae = open_network(AutoencoderKL, vae_config, last.weights("vae"), dtype, self.mesh)
         self.factor, self.channels = vae_config.factor, vae_config.latent_channels
-        self._params = {"unets": [expert.params for expert in self._experts], "vae": vae}
+        self._programs: dict[tuple, Future[jax.stages.Compiled]] = {}
         pixels = partial(
             sample_pixels,
             [expert.network for expert in self._experts],
-            vae_graph,
+            self._vae.graph,
             vae_config,
             dtype,
             guidance_rescale=options.guidance_rescale,
             deep_cache=options.deep_cache,
         )
-        self._sample = jax.jit(
+        self._sample = compilation.jit(
             # params, noise, fresh noise, positive, negative, guidance scale; the table is for all
             lambda *arrays, **static: parallel.over_data(
                 partial(pixels, **static), self.mesh, (None, 0, 1, 0, 0, 0, None, None)
             )(*arrays),
             static_argnames=("stretches", "decoded_at_once"),
         )
+
+    def load_weights(self) -> None:
+        """Reads the weights onto the devices, after which images can be made."""
+        for expert in self._experts:
+            expert.prompts.load()
+        self._params = {
+            "unets": [expert.stored.load() for expert in self._experts],
+            "vae": self._vae.load(),
+        }
 
     def resolve(self, request: Request) -> Request:
         """Fills in the model's own size, sampler and so on where the request leaves them open.
@@ -142,13 +161,15 @@ class TextToImage:
             raise InputError(str(problem)) from None
         return Request(**values)
 
-    def generate(self, requests: Sequence[Request], batch_size: int = 8) -> list[Image]:
+    def generate(
+        self, requests: Sequence[Request], batch_size: int | Literal["auto"] = "auto"
+    ) -> list[Image]:
         """Makes one image for each request, in their order.
 
         Args:
           requests: of any sizes and settings; those alike enough are batched together.
-          batch_size: images computed at once on each device of the mesh's `data` axis; a CPU has
-            its own.
+          batch_size: images computed at once on each device of the mesh's `data` axis; "auto" is
+            `largest_batch_size`, tried anew each time. A CPU has its own.
 
         Raises:
           InputError: if a request cannot be made by this model.
@@ -159,7 +180,10 @@ class TextToImage:
             buckets.setdefault(request.bucket, []).append(index)
         images: list[Image] = [None] * len(resolved)
         for indices in buckets.values():
-            stream = self.stream([resolved[index] for index in indices], batch_size)
+            first, size = resolved[indices[0]], batch_size
+            if size == "auto":
+                size = self.largest_batch_size(first, most=len(indices))
+            stream = self.stream([resolved[index] for index in indices], size)
             for index, image in zip(indices, stream, strict=True):
                 images[index] = image
         return images
@@ -185,9 +209,89 @@ class TextToImage:
 
     def slots(self, request: Request, batch_size: int) -> int:
         """How many images like a resolved request are computed at once on all devices together."""
-        if self.mesh.devices.flat[0].platform == "cpu":
-            batch_size = max(1, CPU_BATCH_PX // (request.width * request.height))
+        if self._on_cpu:
+            batch_size = batching.on_cpu(request.width, request.height)
         return batch_size * self.mesh.shape["data"]
+
+    def largest_batch_size(self, request: Request, most: int = batching.MOST) -> int:
+        """The most images like a resolved request that fit each device, and no more than `most`.
+
+        A power of two, or what a CPU takes. Found by the compiler's account of memory, then tried.
+        """
+        if self._on_cpu:
+            return batching.on_cpu(request.width, request.height)
+        limit = self.mesh.devices.flat[0].memory_stats()["bytes_limit"]
+        most = 1 << (max(1, -(-most // self.mesh.shape["data"])) - 1).bit_length()
+
+        def memory(size: int) -> int:
+            account = self._program(request, self.slots(request, size)).result().memory_analysis()
+            return (
+                account.argument_size_in_bytes
+                + account.output_size_in_bytes
+                + account.temp_size_in_bytes
+                - account.alias_size_in_bytes
+            )
+
+        def runs(size: int) -> bool:
+            try:
+                list(self.stream([request], size))
+            except jax.errors.JaxRuntimeError as problem:
+                if "RESOURCE_EXHAUSTED" not in str(problem):
+                    raise
+                return False
+            return True
+
+        return batching.largest(memory, limit, runs, min(most, batching.MOST))
+
+    def compile(self, request: Request, batch_size: int | Literal["auto"]) -> None:
+        """Begins to compile what images like a resolved request need; returns at once.
+
+        An accelerator's "auto" is not known before the weights are there: nothing is begun.
+        """
+        for expert in self._experts:
+            expert.prompts.compile()
+        if batch_size != "auto" or self._on_cpu:
+            self._program(request, self.slots(request, batch_size))
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    def _program(self, request: Request, slots: int) -> "Future[jax.stages.Compiled]":
+        """The program for batches like this; seeds, prompts and guidance scales are its arguments.
+
+        Those of samplers that draw noise equally often are the same, and so on: equal programs are
+        found again by their static arguments and the shapes of the others.
+        """
+        tables, stretches = self._tables(request)
+        draws = max(table.draws for table in tables)
+        key = (request.width, request.height, slots, stretches, draws)
+        if key not in self._programs:
+            first, second = (parallel.batch_sharding(self.mesh, axis) for axis in (0, 1))
+            struct = jax.ShapeDtypeStruct
+            shape = (slots, *self._latent_shape(request))
+            told = [expert.abstract_conditioning(slots, first) for expert in self._experts]
+            guided = any(stretch.guided for stretch in stretches)
+            self._programs[key] = compilation.ahead(
+                self._sample,
+                {
+                    "unets": [expert.stored.params for expert in self._experts],
+                    "vae": self._vae.params,
+                },
+                struct(shape, np.float32, sharding=first),
+                struct((draws, *shape), np.float32, sharding=second) if draws else None,
+                told,
+                told if guided else [None] * len(told),
+                struct((slots,), np.float32, sharding=first),
+                np.float32(tables[0].initial_scale),
+                _joined(tables, stretches),
+                stretches=stretches,
+                decoded_at_once=self._decoded_at_once(request, slots),
+            )
+        return self._programs[key]
+
+    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
+        return request.height // self.factor, request.width // self.factor, self.channels
 
     def _dispatch(
         self,
@@ -199,28 +303,30 @@ class TextToImage:
         """Starts a batch on the device; returns pixels and finiteness, perhaps not computed yet."""
         batch = batch + batch[-1:] * (batch_size - len(batch))
         first = batch[0]
+        program = self._program(first, batch_size)
         place = partial(jax.device_put, device=parallel.batch_sharding(self.mesh))
-        shape = (first.height // self.factor, first.width // self.factor, self.channels)
         seeds = place(np.array([request.seed for request in batch], np.uint32))
+        draws = max(table.draws for table in tables)
         noise, fresh_noise = random_noise.draw(
-            seeds, shape, self.options.noise, draws=max(table.draws for table in tables)
+            seeds, self._latent_shape(first), self.options.noise, draws
         )
         if fresh_noise is not None:
             fresh_noise = jax.device_put(fresh_noise, parallel.batch_sharding(self.mesh, axis=1))
-        guided = any(stretch.guided for stretch in stretches)
-        return self._sample(
+        positive = place([expert.conditioning(batch) for expert in self._experts])
+        negative = [None] * len(positive)
+        if any(stretch.guided for stretch in stretches):
+            negative = place(
+                [expert.conditioning(batch, negative=True) for expert in self._experts]
+            )
+        return program.result()(
             self._params,
             place(noise),
             fresh_noise,
-            place([expert.conditioning(batch) for expert in self._experts]),
-            place([expert.conditioning(batch, negative=True) for expert in self._experts])
-            if guided
-            else [None] * len(self._experts),
+            positive,
+            negative,
             place(np.array([request.guidance_scale for request in batch], np.float32)),
             np.float32(tables[0].initial_scale),
             _joined(tables, stretches),
-            stretches=stretches,
-            decoded_at_once=self._decoded_at_once(first, batch_size),
         )
 
     def _tables(self, request: Request) -> tuple[list[SamplerTable], tuple[Stretch, ...]]:
@@ -242,111 +348,6 @@ class TextToImage:
         most = max(1, DECODED_PX // (request.width * request.height))
         on_device = batch_size // self.mesh.shape["data"]
         return max(n for n in range(1, on_device + 1) if on_device % n == 0 and n <= most)
-
-
-def sample_pixels(
-    networks: Sequence[Network],
-    vae_graph: nnx.GraphDef,
-    vae_config: AutoencoderKLConfig,
-    dtype,
-    params: dict,
-    noise: Array,
-    fresh_noise: Array | None,
-    positive: Sequence[Conditioning],
-    negative: Sequence[Conditioning | None],
-    guidance_scale: Array,
-    initial_scale: Array,
-    columns: dict[str, Array],
-    *,
-    stretches: Sequence[Stretch],
-    decoded_at_once: int,
-    guidance_rescale: float = 0.0,
-    deep_cache: int = 1,
-) -> tuple[Array, Array]:
-    """The pure function from noise to pixels, for `jax.jit`.
-
-    Args:
-      networks: the denoisers, of one expert or several.
-      vae_graph, vae_config: of the autoencoder.
-      dtype: of the networks' arithmetic; the sampler's own is float32.
-      params: "unets", those of each expert, and "vae".
-      noise: float32 [batch, h, w, latent channels].
-      fresh_noise: float32 [draws, batch, h, w, latent channels], None for a deterministic sampler.
-      positive, negative: what each expert is told; the latter None where nothing is guided.
-      guidance_scale: [batch].
-      initial_scale, columns: of a `SamplerTable`.
-      stretches: cover the rows of the table.
-      decoded_at_once: so many images, a divisor of the batch.
-      guidance_rescale, deep_cache: as in `Options`.
-
-    Returns:
-      pixels uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
-    """
-    denoisers = [
-        (
-            rows,
-            _denoiser(
-                networks[expert],
-                params["unets"][expert],
-                dtype,
-                positive[expert],
-                negative[expert] if guided else None,
-                guidance_scale,
-                guidance_rescale,
-            ),
-        )
-        for expert, rows, guided in stretches
-    ]
-    latents = sampling.sample(
-        denoisers, noise, initial_scale, columns, fresh_noise, whole_every=deep_cache
-    )
-    vae = nnx.merge(vae_graph, params["vae"])
-
-    def decode(latents: Array) -> tuple[Array, Array]:
-        images = vae.decode(vae_config.unscale(latents).astype(dtype)).astype(jnp.float32)
-        return to_pixels(images), jnp.isfinite(images).all(axis=(1, 2, 3))
-
-    if decoded_at_once == len(latents):
-        return decode(latents)
-    turns = latents.reshape(-1, decoded_at_once, *latents.shape[1:])
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(decode, turns))
-
-
-def _denoiser(
-    network: Network,
-    params: dict,
-    dtype,
-    positive: Conditioning,
-    negative: Conditioning | None,
-    guidance_scale: Array,
-    guidance_rescale: float,
-) -> sampling.Denoiser:
-    """What `sampling.sample` takes: guided, if there is something to steer away from."""
-    unet, guided = nnx.merge(network.graph, params), negative is not None
-    told = jax.tree.map(guidance.paired, negative, positive) if guided else positive
-
-    def denoise(
-        x: Array, timestep: Array, alpha: Array, sigma: Array, deep: Array | None
-    ) -> tuple[Array, Array]:
-        latents = (guidance.paired(x, x) if guided else x).astype(dtype)
-        output, deep = unet.evaluate(
-            latents,
-            jnp.full(latents.shape[0], timestep),
-            deep=deep,
-            **told._asdict(),
-            guidance_scale=guidance_scale if network.distilled else None,
-        )
-        output = output.astype(jnp.float32)
-        if guided:
-            output = guidance.guide(output, guidance_scale, guidance_rescale)
-        return objective.to_x0(output, x, alpha, sigma, network.prediction_type), deep
-
-    return denoise
-
-
-def to_pixels(images: Array) -> Array:
-    """Images in -1..1 to uint8, rounded to the nearest."""
-    return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
 def _joined(tables: Sequence[SamplerTable], stretches: Sequence[Stretch]) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from jaxdiff import batching
 from jaxdiff.checkpoint import operations
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
@@ -61,7 +62,7 @@ def report(job: Job, options: PipelineOptions) -> str:
         [
             rows,
             f"images: {plan.images}, by {plan.model_name}; shards: {len(plan.shard_sizes)}; "
-            f"batches: of {settings.batch_size} on one device (a CPU takes what suits it)",
+            f"batches: of {_batch_size(plan)} on one device{_may_differ(plan)}",
             "",
             *_table(shares),
             "",
@@ -83,7 +84,7 @@ def _rows(folder: Path, plan: Plan) -> str:
 def _shares(folder: Path, plan: Plan) -> dict[Bucket, Share]:
     table = pq.read_table(folder / plan.images_file, columns=BUCKET_COLUMNS)
     shares: dict[Bucket, Share] = {}
-    batch_size, start = plan.settings.batch_size, 0
+    batch_size, start = _batch_size(plan), 0
     for size in plan.shard_sizes:
         row = {name: table[name][start].as_py() for name in BUCKET_COLUMNS}
         row["guided"] = row.pop("guidance_scale") > 1
@@ -95,6 +96,17 @@ def _shares(folder: Path, plan: Plan) -> dict[Bucket, Share]:
         share.shards += 1
         start += size
     return shares
+
+
+def _batch_size(plan: Plan) -> int:
+    size = plan.settings.batch_size
+    return batching.LEAST if size == batching.AUTO else size
+
+
+def _may_differ(plan: Plan) -> str:
+    if plan.settings.batch_size == batching.AUTO:
+        return ", or as large as fits (a CPU takes what suits it)"
+    return " (a CPU takes what suits it)"
 
 
 def _table(shares: dict[Bucket, Share]) -> list[str]:

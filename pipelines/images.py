@@ -47,6 +47,7 @@ class ShardImages:
     """Generates, encodes and stores the images of a shard, and counts.
 
     Args:
+      batch_size: images computed at once on each device.
       alone: the keys of images that a batch shall hold nothing but copies of.
       deadly: the keys of images that shall not be tried, each with the reason.
       tell: is given {"running": [key, ...]} whenever other images are under way.
@@ -60,6 +61,7 @@ class ShardImages:
         self,
         model: "TextToImage",
         plan: Plan,
+        batch_size: int,
         *,
         alone: Iterable[str] = (),
         deadly: dict[str, str] | None = None,
@@ -69,7 +71,7 @@ class ShardImages:
         self._model, self._plan, self._tell = model, plan, tell
         self._alone, self._deadly = set(alone), deadly or {}
         self._is_stopping = is_stopping
-        self._batch_size = plan.settings.batch_size
+        self._batch_size = batch_size
         self._running: dict[str, PlannedImage] = {}
         self._compiled_before, self._encode_seconds = _compile_seconds, 0.0
         self._write_seconds = 0.0
@@ -210,7 +212,8 @@ class ShardImages:
         less = "a smaller --batch-size" if self._batch_size > 1 else "bfloat16 or smaller images"
         return InputError(
             f"{slots} images of {size} at once do not fit the memory of "
-            f"{device_of(self._model)}; start anew, in another directory, with {less}"
+            f"{device_of(self._model)}; free it for the same command, or start anew, in another "
+            f"directory, with {less}"
         )
 
     def _encode(self, pair: tuple[PlannedImage, "Image | str"]) -> tuple[Sample | str, float]:

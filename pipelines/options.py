@@ -246,8 +246,8 @@ HELP = {
     "computing": {
         "batch_size": (
             "N",
-            "images computed at once on each device; a CPU has its own number (default: "
-            f"{Settings.batch_size})",
+            "images computed at once on each device, or auto: the most that fit, up to 64; a CPU "
+            f"has its own number (default: {Settings.batch_size})",
         ),
         "dtype": ("NAME", "float32 or bfloat16 (default: float32)"),
         "mesh": ("AXES", "devices, such as data=4,model=2 (default: all for data)"),

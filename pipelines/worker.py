@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 import pyarrow.parquet as pq
 
+from jaxdiff import batching
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import formats
 from jaxdiff.dataset import plan as plans
@@ -33,13 +34,14 @@ from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.errors import InputError
-from jaxdiff.request import Options
+from jaxdiff.request import Options, Request
 from pipelines.images import ShardImages, StoppedError, device_of, note_duration, reason_of
 from pipelines.options import Models
 
 if TYPE_CHECKING:
     from jaxdiff.text_to_image import TextToImage
 
+MOST_COMPILED = 16  # programs, ahead of their use
 PACKAGES = ("jaxdiff", "apache-beam", "flax", "jax", "jaxlib", "numpy", "pillow", "pyarrow")
 DEBUG = "--debug"  # shows where something went wrong
 NVIDIA = Path("/proc/driver/nvidia/version")  # lies there where NVIDIA's driver is loaded
@@ -94,17 +96,19 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
     if marker and (task.mode == "make" or (task.mode == "retry" and not marker.failed)):
         return {"images": 0, "failed": 0, "padded": 0}
     started = time.monotonic()
-    model = _load(Models(**task.models), plan, tell)
-    _check_device(directory, model)
     planned = plans.read_shard(directory, plan, task.shard)
+    model = _load(Models(**task.models), directory, plan, planned[0].request, tell)
+    _check_device(directory, model)
     is_retry = task.mode == "retry"
     kept = _kept_keys(directory, marker) if is_retry else set()
     revision = marker.revision + 1 if is_retry else 0
+    batch_size = _batch_size(directory, model, plan, planned[0].request)
     loaded = time.monotonic()
     with shards.Attempt(directory, plan, task.shard, revision) as attempt:
         work = ShardImages(
             model,
             plan,
+            batch_size,
             alone=task.alone,
             deadly=task.deadly,
             tell=tell,
@@ -113,7 +117,7 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
         work.fill(attempt, planned, kept, _samples(directory, plan, task.shard))
         seconds = {"load": loaded - started} | work.seconds(time.monotonic() - loaded)
         seconds = {stage: round(value, 3) for stage, value in seconds.items()}
-        facts = _facts(model, work.padded, seconds, marker.facts if is_retry else None)
+        facts = _facts(model, batch_size, work.padded, seconds, marker.facts if is_retry else None)
         if task.mode == "repair":
             attempt.repair(marker)
         elif work.made or task.mode == "make":
@@ -142,8 +146,13 @@ def _samples(directory: Path, plan: Plan, shard: int) -> Iterator[Sample]:
     return read(directory / images_name)
 
 
-def _load(models: Models, plan: Plan, tell: Callable[[dict], None]) -> "TextToImage":
-    """The plan's model; the process keeps the last one that it has loaded."""
+def _load(
+    models: Models, directory: Path, plan: Plan, first: Request, tell: Callable[[dict], None]
+) -> "TextToImage":
+    """The plan's model; the process keeps the last one that it has loaded.
+
+    While it reads the weights, it compiles what the plan contains, images like `first` before all.
+    """
     global _held
     options = {field.name: getattr(plan.settings, field.name) for field in fields(Options)}
     key = (plan.identity["model"], *options.values())
@@ -153,7 +162,9 @@ def _load(models: Models, plan: Plan, tell: Callable[[dict], None]) -> "TextToIm
 
         _check_devices()
         _count_compilations()
-        loaded = jaxdiff.load(**vars(models), **options)
+        expecting = [first, *plans.kinds(directory, plan)][:MOST_COMPILED]
+        ahead = {"expecting": expecting, "batch_size": plan.settings.batch_size}
+        loaded = jaxdiff.load(**vars(models), **options, **ahead)
         if loaded.ensemble.fingerprint != plan.identity["model"]:
             raise InputError(f"model {models.model} is not the one that the job was planned for")
         _held = key, loaded
@@ -189,22 +200,47 @@ def _check_devices() -> None:
 
 def _check_device(directory: Path, model: "TextToImage") -> None:
     """Refuses to mix kinds of devices, whose pixels differ, in one dataset."""
-    here = model.mesh.devices.flat[0].device_kind
+    from jaxdiff import parallel
+
+    here = parallel.hardware(model.mesh)
     begun_on = layout.pin(directory, layout.DEVICE, here)
     if begun_on != here:
+        same = "with NPROC set to as many threads" if "threads" in begun_on else "on such hardware"
         raise InputError(
-            f"{directory} was begun on {begun_on}, but here is {here}: continue on the same "
-            "hardware, or start anew with --overwrite"
+            f"{directory} was begun on {begun_on}, but here is {here}: continue {same}, or start "
+            "anew with --overwrite"
         )
 
 
+def _batch_size(directory: Path, model: "TextToImage", plan: Plan, request: Request) -> int:
+    """The run's batch size for images like this one, which all its workers take for good.
+
+    An accelerator's kernels depend on it. So what fits is found and tried before anything is made.
+    """
+    size = plan.settings.batch_size
+    if size != batching.AUTO:
+        return size
+    if model.mesh.devices.flat[0].platform == "cpu":
+        return model.largest_batch_size(request)
+    name = f"{layout.BATCH}/{'-'.join(map(str, request.bucket))}"
+    if (directory / name).exists():
+        return int((directory / name).read_text())
+    largest = model.largest_batch_size(request, max(plan.shard_sizes))
+    return int(layout.pin(directory, name, str(largest)))
+
+
 def _facts(
-    model: "TextToImage", padded: int, seconds: dict[str, float], before: dict | None
+    model: "TextToImage",
+    batch_size: int,
+    padded: int,
+    seconds: dict[str, float],
+    before: dict | None,
 ) -> dict:
     """What a marker reports; of a revision, with what the shard has cost before."""
     before = before or {"padded": 0, "seconds": {}}
     return {
         "device": device_of(model),
+        "batch_size": batch_size,
         "padded": before["padded"] + padded,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "seconds": {

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -86,20 +87,78 @@ def test_seed_prompt_guidance_and_negative_prompt_each_change_the_image(model, i
         assert (image.pixels != images[1].pixels).any()
 
 
-def test_none_of_them_compiles_anything_anew(model, images):
-    compiled = model._sample._cache_size()
+@pytest.fixture(scope="session")
+def compiled():
+    """The programs that have been compiled, or fetched from the cache instead, one entry each."""
+    events = []
+
+    def listen(event: str, *_, **__) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return events
+
+
+def test_prompts_seeds_guidance_scales_and_samplers_compile_nothing(model, images, compiled):
+    before = len(compiled)
     model.generate([replace(REQUESTS[0], seed=5, prompt="new", guidance_scale=9.0)], batch_size=4)
     model.generate([replace(REQUESTS[0], sampler="euler")], batch_size=4)
-    assert model._sample._cache_size() == compiled
+    assert len(compiled) == before
 
 
-def test_each_size_is_compiled_once(tiny_checkpoint):
-    model = jaxdiff.load(tiny_checkpoint)
+def test_each_size_is_compiled_once(model, images, compiled):
     sizes = [(64, 64), (72, 40), (64, 64), (40, 72), (72, 40)] * 2
-    requests = [replace(REQUESTS[0], width=w, height=h, steps=1) for w, h in sizes]
+    requests = [replace(REQUESTS[0], width=w, height=h, steps=3) for w, h in sizes]
+    before = len(compiled)
     for image, (width, height) in zip(model.generate(requests, batch_size=2), sizes, strict=True):
         assert image.pixels.shape == (height, width, 3)
-    assert model._sample._cache_size() == 3
+    wide_and_high = len(compiled) - before
+    assert wide_and_high >= 2
+    model.generate([replace(request, seed=9) for request in requests], batch_size=2)
+    assert len(compiled) - before == wide_and_high
+
+
+def test_what_is_expected_is_compiled_while_loading(tiny_checkpoint, images, compiled):
+    model = jaxdiff.load(tiny_checkpoint, expecting=REQUESTS[:1])
+    made = model.generate(REQUESTS[:1])  # waits for what was begun
+    np.testing.assert_array_equal(made[0].pixels, images[0].pixels)
+    before = len(compiled)
+    model.generate(REQUESTS)
+    assert len(compiled) == before
+
+
+def test_another_process_finds_what_was_compiled(tiny_checkpoint, tmp_path):
+    """JAX says on standard error how often its cache on disk knew a program."""
+    code = (
+        "import jax, jaxdiff, sys\n"
+        "jax.monitoring.register_event_listener(lambda event, **_: print(event))\n"
+        f"model = jaxdiff.load({str(tiny_checkpoint)!r})\n"
+        "model.generate([jaxdiff.Request(prompt='a red circle', steps=2)])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_P")}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+
+    def misses_and_hits() -> tuple[int, int]:
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        events = ran.stdout.splitlines()
+        return tuple(
+            events.count(f"/jax/compilation_cache/cache_{what}") for what in ("misses", "hits")
+        )
+
+    misses, hits = misses_and_hits()
+    assert misses > 0
+    assert hits == 0
+    assert misses_and_hits() == (0, misses)
+    (folder,) = (tmp_path / "jaxdiff" / "xla").iterdir()
+    assert folder.stat().st_mode & 0o077 == 0
 
 
 def test_decoding_in_turns_changes_at_most_the_last_bit(tiny_checkpoint, images, monkeypatch):
@@ -174,7 +233,7 @@ def test_networks_that_do_not_fit_each_other_are_refused(
 
 def test_prompts_are_forgotten_when_they_take_too_much_room(model, images, monkeypatch):
     monkeypatch.setattr(prompts, "REMEMBERED_BYTES", 3 * images[0].pixels.nbytes)
-    (encoder,) = (expert._encode for expert in model._experts)
+    (encoder,) = (expert.prompts for expert in model._experts)
     many = [replace(REQUESTS[0], prompt=f"a ring {i}") for i in range(30)]
     model.generate([*many, *REQUESTS], batch_size=4)
     assert 0 < len(encoder._remembered[0]) < 20
@@ -216,28 +275,6 @@ def test_bfloat16_gives_nearly_the_same_image(tiny_checkpoint, images):
     half = jaxdiff.load(tiny_checkpoint, dtype="bfloat16").generate(REQUESTS, batch_size=4)
     difference = np.abs(pixels(half).astype(int) - pixels(images).astype(int))
     assert 0 < difference.mean() < 4
-
-
-@pytest.mark.parametrize(("mesh", "tolerance"), [("data=4", 0), ("data=2,model=2", 1)])
-def test_a_mesh_of_devices_makes_the_same_images(
-    mesh, tolerance, tiny_checkpoint, images, tmp_path, monkeypatch
-):
-    program = f"""
-import numpy as np, jaxdiff, tests.test_text_to_image as t
-t.text_to_image.DECODED_PX = t.LARGE_PX
-model = jaxdiff.load({str(tiny_checkpoint)!r}, mesh={mesh!r})
-images = model.generate(t.REQUESTS, batch_size=4)
-large = model.generate(t.LARGE, batch_size=2)
-np.savez({str(tmp_path / "pixels.npz")!r}, images=t.pixels(images), large=t.pixels(large))
-"""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **flags})
-    monkeypatch.setattr(text_to_image, "DECODED_PX", LARGE_PX)
-    large = jaxdiff.load(tiny_checkpoint).generate(LARGE, batch_size=2)
-    # Each device computes batches of the same size; sums split over `model` round differently.
-    with np.load(tmp_path / "pixels.npz") as made:
-        for ours, theirs in ((made["images"], images), (made["large"], large)):
-            assert np.abs(ours.astype(int) - pixels(theirs)).max() <= tolerance
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from jaxdiff import parallel
 from jaxdiff.checkpoint.components import CONFIGS, INDEX, NETWORKS, TOKENIZER_FILES
 from jaxdiff.checkpoint.layout import PIPELINE
 from jaxdiff.checkpoint.tensors import StoredTensor, told_misfits
@@ -45,6 +47,44 @@ def abstract_network(model_class, config) -> tuple[nnx.GraphDef, dict]:
     rngs = SimpleNamespace(params=lambda: jax.random.key(0))
     graph, state = nnx.split(nnx.eval_shape(lambda: model_class(config, rngs=rngs)))
     return graph, nnx.to_pure_dict(state)
+
+
+class StoredNetwork(NamedTuple):
+    """A network whose weights still lie in their files.
+
+    Attributes:
+      graph: `nnx.merge(graph, params)` is the network.
+      params: a `jax.ShapeDtypeStruct` for each parameter, with its sharding.
+      tensors: the weights, by key.
+    """
+
+    graph: nnx.GraphDef
+    params: dict
+    tensors: Mapping[str, StoredTensor]
+
+    def load(self) -> dict:
+        """The parameters on their devices, as `load_params` gives them."""
+        dtype = jax.tree.leaves(self.params)[0].dtype
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.params)
+        return load_params(self.params, self.tensors, dtype, places)
+
+
+def open_network(
+    model_class, config, tensors: Mapping[str, StoredTensor], dtype, mesh: jax.sharding.Mesh
+) -> StoredNetwork:
+    """Finds a network's weights and their places on `mesh`; reads none of them.
+
+    Raises:
+      InputError: as `load_params`, and if the mesh splits none of the parameters.
+    """
+    graph, shapes = abstract_network(model_class, config)
+    refuse_misfits(shapes, tensors)
+    params = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
+        shapes,
+        parallel.parameter_shardings(mesh, shapes),
+    )
+    return StoredNetwork(graph, params, tensors)
 
 
 def load_params(shapes: dict, tensors: Mapping[str, StoredTensor], dtype, sharding=None) -> dict:

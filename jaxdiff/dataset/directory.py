@@ -20,6 +20,7 @@ DONE = f"{WORK}/done"
 TMP = f"{WORK}/tmp"
 LOCK = f"{WORK}/lock"
 DEVICE = f"{WORK}/device"  # the kind that makes the run's images
+BATCH = f"{WORK}/batch"  # for each bucket, how many images an accelerator takes at once
 OLD = f"{WORK}/old"  # the run that --overwrite replaces, until the new one has made a shard
 DATA = "data"
 METADATA = "metadata"
@@ -31,7 +32,7 @@ CARD = "README.md"
 CROISSANT = "croissant.json"
 # All that a run leaves, in the order in which it is deleted: what has lost a file must not look
 # finished, and while the plan is there the directory is known as ours.
-OURS = (SUCCESS, DONE, DEVICE, DATA, METADATA, CARD, CROISSANT, RUN, REJECTED, FAILED, PLAN)
+OURS = (SUCCESS, DONE, DEVICE, BATCH, DATA, METADATA, CARD, CROISSANT, RUN, REJECTED, FAILED, PLAN)
 
 
 @contextlib.contextmanager
@@ -184,6 +185,7 @@ def pin(directory: Path, name: str, content: str) -> str:
     """Writes a small file unless it is there; returns what it says, which never changes."""
     path = temporary(directory, "pin")
     path.write_text(content, "utf-8")
+    (directory / name).parent.mkdir(exist_ok=True)
     with contextlib.suppress(FileExistsError):
         os.link(path, directory / name)
     path.unlink()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxdiff.dataset import directory as layout
@@ -166,6 +167,19 @@ def read_shard(directory: Path, plan: Plan, shard: int) -> list[PlannedImage]:
         while start >= (rows := file.metadata.row_group(group).num_rows):
             start, group = start - rows, group + 1
         return planned_images(file.read_row_group(group).slice(start, plan.shard_sizes[shard]))
+
+
+def kinds(directory: Path, plan: Plan) -> list[Request]:
+    """A request for nothing in particular of each bucket, those with the most images first."""
+    names = ["width", "height", "steps", "sampler", "guidance_scale"]
+    table = pq.read_table(directory / layout.PLAN / plan.images_file, columns=names)
+    guided = pc.greater(table["guidance_scale"], 1.0)
+    table = table.drop_columns("guidance_scale").append_column("guided", guided)
+    counts = table.group_by(table.column_names).aggregate([([], "count_all")])
+    found = counts.sort_by([("count_all", "descending")]).drop_columns("count_all").to_pylist()
+    return [
+        Request(prompt="", guidance_scale=2.0 if row.pop("guided") else 1.0, **row) for row in found
+    ]
 
 
 def planned_images(table: pa.Table) -> list[PlannedImage]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff import checks
+from jaxdiff import batching, checks
 from jaxdiff.checkpoint.ensemble import Ensemble
 from jaxdiff.checks import BadValueError
 from jaxdiff.dataset import columns, rows
@@ -346,4 +346,4 @@ def _shard_size(bucket: Bucket, settings: Settings) -> int:
     size = settings.images_per_shard or min(
         DEFAULT_SHARD_IMAGES, DEFAULT_SHARD_PX // (bucket.width * bucket.height)
     )
-    return max(1, size // settings.batch_size) * settings.batch_size
+    return batching.full(size, settings.batch_size)

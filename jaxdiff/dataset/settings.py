@@ -1,8 +1,10 @@
 """What decides a dataset's bytes, next to its manifest and its model."""
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from jaxdiff import checks
+from jaxdiff.batching import AUTO
 from jaxdiff.checkpoint.ensemble import Ensemble
 from jaxdiff.dataset import formats, images
 from jaxdiff.errors import InputError
@@ -33,7 +35,7 @@ class Settings(Options):
     format: str = "webdataset"
     image_format: str = "png"
     images_per_shard: int | None = None
-    batch_size: int = 8
+    batch_size: int | Literal["auto"] = "auto"
 
 
 # How each setting is checked that is no request's, with the arguments of the check.
@@ -44,7 +46,7 @@ CHECKS = {
     "format": (checks.choice, FORMATS),
     "image_format": (checks.choice, IMAGE_FORMATS),
     "images_per_shard": (checks.integer, 1, 100_000),
-    "batch_size": (checks.integer, 1, 4096),
+    "batch_size": (checks.integer_or, AUTO, 1, 4096),
 }
 NAMES = tuple(field.name for field in fields(Settings))
 

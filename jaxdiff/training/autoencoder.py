@@ -15,7 +15,7 @@ from jaxdiff.checkpoint.components import CONFIGS, NETWORKS, read_json
 from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.errors import InputError
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxdiff.text_to_image import to_pixels
+from jaxdiff.pixels import to_pixels
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import AutoencoderRecipe, DecoderRecipe
 from jaxdiff.worlds import shapes

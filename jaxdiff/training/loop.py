@@ -22,7 +22,7 @@ from jax import Array
 from PIL import Image
 from tqdm import tqdm
 
-from jaxdiff import parallel
+from jaxdiff import compilation, parallel
 from jaxdiff.training.recipe import Optimizer, Recipe
 
 Params = Any  # a nested dict of arrays
@@ -113,7 +113,7 @@ def _compile_step(task: Task, transform: optax.GradientTransformation, recipe: R
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **metrics}
         return {"params": params, "ema": ema, "optimizer": optimizer_state}, metrics
 
-    return jax.jit(step_fn, donate_argnums=0)
+    return compilation.jit(step_fn, donate_argnums=0)
 
 
 class _Log:

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
+from jaxdiff import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.training import autoencoder, loop, text_to_image
 from jaxdiff.training.recipe import (
@@ -23,6 +24,7 @@ def train(recipe_path: str | Path, output: str | Path) -> None:
     """
     recipe_path, output = Path(recipe_path), Path(output)
     recipe = read(recipe_path)
+    compilation.keep_programs()
     kept = output / "recipe.toml"
     if kept.exists() and read(kept) != recipe:
         raise InputError(f"{output}: holds a run of another recipe; name another --output")

@@ -24,7 +24,8 @@ from jaxdiff.expert import Conditioning, Network
 from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
 from jaxdiff.models.vae import AutoencoderKLConfig
-from jaxdiff.text_to_image import Stretch, sample_pixels
+from jaxdiff.pixels import sample_pixels
+from jaxdiff.stretches import Stretch
 from jaxdiff.training.autoencoder import ENCODER, PREVIEW_SEED, load_autoencoder, to_float
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import TextToImageRecipe

@@ -85,7 +85,10 @@ def test_a_part_first_and_then_the_whole_changes_no_pixel(generate, plain):
     assert generate("--batch-size=4", directory="limited") == plain
 
 
-def test_four_devices_make_the_pixels_of_one(generate, plain, monkeypatch, capsys):
+def test_four_devices_make_the_pixels_of_one(generate, monkeypatch, capsys):
+    # XLA has as many threads as devices, at least; so for both.
+    monkeypatch.setenv("NPROC", "4")
+    plain = generate("--batch-size=3", directory="one")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     assert generate("--batch-size=3") == plain
     assert "on 4 x cpu" in capsys.readouterr().out

@@ -24,6 +24,7 @@ from jaxdiff.checkpoint.components import (
 )
 from jaxdiff.checkpoint.layout import BUNDLED
 from jaxdiff.checkpoint.single_file_configs import FAMILIES
+from jaxdiff.checkpoint.sources import cache_directory
 from jaxdiff.checkpoint.weight_files import TEXT_PREFIX
 
 FULL_SIZE = {"sd15": FAMILIES[768], "sdxl": FAMILIES[2048]}
@@ -35,7 +36,7 @@ def directory(model: str) -> Path:
     """The diffusers directory of "shapes64", of a path, or of "sd15" or "sdxl", written if new."""
     if model not in FULL_SIZE:
         return BUNDLED.get(model) or Path(model)
-    cache = Path(os.environ.get("JAXDIFF_CACHE", "~/.cache/jaxdiff")).expanduser() / "bench"
+    cache = cache_directory() / "bench"
     if not (cache / model).exists():
         # In a process of its own: JAX would keep this one's accelerator.
         command = [sys.executable, "-m", "tools.bench.checkpoints", model, str(cache / model)]

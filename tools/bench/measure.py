@@ -174,7 +174,7 @@ def _paired(part: str, batch: int, work: Workload, plan: Plan) -> Figure:
 
 def _first_image_seconds(column: Column, work: Workload, cache: Path) -> float:
     caches = {
-        "JAXDIFF_CACHE": str(cache),
+        "XDG_CACHE_HOME": str(cache),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
     }

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 import jaxdiff
-from jaxdiff import parallel
+from jaxdiff import compilation, parallel
 from jaxdiff.checkpoint.diffusers import abstract_network, load_params
 from jaxdiff.checkpoint.networks import read_configs
 from jaxdiff.models.unet import UNet2DConditionModel
@@ -38,6 +38,7 @@ def text(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
         clip_skip=0,
         chunks=1,
     )
+    encode.load()
     turns = count()
 
     def run() -> jax.Array:
@@ -59,7 +60,7 @@ def step(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
     }
     timesteps = jnp.full(rows, workload.TIMESTEP, jnp.float32)
 
-    @jax.jit
+    @compilation.jit
     def unet(params: dict, latents: jax.Array, told: dict) -> jax.Array:
         return nnx.merge(graph, params)(latents, timesteps, **told)
 
@@ -70,7 +71,7 @@ def decode(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
     """Latents to images."""
     graph, params = _network(work, "vae", AutoencoderKL, dtype)
     latents = jax.device_put(workload.latents(work, batch).astype(DTYPES[dtype]))
-    vae = jax.jit(lambda params, latents: nnx.merge(graph, params).decode(latents))
+    vae = compilation.jit(lambda params, latents: nnx.merge(graph, params).decode(latents))
     return lambda: vae(params, latents).block_until_ready()
 
 
@@ -102,7 +103,7 @@ def product(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
     """The product of two square matrices, whatever the batch."""
     size = workload.product_size(platform())
     matrix = jax.device_put(workload.matrix(size).astype(DTYPES[dtype]))
-    multiply = jax.jit(jnp.matmul)
+    multiply = compilation.jit(jnp.matmul)
     return lambda: multiply(matrix, matrix).block_until_ready()
 
 

@@ -1,0 +1,91 @@
+"""How programs are compiled: with which of XLA's options, ahead of their use, and kept on disk."""
+
+import functools
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+from jaxdiff.checkpoint.sources import cache_directory
+
+# XLA's own convolutions are up to three times as fast on CPUs as those of the library that it
+# takes by default; its reductions are slower. A full-size U-Net takes 0.7 of the time.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+THREADS = 2  # that compile; more would keep weights from being read
+KEPT_BYTES = 2**33  # of compiled programs; those longest unused go first
+
+log = logging.getLogger(__name__)
+
+
+def jit(function: Callable, **how) -> Callable:
+    """`jax.jit` with the options for this device."""
+    return jax.jit(function, compiler_options=_options(), **how)
+
+
+def ahead(function: Callable, *arguments, **static) -> "Future[jax.stages.Compiled]":
+    """Begins to compile a jitted function for arguments of which only the shapes are known.
+
+    Args:
+      function: what `jax.jit` gave.
+      arguments: trees of arrays, or of `jax.ShapeDtypeStruct`s with their shardings.
+      static: the static arguments.
+    """
+    return _pool().submit(lambda: function.lower(*arguments, **static).compile())
+
+
+@functools.cache  # once in a process
+def keep_programs() -> None:
+    """Keeps what is compiled from now on in the user's cache directory, for later processes.
+
+    JAX's own settings, such as JAX_COMPILATION_CACHE_DIR, go first. A directory that cannot be
+    written is done without.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    directory = cache_directory() / "xla" / _cpu()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        writable = os.access(directory, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        log.warning("%s cannot be written: every process compiles anew", directory)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_compilation_cache_max_size", KEPT_BYTES)
+    # Small programs too: a process starts with dozens of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _cpu() -> str:
+    """This kind of processor: what is compiled for one may crash another that shares the disk."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+@functools.cache
+def _options() -> dict[str, str] | None:
+    if jax.default_backend() != "cpu":
+        return None
+    try:  # an experimental option: another version of XLA may not know it
+        jax.jit(lambda x: x, compiler_options=CPU_OPTIONS).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError as problem:
+        log.warning("slower convolutions, since XLA has changed: %s", problem)
+        return None
+    return CPU_OPTIONS
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """The threads that compile; XLA leaves the interpreter to others meanwhile."""
+    return ThreadPoolExecutor(THREADS, "compiling")
