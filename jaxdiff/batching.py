@@ -7,7 +7,7 @@ from collections.abc import Callable
 CPU_BATCH_PX = 8 * 64 * 64
 AUTO = "auto"
 MOST = 64  # images on an accelerator, which more do not keep any busier
-LEAST = 8  # that a small shard is rounded to, a CPU's number for 64x64
+LEAST = 8  # a CPU's number for 64x64
 USED = 0.9  # of a device's memory; the rest is for prompts, and for what XLA does not count
 
 
@@ -17,7 +17,7 @@ def full(size: int, batch_size: int | str) -> int:
     A size that is found on the device is a power of two, so that its multiples are known.
     """
     if batch_size == AUTO:
-        batch_size = MOST if size >= MOST else LEAST
+        batch_size = MOST if size >= 8 * MOST else LEAST  # a small shard would lose too much
     return max(1, size // batch_size) * batch_size
 
 

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import platform
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ THREADS = 2  # that compile; more would keep weights from being read
 KEPT_BYTES = 2**33  # of compiled programs; those longest unused go first
 
 log = logging.getLogger(__name__)
+_waited = 0.0
 
 
 def jit(function: Callable, **how) -> Callable:
@@ -36,6 +38,20 @@ def ahead(function: Callable, *arguments, **static) -> "Future[jax.stages.Compil
       static: the static arguments.
     """
     return _pool().submit(lambda: function.lower(*arguments, **static).compile())
+
+
+def wait(program: "Future[jax.stages.Compiled]") -> "jax.stages.Compiled":
+    """What `ahead` has begun, finished."""
+    global _waited
+    began = time.monotonic()
+    compiled = program.result()
+    _waited += time.monotonic() - began
+    return compiled
+
+
+def seconds_waited() -> float:
+    """How long this process has waited for programs in all, beside what went on meanwhile."""
+    return _waited
 
 
 @functools.cache  # once in a process

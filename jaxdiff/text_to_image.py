@@ -224,7 +224,8 @@ class TextToImage:
         most = 1 << (max(1, -(-most // self.mesh.shape["data"])) - 1).bit_length()
 
         def memory(size: int) -> int:
-            account = self._program(request, self.slots(request, size)).result().memory_analysis()
+            program = self._program(request, self.slots(request, size))
+            account = compilation.wait(program).memory_analysis()
             return (
                 account.argument_size_in_bytes
                 + account.output_size_in_bytes
@@ -318,7 +319,7 @@ class TextToImage:
             negative = place(
                 [expert.conditioning(batch, negative=True) for expert in self._experts]
             )
-        return program.result()(
+        return compilation.wait(program)(
             self._params,
             place(noise),
             fresh_noise,

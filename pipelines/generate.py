@@ -60,7 +60,9 @@ class GenerateShard(beam.DoFn):
 
     def process(self, shard: int) -> Iterator[dict]:
         """Yields what `worker.make_shard` returns, and counts it among Beam's metrics."""
-        task = Task(self.directory, vars(self.models), shard, self.mode)
+        task = Task(
+            self.directory, vars(self.models), shard, self.mode, profile=self.workers.profile
+        )
         done = supervisor.make_shard(task, self.workers)
         for name, value in done.items():
             if isinstance(value, int):

@@ -15,6 +15,7 @@ from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.plan import Plan, PlannedImage
 from jaxdiff.errors import InputError
+from pipelines.profiling import Profile
 
 if TYPE_CHECKING:
     from jaxdiff.text_to_image import Image, TextToImage
@@ -23,18 +24,9 @@ ENCODING_THREADS = min(4, os.cpu_count() or 1)
 NOT_FINITE = "the model's values were not finite"
 MAX_REASON_CHARACTERS = 300
 
-_compile_seconds = 0.0
-
 
 class StoppedError(Exception):
     """The worker was asked to stop."""
-
-
-def note_duration(event: str, seconds: float, **_) -> None:
-    """Counts JAX's compilations; for `jax.monitoring`."""
-    global _compile_seconds
-    if event.startswith("/jax/core/compile/"):
-        _compile_seconds += seconds
 
 
 def device_of(model: "TextToImage") -> str:
@@ -52,6 +44,7 @@ class ShardImages:
       deadly: the keys of images that shall not be tried, each with the reason.
       tell: is given {"running": [key, ...]} whenever other images are under way.
       is_stopping: whether to give up.
+      profile: is told of every batch.
 
     Attributes:
       made, failed, padded: images that were made, that have failed; slots of batches left over.
@@ -67,13 +60,17 @@ class ShardImages:
         deadly: dict[str, str] | None = None,
         tell: Callable[[dict], None],
         is_stopping: Callable[[], bool],
+        profile: Profile,
     ):
+        from jaxdiff import compilation  # imports JAX
+
         self._model, self._plan, self._tell = model, plan, tell
         self._alone, self._deadly = set(alone), deadly or {}
-        self._is_stopping = is_stopping
+        self._is_stopping, self._profile = is_stopping, profile
         self._batch_size = batch_size
         self._running: dict[str, PlannedImage] = {}
-        self._compiled_before, self._encode_seconds = _compile_seconds, 0.0
+        self._waited, self._waited_before = compilation.seconds_waited, compilation.seconds_waited()
+        self._encode_seconds = 0.0
         self._write_seconds = 0.0
         self.made = self.failed = self.padded = 0
 
@@ -118,7 +115,7 @@ class ShardImages:
 
     def seconds(self, all_seconds: float) -> dict[str, float]:
         """The seconds of the work by stage; encoding goes on beside generating."""
-        compiling = _compile_seconds - self._compiled_before
+        compiling = self._waited() - self._waited_before
         generating = all_seconds - compiling - self._write_seconds
         return {
             "compile": compiling,
@@ -191,6 +188,7 @@ class ShardImages:
             self.padded += slots - len(batch)
             self._running |= {image.key: image for image in batch}
             self._tell({"running": [*self._running]})
+            self._profile.batch()
             yield from (image.request for image in batch)
 
     def _works(self, image: PlannedImage) -> bool:

@@ -67,10 +67,12 @@ class Workers:
     Attributes:
       count: each has its share of the host's GPUs; CPU cores are shared.
       patience: seconds that a batch may take, loading and compilation included.
+      profile: a folder for traces of a few batches of each process, or None.
     """
 
     count: int = 1
     patience: float = 3600.0
+    profile: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,8 @@ def _workers(said: dict) -> Workers:
         patience = checks.number("--patience", said.get("patience", Workers.patience), 1, 10**7)
     except checks.BadValueError as problem:
         raise InputError(str(problem)) from None
-    return Workers(count, patience)
+    profile = said.get("profile")
+    return Workers(count, patience, profile and str(Path(profile).absolute()))
 
 
 def _read_job(path: Path) -> dict:
@@ -257,10 +260,14 @@ HELP = {
             "what a batch may take before its process is restarted, loading and compiling included "
             f"(default: {Workers.patience:g})",
         ),
+        "profile": (
+            "DIR",
+            "where to write a trace of some batches, for TensorBoard or Perfetto",
+        ),
     },
 }
 OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
 NAMES = (  # text, whatever it looks like
-    *("manifest", "prompt_column", "output", "model", "variant", "refiner"),
+    *("manifest", "prompt_column", "output", "model", "variant", "refiner", "profile"),
 )
 FLAGS = tuple(name for name, value in OPTIONS.items() if value is None)

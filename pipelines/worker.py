@@ -35,8 +35,9 @@ from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.errors import InputError
 from jaxdiff.request import Options, Request
-from pipelines.images import ShardImages, StoppedError, device_of, note_duration, reason_of
+from pipelines.images import ShardImages, StoppedError, device_of, reason_of
 from pipelines.options import Models
+from pipelines.profiling import Profile
 
 if TYPE_CHECKING:
     from jaxdiff.text_to_image import TextToImage
@@ -61,6 +62,7 @@ class Task:
       alone: the keys of images that a batch shall hold nothing but copies of, because they were
         being made when the process died.
       deadly: the keys of images that have killed the process too often, each with its reason.
+      profile: where a trace of a few batches shall lie, if anywhere.
     """
 
     directory: str
@@ -69,6 +71,7 @@ class Task:
     mode: Literal["make", "retry", "repair"] = "make"
     alone: tuple[str, ...] = ()
     deadly: dict[str, str] | None = None
+    profile: str | None = None
 
 
 _held: tuple[tuple, "TextToImage"] | None = None  # the model, and what it was loaded for
@@ -113,8 +116,10 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
             deadly=task.deadly,
             tell=tell,
             is_stopping=stopping.is_set,
+            profile=_profile(task.profile),
         )
         work.fill(attempt, planned, kept, _samples(directory, plan, task.shard))
+        _profile(task.profile).end()
         seconds = {"load": loaded - started} | work.seconds(time.monotonic() - loaded)
         seconds = {stage: round(value, 3) for stage, value in seconds.items()}
         facts = _facts(model, batch_size, work.padded, seconds, marker.facts if is_retry else None)
@@ -124,6 +129,11 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
             attempt.commit(facts)
     layout.forget_old(directory)  # now that this run has a shard
     return {"images": work.made, "failed": work.failed, "padded": work.padded} | seconds
+
+
+@functools.cache  # one in a process
+def _profile(directory: str | None) -> Profile:
+    return Profile(directory)
 
 
 @functools.lru_cache(maxsize=1)  # that of 100,000 shards takes a while to read
@@ -161,7 +171,6 @@ def _load(
         import jaxdiff
 
         _check_devices()
-        _count_compilations()
         expecting = [first, *plans.kinds(directory, plan)][:MOST_COMPILED]
         ahead = {"expecting": expecting, "batch_size": plan.settings.batch_size}
         loaded = jaxdiff.load(**vars(models), **options, **ahead)
@@ -170,13 +179,6 @@ def _load(
         _held = key, loaded
         tell({"loaded": device_of(loaded)})
     return _held[1]
-
-
-@functools.cache  # once
-def _count_compilations() -> None:
-    import jax
-
-    jax.monitoring.register_event_duration_secs_listener(note_duration)
 
 
 def _check_devices() -> None:
