@@ -220,7 +220,7 @@ class TextToImage:
         """
         if self._on_cpu:
             return batching.on_cpu(request.width, request.height)
-        limit = self.mesh.devices.flat[0].memory_stats()["bytes_limit"]
+        limit = self._first_device.memory_stats()["bytes_limit"]
         most = 1 << (max(1, -(-most // self.mesh.shape["data"])) - 1).bit_length()
 
         def memory(size: int) -> int:
@@ -256,7 +256,11 @@ class TextToImage:
 
     @property
     def _on_cpu(self) -> bool:
-        return self.mesh.devices.flat[0].platform == "cpu"
+        return self._first_device.platform == "cpu"
+
+    @property
+    def _first_device(self) -> jax.Device:
+        return self.mesh.devices.flat[0]
 
     def _program(self, request: Request, slots: int) -> "Future[jax.stages.Compiled]":
         """The program for batches like this; seeds, prompts and guidance scales are its arguments.

@@ -85,7 +85,7 @@ def test_guidance_that_is_off_is_a_bucket_of_its_own(plan):
 
 def test_shards_are_smaller_where_images_are_larger_than_512(plan):
     row = {"prompt": "a", "num_images": 2100}
-    assert plan([row], width=512, height=512)[0].shard_sizes == [1000, 1000, 100]
+    assert plan([row], width=512, height=512)[0].shard_sizes == [960, 960, 180]
     assert plan([row], width=1024, height=1024)[0].shard_sizes == [256] * 8 + [52]
     assert plan([row], width=1024, height=1024, images_per_shard=3)[0].shard_sizes[0] == 8
 
