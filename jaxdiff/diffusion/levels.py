@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.special
 
 from jaxdiff.diffusion.schedule import NEARLY_ZERO_SNR, ONE_MORE_TIMESTEP, NoiseSchedule
 
@@ -122,4 +121,6 @@ def _respaced(schedule: NoiseSchedule, steps: int, high: float, low: float) -> n
     if schedule.use_exponential_sigmas:
         return np.exp(np.linspace(np.log(high), np.log(low), steps))
     # Lee et al., 2024, arXiv:2407.12173
+    import scipy.special  # takes 0.1 s, which every start would pay
+
     return low + (high - low) * scipy.special.betaincinv(0.6, 0.6, 1.0 - ramp)
