@@ -131,6 +131,8 @@ def test_a_model_that_changes_between_plan_and_work_is_refused(tmp_path, command
     body = json.loads((directory / layout.PLAN / "plan.json").read_text())
     body |= {"identity": changed, "id": plans.digest(changed)}
     (directory / layout.PLAN / "plan.json").write_text(json.dumps(body))
+    images = plans.load(directory).images_file
+    os.rename(directory / layout.PLAN / plan.images_file, directory / layout.PLAN / images)
     model = command(directory)[3].removeprefix("--model=")
     with pytest.raises(InputError, match="is not the one that the job was planned"):
         worker.make_shard(Task(str(directory), {"model": model}, 0), lambda _: None)
