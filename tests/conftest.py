@@ -12,11 +12,13 @@ import pytest
 # One CPU device, whatever the machine has: the tests compare bits. Before JAX is imported.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("XLA_FLAGS", None)
-# Models that differ in weights or options only are the same program: compile it once in a run.
-COMPILED = tempfile.mkdtemp(prefix="jaxdiff-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small programs too
-atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+# Models that differ in weights or options only are the same program: compile it once in a run, for
+# all the processes that the tests start, and that pytest-xdist starts for the tests.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.mkdtemp(prefix="jaxdiff-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small programs too
+    atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 TOKENIZER = Path(__file__).parents[1] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
 SCHEDULER = {
@@ -32,6 +34,16 @@ SCHEDULER = {
     "steps_offset": 1,
     "timestep_spacing": "trailing",
 }
+
+
+@pytest.fixture(scope="module")
+def compiled_fast():
+    """For modules that compile much and ask for no bits that users get: in 0.6 of the time."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

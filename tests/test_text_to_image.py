@@ -16,6 +16,8 @@ from jaxdiff import checks, prompts, request, text_to_image
 from jaxdiff.diffusion import noise, samplers
 from jaxdiff.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 REQUESTS = [
     jaxdiff.Request(
         prompt=f"{color} {shape}", seed=seed, steps=3, guidance_scale=scale, negative_prompt=avoid

@@ -14,6 +14,8 @@ diffusers = pytest.importorskip("diffusers")
 
 import families  # noqa: E402  (beside this file)
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 # What a user of diffusers swaps in for each of our samplers' names.
 SCHEDULERS = {
     "ddim": (diffusers.DDIMScheduler, {}),
