@@ -174,7 +174,7 @@ def results(
                 "images": len(rows),
                 "score": mean_of_tags(correct, tags),
                 "difference": mean_of_tags(correct - plain_correct, tags),
-                "psnr": statistics.median(map(psnr, pixels, plain)),
+                "psnr": statistics.median(map(psnr, pixels, plain)) if found else None,
                 "evaluations": (whole, spared),
                 "operations": int(
                     operations.of_image(ensemble, Options(**setting.options), bucket)
@@ -253,7 +253,9 @@ def plot(found: Sequence[dict], path: Path) -> None:
         axes.errorbar(speeds, scores, bars, marker="o", linestyle=line, label=family, capsize=2)
         for one, *point in zip(members, speeds, scores, strict=True):
             said = one["name"].removeprefix(family).removeprefix("guided").strip()
+            said = said.replace("guided 0.2 to 0.8", "guided").replace("deep cache", "cache")
             axes.annotate(said, point, (4, 4), textcoords="offset points", fontsize=7)
+    axes.margins(x=0.1)
     axes.set(xlabel="images per second, times the plain run's", ylabel="correct images, %")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
