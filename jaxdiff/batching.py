@@ -12,12 +12,8 @@ USED = 0.9  # of a device's memory; the rest is for prompts, and for what XLA do
 
 
 def full(size: int, batch_size: int | str) -> int:
-    """The images of a shard of about `size` that consists of full batches.
-
-    A size that is found on the device is a power of two, so that its multiples are known.
-    """
-    if batch_size == AUTO:
-        batch_size = MOST if size >= 8 * MOST else LEAST  # a small shard would lose too much
+    """The images of a shard of about `size` that consists of full batches, "auto" of `LEAST`."""
+    batch_size = LEAST if batch_size == AUTO else batch_size
     return max(1, size // batch_size) * batch_size
 
 
@@ -41,6 +37,8 @@ def largest(
     Returns:
       at least 1, which is not tried.
     """
+    if most == 1:
+        return 1
     one = memory(1)
     each = max(1, memory(2) - one)
     room = 1 + max(0, int(USED * limit) - one) // each

@@ -113,8 +113,10 @@ def integer_or(name: str, value, word: str, low: int, high: int) -> int | str:
         return word
     try:
         return integer(name, value, low, high)
-    except BadValueError as problem:
-        raise BadValueError(f"{problem}, or {word}") from None
+    except BadValueError:
+        raise BadValueError(
+            f"{name} must be a whole number from {low} to {high}, or {word}, not {shown(value)}"
+        ) from None
 
 
 def side(name: str, value, multiple: int) -> int:

@@ -1,7 +1,9 @@
 """How programs are compiled: with which of XLA's options, ahead of their use, and kept on disk."""
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -18,7 +21,12 @@ from jaxdiff.checkpoint.sources import cache_directory
 # takes by default; its reductions are slower. A full-size U-Net takes 0.7 of the time.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 THREADS = 2  # that compile; more would keep weights from being read
-KEPT_BYTES = 2**33  # of compiled programs; those longest unused go first
+KEPT_BYTES = 2**33  # of compiled programs; the oldest go first
+# Programs that are compiled fast are kept, too: a process starts with dozens of them.
+SMALL_TOO = (
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
 
 log = logging.getLogger(__name__)
 _waited = 0.0
@@ -40,13 +48,23 @@ def ahead(function: Callable, *arguments, **static) -> "Future[jax.stages.Compil
     return _pool().submit(lambda: function.lower(*arguments, **static).compile())
 
 
-def wait(program: "Future[jax.stages.Compiled]") -> "jax.stages.Compiled":
-    """What `ahead` has begun, finished."""
+def wait(programs: "dict[Any, Future[jax.stages.Compiled]]", key) -> "jax.stages.Compiled":
+    """The program that `ahead` has begun. A failure is forgotten, so that it may be tried again."""
     global _waited
     began = time.monotonic()
-    compiled = program.result()
-    _waited += time.monotonic() - began
-    return compiled
+    try:
+        return programs[key].result()
+    except BaseException:
+        del programs[key]
+        raise
+    finally:
+        _waited += time.monotonic() - began
+
+
+def give_up() -> None:
+    """Begins nothing more of what waits to be compiled."""
+    _pool().shutdown(wait=False, cancel_futures=True)
+    _pool.cache_clear()
 
 
 def seconds_waited() -> float:
@@ -58,25 +76,37 @@ def seconds_waited() -> float:
 def keep_programs() -> None:
     """Keeps what is compiled from now on in the user's cache directory, for later processes.
 
-    JAX's own settings, such as JAX_COMPILATION_CACHE_DIR, go first. A directory that cannot be
-    written is done without.
+    JAX's own settings (JAX_COMPILATION_CACHE_DIR and so on) go first. A directory that cannot be
+    written, or that others can write to (they could run code here), is done without.
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    directory = cache_directory() / "xla" / _cpu()
     try:
+        directory = cache_directory() / "xla" / _cpu()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        writable = os.access(directory, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        log.warning("%s cannot be written: every process compiles anew", directory)
+        facts = directory.stat()
+        usable = os.access(directory, os.W_OK) and facts.st_uid == os.getuid()
+        usable = usable and not facts.st_mode & 0o022
+    except (OSError, RuntimeError):  # the latter without a home directory
+        usable = False
+    if not usable:
+        log.warning("the cache of programs is no folder of ours: every process compiles anew")
         return
+    _forget_oldest(directory)
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_compilation_cache_max_size", KEPT_BYTES)
-    # Small programs too: a process starts with dozens of them.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    for name in SMALL_TOO:
+        if name.upper() not in os.environ:
+            jax.config.update(name, 0)
+
+
+def _forget_oldest(directory: Path) -> None:
+    """Makes room. JAX's own bound stops storing for good after a kill at the wrong moment."""
+    with contextlib.suppress(OSError):  # another process does the same
+        newest_first = sorted(directory.iterdir(), key=lambda path: -path.stat().st_mtime)
+        sizes = itertools.accumulate(path.stat().st_size for path in newest_first)
+        for path, size in zip(newest_first, sizes, strict=True):
+            if size > KEPT_BYTES:
+                path.unlink()
 
 
 def _cpu() -> str:

@@ -72,7 +72,8 @@ def hardware(mesh: Mesh) -> str:
         return first.device_kind
     affinity = getattr(os, "sched_getaffinity", None)  # of Linux
     cores = len(affinity(0)) if affinity else os.cpu_count()
-    threads = int(os.environ.get("NPROC") or cores)
+    said = (os.environ.get(name, "") for name in ("PJRT_NPROC", "NPROC"))
+    threads = next((int(text) for text in said if re.fullmatch(r"[1-9][0-9]{0,5}", text)), cores)
     return f"{first.device_kind}, {max(threads, jax.local_device_count())} threads"
 
 

@@ -135,7 +135,7 @@ class PromptEncoder:
                 name: chunked_tokens(tokenizer, padded, self.tokens, self.chunks)
                 for name, tokenizer in self.tokenizers.items()
             }
-            encoded = compilation.wait(self._programs[clip_skip])(self.params, token_ids)
+            encoded = compilation.wait(self._programs, clip_skip)(self.params, token_ids)
             if not parallel.may_run_ahead(self.mesh):
                 jax.block_until_ready(encoded)
             for i, text in enumerate(texts):

@@ -1,13 +1,14 @@
 """The one path from requests to images: batches, their programs, and what goes into them."""
 
 import itertools
+import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,7 @@ def load(
     *,
     variant: str | None = None,
     refiner: str | Path | None = None,
-    expecting: Sequence[Request] = (),
-    batch_size: int | Literal["auto"] = "auto",
+    expecting: Mapping[Request, int] = MappingProxyType({}),
     **options,
 ) -> "TextToImage":
     """Loads a model onto this host's devices.
@@ -63,8 +63,8 @@ def load(
         .safetensors file; a Hub id; or a URL such as gs://bucket/model.
       variant: "fp16" or the like, where the model has several files of the same weights.
       refiner: a second model that makes the last steps, as Stable Diffusion XL's does.
-      expecting: requests, one of each kind, for which it is compiled while the weights are read.
-      batch_size: as in `TextToImage.generate`, of these.
+      expecting: a request of each kind that will be made, with its batch size as in
+        `TextToImage.generate`: their programs are compiled while the weights are read.
       **options: the fields of `Options`.
 
     Raises:
@@ -78,9 +78,13 @@ def load(
                 raise InputError(str(problem)) from None
     compilation.keep_programs()
     loaded = TextToImage(open_ensemble(model, variant, refiner), Options(**options))
-    for request in expecting:
+    for request, batch_size in expecting.items():
         loaded.compile(loaded.resolve(request), batch_size)
-    loaded.load_weights()
+    try:
+        loaded.load_weights()
+    except BaseException:
+        compilation.give_up()
+        raise
     return loaded
 
 
@@ -161,15 +165,13 @@ class TextToImage:
             raise InputError(str(problem)) from None
         return Request(**values)
 
-    def generate(
-        self, requests: Sequence[Request], batch_size: int | Literal["auto"] = "auto"
-    ) -> list[Image]:
+    def generate(self, requests: Sequence[Request], batch_size: int = 8) -> list[Image]:
         """Makes one image for each request, in their order.
 
         Args:
           requests: of any sizes and settings; those alike enough are batched together.
-          batch_size: images computed at once on each device of the mesh's `data` axis; "auto" is
-            `largest_batch_size`, tried anew each time. A CPU has its own.
+          batch_size: images computed at once on each device of the mesh's `data` axis; a CPU has
+            its own.
 
         Raises:
           InputError: if a request cannot be made by this model.
@@ -180,10 +182,7 @@ class TextToImage:
             buckets.setdefault(request.bucket, []).append(index)
         images: list[Image] = [None] * len(resolved)
         for indices in buckets.values():
-            first, size = resolved[indices[0]], batch_size
-            if size == "auto":
-                size = self.largest_batch_size(first, most=len(indices))
-            stream = self.stream([resolved[index] for index in indices], size)
+            stream = self.stream([resolved[index] for index in indices], batch_size)
             for index, image in zip(indices, stream, strict=True):
                 images[index] = image
         return images
@@ -220,12 +219,18 @@ class TextToImage:
         """
         if self._on_cpu:
             return batching.on_cpu(request.width, request.height)
-        limit = self._first_device.memory_stats()["bytes_limit"]
-        most = 1 << (max(1, -(-most // self.mesh.shape["data"])) - 1).bit_length()
+        limit = (self._first_device.memory_stats() or {}).get("bytes_limit", sys.maxsize)
+        on_each = max(1, -(-most // self.mesh.shape["data"]))
+        most = min(1 << (on_each - 1).bit_length(), batching.MOST)  # the last batch is filled up
+        before = dict(self._programs)
 
         def memory(size: int) -> int:
-            program = self._program(request, self.slots(request, size))
-            account = compilation.wait(program).memory_analysis()
+            self.compile(request, size)
+            key, _, _ = self._key(request, self.slots(request, size))
+            try:
+                account = compilation.wait(self._programs, key).memory_analysis()
+            except jax.errors.JaxRuntimeError as problem:
+                return _without_memory(problem)
             return (
                 account.argument_size_in_bytes
                 + account.output_size_in_bytes
@@ -237,22 +242,19 @@ class TextToImage:
             try:
                 list(self.stream([request], size))
             except jax.errors.JaxRuntimeError as problem:
-                if "RESOURCE_EXHAUSTED" not in str(problem):
-                    raise
-                return False
+                return not _without_memory(problem)
             return True
 
-        return batching.largest(memory, limit, runs, min(most, batching.MOST))
+        size = batching.largest(memory, limit, runs, most)
+        self._programs = before  # those that were only tried take memory, too
+        self.compile(request, size)
+        return size
 
-    def compile(self, request: Request, batch_size: int | Literal["auto"]) -> None:
-        """Begins to compile what images like a resolved request need; returns at once.
-
-        An accelerator's "auto" is not known before the weights are there: nothing is begun.
-        """
+    def compile(self, request: Request, batch_size: int) -> None:
+        """Begins to compile what images like a resolved request need; returns at once."""
         for expert in self._experts:
             expert.prompts.compile()
-        if batch_size != "auto" or self._on_cpu:
-            self._program(request, self.slots(request, batch_size))
+        self._program(request, self.slots(request, batch_size))
 
     @property
     def _on_cpu(self) -> bool:
@@ -262,15 +264,22 @@ class TextToImage:
     def _first_device(self) -> jax.Device:
         return self.mesh.devices.flat[0]
 
-    def _program(self, request: Request, slots: int) -> "Future[jax.stages.Compiled]":
-        """The program for batches like this; seeds, prompts and guidance scales are its arguments.
-
-        Those of samplers that draw noise equally often are the same, and so on: equal programs are
-        found again by their static arguments and the shapes of the others.
-        """
+    def _key(
+        self, request: Request, slots: int
+    ) -> tuple[tuple, list[SamplerTable], tuple[Stretch, ...]]:
+        """What tells a program from others, and the tables and stretches that it follows from."""
         tables, stretches = self._tables(request)
         draws = max(table.draws for table in tables)
-        key = (request.width, request.height, slots, stretches, draws)
+        return (request.width, request.height, slots, stretches, draws), tables, stretches
+
+    def _program(self, request: Request, slots: int) -> tuple:
+        """The key of the program for such batches; it is begun to be compiled if it is new.
+
+        Seeds, prompts and guidance scales are its arguments; so are samplers, as far as they draw
+        noise equally often in equally many rows.
+        """
+        key, tables, stretches = self._key(request, slots)
+        draws = key[-1]
         if key not in self._programs:
             first, second = (parallel.batch_sharding(self.mesh, axis) for axis in (0, 1))
             struct = jax.ShapeDtypeStruct
@@ -293,7 +302,7 @@ class TextToImage:
                 stretches=stretches,
                 decoded_at_once=self._decoded_at_once(request, slots),
             )
-        return self._programs[key]
+        return key
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         return request.height // self.factor, request.width // self.factor, self.channels
@@ -310,7 +319,7 @@ class TextToImage:
         first = batch[0]
         program = self._program(first, batch_size)
         place = partial(jax.device_put, device=parallel.batch_sharding(self.mesh))
-        seeds = place(np.array([request.seed for request in batch], np.uint32))
+        seeds = np.array([request.seed for request in batch], np.uint32)
         draws = max(table.draws for table in tables)
         noise, fresh_noise = random_noise.draw(
             seeds, self._latent_shape(first), self.options.noise, draws
@@ -323,7 +332,7 @@ class TextToImage:
             negative = place(
                 [expert.conditioning(batch, negative=True) for expert in self._experts]
             )
-        return compilation.wait(program)(
+        return compilation.wait(self._programs, program)(
             self._params,
             place(noise),
             fresh_noise,
@@ -369,3 +378,10 @@ def _fetch(batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]
     pixels, finite = (np.asarray(array) for array in result)
     for request, image, is_finite in zip(batch, pixels, finite, strict=False):
         yield Image(pixels=image, request=request, finite=bool(is_finite))
+
+
+def _without_memory(problem: jax.errors.JaxRuntimeError) -> int:
+    """As many bytes as no device has, if that is the problem; else raises it again."""
+    if "RESOURCE_EXHAUSTED" not in str(problem):
+        raise problem
+    return sys.maxsize

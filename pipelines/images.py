@@ -188,7 +188,7 @@ class ShardImages:
             self.padded += slots - len(batch)
             self._running |= {image.key: image for image in batch}
             self._tell({"running": [*self._running]})
-            self._profile.batch()
+            self._profile.batch(only=len(planned) <= slots)
             yield from (image.request for image in batch)
 
     def _works(self, image: PlannedImage) -> bool:

@@ -135,7 +135,13 @@ def _workers(said: dict) -> Workers:
     except checks.BadValueError as problem:
         raise InputError(str(problem)) from None
     profile = said.get("profile")
-    return Workers(count, patience, profile and str(Path(profile).absolute()))
+    if profile is not None:
+        try:
+            Path(profile).mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise InputError(f"--profile {profile}: {problem.strerror}; name a folder") from None
+        profile = str(Path(profile).absolute())
+    return Workers(count, patience, profile)
 
 
 def _read_job(path: Path) -> dict:

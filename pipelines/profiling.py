@@ -14,13 +14,13 @@ class Profile:
         self._batches = 0
         self._running = False
 
-    def batch(self) -> None:
-        """Says that a batch begins."""
-        if self._folder is None:
+    def batch(self, *, only: bool) -> None:
+        """Says that a batch begins, and whether it is the only one of its shard."""
+        if self._folder is None or self._batches > LAST:
             return
         import jax
 
-        if self._batches == FIRST:
+        if not self._running and (self._batches == FIRST or only):
             jax.profiler.start_trace(self._folder)
             self._running = True
         elif self._batches == LAST:
@@ -32,5 +32,5 @@ class Profile:
         if self._running:
             import jax
 
+            self._running, self._batches = False, LAST + 1
             jax.profiler.stop_trace()
-            self._running = False

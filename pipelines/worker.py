@@ -8,11 +8,13 @@ of JSON each. The process ends when its input does, so it cannot outlive its sup
 
 import functools
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
 import platform
 import queue
+import re
 import signal
 import sys
 import threading
@@ -100,7 +102,7 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
         return {"images": 0, "failed": 0, "padded": 0}
     started = time.monotonic()
     planned = plans.read_shard(directory, plan, task.shard)
-    model = _load(Models(**task.models), directory, plan, planned[0].request, tell)
+    model = _load(task, directory, plan, planned[0].request, tell)
     _check_device(directory, model)
     is_retry = task.mode == "retry"
     kept = _kept_keys(directory, marker) if is_retry else set()
@@ -157,13 +159,14 @@ def _samples(directory: Path, plan: Plan, shard: int) -> Iterator[Sample]:
 
 
 def _load(
-    models: Models, directory: Path, plan: Plan, first: Request, tell: Callable[[dict], None]
+    task: Task, directory: Path, plan: Plan, first: Request, tell: Callable[[dict], None]
 ) -> "TextToImage":
     """The plan's model; the process keeps the last one that it has loaded.
 
     While it reads the weights, it compiles what the plan contains, images like `first` before all.
     """
     global _held
+    models = Models(**task.models)
     options = {field.name: getattr(plan.settings, field.name) for field in fields(Options)}
     key = (plan.identity["model"], *options.values())
     if _held is None or _held[0] != key:
@@ -171,9 +174,11 @@ def _load(
         import jaxdiff
 
         _check_devices()
-        expecting = [first, *plans.kinds(directory, plan)][:MOST_COMPILED]
-        ahead = {"expecting": expecting, "batch_size": plan.settings.batch_size}
-        loaded = jaxdiff.load(**vars(models), **options, **ahead)
+        kinds = [first, *(plans.kinds(directory, plan) if task.mode == "make" else ())]
+        sizes = {kind.bucket: (kind, _known_batch_size(directory, plan, kind)) for kind in kinds}
+        expecting = {kind: size for kind, size in sizes.values() if size is not None}
+        expecting = dict(itertools.islice(expecting.items(), MOST_COMPILED))
+        loaded = jaxdiff.load(**vars(models), **options, expecting=expecting)
         if loaded.ensemble.fingerprint != plan.identity["model"]:
             raise InputError(f"model {models.model} is not the one that the job was planned for")
         _held = key, loaded
@@ -219,16 +224,34 @@ def _batch_size(directory: Path, model: "TextToImage", plan: Plan, request: Requ
 
     An accelerator's kernels depend on it. So what fits is found and tried before anything is made.
     """
-    size = plan.settings.batch_size
-    if size != batching.AUTO:
-        return size
-    if model.mesh.devices.flat[0].platform == "cpu":
-        return model.largest_batch_size(request)
-    name = f"{layout.BATCH}/{'-'.join(map(str, request.bucket))}"
-    if (directory / name).exists():
-        return int((directory / name).read_text())
-    largest = model.largest_batch_size(request, max(plan.shard_sizes))
-    return int(layout.pin(directory, name, str(largest)))
+    known = _known_batch_size(directory, plan, request)
+    if known is not None:
+        return known
+    counts = {kind.bucket: count for kind, count in plans.kinds(directory, plan).items()}
+    most = min(counts[request.bucket], max(plan.shard_sizes))
+    largest = model.largest_batch_size(request, most)
+    return int(layout.pin(directory, _pin(request), str(largest)))
+
+
+def _known_batch_size(directory: Path, plan: Plan, request: Request) -> int | None:
+    """The batch size, as far as it was said, or found before; a CPU has its own."""
+    import jax
+
+    if plan.settings.batch_size != batching.AUTO:
+        return plan.settings.batch_size
+    if jax.default_backend() == "cpu":
+        return batching.on_cpu(request.width, request.height)
+    pinned = directory / _pin(request)
+    if not pinned.exists():
+        return None
+    text = pinned.read_text("utf-8")
+    if not re.fullmatch(r"[1-9][0-9]?", text):
+        raise InputError(f"{pinned} is damaged: start anew with --overwrite")
+    return int(text)
+
+
+def _pin(request: Request) -> str:
+    return f"{layout.BATCH}/{'-'.join(map(str, request.bucket))}"
 
 
 def _facts(

@@ -132,6 +132,8 @@ def settle(directory: Path) -> None:
         if has_shards(directory) or not _old(directory, PLAN).is_dir():
             forget_old(directory)  # or what is left of its folder: the plan is the old one
             return
+        (directory / DEVICE).unlink(missing_ok=True)
+        shutil.rmtree(directory / BATCH, ignore_errors=True)
         shutil.rmtree(directory / PLAN)
     for name in OURS:  # the plan last; of the new run there are at most empty folders
         if os.path.lexists(_old(directory, name)):

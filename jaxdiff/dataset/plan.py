@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
 from jaxdiff.request import Options, Request
 
-VERSION = 4
+VERSION = 5
 PLAN_JSON = "plan.json"
 # The job's own, or not known yet.
 NOT_PLANNED = ("noise", "dtype", "options", "model", "sha256", "pixel_sha256")
@@ -169,17 +170,19 @@ def read_shard(directory: Path, plan: Plan, shard: int) -> list[PlannedImage]:
         return planned_images(file.read_row_group(group).slice(start, plan.shard_sizes[shard]))
 
 
-def kinds(directory: Path, plan: Plan) -> list[Request]:
-    """A request for nothing in particular of each bucket, those with the most images first."""
+def kinds(directory: Path, plan: Plan) -> dict[Request, int]:
+    """A request for nothing in particular of each bucket, and how many images it has."""
     names = ["width", "height", "steps", "sampler", "guidance_scale"]
-    table = pq.read_table(directory / layout.PLAN / plan.images_file, columns=names)
-    guided = pc.greater(table["guidance_scale"], 1.0)
-    table = table.drop_columns("guidance_scale").append_column("guided", guided)
-    counts = table.group_by(table.column_names).aggregate([([], "count_all")])
-    found = counts.sort_by([("count_all", "descending")]).drop_columns("count_all").to_pylist()
-    return [
-        Request(prompt="", guidance_scale=2.0 if row.pop("guided") else 1.0, **row) for row in found
-    ]
+    counts: Counter[Request] = Counter()
+    with pq.ParquetFile(directory / layout.PLAN / plan.images_file) as file:
+        for batch in file.iter_batches(columns=names):
+            guided = pc.greater(batch["guidance_scale"], 1.0)
+            part = pa.Table.from_batches([batch]).drop_columns("guidance_scale")
+            part = part.append_column("guided", guided)
+            for row in part.group_by(part.column_names).aggregate([([], "count_all")]).to_pylist():
+                count, scale = row.pop("count_all"), 2.0 if row.pop("guided") else 1.0
+                counts[Request(prompt="", guidance_scale=scale, **row)] += count
+    return dict(counts.most_common())
 
 
 def planned_images(table: pa.Table) -> list[PlannedImage]:

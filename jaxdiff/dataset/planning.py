@@ -38,7 +38,7 @@ from jaxdiff.request import Bucket, Request
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # of one image; PyTorch draws fewer in another way
 OWN_COLUMNS = [name for name in SCHEMA.names if name not in REQUEST_COLUMNS]
-DEFAULT_SHARD_IMAGES = 1000
+DEFAULT_SHARD_IMAGES = 960  # full batches of any power of two up to 64
 DEFAULT_SHARD_PX = 2**28  # 1000 images of 512x512, fewer when they are larger
 # What of an identity may change when a plan is extended: whatever lets it ask for more images.
 EXTENDABLE = {"manifest_sha256", "manifest_kind", "num_images", "limit"}

@@ -162,8 +162,8 @@ def test_shards_lie_one_after_the_other_whole_in_few_row_groups(tmp_path, tiny_c
     made = make_plan(tmp_path / "out", path, tiny_checkpoint, images_per_shard=1000)
     file = pq.ParquetFile(tmp_path / "out" / "_jaxdiff" / "plan" / made.images_file)
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-    assert sizes == [4800, 4201]
-    assert made.shard_sizes == [*[960] * 9, 361]
+    assert sizes == [5000, 4001]
+    assert made.shard_sizes == [*[1000] * 9, 1]
     keys = [i.key for n in range(10) for i in plans.read_shard(tmp_path / "out", made, n)]
     assert keys == [f"{index:09d}" for index in range(9001)]
     assert plans.load(tmp_path / "out") == made
