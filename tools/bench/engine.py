@@ -99,10 +99,12 @@ class Engine:
 
 
 def environment_of(work: Workload) -> dict[str, str]:
-    """Of every process that is measured: one GPU, and a share of its memory for JAX."""
+    """Of every process that is measured: one GPU, a share of its memory for JAX, its own cache."""
+    cache = "JAX_COMPILATION_CACHE_DIR"  # goes before the user's directory, which a part may move
+    inherited = {name: text for name, text in os.environ.items() if name != cache}
     return {
         "CUDA_VISIBLE_DEVICES": "0",
-        **os.environ,
+        **inherited,
         "XLA_CLIENT_MEM_FRACTION": f"{work.memory_fraction:.3f}",
     }
 

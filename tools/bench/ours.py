@@ -77,21 +77,23 @@ def decode(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
 
 def images(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
     """Prompts to 8-bit pixels."""
-    model = jaxdiff.load(work.model, dtype=dtype, noise="torch", mesh=ONE_DEVICE)
+    settings = {
+        "width": work.width,
+        "height": work.height,
+        "steps": work.steps,
+        "guidance_scale": work.guidance_scale,
+    }
+    expecting = {jaxdiff.Request(prompt="", **settings): batch}
+    model = jaxdiff.load(
+        work.model, dtype=dtype, noise="torch", mesh=ONE_DEVICE, expecting=expecting
+    )
     turns = count()
 
     def run() -> np.ndarray:
         number = batch * work.batches_a_turn
         first = next(turns) * number
         requests = [
-            jaxdiff.Request(
-                prompt=prompt,
-                seed=first + index,
-                width=work.width,
-                height=work.height,
-                steps=work.steps,
-                guidance_scale=work.guidance_scale,
-            )
+            jaxdiff.Request(prompt=prompt, seed=first + index, **settings)
             for index, prompt in enumerate(workload.prompts(first, number))
         ]
         return np.stack([image.pixels for image in model.generate(requests, batch)])

@@ -26,7 +26,7 @@ MACHINE_FACTS = {  # on Linux
 
 def machine() -> dict:
     """This machine's facts, as far as they can be told, and how busy it is."""
-    facts = {"system": platform.platform(), "cores": len(os.sched_getaffinity(0))}
+    facts = {"system": platform.platform(), "cores": os.cpu_count()}
     for name, (path, pattern) in MACHINE_FACTS.items():
         if Path(path).exists() and (found := re.search(pattern, Path(path).read_text())):
             facts[name] = found[1]
