@@ -38,12 +38,17 @@ SCHEDULER = {
 
 @pytest.fixture(scope="module")
 def compiled_fast():
-    """For modules that compile much and ask for no bits that users get: in 0.6 of the time."""
+    """For modules that compile much and ask for no bits that users get: in 0.6 of the time.
+
+    For the processes that they start as well.
+    """
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -190,7 +190,8 @@ def test_hosts_that_jax_joins_each_use_their_own_devices(
     hosts = [
         subprocess.Popen(
             [sys.executable, "-c", ON_A_HOST, coordinator, str(host), str(tiny_checkpoint), file],
-            env={**os.environ, "XLA_FLAGS": UNOPTIMIZED},
+            # XLA has as many threads as devices, at least; so for these hosts.
+            env={**os.environ, "XLA_FLAGS": UNOPTIMIZED, "NPROC": "8"},
         )
         for host, file in enumerate(files)
     ]

@@ -2,9 +2,13 @@
 
 import json
 import os
+import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from jaxdiff import cli
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
@@ -13,15 +17,21 @@ ROWS = [
     {"prompt": "a star", "seeds": [5, 9], "guidance_scale": 3},
     {"prompt": "two rings", "num_images": 18},
 ]
+LINES = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+MANIFEST = "\n".join([*LINES[:2], "{broken", *LINES[2:]]) + "\n"
+
+
+@pytest.fixture(scope="session")
+def manifest_path(tmp_path_factory) -> Path:
+    """Where all jobs have their manifest: its path is a part of a plan's bytes."""
+    return tmp_path_factory.mktemp("manifest") / "rows.jsonl"
 
 
 @pytest.fixture
-def manifest(tmp_path) -> Path:
+def manifest(manifest_path) -> Path:
     """24 images, and a row that cannot be used."""
-    path = tmp_path / "rows.jsonl"
-    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
-    path.write_text("\n".join([*lines[:2], "{broken", *lines[2:]]) + "\n", "utf-8")
-    return path
+    manifest_path.write_text(MANIFEST, "utf-8")
+    return manifest_path
 
 
 @pytest.fixture
@@ -29,11 +39,42 @@ def command(manifest, tiny_checkpoint):
     """The arguments of a job of six shards, two batches each: `command(directory, ...)`."""
 
     def command(output: Path, *more: str, manifest: Path = manifest) -> list[str]:
-        said = {"manifest": manifest, "output": output, "model": tiny_checkpoint}
-        said |= {"steps": 2, "batch-size": 2, "images-per-shard": 4}
-        return ["generate", *(f"--{name}={value}" for name, value in said.items()), *more]
+        return job(manifest, output, tiny_checkpoint, *more)
 
     return command
+
+
+def job(manifest: Path, output: Path, model: Path, *more: str) -> list[str]:
+    said = {"manifest": manifest, "output": output, "model": model}
+    said |= {"steps": 2, "batch-size": 2, "images-per-shard": 4}
+    return ["generate", *(f"--{name}={value}" for name, value in said.items()), *more]
+
+
+@pytest.fixture(scope="session")
+def finished(manifest_path, tiny_checkpoint, tmp_path_factory):
+    """What jobs leave when nothing goes wrong, each made once, to be read: `finished(...)`.
+
+    It leaves its manifest behind as well.
+    """
+
+    @cache
+    def finished(*more: str, manifest: str = MANIFEST) -> Path:
+        directory = tmp_path_factory.mktemp("finished") / "out"
+        manifest_path.write_text(manifest, "utf-8")
+        assert cli.main(job(manifest_path, directory, tiny_checkpoint, *more)) == 0
+        return directory
+
+    return finished
+
+
+@pytest.fixture
+def finish(finished):
+    """Leaves in a directory what `command(directory, ...)` does, by a copy."""
+
+    def finish(directory: Path, *more: str, **manifest: str) -> None:
+        shutil.copytree(finished(*more, **manifest), directory)
+
+    return finish
 
 
 @pytest.fixture(scope="session")

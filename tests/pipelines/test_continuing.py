@@ -67,7 +67,7 @@ def test_a_finished_job_is_not_run_again(tmp_path, command, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_interrupted_job_continues_to_the_same_bytes(
-    tmp_path, command, capsys, environment, number
+    tmp_path, command, capsys, environment, finished, number
 ):
     directory = tmp_path / "out"
     arguments = [sys.executable, "-m", "jaxdiff", *command(directory, "--num-images=40")]
@@ -87,8 +87,7 @@ def test_an_interrupted_job_continues_to_the_same_bytes(
     assert cli.main(command(directory, "--num-images=40")) == 0
     assert f"{len(kept)} of them made already" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in kept} == marked
-    assert cli.main(command(tmp_path / "whole", "--num-images=40")) == 0
-    assert files(directory) == files(tmp_path / "whole")
+    assert files(directory) == files(finished("--num-images=40"))
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_continues(
@@ -122,9 +121,9 @@ def test_a_disk_that_is_full_at_planning_leaves_nothing(tmp_path, command, envir
     assert not directory.exists()
 
 
-def test_a_model_that_changes_between_plan_and_work_is_refused(tmp_path, command, capsys):
+def test_a_model_that_changes_between_plan_and_work_is_refused(tmp_path, finish, tiny_checkpoint):
     directory = tmp_path / "out"
-    cli.main(command(directory, "--limit=4"))
+    finish(directory, "--limit=4")
     plan = plans.load(directory)
     shutil.rmtree(directory / layout.DONE)
     changed = plan.identity | {"model": "0" * 64}
@@ -133,22 +132,21 @@ def test_a_model_that_changes_between_plan_and_work_is_refused(tmp_path, command
     (directory / layout.PLAN / "plan.json").write_text(json.dumps(body))
     images = plans.load(directory).images_file
     os.rename(directory / layout.PLAN / plan.images_file, directory / layout.PLAN / images)
-    model = command(directory)[3].removeprefix("--model=")
     with pytest.raises(InputError, match="is not the one that the job was planned"):
-        worker.make_shard(Task(str(directory), {"model": model}, 0), lambda _: None)
+        worker.make_shard(Task(str(directory), {"model": str(tiny_checkpoint)}, 0), lambda _: None)
     assert shards.read_marker(directory, plans.load(directory), 0) is None
 
 
-def test_strict_holds_for_a_plan_that_is_there_already(tmp_path, command, capsys):
+def test_strict_holds_for_a_plan_that_is_there_already(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
-    cli.main(command(directory, "--num-images=1"))
-    assert cli.main(command(directory, "--num-images=1", "--strict")) == 2
+    finish(directory)
+    assert cli.main(command(directory, "--strict")) == 2
     assert "--strict: 1 of 5 rows of" in capsys.readouterr().err
 
 
-def test_a_finished_job_restores_what_was_deleted(tmp_path, command, capsys):
+def test_a_finished_job_restores_what_was_deleted(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
-    cli.main(command(directory))
+    finish(directory)
     before = files(directory)
     (directory / "README.md").unlink()
     assert cli.main(command(directory)) == 0
@@ -162,9 +160,9 @@ def test_a_finished_job_restores_what_was_deleted(tmp_path, command, capsys):
     assert files(directory) == before
 
 
-def test_another_kind_of_device_does_not_continue_a_job(tmp_path, command, capsys):
+def test_another_kind_of_device_does_not_continue_a_job(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
-    cli.main(command(directory))
+    finish(directory)
     (directory / layout.DEVICE).write_text("TPU v5e")
     (directory / layout.DONE / "00001.json").unlink()
     capsys.readouterr()
@@ -174,9 +172,9 @@ def test_another_kind_of_device_does_not_continue_a_job(tmp_path, command, capsy
     assert not (directory / "_SUCCESS").exists()
 
 
-def test_a_plan_that_has_changed_is_not_followed(tmp_path, command, capsys):
+def test_a_plan_that_has_changed_is_not_followed(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
-    cli.main(command(directory))
+    finish(directory)
     (directory / layout.DONE / "00001.json").unlink()
     (path,) = (directory / layout.PLAN).glob("images-*")
     content = bytearray(path.read_bytes())
@@ -188,11 +186,9 @@ def test_a_plan_that_has_changed_is_not_followed(tmp_path, command, capsys):
     assert f"{path.name} has changed since the job was planned; that cannot be mended" in said
 
 
-def test_the_same_command_continues_even_where_it_says_overwrite(
-    tmp_path, command, capsys, environment
-):
+def test_the_same_command_continues_even_where_it_says_overwrite(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
-    cli.main(command(directory, "--limit=4"))
+    finish(directory, "--limit=4")
     anew = command(directory, "--seed=1", "--overwrite")
     cli.main(anew)
     (directory / "_SUCCESS").unlink()  # as if it had been interrupted

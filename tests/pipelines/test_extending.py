@@ -18,10 +18,14 @@ def write(manifest):
     """Puts other rows into the job's manifest."""
 
     def write(rows: list) -> None:
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        manifest.write_text("\n".join(lines) + "\n")
+        manifest.write_text(text(rows))
 
     return write
+
+
+def text(rows: list) -> str:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def pixels(directory) -> dict[tuple[str, int], str]:
@@ -31,10 +35,11 @@ def pixels(directory) -> dict[tuple[str, int], str]:
     return {(row["id"], row["image_index"]): row["pixel_sha256"] for row in rows}
 
 
-def test_a_longer_manifest_adds_its_images_and_keeps_what_is_made(tmp_path, command, capsys, write):
+def test_a_longer_manifest_adds_its_images_and_keeps_what_is_made(
+    tmp_path, command, capsys, write, finish
+):
     directory = tmp_path / "out"
-    write(FIRST)
-    assert cli.main(command(directory)) == 0
+    finish(directory, manifest=text(FIRST))
     first = plans.load(directory)
     before = {path: path.read_bytes() for path in directory.glob("data/*")}
     write(MORE)
@@ -68,10 +73,9 @@ def test_more_images_of_each_row_and_a_higher_limit_extend_as_well(tmp_path, com
     assert pixels(directory) == pixels(tmp_path / "fresh")
 
 
-def test_an_interrupted_job_can_be_extended(tmp_path, command, write):
+def test_an_interrupted_job_can_be_extended(tmp_path, command, write, finish):
     directory = tmp_path / "out"
-    write(FIRST)
-    assert cli.main(command(directory)) == 0
+    finish(directory, manifest=text(FIRST))
     for name in ("_SUCCESS", "_jaxdiff/done/00000.json"):  # as if it had been killed
         (directory / name).unlink()
     write(MORE)
@@ -91,11 +95,10 @@ def test_an_interrupted_job_can_be_extended(tmp_path, command, write):
     ],
 )
 def test_what_does_not_hold_all_that_was_planned_is_refused(
-    tmp_path, command, capsys, write, rows, why
+    tmp_path, command, capsys, write, finish, rows, why
 ):
     directory = tmp_path / "out"
-    write(FIRST)
-    assert cli.main(command(directory)) == 0
+    finish(directory, manifest=text(FIRST))
     before = files(directory)
     write(rows)
     assert cli.main(command(directory)) == 2
@@ -108,10 +111,9 @@ def test_what_does_not_hold_all_that_was_planned_is_refused(
     assert "; name another directory" in capsys.readouterr().err
 
 
-def test_the_order_of_rows_does_not_matter_for_what_is_made(tmp_path, command, write):
+def test_the_order_of_rows_does_not_matter_for_what_is_made(tmp_path, command, write, finish):
     directory = tmp_path / "out"
-    write(FIRST)
-    assert cli.main(command(directory)) == 0
+    finish(directory, manifest=text(FIRST))
     write(MORE[::-1])
     assert cli.main(command(directory)) == 0
     assert cli.main(["verify", str(directory)]) == 0

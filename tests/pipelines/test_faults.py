@@ -19,11 +19,9 @@ from jaxdiff.dataset import directory as layout
 STAR_KEYS = ["000000003", "000000004", "000000005"]
 
 
-@pytest.fixture
-def whole(tmp_path, command) -> Path:
-    """What the job leaves when nothing goes wrong."""
-    assert cli.main(command(tmp_path / "whole")) == 0
-    return tmp_path / "whole"
+@pytest.fixture(scope="session")
+def whole(finished) -> Path:
+    return finished()
 
 
 def failures(directory: Path) -> dict[str, str]:
@@ -166,7 +164,7 @@ def test_a_worker_that_hangs_is_restarted(tmp_path, command, faulty, capsys, who
     assert files(directory) == files(whole)
 
 
-def test_a_worker_that_is_lost_costs_nothing(tmp_path, command, capsys):
+def test_a_worker_that_is_lost_costs_nothing(tmp_path, command, capsys, finished):
     directory = tmp_path / "out"
 
     def kill() -> None:
@@ -180,8 +178,7 @@ def test_a_worker_that_is_lost_costs_nothing(tmp_path, command, capsys):
     assert cli.main(command(directory, "--num-images=40")) == 0
     killer.join()
     assert "a worker died of SIGKILL and is restarted" in capsys.readouterr().err
-    assert cli.main(command(tmp_path / "whole", "--num-images=40")) == 0
-    assert files(directory) == files(tmp_path / "whole")
+    assert files(directory) == files(finished("--num-images=40"))
 
 
 def test_two_workers_make_the_same_bytes(tmp_path, command, whole):

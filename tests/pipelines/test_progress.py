@@ -22,9 +22,9 @@ def test_progress_is_told_in_the_middle_of_a_shard(tmp_path, command, capsys, mo
     assert any(match[2] for match in told if match)
 
 
-def test_progress_passes_over_files_with_odd_names(tmp_path, command):
+def test_progress_passes_over_files_with_odd_names(tmp_path, finish):
     directory = tmp_path / "out"
-    cli.main(command(directory))
+    finish(directory)
     counter = progress.Counter(directory, plans.load(directory))
     (directory / layout.TMP).mkdir()
     for name in (f"{layout.DONE}/x.json", f"{layout.DONE}/99999.json", f"{layout.TMP}/x.progress"):

@@ -17,6 +17,8 @@ from jaxdiff.errors import InputError
 from jaxdiff.training import recipe
 from jaxdiff.training.run import train
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 TOKENIZER = Path(jaxdiff.__file__).parent / "assets" / "shapes64" / "tokenizer"
 DOWN, UP = (str([name] * 4) for name in ("DownEncoderBlock2D", "UpDecoderBlock2D"))
 AUTOENCODER = f"""
