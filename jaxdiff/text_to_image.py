@@ -225,10 +225,9 @@ class TextToImage:
         before = dict(self._programs)
 
         def memory(size: int) -> int:
-            self.compile(request, size)
-            key, _, _ = self._key(request, self.slots(request, size))
+            program = self._program(request, self.slots(request, size))
             try:
-                account = compilation.wait(self._programs, key).memory_analysis()
+                account = compilation.wait(self._programs, program).memory_analysis()
             except jax.errors.JaxRuntimeError as problem:
                 return _without_memory(problem)
             return (
@@ -246,8 +245,8 @@ class TextToImage:
             return True
 
         size = batching.largest(memory, limit, runs, most)
-        self._programs = before  # those that were only tried take memory, too
-        self.compile(request, size)
+        chosen = self._program(request, self.slots(request, size))
+        self._programs = before | {chosen: self._programs[chosen]}  # the others take memory
         return size
 
     def compile(self, request: Request, batch_size: int) -> None:
