@@ -90,7 +90,10 @@ def keep_programs() -> None:
     except (OSError, RuntimeError):  # the latter without a home directory
         usable = False
     if not usable:
-        log.warning("the cache of programs is no folder of ours: every process compiles anew")
+        log.warning(
+            "the user's cache directory is not ours alone to write, so every process compiles anew; "
+            "XDG_CACHE_HOME names another"
+        )
         return
     _forget_oldest(directory)
     jax.config.update("jax_compilation_cache_dir", str(directory))

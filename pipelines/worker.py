@@ -330,7 +330,9 @@ if __name__ == "__main__":
     own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     debug = DEBUG in sys.argv
-    logging.basicConfig(level=logging.INFO if debug else logging.ERROR)
+    level = logging.INFO if debug else logging.ERROR
+    logging.basicConfig(level=level, format="%(name)s: %(message)s")
+    logging.getLogger("jaxdiff").setLevel(logging.INFO if debug else logging.WARNING)
     if not debug:
         warnings.simplefilter("ignore")
     main(sys.stdin, own, debug)
