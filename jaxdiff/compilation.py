@@ -91,7 +91,7 @@ def keep_programs() -> None:
         usable = False
     if not usable:
         log.warning(
-            "the user's cache directory is not ours alone to write, so every process compiles anew; "
+            "the user's cache directory is not ours alone to write: every process compiles anew; "
             "XDG_CACHE_HOME names another"
         )
         return
