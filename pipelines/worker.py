@@ -235,10 +235,10 @@ def _batch_size(directory: Path, model: "TextToImage", plan: Plan, request: Requ
 
 def _known_batch_size(directory: Path, plan: Plan, request: Request) -> int | None:
     """The batch size, as far as it was said, or found before; a CPU has its own."""
-    import jax
-
     if plan.settings.batch_size != batching.AUTO:
         return plan.settings.batch_size
+    import jax
+
     if jax.default_backend() == "cpu":
         return batching.on_cpu(request.width, request.height)
     pinned = directory / _pin(request)

@@ -56,7 +56,7 @@ RACE_SECONDS = 0.06  # for each shard
 class NoiseModel:
     """What a worker needs of a model."""
 
-    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind="test")]))
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind="test", platform="test")]))
 
     knows_stars = False
 

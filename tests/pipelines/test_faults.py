@@ -73,8 +73,8 @@ def test_memory_that_does_not_suffice_is_not_the_rows_fault(tmp_path, command, f
     assert cli.main(command(tmp_path / "out")) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.endswith(
-        "8 images of 64x64 at once do not fit the memory of 1 x cpu; start anew, in another "
-        "directory, with a smaller --batch-size"
+        "8 images of 64x64 at once do not fit the memory of 1 x cpu; free it for the same command, "
+        "or start anew, in another directory, with a smaller --batch-size"
     )
 
 
