@@ -15,6 +15,8 @@ import families  # noqa: E402  (beside this file)
 import networks  # noqa: E402
 import references  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 @pytest.fixture
 def compare(tmp_path):
