@@ -19,16 +19,25 @@ from jaxdiff.pixels import to_pixels
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import AutoencoderRecipe, DecoderRecipe
 from jaxdiff.worlds import shapes
+from jaxdiff.worlds.shapes.scene import CANVAS
 
 PREVIEW_SEED = 2**31
+VALIDATION_SEED = 2**31 + 1
 ENCODER = ("encoder", "quant_conv")  # the parts of the network that make latents
 CONFIG, WEIGHTS = CONFIGS["vae"], NETWORKS["vae"][2]
 
 
-def render_batch(seed: int, step: int, count: int) -> np.ndarray:
-    """Fresh scenes for one step: uint8 [count, 64, 64, 3]."""
+def render_batch(seed: int, step: int, count: int, crop: int = CANVAS) -> np.ndarray:
+    """Fresh scenes for one step, each cropped at random: uint8 [count, crop, crop, 3]."""
     rng = np.random.default_rng([seed, step])
-    return np.stack([shapes.render(shapes.sample(rng)[0]) for _ in range(count)])
+    images = np.stack([shapes.render(shapes.sample(rng)[0]) for _ in range(count)])
+    corners = rng.integers(CANVAS - crop, size=(count, 2), endpoint=True)
+    return np.stack(
+        [
+            image[top : top + crop, left : left + crop]
+            for image, (top, left) in zip(images, corners, strict=True)
+        ]
+    )
 
 
 def to_float(pixels: Array) -> Array:
@@ -41,7 +50,7 @@ def task(recipe: AutoencoderRecipe) -> Task:
     config = AutoencoderKLConfig.from_json(recipe.vae)
     graph, state = nnx.split(AutoencoderKL(config, rngs=nnx.Rngs(recipe.seed)))
 
-    def loss(params: Params, batch: dict, key: Array) -> tuple[Array, dict]:
+    def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
         model = nnx.merge(graph, params)
         images = to_float(batch["pixels"])
         mean, log_variance = model.encode(images)
@@ -51,15 +60,19 @@ def task(recipe: AutoencoderRecipe) -> Task:
         error, metrics = _reconstruction_error(decoded, images, recipe.gradient_weight)
         return error + recipe.kl_weight * kl, {**metrics, "kl": kl}
 
-    def export(params: Params, directory: Path) -> None:
+    def export(params: Params, frozen: Params, directory: Path) -> None:
         scaled = replace(config, scaling_factor=latent_scale(graph, params, recipe.seed))
         save_autoencoder(directory, scaled, params)
 
     return Task(
         params=nnx.to_pure_dict(state),
+        frozen={},
         loss=loss,
-        batch=lambda step: {"pixels": render_batch(recipe.seed, step, recipe.batch_size)},
-        preview=partial(_reconstructions, graph),
+        batch=lambda step: {
+            "pixels": render_batch(recipe.seed, step, recipe.batch_size, recipe.crop)
+        },
+        validation=[{"pixels": render_batch(VALIDATION_SEED, 0, recipe.batch_size, recipe.crop)}],
+        preview=lambda params, frozen: _reconstructions(graph, params),
         export=export,
     )
 
@@ -69,7 +82,7 @@ def decoder_task(recipe: DecoderRecipe) -> Task:
     config, graph, params = load_autoencoder(Path(recipe.autoencoder))
     encoder = {name: params.pop(name) for name in ENCODER if name in params}
 
-    def loss(params: Params, batch: dict, key: Array) -> tuple[Array, dict]:
+    def loss(params: Params, encoder: Params, batch: dict, key: Array) -> tuple[Array, dict]:
         model = nnx.merge(graph, {**encoder, **params})
         images = to_float(batch["pixels"])
         latents = config.scale(model.encode(images)[0])
@@ -79,10 +92,14 @@ def decoder_task(recipe: DecoderRecipe) -> Task:
 
     return Task(
         params=params,
+        frozen=encoder,
         loss=loss,
         batch=lambda step: {"pixels": render_batch(recipe.seed, step, recipe.batch_size)},
-        preview=lambda params: _reconstructions(graph, {**encoder, **params}),
-        export=lambda params, directory: save_autoencoder(directory, config, {**encoder, **params}),
+        validation=[{"pixels": render_batch(VALIDATION_SEED, 0, recipe.batch_size)}],
+        preview=lambda params, encoder: _reconstructions(graph, {**encoder, **params}),
+        export=lambda params, encoder, directory: save_autoencoder(
+            directory, config, {**encoder, **params}
+        ),
     )
 
 

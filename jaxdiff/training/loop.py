@@ -7,7 +7,7 @@ seed and the step, so resuming needs the step's number and nothing else.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,18 +34,23 @@ class Task:
     """What one objective gives to the loop.
 
     Attributes:
-      params: the initial parameters, a nested dict of float32 arrays.
-      loss: (params, batch, key) to a scalar, and a dict of scalars to log.
-      batch: step number to a dict of NumPy arrays; the same for the same step.
-      preview: parameters to a picture, uint8 [height, width, 3].
-      export: (parameters, directory): writes the trained model for others to load.
+      params: what is trained, a nested dict of float32 arrays.
+      frozen: what the loss needs beside it and nothing changes, a nested dict of arrays.
+      loss: (params, frozen, batch, key) to a scalar, and a dict of what to log: scalars, and
+        perhaps "by_noise_level", float32 [2, levels]: summed losses, and how many they are.
+      batch: step number to a dict of NumPy arrays; the same for the same step, on any thread.
+      validation: such batches of what is never trained on; may be empty.
+      preview: (params, frozen) to a picture, uint8 [height, width, 3].
+      export: (params, frozen, directory): writes the trained model for others to load.
     """
 
     params: Params
-    loss: Callable[[Params, dict, Array], tuple[Array, dict]]
+    frozen: Params
+    loss: Callable[[Params, Params, dict, Array], tuple[Array, dict]]
     batch: Callable[[int], dict]
-    preview: Callable[[Params], np.ndarray]
-    export: Callable[[Params, Path], None]
+    validation: Sequence[dict]
+    preview: Callable[[Params, Params], np.ndarray]
+    export: Callable[[Params, Params, Path], None]
 
 
 def optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
@@ -72,7 +77,7 @@ def fit(task: Task, recipe: Recipe, output: Path) -> None:
         "ema": jax.tree.map(jnp.copy, task.params),  # donated beside them, so not the same buffers
         "optimizer": transform.init(task.params),
     }
-    state = jax.device_put(state, parallel.replicated(mesh))
+    state, frozen = jax.device_put((state, task.frozen), parallel.replicated(mesh))
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with ocp.CheckpointManager((output / "checkpoints").absolute(), options=options) as manager:
         start = manager.latest_step() or 0
@@ -85,30 +90,33 @@ def fit(task: Task, recipe: Recipe, output: Path) -> None:
             for step in progress:
                 batch = jax.device_put(upcoming.result(), parallel.batch_sharding(mesh))
                 upcoming = pool.submit(task.batch, step + 1)
-                state, metrics = step_fn(state, batch, step)
+                state, metrics = step_fn(state, frozen, batch, step)
                 if not parallel.may_run_ahead(mesh):
                     jax.block_until_ready(metrics)
                 log.add(step + 1, metrics, recipe.batch_size, progress)
                 done = step + 1
-                if done % recipe.save_every == 0 or done == recipe.steps:
+                if done % recipe.checkpoints.every == 0 or done == recipe.steps:
                     manager.save(done, args=ocp.args.StandardSave(state))
                     log.draw()
                     samples = output / "samples"
                     samples.mkdir(exist_ok=True)
-                    Image.fromarray(task.preview(state["ema"])).save(samples / f"{done:06d}.png")
-    task.export(state["ema"], output / "model")
+                    Image.fromarray(task.preview(state["ema"], frozen)).save(
+                        samples / f"{done:06d}.png"
+                    )
+    task.export(state["ema"], frozen, output / "model")
 
 
 def _compile_step(task: Task, transform: optax.GradientTransformation, recipe: Recipe):
     root = jax.random.key(recipe.seed)
 
-    def step_fn(state, batch, step):
+    def step_fn(state, frozen, batch, step):
         grad_fn = jax.value_and_grad(task.loss, has_aux=True)
-        (loss, metrics), grads = grad_fn(state["params"], batch, jax.random.fold_in(root, step))
+        key = jax.random.fold_in(root, step)
+        (loss, metrics), grads = grad_fn(state["params"], frozen, batch, key)
         updates, optimizer_state = transform.update(grads, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         # The average must not remember the random start: its memory grows with the step.
-        decay = jnp.minimum(recipe.ema_decay, (1.0 + step) / (10.0 + step))
+        decay = jnp.minimum(recipe.average.decay, (1.0 + step) / (10.0 + step))
         ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state["ema"], params)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **metrics}
         return {"params": params, "ema": ema, "optimizer": optimizer_state}, metrics

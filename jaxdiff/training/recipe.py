@@ -1,105 +1,291 @@
 """Recipes: TOML files read strictly into frozen dataclasses. A default stands here or nowhere."""
 
 import dataclasses
+import difflib
 import tomllib
+import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from jaxdiff.errors import InputError
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019), linear warm-up, then cosine decay to zero."""
+    """How gradients become updates.
+
+    Attributes:
+      name: "adamw" (Loshchilov and Hutter, 2019), "adafactor", "lion", "muon" or "sgd", of optax.
+      learning_rate: the highest.
+      schedule: after the warm-up, "cosine" decay to zero or "constant".
+      warmup_steps: of linear growth from zero.
+      weight_decay: decoupled from the gradient; kernels and embeddings alone decay.
+      beta1, beta2: decay of the moments, for those that have them.
+      clip_norm: longer gradients are shortened to this; 0 leaves them.
+      accumulate: batches whose mean gradient makes one step.
+    """
 
     learning_rate: float
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = 200
     weight_decay: float = 0.01
+    beta1: float = 0.9
     beta2: float = 0.99
     clip_norm: float = 1.0
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)
-class AutoencoderRecipe:
-    """Trains an `AutoencoderKL` on scenes rendered on the fly.
+class Average:
+    """The exponential moving average of the weights, which is what is exported.
 
     Attributes:
-      steps, batch_size: optimizer updates, and images in each.
-      ema_decay: of the exponential moving average of the weights, which is what is exported.
-      kl_weight: of the KL divergence per latent value, against the loss per pixel value.
-      gradient_weight: of the error of the images' finite differences, which sharpens edges.
-      vae: the keys of the component's `config.json`.
+      decay: a step. It begins lower, as (1 + step) / (10 + step), to forget the random start.
+      relative_width: if not 0, the average reaches back over a fixed share of the training so far:
+        the standard deviation of the power function of Karras et al., 2024, arXiv:2312.02696, 3.1.
+    """
+
+    decay: float = 0.999
+    relative_width: float = 0.0
+
+
+@dataclass(frozen=True)
+class Computing:
+    """Where and in what precision it is computed.
+
+    Attributes:
+      dtype: of activations and of the weights in products; the weights themselves are float32.
+      remat: recompute activations in the backward pass instead of keeping them (gradient
+        checkpointing; Chen et al., 2016, arXiv:1604.06174).
+      shard: split weights and optimizer state over the devices too (Rajbhandari et al., 2020,
+        arXiv:1910.02054, stage 3, known as FSDP).
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    shard: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """What is kept of a run on disk.
+
+    Attributes:
+      every: steps between two checkpoints, sample grids and validations.
+      keep: how many of the newest stay.
+      keep_best: how many of those with the lowest validation loss stay beside them.
+    """
+
+    every: int = 500
+    keep: int = 2
+    keep_best: int = 1
+
+
+@dataclass(frozen=True)
+class Data:
+    """Captioned images.
+
+    Attributes:
+      path: "shapes" for the shapes world; a folder of images with metadata.jsonl, of WebDataset
+        shards or of Parquet files; a dataset of `jaxdiff generate`; what `pipelines.encode` made.
+      captions: the column (or the file ending) that holds the caption; "" finds it.
+      size: pixels; the side of a square of the area that images are brought to. 0 is the model's.
+      aspect_ratios: widest and, inverted, tallest ratio of the buckets; 1 crops to squares.
+      flip: mirror half of the images; only where captions know no left and right.
+      scenes: of the shapes world: how many are drawn and encoded once, before training starts.
+      templates: of the shapes world: the captions' templates; all, if none is named.
+      held_out: of the shapes world: "color shape" pairs that no scene and no caption may have.
+    """
+
+    path: str = "shapes"
+    captions: str = ""
+    size: int = 0
+    aspect_ratios: float = 1.0
+    flip: bool = False
+    scenes: int = 65536
+    templates: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What of the denoising loss counts how much.
+
+    Attributes:
+      timesteps: how they are drawn: "uniform", or "logit_normal" (Esser et al., 2024,
+        arXiv:2403.03206, 3.1) with the two values below.
+      logit_mean, logit_std: of the logit of the timestep's share of all; above 0 is more noise.
+      min_snr_gamma: bounds the weight of little noise (Hang et al., 2023, arXiv:2303.09556); 0: no.
+      offset_noise: standard deviation of noise that is the same all over a channel (Guttenberg,
+        2023); 0: none.
+    """
+
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    min_snr_gamma: float = 0.0
+    offset_noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank updates of the attention's matrices (Hu et al., 2021, arXiv:2106.09685).
+
+    Attributes:
+      rank: of the updates.
+      alpha: they are scaled by alpha / rank; 0 is the rank.
+      text_encoder: whether its attention is taught too.
+    """
+
+    rank: int = 8
+    alpha: float = 0.0
+    text_encoder: bool = False
+
+
+@dataclass(frozen=True)
+class Prior:
+    """DreamBooth's prior preservation (Ruiz et al., 2023, arXiv:2208.12242, 3.3).
+
+    Attributes:
+      prompt: of the class; its images are made by the model itself, before training starts.
+      images: how many.
+      weight: of their loss against that of the subject's images.
+    """
+
+    prompt: str
+    images: int = 100
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every recipe says.
+
+    Attributes:
+      objective: what is trained.
+      steps, batch_size: optimizer updates, and images in each batch.
+      seed: of weights, noise and the order of the data.
     """
 
     objective: str
     steps: int
     batch_size: int
     optimizer: Optimizer
-    vae: dict
     seed: int = 0
-    ema_decay: float = 0.999
-    save_every: int = 500
+    average: Average = Average()
+    computing: Computing = Computing()
+    checkpoints: Checkpoints = Checkpoints()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRecipe(_Run):
+    """Trains an `AutoencoderKL` on scenes rendered on the fly.
+
+    Attributes:
+      kl_weight: of the KL divergence per latent value, against the loss per pixel value.
+      gradient_weight: of the error of the images' finite differences, which sharpens edges.
+      crop: height and width in pixels of what is cut out of each scene, somewhere.
+      vae: the keys of the component's `config.json`.
+    """
+
+    vae: dict
     kl_weight: float = 1e-5
     gradient_weight: float = 0.5
+    crop: int = 64
 
 
-@dataclass(frozen=True)
-class DecoderRecipe:
+@dataclass(frozen=True, kw_only=True)
+class DecoderRecipe(_Run):
     """Trains the decoder of an autoencoder further; its latents stay what they are.
 
     Attributes:
       autoencoder: a directory that an autoencoder recipe wrote.
       latent_noise: standard deviation of the noise on the latents, whose own is 1, so that the
         decoder forgives what a denoiser leaves.
-      seed: another than the autoencoder's, for other scenes.
     """
 
-    objective: str
-    steps: int
-    batch_size: int
-    optimizer: Optimizer
     autoencoder: str
-    seed: int = 1
-    ema_decay: float = 0.999
-    save_every: int = 500
     gradient_weight: float = 0.5
     latent_noise: float = 0.05
 
 
-@dataclass(frozen=True)
-class TextToImageRecipe:
-    """Trains a CLIP text encoder and a U-Net together, on latents that are encoded once.
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderRecipe(_Run):
+    """Trains a CLIP text encoder to tell what a caption of the shapes world says.
 
     Attributes:
-      autoencoder: a directory that an autoencoder or decoder recipe wrote.
       tokenizer: a directory in the `CLIPTokenizer` format.
-      scenes: how many scenes are rendered and encoded before training starts.
-      caption_dropout: the share of captions replaced by the empty one, for guidance.
-      text_encoder, unet, scheduler: the keys of the components' JSON files.
+      text_encoder: the keys of the component's `config.json`.
     """
 
-    objective: str
-    steps: int
-    batch_size: int
-    optimizer: Optimizer
-    autoencoder: str
     tokenizer: str
-    scenes: int
     text_encoder: dict
-    unet: dict
-    scheduler: dict
-    seed: int = 0
-    ema_decay: float = 0.9995
-    save_every: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImageRecipe(_Run):
+    """Trains a denoiser on captioned images, from nothing or from a checkpoint.
+
+    A component is a table, the keys of its `config.json`, and made anew; or a folder, and loaded.
+
+    Attributes:
+      model: a checkpoint that `jaxdiff generate` could use: what is not named below comes from it.
+      vae, tokenizer: directories.
+      text_encoder, unet: tables or directories.
+      scheduler: the keys of `scheduler_config.json`; those of `model` stand where it says nothing.
+      data: the captioned images.
+      train: the components that learn; the others stay as they are.
+      method: "full", or "lora": small updates beside weights that stay as they are.
+      lora: its settings.
+      prior: for DreamBooth.
+      loss: what counts how much.
+      caption_dropout: the share of captions replaced by the empty one, for guidance.
+    """
+
+    model: str = ""
+    vae: str = ""
+    tokenizer: str = ""
+    text_encoder: dict | str = ""
+    unet: dict | str = ""
+    scheduler: dict = field(default_factory=dict)
+    data: Data = Data()
+    train: tuple[str, ...] = ("unet",)
+    method: Literal["full", "lora"] = "full"
+    lora: Lora = Lora()
+    prior: Prior | None = None
+    loss: Loss = Loss()
     caption_dropout: float = 0.1
 
 
-Recipe = AutoencoderRecipe | DecoderRecipe | TextToImageRecipe
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyRecipe(_Run):
+    """Distils a model into one of few steps: consistency (Luo et al., 2023, arXiv:2310.04378).
+
+    Attributes:
+      model: the teacher, a checkpoint that `jaxdiff generate` could use.
+      data: the captioned images.
+      guidance_scale: the lowest and the highest that the student is taught.
+      solver_steps: of the teacher's DDIM, between whose neighbours the student is made consistent.
+    """
+
+    model: str
+    data: Data = Data()
+    guidance_scale: tuple[float, ...] = (2.0, 6.0)
+    solver_steps: int = 50
+
+
+Recipe = (
+    AutoencoderRecipe | DecoderRecipe | TextEncoderRecipe | TextToImageRecipe | ConsistencyRecipe
+)
 OBJECTIVES = {
     "autoencoder": AutoencoderRecipe,
     "decoder": DecoderRecipe,
+    "text_encoder": TextEncoderRecipe,
     "text_to_image": TextToImageRecipe,
+    "consistency": ConsistencyRecipe,
 }
 
 
@@ -121,32 +307,59 @@ def read(path: Path) -> Recipe:
             f"{path}: objective = {objective!r}; it must be one of {', '.join(OBJECTIVES)}"
         )
     recipe = _build(OBJECTIVES[objective], data, f"{path}: ")
-    for name in ("steps", "batch_size", "save_every"):
-        if getattr(recipe, name) < 1:
+    checks = {
+        "steps": recipe.steps,
+        "batch_size": recipe.batch_size,
+        "optimizer.accumulate": recipe.optimizer.accumulate,
+        "checkpoints.every": recipe.checkpoints.every,
+        "checkpoints.keep": recipe.checkpoints.keep,
+    }
+    for name, value in checks.items():
+        if value < 1:
             raise InputError(f"{path}: {name} must be at least 1")
     return recipe
 
 
 def _build(cls, data: dict, where: str):
-    types = typing.get_type_hints(cls)
-    unknown = sorted(data.keys() - types.keys())
-    if unknown:
-        raise InputError(f"{where}{unknown[0]} is no key of a {cls.__name__}")
+    kinds = typing.get_type_hints(cls)
+    for key in data:
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(kinds))}"
+            raise InputError(f"{where}{key} is not known{hint}")
     values = {}
-    for field in dataclasses.fields(cls):
-        if field.name not in data:
-            if field.default is dataclasses.MISSING:
-                raise InputError(f"{where}{field.name} is missing")
-            continue
-        values[field.name] = _value(types[field.name], data[field.name], where + field.name)
+    for spec in dataclasses.fields(cls):
+        if spec.name in data:
+            values[spec.name] = _value(kinds[spec.name], data[spec.name], where + spec.name)
+        elif spec.default is spec.default_factory is dataclasses.MISSING:
+            raise InputError(f"{where}{spec.name} is missing")
     return cls(**values)
 
 
-def _value(kind: type, value, where: str):
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return _build(kind, value, f"{where}.")
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise InputError(f"{where} must be a {kind.__name__}, not {value!r}")
-    return value
+def _value(kind, value, where: str):
+    """`value`, if it is of this kind; a table becomes a dataclass, an array a tuple."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for one in kinds:
+        if dataclasses.is_dataclass(one) and isinstance(value, dict):
+            return _build(one, value, f"{where}.")
+        if typing.get_origin(one) is Literal and value in typing.get_args(one):
+            return value
+        if typing.get_origin(one) is tuple and isinstance(value, list):
+            item = typing.get_args(one)[0]
+            return tuple(_value(item, part, f"{where}[{i}]") for i, part in enumerate(value))
+        if one is float and type(value) is int:
+            return float(value)
+        if isinstance(one, type) and type(value) is one:
+            return value
+    wanted = " or ".join(_told(one) for one in kinds if one is not types.NoneType)
+    raise InputError(f"{where} must be {wanted}, not {value!r}")
+
+
+def _told(kind) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "an array"
+    if dataclasses.is_dataclass(kind) or kind is dict:
+        return "a table"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]

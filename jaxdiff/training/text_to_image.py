@@ -57,7 +57,7 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
     Raises:
       InputError: if the autoencoder or the tokenizer cannot be read, or if the networks do not fit.
     """
-    vae_config, vae_graph, vae_params = load_autoencoder(Path(recipe.autoencoder))
+    vae_config, vae_graph, vae_params = load_autoencoder(Path(recipe.vae))
     text_config = CLIPTextConfig.from_json(recipe.text_encoder)
     unet_config = UNetConfig.from_json(recipe.unet)
     schedule = NoiseSchedule.from_json(recipe.scheduler, PREVIEW_SAMPLER)
@@ -84,8 +84,10 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
     params = {"text_encoder": text_state, "unet": unet_state}
     return Task(
         params={name: nnx.to_pure_dict(state) for name, state in params.items()},
+        frozen={},
         loss=_loss(parts),
         batch=_batches(parts, latents, token_ids),
+        validation=[],
         preview=_preview(parts, latents.shape[1:]),
         export=partial(_export, parts),
     )
@@ -106,13 +108,13 @@ def _batches(parts: _Parts, latents: np.ndarray, token_ids: np.ndarray) -> Calla
     return batch
 
 
-def _loss(parts: _Parts) -> Callable[[Params, dict, Array], tuple[Array, dict]]:
+def _loss(parts: _Parts) -> Callable[[Params, Params, dict, Array], tuple[Array, dict]]:
     schedule = parts.schedule
     alpha_bars = schedule.alpha_bars()
     alphas = np.sqrt(alpha_bars).astype(np.float32)
     sigmas = np.sqrt(1.0 - alpha_bars).astype(np.float32)
 
-    def loss(params: Params, batch: dict, key: Array) -> tuple[Array, dict]:
+    def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
         time_key, noise_key = jax.random.split(key)
         x0 = batch["latents"]
         noise = jax.random.normal(noise_key, x0.shape)
@@ -128,7 +130,7 @@ def _loss(parts: _Parts) -> Callable[[Params, dict, Array], tuple[Array, dict]]:
     return loss
 
 
-def _preview(parts: _Parts, shape: tuple[int, int, int]) -> Callable[[Params], np.ndarray]:
+def _preview(parts: _Parts, shape: tuple[int, int, int]) -> Callable[[Params, Params], np.ndarray]:
     captions = preview_captions()
     table = samplers.sampler_table(PREVIEW_SAMPLER, parts.schedule, PREVIEW_STEPS)
     token_ids = {
@@ -157,14 +159,14 @@ def _preview(parts: _Parts, shape: tuple[int, int, int]) -> Callable[[Params], n
         )
         return pixels
 
-    def preview(params: Params) -> np.ndarray:
+    def preview(params: Params, frozen: Params) -> np.ndarray:
         noise, _ = random_noise.draw(np.arange(len(captions), dtype=np.uint32), shape, "jax")
         return grid(np.asarray(sample(params, noise)), columns=8)
 
     return preview
 
 
-def _export(parts: _Parts, params: Params, directory: Path) -> None:
+def _export(parts: _Parts, params: Params, frozen: Params, directory: Path) -> None:
     configs = {
         "text_encoder": parts.text_config,
         "unet": parts.unet_config,
@@ -229,7 +231,7 @@ def _encoded_scenes(
     path = output / f"scenes-{_encoder_digest(config, params)}.npz"
     if any(other != path for other in output.glob("scenes-*.npz")):
         raise InputError(
-            f"{recipe.autoencoder} is not the autoencoder that {output} was begun with; name "
+            f"{recipe.vae} is not the autoencoder that {output} was begun with; name "
             "another --output"
         )
     if not path.exists():
@@ -255,7 +257,7 @@ def _encode_scenes(
         return config.scale(mean).astype(jnp.float16)
 
     latents, captions = [], []
-    for start in tqdm(range(0, recipe.scenes, ENCODE_BATCH), desc="encoding scenes"):
+    for start in tqdm(range(0, recipe.data.scenes, ENCODE_BATCH), desc="encoding scenes"):
         rng = np.random.default_rng([recipe.seed, start])
         scenes, texts = zip(*(shapes.sample(rng) for _ in range(ENCODE_BATCH)), strict=True)
         latents.append(np.asarray(encode(params, np.stack(list(map(shapes.render, scenes))))))

@@ -25,10 +25,12 @@ AUTOENCODER = f"""
 objective = "autoencoder"
 steps = 6
 batch_size = 2
-save_every = 2
 
 [optimizer]
 learning_rate = 1e-3
+
+[checkpoints]
+every = 2
 
 [vae]
 down_block_types = {DOWN}
@@ -39,15 +41,19 @@ sample_size = 64
 """
 TEXT_TO_IMAGE = f"""
 objective = "text_to_image"
-autoencoder = "{{autoencoder}}"
+vae = "{{autoencoder}}"
 tokenizer = "{TOKENIZER}"
-scenes = 64
 steps = 50
 batch_size = 4
-save_every = 50
 
 [optimizer]
 learning_rate = 1e-3
+
+[data]
+scenes = 64
+
+[checkpoints]
+every = 50
 
 [text_encoder]
 vocab_size = 641
@@ -177,8 +183,8 @@ def test_the_autoencoders_latents_are_scaled_to_unit_variance(autoencoder_run):
         ('objective = "autoencoder"', 'objective = "gan"', "objective"),
         ("steps = 6", "", "steps is missing"),
         ("steps = 6", "steps = 0", "steps must be at least 1"),
-        ("steps = 6", 'steps = "6"', "steps must be a int"),
-        ("steps = 6", "steps = 6\nwarmth = 1", "warmth is no key"),
+        ("steps = 6", 'steps = "6"', "steps must be a whole number"),
+        ("steps = 6", "steps = 6\nwarmth = 1", "warmth is not known"),
         ("learning_rate = 1e-3", "", "optimizer.learning_rate is missing"),
         ("steps = 6", "steps = ", "not a readable TOML"),
     ],
