@@ -6,11 +6,12 @@ from pathlib import Path
 
 from jaxdiff import compilation
 from jaxdiff.errors import InputError
-from jaxdiff.training import autoencoder, loop, text_to_image
+from jaxdiff.training import autoencoder, loop, text_encoder, text_to_image
 from jaxdiff.training.recipe import (
     AutoencoderRecipe,
     DecoderRecipe,
     Recipe,
+    TextEncoderRecipe,
     TextToImageRecipe,
     read,
 )
@@ -49,5 +50,7 @@ def _task(recipe: Recipe, output: Path) -> loop.Task:
             return autoencoder.task(recipe)
         case DecoderRecipe():
             return autoencoder.decoder_task(recipe)
+        case TextEncoderRecipe():
+            return text_encoder.task(recipe)
         case TextToImageRecipe():
             return text_to_image.task(recipe, output)

@@ -1,0 +1,112 @@
+"""A text encoder that knows a language before it is told what the words look like.
+
+Learnt through a denoiser alone, what belongs to what in a caption comes late: the gradient is small
+beside that of the pictures. Telling what a caption says takes minutes.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jaxdiff.checkpoint import diffusers
+from jaxdiff.checkpoint.components import CONFIGS, NETWORKS
+from jaxdiff.checkpoint.weight_files import TEXT_PREFIX
+from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
+from jaxdiff.training.captions import Tokenizer, preview_captions
+from jaxdiff.training.loop import Params, Task
+from jaxdiff.training.recipe import TextEncoderRecipe
+from jaxdiff.worlds import shapes
+from jaxdiff.worlds.shapes.captions import NUMBERS, Caption
+
+VALIDATION_SEED = 2**31
+
+# What is asked of a caption: of each of two groups its shape, color and number; the relation; the
+# background. None stands for what a caption leaves open or does not have.
+_GROUP = (
+    (None, *shapes.SHAPES),
+    (None, *shapes.COLORS),
+    (None, 1, *NUMBERS),
+)
+QUESTIONS = (*_GROUP, *_GROUP, (None, *shapes.RELATIONS), (None, *shapes.BACKGROUNDS))
+
+
+def answers(caption: Caption) -> list[int]:
+    """The index of the right answer to each of `QUESTIONS`."""
+    first, second = (*caption.groups, None)[:2]
+    said = [
+        value
+        for group in (first, second)
+        for value in ((group.shape, group.color, group.count) if group else (None,) * 3)
+    ]
+    said += [caption.relation, caption.background]
+    return [options.index(value) for options, value in zip(QUESTIONS, said, strict=True)]
+
+
+def task(recipe: TextEncoderRecipe) -> Task:
+    """Trains the encoder, and a linear layer that answers `QUESTIONS` from its last states.
+
+    Raises:
+      InputError: if the tokenizer cannot be read.
+    """
+    config = CLIPTextConfig.from_json(recipe.text_encoder)
+    tokenize = Tokenizer(Path(recipe.tokenizer), config.max_position_embeddings)
+    rngs = nnx.Rngs(recipe.seed)
+    graph, state = nnx.split(CLIPTextModel(config, rngs=rngs))
+    sizes = [len(options) for options in QUESTIONS]
+    head = jax.random.normal(rngs.params(), (config.hidden_size, sum(sizes))) * 0.02
+
+    def batch(seed: int, step: int) -> dict:
+        rng = np.random.default_rng([seed, step])
+        drawn = [shapes.draw_caption(rng) for _ in range(recipe.batch_size)]
+        return {
+            "token_ids": tokenize([caption.text() for caption in drawn]),
+            "answers": np.array([answers(caption) for caption in drawn], np.int32),
+        }
+
+    def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
+        states, _ = nnx.merge(graph, params["text_encoder"])(batch["token_ids"])
+        is_end = batch["token_ids"] == config.eos_token_id  # padding too: the denoiser sees it
+        logits = jnp.split(states @ params["head"], np.cumsum(sizes)[:-1], axis=-1)
+        right = jnp.moveaxis(batch["answers"], 1, 0)[..., None]
+        entropies = jnp.stack(
+            [
+                -jnp.take_along_axis(jax.nn.log_softmax(one), answer[..., None], axis=-1)[..., 0]
+                for one, answer in zip(logits, right, strict=True)
+            ]
+        )
+        all_right = jnp.all(jnp.stack([one.argmax(-1) for one in logits]) == right, axis=0)
+        share = is_end / is_end.sum(axis=1, keepdims=True) / len(is_end)
+        return (entropies.sum(axis=0) * share).sum(), {"understood": (all_right * share).sum()}
+
+    preview_ids = tokenize(preview_captions())
+
+    def preview(params: Params, frozen: Params) -> np.ndarray:
+        return _similarities(graph, params["text_encoder"], preview_ids)
+
+    def export(params: Params, frozen: Params, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        diffusers.write_json(directory / CONFIGS["text_encoder"], config.to_json())
+        file = directory / NETWORKS["text_encoder"][2]
+        diffusers.save_params(params["text_encoder"], file, np.float32, TEXT_PREFIX)
+
+    return Task(
+        params={"text_encoder": nnx.to_pure_dict(state), "head": head},
+        frozen={},
+        loss=loss,
+        batch=lambda step: batch(recipe.seed, step),
+        validation=[batch(VALIDATION_SEED, 0)],
+        preview=preview,
+        export=export,
+    )
+
+
+def _similarities(graph: nnx.GraphDef, params: Params, token_ids: np.ndarray) -> np.ndarray:
+    """The cosines between captions as shades of gray, white for 1 and black for -1."""
+    _, pooled = nnx.merge(graph, params)(token_ids)
+    unit = np.asarray(pooled / jnp.linalg.norm(pooled, axis=1, keepdims=True))
+    shades = np.uint8(np.rint(127.5 + 127.5 * unit @ unit.T))
+    return np.kron(shades, np.ones((8, 8), np.uint8))[..., None].repeat(3, axis=2)
