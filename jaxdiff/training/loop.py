@@ -23,7 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxdiff import compilation, parallel
-from jaxdiff.training.recipe import Optimizer, Recipe
+from jaxdiff.training.optimizers import optimizer
+from jaxdiff.training.recipe import Recipe
 
 Params = Any  # a nested dict of arrays
 LOG_EVERY = 50
@@ -53,22 +54,12 @@ class Task:
     export: Callable[[Params, Params, Path], None]
 
 
-def optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clipped AdamW with warm-up and cosine decay over `steps` updates."""
-    warmup_steps = min(config.warmup_steps, steps // 2)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, steps)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b2=config.beta2, weight_decay=config.weight_decay),
-    )
-
-
 def fit(task: Task, recipe: Recipe, output: Path) -> None:
     """Trains until `recipe.steps`, continuing from the newest checkpoint in `output`.
 
     Writes checkpoints/, metrics.jsonl, loss.png, samples/NNNNNN.png and, at the end, model/.
     """
-    transform = optimizer(recipe.optimizer, recipe.steps)
+    transform, _ = optimizer(recipe.optimizer, recipe.steps)
     step_fn = _compile_step(task, transform, recipe)
     devices = math.gcd(recipe.batch_size, jax.local_device_count())
     mesh = parallel.make_mesh(f"data={devices}")
