@@ -1,0 +1,95 @@
+"""Low-rank adapters as training sees them: made, merged, written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxdiff.checkpoint.diffusers import abstract_network
+from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.checkpoint.networks import read_configs
+from jaxdiff.models import clip
+from jaxdiff.models.unet import UNet2DConditionModel
+from jaxdiff.training import lora
+
+RANK = 3
+
+
+@pytest.fixture(scope="module")
+def shapes() -> dict:
+    configs = read_configs(open_checkpoint("shapes64"))
+    text = configs["text_encoder"]
+    return {
+        "unet": abstract_network(UNet2DConditionModel, configs["unet"])[1],
+        "text_encoder": abstract_network(clip.network(text), text)[1],
+    }
+
+
+@pytest.fixture(scope="module")
+def adapters(shapes) -> dict:
+    return lora.init(shapes, RANK, jax.random.key(0))
+
+
+def taught(adapters: dict) -> dict:
+    """Adapters as training leaves them: B is not zero any more."""
+    return jax.tree.map(
+        lambda leaf: leaf + 0.01 * jnp.arange(leaf.size).reshape(leaf.shape), adapters
+    )
+
+
+def test_every_attention_has_adapters_on_its_four_matrices_and_nothing_else_has(shapes, adapters):
+    paths = [
+        jax.tree_util.keystr(p, simple=True, separator="/")
+        for p, _ in jax.tree_util.tree_leaves_with_path(adapters)
+    ]
+    kernels = [
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/kernel")
+        for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
+        if any(f"'{part}'" in str(path) for part in ("attn1", "attn2", "self_attn"))
+        and "'kernel'" in str(path)
+    ]
+    assert sorted(paths) == sorted(f"{k}/lora_{part}" for k in kernels for part in "AB")
+    assert len(kernels) == 2 * 4 * 7 + 4 * 2  # two attentions in 7 blocks, and two text layers
+
+
+def test_new_adapters_change_nothing_and_taught_ones_by_their_scaled_product(shapes, adapters):
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
+    same = lora.merged(params, adapters, alpha=6.0)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, same))
+    adapters = taught(adapters)
+    changed = lora.merged(params, adapters, alpha=6.0)
+    before, layer, after = (
+        tree["unet"]["mid_block"]["attentions"][0]["transformer_blocks"][0]["attn2"]["to_k"]
+        for tree in (params, adapters, changed)
+    )
+    wanted = before["kernel"] + 6.0 / RANK * layer["lora_A"] @ layer["lora_B"]
+    np.testing.assert_allclose(after["kernel"], wanted, rtol=1e-6)
+    np.testing.assert_array_equal(changed["unet"]["conv_in"]["kernel"], 1.0)
+
+
+def test_the_gradient_reaches_the_adapters_alone(shapes, adapters):
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes["text_encoder"])
+
+    def loss(adapters):
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(lora.merged(params, adapters, 0.0)))
+
+    gradient = jax.grad(loss)(adapters["text_encoder"])
+    layer = gradient["encoder"]["layers"][0]["self_attn"]["q_proj"]
+    assert float(jnp.abs(layer["lora_B"]).max()) > 0
+    assert float(jnp.abs(layer["lora_A"]).max()) == 0  # while B is zero
+
+
+def test_the_file_has_pytorchs_names_and_axes_and_the_scale_in_b(adapters, tmp_path):
+    adapters = taught(adapters)
+    lora.save_lora(adapters, 6.0, tmp_path / lora.FILE)
+    assert [path.name for path in tmp_path.iterdir()] == [lora.FILE]
+    stored = load_file(tmp_path / lora.FILE)
+    assert len(stored) == len(jax.tree.leaves(adapters))
+    layer = adapters["text_encoder"]["encoder"]["layers"][1]["self_attn"]["out_proj"]
+    key = "text_encoder.text_model.encoder.layers.1.self_attn.out_proj.lora_{}.weight"
+    np.testing.assert_array_equal(stored[key.format("A")], layer["lora_A"].T)
+    np.testing.assert_allclose(stored[key.format("B")], 6.0 / RANK * layer["lora_B"].T, rtol=1e-6)
+    assert (
+        "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_A.weight" in stored
+    )
