@@ -1,0 +1,184 @@
+"""Images as latents and captions as embeddings, made once by `pipelines.encode`.
+
+    DIR/encoded.json               what they were made with, and the shards; written last
+    DIR/data/00000.safetensors     for images of one size: mean, std, captions, perhaps embeddings
+
+The posterior of the autoencoder is stored, not a sample: so every epoch draws new latents from it,
+as if images were encoded when they are needed. It is stored as the denoiser knows latents, brought
+to unit variance. Imports no JAX.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxdiff.checkpoint.safetensors_header import read_header
+from jaxdiff.errors import InputError
+
+INDEX = "encoded.json"
+PLAN = "_jaxdiff/plan/encode.json"  # is there as soon as the encoding has begun
+VERSION = 1
+EMBEDDINGS = ("context", "pooled")
+DTYPES = {"F16": np.dtype("<f2"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of encoded images of one size.
+
+    Attributes:
+      file: its name within the folder.
+      height, width: of the images, in pixels.
+      images: how many.
+    """
+
+    file: str
+    height: int
+    width: int
+    images: int
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedExamples:
+    """Encoded images; any of them may be read at any time, on any thread.
+
+    Attributes:
+      path: the folder that they come from.
+      sizes: int32 [n, 2], height and width in pixels of the images that were encoded.
+      made_with: what they were encoded by: "autoencoder", and perhaps "text_encoders", digests.
+      empty: the embedding of the empty caption, float32: "context" [tokens, width] and perhaps
+        "pooled" [width]; nothing if captions are not embedded.
+    """
+
+    path: Path
+    sizes: np.ndarray
+    made_with: dict[str, str]
+    empty: dict[str, np.ndarray]
+    _shards: list[dict[str, np.ndarray]]
+    _starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def caption(self, index: int) -> str:
+        """What was said of an image."""
+        shard, row = self._find(index)
+        ends = shard["caption_ends"]
+        start = ends[row - 1] if row else 0
+        return shard["captions"][start : ends[row]].tobytes().decode("utf-8", "replace")
+
+    def posterior(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of an image's latents, scaled, float32 [h, w, channels]."""
+        shard, row = self._find(index)
+        return shard["mean"][row].astype(np.float32), shard["std"][row].astype(np.float32)
+
+    def embedding(self, index: int) -> dict[str, np.ndarray]:
+        """Of a caption, with the keys and shapes of `empty`."""
+        shard, row = self._find(index)
+        return {name: shard[name][row].astype(np.float32) for name in self.empty}
+
+    def _find(self, index: int) -> tuple[dict[str, np.ndarray], int]:
+        number = int(np.searchsorted(self._starts, index, "right")) - 1
+        return self._shards[number], index - int(self._starts[number])
+
+
+def is_encoded(folder: Path) -> bool:
+    """Whether `pipelines.encode` has finished, or begun, to write there."""
+    return (folder / INDEX).is_file() or (folder / PLAN).is_file()
+
+
+def open_encoded(folder: Path) -> EncodedExamples:
+    """Opens what `pipelines.encode` has finished; maps its shards into memory.
+
+    Raises:
+      InputError: naming the file, if it is not finished or not as it was written.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        raise InputError(f"{folder} is not encoded to the end; the same command continues")
+    try:
+        said = json.loads(index.read_text("utf-8"))
+        if said["version"] != VERSION:
+            raise ValueError("another version of jaxdiff made it")
+        shards = [Shard(**shard) for shard in said["shards"]]
+        made_with = {str(name): str(value) for name, value in said["made_with"].items()}
+        empty = {name: np.array(said["empty"][name], np.float32) for name in sorted(said["empty"])}
+        if not shards or not set(empty) <= set(EMBEDDINGS):
+            raise ValueError("it names no shards, or embeddings that are not known")
+        sizes = [(shard.height, shard.width) for shard in shards for _ in range(shard.images)]
+        sizes = np.array(sizes, np.int32).reshape(-1, 2)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as problem:
+        raise InputError(f"{index} cannot be used ({problem}); encode again elsewhere") from None
+    starts = np.cumsum([0, *(shard.images for shard in shards[:-1])])
+    maps = [_mapped(folder, shard, empty) for shard in shards]
+    return EncodedExamples(folder, sizes, made_with, empty, maps, starts)
+
+
+def _mapped(folder: Path, shard: Shard, empty: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a shard, on the disk."""
+    if not re.fullmatch(r"data/[\w-]+\.safetensors", str(shard.file)):
+        raise InputError(f"{folder / INDEX} names {shard.file!r}, which is none of its shards")
+    path = folder / shard.file
+    header = read_header(path)
+    arrays = {
+        name: np.memmap(path, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
+        for name, tensor in header.items()
+        if tensor.dtype in DTYPES and tensor.size
+    }
+    shapes = {name: array.shape for name, array in arrays.items()}
+    ends = arrays.get("caption_ends", np.zeros(0))
+    sound = (
+        len(shapes.get("mean", ())) == 4
+        and shapes.get("std") == shapes["mean"]
+        and shapes["mean"][0] == shard.images == len(ends)
+        and np.all(np.diff(ends, prepend=0) > 0)
+        and shapes.get("captions") == (ends[-1],)
+        and all(shapes.get(name) == (shard.images, *empty[name].shape) for name in empty)
+    )
+    if not sound:
+        raise InputError(f"{path} does not hold what {INDEX} says; encode again elsewhere")
+    return arrays
+
+
+def write_shard(
+    path: Path,
+    mean: np.ndarray,
+    std: np.ndarray,
+    captions: Sequence[str],
+    embeddings: dict[str, np.ndarray],
+) -> None:
+    """Writes a shard.
+
+    Args:
+      mean, std: of the scaled latents, [n, h, w, channels].
+      captions: of the images; none is empty.
+      embeddings: of the captions, [n, ...], by the names of `EMBEDDINGS`.
+    """
+    texts = [caption.encode() for caption in captions]
+    floats = {"mean": mean, "std": std, **embeddings}
+    save_file(
+        {
+            **{name: np.ascontiguousarray(array, "<f2") for name, array in floats.items()},
+            "captions": np.frombuffer(b"".join(texts), np.uint8),
+            "caption_ends": np.cumsum([len(text) for text in texts], dtype=np.int64),
+        },
+        path,
+    )
+
+
+def index_text(
+    shards: Sequence[Shard], made_with: dict[str, str], empty: dict[str, np.ndarray]
+) -> str:
+    """What `encoded.json` says; the arguments are as in `EncodedExamples`."""
+    said = {
+        "version": VERSION,
+        "made_with": made_with,
+        "shards": [asdict(shard) for shard in shards],
+        "empty": {name: array.tolist() for name, array in empty.items()},
+    }
+    return json.dumps(said, indent=1) + "\n"

@@ -1,0 +1,269 @@
+"""Three ways in which captioned images are stored: a folder, tar shards, Parquet files.
+
+Each is scanned once, when it is opened: what is found is an `Entry` an image, and a function that
+reads an image file by its entry's place, at any time, on any thread. Names that stand in these
+files are never opened unless they lie in the folder.
+"""
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jaxdiff import checks
+from jaxdiff.dataset.manifest_readers import MAX_LINE_BYTES, READERS
+from jaxdiff.errors import InputError
+from jaxdiff.training.data import pictures
+
+CAPTIONS = ("text", "caption", "prompt")  # the columns that hold captions, unless one is named
+METADATA = ("metadata.jsonl", "metadata.csv")
+ENDINGS = ("png", "jpg", "jpeg", "webp", "bmp")
+IMAGE_COLUMN = "image"  # of Parquet, as the Hub writes it: a struct of bytes and path
+CACHE_BYTES = 2**30  # of row groups in memory
+
+
+class Entry(NamedTuple):
+    """A captioned image.
+
+    Attributes:
+      name: for people: its file, with the row or the member.
+      caption: what is said of it.
+      size: height and width in pixels.
+      place: what its kind's `read` finds the image file by.
+    """
+
+    name: str
+    caption: str
+    size: tuple[int, int]
+    place: tuple
+
+
+def scan_folder(folder: Path, column: str) -> Iterator[Entry]:
+    """Yields the images that a folder's `metadata.jsonl` or `metadata.csv` names, in its order.
+
+    The form is the Hub's imagefolder: `file_name` and a column with the caption.
+
+    Raises:
+      InputError: for a row that cannot be used, or an image file that no row names.
+    """
+    metadata = next(folder / name for name in METADATA if (folder / name).is_file())
+    rows = _read_csv(metadata) if metadata.suffix == ".csv" else _read_jsonl(metadata)
+    named = set()
+    for line, row in rows:
+        where = f"{metadata} line {line}"
+        path = _inside(folder, row.get("file_name"), where)
+        named.add(path)
+        caption = _caption(row, column, where)
+        try:
+            with path.open("rb") as file:
+                size = pictures.read_size(file, str(path))
+                yield Entry(str(path), caption, size, (path, 0, file.seek(0, io.SEEK_END)))
+        except OSError as problem:
+            raise InputError(f"{where}: {path} cannot be read ({problem.strerror})") from None
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower().lstrip(".") in ENDINGS and path not in named:
+            raise InputError(f"{metadata} has no row for {path.name}; add one or move it away")
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    for entry in READERS["jsonl"](path, str(path), None):
+        if entry.error:
+            raise InputError(f"{path} line {entry.line}: {entry.error}; mend or remove it")
+        if entry.values is not None:
+            yield entry.line, entry.values
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(iter(partial(file.readline, MAX_LINE_BYTES), ""), strict=True)
+            for row in reader:
+                yield reader.line_num, row
+    except (csv.Error, UnicodeDecodeError) as problem:
+        raise InputError(f"{path} is no CSV file in UTF-8 ({problem})") from None
+
+
+def _inside(folder: Path, name, where: str) -> Path:
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{where} has no file_name; say which image it is about")
+    parts = PurePosixPath(name).parts
+    if PureWindowsPath(name).anchor or name.startswith("/") or ".." in parts or "\0" in name:
+        raise InputError(
+            f"{where}: file_name {checks.shown(name)} leads out of {folder}; move the image there"
+        )
+    return folder / name
+
+
+def _caption(values: Mapping, column: str, where: str) -> str:
+    """The caption among a row's values; raises InputError if there is none."""
+    names = (column,) if column else CAPTIONS
+    caption = next((values[name] for name in names if values.get(name) is not None), None)
+    if not isinstance(caption, str) or not caption.strip():
+        raise InputError(
+            f"{where} has no caption: no text in {' or '.join(names)}; write one, or name the "
+            "column by data.captions"
+        )
+    try:
+        return checks.text("its caption", caption)
+    except checks.BadValueError as problem:
+        raise InputError(f"{where}: {problem}; mend it") from None
+
+
+def read_span(place: tuple[Path, int, int]) -> bytes:
+    """The bytes of an image that lies in a file: (file, offset, bytes)."""
+    path, offset, count = place
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(count)
+
+
+def scan_tar(path: Path, column: str) -> Iterator[Entry]:
+    """Yields the samples of a WebDataset shard: neighbours with one name up to the first dot.
+
+    Of a sample's files the image is known by its ending; the caption is KEY.txt, a text in
+    KEY.json, or the file with the ending `column`.
+
+    Raises:
+      InputError: for an archive that is not whole, or a sample without an image or a caption.
+    """
+    sample: dict[str, tarfile.TarInfo] = {}
+    key = None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isreg() or member.issparse():
+                    continue
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, ending = name.partition(".")
+                if folder + slash + stem != key:
+                    if sample:
+                        yield _sample(path, tar, key, sample, column)
+                    key, sample = folder + slash + stem, {}
+                sample[ending.lower()] = member
+            if sample:
+                yield _sample(path, tar, key, sample, column)
+    except (tarfile.TarError, OSError) as problem:
+        raise InputError(
+            f"{path} is no whole tar archive ({problem}); copy or unpack it again"
+        ) from None
+
+
+def _sample(
+    path: Path, tar: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo], column: str
+) -> Entry:
+    name = f"{path}: {checks.shown(key)}"
+    image = next((members[ending] for ending in ENDINGS if ending in members), None)
+    if image is None:
+        raise InputError(f"{name} has no image ({', '.join(ENDINGS)}); remove it from the shard")
+    values = {}
+    for ending, member in members.items():
+        if ending in ("txt", "json", column):
+            if member.size > MAX_LINE_BYTES:
+                raise InputError(f"{name}.{ending} has more than 1 MiB; it is no caption")
+            text = tar.extractfile(member).read().decode("utf-8", "replace")
+            values |= _parsed(text, name) if ending == "json" else {ending: text}
+    if not column and "txt" in values:
+        column = "txt"
+    caption = _caption(values, column, name)
+    size = pictures.read_size(tar.extractfile(image), name)
+    return Entry(name, caption, size, (path, image.offset_data, image.size))
+
+
+def _parsed(text: str, name: str) -> dict:
+    try:
+        values = json.loads(text)
+    except (RecursionError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"{name}.json is no JSON object; mend or remove it")
+    return values
+
+
+class Cell(NamedTuple):
+    """Where an image lies in a Parquet file: a row of a row group, and the column of bytes."""
+
+    path: Path
+    group: int
+    row: int
+    group_bytes: int
+    column: str
+
+
+def scan_parquet(path: Path, column: str) -> Iterator[Entry]:
+    """Yields the rows of a Parquet file with images in it, as the Hub stores them.
+
+    Raises:
+      InputError: if it is none, or for a row that cannot be used.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            leaf, caption = _columns(path, file.schema_arrow, column)
+            row = 0
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).total_byte_size
+                if size > CACHE_BYTES:
+                    raise InputError(
+                        f"{path} has a row group of {size / 2**20:.0f} MiB, of which one must fit "
+                        f"{CACHE_BYTES // 2**20} MiB; write it with smaller ones (row_group_size)"
+                    )
+                table = file.read_row_group(group, [leaf, caption])
+                cells = zip(_flat(table[IMAGE_COLUMN]), table[caption], strict=True)
+                for index, (image, text) in enumerate(cells):
+                    name = f"{path} row {row + 1}"
+                    if not image.is_valid:
+                        raise InputError(f"{name} has no image in it; embed its bytes")
+                    said = _caption({caption: text.as_py()}, caption, name)
+                    shape = pictures.read_size(pa.BufferReader(image.as_buffer()), name)
+                    yield Entry(name, said, shape, Cell(path, group, index, size, leaf))
+                    row += 1
+    except (OSError, pa.ArrowException) as problem:
+        reason, *_ = str(problem).splitlines() or [type(problem).__name__]
+        raise InputError(f"{path} is no whole Parquet file ({reason}); copy it again") from None
+
+
+def _columns(path: Path, schema: pa.Schema, column: str) -> tuple[str, str]:
+    """The names of the image's bytes and of the caption."""
+    kind = schema.field(IMAGE_COLUMN).type if IMAGE_COLUMN in schema.names else None
+    is_struct = kind is not None and pa.types.is_struct(kind)
+    if is_struct and "bytes" in {field.name for field in kind}:
+        leaf = f"{IMAGE_COLUMN}.bytes"
+    elif kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        leaf = IMAGE_COLUMN
+    else:
+        raise InputError(
+            f"{path} has no column {IMAGE_COLUMN} of image files, but "
+            f"{checks.shown(', '.join(schema.names))}; store them as datasets' Image feature does"
+        )
+    names = (column,) if column else CAPTIONS
+    caption = next((name for name in names if name in schema.names), None)
+    if caption is None:
+        raise InputError(
+            f"{path} has no column {' or '.join(names)}, but "
+            f"{checks.shown(', '.join(schema.names))}; name the captions' by data.captions"
+        )
+    return leaf, caption
+
+
+def _flat(images: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The images' bytes, null where there are none."""
+    return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+
+
+def parquet_reader(places: Sequence[Cell]) -> Callable[[Cell], bytes]:
+    """Reads images from Parquet files; keeps the row groups that were read lately."""
+    largest = max(cell.group_bytes for cell in places)
+
+    @lru_cache(max(1, CACHE_BYTES // max(1, largest)))
+    def read_group(path: Path, group: int, column: str) -> pa.ChunkedArray:
+        with pq.ParquetFile(path) as file:
+            return _flat(file.read_row_group(group, [column])[IMAGE_COLUMN])
+
+    return lambda cell: read_group(cell.path, cell.group, cell.column)[cell.row].as_py()
