@@ -53,6 +53,7 @@ def load(
     *,
     variant: str | None = None,
     refiner: str | Path | None = None,
+    lora: str | Sequence[str] = (),
     expecting: Mapping[Request, int] = MappingProxyType({}),
     **options,
 ) -> "TextToImage":
@@ -63,6 +64,8 @@ def load(
         .safetensors file; a Hub id; or a URL such as gs://bucket/model.
       variant: "fp16" or the like, where the model has several files of the same weights.
       refiner: a second model that makes the last steps, as Stable Diffusion XL's does.
+      lora: a LoRA, "FILE.safetensors" or "FILE.safetensors:WEIGHT", or several, which are added to
+        the model's weights.
       expecting: a request of each kind that will be made, with its batch size as in
         `TextToImage.generate`: their programs are compiled while the weights are read.
       **options: the fields of `Options`.
@@ -77,7 +80,8 @@ def load(
             except checks.BadValueError as problem:
                 raise InputError(str(problem)) from None
     compilation.keep_programs()
-    loaded = TextToImage(open_ensemble(model, variant, refiner), Options(**options))
+    lora = (lora,) if isinstance(lora, str) else lora
+    loaded = TextToImage(open_ensemble(model, variant, refiner, lora), Options(**options))
     for request, batch_size in expecting.items():
         loaded.compile(loaded.resolve(request), batch_size)
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxdiff import checks
 from jaxdiff.arguments import Parser
+from jaxdiff.checkpoint import lora
 from jaxdiff.checkpoint.ensemble import Ensemble, open_ensemble
 from jaxdiff.checkpoint.layout import BUNDLED
 from jaxdiff.dataset import settings
@@ -45,14 +46,19 @@ class Models:
     model: str
     variant: str | None = None
     refiner: str | None = None
+    lora: tuple[str, ...] = ()
 
     def open(self) -> Ensemble:
         """Finds them, and checks that they are complete; raises InputError."""
-        return open_ensemble(self.model, self.variant, self.refiner)
+        return open_ensemble(self.model, self.variant, self.refiner, self.lora)
 
     def anywhere(self) -> "Models":
         """The same for a process with another working directory."""
-        return Models(_absolute(self.model), self.variant, self.refiner and _absolute(self.refiner))
+        files = tuple(
+            f"{_absolute(file)}:{weight!r}" for file, weight in map(lora.parse, self.lora)
+        )
+        refiner = self.refiner and _absolute(self.refiner)
+        return Models(_absolute(self.model), self.variant, refiner, files)
 
 
 def _absolute(model: str) -> str:
@@ -113,7 +119,7 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
     job = Job(
         manifest=said["manifest"],
         output=Path(said["output"]),
-        models=Models(said.get("model", "shapes64"), said.get("variant"), said.get("refiner")),
+        models=_models(said),
         settings={name: said[name] for name in settings.NAMES if name in said},
         workers=_workers(said),
         **{name: bool(said.get(name)) for name in FLAGS},
@@ -126,6 +132,12 @@ def _with_hyphens(word: str) -> str:
     name, equals, value = word.partition("=")
     is_ours = name.startswith("--") and name[2:] in OPTIONS
     return name.replace("_", "-") + equals + value if is_ours else word
+
+
+def _models(said: dict) -> Models:
+    files = said.get("lora", ())
+    files = (files,) if isinstance(files, str) else tuple(files)
+    return Models(said.get("model", "shapes64"), said.get("variant"), said.get("refiner"), files)
 
 
 def _workers(said: dict) -> Workers:
@@ -158,7 +170,8 @@ def _read_job(path: Path) -> dict:
         is_flag = name in FLAGS
         if is_flag and not isinstance(value, bool):
             raise InputError(f"job file {path}: {name} must be true or false, not {value!r}")
-        if name in NAMES and not isinstance(value, str):
+        several = value if name in REPEATED and isinstance(value, list) else [value]
+        if name in NAMES and not all(isinstance(each, str) for each in several):
             raise InputError(f"job file {path}: {name} must be text, not {value!r}")
     return said
 
@@ -184,7 +197,8 @@ def _parser() -> Parser:
             if value is None:
                 group.add_argument(flag, action="store_true", default=None, help=text)
             else:
-                group.add_argument(flag, metavar=value, help=text)
+                action = "append" if name in REPEATED else "store"
+                group.add_argument(flag, metavar=value, action=action, help=text)
     return parser
 
 
@@ -205,6 +219,10 @@ HELP = {
         "model": ("MODEL", MODEL),
         "variant": ("NAME", "which of a model's files, such as fp16 (default: the full ones)"),
         "refiner": ("MODEL", "a second model that takes the last steps, such as SD XL's refiner"),
+        "lora": (
+            "FILE[:WEIGHT]",
+            "a LoRA (.safetensors) to add to the model's weights; --lora may be said again",
+        ),
         "limit": ("N", "stop after the first N images of the manifest"),
         "overwrite": (None, "start anew: the old run is deleted when the first new shard is made"),
         "strict": (None, "make nothing if a row of the manifest cannot be used"),
@@ -274,6 +292,7 @@ HELP = {
 }
 OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
 NAMES = (  # text, whatever it looks like
-    *("manifest", "prompt_column", "output", "model", "variant", "refiner", "profile"),
+    *("manifest", "prompt_column", "output", "model", "variant", "refiner", "lora", "profile"),
 )
+REPEATED = ("lora",)
 FLAGS = tuple(name for name, value in OPTIONS.items() if value is None)

@@ -1,9 +1,11 @@
 """Which checkpoints make an image together: one, or a base and its refiner. Imports no JAX."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxdiff.checkpoint import lora as loras
 from jaxdiff.checkpoint.layout import Checkpoint, open_checkpoint
 from jaxdiff.checkpoint.weight_files import NoVariantError
 from jaxdiff.errors import InputError
@@ -45,15 +47,19 @@ class Ensemble:
 
 
 def open_ensemble(
-    model: str | Path, variant: str | None = None, refiner: str | Path | None = None
+    model: str | Path,
+    variant: str | None = None,
+    refiner: str | Path | None = None,
+    lora: Sequence[str] = (),
 ) -> Ensemble:
-    """Opens a model and, if one is named, its refiner.
+    """Opens a model and, if they are named, its refiner and what its weights are adapted by.
 
     Args:
       model, variant: as in `open_checkpoint`. The model must have the variant; a refiner that has
         none of it gives the weights that it gives unasked.
       refiner: a second model over the same latents, the last of the paper's experts (Podell et al.,
         2023, arXiv:2307.01952, 2.5).
+      lora: files to add to the model's weights, as in `lora.adapted`; a refiner has none.
 
     Raises:
       InputError: if one cannot be read, or they do not work together.
@@ -63,6 +69,7 @@ def open_ensemble(
         raise InputError(
             f"model {str(model)!r} is a refiner: name a base model, and this one as --refiner"
         )
+    base = loras.adapted(base, lora)
     if refiner is None:
         return Ensemble(base)
     try:

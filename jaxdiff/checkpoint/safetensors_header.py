@@ -11,6 +11,7 @@ from pathlib import Path
 from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.errors import InputError
 
+METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 ITEM_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
@@ -28,24 +29,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
       InputError: if the file is no safetensors file, or not exactly as long as its header says.
     """
-    try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise InputError(f"{path} is no safetensors file, or is cut short; copy it again")
-            text = file.read(header_bytes)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; copy the checkpoint again") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    text, file_bytes = _text(path)
     try:
         tensors = json.loads(text)
-        tensors.pop("__metadata__", None)
+        tensors.pop(METADATA, None)
         end = _check_offsets(tensors)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{path} has a broken safetensors header; copy it again") from error
-    expected = 8 + header_bytes + end
+    expected = 8 + len(text) + end
     if file_bytes != expected:
         raise InputError(
             f"{path} has {file_bytes} bytes where its header promises {expected}; copy it again"
@@ -56,10 +47,35 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             key=name,
             dtype=entry["dtype"],
             shape=tuple(entry["shape"]),
-            offset=8 + header_bytes + entry["data_offsets"][0],
+            offset=8 + len(text) + entry["data_offsets"][0],
         )
         for name, entry in tensors.items()
     }
+
+
+def read_metadata(path: Path) -> dict:
+    """What a file whose header has been read says of itself: texts by name, if it keeps the rules.
+
+    Raises:
+      InputError: if it cannot be read any more.
+    """
+    metadata = json.loads(_text(path)[0]).get(METADATA)
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _text(path: Path) -> tuple[bytes, int]:
+    """The header's JSON, and the size of the file in bytes."""
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
+                raise InputError(f"{path} is no safetensors file, or is cut short; copy it again")
+            return file.read(header_bytes), file_bytes
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; copy the checkpoint again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def _check_offsets(tensors: dict) -> int:

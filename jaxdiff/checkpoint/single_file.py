@@ -55,7 +55,7 @@ FOREIGN = {
     r"(model\.diffusion_model\.)?double_blocks\.": "a checkpoint of the FLUX kind",
     r"(model\.diffusion_model\.)?double_stream_modulation": "a checkpoint of the FLUX.2 kind",
     r"(control_model|controlnet_cond_embedding)\.": "a ControlNet",
-    r"lora_|.*\.lora_": "a LoRA",
+    r"lora_|.*\.lora_": "a LoRA, which --lora adds to a model",
     r"edm_mean|edm_vpred\.": "a checkpoint with EDM's noise levels (Playground 2.5, CosXL)",
     r"(down_blocks|text_model|encoder|decoder)\.": "one network alone",
 }

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -30,6 +31,7 @@ class StoredTensor:
       shape: of what `read` returns.
       offset: in bytes, from the start of the file to the first element.
       transposed: whether the file holds the axes in reverse order.
+      updates: whatever has a `read` that gives float32 of this shape; added to what is stored.
     """
 
     file: Path
@@ -38,6 +40,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     transposed: bool = False
+    updates: tuple[Any, ...] = ()
 
     @property
     def size(self) -> int:
@@ -81,7 +84,10 @@ class StoredTensor:
             raise InputError(f"{self.file} cannot be read ({error.strerror})") from error
         if flat.size != self.size:
             raise InputError(f"{self.file} was cut short while it was read; copy it again")
-        return flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
+        tensor = flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
+        for update in self.updates:
+            tensor = tensor.astype(np.float32, copy=False) + update.read()
+        return tensor
 
 
 def told_misfits(faults: dict[str, Collection[str]]) -> str:

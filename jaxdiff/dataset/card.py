@@ -172,7 +172,8 @@ def readme(plan: Plan, counts: dict[str, int]) -> str:
 
 def _license(plan: Plan) -> tuple[str, str] | None:
     """The licence's name and address, None where there is none to know."""
-    return LICENSES.get(plan.models["model"]) if plan.models["refiner"] is None else None
+    alone = plan.models["refiner"] is None and not plan.models.get("lora")
+    return LICENSES.get(plan.models["model"]) if alone else None
 
 
 def _printable(text: str) -> str:

@@ -200,9 +200,9 @@ def _options(plan: Plan) -> str:
         value = getattr(settings, name)
         if name in ALWAYS_SAID or value != getattr(Settings, name):
             said[name] = value
-    return shlex.join(
-        f"--{name.replace('_', '-')}={value}" for name, value in said.items() if value is not None
-    )
+    words = [(name, value) for name, value in said.items() if value is not None]
+    words += [("lora", file) for file in plan.models.get("lora", ())]
+    return shlex.join(f"--{name.replace('_', '-')}={value}" for name, value in words)
 
 
 def _images(directory: Path, plan: Plan) -> Iterator[tuple[dict, bytes | None]]:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from jaxdiff.checkpoint import lora
 from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import formats
 from jaxdiff.dataset.settings import Settings
@@ -87,7 +89,7 @@ class Plan:
     identity: dict
     manifest: str
     model_name: str
-    models: dict[str, str | None]
+    models: dict[str, str | Sequence[str] | None]
     rows: dict[str, int]
     shard_sizes: list[int]
     shard_ids: list[str]
@@ -110,13 +112,14 @@ class Plan:
 
     @property
     def options(self) -> str:
-        """The model's options that are not as usual: "name=value, name=value"."""
+        """The model's options that are not as usual, and its LoRAs: "name=value, name=value"."""
         settings, elsewhere = self.settings, ("noise", "dtype", "mesh", "scheduler")
         changed = [
             f"{field.name}={getattr(settings, field.name)}"
             for field in fields(Options)
             if field.name not in elsewhere and getattr(settings, field.name) != field.default
         ]
+        changed += [f"lora={lora.parse(said).name}" for said in self.models.get("lora", ())]
         return ", ".join(changed + [settings.scheduler] * bool(settings.scheduler))
 
     @property

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from operator import attrgetter
@@ -62,7 +62,7 @@ def make(
     identity: dict,
     folder: Path,
     *,
-    models: dict[str, str | None],
+    models: dict[str, str | Sequence[str] | None],
     extended: tuple[Path, Plan] | None = None,
 ) -> Plan:
     """Plans a manifest into a new folder. Afterwards nothing reads the manifest again.
