@@ -107,7 +107,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
             for seed, (component, (model, config)) in enumerate(networks.items())
         },
         scheduler=SCHEDULER,
-        tokenizer=TOKENIZER,
+        tokenizers={"text_encoder": TOKENIZER},
         dtype=np.float32,
     )
     return directory

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -21,14 +21,26 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxdiff import parallel
-from jaxdiff.checkpoint.components import CONFIGS, INDEX, NETWORKS, TOKENIZER_FILES
-from jaxdiff.checkpoint.layout import PIPELINE
+from jaxdiff.checkpoint.components import (
+    CONFIGS,
+    INDEX,
+    NETWORKS,
+    TOKENIZER_FILES,
+    TOKENIZERS,
+)
+from jaxdiff.checkpoint.layout import PIPELINE, XL_PIPELINES
 from jaxdiff.checkpoint.tensors import StoredTensor, told_misfits
 from jaxdiff.checkpoint.weight_files import TEXT_PREFIX
 from jaxdiff.errors import InputError
 
 # The axes of a kernel in the order of the file: linear [out, in], convolution [out, in, h, w].
 FILE_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
+UNCHECKED = {  # no network looks over what these pipelines make
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+}
+UNPREFIXED = "text_projection"  # transformers has it beside the text model, not in it
 READERS = 4  # threads, which hold a tensor or two each
 
 
@@ -165,7 +177,8 @@ def save_params(params: dict, file: Path, dtype, prefix: str = "") -> None:
             tensor = np.ascontiguousarray(tensor, dtype)
         if not np.isfinite(tensor).all():
             raise ValueError(f"{_name(path)} is not finite as {np.dtype(dtype)}")
-        tensors[prefix + _key(path)] = tensor
+        key = _key(path)
+        tensors[key if key.startswith(UNPREFIXED) else prefix + key] = tensor
     save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(0o644)  # safetensors writes for the owner's eyes only
 
@@ -176,32 +189,35 @@ def save_pipeline(
     configs: dict,
     params: dict[str, dict],
     scheduler: dict,
-    tokenizer: Path,
+    tokenizers: Mapping[str, Path],
+    pipeline: Mapping = MappingProxyType({"_class_name": PIPELINE}),
     dtype=np.float16,
 ) -> None:
     """Writes a complete diffusers directory, whole or not at all.
 
     Args:
       directory: a new one, or a diffusers directory to be replaced.
-      configs: the config dataclasses of "text_encoder", "unet" and "vae".
+      configs: the config dataclasses of the text encoders, "unet" and "vae".
       params: their parameters, a nested dict of arrays each.
       scheduler: what becomes `scheduler_config.json`, `_class_name` included.
-      tokenizer: a directory in the CLIPTokenizer format, whose files are copied.
+      tokenizers: for each text encoder a directory in the CLIPTokenizer format; its files are
+        copied.
+      pipeline: what `model_index.json` says beside its components, `_class_name` included.
       dtype: np.float16 or np.float32, what the weights are stored as.
 
     Raises:
       InputError: if `directory` holds anything that this function does not write.
     """
+    folders = {TOKENIZERS[name]: folder for name, folder in tokenizers.items()}
+    unchecked = {} if pipeline["_class_name"] in XL_PIPELINES else UNCHECKED
     index = {
-        "_class_name": PIPELINE,
+        **pipeline,
+        **unchecked,
         **{network: list(NETWORKS[network][:2]) for network in configs},
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **{folder: ["transformers", "CLIPTokenizer"] for folder in folders},
         "scheduler": ["diffusers", scheduler["_class_name"]],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
     }
-    _refuse_foreign_files(directory, {INDEX, "tokenizer", "scheduler", *configs})
+    _refuse_foreign_files(directory, {INDEX, "scheduler", *folders, *configs})
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory.parent) as scratch:
         new = Path(scratch) / "new"
@@ -211,23 +227,24 @@ def save_pipeline(
         write_json(new / "scheduler" / CONFIGS["scheduler"], scheduler)
         for network, config in configs.items():
             _save_network(new / network, config.to_json(), params[network], dtype)
-        (new / "tokenizer").mkdir()
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, new / "tokenizer" / name)
+        for folder, source in folders.items():
+            (new / folder).mkdir()
+            for name in TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, new / folder / name)
         if directory.exists():  # killed right after this, we leave both in `scratch`, whole
             directory.rename(Path(scratch) / "old")
         new.rename(directory)
 
 
 def _save_network(folder: Path, config: dict, params: dict, dtype) -> None:
-    network, prefix = folder.name, ""
-    if network == "text_encoder":
+    network = folder.name
+    is_text = network in TOKENIZERS
+    if is_text:
         # Without it transformers would compute in the dtype that the weights are stored in.
         config["dtype"] = "float32"
-        prefix = TEXT_PREFIX
     write_json(folder / CONFIGS[network], config)
-    save_params(params, folder / NETWORKS[network][2], dtype, prefix)
+    save_params(params, folder / NETWORKS[network][2], dtype, TEXT_PREFIX if is_text else "")
 
 
 def write_json(path: Path, value: dict) -> None:

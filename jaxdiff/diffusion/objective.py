@@ -5,6 +5,7 @@ Ho, 2022, arXiv:2202.00512, appendix D), "sample", which is x_0 itself, and "flo
 2023, arXiv:2210.02747), the velocity eps - x_0 where alpha = 1 - sigma.
 """
 
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -33,3 +34,17 @@ def to_x0(output: Array, x: Array, alpha: Array, sigma: Array, prediction_type: 
     if prediction_type == "flow":
         return x - sigma * output
     return alpha * x - sigma * output
+
+
+def min_snr_weight(alpha: Array, sigma: Array, prediction_type: str, gamma: float) -> Array:
+    """What an output's squared error counts.
+
+    Such that that of x_0 counts min(alpha^2 / sigma^2, gamma): Hang et al., 2023, arXiv:2303.09556,
+    section 3.4.
+    """
+    snr = (alpha / sigma) ** 2
+    if prediction_type == "epsilon":
+        return jnp.minimum(1.0, gamma / snr)
+    if prediction_type == "sample":
+        return jnp.minimum(snr, gamma)
+    return jnp.minimum(snr, gamma) * sigma**2

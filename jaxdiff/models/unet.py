@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxdiff.models import config as config_json
 from jaxdiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
@@ -22,6 +23,7 @@ from jaxdiff.models.transformer import Transformer2DModel
 
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # name: has attention
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+BETWEEN_BLOCKS = "between blocks"  # the name of what gradient checkpointing keeps
 # Values that change what is computed, of which only these are built.
 FIXED = {
     "_class_name": "UNet2DConditionModel",
@@ -206,8 +208,10 @@ class _Block(nnx.Module):
         self.attentions = _transformers(widths, num_heads, depth, config, rngs)
 
     def layer(self, i: int, x: Array, time_embedding: Array, context: Array) -> Array:
-        x = self.resnets[i](x, time_embedding)
-        return self.attentions[i](x, context) if self.attentions else x
+        x = checkpoint_name(self.resnets[i](x, time_embedding), BETWEEN_BLOCKS)
+        if not self.attentions:
+            return x
+        return checkpoint_name(self.attentions[i](x, context), BETWEEN_BLOCKS)
 
 
 class _DownBlock(_Block):
@@ -233,8 +237,9 @@ class _MidBlock(nnx.Module):
         self.attentions = _transformers([same], config.heads[-1], config.depths[-1], config, rngs)
 
     def __call__(self, x: Array, time_embedding: Array, context: Array) -> Array:
-        x = self.resnets[0](x, time_embedding)
-        return self.resnets[1](self.attentions[0](x, context), time_embedding)
+        x = checkpoint_name(self.resnets[0](x, time_embedding), BETWEEN_BLOCKS)
+        x = checkpoint_name(self.attentions[0](x, context), BETWEEN_BLOCKS)
+        return checkpoint_name(self.resnets[1](x, time_embedding), BETWEEN_BLOCKS)
 
 
 class _UpBlock(_Block):

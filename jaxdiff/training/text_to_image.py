@@ -1,9 +1,6 @@
-"""The denoiser's objective: a text encoder and a U-Net, trained together on latents made once."""
+"""The denoiser's objective: a U-Net, and perhaps its text encoders, on captioned images."""
 
-import hashlib
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,263 +9,326 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from tqdm import tqdm
-from transformers import CLIPTokenizer
 
-from jaxdiff.checkpoint import diffusers
+from jaxdiff import compilation
+from jaxdiff.checkpoint.layout import SAMPLER_OF_SCHEDULER
 from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.diffusion import objective, samplers
 from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.errors import InputError
 from jaxdiff.expert import Conditioning, Network
-from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
-from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.models.vae import AutoencoderKLConfig
+from jaxdiff.models.unet import BETWEEN_BLOCKS
 from jaxdiff.pixels import sample_pixels
+from jaxdiff.prompts import XL_LAYERS_SKIPPED, encode_tokens
 from jaxdiff.stretches import Stretch
-from jaxdiff.training.autoencoder import ENCODER, PREVIEW_SEED, load_autoencoder, to_float
+from jaxdiff.training import data, dreambooth, lora, noise_levels, scenes
+from jaxdiff.training.autoencoder import ENCODER, to_float
+from jaxdiff.training.captions import preview_captions
+from jaxdiff.training.components import Components, from_recipe
 from jaxdiff.training.loop import Params, Task, grid
-from jaxdiff.training.recipe import TextToImageRecipe
-from jaxdiff.worlds import shapes
+from jaxdiff.training.recipe import Data, TextToImageRecipe
 
-ENCODE_BATCH = 64
-PREVIEW_SAMPLER, PREVIEW_STEPS, PREVIEW_GUIDANCE, PREVIEW_IMAGES = "ddim", 20, 3.0, 48
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What the objective is made of, but for the weights that it trains."""
-
-    recipe: TextToImageRecipe
-    schedule: NoiseSchedule
-    tokenizer: CLIPTokenizer
-    text_config: CLIPTextConfig
-    text_graph: nnx.GraphDef
-    unet_config: UNetConfig
-    unet_graph: nnx.GraphDef
-    vae_config: AutoencoderKLConfig
-    vae_graph: nnx.GraphDef
-    vae_params: Params
+PREVIEW_STEPS, PREVIEW_GUIDANCE = 20, 3.0
+PREVIEW_PX = 48 * 64 * 64  # so many in a sample grid, but at least four images
+DECODED_ALONE_PX = 256  # images with longer sides are decoded one after the other
+VALIDATION_BATCHES = 4
+DROPOUT = 1  # beside the seed, so that captions are dropped by other numbers than rows are drawn
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def task(recipe: TextToImageRecipe, output: Path) -> Task:
-    """The objective of `recipe`, ready for `loop.fit`; encodes its scenes into `output` first.
+    """The objective of `recipe`, ready for `loop.fit`; what is made once goes into `output`.
 
     Raises:
-      InputError: if the autoencoder or the tokenizer cannot be read, or if the networks do not fit.
+      InputError: if a component or the data cannot be read, or if they do not fit.
     """
-    vae_config, vae_graph, vae_params = load_autoencoder(Path(recipe.vae))
-    text_config = CLIPTextConfig.from_json(recipe.text_encoder)
-    unet_config = UNetConfig.from_json(recipe.unet)
-    schedule = NoiseSchedule.from_json(recipe.scheduler, PREVIEW_SAMPLER)
-    _refuse_misfits(text_config, unet_config, vae_config)
-    tokenizer = _load_tokenizer(Path(recipe.tokenizer))
-    latents, token_ids = _encoded_scenes(
-        recipe, output, vae_config, vae_graph, vae_params, tokenizer
-    )
-    rngs = nnx.Rngs(recipe.seed)
-    text_graph, text_state = nnx.split(CLIPTextModel(text_config, rngs=rngs))
-    unet_graph, unet_state = nnx.split(UNet2DConditionModel(unet_config, rngs=rngs))
-    parts = _Parts(
-        recipe=recipe,
-        schedule=schedule,
-        tokenizer=tokenizer,
-        text_config=text_config,
-        text_graph=text_graph,
-        unet_config=unet_config,
-        unet_graph=unet_graph,
-        vae_config=vae_config,
-        vae_graph=vae_graph,
-        vae_params=vae_params,
-    )
-    params = {"text_encoder": text_state, "unet": unet_state}
+    parts = from_recipe(recipe)
+    schedule = NoiseSchedule.from_json(parts.scheduler, _sampler(parts))
+    for name in recipe.train:
+        if name not in ("unet", *parts.text_encoders):
+            known = ", ".join(("unet", *parts.text_encoders))
+            raise InputError(f"train: {name!r} is none of {known}")
+    if recipe.method == "lora":
+        taught = ("unet", *(parts.text_encoders if recipe.lora.text_encoder else ()))
+        taught = {name: parts.params[name] for name in taught}
+        params = lora.init(taught, recipe.lora.rank, jax.random.key(recipe.seed))
+        frozen = parts.params
+    else:
+        params = {name: parts.params[name] for name in recipe.train}
+        frozen = {name: tree for name, tree in parts.params.items() if name not in params}
+    whole = partial(_whole, recipe)
+    batch, validation, captions = batches(parts, recipe, output)
     return Task(
-        params={name: nnx.to_pure_dict(state) for name, state in params.items()},
-        frozen={},
-        loss=_loss(parts),
-        batch=_batches(parts, latents, token_ids),
-        validation=[],
-        preview=_preview(parts, latents.shape[1:]),
-        export=partial(_export, parts),
+        params=params,
+        frozen=frozen,
+        loss=_loss(parts, recipe, schedule, whole),
+        batch=batch,
+        validation=validation,
+        preview=preview(parts, schedule, whole, captions, size_of(parts, recipe.data)),
+        export=partial(_export, parts, recipe),
     )
 
 
-def _batches(parts: _Parts, latents: np.ndarray, token_ids: np.ndarray) -> Callable[[int], dict]:
-    recipe, empty_ids = parts.recipe, _tokenize(parts.tokenizer, [""])[0]
-
-    def batch(step: int) -> dict:
-        rng = np.random.default_rng([recipe.seed, step])
-        rows = rng.integers(len(latents), size=recipe.batch_size)
-        dropped = rng.random(recipe.batch_size) < recipe.caption_dropout
-        return {
-            "latents": latents[rows].astype(np.float32),
-            "token_ids": np.where(dropped[:, None], empty_ids, token_ids[rows]).astype(np.int32),
-        }
-
-    return batch
+def _whole(recipe: TextToImageRecipe, params: Params, frozen: Params) -> Params:
+    """The parameters of every component, by name."""
+    if recipe.method == "lora":
+        return lora.merged(frozen, params, recipe.lora.alpha)
+    return {**frozen, **params}
 
 
-def _loss(parts: _Parts) -> Callable[[Params, Params, dict, Array], tuple[Array, dict]]:
-    schedule = parts.schedule
-    alpha_bars = schedule.alpha_bars()
-    alphas = np.sqrt(alpha_bars).astype(np.float32)
-    sigmas = np.sqrt(1.0 - alpha_bars).astype(np.float32)
+def _export(
+    parts: Components, recipe: TextToImageRecipe, params: Params, frozen: Params, directory: Path
+) -> None:
+    if recipe.method == "lora":
+        directory.mkdir(exist_ok=True)
+        lora.save_lora(params, recipe.lora.alpha, directory / lora.FILE)
+    else:
+        parts.save(directory, params, np.float16)
+
+
+def _loss(
+    parts: Components, recipe: TextToImageRecipe, schedule: NoiseSchedule, whole: Callable
+) -> Callable[[Params, Params, dict, Array], tuple[Array, dict]]:
+    dtype, settings = DTYPES[recipe.computing.dtype], recipe.loss
+    evaluate = partial(_evaluate, parts.graphs["unet"])
+    if recipe.computing.remat:  # of the activations, those between the blocks alone are kept
+        between = jax.checkpoint_policies.save_only_these_names(BETWEEN_BLOCKS)
+        evaluate = jax.checkpoint(evaluate, policy=between)
 
     def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
-        time_key, noise_key = jax.random.split(key)
-        x0 = batch["latents"]
+        time_key, noise_key, offset_key, latent_key = jax.random.split(key, 4)
+        networks = in_dtype(whole(params, frozen), dtype)
+        x0 = clean_latents(parts, networks, batch, latent_key)
         noise = jax.random.normal(noise_key, x0.shape)
-        timesteps = _stratified_timesteps(time_key, len(x0), schedule.num_train_timesteps)
-        alpha = jnp.asarray(alphas)[timesteps][:, None, None, None]
-        sigma = jnp.asarray(sigmas)[timesteps][:, None, None, None]
-        context, _ = nnx.merge(parts.text_graph, params["text_encoder"])(batch["token_ids"])
-        x = objective.noisy(x0, noise, alpha, sigma)
-        output = nnx.merge(parts.unet_graph, params["unet"])(x, timesteps, context)
-        target = objective.target(x0, noise, alpha, sigma, schedule.prediction_type)
-        return jnp.mean((output - target) ** 2), {}
+        if settings.offset_noise:
+            offset = jax.random.normal(offset_key, (len(x0), 1, 1, x0.shape[-1]))
+            noise = noise + settings.offset_noise * offset
+        levels = noise_levels.draw(schedule, settings, time_key, len(x0))
+        x = objective.noisy(x0, noise, levels.alpha, levels.sigma)
+        told = conditioning(parts, networks, batch, x0.shape[1:3])
+        output = evaluate(networks["unet"], x.astype(dtype), levels.timesteps, told)
+        target = objective.target(x0, noise, levels.alpha, levels.sigma, schedule.prediction_type)
+        errors = jnp.mean((output.astype(jnp.float32) - target) ** 2, axis=(1, 2, 3))
+        weights = batch.get("weights", jnp.ones(len(x0)))
+        if settings.min_snr_gamma:
+            weights = weights * objective.min_snr_weight(
+                levels.alpha, levels.sigma, schedule.prediction_type, settings.min_snr_gamma
+            ).reshape(-1)
+        by_level = noise_levels.by_level(errors, levels.shares)
+        return jnp.mean(weights * errors), {"by_noise_level": by_level}
 
     return loss
 
 
-def _preview(parts: _Parts, shape: tuple[int, int, int]) -> Callable[[Params, Params], np.ndarray]:
-    captions = preview_captions()
-    table = samplers.sampler_table(PREVIEW_SAMPLER, parts.schedule, PREVIEW_STEPS)
-    token_ids = {
-        "positive": _tokenize(parts.tokenizer, captions),
-        "negative": _tokenize(parts.tokenizer, [""] * len(captions)),
+def in_dtype(params: Params, dtype) -> Params:
+    """The parameters as they are computed with."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def clean_latents(parts: Components, networks: Params, batch: dict, key: Array) -> Array:
+    """The batch's scaled latents, float32 [batch, h, w, c]: given, or sampled by the encoder."""
+    if "latents" in batch:
+        return batch["latents"].astype(jnp.float32)
+    pixels = to_float(batch["pixels"]).astype(jax.tree.leaves(networks["vae"])[0].dtype)
+    vae = nnx.merge(parts.graphs["vae"], networks["vae"])
+    mean, log_variance = (part.astype(jnp.float32) for part in vae.encode(pixels))
+    sampled = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+    return jax.lax.stop_gradient(parts.configs["vae"].scale(sampled))
+
+
+def conditioning(
+    parts: Components, networks: Params, batch: dict, size: tuple[int, int]
+) -> Conditioning:
+    """What the U-Net is told of the batch: of its captions, and for XL of latents' size (h, w)."""
+    xl = "text_encoder_2" in parts.text_encoders
+    if "context" in batch:
+        context, pooled = batch["context"], batch.get("pooled")
+    else:
+        graphs = {name: parts.graphs[name] for name in parts.text_encoders}
+        context, pooled = encode_tokens(
+            graphs,
+            {name: networks[name] for name in graphs},
+            {name: batch["token_ids"][name][:, None] for name in graphs},
+            layers_skipped=XL_LAYERS_SKIPPED * xl,
+            final_norm=not xl,
+            pooled=xl,
+        )
+    dtype = jax.tree.leaves(networks["unet"])[0].dtype
+    context = context.astype(dtype)
+    if not xl:
+        return Conditioning(context)
+    height, width = (side * parts.configs["vae"].factor for side in size)
+    sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+    return Conditioning(context, pooled.astype(dtype), jnp.tile(sizes, (len(context), 1)))
+
+
+def _evaluate(
+    graph: nnx.GraphDef, params: Params, x: Array, timesteps: Array, told: Conditioning
+) -> Array:
+    unet = nnx.merge(graph, params)
+    return unet(x, timesteps, told.context, pooled=told.pooled, time_ids=told.time_ids)
+
+
+def batches(
+    parts: Components, recipe: TextToImageRecipe, output: Path
+) -> tuple[Callable[[int], dict], list[dict], list[str]]:
+    """The batch of each step, batches for validation, and the captions of the sample grids."""
+    if recipe.data.path == scenes.PIXELS:
+        raw, held_out, captions = _of_scenes(parts, recipe, output)
+    else:
+        raw, held_out, captions = _of_examples(parts, recipe)
+    if recipe.prior:
+        raw = _with_prior(raw, parts, recipe, output)
+    empty = {name: tokenize([""])[0] for name, tokenize in parts.tokenizers.items()}
+
+    def batch(step: int, raw: Callable[[int], dict] = raw, dropout=recipe.caption_dropout) -> dict:
+        made = raw(step)
+        captions = made.pop("captions")
+        if "context" in made:
+            return made
+        rng = np.random.default_rng([recipe.seed, DROPOUT, step])
+        dropped = rng.random(len(captions)) < dropout
+        made["token_ids"] = {
+            name: np.where(dropped[:, None], empty[name], tokenize(captions))
+            for name, tokenize in parts.tokenizers.items()
+        }
+        return made
+
+    validation = [batch(number, held_out, 0.0) for number in range(VALIDATION_BATCHES)]
+    return batch, validation if held_out is not raw else [], captions
+
+
+def size_of(parts: Components, source: Data) -> int:
+    """The side of the square whose area images are brought to, in pixels."""
+    return source.size or parts.configs["unet"].sample_size * parts.configs["vae"].factor
+
+
+def _of_scenes(parts: Components, recipe: TextToImageRecipe, output: Path) -> tuple:
+    """The shapes world: functions from steps to batches, and captions."""
+    vae, graph = parts.params["vae"], parts.graphs["vae"]
+    config = parts.configs["vae"]
+
+    def encode(pixels: Array) -> Array:
+        return config.scale(nnx.merge(graph, vae).encode(to_float(pixels))[0])
+
+    digest = scenes.digest_of(config, *(vae.get(name, {}) for name in ENCODER))
+    latents, captions = scenes.encoded(recipe.data, recipe.seed, encode, digest, output)
+    count = len(captions)
+    split = max(count - VALIDATION_BATCHES * recipe.batch_size, count // 2)
+
+    def among(first: int, stop: int) -> Callable[[int], dict]:
+        def raw(step: int) -> dict:
+            rng = np.random.default_rng([recipe.seed, step])
+            rows = rng.integers(first, stop, size=recipe.batch_size)
+            return {"latents": latents[rows], "captions": [captions[row] for row in rows]}
+
+        return raw
+
+    texts = captions[:48] if recipe.data.templates else preview_captions()
+    return among(0, split), among(split, count), texts
+
+
+def _of_examples(parts: Components, recipe: TextToImageRecipe) -> tuple:
+    """The user's images: functions from steps to batches, and captions.
+
+    The last fiftieth is held out for validation, if that is a batch at least.
+    """
+    examples = data.open_examples(recipe.data)
+    sizes = data.buckets(
+        size_of(parts, recipe.data), recipe.data.aspect_ratios, parts.size_multiple
+    )
+    held_out = len(examples) // 50
+    held_out = held_out if held_out >= recipe.batch_size else 0
+    split = len(examples) - held_out
+    make = partial(
+        data.batches, examples, batch_size=recipe.batch_size, seed=recipe.seed, sizes=sizes
+    )
+    raw = make(flip=recipe.data.flip, among=range(split))
+    held = make(random_crop=False, among=range(split, len(examples))) if held_out else raw
+    return raw, held, [examples.captions[i] for i in range(min(split, 48))]
+
+
+def _with_prior(
+    raw: Callable[[int], dict], parts: Components, recipe: TextToImageRecipe, output: Path
+) -> Callable[[int], dict]:
+    """Beside each batch one of as many images that the model itself made of the class."""
+    made = dreambooth.class_images(recipe.model, recipe.prior, output / "prior")
+    size = size_of(parts, recipe.data)
+    examples = data.open_examples(Data(path=str(made)))
+    prior = data.batches(
+        examples, batch_size=recipe.batch_size, seed=recipe.seed, sizes=[(size, size)]
+    )
+    weights = np.repeat(np.float32([1.0, recipe.prior.weight]), recipe.batch_size)
+
+    def both(step: int) -> dict:
+        subject, of_class = raw(step), prior(step)
+        return {
+            "pixels": np.concatenate([subject["pixels"], of_class["pixels"]]),
+            "captions": subject["captions"] + of_class["captions"],
+            "weights": weights,
+        }
+
+    return both
+
+
+def preview(
+    parts: Components,
+    schedule: NoiseSchedule,
+    whole: Callable[[Params, Params], Params],
+    captions: Sequence[str],
+    size: int,
+) -> Callable[[Params, Params], np.ndarray]:
+    """The function that draws a sample grid: the same captions and seeds each time.
+
+    Args:
+      whole: (trained, frozen) to the parameters of every component.
+      size: pixels, of a square image.
+    """
+    config = parts.configs["vae"]
+    count = min(len(captions), max(4, PREVIEW_PX // size**2))
+    captions = captions[:count]
+    side = size // config.factor
+    table = samplers.sampler_table(_sampler(parts), schedule, PREVIEW_STEPS)
+    told = {
+        sign: {"token_ids": {name: tokenize(texts) for name, tokenize in parts.tokenizers.items()}}
+        for sign, texts in (("positive", captions), ("negative", [""] * count))
     }
 
-    @jax.jit
-    def sample(params: Params, noise: Array) -> Array:
-        encode = nnx.merge(parts.text_graph, params["text_encoder"])
-        told = {sign: [Conditioning(encode(ids)[0])] for sign, ids in token_ids.items()}
+    @compilation.jit
+    def sample(params: Params, frozen: Params, noise: Array, fresh_noise: Array | None) -> Array:
+        networks = whole(params, frozen)
         pixels, _ = sample_pixels(
-            [Network(parts.unet_graph, parts.schedule.prediction_type)],
-            parts.vae_graph,
-            parts.vae_config,
+            [Network(parts.graphs["unet"], schedule.prediction_type)],
+            parts.graphs["vae"],
+            config,
             jnp.float32,
-            {"unets": [params["unet"]], "vae": parts.vae_params},
+            {"unets": [networks["unet"]], "vae": networks["vae"]},
             noise,
-            None,
-            **told,
-            guidance_scale=jnp.full(len(captions), PREVIEW_GUIDANCE),
+            fresh_noise,
+            **{
+                sign: [conditioning(parts, networks, batch, (side, side))]
+                for sign, batch in told.items()
+            },
+            guidance_scale=jnp.full(count, PREVIEW_GUIDANCE),
             initial_scale=table.initial_scale,
             columns=table.columns(),
-            stretches=[Stretch(expert=0, rows=PREVIEW_STEPS, guided=True)],
-            decoded_at_once=len(captions),
+            stretches=[Stretch(expert=0, rows=len(table.timesteps), guided=True)],
+            decoded_at_once=1 if size > DECODED_ALONE_PX else count,
         )
         return pixels
 
-    def preview(params: Params, frozen: Params) -> np.ndarray:
-        noise, _ = random_noise.draw(np.arange(len(captions), dtype=np.uint32), shape, "jax")
-        return grid(np.asarray(sample(params, noise)), columns=8)
+    def picture(params: Params, frozen: Params) -> np.ndarray:
+        seeds, shape = np.arange(count, dtype=np.uint32), (side, side, config.latent_channels)
+        noise, fresh_noise = random_noise.draw(seeds, shape, "jax", table.draws)
+        pixels = sample(params, frozen, noise, fresh_noise)
+        return grid(np.asarray(pixels), columns=min(8, count))
 
-    return preview
-
-
-def _export(parts: _Parts, params: Params, frozen: Params, directory: Path) -> None:
-    configs = {
-        "text_encoder": parts.text_config,
-        "unet": parts.unet_config,
-        "vae": parts.vae_config,
-    }
-    diffusers.save_pipeline(
-        directory,
-        configs=configs,
-        params={**params, "vae": parts.vae_params},
-        scheduler=parts.recipe.scheduler,
-        tokenizer=Path(parts.recipe.tokenizer),
-        dtype=np.float16,
-    )
+    return picture
 
 
-def _refuse_misfits(
-    text_config: CLIPTextConfig, unet_config: UNetConfig, vae_config: AutoencoderKLConfig
-) -> None:
-    for ours, name, theirs in (
-        (unet_config.in_channels, "vae.latent_channels", vae_config.latent_channels),
-        (unet_config.out_channels, "vae.latent_channels", vae_config.latent_channels),
-        (unet_config.cross_attention_dim, "text_encoder.hidden_size", text_config.hidden_size),
-    ):
-        if ours != theirs:
-            raise InputError(
-                f"the recipe's unet is made for a {name} of {ours}, but it is {theirs}"
-            )
-
-
-def _load_tokenizer(directory: Path) -> CLIPTokenizer:
-    # Without this check transformers would look for the name on the Hub.
-    if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise InputError(f"{directory} holds no tokenizer (no vocab.json, no tokenizer.json)")
-    return CLIPTokenizer.from_pretrained(directory)
-
-
-def preview_captions() -> list[str]:
-    """The captions of the sample grids: the same at every step of every run."""
-    rng = np.random.default_rng(PREVIEW_SEED)
-    return [shapes.sample(rng)[1] for _ in range(PREVIEW_IMAGES)]
-
-
-def _stratified_timesteps(key: Array, count: int, num_train_timesteps: int) -> Array:
-    """Uniform, one in each of `count` equal parts (Kingma et al., 2021, arXiv:2107.00630, I.1)."""
-    positions = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
-    return (positions * num_train_timesteps).astype(jnp.int32)
-
-
-def _tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> np.ndarray:
-    """int32 [captions, the tokenizer's length]."""
-    rows = tokenizer(captions, padding="max_length", truncation=True)["input_ids"]
-    return np.array(rows, np.int32)
-
-
-def _encoded_scenes(
-    recipe: TextToImageRecipe, output: Path, config, graph, params: Params, tokenizer
-) -> tuple[np.ndarray, np.ndarray]:
-    """Latents float16 [scenes, h, w, c], scaled, and token ids int32 [scenes, tokens].
-
-    Rendered and encoded on the first call, read from `output` afterwards.
-    """
-    path = output / f"scenes-{_encoder_digest(config, params)}.npz"
-    if any(other != path for other in output.glob("scenes-*.npz")):
-        raise InputError(
-            f"{recipe.vae} is not the autoencoder that {output} was begun with; name "
-            "another --output"
-        )
-    if not path.exists():
-        latents, captions = _encode_scenes(recipe, config, graph, params)
-        token_ids = np.concatenate(
-            [_tokenize(tokenizer, captions[i : i + 4096]) for i in range(0, len(captions), 4096)]
-        )
-        unfinished = output / "scenes.unfinished.npz"
-        np.savez(unfinished, latents=latents, token_ids=token_ids)
-        os.replace(unfinished, path)
-    with np.load(path, allow_pickle=False) as scenes:
-        return scenes["latents"], scenes["token_ids"]
-
-
-def _encode_scenes(
-    recipe: TextToImageRecipe, config: AutoencoderKLConfig, graph: nnx.GraphDef, params: Params
-) -> tuple[np.ndarray, list[str]]:
-    """Renders the recipe's scenes; returns their latents and captions."""
-
-    @jax.jit
-    def encode(params: Params, pixels: Array) -> Array:
-        mean, _ = nnx.merge(graph, params).encode(to_float(pixels))
-        return config.scale(mean).astype(jnp.float16)
-
-    latents, captions = [], []
-    for start in tqdm(range(0, recipe.data.scenes, ENCODE_BATCH), desc="encoding scenes"):
-        rng = np.random.default_rng([recipe.seed, start])
-        scenes, texts = zip(*(shapes.sample(rng) for _ in range(ENCODE_BATCH)), strict=True)
-        latents.append(np.asarray(encode(params, np.stack(list(map(shapes.render, scenes))))))
-        captions += texts
-    return np.concatenate(latents), captions
-
-
-def _encoder_digest(config: AutoencoderKLConfig, params: Params) -> str:
-    """Of all that the latents depend on; the decoder may be trained further."""
-    digest = hashlib.sha256(repr(config).encode())
-    for name in ENCODER:
-        for leaf in jax.tree.leaves(params.get(name, {})):
-            digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
+def _sampler(parts: Components) -> str:
+    scheduler = parts.scheduler.get("_class_name")
+    if scheduler not in SAMPLER_OF_SCHEDULER:
+        known = ", ".join(SAMPLER_OF_SCHEDULER)
+        raise InputError(f"scheduler._class_name = {scheduler!r} must be one of {known}")
+    return SAMPLER_OF_SCHEDULER[scheduler]

@@ -141,7 +141,7 @@ def parts(tiny_checkpoint):
         configs=configs,
         params=params,
         scheduler=checkpoint.config("scheduler"),
-        tokenizer=tokenizer,
+        tokenizers={"text_encoder": tokenizer},
     )
 
 
@@ -152,7 +152,7 @@ def copy(tiny_checkpoint, tmp_path):
 
 def test_a_checkpoint_is_replaced_byte_for_byte_even_by_its_own_tokenizer(parts, copy):
     fingerprint = open_checkpoint(copy).fingerprint
-    save_pipeline(copy, **parts | {"tokenizer": copy / "tokenizer"}, dtype=np.float32)
+    save_pipeline(copy, **parts | {"tokenizers": {"text_encoder": copy / "tokenizer"}}, dtype=np.float32)
     assert open_checkpoint(copy).fingerprint == fingerprint
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 

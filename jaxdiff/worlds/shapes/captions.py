@@ -1,5 +1,6 @@
 """The caption grammar: what a caption says, as a value and as a sentence."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,14 +60,13 @@ class Caption:
         return joint.join(group.text() for group in self.groups) + ending
 
 
-_NAMES = tuple(TEMPLATES)
-_CUMULATIVE = np.cumsum(list(TEMPLATES.values()))
-
-
-def draw_caption(rng: np.random.Generator) -> Caption:
-    """Draw a caption: a template by `TEMPLATES`, its words evenly."""
-    index = np.searchsorted(_CUMULATIVE, rng.random() * _CUMULATIVE[-1], side="right")
-    template = _NAMES[min(index, len(_NAMES) - 1)]
+def draw_caption(
+    rng: np.random.Generator, templates: Collection[str] = tuple(TEMPLATES)
+) -> Caption:
+    """Draw a caption: one of these templates, each as often as `TEMPLATES` says; words evenly."""
+    cumulative = np.cumsum([TEMPLATES[name] for name in templates])
+    index = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
+    template = tuple(templates)[min(index, len(templates) - 1)]
     background = pick(rng, BACKGROUNDS) if rng.random() < BACKGROUND_RATE else None
     return fill(template, rng, background)
 

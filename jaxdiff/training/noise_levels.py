@@ -1,0 +1,66 @@
+"""How noisy each image of a training batch is made."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.scipy.special import ndtri
+
+from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.training.recipe import Loss
+
+LEVELS = 20  # parts of the timesteps whose losses are told apart
+
+
+class NoiseLevels(NamedTuple):
+    """One for each image of a batch.
+
+    Attributes:
+      timesteps: [batch], what the network is told.
+      alpha, sigma: float32 [batch, 1, 1, 1], of x_t = alpha x_0 + sigma eps.
+      shares: float32 [batch], 0 without noise to 1 without signal.
+    """
+
+    timesteps: Array
+    alpha: Array
+    sigma: Array
+    shares: Array
+
+
+def draw(schedule: NoiseSchedule, loss: Loss, key: Array, count: int) -> NoiseLevels:
+    """Draws as the recipe says, one in each of `count` equally likely parts.
+
+    Kingma et al., 2021, arXiv:2107.00630, I.1: the batches' losses differ less.
+    """
+    shares = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
+    if loss.timesteps == "logit_normal":
+        normal = ndtri(jnp.clip(shares, 1e-6, 1 - 1e-6))
+        shares = jax.nn.sigmoid(loss.logit_mean + loss.logit_std * normal)
+    steps = schedule.num_train_timesteps
+    if schedule.prediction_type == "flow":
+        # Esser et al., 2024, arXiv:2403.03206, equation 23; the network is told the shifted one.
+        # A tenth of a timestep is kept: no image is without noise.
+        shares = jnp.maximum(shares, 0.1 / steps)
+        sigma = schedule.shift * shares / (1 + (schedule.shift - 1) * shares)
+        timesteps, alpha = sigma * steps, 1.0 - sigma
+    else:
+        timesteps = jnp.minimum((shares * steps).astype(jnp.int32), steps - 1)
+        bars = schedule.alpha_bars()  # float64: near 1, what float32 leaves of 1 - bars is coarse
+        alpha, sigma = (
+            jnp.asarray(np.sqrt(each), jnp.float32)[timesteps] for each in (bars, 1.0 - bars)
+        )
+    return NoiseLevels(timesteps, _beside(alpha), _beside(sigma), shares)
+
+
+def by_level(losses: Array, shares: Array) -> Array:
+    """The sum of the losses [batch] in each of `LEVELS` parts, and how many: [2, LEVELS]."""
+    level = jnp.minimum((shares * LEVELS).astype(jnp.int32), LEVELS - 1)
+    both = jnp.stack([losses, jnp.ones_like(losses)])
+    return jax.ops.segment_sum(both.T, level, LEVELS).T
+
+
+def _beside(values: Array) -> Array:
+    """[batch] to [batch, 1, 1, 1], float32."""
+    return values.astype(jnp.float32)[:, None, None, None]
