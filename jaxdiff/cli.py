@@ -24,6 +24,7 @@ commands:
   view       write a gallery of a dataset: pages for a browser, without a server
   sign       add a C2PA manifest (Content Credentials) to every image of a dataset
   train      train a model from a recipe
+  encode     encode images to latents once, before a training
 
 start with:
   echo "a red circle above a blue square" > prompts.txt
@@ -84,6 +85,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
         "view": _view,
         "sign": _sign,
         "train": _train,
+        "encode": _encode,
     }
     if name not in commands:
         raise InputError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
@@ -211,6 +213,63 @@ def _train(arguments: list[str]) -> int:
 
     run.train(said.recipe, said.output)
     return 0
+
+
+def _encode(arguments: list[str]) -> int:
+    parser = Parser(
+        "encode",
+        description="Encode captioned images to a model's latents once, so that trainings need not "
+        "do it at every step. What is written is named by data.path of a recipe. Exit codes: 0 "
+        "done; 1 failed part-way, the same command continues; 2 the command or its input cannot be "
+        "used; 75 stopped by a signal, the same command continues.",
+        epilog="example:\n  jaxdiff encode --data photos --model shapes64 --output out/encoded\n\n"
+        "Options that are not listed here go to Apache Beam.",
+    )
+    parser.add_argument("--data", metavar="DIR", required=True, help="the images (docs/data.md)")
+    parser.add_argument("--output", metavar="DIR", required=True, help="for what is encoded")
+    parser.add_argument(
+        "--model", metavar="MODEL", default="shapes64", help="as for jaxdiff generate --model"
+    )
+    parser.add_argument(
+        "--captions", metavar="COLUMN", default="", help="of the captions (default: found)"
+    )
+    parser.add_argument(
+        "--size",
+        metavar="PX",
+        type=int,
+        default=0,
+        help="side of the square whose area images are brought to (default: the model's)",
+    )
+    parser.add_argument(
+        "--aspect-ratios",
+        metavar="RATIO",
+        type=float,
+        default=1.0,
+        help="widest and, inverted, tallest of the images (default: 1, squares)",
+    )
+    parser.add_argument("--embed", action="store_true", help="encode the captions as well")
+    parser.add_argument(
+        "--images-per-shard", metavar="N", type=int, default=1000, help="at most (default: 1000)"
+    )
+    said, beam_arguments = parser.parse_known_args(arguments)
+    if beam_arguments and not beam_arguments[0].startswith("-"):
+        parser.error(f"unexpected {beam_arguments[0]!r}")
+    if said.images_per_shard < 1:
+        parser.error("--images-per-shard must be at least 1")
+    from pipelines import encode
+    from pipelines.options import Models
+
+    encoding = encode.Encoding(
+        data=str(Path(said.data).absolute()),
+        model=Models(said.model).anywhere().model,
+        output=str(Path(said.output).absolute()),
+        captions=said.captions,
+        size=said.size,
+        aspect_ratios=said.aspect_ratios,
+        embeddings=said.embed,
+        images_per_shard=said.images_per_shard,
+    )
+    return encode.run(encoding, beam_arguments)
 
 
 def _set_logging(debug: bool) -> None:

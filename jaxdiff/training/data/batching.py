@@ -33,9 +33,9 @@ def buckets(size: int, aspect_ratios: float, multiple: int) -> list[tuple[int, i
       InputError: if there are no such sizes.
     """
     if size < 1 or size % multiple:
-        raise InputError(f"data.size = {size} must be a multiple of {multiple}, as the model asks")
+        raise InputError(f"a size of {size} must be a multiple of {multiple}, as the model asks")
     if not 1 <= aspect_ratios < float("inf"):
-        raise InputError(f"data.aspect_ratios = {aspect_ratios} must be 1 or more")
+        raise InputError(f"aspect ratios of up to {aspect_ratios} must be 1 or more")
     found = set()
     for short in range(multiple, size + multiple, multiple):
         long = size * size // short // multiple * multiple
@@ -124,7 +124,7 @@ def _members(examples: Examples, rows: np.ndarray, sizes: Sequence[tuple[int, in
         raise InputError(
             f"{examples.names[rows[small[0]]]} has {width}x{height} pixels where "
             f"{needed[1]}x{needed[0]} are needed, as {len(small)} of {len(rows)} images have too "
-            "few; remove them, or choose a smaller data.size"
+            "few; remove them, or choose a smaller size"
         )
     return of_size
 
@@ -137,7 +137,7 @@ def _encoded_members(
         height, width = examples.sizes[rows][~matches.any(axis=1)][0]
         raise InputError(
             f"{examples.path} holds latents of {width}x{height} pixels, which is no size of this "
-            "recipe; give data.size and data.aspect_ratios the values that it was encoded with"
+            "recipe; give size and aspect_ratios of the data the values that it was encoded with"
         )
     return matches.argmax(axis=1)
 

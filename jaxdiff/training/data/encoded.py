@@ -1,13 +1,16 @@
 """Images as latents and captions as embeddings, made once by `pipelines.encode`.
 
-    DIR/encoded.json               what they were made with, and the shards; written last
-    DIR/data/00000.safetensors     for images of one size: mean, std, captions, perhaps embeddings
+    DIR/encoding.json              what is being encoded, and how; written first
+    DIR/data/00000.safetensors     images of one size: mean, std, captions, perhaps embeddings
+    DIR/empty.safetensors          the empty caption's embeddings, if captions are embedded
+    DIR/encoded.json               what made it, and the shards; written last
 
 The posterior of the autoencoder is stored, not a sample: so every epoch draws new latents from it,
 as if images were encoded when they are needed. It is stored as the denoiser knows latents, brought
 to unit variance. Imports no JAX.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -15,15 +18,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from jaxdiff.checkpoint.safetensors_header import read_header
 from jaxdiff.errors import InputError
 
 INDEX = "encoded.json"
-PLAN = "_jaxdiff/plan/encode.json"  # is there as soon as the encoding has begun
+SETTINGS = "encoding.json"
+EMPTY = "empty.safetensors"
 VERSION = 1
 EMBEDDINGS = ("context", "pooled")
+ENCODER = ("encoder", "quant_conv")  # the parts of an autoencoder that make latents
+SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 DTYPES = {"F16": np.dtype("<f2"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
 
 
@@ -50,7 +56,8 @@ class EncodedExamples:
     Attributes:
       path: the folder that they come from.
       sizes: int32 [n, 2], height and width in pixels of the images that were encoded.
-      made_with: what they were encoded by: "autoencoder", and perhaps "text_encoders", digests.
+      made_with: digests of what encoded them: "autoencoder", as `latents_digest` gives it, and, if
+        captions are embedded, "text_encoders": the `weights_digest` of {name: parameters}.
       empty: the embedding of the empty caption, float32: "context" [tokens, width] and perhaps
         "pooled" [width]; nothing if captions are not embedded.
     """
@@ -89,7 +96,7 @@ class EncodedExamples:
 
 def is_encoded(folder: Path) -> bool:
     """Whether `pipelines.encode` has finished, or begun, to write there."""
-    return (folder / INDEX).is_file() or (folder / PLAN).is_file()
+    return (folder / INDEX).is_file() or (folder / SETTINGS).is_file()
 
 
 def open_encoded(folder: Path) -> EncodedExamples:
@@ -107,29 +114,27 @@ def open_encoded(folder: Path) -> EncodedExamples:
             raise ValueError("another version of jaxdiff made it")
         shards = [Shard(**shard) for shard in said["shards"]]
         made_with = {str(name): str(value) for name, value in said["made_with"].items()}
-        empty = {name: np.array(said["empty"][name], np.float32) for name in sorted(said["empty"])}
-        if not shards or not set(empty) <= set(EMBEDDINGS):
-            raise ValueError("it names no shards, or embeddings that are not known")
+        if not shards:
+            raise ValueError("it names no shards")
         sizes = [(shard.height, shard.width) for shard in shards for _ in range(shard.images)]
         sizes = np.array(sizes, np.int32).reshape(-1, 2)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as problem:
         raise InputError(f"{index} cannot be used ({problem}); encode again elsewhere") from None
+    has_embeddings = "text_encoders" in made_with
+    empty = _mapped(folder / EMPTY) if has_embeddings else {}
+    if has_embeddings != bool(empty) or not set(empty) <= set(EMBEDDINGS):
+        raise InputError(f"{folder / EMPTY} does not hold embeddings; encode again elsewhere")
+    empty = {name: array.astype(np.float32) for name, array in empty.items()}
     starts = np.cumsum([0, *(shard.images for shard in shards[:-1])])
-    maps = [_mapped(folder, shard, empty) for shard in shards]
+    maps = [_shard(folder, shard, empty) for shard in shards]
     return EncodedExamples(folder, sizes, made_with, empty, maps, starts)
 
 
-def _mapped(folder: Path, shard: Shard, empty: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a shard, on the disk."""
+def _shard(folder: Path, shard: Shard, empty: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if not re.fullmatch(r"data/[\w-]+\.safetensors", str(shard.file)):
         raise InputError(f"{folder / INDEX} names {shard.file!r}, which is none of its shards")
     path = folder / shard.file
-    header = read_header(path)
-    arrays = {
-        name: np.memmap(path, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
-        for name, tensor in header.items()
-        if tensor.dtype in DTYPES and tensor.size
-    }
+    arrays = _mapped(path)
     shapes = {name: array.shape for name, array in arrays.items()}
     ends = arrays.get("caption_ends", np.zeros(0))
     sound = (
@@ -145,14 +150,19 @@ def _mapped(folder: Path, shard: Shard, empty: dict[str, np.ndarray]) -> dict[st
     return arrays
 
 
-def write_shard(
-    path: Path,
-    mean: np.ndarray,
-    std: np.ndarray,
-    captions: Sequence[str],
-    embeddings: dict[str, np.ndarray],
-) -> None:
-    """Writes a shard.
+def _mapped(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, on the disk; none that are empty or of other types."""
+    return {
+        name: np.memmap(path, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
+        for name, tensor in read_header(path).items()
+        if tensor.dtype in DTYPES and tensor.size
+    }
+
+
+def shard_bytes(
+    mean: np.ndarray, std: np.ndarray, captions: Sequence[str], embeddings: dict[str, np.ndarray]
+) -> bytes:
+    """A shard's file.
 
     Args:
       mean, std: of the scaled latents, [n, h, w, channels].
@@ -160,25 +170,50 @@ def write_shard(
       embeddings: of the captions, [n, ...], by the names of `EMBEDDINGS`.
     """
     texts = [caption.encode() for caption in captions]
-    floats = {"mean": mean, "std": std, **embeddings}
-    save_file(
-        {
-            **{name: np.ascontiguousarray(array, "<f2") for name, array in floats.items()},
-            "captions": np.frombuffer(b"".join(texts), np.uint8),
-            "caption_ends": np.cumsum([len(text) for text in texts], dtype=np.int64),
-        },
-        path,
-    )
+    tensors = _halves({"mean": mean, "std": std, **embeddings})
+    tensors["captions"] = np.frombuffer(b"".join(texts), np.uint8)
+    tensors["caption_ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    return save(tensors)
 
 
-def index_text(
-    shards: Sequence[Shard], made_with: dict[str, str], empty: dict[str, np.ndarray]
-) -> str:
-    """What `encoded.json` says; the arguments are as in `EncodedExamples`."""
-    said = {
-        "version": VERSION,
-        "made_with": made_with,
-        "shards": [asdict(shard) for shard in shards],
-        "empty": {name: array.tolist() for name, array in empty.items()},
-    }
-    return json.dumps(said, indent=1) + "\n"
+def empty_bytes(embeddings: dict[str, np.ndarray]) -> bytes:
+    """The file of the empty caption's embeddings, [...] each."""
+    return save(_halves(embeddings))
+
+
+def _halves(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(array, "<f2") for name, array in arrays.items()}
+
+
+def index_text(shards: Sequence[Shard], made_with: dict[str, str]) -> str:
+    """What `encoded.json` says; `made_with` as in `EncodedExamples`."""
+    listed = [asdict(shard) for shard in shards]
+    return json.dumps({"version": VERSION, "made_with": made_with, "shards": listed}, indent=1)
+
+
+def latents_digest(config, params: dict) -> str:
+    """SHA-256 (hex) of all that latents depend on; an autoencoder's decoder is not part of it.
+
+    Args:
+      config: its `AutoencoderKLConfig`.
+      params: its parameters, a nested dict.
+    """
+    scale = {name: getattr(config, name) for name in SCALE}
+    parts = {name: params[name] for name in ENCODER if name in params}
+    return weights_digest(parts, repr(scale))
+
+
+def weights_digest(params: dict, said: str = "") -> str:
+    """SHA-256 (hex) of parameters as float32, with their names, and of a text."""
+    digest = hashlib.sha256(said.encode())
+
+    def add(name: str, value) -> None:
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                add(f"{name}.{key}", value[key])
+        else:
+            digest.update(f"{name}{value.shape}".encode())
+            digest.update(np.asarray(value, np.float32).tobytes())
+
+    add("", params)
+    return digest.hexdigest()

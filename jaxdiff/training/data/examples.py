@@ -74,7 +74,7 @@ def open_examples(data: Data) -> Examples | EncodedExamples:
     """
     folder = Path(data.path)
     if not folder.is_dir():
-        raise InputError(f"data.path = {data.path!r}: there is no such folder")
+        raise InputError(f"{data.path}: there is no such folder of images")
     try:
         if encoded.is_encoded(folder):
             return encoded.open_encoded(folder)

@@ -108,8 +108,8 @@ def _caption(values: Mapping, column: str, where: str) -> str:
     caption = next((values[name] for name in names if values.get(name) is not None), None)
     if not isinstance(caption, str) or not caption.strip():
         raise InputError(
-            f"{where} has no caption: no text in {' or '.join(names)}; write one, or name the "
-            "column by data.captions"
+            f"{where} has no caption: no text in {' or '.join(names)}; write one, or "
+            "name the column of captions"
         )
     try:
         return checks.text("its caption", caption)
@@ -247,7 +247,7 @@ def _columns(path: Path, schema: pa.Schema, column: str) -> tuple[str, str]:
     if caption is None:
         raise InputError(
             f"{path} has no column {' or '.join(names)}, but "
-            f"{checks.shown(', '.join(schema.names))}; name the captions' by data.captions"
+            f"{checks.shown(', '.join(schema.names))}; name that of captions"
         )
     return leaf, caption
 

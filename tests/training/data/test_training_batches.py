@@ -50,7 +50,7 @@ def test_buckets_have_about_one_area_and_never_more():
 
 @pytest.mark.parametrize("said", [(500, 1.0, 64), (0, 1.0, 8), (64, 0.5, 8), (64, float("nan"), 8)])
 def test_buckets_that_cannot_be_are_refused(said):
-    with pytest.raises(InputError, match=r"data\.(size|aspect_ratios)"):
+    with pytest.raises(InputError, match="must be"):
         buckets(*said)
 
 

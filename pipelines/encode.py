@@ -1,0 +1,323 @@
+"""The Beam job behind `jaxdiff encode`: images to latents, captions to embeddings, once.
+
+    plan      sizes of the images -> buckets -> shards
+    encode    Create(shards that are not there) | Reshuffle | ParDo(EncodeShard)
+    finish    all shards are there -> encoded.json
+
+As in `generate`, the graph is linear, its element is the number of a shard, and files alone prove
+what is done. A shard is one file here, so it is committed by its renaming: it is there whole or not
+at all, and attempts write equal bytes on equal hardware. Unlike there, the model is in Beam's own
+process, one behind a lock: nothing that a stranger has written runs in it but image decoding, so
+there is no row to find guilty when it dies, and the same command continues.
+
+    python -m pipelines.encode --data photos --model shapes64 --output out/encoded
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import apache_beam as beam
+import numpy as np
+from tqdm import tqdm
+
+from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.checkpoint.networks import read_configs
+from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import plan as plans
+from jaxdiff.errors import InputError
+from jaxdiff.training.data import Examples, assign, buckets, encoded, open_examples, pictures
+from jaxdiff.training.data.encoder import Encoder
+from jaxdiff.training.recipe import Data
+from pipelines import runners, supervisor
+from pipelines.generate import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, stopped_by_signals
+from pipelines.images import StoppedError
+
+DECODERS = 4  # threads that decode images
+AHEAD = 2  # batches that are decoded while one is encoded
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What is to be encoded.
+
+    Attributes:
+      data: a folder of captioned images, in a form that `open_examples` knows.
+      captions: the column of captions; "" finds it.
+      model: as for `jaxdiff generate --model`.
+      output: the folder that is written.
+      size, aspect_ratios: as in `recipe.Data`; a size of 0 is the model's.
+      embeddings: whether captions are embedded.
+      images_per_shard: at most.
+    """
+
+    data: str
+    model: str
+    output: str
+    captions: str = ""
+    size: int = 0
+    aspect_ratios: float = 1.0
+    embeddings: bool = False
+    images_per_shard: int = 1000
+
+
+class EncodeShard(beam.DoFn):
+    """Encodes the shards whose numbers it is given."""
+
+    def __init__(self, encoding: Encoding):
+        self.encoding = encoding
+
+    def process(self, number: int) -> Iterator[int]:
+        """Yields the number again."""
+        try:
+            if not _failures:
+                with _lock:
+                    encode_shard(self.encoding, number)
+        except Exception as problem:
+            if _failures is None:
+                raise
+            _failures.append(problem)  # Beam would raise another error, as text
+        yield number
+
+
+_lock = threading.Lock()  # one model a process, and device calls one at a time
+_failures: list[Exception] | None = None  # of the job that runs in this process, if one does
+
+
+def run(encoding: Encoding, beam_arguments: list[str]) -> int:
+    """Encodes, or continues to; returns the exit code.
+
+    Raises:
+      InputError: if the command or its input cannot be used; nothing has been written then.
+      OSError: if the disk is full or refuses; the same command continues the job.
+    """
+    beam_runner = runners.choose(beam_arguments, 1)
+    output = Path(encoding.output)
+    opened.cache_clear()  # the images may have changed since a job before
+    examples, shards, _ = opened(encoding)
+    new = not (output / encoded.SETTINGS).exists()
+    _begin(encoding, examples, output)
+    layout.sweep(output)
+    todo = [n for n, shard in enumerate(shards) if not (output / shard.file).exists()]
+    if not todo and (output / encoded.INDEX).exists():
+        print(f"{output} is encoded already: {len(examples)} images")
+        return EXIT_OK
+    print(f"jaxdiff: {len(todo)} of {len(shards)} shards to encode", file=sys.stderr)
+    try:
+        with stopped_by_signals():
+            _encode(encoding, todo, beam_runner)
+            _finish(encoding, shards, output)
+    except StoppedError:
+        print(f"jaxdiff: stopped; the same command continues {output}", file=sys.stderr)
+        return EXIT_STOPPED
+    except InputError as problem:
+        if not new or any(output.glob("data/*")):
+            mend = "when that is mended, the same command continues"
+            print(f"jaxdiff: {problem}; {mend}", file=sys.stderr)
+            return EXIT_FAILED
+        (output / encoded.SETTINGS).unlink()
+        _tidy(output)
+        raise
+    print(f"{len(examples)} images are encoded in {output}")
+    return EXIT_OK
+
+
+def _begin(encoding: Encoding, examples: Examples, output: Path) -> None:
+    """Pins what is encoded to the directory; raises InputError if it holds something else."""
+    ours = (encoded.SETTINGS, layout.WORK)  # the first may have come this moment
+    if output.is_file() or (
+        output.exists()
+        and not (output / encoded.SETTINGS).exists()
+        and any(path.name not in ours for path in output.iterdir())
+    ):
+        raise InputError(f"--output {output} holds other files; name a new directory")
+    settings = asdict(encoding) | {
+        "model": open_checkpoint(encoding.model).fingerprint,
+        "images": _digest(examples),
+    }
+    del settings["output"]
+    output.mkdir(parents=True, exist_ok=True)
+    said = layout.pin(output, encoded.SETTINGS, json.dumps(settings, indent=1))
+    try:
+        old = json.loads(said)
+        changed = plans.differences(old, settings)
+    except (AttributeError, ValueError):
+        changed = f"{encoded.SETTINGS} is damaged"
+    if changed:
+        raise InputError(
+            f"--output {output} holds another encoding ({changed}); name another directory"
+        )
+
+
+def _digest(examples: Examples) -> str:
+    """SHA-256 (hex) of the images' sizes and captions, in their order."""
+    digest = hashlib.sha256(examples.sizes.astype("<i4").tobytes())
+    for caption in examples.captions:
+        digest.update(caption.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _encode(encoding: Encoding, todo: list[int], beam_runner: tuple) -> None:
+    """Runs the Beam job; raises what has gone wrong in this process."""
+    global _failures
+    if not todo:
+        return
+    runner, options = beam_runner
+    _failures = []
+    try:
+        with beam.Pipeline(runner=runner, options=options) as pipeline:
+            shards = pipeline | "Shards" >> beam.Create(todo, reshuffle=False)
+            _ = shards | beam.Reshuffle() | "EncodeShard" >> beam.ParDo(EncodeShard(encoding))
+    finally:
+        failures, _failures = _failures, None
+    if failures:
+        raise failures[0]
+
+
+class Work(NamedTuple):
+    """What there is to do: the images, the shards, and which images each of those holds."""
+
+    examples: Examples
+    shards: list[encoded.Shard]
+    rows: list[np.ndarray]
+
+
+@lru_cache(1)
+def opened(encoding: Encoding) -> Work:
+    """Finds the images, and makes shards of them: those of a size together, in their order.
+
+    Raises:
+      InputError: if they cannot be used.
+    """
+    checkpoint = open_checkpoint(encoding.model)
+    configs = read_configs(checkpoint)
+    multiple = configs["vae"].factor * 2 ** (len(configs["unet"].block_out_channels) - 1)
+    size = encoding.size or min(checkpoint.default_size)
+    sizes = buckets(size, encoding.aspect_ratios, multiple)
+    examples = open_examples(Data(path=encoding.data, captions=encoding.captions))
+    if not isinstance(examples, Examples):
+        raise InputError(f"--data {encoding.data} is encoded already")
+    of_size, step = assign(examples, sizes), encoding.images_per_shard
+    shards, rows = [], []
+    for number, (height, width) in enumerate(sizes):
+        mine = np.flatnonzero(of_size == number)
+        for start in range(0, len(mine), step):
+            rows.append(mine[start : start + step])
+            file = f"data/{len(shards):05d}.safetensors"
+            shards.append(encoded.Shard(file, height, width, len(rows[-1])))
+    return Work(examples, shards, rows)
+
+
+@lru_cache(1)
+def _encoder(model: str, embed: bool) -> Encoder:
+    return Encoder(open_checkpoint(model), embed=embed)
+
+
+def encode_shard(encoding: Encoding, number: int) -> None:
+    """Writes one shard, unless it is there.
+
+    Raises:
+      InputError: for an image that cannot be decoded, or whose latents are not finite.
+      StoppedError: if `supervisor.stopping` is set.
+    """
+    examples, shards, rows = opened(encoding)
+    shard, output = shards[number], Path(encoding.output)
+    if (output / shard.file).exists():
+        return
+    encoder = _encoder(encoding.model, encoding.embeddings)
+    indices = rows[number].tolist()
+    captions = [examples.caption(index) for index in indices]
+    means, stds = [], []
+    at_once = encoder.at_once(shard.height, shard.width)
+    progress = tqdm(total=len(indices), desc=f"shard {number + 1} of {len(shards)}", leave=False)
+    with progress, ThreadPoolExecutor(DECODERS) as threads:
+        for pixels in _batches(examples, shard, indices, at_once, threads):
+            mean, std = encoder.posterior(pixels)
+            means.append(mean.astype(np.float16))
+            stds.append(std.astype(np.float16))
+            progress.update(len(pixels))
+    mean, std = np.concatenate(means), np.concatenate(stds)
+    finite = np.isfinite(mean).all(axis=(1, 2, 3)) & np.isfinite(std).all(axis=(1, 2, 3))
+    if not finite.all():
+        name = examples.names[indices[int(np.argmin(finite))]]
+        raise InputError(f"{name} has latents that are not finite; replace or remove it")
+    content = encoded.shard_bytes(mean, std, captions, encoder.embeddings(captions))
+    _commit(output, shard.file, content)
+
+
+def _batches(
+    examples: Examples,
+    shard: encoded.Shard,
+    indices: list[int],
+    at_once: int,
+    threads: ThreadPoolExecutor,
+) -> Iterator[np.ndarray]:
+    """Yields the images in the shard's size, uint8 [n, h, w, 3], decoded a little ahead."""
+
+    def decoded(index: int) -> np.ndarray:
+        return pictures.fitted(examples.pixels(index), shard.height, shard.width)
+
+    waiting = deque()
+    for start in [*range(0, len(indices), at_once), *[None] * AHEAD]:
+        if supervisor.stopping.is_set():
+            threads.shutdown(cancel_futures=True)
+            raise StoppedError
+        if start is not None:
+            group = indices[start : start + at_once]
+            waiting.append([threads.submit(decoded, index) for index in group])
+        if waiting and (start is None or len(waiting) > AHEAD):
+            yield np.stack([image.result() for image in waiting.popleft()])
+
+
+def _commit(output: Path, name: str, content: bytes) -> None:
+    """Writes a file, which has its name when it is whole and on the disk."""
+    path = layout.temporary(output, "shard")
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        (output / name).parent.mkdir(exist_ok=True)
+        os.replace(path, output / name)
+        layout.sync_folder((output / name).parent)
+    except OSError as problem:
+        problem.filename = problem.filename or str(output)  # a full disk names no file
+        raise
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _finish(encoding: Encoding, shards: list[encoded.Shard], output: Path) -> None:
+    """Writes the index, which makes the encoding whole, and reads all of it once."""
+    if missing := [shard.file for shard in shards if not (output / shard.file).exists()]:
+        raise InputError(f"{output}: {missing[0]} is not made, whatever the runner says")
+    encoder = _encoder(encoding.model, encoding.embeddings)
+    if encoding.embeddings:
+        empty = {name: array[0] for name, array in encoder.embeddings([""]).items()}
+        _commit(output, encoded.EMPTY, encoded.empty_bytes(empty))
+    layout.write(output, encoded.INDEX, encoded.index_text(shards, encoder.made_with))
+    _tidy(output)
+    encoded.open_encoded(output)
+
+
+def _tidy(output: Path) -> None:
+    """Removes the folder of unfinished files, and the directory if that was all."""
+    for folder in (output / layout.TMP, output / layout.WORK, output):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+if __name__ == "__main__":
+    from jaxdiff import cli
+
+    sys.exit(cli.main(["encode", *sys.argv[1:]]))
