@@ -116,17 +116,18 @@ def open_encoded(folder: Path) -> EncodedExamples:
         made_with = {str(name): str(value) for name, value in said["made_with"].items()}
         if not shards:
             raise ValueError("it names no shards")
-        sizes = [(shard.height, shard.width) for shard in shards for _ in range(shard.images)]
-        sizes = np.array(sizes, np.int32).reshape(-1, 2)
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as problem:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as problem:
         raise InputError(f"{index} cannot be used ({problem}); encode again elsewhere") from None
     has_embeddings = "text_encoders" in made_with
     empty = _mapped(folder / EMPTY) if has_embeddings else {}
     if has_embeddings != bool(empty) or not set(empty) <= set(EMBEDDINGS):
         raise InputError(f"{folder / EMPTY} does not hold embeddings; encode again elsewhere")
     empty = {name: array.astype(np.float32) for name, array in empty.items()}
-    starts = np.cumsum([0, *(shard.images for shard in shards[:-1])])
     maps = [_shard(folder, shard, empty) for shard in shards]
+    counts = [shard.images for shard in shards]
+    starts = np.cumsum([0, *counts[:-1]])
+    sizes = np.array([(shard.height, shard.width) for shard in shards], np.int32)
+    sizes = np.repeat(sizes, counts, axis=0)
     return EncodedExamples(folder, sizes, made_with, empty, maps, starts)
 
 
@@ -138,7 +139,8 @@ def _shard(folder: Path, shard: Shard, empty: dict[str, np.ndarray]) -> dict[str
     shapes = {name: array.shape for name, array in arrays.items()}
     ends = arrays.get("caption_ends", np.zeros(0))
     sound = (
-        len(shapes.get("mean", ())) == 4
+        all(type(side) is int and 0 < side < 2**16 for side in (shard.height, shard.width))
+        and len(shapes.get("mean", ())) == 4
         and shapes.get("std") == shapes["mean"]
         and shapes["mean"][0] == shard.images == len(ends)
         and np.all(np.diff(ends, prepend=0) > 0)

@@ -95,9 +95,11 @@ def _inside(folder: Path, name, where: str) -> Path:
     if not isinstance(name, str) or not name:
         raise InputError(f"{where} has no file_name; say which image it is about")
     parts = PurePosixPath(name).parts
-    if PureWindowsPath(name).anchor or name.startswith("/") or ".." in parts or "\0" in name:
+    leads_out = PureWindowsPath(name).anchor or name.startswith("/") or ".." in parts
+    if leads_out or any(character < " " for character in name):
         raise InputError(
-            f"{where}: file_name {checks.shown(name)} leads out of {folder}; move the image there"
+            f"{where}: file_name {checks.shown(name)} is no path within {folder}; move the image "
+            "there"
         )
     return folder / name
 

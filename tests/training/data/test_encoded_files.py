@@ -1,0 +1,114 @@
+"""What was encoded is read as it was written, and nothing in its files is trusted."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxdiff.errors import InputError
+from jaxdiff.training.data import batches, encoded, open_examples
+from jaxdiff.training.recipe import Data
+
+CAPTIONS = ["eins", "zwei ☀", "drei", "vier", "fünf"]
+
+
+def arrays(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {
+        "mean": random.standard_normal((count, 4, 2, 8)),
+        "std": random.random((count, 4, 2, 8)),
+        "embeddings": {
+            "context": random.standard_normal((count, 7, 6)),
+            "pooled": random.standard_normal((count, 3)),
+        },
+    }
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Five images in two shards, embedded by two numbers each."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / encoded.SETTINGS).write_text("{}")
+    shards = []
+    for number, captions in enumerate([CAPTIONS[:3], CAPTIONS[3:]]):
+        name = f"data/{number:05d}.safetensors"
+        content = encoded.shard_bytes(captions=captions, **arrays(len(captions), number))
+        (tmp_path / name).write_bytes(content)
+        shards.append(encoded.Shard(name, 32, 16, len(captions)))
+    empty = {name: array[0] for name, array in arrays(1, 9)["embeddings"].items()}
+    (tmp_path / encoded.EMPTY).write_bytes(encoded.empty_bytes(empty))
+    made_with = {"autoencoder": "a", "text_encoders": "b"}
+    (tmp_path / encoded.INDEX).write_text(encoded.index_text(shards, made_with))
+    return tmp_path
+
+
+def test_everything_is_read_as_it_was_written(folder):
+    examples = open_examples(Data(path=str(folder)))
+    assert len(examples) == 5
+    assert examples.sizes.tolist() == [[32, 16]] * 5
+    assert [examples.caption(index) for index in range(5)] == CAPTIONS
+    assert examples.made_with == {"autoencoder": "a", "text_encoders": "b"}
+    for index in range(5):
+        stored = arrays(3 if index < 3 else 2, index // 3)
+        row = index % 3
+        half = np.stack([stored["mean"][row], stored["std"][row]]).astype(np.float16)
+        np.testing.assert_array_equal(np.stack(examples.posterior(index)), half)
+        for name, array in stored["embeddings"].items():
+            found = examples.embedding(index)[name]
+            np.testing.assert_array_equal(found, array[row].astype(np.float16))
+    assert {name: array.shape for name, array in examples.empty.items()} == {
+        "context": (7, 6),
+        "pooled": (3,),
+    }
+
+
+def test_a_batch_has_embeddings_beside_its_captions(folder):
+    examples = open_examples(Data(path=str(folder)))
+    batch = batches(examples, batch_size=3, seed=0, sizes=[(32, 16)])(0)
+    shapes = {name: array.shape for name, array in batch.items() if name != "captions"}
+    assert shapes == {"latents": (3, 4, 2, 8), "context": (3, 7, 6), "pooled": (3, 3)}
+    for caption, context in zip(batch["captions"], batch["context"], strict=True):
+        stored = examples.embedding(CAPTIONS.index(caption))["context"]
+        np.testing.assert_array_equal(context, stored)
+
+
+def change(folder: Path, **said) -> None:
+    index = json.loads((folder / encoded.INDEX).read_text())
+    index["shards"][0] |= said
+    (folder / encoded.INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / encoded.INDEX).unlink(), "not encoded to the end"),
+        (lambda f: (f / encoded.INDEX).write_text("{"), "encoded.json cannot be used"),
+        (lambda f: (f / encoded.INDEX).write_text('{"version": 2}'), "another version"),
+        (lambda f: change(f, file="../../secret.safetensors"), "none of its shards"),
+        (lambda f: change(f, file="/etc/passwd"), "none of its shards"),
+        (lambda f: change(f, images=10**12), "does not hold what"),
+        (lambda f: change(f, images="3"), "does not hold what"),
+        (lambda f: change(f, height=-1), "does not hold what"),
+        (lambda f: change(f, more=1), "encoded.json cannot be used"),
+        (lambda f: (f / "data/00001.safetensors").unlink(), "00001.safetensors is missing"),
+        (lambda f: (f / "data/00001.safetensors").write_bytes(b"cut"), "00001.safetensors"),
+        (lambda f: (f / encoded.EMPTY).unlink(), "empty.safetensors is missing"),
+        (
+            lambda f: (f / encoded.EMPTY).write_bytes(encoded.empty_bytes({"x": np.ones(2)})),
+            "does not hold embeddings",
+        ),
+        (
+            lambda f: (f / "data/00000.safetensors").write_bytes(
+                encoded.shard_bytes(captions=["a", "", "c"], **arrays(3))
+            ),
+            "does not hold what",
+        ),
+    ],
+)
+def test_what_is_damaged_is_named(folder, damage, said):
+    damage(folder)
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        open_examples(Data(path=str(folder)))
+    assert "\n" not in str(caught.value)
