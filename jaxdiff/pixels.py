@@ -54,7 +54,7 @@ def sample_pixels(
     denoisers = [
         (
             rows,
-            _denoiser(
+            denoiser(
                 networks[expert],
                 params["unets"][expert],
                 dtype,
@@ -81,7 +81,7 @@ def sample_pixels(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(decode, turns))
 
 
-def _denoiser(
+def denoiser(
     network: Network,
     params: dict,
     dtype,
@@ -90,7 +90,10 @@ def _denoiser(
     guidance_scale: Array,
     guidance_rescale: float,
 ) -> sampling.Denoiser:
-    """What `sampling.sample` takes: guided, if there is something to steer away from."""
+    """What `sampling.sample` takes: guided, if there is something to steer away from.
+
+    Args: as in `sample_pixels`, of one expert.
+    """
     unet, guided = nnx.merge(network.graph, params), negative is not None
     told = jax.tree.map(guidance.paired, negative, positive) if guided else positive
 

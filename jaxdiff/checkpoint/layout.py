@@ -23,7 +23,8 @@ from jaxdiff.checkpoint.tokenizer_files import check_tokenizer
 from jaxdiff.checkpoint.weight_files import NoVariantError, choose, no_index, read_weights
 from jaxdiff.errors import InputError
 
-BUNDLED = {"shapes64": Path(__file__).parents[1] / "assets" / "shapes64"}
+ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = {file.parent.name: file.parent for file in sorted(ASSETS.glob(f"*/{INDEX}"))}
 
 PIPELINE = "StableDiffusionPipeline"
 XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
@@ -33,6 +34,9 @@ DEFAULTS = {  # pipeline: (steps, guidance scale) of its __call__ in diffusers
     **dict.fromkeys(XL_PIPELINES, (50, 5.0)),
 }
 BUNDLED_DEFAULTS = (20, 3.0)
+# Our own entry of `model_index.json`: the {"steps", "guidance_scale"} that a model is made for.
+# diffusers passes over what begins with an underscore.
+OWN_DEFAULTS = "_defaults"
 SAMPLER_OF_SCHEDULER = {
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
@@ -163,12 +167,12 @@ class Checkpoint:
 
     @property
     def default_steps(self) -> int:
-        """The steps that the pipeline of diffusers takes unasked; 20 for the bundled model."""
+        """The steps that the model says it is made for, or its pipeline of diffusers takes."""
         return self._defaults[0]
 
     @property
     def default_guidance_scale(self) -> float:
-        """The guidance scale of the pipeline of diffusers; 3 for the bundled model."""
+        """The guidance scale, likewise."""
         return self._defaults[1]
 
     @cached_property
@@ -204,7 +208,10 @@ class Checkpoint:
     @property
     def _defaults(self) -> tuple[int, float]:
         bundled = self.path in BUNDLED.values()
-        return BUNDLED_DEFAULTS if bundled else DEFAULTS[self.pipeline]
+        steps, guidance_scale = BUNDLED_DEFAULTS if bundled else DEFAULTS[self.pipeline]
+        said = self.index.get(OWN_DEFAULTS)
+        said = said if isinstance(said, dict) else {}
+        return said.get("steps", steps), said.get("guidance_scale", guidance_scale)
 
     def _place(self, component: str) -> Path:
         """The file that says a component's config, for messages."""
@@ -215,7 +222,7 @@ def open_checkpoint(model: str | Path, variant: str | None = None) -> Checkpoint
     """Finds a checkpoint, fetches it if it is elsewhere, and checks that it is complete.
 
     Args:
-      model: the name of a bundled model, "shapes64"; the path of a diffusers directory or of a
+      model: a bundled model's name, such as "shapes64"; the path of a diffusers directory or of a
         single .safetensors file; a Hub id, "owner/name" or "owner/name@revision"; or a URL that
         fsspec opens, such as "gs://bucket/name".
       variant: which weights, such as "fp16". A network without them gives its full ones; without

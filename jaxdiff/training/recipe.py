@@ -262,19 +262,21 @@ class TextToImageRecipe(_Run):
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyRecipe(_Run):
-    """Distils a model into one of few steps: consistency (Luo et al., 2023, arXiv:2310.04378).
+    """Distils a model into one of few steps, told the guidance scale: `training/consistency.py`.
 
     Attributes:
       model: the teacher, a checkpoint that `jaxdiff generate` could use.
-      data: the captioned images.
+      data: whose captions are drawn; its images are not needed.
       guidance_scale: the lowest and the highest that the student is taught.
-      solver_steps: of the teacher's DDIM, between whose neighbours the student is made consistent.
+      student_steps: in which the student makes an image.
+      solver_steps: of the teacher's DDIM in the same time; a multiple of `student_steps`.
     """
 
     model: str
     data: Data = Data()
     guidance_scale: tuple[float, ...] = (2.0, 6.0)
-    solver_steps: int = 50
+    student_steps: int = 4
+    solver_steps: int = 20
 
 
 Recipe = (

@@ -1,0 +1,267 @@
+"""Distillation: a student that makes in few steps what its guided teacher makes in many.
+
+A multistep consistency model (Heek et al., 2024, arXiv:2403.06807): the teacher's trajectory is cut
+into as many parts as the student has steps, and from where a part begins, the student's one step of
+DDIM must reach its end. Where that is the teacher tells by walking there (Salimans and Ho, 2022,
+arXiv:2202.00512, with all halvings at once): a small student learns it in far fewer updates than
+from itself. It is told the guidance scale instead of being evaluated twice (Meng et al., 2023,
+arXiv:2210.03142), and it learns at the points that it comes to by itself from noise, so that it
+mends its own errors. That takes captions, but no images.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxdiff import compilation
+from jaxdiff.checkpoint import diffusers
+from jaxdiff.checkpoint.layout import OWN_DEFAULTS
+from jaxdiff.diffusion import noise as random_noise
+from jaxdiff.diffusion import samplers, sampling
+from jaxdiff.diffusion.schedule import DEFAULTS, NoiseSchedule
+from jaxdiff.diffusion.solvers import SamplerTable
+from jaxdiff.errors import InputError
+from jaxdiff.expert import Conditioning, Network
+from jaxdiff.models.unet import UNet2DConditionModel
+from jaxdiff.pixels import denoiser, sample_pixels
+from jaxdiff.stretches import Stretch
+from jaxdiff.training import data, scenes
+from jaxdiff.training.autoencoder import VALIDATION_SEED
+from jaxdiff.training.captions import preview_captions
+from jaxdiff.training.components import Components, load_model
+from jaxdiff.training.loop import Params, Task, grid
+from jaxdiff.training.recipe import ConsistencyRecipe, Data
+from jaxdiff.training.text_to_image import conditioning, size_of
+
+GUIDANCE_WIDTH = 256  # of the guidance scale's sinusoids, as in Luo et al., 2023, arXiv:2310.04378
+VALIDATION_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the objective is made of, but for the weights that it trains.
+
+    Attributes:
+      teacher, student: whole models; but for the U-Net they are one.
+      short, long: the sampler's tables of the student and of the teacher.
+    """
+
+    recipe: ConsistencyRecipe
+    teacher: Components
+    student: Components
+    short: SamplerTable
+    long: SamplerTable
+
+
+def task(recipe: ConsistencyRecipe) -> Task:
+    """The objective of `recipe`, ready for `loop.fit`.
+
+    Raises:
+      InputError: if the teacher cannot be read or is of a kind that is not built, if the recipe's
+        numbers do not fit each other, or if the captions cannot be read.
+    """
+    teacher = load_model(recipe.model)
+    for bad, what in (
+        (teacher.configs["unet"].time_cond_proj_dim is not None, "is distilled already"),
+        (teacher.prediction_type == "flow", "is trained by flow matching, which has no DDIM"),
+    ):
+        if bad:
+            raise InputError(f"model {recipe.model!r} {what}; name another teacher")
+    _refuse_misfits(recipe)
+    scheduler = _scheduler(teacher.scheduler)
+    config = replace(teacher.configs["unet"], time_cond_proj_dim=GUIDANCE_WIDTH)
+    graph, student_shapes = diffusers.abstract_network(UNet2DConditionModel, config)
+    made_for = {
+        "steps": recipe.student_steps,
+        "guidance_scale": sum(recipe.guidance_scale) / 2,
+    }
+    student = replace(
+        teacher,
+        configs={**teacher.configs, "unet": config},
+        graphs={**teacher.graphs, "unet": graph},
+        scheduler=scheduler,
+        pipeline={**teacher.pipeline, OWN_DEFAULTS: made_for},
+    )
+    schedule = NoiseSchedule.from_json(scheduler, "ddim")
+    short, long = (
+        samplers.sampler_table("ddim", schedule, steps)
+        for steps in (recipe.student_steps, recipe.solver_steps)
+    )
+    parts = _Parts(recipe, teacher, student, short, long)
+    batch, validation = _batches(parts)
+    return Task(
+        params=_begun(teacher.params["unet"], student_shapes),
+        frozen=teacher.params,
+        loss=_loss(parts),
+        batch=batch,
+        validation=validation,
+        preview=_preview(parts),
+        export=lambda params, _, directory: student.save(directory, {"unet": params}, np.float16),
+    )
+
+
+def _refuse_misfits(recipe: ConsistencyRecipe) -> None:
+    scales, steps = recipe.guidance_scale, recipe.student_steps
+    if len(scales) != 2 or not 1.0 <= scales[0] <= scales[1] <= 100.0:
+        raise InputError(
+            f"guidance_scale = {list(scales)} must be the lowest and the highest, 1 to 100"
+        )
+    if steps < 1 or recipe.solver_steps < steps or recipe.solver_steps % steps:
+        raise InputError(
+            f"solver_steps = {recipe.solver_steps} must be a multiple of student_steps = {steps}"
+        )
+
+
+def _scheduler(config: dict) -> dict:
+    """The student's scheduler: a teacher's, as DDIM with steps that begin at pure noise."""
+    said = {key: value for key, value in config.items() if key in DEFAULTS["ddim"]}
+    return said | {
+        "_class_name": "DDIMScheduler",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "timestep_spacing": "trailing",
+    }
+
+
+def _begun(teacher: Params, student_shapes: dict) -> Params:
+    """The teacher's parameters; those that listen to the guidance scale are 0 and say nothing."""
+    known = dict(jax.tree_util.tree_leaves_with_path(teacher))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.array(known.get(path, np.zeros(leaf.shape, np.float32))),
+        student_shapes,
+    )
+
+
+def _batches(parts: _Parts) -> tuple[Callable[[int], dict], list[dict]]:
+    """The batch of captions of each step, and batches for validation."""
+    recipe, caption = parts.recipe, _captions(parts.recipe.data)
+
+    def batch(step: int, seed: int = recipe.seed) -> dict:
+        rng = np.random.default_rng([seed, step])
+        captions = [caption(rng) for _ in range(recipe.batch_size)]
+        tokenizers = parts.teacher.tokenizers.items()
+        return {"token_ids": {name: tokenize(captions) for name, tokenize in tokenizers}}
+
+    return batch, [batch(number, VALIDATION_SEED) for number in range(VALIDATION_BATCHES)]
+
+
+def _captions(source: Data) -> Callable[[np.random.Generator], str]:
+    """A function that draws one caption of the data."""
+    if source.path == scenes.PIXELS:
+        scenes.check(source)
+        return lambda rng: scenes.draw(source, int(rng.integers(2**32)), 0)[1]
+    examples = data.open_examples(source)
+    return lambda rng: examples.caption(int(rng.integers(len(examples))))
+
+
+def _loss(parts: _Parts) -> Callable[[Params, Params, dict, Array], tuple[Array, dict]]:
+    recipe, shape = parts.recipe, _latent_shape(parts.teacher, parts.recipe)
+    (low, high), steps = recipe.guidance_scale, recipe.student_steps
+    tokenizers = parts.teacher.tokenizers.items()
+    empty_ids = {name: tokenize([""]) for name, tokenize in tokenizers}
+
+    def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
+        noise_key, scale_key = jax.random.split(key)
+        told = conditioning(parts.teacher, frozen, batch, shape[:2])
+        empty = conditioning(parts.teacher, frozen, {"token_ids": empty_ids}, shape[:2])
+        count = len(told.context)
+        empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), empty)
+        scale = jax.random.uniform(scale_key, count, minval=low, maxval=high)
+        x, wanted = _walked(
+            parts,
+            _denoiser(parts.student, jax.lax.stop_gradient(params), told, None, scale),
+            _denoiser(parts.teacher, frozen["unet"], told, empty, scale),
+            jax.random.normal(noise_key, (count, *shape)),
+        )
+        # The student's steps are evaluated again, all in one batch: gradients through a scan take
+        # ten times as long on a CPU.
+        told, scale = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * steps), (told, scale))
+        rows = parts.short.columns()
+        timesteps, alpha, sigma = (
+            jnp.repeat(rows[name], count) for name in ("timesteps", "alpha", "sigma")
+        )
+        alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
+        student = _denoiser(parts.student, params, told, None, scale)
+        x0, _ = student(x.reshape(-1, *shape), timesteps, alpha, sigma, None)
+        # As an error of v, which weighs that of x_0 by 1 / sigma^2.
+        errors = ((x0 - wanted.reshape(-1, *shape)) / sigma) ** 2
+        errors = jnp.mean(errors.reshape(steps, -1), axis=1)
+        return jnp.mean(errors), {f"loss_of_step_{i + 1}": error for i, error in enumerate(errors)}
+
+    return loss
+
+
+def _walked(
+    parts: _Parts, student: sampling.Denoiser, teacher: sampling.Denoiser, noise: Array
+) -> tuple[Array, Array]:
+    """Where the student comes to from noise, and what it should take for x_0 there.
+
+    Returns:
+      two arrays [steps, batch, ...]: what each step begins at, and the x_0 with which it would end
+      where the teacher does.
+    """
+    short, long = parts.short.columns(), parts.long.columns()
+    steps = len(short["a"])
+    long = {name: column.reshape(steps, -1, *column.shape[1:]) for name, column in long.items()}
+
+    def step(x: Array, rows: tuple[dict, dict]) -> tuple[Array, tuple[Array, Array]]:
+        row, teachers = rows
+        a, b = row["a"], row["b"][0]  # of DDIM's step, x' = a x + b x_0
+        end = sampling.sample([(len(teachers["a"]), teacher)], x, 1.0, teachers)
+        x0, _ = student(x, row["timesteps"], row["alpha"], row["sigma"], None)
+        return a * x + b * x0, (x, (end - a * x) / b)
+
+    return jax.lax.scan(step, noise, (short, long))[1]
+
+
+def _denoiser(
+    model: Components, params: Params, told: Conditioning, empty: Conditioning | None, scale: Array
+) -> sampling.Denoiser:
+    """A model's U-Net: guided, if there is what the empty caption says; else told the scale."""
+    network = Network(model.graphs["unet"], model.prediction_type, distilled=empty is None)
+    return denoiser(network, params, jnp.float32, told, empty, scale, 0.0)
+
+
+def _latent_shape(model: Components, recipe: ConsistencyRecipe) -> tuple[int, int, int]:
+    side = size_of(model, recipe.data) // model.configs["vae"].factor
+    return side, side, model.configs["vae"].latent_channels
+
+
+def _preview(parts: _Parts) -> Callable[[Params, Params], np.ndarray]:
+    """What the student makes of the captions of the sample grids."""
+    student, shape = parts.student, _latent_shape(parts.student, parts.recipe)
+    captions, table = preview_captions(), parts.short
+    tokenizers = student.tokenizers.items()
+    token_ids = {name: tokenize(captions) for name, tokenize in tokenizers}
+    scale = jnp.full(len(captions), sum(parts.recipe.guidance_scale) / 2)
+
+    @compilation.jit
+    def sample(params: Params, frozen: Params, noise: Array) -> Array:
+        told = conditioning(student, frozen, {"token_ids": token_ids}, shape[:2])
+        pixels, _ = sample_pixels(
+            [Network(student.graphs["unet"], student.prediction_type, distilled=True)],
+            student.graphs["vae"],
+            student.configs["vae"],
+            jnp.float32,
+            {"unets": [params], "vae": frozen["vae"]},
+            noise,
+            None,
+            [told],
+            [None],
+            scale,
+            table.initial_scale,
+            table.columns(),
+            stretches=[Stretch(expert=0, rows=len(table.timesteps), guided=False)],
+            decoded_at_once=len(captions),
+        )
+        return pixels
+
+    def preview(params: Params, frozen: Params) -> np.ndarray:
+        noise, _ = random_noise.draw(np.arange(len(captions), dtype=np.uint32), shape, "jax")
+        return grid(np.asarray(sample(params, frozen, noise)), columns=8)
+
+    return preview
