@@ -17,12 +17,20 @@ from flax import nnx
 from PIL import Image
 
 from jaxdiff import cli
-from jaxdiff.checkpoint.diffusers import load_params
+from jaxdiff.checkpoint.diffusers import abstract_network, load_params
 from jaxdiff.checkpoint.layout import open_checkpoint
 from jaxdiff.checkpoint.networks import read_configs
 from jaxdiff.errors import InputError
+from jaxdiff.models import clip
 from jaxdiff.models.vae import AutoencoderKL
-from jaxdiff.training.data import batches, buckets, encoded, open_examples, pictures
+from jaxdiff.training.data import (
+    batches,
+    buckets,
+    check_encoders,
+    encoded,
+    open_examples,
+    pictures,
+)
 from jaxdiff.training.data.encoded import EncodedExamples
 from jaxdiff.training.recipe import Data
 
@@ -70,6 +78,12 @@ def finished(photos, tiny_checkpoint, tmp_path_factory) -> Path:
     return output
 
 
+def text_params(checkpoint) -> dict:
+    config = read_configs(checkpoint)["text_encoder"]
+    _, shapes = abstract_network(clip.network(config), config)
+    return {"text_encoder": load_params(shapes, checkpoint.weights("text_encoder"), np.float32)}
+
+
 def test_latents_are_those_of_the_images(finished, photos, tiny_checkpoint):
     images = open_examples(Data(path=str(photos)))
     latents = open_examples(Data(path=str(finished)))
@@ -77,9 +91,13 @@ def test_latents_are_those_of_the_images(finished, photos, tiny_checkpoint):
     assert len(latents) == len(images)
     checkpoint = open_checkpoint(tiny_checkpoint)
     config = read_configs(checkpoint)["vae"]
-    graph, state = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0))))
-    params = load_params(nnx.to_pure_dict(state), checkpoint.weights("vae"), np.float32)
-    assert latents.made_with["autoencoder"] == encoded.latents_digest(config, params)
+    graph, shapes = abstract_network(AutoencoderKL, config)
+    params = load_params(shapes, checkpoint.weights("vae"), np.float32)
+    check_encoders(latents, config, {"vae": params} | text_params(checkpoint))
+    params["encoder"]["conv_in"]["bias"] += 1
+    with pytest.raises(InputError, match="not encoded by the autoencoder of this model"):
+        check_encoders(latents, config, {"vae": params} | text_params(checkpoint))
+    params["encoder"]["conv_in"]["bias"] -= 1
     encode = jax.jit(lambda pixels: nnx.merge(graph, params).encode(pixels / 127.5 - 1.0))
     for index in (0, 7, 19):
         number = int(latents.caption(index).split()[1])

@@ -1,7 +1,15 @@
 """Captioned images for training: opened in any of their forms, and dealt out in batches."""
 
 from jaxdiff.training.data.batching import assign, batches, buckets
-from jaxdiff.training.data.encoded import EncodedExamples
+from jaxdiff.training.data.encoded import EncodedExamples, check_encoders
 from jaxdiff.training.data.examples import Examples, open_examples
 
-__all__ = ["EncodedExamples", "Examples", "assign", "batches", "buckets", "open_examples"]
+__all__ = [
+    "EncodedExamples",
+    "Examples",
+    "assign",
+    "batches",
+    "buckets",
+    "check_encoders",
+    "open_examples",
+]

@@ -29,6 +29,7 @@ EMPTY = "empty.safetensors"
 VERSION = 1
 EMBEDDINGS = ("context", "pooled")
 ENCODER = ("encoder", "quant_conv")  # the parts of an autoencoder that make latents
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 DTYPES = {"F16": np.dtype("<f2"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
 
@@ -55,6 +56,7 @@ class EncodedExamples:
 
     Attributes:
       path: the folder that they come from.
+      captions: what was said of each.
       sizes: int32 [n, 2], height and width in pixels of the images that were encoded.
       made_with: digests of what encoded them: "autoencoder", as `latents_digest` gives it, and, if
         captions are embedded, "text_encoders": the `weights_digest` of {name: parameters}.
@@ -63,6 +65,7 @@ class EncodedExamples:
     """
 
     path: Path
+    captions: list[str]
     sizes: np.ndarray
     made_with: dict[str, str]
     empty: dict[str, np.ndarray]
@@ -74,10 +77,7 @@ class EncodedExamples:
 
     def caption(self, index: int) -> str:
         """What was said of an image."""
-        shard, row = self._find(index)
-        ends = shard["caption_ends"]
-        start = ends[row - 1] if row else 0
-        return shard["captions"][start : ends[row]].tobytes().decode("utf-8", "replace")
+        return self.captions[index]
 
     def posterior(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of an image's latents, scaled, float32 [h, w, channels]."""
@@ -128,7 +128,8 @@ def open_encoded(folder: Path) -> EncodedExamples:
     starts = np.cumsum([0, *counts[:-1]])
     sizes = np.array([(shard.height, shard.width) for shard in shards], np.int32)
     sizes = np.repeat(sizes, counts, axis=0)
-    return EncodedExamples(folder, sizes, made_with, empty, maps, starts)
+    captions = [caption for arrays in maps for caption in _captions(arrays)]
+    return EncodedExamples(folder, captions, sizes, made_with, empty, maps, starts)
 
 
 def _shard(folder: Path, shard: Shard, empty: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -150,6 +151,12 @@ def _shard(folder: Path, shard: Shard, empty: dict[str, np.ndarray]) -> dict[str
     if not sound:
         raise InputError(f"{path} does not hold what {INDEX} says; encode again elsewhere")
     return arrays
+
+
+def _captions(arrays: dict[str, np.ndarray]) -> list[str]:
+    content, ends = arrays["captions"].tobytes(), arrays["caption_ends"].tolist()
+    spans = zip([0, *ends], ends, strict=False)
+    return [content[start:end].decode("utf-8", "replace") for start, end in spans]
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
@@ -191,6 +198,28 @@ def index_text(shards: Sequence[Shard], made_with: dict[str, str]) -> str:
     """What `encoded.json` says; `made_with` as in `EncodedExamples`."""
     listed = [asdict(shard) for shard in shards]
     return json.dumps({"version": VERSION, "made_with": made_with, "shards": listed}, indent=1)
+
+
+def check_encoders(examples: EncodedExamples, config, params: dict) -> None:
+    """Refuses to train a model on what other networks have encoded.
+
+    Args:
+      config: the `AutoencoderKLConfig` of the model.
+      params: its parameters, by "vae", "text_encoder" and so on, of nested dicts.
+
+    Raises:
+      InputError: if its autoencoder or its text encoders are not those that made the examples.
+    """
+    found = {"autoencoder": latents_digest(config, params["vae"])}
+    if "text_encoders" in examples.made_with:
+        encoders = {name: value for name, value in params.items() if name in TEXT_ENCODERS}
+        found["text_encoders"] = weights_digest(encoders)
+    for name, digest in found.items():
+        if digest != examples.made_with.get(name):
+            raise InputError(
+                f"{examples.path} was not encoded by the {name.replace('_', ' ')} of this model; "
+                "encode the images again with it"
+            )
 
 
 def latents_digest(config, params: dict) -> str:
