@@ -201,18 +201,42 @@ def _sign(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     parser = Parser(
         "train",
-        description="Train a model from a recipe, or continue a training that was interrupted.",
-        epilog="example:\n  jaxdiff train configs/train/shapes64.toml --output runs/shapes64",
+        description="Train a model from a recipe, or continue a training that was interrupted. "
+        "Exit codes: 0 it is finished; 1 it failed or its loss was no number, and the last "
+        "checkpoint is kept; 2 the recipe or the directory cannot be used; 75 SIGTERM came, all is "
+        "saved, and the same command continues.",
+        epilog="example:\n  jaxdiff train configs/train/shapes64.toml --output runs/shapes64\n"
+        "  jaxdiff train configs/train/shapes64.toml --output runs/shapes64 --export best",
     )
     parser.add_argument("recipe", metavar="RECIPE.toml", type=Path, help="what to train, and how")
     parser.add_argument(
         "--output", metavar="DIR", type=Path, required=True, help="for all it makes"
     )
+    parser.add_argument(
+        "--export",
+        metavar="WHICH",
+        help="train nothing; write the model of a checkpoint: best (by validation loss), last, or "
+        "its step's number",
+    )
+    parser.add_argument(
+        "--to",
+        metavar="DIR",
+        type=Path,
+        help="with --export: the model's directory (default: OUTPUT/model-STEP)",
+    )
     said = parser.parse_args(arguments)
-    from jaxdiff.training import run
+    if said.to and not said.export:
+        raise InputError("--to: is for --export; --output says where a training goes")
+    from jaxdiff.training import loop, run
 
-    run.train(said.recipe, said.output)
-    return 0
+    if said.export:
+        print(run.export(said.recipe, said.output, said.export, said.to))
+        return 0
+    try:
+        return 0 if run.train(said.recipe, said.output) else 75
+    except loop.Diverged as problem:
+        print(f"jaxdiff: {problem}", file=sys.stderr)
+        return 1
 
 
 def _encode(arguments: list[str]) -> int:

@@ -122,6 +122,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def fully_sharded(mesh: Mesh, shapes: dict) -> dict:
+    """Shardings that split each array over `data` too, as training does with what it keeps.
+
+    Of each array the largest axis that the devices divide is split; an array without one is copied.
+    XLA gathers a layer's weights where it needs them (FSDP; Rajbhandari et al., 2020,
+    arXiv:1910.02054).
+
+    Args:
+      shapes: nested dict of anything with a `.shape`.
+    """
+    parts = mesh.shape["data"]
+
+    def sharding(leaf) -> NamedSharding:
+        sizes = [0 if size % parts else size for size in leaf.shape]
+        if not any(sizes):
+            return replicated(mesh)
+        return batch_sharding(mesh, axis=sizes.index(max(sizes)))
+
+    return jax.tree.map(sharding, shapes)
+
+
 def parameter_shardings(mesh: Mesh, shapes: dict) -> dict:
     """The sharding of each parameter, by `PARAMETER_RULES`.
 

@@ -1,33 +1,37 @@
-"""The training loop: one jitted step, checkpoints that survive a kill, and pictures on the way.
+"""The training loop: jitted steps, checkpoints that survive a kill, and pictures on the way.
 
-It knows optimization and files; what is learned comes in as a `Task`. A batch is a function of the
-seed and the step, so resuming needs the step's number and nothing else.
+It knows optimization and files; what is learned comes in as a `Task`. A batch is a function of its
+number, so resuming needs the step's number and nothing else.
 """
 
-import json
+import contextlib
 import math
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax import Array
-from PIL import Image
-from tqdm import tqdm
+from jax.sharding import Mesh, NamedSharding
 
 from jaxdiff import compilation, parallel
-from jaxdiff.training.optimizers import optimizer
+from jaxdiff.training import checkpoints, watch
+from jaxdiff.training.optimizers import average_decay, optimizer
 from jaxdiff.training.recipe import Recipe
 
 Params = Any  # a nested dict of arrays
-LOG_EVERY = 50
+MOST_LOADERS = 8  # threads that load batches ahead, one each
+VALIDATION_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,9 @@ class Task:
       frozen: what the loss needs beside it and nothing changes, a nested dict of arrays.
       loss: (params, frozen, batch, key) to a scalar, and a dict of what to log: scalars, and
         perhaps "by_noise_level", float32 [2, levels]: summed losses, and how many they are.
-      batch: step number to a dict of NumPy arrays; the same for the same step, on any thread.
-      validation: such batches of what is never trained on; may be empty.
+      batch: a number, counted from 0 over the whole run, to a dict of NumPy arrays [batch, ...];
+        the same for the same number, on any thread.
+      validation: batches of the same size of what is never trained on; may be empty.
       preview: (params, frozen) to a picture, uint8 [height, width, 3].
       export: (params, frozen, directory): writes the trained model for others to load.
     """
@@ -54,101 +59,271 @@ class Task:
     export: Callable[[Params, Params, Path], None]
 
 
-def fit(task: Task, recipe: Recipe, output: Path) -> None:
+class Diverged(Exception):
+    """A loss or a gradient that is no number. The message is one line: where, and the mend."""
+
+
+def fit(task: Task, recipe: Recipe, output: Path) -> bool:
     """Trains until `recipe.steps`, continuing from the newest checkpoint in `output`.
 
-    Writes checkpoints/, metrics.jsonl, loss.png, samples/NNNNNN.png and, at the end, model/.
+    Writes checkpoints/, metrics.jsonl, tensorboard/, loss.png, noise_levels.png (if the task tells
+    losses by noise level), samples/NNNNNN.png and, at the end, model/.
+
+    Returns:
+      whether it is finished; not, if SIGTERM came: then it has saved, and can be continued.
+
+    Raises:
+      Diverged: at the first loss or gradient that is not finite. The last checkpoint is of before.
+      InputError: if the newest checkpoint does not fit the recipe.
+      OSError: if something could not be written.
     """
-    transform, _ = optimizer(recipe.optimizer, recipe.steps)
-    step_fn = _compile_step(task, transform, recipe)
-    devices = math.gcd(recipe.batch_size, jax.local_device_count())
-    mesh = parallel.make_mesh(f"data={devices}")
-    state = {
-        "params": task.params,
-        "ema": jax.tree.map(jnp.copy, task.params),  # donated beside them, so not the same buffers
-        "optimizer": transform.init(task.params),
-    }
-    state, frozen = jax.device_put((state, task.frozen), parallel.replicated(mesh))
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager((output / "checkpoints").absolute(), options=options) as manager:
-        start = manager.latest_step() or 0
-        if start:
-            state = manager.restore(start, args=ocp.args.StandardRestore(state))
-        log = _Log(output, start)
-        with ThreadPoolExecutor(1) as pool:  # renders the next batch while the device computes
-            upcoming = pool.submit(task.batch, start)
-            progress = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps)
-            for step in progress:
-                batch = jax.device_put(upcoming.result(), parallel.batch_sharding(mesh))
-                upcoming = pool.submit(task.batch, step + 1)
-                state, metrics = step_fn(state, frozen, batch, step)
-                if not parallel.may_run_ahead(mesh):
-                    jax.block_until_ready(metrics)
-                log.add(step + 1, metrics, recipe.batch_size, progress)
-                done = step + 1
-                if done % recipe.checkpoints.every == 0 or done == recipe.steps:
-                    manager.save(done, args=ocp.args.StandardSave(state))
-                    log.draw()
-                    samples = output / "samples"
-                    samples.mkdir(exist_ok=True)
-                    Image.fromarray(task.preview(state["ema"], frozen)).save(
-                        samples / f"{done:06d}.png"
-                    )
-    task.export(state["ema"], frozen, output / "model")
+    run = _prepare(task, recipe)
+    with (
+        _stopped_by_sigterm() as stopped,
+        checkpoints.opened(output / "checkpoints", recipe.checkpoints) as manager,
+    ):
+        state, start, window = _begin(run, manager)
+        watched = watch.Watch(output, start, recipe.steps, window)
+        with contextlib.closing(watched.progress):
+            state, done = _train(run, manager, watched, state, start, stopped)
+    if done < recipe.steps:
+        return False
+    task.export(state["ema"], run.frozen, output / "model")
+    return True
 
 
-def _compile_step(task: Task, transform: optax.GradientTransformation, recipe: Recipe):
+def export(task: Task, recipe: Recipe, output: Path, which: str, to: Path | None) -> Path:
+    """Writes the averaged weights of a checkpoint in `output` for others to load.
+
+    Args:
+      which: "last", "best" or a step's number.
+      to: a directory to make, with its parents; by default `output`/model-NNNNNN, by the step.
+
+    Returns:
+      the directory.
+
+    Raises:
+      InputError: if there is no such checkpoint, or if it does not fit the recipe.
+    """
+    run = _prepare(task, recipe)
+    folder = output / "checkpoints"
+    with checkpoints.opened(folder, recipe.checkpoints, read_only=True) as manager:
+        step = checkpoints.find(manager, which)
+        state, _ = checkpoints.restore(manager, step, run.state)
+    directory = to or output / f"model-{step:06d}"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    task.export(state["ema"], run.frozen, directory)
+    return directory
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same in all steps: where arrays lie, and the compiled functions.
+
+    Attributes:
+      state: `jax.ShapeDtypeStruct`s with shardings of "params", their average "ema", "optimizer".
+      frozen: the task's, on the devices.
+      batch: the sharding of batches.
+      initial: params to the first state.
+      gradients: (params, frozen, batch, its number) to the gradients and what the loss logs.
+      add: adds up gradients.
+      update: (state, sum of gradients, step) to the next state and what to log of it.
+      evaluate: (params, frozen, batch, key) to the loss.
+    """
+
+    task: Task
+    recipe: Recipe
+    state: dict
+    frozen: Params
+    batch: NamedSharding
+    initial: Callable[[Params], dict]
+    gradients: Callable[[Params, Params, dict, int], tuple[Params, dict]]
+    add: Callable[[Params, Params], Params]
+    update: Callable[[dict, Params, int], tuple[dict, dict]]
+    evaluate: Callable[[Params, Params, dict, Array], Array]
+
+
+def _prepare(task: Task, recipe: Recipe) -> _Run:
+    mesh = parallel.make_mesh(f"data={math.gcd(recipe.batch_size, jax.local_device_count())}")
+    transform, learning_rate = optimizer(recipe.optimizer, recipe.steps)
     root = jax.random.key(recipe.seed)
 
-    def step_fn(state, frozen, batch, step):
-        grad_fn = jax.value_and_grad(task.loss, has_aux=True)
-        key = jax.random.fold_in(root, step)
-        (loss, metrics), grads = grad_fn(state["params"], frozen, batch, key)
-        updates, optimizer_state = transform.update(grads, state["optimizer"], state["params"])
+    def initial(params: Params) -> dict:  # copies, since the state will be donated
+        copies = {name: jax.tree.map(jnp.copy, params) for name in ("params", "ema")}
+        return {**copies, "optimizer": transform.init(params)}
+
+    def gradients(params: Params, frozen: Params, batch: dict, number: int):
+        key = jax.random.fold_in(root, number)
+        function = jax.value_and_grad(task.loss, has_aux=True)
+        (loss, logged), found = function(params, frozen, batch, key)
+        return found, {"loss": loss, **logged}
+
+    def update(state: dict, total: Params, step: int):
+        mean = jax.tree.map(lambda leaf: leaf / recipe.optimizer.accumulate, total)
+        updates, optimizer_state = transform.update(mean, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        # The average must not remember the random start: its memory grows with the step.
-        decay = jnp.minimum(recipe.average.decay, (1.0 + step) / (10.0 + step))
-        ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state["ema"], params)
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **metrics}
-        return {"params": params, "ema": ema, "optimizer": optimizer_state}, metrics
+        decay = average_decay(recipe.average, step)
+        ema = jax.tree.map(lambda old, new: new + decay * (old - new), state["ema"], params)
+        logged = {"gradient_norm": optax.tree.norm(mean), "learning_rate": learning_rate(step)}
+        return {"params": params, "ema": ema, "optimizer": optimizer_state}, logged
 
-    return compilation.jit(step_fn, donate_argnums=0)
+    def jit(function: Callable, **how) -> Callable:
+        program = compilation.jit(function, **how)
+        if parallel.may_run_ahead(mesh):
+            return program
+        return lambda *arguments: jax.block_until_ready(program(*arguments))
+
+    shapes = jax.eval_shape(initial, task.params)
+    where = _shardings(mesh, recipe, shapes)
+    return _Run(
+        task=task,
+        recipe=recipe,
+        state=checkpoints.abstract(shapes, where),
+        frozen=jax.device_put(task.frozen, _shardings(mesh, recipe, task.frozen)),
+        batch=parallel.batch_sharding(mesh),
+        initial=jit(initial, out_shardings=where),
+        gradients=jit(gradients, out_shardings=(where["params"], None)),
+        add=jit(lambda *trees: jax.tree.map(jnp.add, *trees), donate_argnums=0),
+        update=jit(update, out_shardings=(where, None), donate_argnums=0),
+        evaluate=jit(lambda *arguments: task.loss(*arguments)[0]),
+    )
 
 
-class _Log:
-    """metrics.jsonl and loss.png. On resuming, lines from after the checkpoint are dropped."""
+def _shardings(mesh: Mesh, recipe: Recipe, shapes: dict) -> dict:
+    if recipe.computing.shard:
+        return parallel.fully_sharded(mesh, shapes)
+    return jax.tree.map(lambda _: parallel.replicated(mesh), shapes)
 
-    def __init__(self, output: Path, start: int):
-        self.path = output / "metrics.jsonl"
-        self.curve = output / "loss.png"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if row["step"] <= start]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self.pending: list[dict] = []
-        self.since = time.monotonic()
 
-    def add(self, step: int, metrics: dict, batch_size: int, progress: tqdm) -> None:
-        """Keeps a step's metrics on the device; every `LOG_EVERY` steps writes their means."""
-        self.pending.append(metrics)
-        if step % LOG_EVERY:
-            return
-        count = len(self.pending)
-        means = {name: float(sum(m[name] for m in self.pending)) / count for name in metrics}
-        rate = count * batch_size / (time.monotonic() - self.since)
-        self.rows.append({"step": step, **means, "images_per_second": rate})
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
-        progress.set_postfix(loss=f"{means['loss']:.4f}", images_per_second=f"{rate:.0f}")
-        self.pending, self.since = [], time.monotonic()
+def _begin(run: _Run, manager: ocp.CheckpointManager) -> tuple[dict, int, list[dict]]:
+    """The newest checkpoint's state, how many steps have made it, and its window; or the first."""
+    start = manager.latest_step() or 0
+    if not start:
+        return run.initial(run.task.params), 0, []
+    state, window = checkpoints.restore(manager, start, run.state)
+    return state, start, window
 
-    def draw(self) -> None:
-        """Draws the loss against the step."""
-        from matplotlib.figure import Figure
 
-        axes = (figure := Figure(figsize=(7, 4), layout="tight")).subplots()
-        axes.plot([row["step"] for row in self.rows], [row["loss"] for row in self.rows])
-        axes.set(xlabel="step", ylabel="loss", yscale="log")
-        figure.savefig(self.curve, dpi=100)
+def _train(
+    run: _Run,
+    manager: ocp.CheckpointManager,
+    watched: watch.Watch,
+    state: dict,
+    start: int,
+    stopped: threading.Event,
+) -> tuple[dict, int]:
+    """The steps from `start` on: the state after the last one, and how many have made it."""
+    done, unread = start, deque()  # of what the devices may still be computing
+    with _loaded(run, start) as batches:
+        for done in range(start + 1, run.recipe.steps + 1):
+            state, logged = _step(run, state, batches, done - 1)
+            unread.append((done, logged))
+            due, leaving = _is_due(run.recipe, done), stopped.is_set()
+            while len(unread) > (0 if due or leaving else 1):
+                _read(run, manager, watched, *unread.popleft())
+            if due:
+                validation = _validate(run, state["ema"])
+                _check_finite(run, manager, done, validation)
+                watched.write_line(done, validation)
+                checkpoints.save(manager, done, state, [], validation.get("validation_loss"))
+                watched.show(done, run.task.preview(state["ema"], run.frozen))
+            elif leaving:
+                checkpoints.save(manager, done, state, watched.window, None)
+            if leaving:
+                break
+    return state, done
+
+
+def _is_due(recipe: Recipe, done: int) -> bool:
+    """Whether it is time for a checkpoint, a validation and a sample grid."""
+    return done % recipe.checkpoints.every == 0 or done == recipe.steps
+
+
+def _step(run: _Run, state: dict, batches: Iterator[dict], step: int) -> tuple[dict, tuple]:
+    """One update by the mean gradient of `accumulate` batches, and what each of them logs."""
+    count = run.recipe.optimizer.accumulate
+    total, logged = None, []
+    for number in range(step * count, (step + 1) * count):
+        batch = jax.device_put(next(batches), run.batch)
+        found, of_batch = run.gradients(state["params"], run.frozen, batch, number)
+        total = found if total is None else run.add(total, found)
+        logged.append(of_batch)
+    state, of_update = run.update(state, total, step)
+    return state, (logged, of_update)
+
+
+def _read(run: _Run, manager: ocp.CheckpointManager, watched: watch.Watch, step: int, logged):
+    """Waits for what a step has logged, and writes it down."""
+    measured = watch.measurements(*logged)
+    _check_finite(run, manager, step, measured)
+    watched.add(measured, run.recipe.batch_size * run.recipe.optimizer.accumulate)
+    if step % watch.LOG_EVERY == 0 and not _is_due(run.recipe, step):
+        watched.write_line(step, {})
+
+
+def _validate(run: _Run, params: Params) -> dict[str, float]:
+    """The mean loss over the task's validation batches, with the same noise at every call."""
+    root = jax.random.key(VALIDATION_SEED)
+    losses = []
+    for number, batch in enumerate(run.task.validation):
+        batch = jax.device_put(batch, run.batch)
+        losses.append(run.evaluate(params, run.frozen, batch, jax.random.fold_in(root, number)))
+    if not losses:
+        return {}
+    return {"validation_loss": float(np.mean([np.float64(loss) for loss in losses]))}
+
+
+def _check_finite(run: _Run, manager: ocp.CheckpointManager, step: int, measured: dict) -> None:
+    names = ("loss", "gradient_norm", "validation_loss")
+    wrong = [name for name in names if not math.isfinite(measured.get(name, 0.0))]
+    if not wrong:
+        return
+    count = run.recipe.optimizer.accumulate
+    first, last = (step - 1) * count, step * count - 1
+    batches = f"batch {first}" if first == last else f"batches {first} to {last}"
+    kept = manager.latest_step()
+    kept = f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet"
+    what = f"the {wrong[0].replace('_', ' ')} is {measured[wrong[0]]}"
+    raise Diverged(
+        f"step {step}, {batches}: {what}; {kept}. "
+        "Train into another --output with a lower optimizer.learning_rate or, if they are at "
+        "fault, without that batch's examples"
+    )
+
+
+@contextlib.contextmanager
+def _loaded(run: _Run, start: int) -> Iterator[Iterator[dict]]:
+    """The batches from step `start` on, in order, loaded ahead on threads."""
+    count, threads = run.recipe.optimizer.accumulate, min(MOST_LOADERS, os.cpu_count() or 1)
+    if start >= run.recipe.steps:
+        yield iter(())
+        return
+    numbers = grain.MapDataset.range(start * count, run.recipe.steps * count)
+    batches = numbers.map(run.task.batch).to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+    )
+    with contextlib.closing(iter(batches)) as loaded:
+        yield loaded
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets. A second one ends the process at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(number, _) -> None:
+        os.write(2, b"\njaxdiff: saving after the current step\n")  # print may be running
+        stopped.set()
+        signal.signal(number, old)
+
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:

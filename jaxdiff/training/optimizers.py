@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import Array
 
-from jaxdiff.training.recipe import Optimizer
+from jaxdiff.training.recipe import Average, Optimizer
 
 ADAMS_SIZE = 0.2  # of a value's update by Adam, root mean square; Muon's are brought to the same
 
@@ -32,6 +34,20 @@ def optimizer(
         optax.scale_by_learning_rate(schedule),
     )
     return transform, schedule
+
+
+def average_decay(config: Average, step: int | Array) -> float | Array:
+    """How much of the averaged weights stays at `step`, counted from 0, which may be traced."""
+    if config.relative_width:  # Karras et al., 2024, arXiv:2312.02696, equations 1 and 2
+        return (1.0 - 1.0 / (step + 1.0)) ** (_power(config.relative_width) + 1.0)
+    return jnp.minimum(config.decay, (1.0 + step) / (10.0 + step))
+
+
+def _power(relative_width: float) -> float:
+    """γ for a relative width of (γ + 1)^½ (γ + 2)^-1 (γ + 3)^-½: the cubic's greatest root."""
+    inverse = relative_width**-2
+    roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
+    return float(roots.real.max())
 
 
 def _schedule(config: Optimizer, steps: int) -> Callable[[int], float]:
@@ -89,6 +105,6 @@ def _matrix_axes(params: dict) -> dict:
     return jax.tree.map(axes, params)
 
 
-def _with_adams_size(update: jax.Array) -> jax.Array:
+def _with_adams_size(update: Array) -> Array:
     inputs, outputs = math.prod(update.shape[:-1]), update.shape[-1]
     return ADAMS_SIZE * jnp.sqrt(max(inputs, outputs)) * update

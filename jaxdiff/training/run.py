@@ -1,14 +1,19 @@
 """`jaxdiff train`: from a recipe file to a trained model."""
 
 import contextlib
+import dataclasses
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxdiff import compilation
 from jaxdiff.errors import InputError
-from jaxdiff.training import autoencoder, loop, text_encoder, text_to_image
+from jaxdiff.training import autoencoder, consistency, loop, text_encoder, text_to_image
 from jaxdiff.training.recipe import (
     AutoencoderRecipe,
+    ConsistencyRecipe,
     DecoderRecipe,
     Recipe,
     TextEncoderRecipe,
@@ -16,32 +21,106 @@ from jaxdiff.training.recipe import (
     read,
 )
 
+LOCK = ".lock"
+RECIPE = "recipe.toml"
 
-def train(recipe_path: str | Path, output: str | Path) -> None:
+
+def train(recipe_path: str | Path, output: str | Path) -> bool:
     """Trains what `recipe_path` describes into `output`, or continues what was begun there.
 
+    Returns:
+      whether it is finished; see `loop.fit`, also for what else is raised.
+
     Raises:
-      InputError: if the recipe cannot be used, or if `output` holds another recipe's run.
+      InputError: if the recipe cannot be used, if `output` holds another recipe's run, or if
+        another process trains into it.
     """
     recipe_path, output = Path(recipe_path), Path(output)
     recipe = read(recipe_path)
     compilation.keep_programs()
-    kept = output / "recipe.toml"
-    if kept.exists() and read(kept) != recipe:
-        raise InputError(f"{output}: holds a run of another recipe; name another --output")
-    output.mkdir(parents=True, exist_ok=True)
+    kept = output / RECIPE
     begun = kept.exists()
-    if not begun:
-        shutil.copyfile(recipe_path, kept)
-    try:
-        task = _task(recipe, output)
-    except InputError:
-        if not begun:  # leave no trace, so that the mended recipe can run here
-            kept.unlink()
-            with contextlib.suppress(OSError):
-                output.rmdir()
-        raise
-    loop.fit(task, recipe, output)
+    if begun:
+        _refuse_another(read(kept), recipe, output)
+    output.mkdir(parents=True, exist_ok=True)
+    with _held(output):
+        unfinished = output / f"{RECIPE}.unfinished"
+        shutil.copyfile(recipe_path, unfinished)
+        os.replace(unfinished, kept)
+        try:
+            task = _task(recipe, output)
+        except InputError:
+            if not begun:  # leave no trace, so that the mended recipe can run here
+                kept.unlink()
+                (output / LOCK).unlink()
+                with contextlib.suppress(OSError):
+                    output.rmdir()
+            raise
+        return loop.fit(task, recipe, output)
+
+
+def export(recipe_path: str | Path, output: str | Path, which: str, to: Path | None) -> Path:
+    """Writes the model of a checkpoint in `output`; others may be training into it meanwhile.
+
+    Args:
+      which: "last", "best" or a step's number.
+      to: the model's directory; by default one in `output`, named by the step.
+
+    Returns:
+      the model's directory.
+
+    Raises:
+      InputError: if the recipe cannot be used or is not the run's, or if there is no such
+        checkpoint.
+    """
+    output = Path(output)
+    recipe = read(Path(recipe_path))
+    if not (output / RECIPE).exists():
+        raise InputError(f"{output}: holds no run to export from; train first")
+    _refuse_another(read(output / RECIPE), recipe, output)
+    compilation.keep_programs()
+    return loop.export(_task(recipe, output), recipe, output, which, to)
+
+
+def _refuse_another(old: Recipe, new: Recipe, output: Path) -> None:
+    """What is kept may change while a run goes on; its length, if no step depends on it."""
+    before, now = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    for key in {**before, **now}:
+        was, is_now = before.get(key), now.get(key)
+        if was == is_now or key.startswith("checkpoints."):
+            continue
+        mend = "name another --output"
+        if key == "steps":
+            if new.optimizer.schedule == "constant" and is_now > was:
+                continue
+            mend += "; only with optimizer.schedule = 'constant' can a run be prolonged"
+        raise InputError(
+            f"{output}: holds a run of another recipe ({key} was {was!r}, is {is_now!r}); {mend}"
+        )
+
+
+def _flat(table: dict, before: str = "") -> dict:
+    """A nested table with dotted keys."""
+    flat = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{before}{key}.")
+        else:
+            flat[f"{before}{key}"] = value
+    return flat
+
+
+@contextlib.contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """Holds the directory for this process; the kernel gives it back if the process dies."""
+    with (output / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{output}: another process is training here; wait for it, or name another --output"
+            ) from None
+        yield
 
 
 def _task(recipe: Recipe, output: Path) -> loop.Task:
@@ -54,3 +133,5 @@ def _task(recipe: Recipe, output: Path) -> loop.Task:
             return text_encoder.task(recipe)
         case TextToImageRecipe():
             return text_to_image.task(recipe, output)
+        case ConsistencyRecipe():
+            return consistency.task(recipe)

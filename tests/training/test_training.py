@@ -1,10 +1,6 @@
 """Training on tiny networks: whole recipes, killed and resumed, and what they leave behind."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -100,23 +96,6 @@ def autoencoder_run(tmp_path_factory):
 
 def weights(run: Path) -> bytes:
     return (run / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
-
-
-def test_a_killed_run_continues_to_the_same_weights(autoencoder_run, tmp_path):
-    (tmp_path / "recipe.toml").write_text(AUTOENCODER)
-    program = "import sys; from jaxdiff.training.run import train; train(*sys.argv[1:])"
-    command = [sys.executable, "-c", program, tmp_path / "recipe.toml", tmp_path / "run"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoints" / "2").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "run" / "model").exists()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    assert weights(tmp_path / "run") == weights(autoencoder_run)
 
 
 def test_a_finished_run_is_not_trained_further(autoencoder_run):
