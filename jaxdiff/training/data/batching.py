@@ -81,8 +81,7 @@ def batches(
     is_encoded = isinstance(examples, EncodedExamples)
     if is_encoded and flip:
         raise InputError(f"data.flip: latents cannot be mirrored, and {examples.path} holds those")
-    member = _encoded_members if is_encoded else _members
-    of_size = member(examples, rows, sizes)
+    of_size = (_encoded_sizes if is_encoded else assign)(examples, sizes, rows)
     groups = [rows[of_size == number] for number in range(len(sizes))]
     choose = _choice([len(group) for group in groups], batch_size, seed)
 
@@ -92,29 +91,20 @@ def batches(
         rng = np.random.default_rng([seed, IMAGES, step])
         if is_encoded:
             return _encoded_batch(examples, indices, rng)
-        positions = rng.random((batch_size, 2)) if random_crop else np.full((batch_size, 2), 0.5)
-        mirrored = rng.random(batch_size) < 0.5 * flip
-        cut = [
-            pictures.fitted(examples.pixels(index), *sizes[number], position)
-            for index, position in zip(indices, positions, strict=True)
-        ]
-        pixels = [image[:, ::-1] if m else image for image, m in zip(cut, mirrored, strict=True)]
-        captions = [examples.caption(index) for index in indices]
-        return {"pixels": np.stack(pixels), "captions": captions}
+        return _pixel_batch(examples, indices, sizes[number], rng, flip, random_crop)
 
     return batch
 
 
-def assign(examples: Examples, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
-    """For each image, int [n], the number of the size that is nearest in its ratio.
+def assign(
+    examples: Examples, sizes: Sequence[tuple[int, int]], among: Sequence[int] | None = None
+) -> np.ndarray:
+    """For each image (of those in `among`), int [n], the number of the size nearest in its ratio.
 
     Raises:
       InputError: if an image is smaller than its size.
     """
-    return _members(examples, np.arange(len(examples)), sizes)
-
-
-def _members(examples: Examples, rows: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+    rows = np.arange(len(examples)) if among is None else np.asarray(among)
     found, wanted = examples.sizes[rows], np.array(sizes)
     ratios = np.log(found[:, :1] / found[:, 1:]) - np.log(wanted[:, 0] / wanted[:, 1])
     of_size = np.abs(ratios).argmin(axis=1)
@@ -129,8 +119,29 @@ def _members(examples: Examples, rows: np.ndarray, sizes: Sequence[tuple[int, in
     return of_size
 
 
-def _encoded_members(
-    examples: EncodedExamples, rows: np.ndarray, sizes: Sequence[tuple[int, int]]
+def _pixel_batch(
+    examples: Examples,
+    indices: list[int],
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    flip: bool,
+    random_crop: bool,
+) -> dict[str, np.ndarray | list[str]]:
+    count = len(indices)
+    positions = rng.random((count, 2)) if random_crop else np.full((count, 2), 0.5)
+    cut = [
+        pictures.fitted(examples.pixels(index), *size, position)
+        for index, position in zip(indices, positions, strict=True)
+    ]
+    mirrored = rng.random(count) < 0.5 * flip
+    return {
+        "pixels": np.stack([p[:, ::-1] if m else p for p, m in zip(cut, mirrored, strict=True)]),
+        "captions": [examples.caption(index) for index in indices],
+    }
+
+
+def _encoded_sizes(
+    examples: EncodedExamples, sizes: Sequence[tuple[int, int]], rows: np.ndarray
 ) -> np.ndarray:
     matches = (examples.sizes[rows][:, None] == np.array(sizes)).all(axis=2)
     if not matches.any(axis=1).all():

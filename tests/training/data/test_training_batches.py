@@ -4,6 +4,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
 from captioned import SIZES, encoded
@@ -68,6 +69,20 @@ def test_a_batch_depends_on_seed_and_step_only(examples):
     assert expected[0]["pixels"].dtype == np.uint8
     assert {one["pixels"].shape[1:3] for one in expected} == set(BUCKETS)
     assert [one["captions"] for one in expected] != [make(8)(step)["captions"] for step in steps]
+
+
+def test_loading_on_threads_goes_on_in_the_middle_of_an_epoch(examples):
+    batch = batches(examples, batch_size=5, seed=2, sizes=BUCKETS)
+
+    def loaded(start: int) -> list[dict]:
+        steps = grain.MapDataset.range(start, 12).map(batch)
+        return list(steps.to_iter_dataset(grain.ReadOptions(num_threads=4)))
+
+    whole, resumed = loaded(0), loaded(7)
+    for step, one in enumerate(whole):
+        assert one["captions"] == batch(step)["captions"]
+    for one, other in zip(whole[7:], resumed, strict=True):
+        np.testing.assert_array_equal(one["pixels"], other["pixels"])
 
 
 def test_every_image_is_seen_equally_often_and_each_batch_has_one_size():
