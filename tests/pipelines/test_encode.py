@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from jaxdiff.training.data import (
 )
 from jaxdiff.training.data.encoded import EncodedExamples
 from jaxdiff.training.recipe import Data
+from pipelines import supervisor
 
 SIZES = [(80, 64), (64, 64), (64, 96), (70, 70)] * 5  # height, width
 ASPECT_RATIOS = 2.0
@@ -170,18 +170,21 @@ def test_a_killed_job_is_continued_to_the_same_bytes(
 
 
 def test_a_stopped_job_is_continued_to_the_same_bytes(
-    tmp_path, capsys, finished, photos, tiny_checkpoint
+    tmp_path, capsys, monkeypatch, finished, photos, tiny_checkpoint
 ):
     arguments = command(photos, tiny_checkpoint, tmp_path / "out", "--embed")
+    rename = os.replace
 
-    def stop() -> None:
-        while not list(tmp_path.glob("out/_jaxdiff/tmp/*")) + list(tmp_path.glob("out/data/*")):
-            time.sleep(0.001)
+    def rename_and_stop(*paths) -> None:
+        rename(*paths)
         os.kill(os.getpid(), signal.SIGTERM)
+        assert supervisor.stopping.wait(timeout=60)
+        monkeypatch.undo()
 
-    threading.Thread(target=stop).start()
+    monkeypatch.setattr(os, "replace", rename_and_stop)
     assert cli.main(arguments) == 75
     assert "the same command continues" in capsys.readouterr().err
+    assert len(list((tmp_path / "out/data").iterdir())) == 1
     assert cli.main(arguments) == 0
     assert files(tmp_path / "out") == files(finished)
 

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import tarfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -268,4 +269,11 @@ def parquet_reader(places: Sequence[Cell]) -> Callable[[Cell], bytes]:
         with pq.ParquetFile(path) as file:
             return _flat(file.read_row_group(group, [column])[IMAGE_COLUMN])
 
-    return lambda cell: read_group(cell.path, cell.group, cell.column)[cell.row].as_py()
+    lock = threading.Lock()  # or threads that miss the same group would each hold a copy
+
+    def read(cell: Cell) -> bytes:
+        with lock:
+            images = read_group(cell.path, cell.group, cell.column)
+        return images[cell.row].as_py()
+
+    return read
