@@ -42,9 +42,8 @@ class Watch:
 
     def write_line(self, step: int, others: dict[str, float]) -> None:
         """Writes the window's means, `others` and the images per second; a new window begins."""
-        means = _means(self.window)
         rate = self.images / (time.monotonic() - self.since)
-        line = {"step": step, **means, **others, "images_per_second": rate}
+        line = {"step": step, **means(self.window), **others, "images_per_second": rate}
         with self.metrics_path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         scalars = {name: value for name, value in line.items() if isinstance(value, float)}
@@ -86,6 +85,18 @@ def measurements(batches: list[dict], update: dict) -> dict:
     if "by_noise_level" in batches[0]:
         measured["by_noise_level"] = sum(np.float64(b["by_noise_level"]) for b in batches).tolist()
     return measured
+
+
+def means(window: list[dict]) -> dict:
+    """The means of what `measurements` gave; `loss_by_noise_level` is None where no image was."""
+    names = [name for name in window[0] if name != "by_noise_level"]
+    line = {name: sum(measured[name] for measured in window) / len(window) for name in names}
+    if "by_noise_level" in window[0]:
+        sums, counts = np.sum([measured["by_noise_level"] for measured in window], axis=0)
+        line["loss_by_noise_level"] = [
+            total / count if count else None for total, count in zip(sums, counts, strict=True)
+        ]
+    return line
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -133,14 +144,3 @@ def draw_noise_levels(lines: list[dict], path: Path) -> None:
     axes.set(title="loss", xlabel="timestep, as a share of all (1 is pure noise)", yscale="log")
     axes.legend()
     figure.savefig(path, dpi=100)
-
-
-def _means(window: list[dict]) -> dict:
-    names = [name for name in window[0] if name != "by_noise_level"]
-    means = {name: sum(measured[name] for measured in window) / len(window) for name in names}
-    if "by_noise_level" in window[0]:
-        sums, counts = np.sum([measured["by_noise_level"] for measured in window], axis=0)
-        means["loss_by_noise_level"] = [
-            total / count if count else None for total, count in zip(sums, counts, strict=True)
-        ]
-    return means
