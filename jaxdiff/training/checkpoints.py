@@ -6,6 +6,8 @@ be seen can be restored, whenever the process is killed.
 
 import contextlib
 import errno
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,10 +152,12 @@ def _failures_named(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        what = problem.strerror if isinstance(problem, OSError) else _first_line(problem)
-        code = getattr(problem, "errno", None) or errno.EIO
+        # TensorStore raises what it likes, but tells the operating system's error in the text.
+        told = re.search(r"os_error_code='(\d+)'", str(problem))
+        code = int(told[1]) if told else getattr(problem, "errno", None) or errno.EIO
+        what = os.strerror(code) if code != errno.EIO else _first_line(problem)
         raise OSError(code, f"a checkpoint could not be written: {what}", str(directory)) from None
 
 
 def _first_line(problem: Exception) -> str:
-    return (str(problem).splitlines() or [type(problem).__name__])[0]
+    return (str(problem).splitlines() or [type(problem).__name__])[0][:300]

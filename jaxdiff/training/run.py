@@ -56,7 +56,11 @@ def train(recipe_path: str | Path, output: str | Path) -> bool:
                 with contextlib.suppress(OSError):
                     output.rmdir()
             raise
-        return loop.fit(task, recipe, output)
+        try:
+            return loop.fit(task, recipe, output)
+        except OSError as problem:
+            problem.filename = problem.filename or str(output)  # a full disk names no file
+            raise
 
 
 def export(recipe_path: str | Path, output: str | Path, which: str, to: Path | None) -> Path:

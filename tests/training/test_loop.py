@@ -70,7 +70,10 @@ def best_in_the_middle(tmp_path_factory):
 
 def test_the_newest_and_the_best_checkpoints_are_kept(best_in_the_middle):
     _, output = best_in_the_middle
-    assert steps_kept(output) == {30, 50, 60} or steps_kept(output) == {40, 50, 60}
+    losses = {line["validation_loss"]: line["step"] for line in lines(output)[:-2]}
+    best = losses[min(losses)]
+    assert best in (30, 40)
+    assert steps_kept(output) == {best, 50, 60}
 
 
 def test_any_kept_checkpoint_can_be_exported(best_in_the_middle, tmp_path):
@@ -81,7 +84,7 @@ def test_any_kept_checkpoint_can_be_exported(best_in_the_middle, tmp_path):
     assert (last.name, fifty.name) == ("model-000060", "model-000050")
     kernels = [np.load(folder / "weights.npz")["kernel"] for folder in (best, last, fifty)]
     np.testing.assert_array_equal(kernels[1], weights(output)["kernel"])
-    assert not any((kernels[i] == kernels[j]).all() for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert len({kernel.tobytes() for kernel in kernels}) == 3
 
 
 @pytest.mark.parametrize("which", ["10", "newest", "-1"])
@@ -139,6 +142,7 @@ def test_accumulated_batches_are_one_larger_batch(tmp_path):
         assert (one != 0).any()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of asyncio
 def test_a_full_disk_is_one_error_that_names_the_checkpoints(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # of a file; a full disk is alike
@@ -148,7 +152,7 @@ def test_a_full_disk_is_one_error_that_names_the_checkpoints(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.filename == str(tmp_path / "checkpoints")
-    assert "\n" not in caught.value.strerror
+    assert caught.value.strerror == "a checkpoint could not be written: File too large"
     assert steps_kept(tmp_path) == set()
 
 

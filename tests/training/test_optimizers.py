@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.training.optimizers import optimizer
-from jaxdiff.training.recipe import Optimizer
+from jaxdiff.training.optimizers import average_decay, optimizer
+from jaxdiff.training.recipe import Average, Optimizer
 
 NAMES = get_args(get_type_hints(Optimizer)["name"])
 CONFIG = Optimizer(learning_rate=0.01, warmup_steps=0, schedule="constant", weight_decay=0.0)
@@ -96,3 +96,22 @@ def test_the_learning_rate_warms_up_and_then_stays_or_falls_to_zero():
     assert values == pytest.approx([0, 5e-3, 0.01, 0.01])
     values = [float(cosine(step)) for step in (0, 5, 10, 55, 100)]
     assert values == pytest.approx([0, 5e-3, 0.01, 5e-3, 0])
+
+
+@pytest.mark.parametrize("relative_width", [0.05, 0.1, 0.2])
+def test_an_average_of_a_relative_width_reaches_back_over_that_share(relative_width):
+    config, steps = Average(relative_width=relative_width), 2000
+    shares = np.zeros(steps)  # of each step's weights in the average
+    for step in range(steps):
+        decay = average_decay(config, step)
+        shares *= decay
+        shares[step] = 1 - decay
+    times = np.arange(1, steps + 1) / steps
+    mean = np.sum(shares * times)
+    assert shares.sum() == pytest.approx(1.0)
+    assert np.sqrt(np.sum(shares * (times - mean) ** 2)) == pytest.approx(relative_width, rel=0.01)
+
+
+def test_a_fixed_decay_begins_low():
+    decays = [float(average_decay(Average(decay=0.999), step)) for step in (0, 90, 10**6)]
+    assert decays == pytest.approx([0.1, 0.91, 0.999])
