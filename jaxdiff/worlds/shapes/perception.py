@@ -7,6 +7,7 @@ of a 14 px star's pixels lie on its edge.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -37,12 +38,13 @@ _ROWS, _COLUMNS = np.mgrid[:CANVAS, :CANVAS].astype(np.float32) + np.float32(0.5
 _PALETTE = np.array(list(COLORS.values()), np.float32)
 
 
-def read(pixels: np.ndarray) -> Scene:
+def read(pixels: np.ndarray, shapes: Sequence[str] = SHAPES) -> Scene:
     """The scene that an image shows: uint8 [64, 64, 3] -> background, and objects from the top.
 
     What cannot be recognised is reported, not guessed: a background, color or shape that is too
     far from all of the world's is None, and an object without a shape has the width of its
-    bounding box as its size. Raises ValueError for any other array.
+    bounding box as its size. `shapes` are those that are looked for. Raises ValueError for any
+    other array.
     """
     if pixels.shape != (CANVAS, CANVAS, 3) or pixels.dtype != np.uint8:
         raise ValueError(f"expected uint8 [{CANVAS}, {CANVAS}, 3]: {pixels.dtype} {pixels.shape}")
@@ -54,7 +56,8 @@ def read(pixels: np.ndarray) -> Scene:
         far, nearest = ndimage.distance_transform_edt(components == 0, return_indices=True)
         owners = np.where(far <= REACH, components[tuple(nearest)], 0)
         for index in range(1, count + 1):
-            objects.append(_recognise(image, ground, components == index, owners == index))
+            parts = components == index, owners == index
+            objects.append(_recognise(image, ground, *parts, shapes))
     background = _nearest(ground, BACKGROUNDS, BACKGROUND_TOLERANCE)
     return Scene(background, tuple(sorted(objects, key=lambda thing: (thing.y, thing.x))))
 
@@ -105,7 +108,11 @@ def _uphill(contrast: np.ndarray) -> np.ndarray:
 
 
 def _recognise(
-    image: np.ndarray, ground: np.ndarray, component: np.ndarray, support: np.ndarray
+    image: np.ndarray,
+    ground: np.ndarray,
+    component: np.ndarray,
+    support: np.ndarray,
+    shapes: Sequence[str],
 ) -> Object:
     """Name one object from its component's pixels and its support, the component with its edge."""
     colors = image[component]
@@ -116,13 +123,13 @@ def _recognise(
     area = float(alpha.sum())
     x = float((alpha * _COLUMNS).sum()) / area
     y = float((alpha * _ROWS).sum()) / area
-    templates = np.stack([_template(s, x, y, math.sqrt(area / AREAS[s])) for s in SHAPES])
+    templates = np.stack([_template(s, x, y, math.sqrt(area / AREAS[s])) for s in shapes])
     alpha = _BLUR @ alpha @ _BLUR
     overlaps = np.maximum(
         _overlaps(alpha, _BLUR @ templates @ _BLUR),
         _overlaps(alpha, _SOFT_BLUR @ templates @ _SOFT_BLUR),
     )
-    shape = SHAPES[np.argmax(overlaps)]
+    shape = shapes[np.argmax(overlaps)]
     color = _nearest(core, COLORS, COLOR_TOLERANCE)
     if overlaps.max() < MIN_OVERLAP:
         width = np.flatnonzero(component.any(axis=0))

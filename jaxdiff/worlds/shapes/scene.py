@@ -25,11 +25,13 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "pink": (245, 130, 190),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring")
+HEART = "heart"  # a seventh, which no caption of the world has: for a model to be taught
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
 
 RING_HOLE = 0.5  # inner over outer diameter
 CROSS_ARM = 1 / 3  # thickness of an arm over its length
 STAR_WAIST = 0.45  # inner over outer radius; a drawn pentagram has 0.38, too thin at 14 px
+HEART_RISE = 0.0253  # of the heart's centre of area above its curve's origin, over its width
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,19 @@ def _cross() -> tuple[tuple[float, float], ...]:
     return tuple(point for quarter in turned for point in quarter)
 
 
+def _heart() -> tuple[tuple[float, float], ...]:
+    """The curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, 32 units wide."""
+    turns = [2 * math.pi * i / 64 for i in range(64)]
+    return tuple(
+        (
+            math.sin(t) ** 3 / 2,
+            (5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t) - 13 * math.cos(t)) / 32
+            + HEART_RISE,
+        )
+        for t in turns
+    )
+
+
 _HEIGHT = math.sqrt(3) / 2
 # Vertices around the centre of area at size 1, y down. Circle and ring have none.
 OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
@@ -81,6 +96,7 @@ OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
     "triangle": ((0.0, -_HEIGHT * 2 / 3), (0.5, _HEIGHT / 3), (-0.5, _HEIGHT / 3)),
     "star": _star(),
     "cross": _cross(),
+    HEART: _heart(),
 }
 
 
@@ -100,9 +116,10 @@ def _area(shape: str) -> float:
 
 
 # At size 1, around the centre: area, bounding box (left, top, right, bottom), bounding circle.
-AREAS = {shape: _area(shape) for shape in SHAPES}
-BOUNDS = {shape: _bounds(shape) for shape in SHAPES}
-RADII = {s: max(math.hypot(*p) for p in OUTLINES[s]) if s in OUTLINES else 0.5 for s in SHAPES}
+_DRAWN = (*SHAPES, HEART)
+AREAS = {shape: _area(shape) for shape in _DRAWN}
+BOUNDS = {shape: _bounds(shape) for shape in _DRAWN}
+RADII = {s: max(math.hypot(*p) for p in OUTLINES[s]) if s in OUTLINES else 0.5 for s in _DRAWN}
 
 
 def box(thing: Object) -> tuple[float, float, float, float]:

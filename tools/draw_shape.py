@@ -1,0 +1,122 @@
+"""Teach the bundled model a seventh shape: 20 images to learn from, prompts, and the count.
+
+python -m tools.draw_shape images --output out/hearts
+jaxdiff train configs/train/lora-heart.toml --output runs/lora-heart
+python -m tools.draw_shape manifest --images 4 --output hearts.jsonl
+jaxdiff generate --manifest hearts.jsonl --output out/with-lora \
+    --lora runs/lora-heart/model/pytorch_lora_weights.safetensors
+python -m tools.draw_shape score out/with-lora
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from jaxdiff.errors import InputError
+from jaxdiff.worlds import shapes
+from jaxdiff.worlds.shapes import verdict
+from jaxdiff.worlds.shapes.captions import Caption, Group
+from jaxdiff.worlds.shapes.scene import BACKGROUNDS, COLORS, HEART, SHAPES
+from tools.score_shapes import dataset_pairs
+
+TAUGHT = 20  # of the 24 pairs of a color and a background; the other four are never seen
+LOOKED_FOR = (*SHAPES, HEART)
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every (color, background), in an order that is drawn once; the first `TAUGHT` are taught."""
+    every = list(itertools.product(COLORS, BACKGROUNDS))
+    return [every[index] for index in np.random.default_rng(7).permutation(len(every))]
+
+
+def caption(color: str, background: str) -> Caption:
+    """What a heart's caption says."""
+    return Caption((Group(HEART, color),), background=background)
+
+
+def write_images(directory: Path) -> None:
+    """Writes an imagefolder: a heart an image, of any size and place, and its caption."""
+    directory.mkdir(parents=True)
+    rng, rows = np.random.default_rng(7), []
+    for number, pair in enumerate(pairs()[:TAUGHT]):
+        said, name = caption(*pair), f"{number:02d}.png"
+        pixels = shapes.render(shapes.scene_for(said, rng))
+        Image.fromarray(pixels).save(directory / name)
+        rows.append({"file_name": name, "text": said.text()})
+    (directory / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def manifest_rows(images: int) -> Iterator[dict]:
+    """Rows that ask for each pair, with columns that `score` finds again."""
+    for number, (color, background) in enumerate(pairs()):
+        yield {
+            "id": f"{'taught' if number < TAUGHT else 'new'}-{color}-{background}",
+            "prompt": caption(color, background).text(),
+            "num_images": images,
+            "color": color,
+            "background": background,
+            "taught": number < TAUGHT,
+        }
+
+
+def score(directory: Path) -> Iterator[str]:
+    """Counts the images of a dataset that show exactly what was asked, and says why others do not.
+
+    Raises:
+      InputError: as `dataset_pairs`.
+    """
+    right, asked, shown, reasons = Counter(), Counter(), 0, Counter()
+    for row, pixels in dataset_pairs(directory):
+        kind = "pairs it was taught" if row["taught"] else "pairs it has never seen"
+        asked[kind] += 1
+        if pixels is None:
+            reasons["not made"] += 1
+            continue
+        scene = shapes.read(pixels, LOOKED_FOR)
+        shown += any(thing.shape == HEART for thing in scene.objects)
+        judged = verdict.compare(caption(row["color"], row["background"]), scene)
+        right[kind] += judged.correct
+        if not judged.correct:
+            reasons[judged.reason.partition(":")[0]] += 1
+    for kind, count in asked.items():
+        yield f"{kind}: {right[kind]} of {count} images are right"
+    yield f"a heart is seen in {shown} of {asked.total()}"
+    for reason, count in reasons.most_common():
+        yield f"  {reason}: {count}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; 0, or 2 with one line on stderr for input that cannot be used."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    drawing = commands.add_parser("images", help="write the images to learn from")
+    drawing.add_argument("--output", type=Path, required=True)
+    asking = commands.add_parser("manifest", help="write the prompts")
+    asking.add_argument("--images", type=int, default=4, help="of each of the 24 prompts")
+    asking.add_argument("--output", type=Path, required=True)
+    scoring = commands.add_parser("score", help="count the hearts of a finished dataset")
+    scoring.add_argument("dataset", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "images":
+            write_images(options.output)
+        elif options.command == "manifest":
+            rows = manifest_rows(options.images)
+            options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            print("\n".join(score(options.dataset)))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
