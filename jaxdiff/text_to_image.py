@@ -53,7 +53,7 @@ def load(
     *,
     variant: str | None = None,
     refiner: str | Path | None = None,
-    lora: str | Sequence[str] = (),
+    lora: str | Path | Sequence[str | Path] = (),
     expecting: Mapping[Request, int] = MappingProxyType({}),
     **options,
 ) -> "TextToImage":
@@ -80,8 +80,8 @@ def load(
             except checks.BadValueError as problem:
                 raise InputError(str(problem)) from None
     compilation.keep_programs()
-    lora = (lora,) if isinstance(lora, str) else lora
-    loaded = TextToImage(open_ensemble(model, variant, refiner, lora), Options(**options))
+    loras = [str(each) for each in ((lora,) if isinstance(lora, str | Path) else lora)]
+    loaded = TextToImage(open_ensemble(model, variant, refiner, loras), Options(**options))
     for request, batch_size in expecting.items():
         loaded.compile(loaded.resolve(request), batch_size)
     try:
