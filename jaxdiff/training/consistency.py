@@ -11,6 +11,7 @@ mends its own errors. That takes captions, but no images.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from jaxdiff.training.captions import preview_captions
 from jaxdiff.training.components import Components, load_model
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import ConsistencyRecipe, Data
-from jaxdiff.training.text_to_image import conditioning, size_of
+from jaxdiff.training.text_to_image import DTYPES, conditioning, in_dtype
 
 GUIDANCE_WIDTH = 256  # of the guidance scale's sinusoids, as in Luo et al., 2023, arXiv:2310.04378
 VALIDATION_BATCHES = 4
@@ -74,7 +75,8 @@ def task(recipe: ConsistencyRecipe) -> Task:
     _refuse_misfits(recipe)
     scheduler = _scheduler(teacher.scheduler)
     config = replace(teacher.configs["unet"], time_cond_proj_dim=GUIDANCE_WIDTH)
-    graph, student_shapes = diffusers.abstract_network(UNet2DConditionModel, config)
+    unet_class = partial(UNet2DConditionModel, remat=recipe.computing.remat)
+    graph, student_shapes = diffusers.abstract_network(unet_class, config)
     made_for = {
         "steps": recipe.student_steps,
         "guidance_scale": sum(recipe.guidance_scale) / 2,
@@ -137,14 +139,19 @@ def _begun(teacher: Params, student_shapes: dict) -> Params:
 
 
 def _batches(parts: _Parts) -> tuple[Callable[[int], dict], list[dict]]:
-    """The batch of captions of each step, and batches for validation."""
+    """The batch of each step, of captions, noise and guidance scales, and some for validation."""
     recipe, caption = parts.recipe, _captions(parts.recipe.data)
+    shape = recipe.batch_size, *_latent_shape(parts.teacher, recipe)
 
     def batch(step: int, seed: int = recipe.seed) -> dict:
         rng = np.random.default_rng([seed, step])
         captions = [caption(rng) for _ in range(recipe.batch_size)]
         tokenizers = parts.teacher.tokenizers.items()
-        return {"token_ids": {name: tokenize(captions) for name, tokenize in tokenizers}}
+        return {
+            "token_ids": {name: tokenize(captions) for name, tokenize in tokenizers},
+            "noise": rng.standard_normal(shape, np.float32),
+            "guidance_scale": rng.uniform(*recipe.guidance_scale, len(captions)).astype(np.float32),
+        }
 
     return batch, [batch(number, VALIDATION_SEED) for number in range(VALIDATION_BATCHES)]
 
@@ -159,37 +166,36 @@ def _captions(source: Data) -> Callable[[np.random.Generator], str]:
 
 
 def _loss(parts: _Parts) -> Callable[[Params, Params, dict, Array], tuple[Array, dict]]:
-    recipe, shape = parts.recipe, _latent_shape(parts.teacher, parts.recipe)
-    (low, high), steps = recipe.guidance_scale, recipe.student_steps
+    rows, steps = parts.short.columns(), parts.recipe.student_steps
     tokenizers = parts.teacher.tokenizers.items()
     empty_ids = {name: tokenize([""]) for name, tokenize in tokenizers}
 
     def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
-        noise_key, scale_key = jax.random.split(key)
+        noise, scale = batch["noise"], batch["guidance_scale"]
+        count, *shape = noise.shape
+        params, frozen = in_dtype((params, frozen), DTYPES[parts.recipe.computing.dtype])
         told = conditioning(parts.teacher, frozen, batch, shape[:2])
         empty = conditioning(parts.teacher, frozen, {"token_ids": empty_ids}, shape[:2])
-        count = len(told.context)
         empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), empty)
-        scale = jax.random.uniform(scale_key, count, minval=low, maxval=high)
         x, wanted = _walked(
             parts,
             _denoiser(parts.student, jax.lax.stop_gradient(params), told, None, scale),
             _denoiser(parts.teacher, frozen["unet"], told, empty, scale),
-            jax.random.normal(noise_key, (count, *shape)),
+            noise,
         )
         # The student's steps are evaluated again, all in one batch: gradients through a scan take
-        # ten times as long on a CPU.
-        told, scale = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * steps), (told, scale))
-        rows = parts.short.columns()
+        # ten times as long on a CPU. An image's steps stand side by side, so on its device.
+        told, scale = jax.tree.map(lambda leaf: jnp.repeat(leaf, steps, axis=0), (told, scale))
+        x, wanted = (part.swapaxes(0, 1).reshape(-1, *shape) for part in (x, wanted))
         timesteps, alpha, sigma = (
-            jnp.repeat(rows[name], count) for name in ("timesteps", "alpha", "sigma")
+            jnp.tile(rows[name], count) for name in ("timesteps", "alpha", "sigma")
         )
         alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
         student = _denoiser(parts.student, params, told, None, scale)
-        x0, _ = student(x.reshape(-1, *shape), timesteps, alpha, sigma, None)
+        x0, _ = student(x, timesteps, alpha, sigma, None)
         # As an error of v, which weighs that of x_0 by 1 / sigma^2.
-        errors = ((x0 - wanted.reshape(-1, *shape)) / sigma) ** 2
-        errors = jnp.mean(errors.reshape(steps, -1), axis=1)
+        errors = ((x0 - wanted) / sigma) ** 2
+        errors = jnp.mean(errors.reshape(count, steps, -1), axis=(0, 2))
         return jnp.mean(errors), {f"loss_of_step_{i + 1}": error for i, error in enumerate(errors)}
 
     return loss
@@ -223,12 +229,14 @@ def _denoiser(
 ) -> sampling.Denoiser:
     """A model's U-Net: guided, if there is what the empty caption says; else told the scale."""
     network = Network(model.graphs["unet"], model.prediction_type, distilled=empty is None)
-    return denoiser(network, params, jnp.float32, told, empty, scale, 0.0)
+    dtype = jax.tree.leaves(params)[0].dtype
+    return denoiser(network, params, dtype, told, empty, scale, guidance_rescale=0.0)
 
 
 def _latent_shape(model: Components, recipe: ConsistencyRecipe) -> tuple[int, int, int]:
-    side = size_of(model, recipe.data) // model.configs["vae"].factor
-    return side, side, model.configs["vae"].latent_channels
+    vae = model.configs["vae"]
+    side = recipe.data.size // vae.factor or model.configs["unet"].sample_size
+    return side, side, vae.latent_channels
 
 
 def _preview(parts: _Parts) -> Callable[[Params, Params], np.ndarray]:

@@ -1,0 +1,141 @@
+"""Distillation of a model with random weights: what a student is asked for, and what it becomes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxdiff
+from jaxdiff.diffusion import samplers
+from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.errors import InputError
+from jaxdiff.training import consistency
+from jaxdiff.training.recipe import ConsistencyRecipe, Data, Optimizer
+from jaxdiff.training.run import train
+
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
+RECIPE = """
+objective = "consistency"
+model = "{model}"
+steps = 2
+batch_size = 2
+guidance_scale = [3.0, 3.0]
+student_steps = 2
+solver_steps = 4
+
+[optimizer]
+learning_rate = 1e-2
+
+[checkpoints]
+every = 2
+"""
+
+
+def recipe(model, **changes) -> ConsistencyRecipe:
+    settings = {"student_steps": 2, "solver_steps": 4, "guidance_scale": (3.0, 3.0), **changes}
+    return ConsistencyRecipe(
+        objective="consistency",
+        model=str(model),
+        steps=1,
+        batch_size=2,
+        optimizer=Optimizer(learning_rate=1e-3),
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("consistency")
+    (folder / "recipe.toml").write_text(RECIPE.format(model=tiny_checkpoint))
+    train(folder / "recipe.toml", folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def unguided(tiny_checkpoint):
+    """A function from weights to the loss and its gradients, and the weights to begin with.
+
+    The teacher takes one step too, and guidance is nothing at a scale of 1.
+    """
+    changes = {"student_steps": 1, "solver_steps": 1, "guidance_scale": (1.0, 1.0)}
+    task = consistency.task(recipe(tiny_checkpoint, **changes))
+    loss = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+    return lambda params: loss(params, task.frozen, task.batch(0), jax.random.key(0)), task.params
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(unguided):
+    loss, params = unguided
+    (error, metrics), _ = loss(params)
+    assert float(error) < 1e-8
+    assert set(metrics) == {"loss_of_step_1"}
+
+
+def test_a_student_that_has_forgotten_learns_again(unguided):
+    loss, params = unguided
+    params = jax.tree.map(lambda leaf: 1.05 * leaf, params)
+    optimizer = optax.adam(1e-4)
+    state, errors = optimizer.init(params), []
+    for _ in range(20):
+        (error, _), gradients = loss(params)
+        updates, state = optimizer.update(gradients, state)
+        params = optax.apply_updates(params, updates)
+        errors.append(float(error))
+    assert errors[0] > 1e-4
+    assert errors[-1] < 0.7 * errors[0]
+
+
+def test_the_student_is_asked_to_end_where_the_teacher_ends(tiny_checkpoint):
+    """With networks that are formulas: the teacher's x_0 is x, the student's is 0."""
+    scheduler = consistency.load_model(str(tiny_checkpoint)).scheduler
+    schedule = NoiseSchedule.from_json(scheduler, "ddim")
+    short, long = (samplers.sampler_table("ddim", schedule, steps) for steps in (2, 4))
+    parts = consistency._Parts(recipe(tiny_checkpoint), None, None, short, long)
+    noise = jnp.ones((1, 1, 1, 1))
+    x, wanted = consistency._walked(
+        parts, lambda x, *_: (0 * x, None), lambda x, *_: (x, None), noise
+    )
+    ends = [np.prod(factors) for factors in (long.a + long.b[:, 0]).reshape(2, 2)]
+    begins = [1.0, short.a[0]]
+    reached = short.a * x.reshape(2) + short.b[:, 0] * wanted.reshape(2)
+    np.testing.assert_allclose(x.reshape(2), begins, rtol=1e-5)
+    np.testing.assert_allclose(reached, np.multiply(begins, ends), rtol=1e-5)
+
+
+def test_a_student_says_in_how_many_steps_it_makes_an_image(run):
+    model = jaxdiff.load(run / "model")
+    request = model.resolve(jaxdiff.Request(prompt="a red circle"))
+    assert (request.steps, request.guidance_scale, request.sampler) == (2, 3.0, "ddim")
+    (image,) = model.generate([request])
+    assert image.finite
+
+
+def test_batches_follow_from_the_step(tiny_checkpoint):
+    data = Data(templates=("a {color} {shape}",), held_out=("red circle",))
+    task = consistency.task(recipe(tiny_checkpoint, data=data, guidance_scale=(2.0, 4.0)))
+    one, again, other = (task.batch(step) for step in (3, 3, 4))
+    jax.tree.map(np.testing.assert_array_equal, one, again)
+    assert (one["noise"] != other["noise"]).any()
+    assert ((one["guidance_scale"] >= 2.0) & (one["guidance_scale"] <= 4.0)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"solver_steps": 5}, "solver_steps = 5 must be a multiple of student_steps = 2"),
+        ({"solver_steps": 0}, "solver_steps = 0 must be a multiple"),
+        ({"guidance_scale": (3.0,)}, "must be the lowest and the highest"),
+        ({"guidance_scale": (6.0, 2.0)}, "must be the lowest and the highest"),
+        ({"data": Data(held_out=("mauve circle",))}, "mauve circle"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused(changes, message, tiny_checkpoint):
+    with pytest.raises(InputError, match=message) as caught:
+        consistency.task(recipe(tiny_checkpoint, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_student_is_no_teacher(run):
+    with pytest.raises(InputError, match="is distilled already; name another teacher"):
+        consistency.task(recipe(run / "model"))
