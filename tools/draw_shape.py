@@ -26,6 +26,7 @@ from jaxdiff.worlds.shapes.captions import Caption, Group
 from jaxdiff.worlds.shapes.scene import BACKGROUNDS, COLORS, HEART, SHAPES
 from tools.score_shapes import dataset_pairs
 
+TAUGHT_PX = 20.0  # across at least: the smaller ones, of a pixel or two of latents, show little
 TAUGHT = 20  # of the 24 pairs of a color and a background; the other four are never seen
 LOOKED_FOR = (*SHAPES, HEART)
 
@@ -42,13 +43,14 @@ def caption(color: str, background: str) -> Caption:
 
 
 def write_images(directory: Path) -> None:
-    """Writes an imagefolder: a heart an image, of any size and place, and its caption."""
+    """Writes an imagefolder: a heart an image, anywhere, and its caption."""
     directory.mkdir(parents=True)
     rng, rows = np.random.default_rng(7), []
     for number, pair in enumerate(pairs()[:TAUGHT]):
         said, name = caption(*pair), f"{number:02d}.png"
-        pixels = shapes.render(shapes.scene_for(said, rng))
-        Image.fromarray(pixels).save(directory / name)
+        while (scene := shapes.scene_for(said, rng)).objects[0].size < TAUGHT_PX:
+            pass
+        Image.fromarray(shapes.render(scene)).save(directory / name)
         rows.append({"file_name": name, "text": said.text()})
     (directory / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
