@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxdiff.models import config as config_json
 from jaxdiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
@@ -23,7 +22,6 @@ from jaxdiff.models.transformer import Transformer2DModel
 
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # name: has attention
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
-BETWEEN_BLOCKS = "between blocks"  # the name of what gradient checkpointing keeps
 # Values that change what is computed, of which only these are built.
 FIXED = {
     "_class_name": "UNet2DConditionModel",
@@ -200,23 +198,29 @@ def _transformers(
     )
 
 
+def _call(module: nnx.Module, *arrays: Array, remat: bool) -> Array:
+    """The module's output; with `remat` the gradient computes anew all that lies between."""
+    if not remat:
+        return module(*arrays)
+    return nnx.remat(lambda module, *arrays: module(*arrays))(module, *arrays)
+
+
 class _Block(nnx.Module):
     """What down and up blocks have in common: residual blocks, each with its transformer."""
 
-    def __init__(self, widths, num_heads, depth, config: UNetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, widths, num_heads, depth, config: UNetConfig, remat: bool, *, rngs):
+        self.remat = remat
         self.resnets = _resnets(widths, config, rngs)
         self.attentions = _transformers(widths, num_heads, depth, config, rngs)
 
     def layer(self, i: int, x: Array, time_embedding: Array, context: Array) -> Array:
-        x = checkpoint_name(self.resnets[i](x, time_embedding), BETWEEN_BLOCKS)
-        if not self.attentions:
-            return x
-        return checkpoint_name(self.attentions[i](x, context), BETWEEN_BLOCKS)
+        x = _call(self.resnets[i], x, time_embedding, remat=self.remat)
+        return _call(self.attentions[i], x, context, remat=self.remat) if self.attentions else x
 
 
 class _DownBlock(_Block):
-    def __init__(self, widths, num_heads, depth, config, *, downsample: bool, rngs):
-        super().__init__(widths, num_heads, depth, config, rngs=rngs)
+    def __init__(self, widths, num_heads, depth, config, remat, *, downsample: bool, rngs):
+        super().__init__(widths, num_heads, depth, config, remat, rngs=rngs)
         self.downsamplers = nnx.List(
             [Downsample2D(widths[-1][1], (1, 1), rngs=rngs)] if downsample else []
         )
@@ -231,20 +235,21 @@ class _DownBlock(_Block):
 
 
 class _MidBlock(nnx.Module):
-    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, remat: bool, *, rngs: nnx.Rngs):
+        self.remat = remat
         same = (config.block_out_channels[-1],) * 2
         self.resnets = _resnets([same] * 2, config, rngs)
         self.attentions = _transformers([same], config.heads[-1], config.depths[-1], config, rngs)
 
     def __call__(self, x: Array, time_embedding: Array, context: Array) -> Array:
-        x = checkpoint_name(self.resnets[0](x, time_embedding), BETWEEN_BLOCKS)
-        x = checkpoint_name(self.attentions[0](x, context), BETWEEN_BLOCKS)
-        return checkpoint_name(self.resnets[1](x, time_embedding), BETWEEN_BLOCKS)
+        x = _call(self.resnets[0], x, time_embedding, remat=self.remat)
+        x = _call(self.attentions[0], x, context, remat=self.remat)
+        return _call(self.resnets[1], x, time_embedding, remat=self.remat)
 
 
 class _UpBlock(_Block):
-    def __init__(self, widths, num_heads, depth, config, *, upsample: bool, rngs):
-        super().__init__(widths, num_heads, depth, config, rngs=rngs)
+    def __init__(self, widths, num_heads, depth, config, remat, *, upsample: bool, rngs):
+        super().__init__(widths, num_heads, depth, config, remat, rngs=rngs)
         self.upsamplers = nnx.List([Upsample2D(widths[-1][1], rngs=rngs)] if upsample else [])
 
     def __call__(
@@ -262,7 +267,12 @@ class _UpBlock(_Block):
 class UNet2DConditionModel(nnx.Module):
     """Predicts the noise (or v) in latents, given the timestep and the text."""
 
-    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, remat: bool = False):
+        """Makes it; `remat` trades time for memory where gradients are taken.
+
+        Of the activations only those between residual blocks and transformers are kept then (Chen
+        et al., 2016, arXiv:1604.06174).
+        """
         channels, layers = config.block_out_channels, config.layers_per_block
         last = len(channels) - 1
         self.config = config
@@ -282,13 +292,14 @@ class UNet2DConditionModel(nnx.Module):
                     config.heads[i],
                     config.depths[i] if DOWN_BLOCKS[config.down_block_types[i]] else 0,
                     config,
+                    remat,
                     downsample=i < last,
                     rngs=rngs,
                 )
                 for i, width in enumerate(channels)
             ]
         )
-        self.mid_block = _MidBlock(config, rngs=rngs)
+        self.mid_block = _MidBlock(config, remat, rngs=rngs)
         skips = [channels[0]]  # the width of every feature map that the way up takes back
         for i, width in enumerate(channels):
             skips += [width] * (layers + (i < last))
@@ -301,6 +312,7 @@ class UNet2DConditionModel(nnx.Module):
                     config.heads[i],
                     config.depths[i] if UP_BLOCKS[config.up_block_types[last - i]] else 0,
                     config,
+                    remat,
                     upsample=i > 0,
                     rngs=rngs,
                 )

@@ -1,4 +1,4 @@
-"""The autoencoder's objectives: all of it (Kingma and Welling, 2014), or its decoder alone."""
+"""The autoencoder's objective (Kingma and Welling, 2014, arXiv:1312.6114)."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,13 +17,12 @@ from jaxdiff.errors import InputError
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.pixels import to_pixels
 from jaxdiff.training.loop import Params, Task, grid
-from jaxdiff.training.recipe import AutoencoderRecipe, DecoderRecipe
+from jaxdiff.training.recipe import AutoencoderRecipe
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.scene import CANVAS
 
 PREVIEW_SEED = 2**31
 VALIDATION_SEED = 2**31 + 1
-ENCODER = ("encoder", "quant_conv")  # the parts of the network that make latents
 CONFIG, WEIGHTS = CONFIGS["vae"], NETWORKS["vae"][2]
 
 
@@ -74,32 +73,6 @@ def task(recipe: AutoencoderRecipe) -> Task:
         validation=[{"pixels": render_batch(VALIDATION_SEED, 0, recipe.batch_size, recipe.crop)}],
         preview=lambda params, frozen: _reconstructions(graph, params),
         export=export,
-    )
-
-
-def decoder_task(recipe: DecoderRecipe) -> Task:
-    """Trains a decoder further, on its encoder's latents with a little noise."""
-    config, graph, params = load_autoencoder(Path(recipe.autoencoder))
-    encoder = {name: params.pop(name) for name in ENCODER if name in params}
-
-    def loss(params: Params, encoder: Params, batch: dict, key: Array) -> tuple[Array, dict]:
-        model = nnx.merge(graph, {**encoder, **params})
-        images = to_float(batch["pixels"])
-        latents = config.scale(model.encode(images)[0])
-        latents += recipe.latent_noise * jax.random.normal(key, latents.shape)
-        decoded = model.decode(config.unscale(latents))
-        return _reconstruction_error(decoded, images, recipe.gradient_weight)
-
-    return Task(
-        params=params,
-        frozen=encoder,
-        loss=loss,
-        batch=lambda step: {"pixels": render_batch(recipe.seed, step, recipe.batch_size)},
-        validation=[{"pixels": render_batch(VALIDATION_SEED, 0, recipe.batch_size)}],
-        preview=lambda params, encoder: _reconstructions(graph, {**encoder, **params}),
-        export=lambda params, encoder, directory: save_autoencoder(
-            directory, config, {**encoder, **params}
-        ),
     )
 
 

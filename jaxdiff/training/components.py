@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -123,6 +124,9 @@ def from_recipe(recipe: TextToImageRecipe) -> Components:
             configs[name], graphs[name], params[name] = config, graph, nnx.to_pure_dict(state)
         elif name not in configs:
             raise InputError(f"the recipe names no {name}, and no model to take it from")
+    if recipe.computing.remat:
+        frugal = partial(UNet2DConditionModel, remat=True)
+        graphs["unet"], _ = diffusers.abstract_network(frugal, configs["unet"])
     if recipe.tokenizer:
         positions = configs["text_encoder"].max_position_embeddings
         tokenizers = {"text_encoder": Tokenizer(Path(recipe.tokenizer), positions)}

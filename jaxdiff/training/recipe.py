@@ -11,6 +11,8 @@ from typing import Literal
 
 from jaxdiff.errors import InputError
 
+WIDEST_AVERAGE = 0.28  # where the power function of Karras et al. has become flat
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -198,21 +200,6 @@ class AutoencoderRecipe(_Run):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderRecipe(_Run):
-    """Trains the decoder of an autoencoder further; its latents stay what they are.
-
-    Attributes:
-      autoencoder: a directory that an autoencoder recipe wrote.
-      latent_noise: standard deviation of the noise on the latents, whose own is 1, so that the
-        decoder forgives what a denoiser leaves.
-    """
-
-    autoencoder: str
-    gradient_weight: float = 0.5
-    latent_noise: float = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
 class TextEncoderRecipe(_Run):
     """Trains a CLIP text encoder to tell what a caption of the shapes world says.
 
@@ -279,12 +266,9 @@ class ConsistencyRecipe(_Run):
     solver_steps: int = 20
 
 
-Recipe = (
-    AutoencoderRecipe | DecoderRecipe | TextEncoderRecipe | TextToImageRecipe | ConsistencyRecipe
-)
+Recipe = AutoencoderRecipe | TextEncoderRecipe | TextToImageRecipe | ConsistencyRecipe
 OBJECTIVES = {
     "autoencoder": AutoencoderRecipe,
-    "decoder": DecoderRecipe,
     "text_encoder": TextEncoderRecipe,
     "text_to_image": TextToImageRecipe,
     "consistency": ConsistencyRecipe,
@@ -309,16 +293,19 @@ def read(path: Path) -> Recipe:
             f"{path}: objective = {objective!r}; it must be one of {', '.join(OBJECTIVES)}"
         )
     recipe = _build(OBJECTIVES[objective], data, f"{path}: ")
-    checks = {
-        "steps": recipe.steps,
-        "batch_size": recipe.batch_size,
-        "optimizer.accumulate": recipe.optimizer.accumulate,
-        "checkpoints.every": recipe.checkpoints.every,
-        "checkpoints.keep": recipe.checkpoints.keep,
+    at_least = {
+        "steps": (recipe.steps, 1),
+        "batch_size": (recipe.batch_size, 1),
+        "seed": (recipe.seed, 0),
+        "optimizer.accumulate": (recipe.optimizer.accumulate, 1),
+        "checkpoints.every": (recipe.checkpoints.every, 1),
+        "checkpoints.keep": (recipe.checkpoints.keep, 1),
     }
-    for name, value in checks.items():
-        if value < 1:
-            raise InputError(f"{path}: {name} must be at least 1")
+    for name, (value, least) in at_least.items():
+        if value < least:
+            raise InputError(f"{path}: {name} must be at least {least}")
+    if not 0 <= recipe.average.relative_width < WIDEST_AVERAGE:
+        raise InputError(f"{path}: average.relative_width must be from 0 to {WIDEST_AVERAGE}")
     return recipe
 
 

@@ -14,7 +14,6 @@ from jaxdiff.training import autoencoder, consistency, loop, text_encoder, text_
 from jaxdiff.training.recipe import (
     AutoencoderRecipe,
     ConsistencyRecipe,
-    DecoderRecipe,
     Recipe,
     TextEncoderRecipe,
     TextToImageRecipe,
@@ -131,8 +130,6 @@ def _task(recipe: Recipe, output: Path) -> loop.Task:
     match recipe:
         case AutoencoderRecipe():
             return autoencoder.task(recipe)
-        case DecoderRecipe():
-            return autoencoder.decoder_task(recipe)
         case TextEncoderRecipe():
             return text_encoder.task(recipe)
         case TextToImageRecipe():

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -80,13 +79,3 @@ def encoded(
         os.replace(unfinished, path)
     with np.load(path, allow_pickle=False) as scenes:
         return scenes["latents"], scenes["captions"].tolist()
-
-
-def digest_of(*parts) -> str:
-    """SHA-256 (hex) of arrays, and of what else has a faithful `repr`."""
-    digest = hashlib.sha256()
-    for part in parts:
-        for leaf in jax.tree.leaves(part):
-            array = isinstance(leaf, np.ndarray | Array)
-            digest.update(np.asarray(leaf).tobytes() if array else repr(leaf).encode())
-    return digest.hexdigest()

@@ -17,22 +17,18 @@ from jaxdiff.diffusion import objective, samplers
 from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.errors import InputError
 from jaxdiff.expert import Conditioning, Network
-from jaxdiff.models.unet import BETWEEN_BLOCKS
 from jaxdiff.pixels import sample_pixels
 from jaxdiff.prompts import XL_LAYERS_SKIPPED, encode_tokens
 from jaxdiff.stretches import Stretch
-from jaxdiff.training import data, dreambooth, lora, noise_levels, scenes
-from jaxdiff.training.autoencoder import ENCODER, to_float
-from jaxdiff.training.captions import preview_captions
+from jaxdiff.training import batches, lora, noise_levels
+from jaxdiff.training.autoencoder import to_float
 from jaxdiff.training.components import Components, from_recipe
 from jaxdiff.training.loop import Params, Task, grid
-from jaxdiff.training.recipe import Data, TextToImageRecipe
+from jaxdiff.training.recipe import TextToImageRecipe
 
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 20, 3.0
 PREVIEW_PX = 48 * 64 * 64  # so many in a sample grid, but at least four images
 DECODED_ALONE_PX = 256  # images with longer sides are decoded one after the other
-VALIDATION_BATCHES = 4
-DROPOUT = 1  # beside the seed, so that captions are dropped by other numbers than rows are drawn
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -57,14 +53,14 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
         params = {name: parts.params[name] for name in recipe.train}
         frozen = {name: tree for name, tree in parts.params.items() if name not in params}
     whole = partial(_whole, recipe)
-    batch, validation, captions = batches(parts, recipe, output)
+    made = batches.of(parts, recipe, output)
     return Task(
         params=params,
         frozen=frozen,
         loss=_loss(parts, recipe, schedule, whole),
-        batch=batch,
-        validation=validation,
-        preview=preview(parts, schedule, whole, captions, size_of(parts, recipe.data)),
+        batch=made.batch,
+        validation=made.validation,
+        preview=preview(parts, schedule, whole, made.captions, batches.size_of(parts, recipe.data)),
         export=partial(_export, parts, recipe),
     )
 
@@ -91,9 +87,6 @@ def _loss(
 ) -> Callable[[Params, Params, dict, Array], tuple[Array, dict]]:
     dtype, settings = DTYPES[recipe.computing.dtype], recipe.loss
     evaluate = partial(_evaluate, parts.graphs["unet"])
-    if recipe.computing.remat:  # of the activations, those between the blocks alone are kept
-        between = jax.checkpoint_policies.save_only_these_names(BETWEEN_BLOCKS)
-        evaluate = jax.checkpoint(evaluate, policy=between)
 
     def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
         time_key, noise_key, offset_key, latent_key = jax.random.split(key, 4)
@@ -167,108 +160,6 @@ def _evaluate(
 ) -> Array:
     unet = nnx.merge(graph, params)
     return unet(x, timesteps, told.context, pooled=told.pooled, time_ids=told.time_ids)
-
-
-def batches(
-    parts: Components, recipe: TextToImageRecipe, output: Path
-) -> tuple[Callable[[int], dict], list[dict], list[str]]:
-    """The batch of each step, batches for validation, and the captions of the sample grids."""
-    if recipe.data.path == scenes.PIXELS:
-        raw, held_out, captions = _of_scenes(parts, recipe, output)
-    else:
-        raw, held_out, captions = _of_examples(parts, recipe)
-    if recipe.prior:
-        raw = _with_prior(raw, parts, recipe, output)
-    empty = {name: tokenize([""])[0] for name, tokenize in parts.tokenizers.items()}
-
-    def batch(step: int, raw: Callable[[int], dict] = raw, dropout=recipe.caption_dropout) -> dict:
-        made = raw(step)
-        captions = made.pop("captions")
-        if "context" in made:
-            return made
-        rng = np.random.default_rng([recipe.seed, DROPOUT, step])
-        dropped = rng.random(len(captions)) < dropout
-        made["token_ids"] = {
-            name: np.where(dropped[:, None], empty[name], tokenize(captions))
-            for name, tokenize in parts.tokenizers.items()
-        }
-        return made
-
-    validation = [batch(number, held_out, 0.0) for number in range(VALIDATION_BATCHES)]
-    return batch, validation if held_out is not raw else [], captions
-
-
-def size_of(parts: Components, source: Data) -> int:
-    """The side of the square whose area images are brought to, in pixels."""
-    return source.size or parts.configs["unet"].sample_size * parts.configs["vae"].factor
-
-
-def _of_scenes(parts: Components, recipe: TextToImageRecipe, output: Path) -> tuple:
-    """The shapes world: functions from steps to batches, and captions."""
-    vae, graph = parts.params["vae"], parts.graphs["vae"]
-    config = parts.configs["vae"]
-
-    def encode(pixels: Array) -> Array:
-        return config.scale(nnx.merge(graph, vae).encode(to_float(pixels))[0])
-
-    digest = scenes.digest_of(config, *(vae.get(name, {}) for name in ENCODER))
-    latents, captions = scenes.encoded(recipe.data, recipe.seed, encode, digest, output)
-    count = len(captions)
-    split = max(count - VALIDATION_BATCHES * recipe.batch_size, count // 2)
-
-    def among(first: int, stop: int) -> Callable[[int], dict]:
-        def raw(step: int) -> dict:
-            rng = np.random.default_rng([recipe.seed, step])
-            rows = rng.integers(first, stop, size=recipe.batch_size)
-            return {"latents": latents[rows], "captions": [captions[row] for row in rows]}
-
-        return raw
-
-    texts = captions[:48] if recipe.data.templates else preview_captions()
-    return among(0, split), among(split, count), texts
-
-
-def _of_examples(parts: Components, recipe: TextToImageRecipe) -> tuple:
-    """The user's images: functions from steps to batches, and captions.
-
-    The last fiftieth is held out for validation, if that is a batch at least.
-    """
-    examples = data.open_examples(recipe.data)
-    sizes = data.buckets(
-        size_of(parts, recipe.data), recipe.data.aspect_ratios, parts.size_multiple
-    )
-    held_out = len(examples) // 50
-    held_out = held_out if held_out >= recipe.batch_size else 0
-    split = len(examples) - held_out
-    make = partial(
-        data.batches, examples, batch_size=recipe.batch_size, seed=recipe.seed, sizes=sizes
-    )
-    raw = make(flip=recipe.data.flip, among=range(split))
-    held = make(random_crop=False, among=range(split, len(examples))) if held_out else raw
-    return raw, held, [examples.captions[i] for i in range(min(split, 48))]
-
-
-def _with_prior(
-    raw: Callable[[int], dict], parts: Components, recipe: TextToImageRecipe, output: Path
-) -> Callable[[int], dict]:
-    """Beside each batch one of as many images that the model itself made of the class."""
-    made = dreambooth.class_images(recipe.model, recipe.prior, output / "prior")
-    size = size_of(parts, recipe.data)
-    examples = data.open_examples(Data(path=str(made)))
-    prior = data.batches(
-        examples, batch_size=recipe.batch_size, seed=recipe.seed, sizes=[(size, size)]
-    )
-    weights = np.repeat(np.float32([1.0, recipe.prior.weight]), recipe.batch_size)
-
-    def both(step: int) -> dict:
-        subject, of_class = raw(step), prior(step)
-        return {
-            "pixels": np.concatenate([subject["pixels"], of_class["pixels"]]),
-            "captions": subject["captions"] + of_class["captions"],
-            "weights": weights,
-        }
-
-    return both
 
 
 def preview(

@@ -1,7 +1,7 @@
 """Captioned images for training: opened in any of their forms, and dealt out in batches."""
 
 from jaxdiff.training.data.batching import assign, batches, buckets
-from jaxdiff.training.data.encoded import EncodedExamples, check_encoders
+from jaxdiff.training.data.encoded import EncodedExamples, check_encoders, latents_digest
 from jaxdiff.training.data.examples import Examples, open_examples
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "batches",
     "buckets",
     "check_encoders",
+    "latents_digest",
     "open_examples",
 ]

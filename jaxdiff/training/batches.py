@@ -1,0 +1,175 @@
+"""What the denoiser learns from at each step: captioned images, from wherever they come."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jaxdiff.errors import InputError
+from jaxdiff.training import data, dreambooth, scenes
+from jaxdiff.training.autoencoder import to_float
+from jaxdiff.training.captions import PREVIEW_IMAGES, preview_captions
+from jaxdiff.training.components import Components
+from jaxdiff.training.recipe import Data, TextToImageRecipe
+
+VALIDATION_BATCHES = 4
+DROPOUT = 1  # beside the seed, so that captions are dropped by other numbers than rows are drawn
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The data of a run.
+
+    Attributes:
+      batch: a batch's number to "latents" [b, h, w, c] or "pixels" uint8 [b, h, w, 3]; "token_ids"
+        int32 [b, tokens] by text encoder, or "context" [b, tokens, width] and perhaps "pooled"; and
+        perhaps "weights" [b]. On any thread.
+      validation: such batches of what is never trained on, none of whose captions is dropped.
+      captions: for the sample grids.
+    """
+
+    batch: Callable[[int], dict]
+    validation: Sequence[dict]
+    captions: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Functions from a number to a batch with "captions"; and the empty one's embedding, if any."""
+
+    train: Callable[[int], dict]
+    held_out: Callable[[int], dict] | None
+    captions: Sequence[str]
+    empty: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def of(parts: Components, recipe: TextToImageRecipe, output: Path) -> Batches:
+    """The batches of a recipe; what is made once, such as encoded scenes, is kept in `output`.
+
+    Raises:
+      InputError: if the data cannot be read, or do not fit the recipe.
+    """
+    if recipe.data.path == scenes.PIXELS:
+        source = _of_scenes(parts, recipe, output)
+    else:
+        source = _of_examples(parts, recipe)
+    train = _with_prior(source, parts, recipe, output) if recipe.prior else source.train
+    empty = {name: tokenize([""])[0] for name, tokenize in parts.tokenizers.items()}
+
+    def told(number: int, make: Callable[[int], dict], dropout: float) -> dict:
+        made = make(number)
+        captions = made.pop("captions")
+        rng = np.random.default_rng([recipe.seed, DROPOUT, number])
+        dropped = rng.random(len(captions)) < dropout
+        for name, vector in source.empty.items():
+            made[name] = np.where(dropped.reshape(-1, *[1] * vector.ndim), vector, made[name])
+        if "context" not in made:
+            made["token_ids"] = {
+                name: np.where(dropped[:, None], empty[name], tokenize(captions))
+                for name, tokenize in parts.tokenizers.items()
+            }
+        return made
+
+    validation = range(VALIDATION_BATCHES) if source.held_out else ()
+    return Batches(
+        batch=partial(told, make=train, dropout=recipe.caption_dropout),
+        validation=[told(number, source.held_out, 0.0) for number in validation],
+        captions=source.captions,
+    )
+
+
+def size_of(parts: Components, source: Data) -> int:
+    """The side of the square whose area images are brought to, in pixels."""
+    return source.size or parts.configs["unet"].sample_size * parts.configs["vae"].factor
+
+
+def _of_scenes(parts: Components, recipe: TextToImageRecipe, output: Path) -> _Source:
+    config, vae = parts.configs["vae"], parts.params["vae"]
+
+    def encode(pixels: Array) -> Array:
+        return config.scale(nnx.merge(parts.graphs["vae"], vae).encode(to_float(pixels))[0])
+
+    digest = data.latents_digest(config, vae)
+    latents, captions = scenes.encoded(recipe.data, recipe.seed, encode, digest, output)
+    count = len(captions)
+    split = max(count - VALIDATION_BATCHES * recipe.batch_size, count // 2)
+
+    def among(first: int, stop: int, number: int) -> dict:
+        rng = np.random.default_rng([recipe.seed, number])
+        rows = rng.integers(first, stop, size=recipe.batch_size)
+        return {"latents": latents[rows], "captions": [captions[row] for row in rows]}
+
+    return _Source(
+        train=partial(among, 0, split),
+        held_out=partial(among, split, count),
+        captions=captions[:PREVIEW_IMAGES] if recipe.data.templates else preview_captions(),
+    )
+
+
+def _of_examples(parts: Components, recipe: TextToImageRecipe) -> _Source:
+    """The user's images. The last fiftieth is held out, if that is a batch at least."""
+    examples = data.open_examples(recipe.data)
+    is_encoded = isinstance(examples, data.EncodedExamples)
+    if is_encoded:
+        _refuse_encoded(examples, parts, recipe)
+    sizes = data.buckets(
+        size_of(parts, recipe.data), recipe.data.aspect_ratios, parts.size_multiple
+    )
+    make = partial(
+        data.batches, examples, batch_size=recipe.batch_size, seed=recipe.seed, sizes=sizes
+    )
+    count = len(examples) // 50
+    split = len(examples) - (count if count >= recipe.batch_size else 0)
+    rest = range(split, len(examples))
+    return _Source(
+        train=make(flip=recipe.data.flip, among=range(split)),
+        held_out=make(random_crop=False, among=rest) if rest else None,
+        captions=[examples.captions[i] for i in range(min(split, PREVIEW_IMAGES))],
+        empty=examples.empty if is_encoded else {},
+    )
+
+
+def _refuse_encoded(
+    examples: data.EncodedExamples, parts: Components, recipe: TextToImageRecipe
+) -> None:
+    """Raises InputError where latents or embeddings cannot be what this recipe learns from."""
+    data.check_encoders(examples, parts.configs["vae"], parts.params)
+    learns = recipe.lora.text_encoder if recipe.method == "lora" else recipe.train != ("unet",)
+    if examples.empty and learns:
+        raise InputError(
+            f"{examples.path} holds embedded captions, from which a text encoder cannot learn; "
+            "encode without --embed"
+        )
+    if recipe.prior:
+        raise InputError(f"{examples.path} holds latents; prior needs the images themselves")
+
+
+def _with_prior(
+    source: _Source, parts: Components, recipe: TextToImageRecipe, output: Path
+) -> Callable[[int], dict]:
+    """Beside each batch one of as many images that the model itself made of the class."""
+    if recipe.data.path == scenes.PIXELS or recipe.data.aspect_ratios > 1:
+        raise InputError("prior: needs a folder of images, and data.aspect_ratios = 1")
+    made = dreambooth.class_images(recipe.model, recipe.prior, output / "prior")
+    size = size_of(parts, recipe.data)
+    prior = data.batches(
+        data.open_examples(Data(path=str(made))),
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        sizes=[(size, size)],
+    )
+    weights = np.repeat(np.float32([1.0, recipe.prior.weight]), recipe.batch_size)
+
+    def both(number: int) -> dict:
+        subject, of_class = source.train(number), prior(number)
+        return {
+            "pixels": np.concatenate([subject["pixels"], of_class["pixels"]]),
+            "captions": [*subject["captions"], *of_class["captions"]],
+            "weights": weights,
+        }
+
+    return both

@@ -1,0 +1,261 @@
+"""The denoiser's objective: what a batch counts, how noisy it is made, and what learns."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxdiff
+from jaxdiff.diffusion import objective
+from jaxdiff.diffusion.schedule import FLOW_CLASS, NoiseSchedule
+from jaxdiff.errors import InputError
+from jaxdiff.training import components, noise_levels, scenes, text_to_image
+from jaxdiff.training.recipe import Computing, Data, Loss, Optimizer, TextToImageRecipe
+from jaxdiff.worlds import shapes
+
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
+FLOW = {"_class_name": FLOW_CLASS, "num_train_timesteps": 1000, "shift": 3.0}
+EPSILON = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+DDIM = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+}
+
+
+UNET = {  # the smallest that has everything, since it is compiled again and again
+    "sample_size": 8,
+    "block_out_channels": [32],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
+
+
+def recipe(model, folder, **changes) -> TextToImageRecipe:
+    return TextToImageRecipe(
+        objective="text_to_image",
+        steps=2,
+        batch_size=4,
+        optimizer=Optimizer(1e-3),
+        model=str(model),
+        unet=UNET,
+        data=Data(path=str(folder)),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An image folder of eight scenes."""
+    path = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    with (path / "metadata.jsonl").open("w") as file:
+        for number in range(8):
+            scene, caption = shapes.sample(rng)
+            Image.fromarray(shapes.render(scene)).save(path / f"{number}.png")
+            file.write(json.dumps({"file_name": f"{number}.png", "text": caption}) + "\n")
+    return path
+
+
+def gradients(recipe: TextToImageRecipe, output: Path, **beside):
+    """The loss of a batch, what it logs, and the gradient."""
+    task = text_to_image.task(recipe, output)
+    latents = np.random.default_rng(1).standard_normal((4, 8, 8, 4)).astype(np.float32)
+    batch = {"latents": latents, "token_ids": task.batch(0)["token_ids"], **beside}
+    function = jax.value_and_grad(task.loss, has_aux=True)
+    args = task.params, task.frozen, batch, jax.random.key(0)
+    (loss, logged), gradient = jax.jit(function)(*args)
+    return float(loss), logged, gradient
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_checkpoint, folder, tmp_path_factory):
+    return gradients(recipe(tiny_checkpoint, folder), tmp_path_factory.mktemp("plain"))
+
+
+def test_the_losses_of_the_noise_levels_sum_up_to_the_batchs(plain):
+    loss, logged, _ = plain
+    sums, counts = np.asarray(logged["by_noise_level"])
+    assert counts.sum() == 4
+    assert sums.sum() / counts.sum() == pytest.approx(loss, rel=1e-5)
+
+
+def test_only_the_unet_learns_unless_the_recipe_says_more(plain, tiny_checkpoint, folder, tmp_path):
+    assert set(plain[2]) == {"unet"}
+    both = recipe(tiny_checkpoint, folder, train=("unet", "text_encoder"))
+    gradient = gradients(both, tmp_path)[2]
+    leaves = jax.tree.leaves(gradient["text_encoder"]["encoder"])
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in leaves if leaf.ndim > 1)
+
+
+def kept_bytes(recipe: TextToImageRecipe, output: Path) -> int:
+    """What the forward pass keeps for the gradient."""
+    task = text_to_image.task(recipe, output)
+    batch = {"latents": np.zeros((4, 8, 8, 4), np.float32), **task.batch(0)}
+
+    def pull_back(params):
+        return jax.vjp(lambda p: task.loss(p, task.frozen, batch, jax.random.key(0))[0], params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pull_back, task.params))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+
+
+def test_gradient_checkpointing_keeps_less_for_the_same_gradient(
+    plain, tiny_checkpoint, folder, tmp_path
+):
+    usual = recipe(tiny_checkpoint, folder)
+    frugal = dataclasses.replace(usual, computing=Computing(remat=True))
+    loss, _, gradient = gradients(frugal, tmp_path)
+    assert loss == pytest.approx(plain[0], rel=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain[2]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert kept_bytes(frugal, tmp_path) < 0.5 * kept_bytes(usual, tmp_path)
+
+
+def test_bfloat16_computes_near_the_same_and_its_gradients_are_float32(
+    plain, tiny_checkpoint, folder, tmp_path
+):
+    half = recipe(tiny_checkpoint, folder, computing=Computing(dtype="bfloat16"))
+    loss, _, gradient = gradients(half, tmp_path)
+    assert loss == pytest.approx(plain[0], rel=0.03)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {np.dtype(np.float32)}
+    flat, wanted = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+        for tree in (gradient, plain[2])
+    )
+    assert np.dot(flat, wanted) / np.linalg.norm(flat) / np.linalg.norm(wanted) > 0.99
+
+
+@pytest.mark.parametrize("scheduler", [EPSILON, FLOW])
+def test_other_objectives_have_other_losses_of_about_their_variance(
+    scheduler, plain, tiny_checkpoint, folder, tmp_path
+):
+    loss, _, _ = gradients(recipe(tiny_checkpoint, folder, scheduler=scheduler), tmp_path)
+    assert 0.3 < loss < 30
+    assert loss != pytest.approx(plain[0], rel=1e-3)
+
+
+def test_what_a_batch_says_an_image_weighs_scales_its_loss(
+    plain, tiny_checkpoint, folder, tmp_path
+):
+    doubled = {"weights": np.full(4, 2.0, np.float32)}
+    loss, _, _ = gradients(recipe(tiny_checkpoint, folder), tmp_path, **doubled)
+    assert loss == pytest.approx(2 * plain[0], rel=1e-5)
+
+
+def test_offset_noise_is_the_same_all_over_a_channel(tiny_checkpoint, folder, tmp_path):
+    """Noise of which nearly all is offset makes the target nearly flat within a channel."""
+    much = recipe(tiny_checkpoint, folder, loss=Loss(offset_noise=100.0))
+    assert gradients(much, tmp_path)[0] > 1000
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_are_the_papers(gamma):
+    schedule = NoiseSchedule.from_json(DDIM, "ddim")
+    bars = schedule.alpha_bars()
+    snr = bars / (1 - bars)
+    alpha, sigma = np.sqrt(bars).astype(np.float32), np.sqrt(1 - bars).astype(np.float32)
+    wanted = {
+        "epsilon": np.minimum(snr, gamma) / snr,
+        "v_prediction": np.minimum(snr, gamma) / (snr + 1),
+        "sample": np.minimum(snr, gamma),
+    }
+    for prediction_type, weights in wanted.items():
+        found = objective.min_snr_weight(alpha, sigma, prediction_type, gamma)
+        np.testing.assert_allclose(found, weights, rtol=1e-3)
+
+
+def test_at_pure_noise_min_snr_weights_are_finite():
+    for prediction_type, wanted in (("epsilon", 1.0), ("v_prediction", 0.0), ("flow", 0.0)):
+        weight = objective.min_snr_weight(jnp.zeros(1), jnp.ones(1), prediction_type, 5.0)
+        assert float(weight[0]) == wanted
+
+
+def levels(scheduler: dict, count: int = 4096, **loss) -> noise_levels.NoiseLevels:
+    schedule = NoiseSchedule.from_json(scheduler, "euler")
+    return noise_levels.draw(schedule, Loss(**loss), jax.random.key(1), count)
+
+
+def test_noise_levels_are_those_of_the_schedule():
+    drawn = levels(DDIM | {"_class_name": "EulerDiscreteScheduler"})
+    np.testing.assert_allclose(drawn.alpha**2 + drawn.sigma**2, 1.0, rtol=1e-5)
+    assert set(np.unique(drawn.timesteps)) == set(range(1000))
+    flow = levels(FLOW)
+    np.testing.assert_allclose(flow.alpha + flow.sigma, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(flow.timesteps, 1000 * flow.sigma[:, 0, 0, 0], rtol=1e-5)
+    # Esser et al., equation 23: a shift of 3 takes the middle to 3/4.
+    assert float(jnp.median(flow.sigma)) == pytest.approx(0.75, abs=0.01)
+
+
+def test_logit_normal_timesteps_have_its_quantiles():
+    drawn = levels(FLOW, timesteps="logit_normal", logit_mean=0.5, logit_std=1.0)
+    logits = np.log(drawn.shares / (1 - drawn.shares))
+    np.testing.assert_allclose(np.quantile(logits, [0.1, 0.5, 0.9]), [-0.78, 0.5, 1.78], atol=0.02)
+
+
+def test_captions_are_dropped_as_often_as_the_recipe_says(tiny_checkpoint, folder, tmp_path):
+    often = recipe(tiny_checkpoint, folder, caption_dropout=0.5)
+    task = text_to_image.task(dataclasses.replace(often, batch_size=8), tmp_path)
+    ids = np.concatenate([task.batch(step)["token_ids"]["text_encoder"] for step in range(50)])
+    assert 0.4 < (ids[:, 1] == 640).mean() < 0.6  # the end right after the start
+
+
+def test_a_trained_checkpoint_generates_and_keeps_what_did_not_learn(
+    tiny_checkpoint, folder, tmp_path
+):
+    task = text_to_image.task(recipe(tiny_checkpoint, folder), tmp_path)
+    moved = jax.tree.map(lambda leaf: leaf + 0.01, task.params)
+    task.export(moved, task.frozen, tmp_path / "model")
+    assert task.preview(moved, task.frozen).shape == (64, 8 * 64 + 7 * 2, 3)
+    (image,) = jaxdiff.load(tmp_path / "model").generate(
+        [jaxdiff.Request(prompt="a star", steps=2)]
+    )
+    assert image.finite
+    before, after = (components.load_model(str(m)) for m in (tiny_checkpoint, tmp_path / "model"))
+    for name in ("text_encoder", "vae"):
+        for old, new in zip(
+            jax.tree.leaves(before.params[name]), jax.tree.leaves(after.params[name]), strict=True
+        ):
+            np.testing.assert_allclose(old, new, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": ("vae",)}, "train: 'vae' is none of unet, text_encoder"),
+        ({"model": "/nowhere"}, "'/nowhere' is neither"),
+        ({"model": ""}, "names no text_encoder, and no model"),
+        ({"data": Data(held_out=("red dog",))}, "held_out: 'red dog' is none of red circle"),
+        ({"data": Data(templates=("a dog",))}, "templates: 'a dog' is none of"),
+        ({"scheduler": {"_class_name": "EDMScheduler"}}, "'EDMScheduler' must be one of"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_clear_line(
+    changes, message, tiny_checkpoint, folder, tmp_path
+):
+    with pytest.raises(InputError, match=message) as caught:
+        text_to_image.task(
+            dataclasses.replace(recipe(tiny_checkpoint, folder), **changes), tmp_path
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_scenes_have_no_pair_that_is_held_out_and_only_the_templates_asked_for():
+    data = Data(templates=("a {color} {shape}", "{number} {shapes}"), held_out=("red circle",))
+    drawn = [scenes.draw(data, 0, number) for number in range(300)]
+    for scene, caption in drawn:
+        assert all((thing.color, thing.shape) != ("red", "circle") for thing in scene.objects)
+        assert " and " not in caption
+    assert {len(scene.objects) for scene, _ in drawn} == {1, 2, 3, 4, 5}
