@@ -77,13 +77,13 @@ def test_a_student_that_has_forgotten_learns_again(unguided):
     params = jax.tree.map(lambda leaf: 1.05 * leaf, params)
     optimizer = optax.adam(1e-4)
     state, errors = optimizer.init(params), []
-    for _ in range(20):
+    for _ in range(10):
         (error, _), gradients = loss(params)
         updates, state = optimizer.update(gradients, state)
         params = optax.apply_updates(params, updates)
         errors.append(float(error))
     assert errors[0] > 1e-4
-    assert errors[-1] < 0.7 * errors[0]
+    assert errors[-1] < 0.9 * errors[0]
 
 
 def test_the_student_is_asked_to_end_where_the_teacher_ends(tiny_checkpoint):
