@@ -17,6 +17,7 @@ from jaxdiff.training.components import Components
 from jaxdiff.training.recipe import Data, TextToImageRecipe
 
 VALIDATION_BATCHES = 4
+PRIOR = "prior"  # the folder of the class images within a run's
 DROPOUT = 1  # beside the seed, so that captions are dropped by other numbers than rows are drawn
 
 
@@ -47,8 +48,21 @@ class _Source:
     empty: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+def prepare(recipe: TextToImageRecipe, output: Path) -> None:
+    """Makes what other processes make, before this one takes the accelerator's memory.
+
+    Raises:
+      InputError: if it cannot be made, or does not fit the recipe's data.
+    """
+    if not recipe.prior:
+        return
+    if recipe.data.path == scenes.PIXELS or recipe.data.aspect_ratios > 1:
+        raise InputError("prior: needs a folder of images, and data.aspect_ratios = 1")
+    dreambooth.class_images(recipe.model, recipe.prior, output / PRIOR)
+
+
 def of(parts: Components, recipe: TextToImageRecipe, output: Path) -> Batches:
-    """The batches of a recipe; what is made once, such as encoded scenes, is kept in `output`.
+    """The batches of a recipe, `prepare`d; scenes are encoded once and kept in `output`.
 
     Raises:
       InputError: if the data cannot be read, or do not fit the recipe.
@@ -152,12 +166,9 @@ def _with_prior(
     source: _Source, parts: Components, recipe: TextToImageRecipe, output: Path
 ) -> Callable[[int], dict]:
     """Beside each batch one of as many images that the model itself made of the class."""
-    if recipe.data.path == scenes.PIXELS or recipe.data.aspect_ratios > 1:
-        raise InputError("prior: needs a folder of images, and data.aspect_ratios = 1")
-    made = dreambooth.class_images(recipe.model, recipe.prior, output / "prior")
     size = size_of(parts, recipe.data)
     prior = data.batches(
-        data.open_examples(Data(path=str(made))),
+        data.open_examples(Data(path=str(output / PRIOR / dreambooth.IMAGES))),
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         sizes=[(size, size)],

@@ -11,7 +11,10 @@ from jaxdiff.errors import InputError
 from jaxdiff.training.recipe import Prior
 
 
-def class_images(model: str, prior: Prior, folder: Path) -> Path:
+IMAGES = "images"  # the dataset within the folder
+
+
+def class_images(model: str, prior: Prior, folder: Path) -> None:
     """Makes images of the class, or those that are still to be made.
 
     Call it before this process holds an accelerator: other processes make the images.
@@ -21,8 +24,7 @@ def class_images(model: str, prior: Prior, folder: Path) -> Path:
       prior: what the images show, and how many there are.
       folder: the run's own place for them.
 
-    Returns:
-      The dataset's directory. Images that could not be made are missing there.
+    They are a dataset in its `IMAGES`; those that could not be made are missing there.
 
     Raises:
       InputError: if there is no such model, or nothing can be made of the prompt.
@@ -34,7 +36,7 @@ def class_images(model: str, prior: Prior, folder: Path) -> Path:
     if not model:
         raise InputError("prior: the recipe names no model that could make the class's images")
     folder.mkdir(parents=True, exist_ok=True)
-    manifest, images = folder / "prompts.jsonl", folder / "images"
+    manifest, images = folder / "prompts.jsonl", folder / IMAGES
     row = {"prompt": prior.prompt, "num_images": prior.images}
     manifest.write_text(json.dumps(row) + "\n", encoding="utf-8")
     job = options.Job(
@@ -43,4 +45,3 @@ def class_images(model: str, prior: Prior, folder: Path) -> Path:
     code = generate.run(job, [])
     if code not in (generate.EXIT_OK, generate.EXIT_SOME_IMAGES_FAILED):
         raise SystemExit(code)
-    return images

@@ -38,6 +38,7 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
     Raises:
       InputError: if a component or the data cannot be read, or if they do not fit.
     """
+    batches.prepare(recipe, output)
     parts = from_recipe(recipe)
     schedule = NoiseSchedule.from_json(parts.scheduler, _sampler(parts))
     for name in recipe.train:
