@@ -131,7 +131,10 @@ def _refuse_unknown(options: PipelineOptions, with_runner: PipelineRunner | None
     for name in every:
         meant = job_options.suggest(name)
         if name not in known and (meant or not isinstance(with_runner, PortableRunner)):
-            raise InputError(f"unknown option --{name.replace('_', '-')}{meant}")
+            said = f"--{name.replace('_', '-')}"
+            if meant.endswith(f"{said}?"):  # this command is another
+                raise InputError(f"{said} is an option of jaxdiff generate alone")
+            raise InputError(f"unknown option {said}{meant}")
 
 
 def _parse(options: PipelineOptions) -> tuple[dict, dict]:

@@ -3,8 +3,8 @@
 A multistep consistency model (Heek et al., 2024, arXiv:2403.06807): the teacher's trajectory is cut
 into as many parts as the student has steps, and from where a part begins, the student's one step of
 DDIM must reach its end. Where that is the teacher tells by walking there (Salimans and Ho, 2022,
-arXiv:2202.00512, with all halvings at once): a small student learns it in far fewer updates than
-from itself. It is told the guidance scale instead of being evaluated twice (Meng et al., 2023,
+arXiv:2202.00512, with all halvings at once), so that the target stands still while the student
+learns. It is told the guidance scale instead of being evaluated twice (Meng et al., 2023,
 arXiv:2210.03142), and it learns at the points that it comes to by itself from noise, so that it
 mends its own errors. That takes captions, but no images.
 """
