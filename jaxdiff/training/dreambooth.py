@@ -10,7 +10,6 @@ from pathlib import Path
 from jaxdiff.errors import InputError
 from jaxdiff.training.recipe import Prior
 
-
 IMAGES = "images"  # the dataset within the folder
 
 

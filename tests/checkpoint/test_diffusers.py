@@ -152,7 +152,8 @@ def copy(tiny_checkpoint, tmp_path):
 
 def test_a_checkpoint_is_replaced_byte_for_byte_even_by_its_own_tokenizer(parts, copy):
     fingerprint = open_checkpoint(copy).fingerprint
-    save_pipeline(copy, **parts | {"tokenizers": {"text_encoder": copy / "tokenizer"}}, dtype=np.float32)
+    tokenizers = {"text_encoder": copy / "tokenizer"}
+    save_pipeline(copy, **parts | {"tokenizers": tokenizers}, dtype=np.float32)
     assert open_checkpoint(copy).fingerprint == fingerprint
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
