@@ -49,6 +49,7 @@ def compiled_fast():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()  # whose keys know nothing of it
 
 
 @pytest.fixture(scope="session")

@@ -52,10 +52,11 @@ def _power(relative_width: float) -> float:
 
 def _schedule(config: Optimizer, steps: int) -> Callable[[int], float]:
     highest = config.learning_rate
-    if config.schedule == "constant":  # without a look at `steps`, so that they can be raised later
+    if config.schedule == "constant":  # before the cool-down no rate depends on `steps`
         growth = optax.linear_schedule(0.0, highest, config.warmup_steps)
-        constant = optax.constant_schedule(highest)
-        return optax.join_schedules([growth, constant], [config.warmup_steps])
+        cooldown = optax.linear_schedule(highest, 0.0, config.cooldown_steps)
+        parts = [growth, optax.constant_schedule(highest), cooldown]
+        return optax.join_schedules(parts, [config.warmup_steps, steps - config.cooldown_steps])
     warmup_steps = min(config.warmup_steps, steps // 2)
     return optax.warmup_cosine_decay_schedule(0.0, highest, warmup_steps, steps)
 

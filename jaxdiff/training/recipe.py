@@ -23,6 +23,8 @@ class Optimizer:
       learning_rate: the highest.
       schedule: after the warm-up, "cosine" decay to zero or "constant".
       warmup_steps: of linear growth from zero.
+      cooldown_steps: the last ones of a constant schedule, of linear decay to zero (Hägele et al.,
+        2024, arXiv:2405.18392).
       weight_decay: decoupled from the gradient; kernels and embeddings alone decay.
       beta1, beta2: decay of the moments, for those that have them.
       clip_norm: longer gradients are shortened to this; 0 leaves them.
@@ -33,6 +35,7 @@ class Optimizer:
     name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = 200
+    cooldown_steps: int = 0
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
@@ -304,6 +307,8 @@ def read(path: Path) -> Recipe:
     for name, (value, least) in at_least.items():
         if value < least:
             raise InputError(f"{path}: {name} must be at least {least}")
+    if recipe.optimizer.cooldown_steps and recipe.optimizer.schedule != "constant":
+        raise InputError(f"{path}: optimizer.cooldown_steps is for a constant schedule")
     if not 0 <= recipe.average.relative_width < WIDEST_AVERAGE:
         raise InputError(f"{path}: average.relative_width must be from 0 to {WIDEST_AVERAGE}")
     return recipe

@@ -94,9 +94,10 @@ def _refuse_another(old: Recipe, new: Recipe, output: Path) -> None:
             continue
         mend = "name another --output"
         if key == "steps":
-            if new.optimizer.schedule == "constant" and is_now > was:
+            endless = new.optimizer.schedule == "constant" and not new.optimizer.cooldown_steps
+            if endless and is_now > was:
                 continue
-            mend += "; only with optimizer.schedule = 'constant' can a run be prolonged"
+            mend += "; only at a constant rate without a cool-down can a run be prolonged"
         raise InputError(
             f"{output}: holds a run of another recipe ({key} was {was!r}, is {is_now!r}); {mend}"
         )

@@ -57,6 +57,12 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def environment(environment) -> dict[str, str]:
+    """For processes that compile as this one does."""
+    return environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
 def command(photos: Path, checkpoint: Path, output: Path, *more: str) -> list[str]:
     said = {"data": photos, "model": checkpoint, "output": output, "images-per-shard": 5}
     said |= {"aspect-ratios": ASPECT_RATIOS}

@@ -94,6 +94,9 @@ def test_the_learning_rate_warms_up_and_then_stays_or_falls_to_zero():
     _, cosine = optimizer(replace(config, schedule="cosine"), 100)
     values = [float(constant(step)) for step in (0, 5, 10, 99)]
     assert values == pytest.approx([0, 5e-3, 0.01, 0.01])
+    _, cooled = optimizer(replace(config, cooldown_steps=20), 100)
+    values = [float(cooled(step)) for step in (5, 10, 80, 90, 100)]
+    assert values == pytest.approx([5e-3, 0.01, 0.01, 5e-3, 0])
     values = [float(cosine(step)) for step in (0, 5, 10, 55, 100)]
     assert values == pytest.approx([0, 5e-3, 0.01, 5e-3, 0])
 
