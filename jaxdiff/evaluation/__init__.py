@@ -1,0 +1,1 @@
+"""Judging images: benchmarks and their layouts, measures, intervals, comparisons, reports."""
