@@ -8,7 +8,6 @@ which: whoever opens the gallery sees the old one or the new one, never half of 
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -22,13 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
-from jaxdiff.dataset import formats, images
+from jaxdiff.dataset import images, made
 from jaxdiff.dataset import plan as plans
-from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
@@ -46,7 +42,6 @@ COLUMNS = (
     *("key", "id", "image_index", "prompt", "negative_prompt", "seed", "width", "height"),
     *("steps", "guidance_scale", "sampler", "metadata", "sha256", "pixel_sha256", "error"),
 )
-PLANNED = COLUMNS[:12]  # which a failed image has, too
 # The job's settings that decide an image's file, beside its own.
 ALWAYS_SAID = ("noise", "dtype", "batch_size")
 DECISIVE = dict.fromkeys((*ALWAYS_SAID, "image_format", *(field.name for field in fields(Options))))
@@ -125,7 +120,7 @@ def _fill(folder: Path, directory: Path, plan: Plan) -> None:
     chunks = _Chunks(folder / "data")
     waiting = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow computes outside of Python's lock
-        for row, image in _images(directory, plan):
+        for row, image in made.images(directory, plan):
             counts["failed" if image is None else "made"] += 1
             chunks.add([row[name] for name in COLUMNS])
             if image is not None:
@@ -203,61 +198,6 @@ def _options(plan: Plan) -> str:
     words = [(name, value) for name, value in said.items() if value is not None]
     words += [("lora", file) for file in plan.models.get("lora", ())]
     return shlex.join(f"--{name.replace('_', '-')}={value}" for name, value in words)
-
-
-def _images(directory: Path, plan: Plan) -> Iterator[tuple[dict, bytes | None]]:
-    """Yields the metadata row and the file of each image; no file for one that failed.
-
-    Shards that are not made yet are left out.
-    """
-    _, _, read = formats.FORMATS[plan.settings.format]
-    extension = images.EXTENSIONS[plan.settings.image_format]
-    for shard in range(len(plan.shard_sizes)):
-        name, metadata_name = shards.file_names(plan, shard)
-        try:
-            made = shards.read_marker(directory, plan, shard) is not None
-            if not made or not (directory / name).exists():
-                continue
-            samples = read(directory / name)
-            for row in _rows(directory / metadata_name):
-                if row["status"] != "made":
-                    yield row, None
-                    continue
-                sample = next(samples, None)
-                if sample is None or sample.extension != extension:
-                    raise ValueError(f"image {row['key']} is missing")
-                if hashlib.sha256(sample.image).hexdigest() != row["sha256"]:
-                    raise ValueError(f"image {row['key']} has changed")
-                yield row, sample.image
-        except (OSError, RecursionError, ValueError, pa.ArrowException) as problem:
-            raise InputError(
-                f"{directory / name} cannot be shown: {problem} "
-                f"(jaxdiff verify {directory} says more)"
-            ) from None
-
-
-def _rows(path: Path) -> Iterator[dict]:
-    with pq.ParquetFile(path) as file:
-        if not file.schema_arrow.equals(shards.METADATA_SCHEMA):
-            raise ValueError(f"{path.name} has other columns than jaxdiff writes")
-        for batch in file.iter_batches(CHUNK_IMAGES):
-            for row in batch.to_pylist():
-                if any(row[name] is None for name in PLANNED):
-                    raise ValueError(f"{path.name} has a row with gaps")
-                if not re.fullmatch(r"[0-9]{9}", row["key"]):
-                    raise ValueError(f"{path.name} has a key that is none")
-                if not isinstance(_read_json(row["metadata"]), dict):
-                    raise ValueError(f"{path.name} has metadata that are no JSON object")
-                yield row
-
-
-def _read_json(text: str):
-    """Reads what a browser reads: JSON without Python's NaN and infinities."""
-
-    def refuse(name: str):
-        raise ValueError(f"{name} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 def _store(folder: Path, row: dict, image: bytes, extension: str) -> None:

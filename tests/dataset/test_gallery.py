@@ -154,7 +154,7 @@ def test_a_gallery_that_cannot_be_written_leaves_the_old_one(finished):
     content = bytearray(path.read_bytes())
     content[1500] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"train-00000\.tar cannot be shown") as caught:
+    with pytest.raises(InputError, match=r"train-00000\.tar cannot be read") as caught:
         gallery.write(directory)
     assert str(caught.value).count("\n") == 0
     assert f"jaxdiff verify {directory}" in str(caught.value)
@@ -213,7 +213,7 @@ def test_a_folder_without_a_run_stays_as_it_is(tmp_path, capsys):
         ("key", "/tmp/evil", "a key that is none"),
         ("metadata", '{"a": NaN}', "NaN is no JSON"),
         ("metadata", "[1]", "metadata that are no JSON object"),
-        ("metadata", "[" * 100_000, "cannot be shown"),
+        ("metadata", "[" * 100_000, "cannot be read"),
         ("prompt", None, "a row with gaps"),
         ("width", None, "a row with gaps"),
         ("sha256", "0" * 64, "image 000000000 has changed"),
