@@ -1,0 +1,1 @@
+"""Bias and failure audits: templates that expand to prompts, and what their images show."""

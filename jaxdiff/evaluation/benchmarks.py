@@ -1,0 +1,351 @@
+"""Prompt benchmarks: what each of them is, and how its official files are read.
+
+A file may be as large as it likes and hold what it likes: it is read a row at a time, and the first
+row that cannot be used ends the reading with one line that names it.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxdiff import checks
+from jaxdiff.checks import BadValueError
+from jaxdiff.dataset import columns, manifest
+from jaxdiff.dataset.manifest import Source
+from jaxdiff.errors import InputError
+from jaxdiff.evaluation import audits
+from jaxdiff.evaluation.records import Prompt
+from jaxdiff.worlds import shapes
+
+MAX_BYTES = 2**28  # of all rows, as JSON: they are held in memory
+STYLES = ("anime", "concept-art", "paintings", "photo")  # HPSv2's
+CATEGORIES = ("category", "tag")  # the columns that a dataset's categories may stand in
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a benchmark is.
+
+    Attributes:
+      title: what people call it.
+      paper: that it comes from.
+      images: of a prompt, unless the user says otherwise.
+      layout: of its images, in `layouts.LAYOUTS`.
+      category: what its categories are called; "" if it has none.
+      prompts: which file holds its prompts, and where it is to be had.
+      scorer: its own, in a line; "" if it has none. DIR stands for the layout's directory.
+    """
+
+    title: str
+    paper: str
+    images: int
+    layout: str
+    category: str
+    prompts: str
+    scorer: str = ""
+
+
+BENCHMARKS = {
+    "shapes": Benchmark(
+        title="Shapes",
+        paper="jaxdiff's shapes world, in GenEval's schema (arXiv:2310.11513)",
+        images=4,
+        layout="geneval",
+        category="tag",
+        prompts="it has prompts of its own; a file holds rows in GenEval's schema (.jsonl)",
+        scorer="python summary_scores.py DIR/results.jsonl",
+    ),
+    "geneval": Benchmark(
+        title="GenEval",
+        paper="arXiv:2310.11513",
+        images=4,
+        layout="geneval",
+        category="tag",
+        prompts="prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval",
+        scorer="python evaluate_images.py DIR --outfile results.jsonl --model-path DETECTOR",
+    ),
+    "t2i-compbench": Benchmark(
+        title="T2I-CompBench",
+        paper="arXiv:2307.06350",
+        images=10,
+        layout="t2i-compbench",
+        category="category",
+        prompts="examples/dataset/color_val.txt, or the folder of all the *_val.txt, of "
+        "github.com/Karine-Huang/T2I-CompBench",
+        scorer="python BLIP_vqa.py --out_dir=DIR/color (each category has its own scorer)",
+    ),
+    "dpg": Benchmark(
+        title="DPG-Bench",
+        paper="arXiv:2403.05135",
+        images=4,
+        layout="dpg",
+        category="",
+        prompts="the folder dpg_bench/prompts, or dpg_bench/dpg_bench.csv, of "
+        "github.com/TencentQQGYLab/ELLA",
+        scorer="bash dpg_bench/dist_eval.sh DIR WIDTH",
+    ),
+    "partiprompts": Benchmark(
+        title="PartiPrompts",
+        paper="arXiv:2206.10789",
+        images=1,
+        layout="partiprompts",
+        category="category",
+        prompts="PartiPrompts.tsv of github.com/google-research/parti",
+    ),
+    "drawbench": Benchmark(
+        title="DrawBench",
+        paper="arXiv:2205.11487",
+        images=1,
+        layout="drawbench",
+        category="category",
+        prompts="its table saved as CSV with the columns Prompts,Category, such as that of "
+        "huggingface.co/datasets/sayakpaul/drawbench",
+    ),
+    "hpsv2": Benchmark(
+        title="HPSv2",
+        paper="arXiv:2306.09341",
+        images=1,
+        layout="hpsv2",
+        category="style",
+        prompts="the folder of anime.json, concept-art.json, paintings.json and photo.json, or one "
+        "of them, of huggingface.co/datasets/zhwang/HPDv2 (benchmark)",
+        scorer='hpsv2.evaluate("DIR", hps_version="v2.1")',
+    ),
+    "audit": Benchmark(
+        title="Audit",
+        paper="",
+        images=8,
+        layout="prompts",
+        category="attributes",
+        prompts='a template file (.toml): template = "a photo of a {adjective} {noun}" and, under '
+        '[words], adjective = ["happy", "sad"] and noun = ["doctor", "nurse"]',
+    ),
+    "prompts": Benchmark(
+        title="Your own prompts",
+        paper="",
+        images=4,
+        layout="prompts",
+        category="category",
+        prompts="any manifest of jaxdiff generate; a column `category` is reported by",
+    ),
+}
+
+
+def read(name: str, path: Path | None, per_tag: int = 50, seed: int = 6) -> list[Prompt]:
+    """The prompts of a benchmark of `BENCHMARKS`, in its order.
+
+    Args:
+      path: its official file or folder, in its official form; None for shapes' own.
+      per_tag, seed: of shapes' own: at most so many prompts of each tag, drawn by the seed.
+
+    Raises:
+      InputError: of a file that is missing or too large, and of the first row in it that cannot be
+        used, by its line.
+    """
+    if path is None and name != "shapes":
+        raise InputError(f"--benchmark {name} needs --prompts: {BENCHMARKS[name].prompts}")
+    if path is None:
+        return _own_shapes(per_tag, seed)
+    if name == "audit":
+        return audits.read(path)
+    prompts, size = {}, 0
+    for where, prompt in _parsed(name, path):
+        there = prompts.get(prompt.id)
+        if there and name == "dpg" and there.text == prompt.text:
+            continue  # its table has a row for each question about an image
+        if there:
+            raise InputError(f"{where}: the id {checks.shown(prompt.id)} is there already")
+        prompts[prompt.id] = prompt
+        size += len(json.dumps(prompt.row))
+        if size > MAX_BYTES:
+            raise InputError(f"{path} holds more than {MAX_BYTES // 2**20} MiB; split it")
+    if not prompts:
+        raise InputError(f"{path} holds no prompts")
+    return list(prompts.values())
+
+
+def manifest_rows(prompts: Iterable[Prompt], images: int) -> Iterator[dict]:
+    """Yields the prompts as rows of a manifest, for so many images each."""
+    for prompt in prompts:
+        yield {
+            "id": prompt.id,
+            "prompt": prompt.text,
+            "num_images": images,
+            "category": prompt.category,
+            "benchmark_row": json.dumps(prompt.row, ensure_ascii=False),
+        }
+
+
+def prompt_of(metadata: dict, prompt_id: str, text: str) -> Prompt:
+    """The prompt of a dataset's record, whether `manifest_rows` asked for it or the user did.
+
+    Args:
+      metadata: the row's columns that mean nothing to `jaxdiff generate`.
+
+    Raises:
+      InputError: if they do not hold together.
+    """
+    if "benchmark_row" not in metadata:
+        named = {name.casefold(): value for name, value in reversed(metadata.items())}
+        category = next((named[name] for name in CATEGORIES if name in named), "")
+        category = category if isinstance(category, str) else ""
+        return Prompt(prompt_id, text, category, {**metadata, "prompt": text})
+    row = metadata["benchmark_row"]
+    try:
+        row = json.loads(row) if isinstance(row, str) else None
+    except (RecursionError, ValueError):
+        row = None
+    category = metadata.get("category")
+    if not isinstance(row, dict) or not isinstance(category, str):
+        raise InputError(
+            f"row {checks.shown(prompt_id)}: its benchmark_row or its category is not as jaxdiff "
+            "evaluate writes it; rename these columns"
+        )
+    return Prompt(prompt_id, text, category, row)
+
+
+def _own_shapes(per_tag: int, seed: int) -> list[Prompt]:
+    prompts = []
+    for tag in shapes.TAGS:
+        rows = {row["prompt"]: row for row in shapes.benchmark_rows(tag, per_tag, seed)}
+        for number, (text, row) in enumerate(rows.items()):  # 24 at most are of single_object
+            prompts.append(Prompt(f"{tag}-{number:04d}", text, tag, row))
+    return prompts
+
+
+def _parsed(name: str, path: Path) -> Iterator[tuple[str, Prompt]]:
+    """Yields each prompt of the benchmark's files, and where it stands."""
+    parse = PARSERS[name]
+    for source in _sources(name, path):
+        stem = Path(source.name).name.removesuffix(".gz").rpartition(".")[0]
+        unit = "row" if manifest.kind(source) in ("json", "parquet") else "line"
+        number = 0
+        for entry in manifest.read(source):
+            where = source.name if source.is_item else f"{source.name}, {unit} {entry.line}"
+            if entry.error:
+                raise InputError(f"{where}: {entry.error}")
+            if entry.values is None:
+                continue
+            try:
+                prompt = parse(entry.values, stem, number)
+                if not checks.text("the prompt", prompt.text).strip():
+                    raise BadValueError("the prompt is empty")
+                checks.unicode("the row", json.dumps(prompt.row, ensure_ascii=False))
+            except (InputError, RecursionError, TypeError, ValueError) as problem:
+                title = BENCHMARKS[name].title
+                raise InputError(f"{where} is no row of {title}: {problem}") from None
+            number += 1
+            yield where, prompt
+
+
+def _sources(name: str, path: Path) -> tuple[Source, ...]:
+    """The benchmark's files at a path."""
+    wanted = {"t2i-compbench": "*_val.txt", "hpsv2": "*.json"}.get(name)
+    if not wanted or not path.is_dir():
+        return manifest.find(path).sources
+    files = sorted(path.glob(wanted))
+    if name == "hpsv2":  # beside its styles lies DrawBench
+        files = [file for file in files if file.stem in STYLES]
+    if not files:
+        raise InputError(f"{path} is not {BENCHMARKS[name].prompts}")
+    return manifest.of_names(str(path), {str(file): file for file in files}).sources
+
+
+def _geneval(values: dict, _stem: str, number: int) -> Prompt:
+    for name in ("include", "exclude"):
+        objects = values.get(name, [] if name == "exclude" else None)
+        if not isinstance(objects, list) or not all(map(_is_object, objects)):
+            raise BadValueError(
+                f'{name} must be a list of objects such as {{"class": "cat", "count": 1}}, not '
+                f"{checks.shown(objects)}"
+            )
+    return Prompt(f"{number:05d}", _text(values, "prompt"), _text(values, "tag"), values)
+
+
+def _is_object(entry) -> bool:
+    """Whether it is an object of GenEval's, which may have a color, or a place beside another."""
+    if not isinstance(entry, dict) or type(entry.get("count")) is not int:
+        return False
+    place = entry.get("position", ["", 0])
+    return (
+        isinstance(entry.get("class"), str)
+        and isinstance(entry.get("color", ""), str)
+        and isinstance(place, list)
+        and [type(part) for part in place] == [str, int]
+    )
+
+
+def _shapes(values: dict, stem: str, number: int) -> Prompt:
+    prompt = _geneval(values, stem, number)
+    checks.choice("tag", prompt.category, shapes.TAGS)
+    shapes.caption_for(values)
+    return prompt
+
+
+def _t2i_compbench(values: dict, stem: str, number: int) -> Prompt:
+    text = _text(values, "prompt").partition("\t")[0]  # as its own loaders split the line
+    category = stem.removesuffix("_val")
+    return Prompt(f"{category}-{number:05d}", text, category, {"prompt": text})
+
+
+def _dpg(values: dict, _stem: str, _number: int) -> Prompt:
+    """A file of the folder, or a row of the table: both say the same."""
+    of_file = "item_id" not in values and "text" not in values
+    item, text = ("id", "prompt") if of_file else ("item_id", "text")
+    row = {"item_id": _text(values, item), "text": _text(values, text)}
+    return Prompt(row["item_id"], row["text"], "", row)
+
+
+def _partiprompts(values: dict, _stem: str, number: int) -> Prompt:
+    _text(values, "Challenge")
+    return Prompt(f"{number:05d}", _text(values, "Prompt"), _text(values, "Category"), values)
+
+
+def _drawbench(values: dict, _stem: str, number: int) -> Prompt:
+    named = {name.casefold(): value for name, value in values.items()}  # its copies differ in this
+    text, category = _text(named, "prompts", "prompt"), _text(named, "category")
+    return Prompt(f"{number:05d}", text, category, values)
+
+
+def _hpsv2(values: dict, stem: str, number: int) -> Prompt:
+    if stem not in STYLES:
+        raise BadValueError(f"the file's name must be one of {', '.join(STYLES)} and .json")
+    return Prompt(f"{stem}/{number:05d}", _text(values, "prompt"), stem, values)
+
+
+def _own(values: dict, _stem: str, number: int) -> Prompt:
+    """A row of any manifest: how its image is made is the run's to say, not the row's."""
+    means = {m: column for column, m in columns.meaning(tuple(values)).items() if m}
+    if "prompt" not in means:
+        raise BadValueError(f"it {columns.no_prompt(values, None)}")
+    said = values.get(means.get("id"))
+    category = next((v for name, v in values.items() if name.casefold() == "category"), None)
+    return Prompt(
+        str(number + 1) if said is None else checks.text("id", str(said)),
+        _text(values, means["prompt"]),
+        "" if category is None else checks.text("category", category),
+        values,
+    )
+
+
+def _text(values: dict, *names: str) -> str:
+    """The value of the first of the names that is there."""
+    value = next((values[name] for name in names if name in values), None)
+    if value is None:
+        shown = checks.shown(", ".join(map(str, values)))
+        raise BadValueError(f"it has no {names[0]}, but {shown}")
+    return checks.text(names[0], value)
+
+
+# A row of a file, the file's name without its ending, and the row's number in it from 0.
+PARSERS: dict[str, Callable[[dict, str, int], Prompt]] = {
+    "shapes": _shapes,
+    "geneval": _geneval,
+    "t2i-compbench": _t2i_compbench,
+    "dpg": _dpg,
+    "partiprompts": _partiprompts,
+    "drawbench": _drawbench,
+    "hpsv2": _hpsv2,
+    "prompts": _own,
+}
