@@ -1,0 +1,117 @@
+"""Numbers as a report's readers see them."""
+
+from collections import Counter
+
+MINUS = "\u2212"  # as wide as a plus
+MOST_ROWS = 200  # of a table that people read; report.json has them all
+
+
+def number(value: float | None, is_share: bool) -> str:
+    """A value: shares as percentages, others with four digits; a dash if it is not known."""
+    if value is None:
+        return "—"
+    if is_share:
+        return f"{100 * value:.1f} %"
+    return f"{value:#.4g}".rstrip(".").replace("-", MINUS)
+
+
+def interval(of: dict, is_share: bool) -> str:
+    """The bounds "low" to "high", without the percent sign; "" if they are not known."""
+    if of["low"] is None:
+        return ""
+    low, high = (number(of[bound], is_share).removesuffix(" %") for bound in ("low", "high"))
+    return f"{low} to {high}"
+
+
+def change(of: dict, is_share: bool) -> str:
+    """A difference with its sign: of shares in percentage points."""
+    if of["value"] is None:
+        return "—"
+    return _signed(of["value"], is_share) + (" points" if is_share else "")
+
+
+def change_interval(of: dict, is_share: bool) -> str:
+    """The bounds of a difference with their signs; "" if they are not known."""
+    if of["low"] is None:
+        return ""
+    return f"{_signed(of['low'], is_share)} to {_signed(of['high'], is_share)}"
+
+
+def probability(p: float | None) -> str:
+    """A p-value, or that it is very small."""
+    if p is None:
+        return "—"
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def counted(kinds: dict[str, int], most: int = 3) -> str:
+    """The most frequent kinds with their counts, most frequent first."""
+    return ", ".join(f"{kind} {count}" for kind, count in Counter(kinds).most_common(most))
+
+
+def category(name: str | None) -> str:
+    """A category's name, or what stands for all of them."""
+    return "overall" if name is None else name or "without a category"
+
+
+def cell(value: str | float | None) -> str:
+    """A cell of a table that others gave."""
+    if isinstance(value, float):
+        return f"{value:.4g}".replace("-", MINUS)
+    return "—" if value is None else str(value)
+
+
+def plural(count: int, noun: str) -> str:
+    """A count and what is counted."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def told(contents: dict) -> tuple[dict[str, str], list[str]]:
+    """What is said of the evaluation and alike of all runs, and the names of what differs."""
+    runs = [run["told"] for run in contents["runs"]]
+    names = dict.fromkeys(name for said in runs for name in said)
+    alike = [name for name in names if all(said.get(name) == runs[0].get(name) for said in runs)]
+    shared = contents["told"] | {name: runs[0][name] for name in alike}
+    return shared, [name for name in names if name not in alike]
+
+
+def missing(contents: dict) -> list[list[str]]:
+    """Rows of a measure, the runs that have none, and why."""
+    runs_of: dict[tuple[str, str], list[str]] = {}
+    for run in contents["runs"]:
+        for name, why in run["missing"].items():
+            runs_of.setdefault((contents["measures"][name]["title"], why), []).append(run["name"])
+    return [[title, ", ".join(names), why] for (title, why), names in runs_of.items()]
+
+
+def method(contents: dict) -> list[str]:
+    """How the numbers of a report came about, in sentences."""
+    sentences = [
+        f"Intervals are of {contents['confidence']:.0%} confidence".replace("%", " %")
+        + f", by {contents['resamples']:,} bootstrap draws of prompts within their category;"
+        " all images of a drawn prompt come along."
+    ]
+    if len(contents["categories"]) > 1:
+        sentences.append(
+            "Overall is the mean of the categories' means, so every category weighs the same."
+        )
+    if any(measure["is_share"] for measure in contents["measures"].values()):
+        sentences.append(
+            "A share of 0 % or 100 % has Wilson's interval, with a prompt for one trial."
+        )
+    if "correct" in contents["measures"]:
+        sentences.append("An image that could not be made counts as wrong.")
+    if contents["comparisons"]:
+        sentences.append(
+            "Runs are compared pair by pair, at equal prompt and seed; p is the sign-flip test's,"
+            " not corrected for the number of comparisons. Where no pair differs, there is no"
+            " interval."
+        )
+    return sentences
+
+
+def _signed(value: float, is_share: bool) -> str:
+    value = round(100 * value, 1) + 0.0 if is_share else value  # and so no minus before a zero
+    text = f"{value:+.1f}" if is_share else f"{value:+#.4g}".rstrip(".")
+    text = text if value else text.removeprefix("+")
+    return text.replace("-", MINUS)
