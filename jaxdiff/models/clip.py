@@ -1,4 +1,7 @@
-"""CLIP's text encoders, Stable Diffusion's (Radford et al., 2021, arXiv:2103.00020)."""
+"""CLIP's encoders of text and of images (Radford et al., 2021, arXiv:2103.00020).
+
+Evaluation takes the two together: `CLIPModel`.
+"""
 
 from dataclasses import dataclass
 
@@ -67,6 +70,40 @@ class CLIPTextConfig:
         return config_json.to_json(self, FIXED)
 
 
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """The fields of a `vision_config` that shape the network."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act = {self.hidden_act!r} is not supported")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size = {self.hidden_size} cannot be split into heads")
+        if self.num_channels != 3:
+            raise ValueError(f"num_channels = {self.num_channels} is not supported (only 3 is)")
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size = {self.patch_size} is larger than the image")
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Both encoders, and the width of the space that they share."""
+
+    text: CLIPTextConfig
+    vision: CLIPVisionConfig
+    projection_dim: int = 512
+
+
 class _Embeddings(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -88,8 +125,9 @@ class _Embeddings(nnx.Module):
 
 
 class _SelfAttention(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
+        self.is_causal = isinstance(config, CLIPTextConfig)
         self.num_heads = config.num_attention_heads
         self.q_proj = nnx.Linear(width, width, rngs=rngs)
         self.k_proj = nnx.Linear(width, width, rngs=rngs)
@@ -97,14 +135,13 @@ class _SelfAttention(nnx.Module):
         self.out_proj = nnx.Linear(width, width, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        mixed = attention(
-            self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads, is_causal=True
-        )
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        mixed = attention(query, key, value, self.num_heads, is_causal=self.is_causal)
         return self.out_proj(mixed)
 
 
 class _MLP(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, rngs: nnx.Rngs):
         self.activation = config.hidden_act
         self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
         self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
@@ -114,7 +151,7 @@ class _MLP(nnx.Module):
 
 
 class _Layer(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, rngs: nnx.Rngs):
         width, epsilon = config.hidden_size, config.layer_norm_eps
         self.layer_norm1 = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
         self.self_attn = _SelfAttention(config, rngs=rngs)
@@ -127,7 +164,7 @@ class _Layer(nnx.Module):
 
 
 class _Encoder(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List([_Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x: Array) -> list[Array]:
@@ -192,6 +229,70 @@ class CLIPTextModelWithProjection(CLIPTextModel):
             token_ids, layers_skipped=layers_skipped, final_norm=final_norm
         )
         return hidden, self.text_projection(pooled)
+
+
+class _VisionEmbeddings(nnx.Module):
+    def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
+        width, patch, draw = config.hidden_size, config.patch_size, nnx.initializers.normal(0.02)
+        self.class_embedding = nnx.Param(draw(rngs.params(), (width,)))
+        self.patch_embedding = nnx.Conv(
+            config.num_channels,
+            width,
+            (patch, patch),
+            strides=patch,
+            padding="VALID",
+            use_bias=False,
+            rngs=rngs,
+        )
+        positions = (config.image_size // patch) ** 2 + 1
+        self.position_embedding = nnx.Embed(positions, width, embedding_init=draw, rngs=rngs)
+
+    def __call__(self, images: Array) -> Array:
+        patches = self.patch_embedding(images)  # [b, rows, columns, width]
+        batch, rows, columns, width = patches.shape
+        first = jnp.broadcast_to(self.class_embedding[...], (batch, 1, width))
+        tokens = jnp.concatenate([first, patches.reshape(batch, rows * columns, width)], axis=1)
+        return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))
+
+
+class CLIPVisionModel(nnx.Module):
+    """A vision transformer over an image's patches (Dosovitskiy et al., 2020, arXiv:2010.11929)."""
+
+    def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
+        width, epsilon = config.hidden_size, config.layer_norm_eps
+        self.embeddings = _VisionEmbeddings(config, rngs=rngs)
+        self.pre_layrnorm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)  # so in every file
+        self.encoder = _Encoder(config, rngs=rngs)
+        self.post_layernorm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+
+    def __call__(self, images: Array) -> Array:
+        """The pooled vector, [batch, hidden size], of normalised images [batch, h, w, 3]."""
+        states = self.encoder(self.pre_layrnorm(self.embeddings(images)))
+        return self.post_layernorm(states[-1][:, 0])
+
+
+class CLIPModel(nnx.Module):
+    """Texts and images as vectors of one space, in which a text is near the images that it tells.
+
+    The vectors come as the networks give them, of no particular length.
+    """
+
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
+        text, vision, shared = config.text, config.vision, config.projection_dim
+        self.text_model = CLIPTextModel(text, rngs=rngs)
+        self.vision_model = CLIPVisionModel(vision, rngs=rngs)
+        self.text_projection = nnx.Linear(text.hidden_size, shared, use_bias=False, rngs=rngs)
+        self.visual_projection = nnx.Linear(vision.hidden_size, shared, use_bias=False, rngs=rngs)
+        # The logarithm of what cosines are multiplied by before a softmax.
+        self.logit_scale = nnx.Param(jnp.full((), 2.6592))
+
+    def text_features(self, token_ids: Array) -> Array:
+        """Vectors [batch, projection dim] of prompts, int32 [batch, tokens]."""
+        return self.text_projection(self.text_model(token_ids)[1])
+
+    def image_features(self, images: Array) -> Array:
+        """Vectors [batch, projection dim] of normalised images, [batch, h, w, 3]."""
+        return self.visual_projection(self.vision_model(images))
 
 
 NETWORKS = {
