@@ -248,13 +248,15 @@ def _sources(name: str, path: Path) -> tuple[Source, ...]:
     if name == "hpsv2":  # beside its styles lies DrawBench
         files = [file for file in files if file.stem in STYLES]
     if not files:
-        raise InputError(f"{path} is not {BENCHMARKS[name].prompts}")
+        raise InputError(f"{path} holds no {wanted}; --prompts is {BENCHMARKS[name].prompts}")
     return manifest.of_names(str(path), {str(file): file for file in files}).sources
 
 
 def _geneval(values: dict, _stem: str, number: int) -> Prompt:
     for name in ("include", "exclude"):
-        objects = values.get(name, [] if name == "exclude" else None)
+        if name == "include" and name not in values:
+            raise BadValueError(f"it has no include, but {_shown(values)}")
+        objects = values.get(name, [])
         if not isinstance(objects, list) or not all(map(_is_object, objects)):
             raise BadValueError(
                 f'{name} must be a list of objects such as {{"class": "cat", "count": 1}}, not '
@@ -304,7 +306,7 @@ def _partiprompts(values: dict, _stem: str, number: int) -> Prompt:
 
 def _drawbench(values: dict, _stem: str, number: int) -> Prompt:
     named = {name.casefold(): value for name, value in values.items()}  # its copies differ in this
-    text, category = _text(named, "prompts", "prompt"), _text(named, "category")
+    text, category = _text(named, "prompts"), _text(named, "category")
     return Prompt(f"{number:05d}", text, category, values)
 
 
@@ -329,13 +331,14 @@ def _own(values: dict, _stem: str, number: int) -> Prompt:
     )
 
 
-def _text(values: dict, *names: str) -> str:
-    """The value of the first of the names that is there."""
-    value = next((values[name] for name in names if name in values), None)
-    if value is None:
-        shown = checks.shown(", ".join(map(str, values)))
-        raise BadValueError(f"it has no {names[0]}, but {shown}")
-    return checks.text(names[0], value)
+def _text(values: dict, name: str) -> str:
+    if values.get(name) is None:
+        raise BadValueError(f"it has no {name}, but {_shown(values)}")
+    return checks.text(name, values[name])
+
+
+def _shown(values: dict) -> str:
+    return checks.shown(", ".join(map(str, values)))
 
 
 # A row of a file, the file's name without its ending, and the row's number in it from 0.
