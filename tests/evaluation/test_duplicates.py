@@ -17,6 +17,7 @@ from jaxdiff.evaluation.duplicates import (
     pixel_hashes,
     read_training_set,
 )
+from jaxdiff.training.data import encoded
 from jaxdiff.worlds import shapes
 
 SCENES, PHOTOGRAPHS = 500, 60
@@ -182,3 +183,12 @@ def test_an_unreadable_training_image_is_named(tmp_path, scenes):
         read_training_set(path, 64, 64)
     with pytest.raises(InputError, match="there is no such folder"):
         read_training_set(str(tmp_path / "none"), 64, 64)
+
+
+def test_a_training_set_of_latents_has_no_pixels_to_compare(tmp_path):
+    (tmp_path / "data").mkdir()
+    latents, shard = np.zeros((1, 4, 2, 2)), encoded.Shard("data/0.safetensors", 16, 16, 1)
+    (tmp_path / shard.file).write_bytes(encoded.shard_bytes(latents, latents, ["a scene"], {}))
+    (tmp_path / encoded.INDEX).write_text(encoded.index_text([shard], {"autoencoder": "a"}))
+    with pytest.raises(InputError, match="holds latents, no pixels; name the folder of images"):
+        read_training_set(str(tmp_path), 16, 16)
