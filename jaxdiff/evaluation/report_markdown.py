@@ -109,15 +109,10 @@ def _all_measures(contents: dict) -> Iterator[str]:
 
 
 def _failures(contents: dict) -> Iterator[str]:
-    if not any(run["failures"] for run in contents["runs"]):
-        return
-    yield "## Why images are wrong"
-    rows = [
-        [run["name"], wording.category(category), sum(kinds.values()), wording.counted(kinds)]
-        for run in contents["runs"]
-        for category, kinds in run["failures"].items()
-    ]
-    yield _lines(["run", "category", "wrong images", "most frequent reasons"], rows)
+    heads, rows = wording.failures(contents)
+    if rows:
+        yield "## Why images are wrong"
+        yield _lines(heads, rows)
 
 
 def _worst(contents: dict) -> Iterator[str]:
@@ -132,7 +127,8 @@ def _worst(contents: dict) -> Iterator[str]:
             value = wording.number(prompt["value"], measure["is_share"])
             keys = ", ".join(image["key"] for image in prompt["images"][:4])
             rows.append([run["name"], prompt["prompt"], value, "; ".join([*reasons][:4]), keys])
-    yield _lines(["run", "prompt", measure["title"], "reasons", "images"], rows)
+    heads = ["run", "prompt", measure["title"], "reasons", "images"]
+    yield _lines(*wording.without_run(contents, heads, rows))
 
 
 def _missing(contents: dict) -> Iterator[str]:

@@ -90,7 +90,7 @@ def _bars(contents: dict, name: str) -> str:
     full = 1.0 if measure["is_share"] else _largest(means, ("value", "high"))
     bodies = []
     for of_category in list(zip(*means, strict=True))[:MOST_ROWS]:
-        category = escape(wording.category(of_category[0]["category"]))
+        category = _category(of_category[0]["category"])
         overall = " overall" if of_category[0]["category"] is None else ""
         counts = f"{wording.plural(of_category[0]['prompts'], 'prompt')}, "
         counts += wording.plural(of_category[0]["images"], "image")
@@ -112,7 +112,7 @@ def _bars(contents: dict, name: str) -> str:
     bodies = "".join(bodies)
     if len(shown) == 1:
         bodies = f"<tbody>{bodies}</tbody>"
-    return f'<div class="scroll"><table class="bars">{bodies}</table></div>{_rest(len(means[0]))}'
+    return _bar_table(measure["title"], bodies) + _rest(len(means[0]))
 
 
 def _comparisons(contents: dict) -> Iterator[str]:
@@ -144,17 +144,20 @@ def _changes(contents: dict, compared: dict, number: int) -> str:
         difference, bounds, p = _change_cells(change, measure["is_share"])
         overall = ' class="overall"' if change["category"] is None else ""
         rows.append(
-            f'<tr{overall}><th scope="row">{escape(wording.category(change["category"]))}'
+            f'<tr{overall}><th scope="row">{_category(change["category"])}'
             f"<small>{wording.plural(change['pairs'], 'pair')}</small></th>"
             f"<td>{report_drawings.change_bar(change, full, number)}</td>"
-            f'<td class="value"><b>{difference}</b> <small>{bounds}</small></td>'
-            f'<td class="p"><small>p {"" if p[0] == "<" else "= "}{escape(p)}</small></td></tr>'
+            f'<td class="value"><b>{difference}</b> <small>{bounds}</small>'
+            f' <small class="p">p {"" if p[0] == "<" else "= "}{escape(p)}</small></td></tr>'
         )
-    caption = f"Difference in {measure['title']}, and its 95 % interval"
-    return (
-        f'<div class="scroll"><table class="bars"><caption>{escape(caption)}</caption>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>{_rest(len(changes))}"
-    )
+    bodies = f"<tbody>{''.join(rows)}</tbody>"
+    return _bar_table(f"difference in {measure['title']}", bodies) + _rest(len(changes))
+
+
+def _bar_table(title: str, bodies: str) -> str:
+    caption = escape(f"{_capital(title)}, and its 95 % interval")
+    table = f'<table class="bars"><caption>{caption}</caption>{bodies}</table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def _worst(contents: dict, picture: Callable[[str, str], bytes | None]) -> Iterator[str]:
@@ -194,19 +197,11 @@ def _prompt(contents: dict, run: dict, prompt: dict, picture: Callable) -> str:
 
 
 def _failures(contents: dict) -> Iterator[str]:
-    rows = [
-        [
-            run["name"],
-            wording.category(category),
-            f"{sum(kinds.values()):,}",
-            wording.counted(kinds),
-        ]
-        for run in contents["runs"]
-        for category, kinds in run["failures"].items()
-    ]
+    heads, rows = wording.failures(contents)
     if rows:
-        heads = ["run", "category", "wrong images", "most frequent reasons"]
-        yield _section("Why images are wrong", _table(heads, rows, right=(2,), long=(3,)))
+        count = heads.index("wrong images")
+        table = _table(heads, rows, right=(count,), long=(count + 1,))
+        yield _section("Why images are wrong", table)
 
 
 def _all_measures(contents: dict) -> Iterator[str]:
@@ -275,16 +270,18 @@ def _term(name: str, value: str) -> str:
 
 def _table(
     heads: list[str],
-    rows: list[list[str]],
+    rows: list[list],
     right: Iterable[int] = (),
     long: Iterable[int] = (),
     sources: list[tuple[str, str]] = (),
 ) -> str:
-    """A table of texts; the columns `right` are numbers, those that are `long` need width."""
+    """A table; the columns `right` are numbers, those that are `long` need width."""
     classes = {n: ' class="right"' for n in right} | {n: ' class="long"' for n in long}
     shown = [
-        f'<th scope="row"{classes.get(0, "")} dir="auto">{escape(row[0])}</th>'
-        + "".join(f"<td{classes.get(n, '')}>{escape(c)}</td>" for n, c in enumerate(row[1:], 1))
+        f'<th scope="row"{classes.get(0, "")} dir="auto">{escape(str(row[0]))}</th>'
+        + "".join(
+            f"<td{classes.get(n, '')}>{escape(str(c))}</td>" for n, c in enumerate(row[1:], 1)
+        )
         for row in rows[:MOST_ROWS]
     ]
     head = "".join(
@@ -314,6 +311,10 @@ def _section(title: str, content: str) -> str:
 def _rest(rows: int) -> str:
     left_out = rows - MOST_ROWS
     return f"<p>report.json has {wording.plural(left_out, 'row')} more.</p>" if left_out > 0 else ""
+
+
+def _category(name: str | None) -> str:
+    return escape(wording.category(name)).replace("_", "_<wbr>")
 
 
 def _value(mean: dict, is_share: bool) -> str:

@@ -75,6 +75,23 @@ def told(contents: dict) -> tuple[dict[str, str], list[str]]:
     return shared, [name for name in names if name not in alike]
 
 
+def failures(contents: dict) -> tuple[list[str], list[list]]:
+    """The heads and rows of how many images of each run and category are wrong, and why."""
+    heads = ["run", "category", "wrong images", "most frequent reasons"]
+    rows = [
+        [run["name"], category(name), sum(kinds.values()), counted(kinds)]
+        for run in contents["runs"]
+        for name, kinds in run["failures"].items()
+    ]
+    return without_run(contents, heads, rows)
+
+
+def without_run(contents: dict, heads: list[str], rows: list[list]) -> tuple[list, list]:
+    """Leaves out the first column, which names the run, where there is only one."""
+    begin = len(contents["runs"]) == 1
+    return heads[begin:], [row[begin:] for row in rows]
+
+
 def missing(contents: dict) -> list[list[str]]:
     """Rows of a measure, the runs that have none, and why."""
     runs_of: dict[tuple[str, str], list[str]] = {}

@@ -1,0 +1,284 @@
+"""What a report says is what was measured; what a prompt says cannot change the report."""
+
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdiff.evaluation import comparison, intervals, report
+from jaxdiff.evaluation.records import Prompt, Scores
+
+HOSTILE = "</h4><script>document.title='owned'</script> a | b\n# c [d](e) `f` \ud800 \u202e"
+FAILED = np.nan
+
+
+def scores(by_prompt: list[list[float]], categories: str = "", name: str = "first") -> Scores:
+    """Of prompts whose images have these values of "correct"; each category is a letter."""
+    categories = categories or "a" * len(by_prompt)
+    correct = np.array([value for values in by_prompt for value in values], np.float64)
+    return Scores(
+        name=name,
+        told={"model": name, "steps": "20"},
+        prompts=[Prompt(f"p{n}", f"prompt {n}", c) for n, c in enumerate(categories)],
+        keys=[f"{n:09d}" for n in range(len(correct))],
+        seeds=np.array([seed for values in by_prompt for seed in range(len(values))]),
+        owners=np.array([n for n, values in enumerate(by_prompt) for _ in values], np.int32),
+        values={"correct": correct},
+        reasons=["not made" if np.isnan(c) else "" if c else "wrong color: red" for c in correct],
+    )
+
+
+def picture(size: int = 64):
+    """Gives an image of that size for every key, and counts what it was asked for."""
+    written = io.BytesIO()
+    Image.effect_noise((size, size // 2), 80).convert("RGB").save(written, "png")
+    asked = []
+
+    def give(name: str, key: str) -> bytes:
+        asked.append((name, key))
+        return written.getvalue()
+
+    return give, asked
+
+
+def test_overall_weighs_every_category_the_same():
+    rows = comparison.summary(scores([[1, 1], [1, 0], [0, 0]], "aab"))["correct"]
+    assert [(row.category, row.estimate.value) for row in rows] == [
+        (None, 0.375),
+        ("a", 0.75),
+        ("b", 0),
+    ]
+    assert [(row.prompts, row.images) for row in rows] == [(3, 6), (2, 4), (1, 2)]
+
+
+def test_an_image_that_was_not_made_is_wrong_and_has_no_other_value():
+    run = scores([[1, FAILED], [1, 1]])
+    run.values["clip_score"] = np.array([30.0, np.nan, 31, 32])
+    assert comparison.failed(run).tolist() == [False, True, False, False]
+    summary = comparison.summary(run)
+    assert (summary["correct"][0].estimate.value, summary["correct"][0].images) == (0.75, 4)
+    assert (summary["clip_score"][0].estimate.value, summary["clip_score"][0].images) == (31, 3)
+
+
+def test_a_failed_image_is_known_by_its_reason_too():
+    run = replace(scores([[1, 0]]), reasons=["", "not made"])
+    assert comparison.failed(run).tolist() == [False, True]
+
+
+def test_all_right_is_not_certainly_right():
+    (overall, _) = comparison.summary(scores([[1, 1]] * 10))["correct"]
+    assert overall.estimate.value == overall.estimate.high == 1
+    assert overall.estimate.low == intervals.wilson(10, 10)[0]  # of ten prompts, not twenty images
+
+
+def test_runs_are_paired_by_prompt_and_seed():
+    first = scores([[1, 0, 0], [1, 1, 0]])
+    second = scores([[1, 1, 1], [0, 1, 1]], name="second")
+    backwards = slice(None, None, -1)
+    second = replace(
+        second,
+        owners=second.owners[backwards],
+        seeds=second.seeds[backwards] - 1,  # so one of three seeds is unknown, one of `first` new
+        values={"correct": second.values["correct"][backwards]},
+    )
+    (compared,) = comparison.compare([first, second])
+    # By prompt and seed: (0, 0) 1 and 1, (0, 1) 0 and 1, (1, 0) 1 and 1, (1, 1) 1 and 1.
+    assert (compared.name, compared.pairs) == ("second", 4)
+    overall, category = compared.changes["correct"]
+    assert overall.difference.value == category.difference.value == 0.25
+    assert (overall.prompts, overall.pairs) == (2, 4)
+
+
+def test_unknown_seeds_make_no_pairs():
+    run = replace(scores([[1, 0]]), seeds=np.array([-1, -1]))
+    assert comparison.compare([run, run]) == [comparison.Comparison("first", 0, {})]
+
+
+def test_where_no_pair_differs_there_is_no_interval():
+    run = scores([[1, 0], [0, 1]])
+    difference = comparison.compare([run, run])[0].changes["correct"][0].difference
+    assert (difference.value, difference.p) == (0, 1)
+    assert np.isnan([difference.low, difference.high]).all()
+
+
+def test_the_worst_prompts_come_from_each_category_in_turn():
+    run = scores([[0, 0], [0, 0], [1, 0], [1, 1], [0, 0]], "aaabb")
+    found = comparison.worst(run, "correct", 10)
+    assert [(w.prompt.id, w.value, w.images) for w in found] == [
+        ("p0", 0, [0, 1]),
+        ("p4", 0, [8, 9]),
+        ("p1", 0, [2, 3]),
+        ("p2", 0.5, [4, 5]),
+    ]
+    assert comparison.worst(run, "correct", 2) == found[:2]
+
+
+def test_where_lower_is_better_the_worst_are_the_highest():
+    run = scores([[0], [0], [0]])
+    run.values["near_duplicates"] = np.array([0.5, 0, 1.0])
+    found = comparison.worst(run, "near_duplicates", 3)
+    assert [w.prompt.id for w in found] == ["p2", "p0"]
+
+
+def test_failures_are_counted_by_kind():
+    run = replace(
+        scores([[0, 0, 1], [0, FAILED, 0]], "ab"),
+        reasons=["wrong color: red", "wrong color: blue", "", "too few objects: 1", "not made", ""],
+    )
+    assert comparison.failures(run) == {
+        "a": {"wrong color": 2},
+        "b": {"too few objects": 1, "not made": 2},
+    }
+
+
+def test_the_headline_is_what_judges():
+    run = scores([[1]])
+    run.values["sharpness"] = np.array([0.1])
+    assert comparison.headline([run]) == "correct"
+    assert comparison.headline([replace(run, values={"sharpness": np.zeros(1)})]) is None
+
+
+def two_runs() -> list[Scores]:
+    first = scores([[1, 0], [0, FAILED], [1, 1], [0, 0]], "aabb")
+    second = scores([[1, 1], [0, 1], [1, 1], [1, 0]], "aabb", "second")
+    missing = {"clip_score": "there are no weights: name them with --clip"}
+    return [replace(first, whole={"recall": 0.5, "cmmd": np.nan}, missing=missing), second]
+
+
+def published() -> report.Table:
+    return report.Table(
+        "Published scores",
+        "of others",
+        ["model", "overall"],
+        [["SDXL", 0.55], ["none", None]],
+        [("GenEval's README", "https://github.com/djghosh13/geneval"), ("x", "javascript:x")],
+    )
+
+
+def test_a_report_has_what_was_measured(tmp_path):
+    report.write(tmp_path, "Shapes", {"command": "c"}, two_runs(), picture()[0], [published()])
+    names = ["report.html", "report.json", "report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    found = json.loads((tmp_path / "report.json").read_text("ascii"))
+    assert (found["schema"], found["benchmark"], found["headline"]) == (1, "Shapes", "correct")
+    first, second = found["runs"]
+    assert (first["prompts"], first["images"], first["failed"]) == (4, 8, 1)
+    overall = comparison.summary(two_runs()[0])["correct"][0].estimate
+    told = first["measures"]["correct"][0]
+    assert [told[k] for k in ("value", "low", "high")] == [0.375, overall.low, overall.high]
+    assert first["whole"] == {"cmmd": None, "recall": 0.5}
+    assert first["missing"] == {"clip_score": "there are no weights: name them with --clip"}
+    assert first["failures"]["a"] == {"wrong color": 2, "not made": 1}
+    assert second["measures"]["correct"][0]["value"] == 0.75
+    (compared,) = found["comparisons"]
+    assert (compared["name"], compared["to"], compared["pairs"]) == ("second", "first", 8)
+    assert compared["measures"]["correct"][0]["value"] == 0.375
+    assert found["tables"][0]["rows"] == [["SDXL", 0.55], ["none", None]]
+    for text in (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text():
+        for said in ("37.5 %", "+37.5 points", "no weights: name them with --clip", "0.55"):
+            assert said in text
+        assert "https://github.com/djghosh13/geneval" in text
+        assert "javascript:" not in text
+
+
+def test_equal_scores_give_equal_bytes(tmp_path):
+    give, _ = picture()
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        report.write(folder, "Shapes", {}, two_runs(), give)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    report.write(tmp_path, "Shapes", {}, two_runs(), picture()[0])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def lost(name, key):
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        report.write(tmp_path, "Another", {}, two_runs(), lost)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_text_stays_text(tmp_path):
+    run = scores([[0, 0], [0, 0]], "ab", HOSTILE)
+    run = replace(
+        run,
+        told={HOSTILE: HOSTILE},
+        prompts=[Prompt("p0", HOSTILE, HOSTILE), Prompt("p1", "another", "b")],
+        reasons=[HOSTILE] * 4,
+        keys=[HOSTILE] * 4,
+        missing={"clip_score": HOSTILE},
+    )
+    table = report.Table(HOSTILE, HOSTILE, [HOSTILE, "b"], [[HOSTILE, HOSTILE]], [(HOSTILE, "")])
+    report.write(tmp_path, HOSTILE, {HOSTILE: HOSTILE}, [run, run], picture()[0], [table])
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") > 20
+    document = (tmp_path / "report.md").read_text()
+    assert not re.search(r"(?<!\\)<script", document)
+    assert not re.search(r"(?<!\\)`f", document)
+    for block in document.split("\n\n"):
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) <= 1
+        assert not rows or len(rows) == len(block.splitlines())
+    said = json.loads((tmp_path / "report.json").read_text())
+    assert said["runs"][0]["worst"][0]["prompt"] == HOSTILE
+
+
+def test_a_page_needs_nothing_else(tmp_path):
+    report.write(tmp_path, "Shapes", {}, two_runs(), picture()[0], [published()])
+    page = (tmp_path / "report.html").read_text()
+    assert "default-src 'none'" in page
+    for address in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert address.startswith(("data:image/", "https://github.com/djghosh13/geneval"))
+    assert not re.search(r"url\(|@import|style=", page)
+
+
+@pytest.mark.parametrize(("size", "lossless"), [(64, True), (600, False)])
+def test_thumbnails_are_small_and_few(tmp_path, size, lossless):
+    give, asked = picture(size)
+    report.write(tmp_path, "Shapes", {}, [scores([[0] * 9] * 50)], give)
+    page = (tmp_path / "report.html").read_text()
+    thumbnails = re.findall(r'src="data:image/webp;base64,([^"]+)"', page)
+    assert len(thumbnails) == len(asked) == 12 * 4
+    assert page.count("4 of 9 images") == 12
+    with Image.open(io.BytesIO(base64.b64decode(thumbnails[0]))) as image:
+        assert image.size == ((64, 32) if lossless else (128, 64))
+        if lossless:
+            original = np.asarray(Image.open(io.BytesIO(give("", ""))))
+            assert np.array_equal(np.asarray(image.convert("RGB")), original)
+
+
+def test_images_that_are_not_there_or_damaged_are_told(tmp_path):
+    def give(name, key):
+        return {"000000000": None, "000000001": b"no image"}.get(key)
+
+    report.write(tmp_path, "Shapes", {}, [scores([[FAILED, 0], [1, 1]])], give)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('<div class="none">not made</div>') == 1
+    assert page.count('<div class="none">cannot be read</div>') == 1
+
+
+def test_long_tables_are_cut_where_people_read_and_whole_for_machines(tmp_path):
+    categories = "".join(chr(0x4E00 + n) for n in range(300))
+    report.write(tmp_path, "Shapes", {}, [scores([[0]] * 300, categories)], picture()[0])
+    for name in ("report.md", "report.html"):
+        assert "report.json has 101 rows more." in (tmp_path / name).read_text()
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert len(found["runs"][0]["measures"]["correct"]) == 301
+
+
+def test_a_report_without_a_judge_still_tells_the_rest(tmp_path):
+    run = replace(scores([[0, 0]]), values={"sharpness": np.array([0.25, 0.5])})
+    report.write(tmp_path, "Drawn", {}, [run], picture()[0])
+    document = (tmp_path / "report.md").read_text()
+    assert "| sharpness | 0.3750 |" in document
+    assert "worst" not in document
