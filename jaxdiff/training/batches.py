@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from jaxdiff.errors import InputError
-from jaxdiff.training import data, dreambooth, scenes
+from jaxdiff.training import data, dreambooth, places, scenes
 from jaxdiff.training.autoencoder import to_float
 from jaxdiff.training.captions import PREVIEW_IMAGES, preview_captions
 from jaxdiff.training.components import Components
@@ -28,7 +28,7 @@ class Batches:
     Attributes:
       batch: a batch's number to "latents" [b, h, w, c] or "pixels" uint8 [b, h, w, 3]; "token_ids"
         int32 [b, tokens] by text encoder, or "context" [b, tokens, width] and perhaps "pooled"; and
-        perhaps "weights" [b]. On any thread.
+        perhaps "weights" [b], or "places" as in `places.maps`. On any thread.
       validation: such batches of what is never trained on, none of whose captions is dropped.
       captions: for the sample grids.
     """
@@ -54,6 +54,8 @@ def prepare(recipe: TextToImageRecipe, output: Path) -> None:
     Raises:
       InputError: if it cannot be made, or does not fit the recipe's data.
     """
+    if recipe.loss.places and recipe.data.path != scenes.PIXELS:
+        raise InputError("loss.places: is known of the shapes world only; leave it out")
     if not recipe.prior:
         return
     if recipe.data.path == scenes.PIXELS or recipe.data.aspect_ratios > 1:
@@ -115,7 +117,11 @@ def _of_scenes(parts: Components, recipe: TextToImageRecipe, output: Path) -> _S
     def among(first: int, stop: int, number: int) -> dict:
         rng = np.random.default_rng([recipe.seed, number])
         rows = rng.integers(first, stop, size=recipe.batch_size)
-        return {"latents": latents[rows], "captions": [captions[row] for row in rows]}
+        made = {"latents": latents[rows], "captions": [captions[row] for row in rows]}
+        if recipe.loss.places:  # drawn again: quicker than a step by far, and small
+            drawn = [scenes.draw(recipe.data, recipe.seed, row)[0] for row in rows]
+            made["places"] = places.maps(drawn, latents.shape[1])
+        return made
 
     return _Source(
         train=partial(among, 0, split),

@@ -126,6 +126,8 @@ class Loss:
       min_snr_gamma: bounds the weight of little noise (Hang et al., 2023, arXiv:2303.09556); 0: no.
       offset_noise: standard deviation of noise that is the same all over a channel (Guttenberg,
         2023); 0: none.
+      places: weight of the error in telling where each shape of the shapes world lies, a second
+        task beside the denoising (`training/places.py`); 0: not asked.
     """
 
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
@@ -133,6 +135,7 @@ class Loss:
     logit_std: float = 1.0
     min_snr_gamma: float = 0.0
     offset_noise: float = 0.0
+    places: float = 0.0
 
 
 @dataclass(frozen=True)

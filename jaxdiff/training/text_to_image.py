@@ -20,7 +20,7 @@ from jaxdiff.expert import Conditioning, Network
 from jaxdiff.pixels import sample_pixels
 from jaxdiff.prompts import XL_LAYERS_SKIPPED, encode_tokens
 from jaxdiff.stretches import Stretch
-from jaxdiff.training import batches, lora, noise_levels
+from jaxdiff.training import batches, lora, noise_levels, places
 from jaxdiff.training.autoencoder import to_float
 from jaxdiff.training.components import Components, from_recipe
 from jaxdiff.training.loop import Params, Task, grid
@@ -45,6 +45,8 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
         if name not in ("unet", *parts.text_encoders):
             known = ", ".join(("unet", *parts.text_encoders))
             raise InputError(f"train: {name!r} is none of {known}")
+    if recipe.loss.places and (recipe.method == "lora" or "unet" not in recipe.train):
+        raise InputError('loss.places: is for a whole U-Net: method = "full", and train it')
     if recipe.method == "lora":
         taught = ("unet", *(parts.text_encoders if recipe.lora.text_encoder else ()))
         taught = {name: parts.params[name] for name in taught}
@@ -52,6 +54,8 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
         frozen = parts.params
     else:
         params = {name: parts.params[name] for name in recipe.train}
+        if recipe.loss.places:
+            params["unet"] = places.widened(params["unet"])
         frozen = {name: tree for name, tree in parts.params.items() if name not in params}
     whole = partial(_whole, recipe)
     made = batches.of(parts, recipe, output)
@@ -67,9 +71,11 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
 
 
 def _whole(recipe: TextToImageRecipe, params: Params, frozen: Params) -> Params:
-    """The parameters of every component, by name."""
+    """The parameters of every component, by name, as they are used and exported."""
     if recipe.method == "lora":
         return lora.merged(frozen, params, recipe.lora.alpha)
+    if recipe.loss.places:
+        params = {**params, "unet": places.narrowed(params["unet"])}
     return {**frozen, **params}
 
 
@@ -80,14 +86,16 @@ def _export(
         directory.mkdir(exist_ok=True)
         lora.save_lora(params, recipe.lora.alpha, directory / lora.FILE)
     else:
-        parts.save(directory, params, np.float16)
+        parts.save(directory, _whole(recipe, params, frozen), np.float16)
 
 
 def _loss(
     parts: Components, recipe: TextToImageRecipe, schedule: NoiseSchedule, whole: Callable
 ) -> Callable[[Params, Params, dict, Array], tuple[Array, dict]]:
     dtype, settings = DTYPES[recipe.computing.dtype], recipe.loss
-    evaluate = partial(_evaluate, parts.graphs["unet"])
+    graph = parts.graphs["unet"]
+    if settings.places:
+        graph = places.widened_graph(parts.configs["unet"], recipe.computing.remat)
 
     def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
         time_key, noise_key, offset_key, latent_key = jax.random.split(key, 4)
@@ -100,7 +108,9 @@ def _loss(
         levels = noise_levels.draw(schedule, settings, time_key, len(x0))
         x = objective.noisy(x0, noise, levels.alpha, levels.sigma)
         told = conditioning(parts, networks, batch, x0.shape[1:3])
-        output = evaluate(networks["unet"], x.astype(dtype), levels.timesteps, told)
+        unet = in_dtype(params["unet"], dtype) if settings.places else networks["unet"]
+        output = _evaluate(graph, unet, x.astype(dtype), levels.timesteps, told)
+        output, of_places = jnp.split(output, [x0.shape[-1]], axis=-1)
         target = objective.target(x0, noise, levels.alpha, levels.sigma, schedule.prediction_type)
         errors = jnp.mean((output.astype(jnp.float32) - target) ** 2, axis=(1, 2, 3))
         weights = batch.get("weights", jnp.ones(len(x0)))
@@ -108,8 +118,12 @@ def _loss(
             weights = weights * objective.min_snr_weight(
                 levels.alpha, levels.sigma, schedule.prediction_type, settings.min_snr_gamma
             ).reshape(-1)
-        by_level = noise_levels.by_level(errors, levels.shares)
-        return jnp.mean(weights * errors), {"by_noise_level": by_level}
+        total = jnp.mean(weights * errors)
+        logged = {"by_noise_level": noise_levels.by_level(errors, levels.shares)}
+        if settings.places:
+            logged["places"] = jnp.mean(places.errors(of_places, batch["places"]))
+            total += settings.places * logged["places"]
+        return total, logged
 
     return loss
 
