@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +29,7 @@ BUFFER = "embeddings.position_ids"  # 0, 1, 2, ...: old files carry it
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of which OpenCLIP's configs need not tell
 STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3  # as Pillow counts
+LARGEST = 2**20  # of a config's numbers; more would be computed with before any weight is looked at
 # The keys of OpenCLIP's configs with their defaults, and the fields of ours that they are.
 OPEN_CLIP_MODEL = {"embed_dim": 512, "quick_gelu": False, "text_cfg": None, "vision_cfg": None}
 OPEN_CLIP_TEXT = {
@@ -164,7 +165,7 @@ def _read_transformers(
         weights = [INDEX, *sorted({tensor.file.name for tensor in stored.values()})]
     tensors = {key: tensor for key, tensor in stored.items() if not key.endswith(BUFFER)}
     config = CLIPConfig(text, vision, width)
-    _check_layers(path, config, tensors)
+    _check_sizes(path, config, tensors)
     processor = next((name for name in PROCESSORS if name in names), PROCESSORS[0])
     return config, _pixels(directory / processor, config), tensors, [CONFIG, processor, *weights]
 
@@ -274,15 +275,15 @@ def _values(path: Path, part: str, given, usual: dict) -> dict:
         if key not in usual and value not in (None, False):
             raise InputError(f"{path}: {part} with {key} = {value!r} is not supported")
         number = type(usual.get(key)) in (int, float)
-        if number and (type(value) not in (int, float) or not 0 < value < math.inf):
-            raise InputError(f"{path}: {part} with {key} = {value!r} must be a number above 0")
+        if number and (type(value) not in (int, float) or not 0 < value < LARGEST):
+            raise InputError(f"{path}: {part} with {key} = {value!r} is not supported")
     return usual | {key: value for key, value in given.items() if key in usual}
 
 
 def _renamed(path: Path, config: CLIPConfig) -> dict[str, StoredTensor]:
     """OpenCLIP's weights by transformers' keys."""
     stored = read_header(path)
-    _check_layers(path, config, stored)
+    _check_sizes(path, config, stored)
     for key, tensor in stored.items():
         if tensor.dtype not in FLOATS:
             raise InputError(
@@ -326,8 +327,13 @@ def _open_clip_names(config: CLIPConfig) -> Names:
     yield "logit_scale", "logit_scale", None
 
 
-def _check_layers(path: Path, config: CLIPConfig, stored: Collection[str]) -> None:
-    """Refuses a config that would build more layers than there are weights at all."""
-    layers = max(config.text.num_hidden_layers, config.vision.num_hidden_layers)
-    if layers > len(stored):
-        raise InputError(f"{path} holds {len(stored)} weights, too few for {layers} layers")
+def _check_sizes(path: Path, config: CLIPConfig, stored: Collection[str]) -> None:
+    """Refuses a config of more layers than there are weights at all, or of absurd sizes."""
+    for part in (config.text, config.vision):
+        sizes = {key: value for key, value in asdict(part).items() if type(value) is int}
+        for key, value in {**sizes, "projection_dim": config.projection_dim}.items():
+            most = len(stored) if key == "num_hidden_layers" else LARGEST
+            if value > most:
+                raise InputError(
+                    f"{path}: {key} = {value} is too large for its {len(stored)} weights"
+                )

@@ -1,0 +1,92 @@
+"""CLIP's embeddings, logits, pixels and score are those of transformers and torchmetrics."""
+
+import clips
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdiff.evaluation import clip
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+multimodal = pytest.importorskip("torchmetrics.functional.multimodal")
+
+from transformers.models.clip.image_processing_pil_clip import (  # noqa: E402
+    CLIPImageProcessorPil,
+)
+
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+BOUND = 2e-5  # of the difference, relative to the reference's norm
+
+
+@pytest.fixture(scope="module", params=["OPENAI", "OPEN_CLIP"])
+def both(request, tmp_path_factory):
+    """Ours, and transformers' network and processor, of one directory."""
+    directory = tmp_path_factory.mktemp("clip") / request.param
+    clips.write_transformers(directory, getattr(clips, request.param))
+    network = transformers.CLIPModel.from_pretrained(directory).eval()
+    processor = transformers.CLIPProcessor(
+        CLIPImageProcessorPil.from_pretrained(directory),
+        transformers.CLIPTokenizer.from_pretrained(directory),
+    )
+    return clip.open_clip(directory, batch_size=3), network, processor
+
+
+def test_embeddings_and_logits(both):
+    ours, network, processor = both
+    seen = processor(images=[Image.fromarray(image) for image in clips.images()])
+    read = processor(text=clips.TEXTS, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs = network(pixel_values=torch.tensor(np.stack(seen["pixel_values"])), **read)
+    images, texts = ours.embed_images(clips.images()), ours.embed_texts(clips.TEXTS)
+    logits = ours.logit_scale * images @ texts.T
+    for found, expected in (
+        (images, theirs.image_embeds),
+        (texts, theirs.text_embeds),
+        (logits, theirs.logits_per_image),
+        (clip.zero_shot(images, texts, ours.logit_scale), theirs.logits_per_image.softmax(1)),
+    ):
+        difference = np.linalg.norm(found - expected.numpy())
+        assert found.shape == expected.shape
+        assert difference <= BOUND * np.linalg.norm(expected.numpy())
+
+
+def test_pixels_are_bit_for_bit_those_of_the_processor(both):
+    ours, _, processor = both
+    for image in clips.images():
+        seen = processor.image_processor(
+            Image.fromarray(image), do_rescale=False, do_normalize=False
+        )
+        theirs = np.asarray(seen["pixel_values"][0]).transpose(1, 2, 0)
+        np.testing.assert_array_equal(clip.centre_of_resized(image, ours.size), theirs)
+
+
+class OfTransformers4:
+    """The network for torchmetrics, which expects transformers 4: features, not outputs."""
+
+    def __init__(self, network):
+        self.network, self.config = network, network.config
+
+    def to(self, device):
+        return self
+
+    def get_image_features(self, pixels):
+        return self.network.get_image_features(pixels).pooler_output
+
+    def get_text_features(self, ids, mask):
+        return self.network.get_text_features(ids, mask).pooler_output
+
+
+def test_clip_score_is_that_of_torchmetrics(both):
+    ours, network, processor = both
+    texts = ["a red circle", "a star above a circle", "a ring"]  # it cuts long ones before the end
+    images = clips.images()[:3]
+    ours = clip.clip_score(ours.embed_images(images), ours.embed_texts(texts))
+    for image, text, score in zip(images, texts, ours, strict=True):
+        with torch.no_grad():
+            theirs = multimodal.clip_score(
+                torch.tensor(image.transpose(2, 0, 1)),
+                text,
+                model_name_or_path=lambda: (OfTransformers4(network), processor),
+            )
+        assert score == pytest.approx(float(theirs), abs=1e-3)
