@@ -13,12 +13,14 @@ from jaxdiff import checks
 from jaxdiff.checks import BadValueError
 from jaxdiff.dataset import columns, manifest
 from jaxdiff.dataset.manifest import Source
+from jaxdiff.dataset.rows import MAX_ID_CHARACTERS
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import audits
 from jaxdiff.evaluation.records import Prompt
 from jaxdiff.worlds import shapes
 
 MAX_BYTES = 2**28  # of all rows, as JSON: they are held in memory
+MAX_ROW_CHARACTERS = 2**16  # escaped, it must fit in a line of a manifest
 STYLES = ("anime", "concept-art", "paintings", "photo")  # HPSv2's
 CATEGORIES = ("category", "tag")  # the columns that a dataset's categories may stand in
 
@@ -229,14 +231,24 @@ def _parsed(name: str, path: Path) -> Iterator[tuple[str, Prompt]]:
                 continue
             try:
                 prompt = parse(entry.values, stem, number)
-                if not checks.text("the prompt", prompt.text).strip():
-                    raise BadValueError("the prompt is empty")
-                checks.unicode("the row", json.dumps(prompt.row, ensure_ascii=False))
+                _check(prompt)
             except (InputError, RecursionError, TypeError, ValueError) as problem:
                 title = BENCHMARKS[name].title
                 raise InputError(f"{where} is no row of {title}: {problem}") from None
             number += 1
             yield where, prompt
+
+
+def _check(prompt: Prompt) -> None:
+    """Refuses what a manifest could not hold."""
+    if not checks.text("the prompt", prompt.text).strip():
+        raise BadValueError("the prompt is empty")
+    if not 1 <= len(checks.text("the id", prompt.id)) <= MAX_ID_CHARACTERS:
+        raise BadValueError(f"the id must have 1 to {MAX_ID_CHARACTERS} characters")
+    row = json.dumps(prompt.row, ensure_ascii=False)
+    checks.unicode("the row", row)
+    if len(row) > MAX_ROW_CHARACTERS:
+        raise BadValueError(f"the row has more than {MAX_ROW_CHARACTERS} characters")
 
 
 def _sources(name: str, path: Path) -> tuple[Source, ...]:

@@ -9,6 +9,7 @@ import pytest
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import benchmarks
 from jaxdiff.evaluation.benchmarks import BENCHMARKS, manifest_rows, prompt_of, read
+from jaxdiff.evaluation.published import PUBLISHED
 from jaxdiff.evaluation.records import Prompt
 from jaxdiff.worlds import shapes
 
@@ -198,6 +199,8 @@ BAD_FILES = {
     "no list": ("hpsv2", "photo.json", '{"a": "cat"}', "is no JSON list"),
     "no category": ("drawbench", "f.csv", "Prompts,Kind\na cup,x\n", "line 2 .* has no category"),
     "item twice": ("dpg", "f.csv", DPG_TABLE + "12,a dog,,,,,,,\n", "line 5: the id '12' is there"),
+    "long id": ("prompts", "f.csv", f"id,prompt\n{'x' * 501},a\n", "line 2 .* 1 to 500 characters"),
+    "long row": ("prompts", "f.csv", f"prompt,note\na,{'x' * 2**16}\n", "more than 65536 charac"),
     "id twice": ("prompts", "f.csv", "id,prompt\nx,a\nx,b\n", "line 3: the id 'x' is there"),
     "a wrong ending": ("geneval", "f.html", "<html>", "must end in one of"),
 }
@@ -225,3 +228,19 @@ def test_what_is_held_in_memory_is_bounded(tmp_path, monkeypatch):
     path = file_of(tmp_path, "rows.txt", f"{'a' * 3000}\n" * 1000)
     with pytest.raises(InputError, match=r"rows.txt holds more than 1 MiB; split it"):
         read("prompts", path)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_tables_are_whole_and_name_their_sources(name):
+    table = PUBLISHED[name]
+    assert BENCHMARKS[name].scorer
+    assert len(table.rows) == len(table.sources)
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert len({row[0] for row in table.rows}) == len(table.rows)
+    assert all(address.startswith("https://") for _, address in table.sources)
+
+
+@pytest.mark.parametrize(("name", "rounding"), [("geneval", 0.011), ("hpsv2", 0.011)])
+def test_published_means_are_those_of_their_categories(name, rounding):
+    for model, overall, *categories in PUBLISHED[name].rows:
+        assert sum(categories) / len(categories) == pytest.approx(overall, abs=rounding), model
