@@ -11,6 +11,7 @@ from jaxdiff.evaluation.records import Prompt, Scores
 
 CONFIDENCE = 0.95
 NOT_MADE = "not made"
+MOST_CATEGORIES = 1000  # what has more is no category but each prompt's name
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,13 @@ def values_of(scores: Scores, measure: str) -> np.ndarray:
 
 
 def categories(prompts: list[Prompt]) -> tuple[list[str], np.ndarray]:
-    """The categories in the order of the benchmark, and each prompt's number among them."""
+    """The categories in the order of the benchmark, and each prompt's number among them.
+
+    More than MOST_CATEGORIES are taken for none.
+    """
     numbers = {name: n for n, name in enumerate(dict.fromkeys(p.category for p in prompts))}
+    if len(numbers) > MOST_CATEGORIES:
+        return [""], np.zeros(len(prompts), int)
     return list(numbers), np.array([numbers[prompt.category] for prompt in prompts], int)
 
 
@@ -98,14 +104,12 @@ def summary(scores: Scores) -> dict[str, list[Mean]]:
         values = values_of(scores, measure)
         sums, counts = intervals.by_prompt(values, scores.owners, len(numbers))
         overall, each = intervals.bootstrap(sums, counts, numbers, CONFIDENCE)
-        rows = [(None, overall, counts)]
-        rows += [
-            (name, estimate, counts[numbers == number])
-            for number, (name, estimate) in enumerate(zip(names, each, strict=True))
-        ]
+        parts = [counts[inside] for inside in intervals.members(counts, numbers)]
         means[measure] = [
             _mean(category, _certain(measure, estimate, inside), inside)
-            for category, estimate, inside in rows
+            for category, estimate, inside in zip(
+                [None, *names], [overall, *each], [counts, *parts], strict=True
+            )
         ]
     return means
 
@@ -115,11 +119,12 @@ def _mean(category: str | None, estimate: Estimate, counts: np.ndarray) -> Mean:
 
 
 def _certain(measure: str, estimate: Estimate, counts: np.ndarray) -> Estimate:
-    """The estimate; Wilson's interval for a share of 0 or 1, where no draw differs from another.
+    """The estimate; with Wilson's interval for a share of which no draw differs from another.
 
-    It takes a prompt for one trial: a prompt's images might have been alike.
+    So it is where all images are right: that makes it not certain that all would be. A prompt is
+    taken for one trial, as if its images were alike.
     """
-    if not measures.ALL[measure].is_share or estimate.value not in (0, 1):
+    if not measures.ALL[measure].is_share or estimate.low != estimate.high:
         return estimate
     prompts = np.count_nonzero(counts)
     low, high = intervals.wilson(estimate.value * prompts, prompts, CONFIDENCE)
@@ -143,10 +148,8 @@ def _compared(first: Scores, second: Scores) -> Comparison:
         if not counts.any():
             continue
         overall, each = intervals.paired_difference(a, b, owners, numbers, CONFIDENCE)
-        changes[measure] = [_change(None, overall, counts)] + [
-            _change(name, difference, counts[numbers == number])
-            for number, (name, difference) in enumerate(zip(names, each, strict=True))
-        ]
+        parts = [counts[inside] for inside in intervals.members(counts, numbers)]
+        changes[measure] = list(map(_change, [None, *names], [overall, *each], [counts, *parts]))
     return Comparison(second.name, len(of_first), changes)
 
 
@@ -205,8 +208,9 @@ def failures(scores: Scores) -> dict[str, Counter]:
     kinds = {}
     if "correct" not in scores.values:
         return kinds
+    names, numbers = categories(scores.prompts)
     for number in np.flatnonzero(values_of(scores, "correct") != 1).tolist():
-        category = scores.prompts[scores.owners[number]].category
+        category = names[numbers[scores.owners[number]]]
         kind = scores.reasons[number].split(":")[0] or NOT_MADE
         kinds.setdefault(category, Counter())[kind] += 1
     return kinds

@@ -70,6 +70,17 @@ def by_prompt(
     return sums, np.bincount(owners[known], minlength=prompts).astype(np.float64)
 
 
+def members(counts: np.ndarray, categories: np.ndarray) -> list[np.ndarray]:
+    """The numbers of the prompts with a value, for each category.
+
+    Args:
+      counts, categories: as in `bootstrap`.
+    """
+    order = np.argsort(categories, kind="stable")
+    borders = np.cumsum(np.bincount(categories))[:-1]
+    return [part[counts[part] > 0] for part in np.split(order, borders)] if len(order) else []
+
+
 def bootstrap(
     sums: np.ndarray,
     counts: np.ndarray,
@@ -95,15 +106,15 @@ def bootstrap(
     random = np.random.default_rng(seed)
     tails = [50 * (1 - confidence), 50 * (1 + confidence)]
     total, estimates, values = np.zeros(resamples), [], []
-    for members in _members(counts, categories):
-        value = _mean(sums[members], counts[members])
+    for inside in members(counts, categories):
+        value = _mean(sums[inside], counts[inside])
         interval = (np.nan, np.nan)
-        if len(members) > 1:
-            drawn = _resampled_means(random, sums[members], counts[members], resamples)
+        if len(inside) > 1:
+            drawn = _resampled_means(random, sums[inside], counts[inside], resamples)
             interval = np.percentile(drawn, tails)
             total += drawn
         estimates.append(Estimate(value, *map(float, interval)))
-        values += [value] * (len(members) > 0)
+        values += [value] * (len(inside) > 0)
     interval = (np.nan, np.nan)
     if len(values) and sum(np.isfinite(e.low) for e in estimates) == len(values):
         interval = np.percentile(total / len(values), tails)
@@ -143,21 +154,14 @@ def paired_difference(
     weighted = sums * _weights(counts, categories)
     everyone = np.flatnonzero(counts)
 
-    def tested(estimate: Estimate, members: np.ndarray) -> Difference:
-        p = _sign_flips(random, weighted[members], resamples)
+    def tested(estimate: Estimate, inside: np.ndarray) -> Difference:
+        p = _sign_flips(random, weighted[inside], resamples)
         return Difference(estimate.value, estimate.low, estimate.high, p)
 
-    members = _members(counts, categories)
+    parts = members(counts, categories)
     return tested(overall, everyone), [
-        tested(estimate, inside) for estimate, inside in zip(each, members, strict=True)
+        tested(estimate, inside) for estimate, inside in zip(each, parts, strict=True)
     ]
-
-
-def _members(counts: np.ndarray, categories: np.ndarray) -> list[np.ndarray]:
-    """The prompts with a value, by category."""
-    order = np.argsort(categories, kind="stable")
-    borders = np.cumsum(np.bincount(categories))[:-1]
-    return [part[counts[part] > 0] for part in np.split(order, borders)] if len(order) else []
 
 
 def _mean(sums: np.ndarray, counts: np.ndarray) -> float:

@@ -147,7 +147,7 @@ def _changes(contents: dict, compared: dict, number: int) -> str:
             f'<tr{overall}><th scope="row">{_category(change["category"])}'
             f"<small>{wording.plural(change['pairs'], 'pair')}</small></th>"
             f"<td>{report_drawings.change_bar(change, full, number)}</td>"
-            f'<td class="value"><b>{difference}</b> <small>{bounds}</small>'
+            f'<td class="value change"><b>{difference}</b> <small>{bounds}</small>'
             f' <small class="p">p {"" if p[0] == "<" else "= "}{escape(p)}</small></td></tr>'
         )
     bodies = f"<tbody>{''.join(rows)}</tbody>"

@@ -72,6 +72,7 @@ def told(contents: dict) -> tuple[dict[str, str], list[str]]:
     names = dict.fromkeys(name for said in runs for name in said)
     alike = [name for name in names if all(said.get(name) == runs[0].get(name) for said in runs)]
     shared = contents["told"] | {name: runs[0][name] for name in alike}
+    shared = {name: value for name, value in shared.items() if value}
     return shared, [name for name in names if name not in alike]
 
 
@@ -114,7 +115,8 @@ def method(contents: dict) -> list[str]:
         )
     if any(measure["is_share"] for measure in contents["measures"].values()):
         sentences.append(
-            "A share of 0 % or 100 % has Wilson's interval, with a prompt for one trial."
+            "A share of which no draw differs, such as 100 %, has Wilson's interval, with a prompt"
+            " for one trial."
         )
     if "correct" in contents["measures"]:
         sentences.append("An image that could not be made counts as wrong.")

@@ -76,6 +76,18 @@ def test_all_right_is_not_certainly_right():
     assert overall.estimate.low == intervals.wilson(10, 10)[0]  # of ten prompts, not twenty images
 
 
+def test_prompts_that_agree_are_not_certain_either():
+    (overall, _) = comparison.summary(scores([[1, 0]] * 10))["correct"]
+    assert (overall.estimate.low, overall.estimate.high) == intervals.wilson(5, 10)
+
+
+def test_a_category_for_each_of_many_prompts_is_none():
+    many = comparison.MOST_CATEGORIES + 1
+    run = scores([[0]] * many, "".join(chr(0x4E00 + n) for n in range(many)))
+    assert [row.category for row in comparison.summary(run)["correct"]] == [None, ""]
+    assert comparison.failures(run) == {"": {"wrong color": many}}
+
+
 def test_runs_are_paired_by_prompt_and_seed():
     first = scores([[1, 0, 0], [1, 1, 0]])
     second = scores([[1, 1, 1], [0, 1, 1]], name="second")
