@@ -25,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # Either says what is done to pixels; the second is what transformers 5 writes.
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+PROBE = "tokenizer_config.json"  # in every repository of either kind
 BUFFER = "embeddings.position_ids"  # 0, 1, 2, ...: old files carry it
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of which OpenCLIP's configs need not tell
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -105,7 +106,7 @@ def find(model: str | Path) -> StoredClip:
     """
     directory = Path(model)
     if not directory.exists() and sources.HUB_ID.fullmatch(str(model)):
-        directory, name = sources._from_hub(str(model), _wanted, CONFIG), str(model)
+        directory, name = sources._from_hub(str(model), _wanted, PROBE), str(model)
     else:
         name = directory.resolve().name
     if not directory.is_dir():
