@@ -142,7 +142,7 @@ def _tables(contents: dict) -> Iterator[str]:
         yield f"## {_text(table['title'])}"
         if table["note"]:
             yield _text(table["note"])
-        rows = [[wording.cell(cell) for cell in row] for row in table["rows"]]
+        rows = wording.cells(table["rows"])
         yield _lines(table["columns"], rows, table["sources"])
 
 

@@ -239,7 +239,7 @@ def _missing(contents: dict) -> Iterator[str]:
 
 def _tables(contents: dict) -> Iterator[str]:
     for table in contents["tables"]:
-        rows = [[wording.cell(cell) for cell in row] for row in table["rows"]]
+        rows = wording.cells(table["rows"])
         right = [
             column
             for column in range(1, len(table["columns"]))

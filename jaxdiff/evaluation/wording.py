@@ -54,11 +54,20 @@ def category(name: str | None) -> str:
     return "overall" if name is None else name or "without a category"
 
 
-def cell(value: str | float | None) -> str:
-    """A cell of a table that others gave."""
-    if isinstance(value, float):
-        return f"{value:.4g}".replace("-", MINUS)
-    return "—" if value is None else str(value)
+def cells(rows: list[list[str | float | None]]) -> list[list[str]]:
+    """The texts of a table's cells; the numbers of a column have as many decimals."""
+
+    def column(values: tuple) -> list[str]:
+        shortest = [f"{value:.4g}" for value in values if isinstance(value, float)]
+        decimals = max((len(text.partition(".")[2]) for text in shortest), default=0)
+        return [cell(value, decimals) for value in values]
+
+    def cell(value: str | float | None, decimals: int) -> str:
+        if isinstance(value, float):
+            return f"{value:.{decimals}f}".replace("-", MINUS)
+        return "—" if value is None else str(value)
+
+    return list(map(list, zip(*map(column, zip(*rows, strict=True)), strict=True)))
 
 
 def plural(count: int, noun: str) -> str:

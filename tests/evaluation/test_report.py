@@ -167,8 +167,12 @@ def published() -> report.Table:
         "Published scores",
         "of others",
         ["model", "overall"],
-        [["SDXL", 0.55], ["none", None]],
-        [("GenEval's README", "https://github.com/djghosh13/geneval"), ("x", "javascript:x")],
+        [["SDXL", 0.55], ["none", None], ["half", -0.5]],
+        [
+            ("GenEval's README", "https://github.com/djghosh13/geneval"),
+            ("x", "javascript:x"),
+            ("y", ""),
+        ],
     )
 
 
@@ -190,9 +194,15 @@ def test_a_report_has_what_was_measured(tmp_path):
     (compared,) = found["comparisons"]
     assert (compared["name"], compared["to"], compared["pairs"]) == ("second", "first", 8)
     assert compared["measures"]["correct"][0]["value"] == 0.375
-    assert found["tables"][0]["rows"] == [["SDXL", 0.55], ["none", None]]
+    assert found["tables"][0]["rows"] == [["SDXL", 0.55], ["none", None], ["half", -0.5]]
     for text in (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text():
-        for said in ("37.5 %", "+37.5 points", "no weights: name them with --clip", "0.55"):
+        for said in (
+            "37.5 %",
+            "+37.5 points",
+            "no weights: name them with --clip",
+            "0.55",
+            "\u22120.50",
+        ):
             assert said in text
         assert "https://github.com/djghosh13/geneval" in text
         assert "javascript:" not in text
