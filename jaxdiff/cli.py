@@ -25,6 +25,7 @@ commands:
   sign       add a C2PA manifest (Content Credentials) to every image of a dataset
   train      train a model from a recipe
   encode     encode images to latents once, before a training
+  evaluate   judge models over a prompt benchmark, and write a report
 
 start with:
   echo "a red circle above a blue square" > prompts.txt
@@ -86,6 +87,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
         "sign": _sign,
         "train": _train,
         "encode": _encode,
+        "evaluate": _evaluate,
     }
     if name not in commands:
         raise InputError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
@@ -294,6 +296,15 @@ def _encode(arguments: list[str]) -> int:
         images_per_shard=said.images_per_shard,
     )
     return encode.run(encoding, beam_arguments)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from pipelines import evaluate_options
+
+    asked, beam_arguments = evaluate_options.parse(arguments)
+    from pipelines import evaluate
+
+    return evaluate.run(asked, beam_arguments)
 
 
 def _set_logging(debug: bool) -> None:

@@ -13,7 +13,6 @@ there is no row to find guilty when it dies, and the same command continues.
     python -m pipelines.encode --data photos --model shapes64 --output out/encoded
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -126,7 +125,7 @@ def run(encoding: Encoding, beam_arguments: list[str]) -> int:
             print(f"jaxdiff: {problem}; {mend}", file=sys.stderr)
             return EXIT_FAILED
         (output / encoded.SETTINGS).unlink()
-        _tidy(output)
+        layout.tidy(output)
         raise
     print(f"{len(examples)} images are encoded in {output}")
     return EXIT_OK
@@ -306,15 +305,8 @@ def _finish(encoding: Encoding, shards: list[encoded.Shard], output: Path) -> No
         empty = {name: array[0] for name, array in encoder.embeddings([""]).items()}
         _commit(output, encoded.EMPTY, encoded.empty_bytes(empty))
     layout.write(output, encoded.INDEX, encoded.index_text(shards, encoder.made_with))
-    _tidy(output)
+    layout.tidy(output)
     encoded.open_encoded(output)
-
-
-def _tidy(output: Path) -> None:
-    """Removes the folder of unfinished files, and the directory if that was all."""
-    for folder in (output / layout.TMP, output / layout.WORK, output):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 if __name__ == "__main__":

@@ -205,6 +205,13 @@ def write(directory: Path, name: str, content: str) -> None:
     sync_folder(directory)
 
 
+def tidy(directory: Path) -> None:
+    """Removes the folder of unfinished files, and the directory if that was all in it."""
+    for folder in (directory / TMP, directory / WORK, directory):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 def replace(source: Path, target: Path) -> None:
     """`os.replace`, for a shard that is a folder as well.
 

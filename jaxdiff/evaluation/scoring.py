@@ -1,0 +1,189 @@
+"""Pictures to scores: what is measured of each, kept in a Parquet file a shard."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxdiff.dataset import images
+from jaxdiff.errors import InputError
+from jaxdiff.evaluation import clip, duplicates, statistics
+from jaxdiff.evaluation.records import Picture
+from jaxdiff.worlds.shapes import caption_for, read
+from jaxdiff.worlds.shapes.scene import CANVAS
+from jaxdiff.worlds.shapes.verdict import compare
+
+VERSION = 1  # of the columns and of what they mean
+AT_ONCE = 64  # pictures that are held in memory
+OF_STATISTICS = ("brightness", "contrast", "colorfulness", "sharpness")
+COLUMNS = {
+    "key": pa.string(),
+    "id": pa.string(),
+    "index": pa.int32(),
+    "seed": pa.int64(),
+    "made": pa.bool_(),
+    "correct": pa.float64(),
+    "clip_score": pa.float64(),
+    "label": pa.float64(),
+    **dict.fromkeys(OF_STATISTICS, pa.float64()),
+    "height": pa.int32(),
+    "width": pa.int32(),
+    "reason": pa.string(),
+    "details": pa.string(),
+    "said": pa.string(),  # the label that CLIP takes for the likeliest
+    "pixel_sha256": pa.string(),
+    "perceptual_hash": pa.uint64(),
+    "features": pa.list_(pa.float32()),  # CLIP's embedding, or the thumbnail
+}
+EMPTY = {"reason": "not made", "details": "{}", "said": "", "pixel_sha256": ""}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is measured of every picture.
+
+    Attributes:
+      exact: whether the shapes world's scorer judges it.
+      clip: the directory of CLIP's weights; "" for none.
+      labels: among which CLIP chooses; none for no choice.
+    """
+
+    exact: bool
+    clip: str = ""
+    labels: tuple[str, ...] = ()
+
+    def digest(self, of_pictures: str) -> str:
+        """SHA-256 (hex) of all that decides the scores of pictures with this digest."""
+        said = [VERSION, of_pictures, dataclasses.asdict(self)]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def score_file(pictures: Iterable[Picture], scoring: Scoring, path: Path, digest: str) -> pa.Table:
+    """Scores pictures and writes the file, whole or not at all; returns what it holds.
+
+    A file that is there already, with the same digest, is read instead.
+
+    Raises:
+      InputError: for a picture that cannot be read or judged.
+    """
+    if (there := read_file(path, digest)) is not None:
+        return there
+    rows = [row for block in _blocks(pictures) for row in _scored(block, scoring)]
+    schema = pa.schema(COLUMNS, {"digest": digest})
+    table = pa.Table.from_pylist(rows, schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pq.write_table(table, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return table
+
+
+def read_file(path: Path, digest: str) -> pa.Table | None:
+    """The scores in a file; None if it is not there, not whole, or of other pictures."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException):
+        return None
+    said = (table.schema.metadata or {}).get(b"digest", b"").decode()
+    return table if said == digest else None
+
+
+def features(table: pa.Table) -> tuple[list[str], np.ndarray]:
+    """The keys of the pictures that were made, and their features, float32 [n, d]."""
+    table = table.filter(table["made"])
+    values = table["features"].combine_chunks()
+    width = len(values[0]) if len(table) else 0
+    return table["key"].to_pylist(), values.flatten().to_numpy().reshape(len(table), width)
+
+
+def _blocks(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
+    pictures = iter(pictures)
+    while block := list(islice(pictures, AT_ONCE)):
+        yield block
+
+
+def _scored(block: list[Picture], scoring: Scoring) -> Iterator[dict]:
+    pixels = [_decoded(picture) for picture in block]
+    embedded = _embedded(block, pixels, scoring) if scoring.clip else [{}] * len(block)
+    for picture, image, of_clip in zip(block, pixels, embedded, strict=True):
+        row = {
+            "key": picture.key,
+            "id": picture.prompt.id,
+            "index": picture.index,
+            "seed": picture.seed,
+            "made": image is not None,
+        }
+        if image is None:
+            yield row | EMPTY | ({"correct": 0.0} if scoring.exact else {})
+            continue
+        if scoring.exact:
+            row |= _judged(picture, image)
+        yield {
+            **EMPTY,
+            "reason": "",
+            **row,
+            "height": image.shape[0],
+            "width": image.shape[1],
+            **statistics.image_statistics(image),
+            "pixel_sha256": images.pixel_sha256(image),
+            "perceptual_hash": duplicates.perceptual_hash(image),
+            "features": statistics.thumbnail_features(image),
+            **of_clip,
+        }
+
+
+def _decoded(picture: Picture) -> np.ndarray | None:
+    if picture.image is None:
+        return None
+    try:
+        return images.decode(picture.image)
+    except ValueError as problem:
+        raise InputError(f"image {picture.key}: {problem}") from None
+
+
+def _judged(picture: Picture, image: np.ndarray) -> dict:
+    if image.shape != (CANVAS, CANVAS, 3):
+        height, width, _ = image.shape
+        raise InputError(
+            f"image {picture.key} has {width}x{height} pixels; the shapes world's scorer reads "
+            f"{CANVAS}x{CANVAS}: say --width {CANVAS} --height {CANVAS}, or another benchmark"
+        )
+    seen = read(image)
+    verdict = compare(caption_for({"prompt": picture.prompt.text, **picture.prompt.row}), seen)
+    return {
+        "correct": float(verdict.correct),
+        "reason": verdict.reason,
+        "details": json.dumps(dataclasses.asdict(seen)),
+    }
+
+
+def _embedded(block: list[Picture], pixels: list, scoring: Scoring) -> Iterator[dict]:
+    """What CLIP says of each picture that was made."""
+    tower = clip.open_clip(scoring.clip)
+    made = [image for image in pixels if image is not None]
+    embeddings = iter(tower.embed_images(made))
+    texts = tower.embed_texts([picture.prompt.text for picture in block])
+    labels = tower.embed_labels(scoring.labels) if scoring.labels else None
+    for picture, image, text in zip(block, pixels, texts, strict=True):
+        if image is None:
+            yield {}
+            continue
+        features = next(embeddings)
+        found = {"features": features, "clip_score": clip.clip_score(features, text)}
+        if labels is not None:
+            said = scoring.labels[int(np.argmax(labels @ features))]
+            found |= {"said": said}
+            if "label" in picture.prompt.row:
+                found |= {"label": float(said == picture.prompt.row["label"])}
+        yield found

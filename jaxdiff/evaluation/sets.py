@@ -1,0 +1,175 @@
+"""What is measured of all images together: against a reference, a training set, each other."""
+
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial, reduce
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from jaxdiff.errors import InputError
+from jaxdiff.evaluation import clip, distances, duplicates, statistics
+from jaxdiff.evaluation.accumulators import Moments, Sample
+from jaxdiff.evaluation.records import Prompt
+from jaxdiff.training.data import EncodedExamples, open_examples
+from jaxdiff.training.recipe import Data
+
+SAMPLE = 10_000  # images of which pairs are compared
+NOBODY = np.zeros((0, 0))  # the features of no image
+AT_ONCE = 64  # images of a reference that are held in memory
+HOW_TO_GET_CLIP = (
+    "needs --clip DIR: CLIP's weights, such as openai/clip-vit-large-patch14 or any of OpenCLIP's, "
+    "downloaded from the Hugging Face Hub"
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Features of any number of images, in constant memory."""
+
+    moments: Moments
+    sample: Sample
+
+    @classmethod
+    def of(cls, keys: list[str], features: np.ndarray) -> "Summary":
+        """Those of some images, [n, d]; raises InputError for features that are no table."""
+        return cls(Moments.of(features), Sample.of(keys, features, SAMPLE))
+
+    def merge(self, other: "Summary") -> "Summary":
+        """That of both; raises InputError if they are not of as many features."""
+        return Summary(self.moments.merge(other.moments), self.sample.merge(other.sample))
+
+    def save(self, path: Path) -> None:
+        """Writes it, whole or not at all."""
+        unfinished = path.with_name(f".{path.name}")
+        with unfinished.open("wb") as file:
+            np.savez(file, **self.moments.arrays(), **self.sample.arrays())
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Summary":
+        """The inverse of `save`."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(Moments.from_arrays(arrays), Sample.from_arrays(arrays))
+
+
+def summary_of_all(parts: Iterable[Summary]) -> Summary:
+    """Merges summaries, as Beam's combiners do: ten at a time, in any order."""
+    return reduce(Summary.merge, parts, Summary.of([], NOBODY))
+
+
+def read_reference(path: Path, clip_directory: str) -> Summary:
+    """The features of the images that others should look like.
+
+    Args:
+      path: a folder of captioned images, whose CLIP embeddings or thumbnails are taken; or an .npz
+        with `features`, [n, d], of the kind that the images' own are.
+
+    Raises:
+      InputError: naming what cannot be used.
+    """
+    if path.suffix == ".npz":
+        features = _read_features(path)
+        return Summary.of([str(number) for number in range(len(features))], features)
+    examples = open_examples(Data(str(path)))
+    if isinstance(examples, EncodedExamples):
+        raise InputError(f"{path} holds latents, no pixels; name the folder of images itself")
+    summary = Summary.of([], NOBODY)
+    for start in range(0, len(examples), AT_ONCE):
+        numbers = range(start, min(start + AT_ONCE, len(examples)))
+        pixels = [examples.pixels(number) for number in numbers]
+        features = features_of(pixels, clip_directory)
+        summary = summary.merge(Summary.of([examples.names[n] for n in numbers], features))
+    return summary
+
+
+def features_of(pixels: list[np.ndarray], clip_directory: str) -> np.ndarray:
+    """CLIP's embeddings of images, or thumbnails without its weights: float32 [n, d]."""
+    if clip_directory:
+        return clip.open_clip(clip_directory).embed_images(pixels)
+    return np.stack([statistics.thumbnail_features(image) for image in pixels])
+
+
+def _read_features(path: Path) -> np.ndarray:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["features"]
+    except KeyError:
+        raise InputError(f"{path} has no array `features`") from None
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile) as problem:
+        raise InputError(f"{path} cannot be read: {problem}") from None
+
+
+def against_reference(
+    ours: Summary, reference: Summary, with_clip: bool
+) -> Iterator[tuple[str, Callable[[], float]]]:
+    """Yields each measure's name with the function that computes it, which may raise InputError."""
+    mine, theirs = ours.sample.features, reference.sample.features
+    yield "frechet", lambda: distances.frechet_distance(ours.moments, reference.moments)
+    kernel = "cmmd" if with_clip else "kernel"
+    how = "rbf" if with_clip else "polynomial"
+    yield kernel, lambda: distances.kernel_distance(theirs, mine, how)
+    covered = cache(partial(distances.precision_recall, theirs, mine))
+    yield "precision", lambda: covered()[0]
+    yield "recall", lambda: covered()[1]
+
+
+def copies(tables: Iterable[pa.Table], training: str) -> dict[str, float]:
+    """The shares of images that are copies of a training set's.
+
+    Raises:
+      InputError: if the training set cannot be read, or if the images are of several sizes.
+    """
+    known, exact, near, count = None, 0, 0, 0
+    for table in tables:
+        table = table.filter(table["made"])
+        sizes = set(zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True))
+        if known is None and sizes:
+            size = next(iter(sizes))
+            known = duplicates.read_training_set(training, *size)
+        if sizes - {size}:
+            raise InputError("--training compares images of one size; these are of several")
+        hashes = duplicates.pixel_hashes(table["pixel_sha256"].to_pylist())
+        exact += int(known.copied(hashes).sum())
+        near += int(known.near.within(table["perceptual_hash"].to_numpy()).sum())
+        count += len(table)
+    return {"exact_copies": exact / count, "near_copies": near / count} if count else {}
+
+
+def directions(tables: Iterable[pa.Table], prompts: list[Prompt], model: str) -> dict[str, float]:
+    """CLIP directional similarity, where prompts change others.
+
+    A prompt whose row says `source`, the id of another, is compared with it: each image with that
+    of the same index, which equal seeds make comparable.
+
+    Args:
+      model: CLIP's weights.
+    """
+    sources = {p.id: p.row["source"] for p in prompts if p.row.get("source")}
+    wanted = {*sources, *sources.values()}
+    features = {}
+    for table in tables:
+        table = table.filter(table["made"])
+        named = zip(*(table[name].to_pylist() for name in ("id", "index", "features")), strict=True)
+        features |= {(id_, index): found for id_, index, found in named if id_ in wanted}
+    texts = {p.id: p.text for p in prompts if p.id in wanted}
+    tower = clip.open_clip(model)
+    embedded = dict(zip(texts, tower.embed_texts(list(texts.values())), strict=True))
+    found = [
+        clip.directional_similarity(
+            np.array(features[source, index]), np.array(after), embedded[source], embedded[id_]
+        )
+        for (id_, index), after in features.items()
+        if (source := sources.get(id_)) and (source, index) in features
+    ]
+    return {"directional": float(np.mean(found))} if found else {}
+
+
+def labels(prompts: list[Prompt]) -> tuple[str, ...]:
+    """Among which CLIP chooses: the `labels` of an audit, or what the rows say under `label`."""
+    if prompts[0].row.get("labels"):
+        return tuple(prompts[0].row["labels"])
+    said = {prompt.row.get("label") for prompt in prompts}
+    return tuple(sorted(label for label in said if isinstance(label, str)))

@@ -1,0 +1,382 @@
+"""The job behind `jaxdiff evaluate`: from a benchmark's prompts to a report.
+
+    prompts   the benchmark's file -> manifest.jsonl
+    images    pipelines.generate, a dataset for each run
+    scores    Create(shards) | Reshuffle | ParDo(ScoreShard) | CombineGlobally(SummaryFn)
+    report    results.jsonl, the benchmark's layout, report.md, report.json, report.html
+
+A shard's scores are a file, so an interrupted evaluation goes on; what is known of a whole set is
+combined from summaries of constant size. As in `encode`, CLIP is in Beam's own process, one behind
+a lock.
+
+    python -m pipelines.evaluate --benchmark shapes --output out/judged
+"""
+
+import json
+import shutil
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import apache_beam as beam
+import pyarrow as pa
+
+from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.plan import Plan
+from jaxdiff.errors import InputError
+from jaxdiff.evaluation import (
+    benchmarks,
+    best,
+    clip,
+    layouts,
+    merging,
+    pictures,
+    report,
+    results,
+    scoring,
+    sets,
+)
+from jaxdiff.evaluation.benchmarks import BENCHMARKS
+from jaxdiff.evaluation.measures import OF_IMAGES
+from jaxdiff.evaluation.published import PUBLISHED
+from jaxdiff.evaluation.records import Picture, Prompt, Scores
+from jaxdiff.evaluation.scoring import Scoring
+from pipelines import generate, runners, supervisor
+from pipelines.evaluate_options import Evaluation, Export, Run
+from pipelines.generate import EXIT_OK, EXIT_SOME_IMAGES_FAILED, EXIT_STOPPED, stopped_by_signals
+from pipelines.images import StoppedError
+
+MANIFEST = "manifest.jsonl"
+SCORES = "scores"
+SUMMARY = "summary.npz"
+IMAGES = "images"  # in a layout that must be alone
+BEST = "best"
+AUDIT = "audit"
+EXACT = "shapes"  # the benchmark that the shapes world's scorer judges
+AT_THE_TOP = "geneval"  # the layout that may have other files beside it
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where a run's pictures are: a dataset, or a folder in a benchmark's layout.
+
+    Attributes:
+      directory: of either.
+      layout: "" for a dataset.
+      prompts: of a layout's benchmark.
+    """
+
+    directory: str
+    layout: str = ""
+    prompts: tuple[Prompt, ...] = ()
+
+    def parts(self) -> list[int]:
+        """The numbers of the parts that are scored one by one."""
+        return [0] if self.layout else list(range(len(_plan(self.directory).shard_sizes)))
+
+    def pictures(self, part: int) -> Iterator[Picture]:
+        """Yields those of a part; raises InputError for one that cannot be read."""
+        folder = Path(self.directory)
+        if self.layout:
+            return layouts.read_layout(self.layout, folder, list(self.prompts))
+        return pictures.of_shard(folder, _plan(self.directory), part)
+
+    def digest(self, part: int) -> str:
+        """Of what a part's pictures are."""
+        folder = Path(self.directory)
+        if not self.layout:
+            marker = shards.read_marker(folder, _plan(self.directory), part)
+            return json.dumps(marker.files, sort_keys=True)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        facts = ((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+        return json.dumps([*facts, *(prompt.text for prompt in self.prompts)])
+
+
+@lru_cache(8)
+def _plan(directory: str) -> Plan:
+    return pictures.open_dataset(Path(directory))
+
+
+class ScoreShard(beam.DoFn):
+    """Scores the parts whose numbers it is given."""
+
+    def __init__(self, images: Images, scored: Scoring, folder: Path):
+        self.images, self.scored, self.folder = images, scored, str(folder.absolute())
+
+    def process(self, part: int) -> Iterator[sets.Summary]:
+        """Yields the summary of the features of the pictures that were made."""
+        try:
+            if supervisor.stopping.is_set():
+                raise StoppedError
+            with _lock:
+                table = score_part(self.images, self.scored, Path(self.folder), part)
+        except (InputError, OSError, StoppedError) as problem:
+            if _failures is None:
+                raise
+            _failures.append(problem)  # Beam would raise another error, as text
+            return
+        yield sets.Summary.of(*scoring.features(table))
+
+
+_lock = threading.Lock()  # one model a process, and device calls one at a time
+_failures: list[Exception] | None = None  # of the job that runs in this process, if one does
+
+
+def score_part(images: Images, scored: Scoring, folder: Path, part: int) -> pa.Table:
+    """The scores of a part, from its file if that is there already."""
+    digest = scored.digest(images.digest(part))
+    path = folder / f"{part:05d}.parquet"
+    return scoring.score_file(images.pictures(part), scored, path, digest)
+
+
+def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
+    """Evaluates, or continues to; returns the exit code.
+
+    Raises:
+      InputError: if the command or its input cannot be used.
+      OSError: if the disk is full or refuses; the same command continues the job.
+    """
+    if isinstance(asked, Export):
+        return _export_dataset(asked)
+    prompts = benchmarks.read(
+        asked.benchmark, asked.prompts, per_tag=asked.per_tag, seed=asked.prompts_seed
+    )
+    runners.choose(beam_arguments, 1)  # refused before anything is written
+    if asked.clip:
+        clip.open_clip(asked.clip)
+    reference = asked.reference and sets.read_reference(Path(asked.reference), asked.clip)
+    code = _make_images(asked, prompts, beam_arguments)
+    if code not in (EXIT_OK, EXIT_SOME_IMAGES_FAILED):
+        return code
+    try:
+        with stopped_by_signals():
+            judged = [
+                _judge(asked, each, prompts, reference or None, beam_arguments)
+                for each in asked.runs
+            ]
+    except StoppedError:
+        print(f"jaxdiff: stopped; the same command continues {asked.output}", file=sys.stderr)
+        return EXIT_STOPPED
+    for each, (_, rows) in zip(asked.runs, judged, strict=True):
+        if not _write_images(asked, each, prompts, rows):
+            code = EXIT_SOME_IMAGES_FAILED
+    _report(asked, prompts, judged)
+    return code
+
+
+def _make_images(asked: Evaluation, prompts: list[Prompt], beam_arguments: list[str]) -> int:
+    """Has the images of every run made, unless they are there; returns the exit code."""
+    asked.output.mkdir(parents=True, exist_ok=True)
+    code = EXIT_OK
+    if asked.runs[0].job:
+        rows = benchmarks.manifest_rows(prompts, asked.images)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        layout.write(asked.output, MANIFEST, text)
+        layout.tidy(asked.output)
+    for each in asked.runs:
+        if each.job and code in (EXIT_OK, EXIT_SOME_IMAGES_FAILED):
+            code = max(code, generate.run(each.job, beam_arguments))
+    return code
+
+
+def _judge(
+    asked: Evaluation,
+    each: Run,
+    prompts: list[Prompt],
+    reference: sets.Summary | None,
+    beam_arguments: list[str],
+) -> tuple[Scores, pa.Table]:
+    """Scores a run's pictures; the scores, and a row an image."""
+    images = _images(asked, each, prompts)
+    scored = Scoring(asked.benchmark == EXACT, asked.clip, sets.labels(prompts))
+    folder = _folder(asked, each) / SCORES
+    _score(images, scored, folder, beam_arguments)
+
+    def tables() -> Iterator[pa.Table]:
+        return (score_part(images, scored, folder, part) for part in images.parts())
+
+    scores, rows = merging.merge(
+        tables(),
+        prompts,
+        asked.images,
+        name=each.name,
+        told=_told(images),
+        with_clip=bool(asked.clip),
+    )
+    whole, missing = {}, {}
+    if not asked.clip and asked.benchmark != EXACT:
+        missing["clip_score"] = sets.HOW_TO_GET_CLIP
+    if asked.benchmark == AUDIT and not (asked.clip and scored.labels):
+        missing["label"] = "needs --clip, and labels in the template file to choose among"
+    if reference:
+        summary = sets.Summary.load(folder / SUMMARY)
+        for measure, value in sets.against_reference(summary, reference, bool(asked.clip)):
+            try:
+                whole[measure] = value()
+            except InputError as problem:
+                missing[measure] = str(problem)
+    if asked.training:
+        whole |= sets.copies(tables(), asked.training)
+    if asked.clip:
+        whole |= sets.directions(tables(), prompts, asked.clip)
+    for measure, why in missing.items():
+        print(f"jaxdiff: no {measure}: {why}", file=sys.stderr)
+    return replace(scores, whole=whole, missing=missing), rows
+
+
+def _images(asked: Evaluation, each: Run, prompts: list[Prompt]) -> Images:
+    directory = str(each.images.absolute())
+    if not asked.is_layout:
+        return Images(directory)
+    return Images(directory, BENCHMARKS[asked.benchmark].layout, tuple(prompts))
+
+
+def _folder(asked: Evaluation, each: Run) -> Path:
+    """Where what is written of a run goes."""
+    return asked.output if len(asked.runs) == 1 else each.images.parent
+
+
+def _told(images: Images) -> dict[str, str]:
+    """What is said of how a run's images were made."""
+    if images.layout:
+        return {"images": Path(images.directory).name}
+    plan = _plan(images.directory)
+    said = {
+        "model": plan.model_name,
+        "fingerprint": plan.identity["model"][:16],
+        **{name: plan.identity[name] for name in ("sampler", "steps", "guidance_scale", "seed")},
+        "size": f"{plan.settings.width}x{plan.settings.height}",
+        "options": plan.options,
+    }
+    return {name: str(value) for name, value in said.items() if value not in ("", None)}
+
+
+def _score(images: Images, scored: Scoring, folder: Path, beam_arguments: list[str]) -> None:
+    """Runs the Beam job, which leaves a file a part and a summary of all; raises InputError."""
+    global _failures
+    runner, options = runners.choose(beam_arguments, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    _failures = []
+    try:
+        with beam.Pipeline(runner=runner, options=options) as pipeline:
+            parts = pipeline | "Parts" >> beam.Create(images.parts(), reshuffle=False)
+            scores = parts | beam.Reshuffle() | beam.ParDo(ScoreShard(images, scored, folder))
+            summary = scores | beam.CombineGlobally(sets.summary_of_all)
+            _ = summary | "Write" >> beam.Map(partial(_write_summary, str(folder.absolute())))
+    finally:
+        failures, _failures = _failures, None
+    if failures:
+        raise failures[0]
+
+
+def _write_summary(folder: str, summary: sets.Summary) -> None:
+    summary.save(Path(folder) / SUMMARY)
+
+
+def _write_images(asked: Evaluation, each: Run, prompts: list[Prompt], rows: pa.Table) -> bool:
+    """Writes what others read: results.jsonl, the benchmark's layout, the best images.
+
+    Returns:
+      whether all of it could be written.
+    """
+    images, folder = _images(asked, each, prompts), _folder(asked, each)
+
+    def every() -> Iterator[Picture]:
+        return (picture for part in images.parts() for picture in images.pictures(part))
+
+    if asked.benchmark == EXACT:
+        text = "".join(line + "\n" for line in results.lines(rows, prompts, folder))
+        layout.write(folder, results.RESULTS, text)
+        layout.tidy(folder)
+    if asked.keep:
+        told = [measure for measure in OF_IMAGES if rows[measure].null_count < len(rows)]
+        kept = best.write(folder / BEST, rows, prompts, every(), asked.keep, told)
+        print(f"the best of {asked.images}: {kept} images in {folder / BEST}")
+    if asked.is_layout:
+        return True
+    name = BENCHMARKS[asked.benchmark].layout
+    try:
+        if name == AT_THE_TOP:
+            layouts.export(name, every(), prompts, asked.images, folder, beside_others=True)
+        else:
+            shutil.rmtree(folder / IMAGES, ignore_errors=True)
+            layouts.export(name, every(), prompts, asked.images, folder / IMAGES)
+    except InputError as problem:
+        print(f"jaxdiff: {name}'s layout is not written: {problem}", file=sys.stderr)
+        return False
+    return True
+
+
+def _report(
+    asked: Evaluation, prompts: list[Prompt], judged: list[tuple[Scores, pa.Table]]
+) -> None:
+    benchmark = BENCHMARKS[asked.benchmark]
+    sources = {each.name: _images(asked, each, prompts) for each in asked.runs}
+    report.write(
+        asked.output,
+        benchmark.title,
+        {
+            "from": benchmark.paper,
+            "prompts": str(len(prompts)),
+            "images of each prompt": str(asked.images),
+            "CLIP": clip.open_clip(asked.clip).name if asked.clip else "",
+            "reference": asked.reference,
+            "training set": asked.training,
+        },
+        [scores for scores, _ in judged],
+        partial(_find, sources, {scores.name: rows for scores, rows in judged}),
+        _tables(asked.benchmark, prompts, judged),
+    )
+    print(f"{asked.output / 'report.html'} and report.md say what was found")
+
+
+def _tables(
+    benchmark: str, prompts: list[Prompt], judged: list[tuple[Scores, pa.Table]]
+) -> list[report.Table]:
+    """What is shown beside the scores: what others scored, or what an audit counted."""
+    tables = [PUBLISHED[benchmark]] if benchmark in PUBLISHED else []
+    for scores, rows in judged:
+        said = rows["said"].to_pylist()
+        if benchmark == AUDIT and any(said):
+            table = audits.counts(prompts, scores.owners, said)
+            tables.append(replace(table, title=f"{table.title}: {scores.name}"))
+    return tables
+
+
+def _find(
+    sources: dict[str, Images], rows: dict[str, pa.Table], run: str, key: str
+) -> bytes | None:
+    """The file of an image by its run and its key; None if it could not be made."""
+    row = rows[run]["key"].index(key).as_py()
+    part = rows[run]["part"][row].as_py()
+    found = (each.image for each in sources[run].pictures(part) if each.key == key)
+    return next(found, None)
+
+
+def _export_dataset(asked: Export) -> int:
+    """Writes a dataset in a benchmark's layout."""
+    prompts, counts = {}, Counter()
+    for picture in pictures.of_dataset(asked.dataset):
+        prompts[picture.prompt.id] = picture.prompt
+        counts[picture.prompt.id] += 1
+    images = max(counts.values(), default=0)
+    made = layouts.export(
+        asked.layout,
+        pictures.of_dataset(asked.dataset),
+        list(prompts.values()),
+        images,
+        asked.output,
+    )
+    print(f"{made} images in {asked.output}, as {asked.layout} has them")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    from jaxdiff import cli
+
+    sys.exit(cli.main(["evaluate", *sys.argv[1:]]))
