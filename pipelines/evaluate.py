@@ -30,6 +30,7 @@ from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import (
+    audits,
     benchmarks,
     best,
     clip,

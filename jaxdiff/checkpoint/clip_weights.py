@@ -106,7 +106,7 @@ def find(model: str | Path) -> StoredClip:
     """
     directory = Path(model)
     if not directory.exists() and sources.HUB_ID.fullmatch(str(model)):
-        directory, name = sources._from_hub(str(model), _wanted, PROBE), str(model)
+        directory, name = sources._from_hub(str(model), wanted_files, PROBE), str(model)
     else:
         name = directory.resolve().name
     if not directory.is_dir():
@@ -136,8 +136,8 @@ def _is_transformers(names: Collection[str]) -> bool:
     return CONFIG in names and (WEIGHTS in names or INDEX in names)
 
 
-def _wanted(names: Collection[str]) -> list[str]:
-    """Of a repository's files those that are read."""
+def wanted_files(names: Collection[str]) -> list[str]:
+    """Of the names of a repository's files those that are read."""
     if _is_transformers(names):
         weights = [WEIGHTS] if WEIGHTS in names else [INDEX, *filter(SHARD.fullmatch, names)]
         wanted = [CONFIG, *PROCESSORS, *weights]

@@ -1,7 +1,10 @@
 """CLIP as a referee: its directories, its embeddings, and the measures that are made of them."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -109,6 +112,37 @@ def test_an_old_config_says_its_encoders_twice_and_the_second_holds(directory, t
     )
     edit("preprocessor_config.json", size=32, crop_size=32)(old)
     assert clip_weights.find(old).config == clips.OPENAI
+
+
+def test_a_hub_id_in_the_cache_is_opened_without_a_network(directory, tmp_path):
+    """huggingface_hub reads its environment when it is imported: in a process of its own."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--clip"
+    shutil.copytree(directory, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    code = (
+        "from jaxdiff.checkpoint import clip_weights\n"
+        "found = clip_weights.find('someone/clip')\n"
+        "print(found.name, found.fingerprint)"
+    )
+    offline = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | offline, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.split() == ["someone/clip", clip_weights.find(directory).fingerprint]
+
+
+def test_of_a_repository_only_what_is_read_is_fetched(directory, tmp_path):
+    besides = ["README.md", "pytorch_model.bin", "tf_model.h5", "onnx/model.onnx"]
+    open_clip = clips.write_open_clip(tmp_path / "open_clip", clips.OPENAI)
+    for kind in (directory, open_clip):
+        names = sorted(clip_weights.find(kind).files)
+        assert sorted(clip_weights.wanted_files([*names, *besides])) == names
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    sharded = ["config.json", "model.safetensors.index.json", *shards]
+    assert sorted(clip_weights.wanted_files([*sharded, *besides])) == sorted(sharded)
 
 
 # What a user may have done to a directory, and what is then said.
