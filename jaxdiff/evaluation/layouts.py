@@ -30,6 +30,7 @@ from jaxdiff.evaluation.layout_forms import (
 from jaxdiff.evaluation.records import Picture, Prompt
 
 MAX_FILE_BYTES = 2**28
+MAX_ROW_BYTES = 2**20
 MAGIC = {"png": b"\x89PNG\r\n", "jpg": b"\xff\xd8\xff"}
 
 
@@ -97,10 +98,7 @@ def read_layout(layout: str, directory: Path, prompts: list[Prompt]) -> Iterator
     for slot in slots.values():
         if how is GENEVAL:
             _check_prompt(directory, slot)
-        for index in range(images):
-            name, content = _read_first(directory, how.names(slot, index, images))
-            if how.is_tiled:
-                name, content = f"{name}#{index}", _tile(content, index, directory / name)
+        for index, (name, content) in enumerate(_files(how, directory, slot, images)):
             yield Picture(name, slot.prompt, index, -1, content, how.extension)
         extra = () if how.images or how is T2I_COMPBENCH else how.names(slot, images, images)
         if _is_there(directory, extra):  # where numbers run on, the next prompt's will be missing
@@ -191,6 +189,25 @@ def _replace_numbered(directory: Path, new: Path) -> None:
         os.rename(entry, directory / entry.name)
 
 
+def _files(how: Layout, directory: Path, slot: Slot, images: int) -> Iterator[tuple[str, bytes]]:
+    """Yields the names and the bytes of a prompt's images."""
+    if not how.is_tiled:
+        for index in range(images):
+            yield _read_first(directory, how.names(slot, index, images))
+        return
+    name, content = _read_first(directory, how.names(slot, 0, images))
+    grid = Image.fromarray(decode(content))
+    side = grid.width // 2
+    if grid.size != (2 * side, 2 * side):
+        raise InputError(
+            f"{directory / name} is no grid of 2x2 squares, but {grid.width}x{grid.height} pixels"
+        )
+    for index in range(images):  # as compute_dpg_bench.py cuts it
+        left, top = index % 2 * side, index // 2 * side
+        tile = grid.crop((left, top, left + side, top + side))
+        yield f"{name}#{index}", encoded(tile, "png")
+
+
 def _is_there(directory: Path, names: tuple[str, ...]) -> bool:
     return any((directory / name).exists() for name in names)
 
@@ -215,7 +232,8 @@ def _check_prompt(directory: Path, slot: Slot) -> None:
     """Refuses a folder of GenEval's that shows another prompt than its place says."""
     path = directory / f"{slot.position:05d}" / "metadata.jsonl"
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))["prompt"]
+        with path.open("rb") as file:
+            said = json.loads(file.read(MAX_ROW_BYTES))["prompt"]
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (KeyError, OSError, RecursionError, TypeError, ValueError):
@@ -224,13 +242,3 @@ def _check_prompt(directory: Path, slot: Slot) -> None:
         raise InputError(
             f"{path} is of another prompt than the benchmark's, {checks.shown(slot.prompt.text)}"
         )
-
-
-def _tile(content: bytes, index: int, path: Path) -> bytes:
-    """A quarter of a grid, as compute_dpg_bench.py cuts it."""
-    grid = Image.fromarray(decode(content))
-    side = grid.width // 2
-    if grid.size != (2 * side, 2 * side):
-        raise InputError(f"{path} is no grid of 2x2 squares, but {grid.width}x{grid.height} pixels")
-    left, top = index % 2 * side, index // 2 * side
-    return encoded(grid.crop((left, top, left + side, top + side)), "png")
