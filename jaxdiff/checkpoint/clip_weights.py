@@ -1,6 +1,5 @@
 """CLIP as people have it: the directories that transformers and OpenCLIP write."""
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -174,8 +173,8 @@ def _read_transformers(
 def _part(path: Path, part: str, kind, said: dict, besides: dict):
     """The config of one encoder.
 
-    Files from before transformers 4.2x list every setting of text generation, too: what is no field
-    of the encoder is passed over, as transformers does.
+    Old files list every setting of text generation, too: what is no field of the encoder is passed
+    over, as transformers does.
     """
     given = {}
     for name in (part, f"{part}_dict"):  # old files have both, and then the second holds
@@ -229,7 +228,7 @@ def _rule(path: Path, size: int, mean, std) -> PixelRule:
         if said is not None and not (
             isinstance(said, list)
             and len(said) == 3
-            and all(type(each) in (int, float) and math.isfinite(each) for each in said)
+            and all(type(each) in (int, float) and abs(each) < LARGEST for each in said)
         ):
             raise InputError(f"{path}: {said!r} is no mean or deviation of three channels")
     if std is not None and min(std) <= 0:

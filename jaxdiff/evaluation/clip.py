@@ -26,9 +26,7 @@ from jaxdiff.prompts import chunked_tokens
 
 TEMPLATES = ("a photo of a {}.",)  # the one that the paper begins with (section 3.1.4)
 NEAR_DUPLICATE = 0.95  # cosine of two images that look the same but for details: ours, no paper's
-PRECISION = (
-    "float32"  # by default GPUs and TPUs multiply with fewer bits: others' scores would differ
-)
+PRECISION = "float32"  # GPUs and TPUs multiply with fewer bits unless they are told
 _device = threading.RLock()  # one program at a time, as everywhere in jaxdiff
 
 
@@ -109,6 +107,8 @@ class Clip:
             padded[: len(batch)] = batch
             with _device:
                 found.append(np.asarray(program(self._params, padded))[: len(batch)])
+        if not all(np.isfinite(each).all() for each in found):
+            raise InputError(f"CLIP {self.name!r} gives no numbers: copy its weights again")
         return np.concatenate(found)
 
 
@@ -176,7 +176,8 @@ def centre_of_resized(image: np.ndarray, size: int) -> np.ndarray:
     """What CLIP sees of an image: uint8 [size, size, 3] of uint8 [height, width, 3].
 
     The shortest side is made `size`, bicubically and antialiased (Pillow's filter), then the centre
-    is cut: as `CLIPImageProcessor` does.
+    is cut: as `CLIPImageProcessor` does. OpenCLIP's torchvision differs by one pixel where an odd
+    number of pixels is cut off.
     """
     height, width, _ = image.shape
     shortest = min(height, width)

@@ -238,6 +238,7 @@ BROKEN = {
     ),
     "another filter": (edit(PIXELS, resample=2), "resample = 2 is not supported .only 3 is"),
     "two channels": (edit(PIXELS, image_mean=[0.5, 0.5]), r"\[0.5, 0.5\] is no mean"),
+    "an absurd mean": (edit(PIXELS, image_mean=[10**400, 0, 0]), "is no mean"),
     "no deviation": (edit(PIXELS, image_std=[0.5, 0.5, 0.0]), "deviation of 0.0 must be above 0"),
     "another vocabulary": (
         edit(CONFIG, text_config={"eos_token_id": 7}),
@@ -300,6 +301,13 @@ def refuses(directory: Path, damage, message: str) -> None:
         clip.open_clip(directory)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_weights_that_are_no_numbers_are_told_in_one_line(directory, tmp_path):
+    broken = shutil.copytree(directory, tmp_path / "tiny")
+    reweighed(WEIGHTS, lambda weights: weights["visual_projection.weight"].fill(np.nan))(broken)
+    with pytest.raises(InputError, match="CLIP 'tiny' gives no numbers: copy its weights again"):
+        clip.open_clip(broken, batch_size=2).embed_images(clips.images())
 
 
 def test_what_is_no_directory_is_told_in_one_line(directory):

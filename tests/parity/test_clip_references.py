@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxdiff.checkpoint import clip_weights
 from jaxdiff.evaluation import clip
 
 torch = pytest.importorskip("torch")
@@ -49,6 +50,18 @@ def test_embeddings_and_logits(both):
         difference = np.linalg.norm(found - expected.numpy())
         assert found.shape == expected.shape
         assert difference <= BOUND * np.linalg.norm(expected.numpy())
+
+
+def test_what_transformers_writes_is_read(both, tmp_path):
+    """Its version 5 has the processor's config in another file than those before it."""
+    _, network, processor = both
+    read = clip_weights.find(network.name_or_path)
+    network.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = clip_weights.find(tmp_path)
+    assert (again.config, again.pixels) == (read.config, read.pixels)
+    for key, tensor in read.tensors.items():
+        np.testing.assert_array_equal(again.tensors[key].read(), tensor.read())
 
 
 def test_pixels_are_bit_for_bit_those_of_the_processor(both):
