@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from jaxdiff.dataset.images import decode
 from jaxdiff.errors import InputError
+from jaxdiff.evaluation import pictures
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes import verdict
 from jaxdiff.worlds.shapes.captions import Caption, Group
 from jaxdiff.worlds.shapes.scene import BACKGROUNDS, COLORS, HEART, SHAPES
-from tools.score_shapes import dataset_pairs
 
 TAUGHT_PX = 20.0  # across at least: the smaller ones, of a pixel or two of latents, show little
 TAUGHT = 20  # of the 24 pairs of a color and a background; the other four are never seen
@@ -72,16 +73,17 @@ def score(directory: Path) -> Iterator[str]:
     """Counts the images of a dataset that show exactly what was asked, and says why others do not.
 
     Raises:
-      InputError: as `dataset_pairs`.
+      InputError: as `pictures.of_dataset`.
     """
     right, asked, shown, reasons = Counter(), Counter(), 0, Counter()
-    for row, pixels in dataset_pairs(directory):
+    for picture in pictures.of_dataset(directory):
+        row = picture.prompt.row
         kind = "pairs it was taught" if row["taught"] else "pairs it has never seen"
         asked[kind] += 1
-        if pixels is None:
+        if picture.image is None:
             reasons["not made"] += 1
             continue
-        scene = shapes.read(pixels, LOOKED_FOR)
+        scene = shapes.read(decode(picture.image), LOOKED_FOR)
         shown += any(thing.shape == HEART for thing in scene.objects)
         judged = verdict.compare(caption(row["color"], row["background"]), scene)
         right[kind] += judged.correct

@@ -21,13 +21,14 @@ import numpy as np
 from PIL import Image
 
 from jaxdiff import cli
+from jaxdiff.dataset.images import decode
 from jaxdiff.errors import InputError
+from jaxdiff.evaluation import pictures
 from jaxdiff.training import scenes
 from jaxdiff.training.loop import grid
 from jaxdiff.training.recipe import Data, TextToImageRecipe, read
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.captions import NUMBERS, draw_caption, pick
-from tools.score_shapes import dataset_pairs
 
 MOST_SEEN = 7  # more objects than these are counted as these
 BLOCK = 2048  # training scenes compared at once
@@ -148,7 +149,8 @@ def images_of(model: str, rows: Iterable[dict], output: Path, seed: int) -> dict
     if code := cli.main(["generate", *command, "--seed", str(seed)]):
         raise InputError(f"jaxdiff generate ended with {code}; run this again to continue")
     made: dict[str, list] = {}
-    for row, pixels in dataset_pairs(output):
+    for picture in pictures.of_dataset(output):
+        row, pixels = picture.prompt.row, picture.image and decode(picture.image)
         made.setdefault(row["limit"], []).append((row, pixels))
     return made
 

@@ -28,7 +28,6 @@ from jaxdiff.checkpoint.ensemble import open_ensemble
 from jaxdiff.request import Bucket, Options
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.scene import CANVAS
-from tools.score_shapes import manifest_rows
 
 PER_TAG, IMAGES, PROMPTS_SEED = 40, 2, 1  # 480 images
 TIMED = 32  # images of a round: four of a CPU's batches
@@ -278,8 +277,9 @@ def main() -> None:
     _claim(said.folder, open_ensemble(said.model).fingerprint)
     rows = [
         row
-        for row in manifest_rows(said.per_tag, IMAGES, PROMPTS_SEED)
-        for _ in range(row["num_images"])
+        for tag in shapes.TAGS
+        for row in shapes.benchmark_rows(tag, said.per_tag, PROMPTS_SEED)
+        for _ in range(IMAGES)
     ]
     chosen = [one for one in SETTINGS if one is PLAIN or (said.only or "") in one.name]
     if said.command == "images":

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from jaxdiff.worlds import shapes
 from tools import measure_speedups as speedups
-from tools.score_shapes import manifest_rows
 
 
 def test_the_score_is_the_mean_of_the_tags_whatever_their_sizes():
@@ -30,7 +30,10 @@ def test_every_setting_has_a_name_of_its_own(tmp_path):
 
 
 def test_a_run_makes_what_is_not_there_and_reports_it(tiny_checkpoint, tmp_path):
-    model, rows = str(tiny_checkpoint), list(manifest_rows(2, 1, 1))
+    model, rows = (
+        str(tiny_checkpoint),
+        [row for tag in shapes.TAGS for row in shapes.benchmark_rows(tag, 2, 1)],
+    )
     settings = [speedups.PLAIN, speedups.DEEP_CACHE[0]]
     speedups.make_images(tmp_path, model, rows, settings)
     speedups.measure_speed(tmp_path, model, 1, settings[1:])

@@ -10,7 +10,6 @@ from jaxdiff.worlds.shapes.perception import read
 from jaxdiff.worlds.shapes.placement import sample, scene_for
 from jaxdiff.worlds.shapes.render import render
 from jaxdiff.worlds.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Object, Scene
-from jaxdiff.worlds.shapes.score import TagScore, overall, score, table
 from jaxdiff.worlds.shapes.verdict import Verdict, judge
 
 __all__ = [
@@ -23,18 +22,14 @@ __all__ = [
     "Group",
     "Object",
     "Scene",
-    "TagScore",
     "Verdict",
     "benchmark_rows",
     "caption_for",
     "draw_caption",
     "judge",
-    "overall",
     "read",
     "render",
     "row_for",
     "sample",
     "scene_for",
-    "score",
-    "table",
 ]
