@@ -325,7 +325,7 @@ def _report(
             "from": benchmark.paper,
             "prompts": str(len(prompts)),
             "images of each prompt": str(asked.images),
-            "CLIP": clip.open_clip(asked.clip).name if asked.clip else "",
+            "CLIP": _clip_said(asked.clip),
             "reference": asked.reference,
             "training set": asked.training,
         },
@@ -334,6 +334,13 @@ def _report(
         _tables(asked.benchmark, prompts, judged),
     )
     print(f"{asked.output / 'report.html'} and report.md say what was found")
+
+
+def _clip_said(model: str) -> str:
+    if not model:
+        return ""
+    tower = clip.open_clip(model)
+    return f"{tower.name}, {tower.fingerprint[:16]}; CLIPScore is 100 max(cos, 0)"
 
 
 def _tables(

@@ -13,7 +13,7 @@ from jaxdiff.checkpoint.safetensors_header import read_header
 from jaxdiff.checkpoint.single_file import Names, openclip_names
 from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor, told_misfits
 from jaxdiff.checkpoint.tokenizer_files import check_tokenizer
-from jaxdiff.checkpoint.weight_files import read_weights
+from jaxdiff.checkpoint.weight_files import BUFFER, read_weights
 from jaxdiff.errors import InputError
 from jaxdiff.models import config as config_json
 from jaxdiff.models.clip import OLD_EOS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
@@ -25,7 +25,7 @@ SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # Either says what is done to pixels; the second is what transformers 5 writes.
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PROBE = "tokenizer_config.json"  # in every repository of either kind
-BUFFER = "embeddings.position_ids"  # 0, 1, 2, ...: old files carry it
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of which OpenCLIP's configs need not tell
 STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3  # as Pillow counts
@@ -105,7 +105,7 @@ def find(model: str | Path) -> StoredClip:
     """
     directory = Path(model)
     if not directory.exists() and sources.HUB_ID.fullmatch(str(model)):
-        directory, name = sources._from_hub(str(model), wanted_files, PROBE), str(model)
+        directory, name = sources.from_hub(str(model), wanted_files, PROBE), str(model)
     else:
         name = directory.resolve().name
     if not directory.is_dir():

@@ -48,7 +48,7 @@ def local_path(model: str, variant: str | None) -> Path:
         return _from_url(model.rstrip("/"), variant)
     path = Path(model)
     if not path.exists() and HUB_ID.fullmatch(model):
-        return _from_hub(model, lambda names: _wanted(names, variant, model, "repository"), INDEX)
+        return from_hub(model, lambda names: _wanted(names, variant, model, "repository"), INDEX)
     return path
 
 
@@ -62,7 +62,7 @@ def usual_tokenizer(text_encoder: str) -> Path:
     """The folder of the tokenizer for a text encoder of a single-file checkpoint, from the Hub."""
     model, folder = USUAL_TOKENIZERS[text_encoder]
     wanted = [f"{folder}/{name}" if folder else name for name in TOKENIZER_FILES]
-    snapshot = _from_hub(
+    snapshot = from_hub(
         model,
         lambda names: [name for name in wanted if name in names],
         probe=f"{folder}/vocab.json" if folder else "vocab.json",
@@ -70,7 +70,7 @@ def usual_tokenizer(text_encoder: str) -> Path:
     return snapshot / folder
 
 
-def _from_hub(model: str, choose: Callable[[Collection[str]], list[str]], probe: str) -> Path:
+def from_hub(model: str, choose: Callable[[Collection[str]], list[str]], probe: str) -> Path:
     """A snapshot of a Hub repository with at least the chosen files.
 
     Where the Hub cannot be asked, it is what the cache has, if `probe` is in it.

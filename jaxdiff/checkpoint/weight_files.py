@@ -23,7 +23,7 @@ from jaxdiff.errors import InputError
 OTHER_VARIANTS = ("fp16", "bf16")  # taken in this order where there is no full file
 UNREADABLE = (".bin", ".bin.index.json", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5")
 TEXT_PREFIX = "text_model."  # before each key of a text encoder in most files; not in ours
-BUFFERS = ("embeddings.position_ids",)  # 0, 1, 2, ...: old CLIP files carry it
+BUFFER = "embeddings.position_ids"  # 0, 1, 2, ...: old CLIP files carry it
 OLD_ATTENTION = re.compile(r"\b(attentions\.\d+)\.(query|key|value|proj_attn)\.")
 NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -109,7 +109,7 @@ def read_weights(network: str, path: Path) -> dict[str, StoredTensor]:
     weights = {}
     for key, tensor in stored.items():
         plain = _plain_key(network, key)
-        if plain in BUFFERS:
+        if plain.endswith(BUFFER):
             continue
         if plain in weights:
             raise InputError(f"{tensor.file}: {key} is there twice")
