@@ -18,7 +18,7 @@ from jaxdiff.worlds.shapes import captions, scene
 from pipelines import options
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["generate", "inspect", "verify", "view", "sign", "train", "encode"]
+COMMANDS = ["generate", "inspect", "verify", "view", "sign", "train", "encode", "evaluate"]
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
