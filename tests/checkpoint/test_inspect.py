@@ -52,16 +52,16 @@ def test_the_bundled_model_reads_like_this():
     columns = [line.split() for line in lines[3:8]]
     assert columns[0] == ["component", "class", "parameters", "stored", "as", "size", "file"]
     assert columns[2] == [
-        *("unet", "UNet2DConditionModel", "5.4M", "float16", "10.8", "MB"),
+        *("unet", "UNet2DConditionModel", "5.3M", "float16", "10.6", "MB"),
         "diffusion_pytorch_model.safetensors",
     ]
-    assert columns[4] == ["together", "7.6M", "float16", "15.2", "MB"]
+    assert columns[4] == ["together", "6.6M", "float16", "13.3", "MB"]
     said = report("shapes64")
     assert said["prediction"] == "v_prediction, zero terminal SNR"
-    assert said["scheduler"] == "DDIMScheduler, 1000 timesteps, trailing spacing"
-    assert said["default sampler"] == "ddim"
+    assert said["scheduler"] == "EulerAncestralDiscreteScheduler, 1000 timesteps, trailing spacing"
+    assert said["default sampler"] == "euler_ancestral"
     assert (said["default steps"], said["default guidance"]) == ("20", "3")
-    assert said["default size"] == "64 x 64 px, or any multiples of 8 px"
+    assert said["default size"] == "64 x 64 px, or any multiples of 4 px"
     assert said["tokenizer"] == "24 tokens, of a vocabulary of 641"
     assert said["fingerprint"] == open_checkpoint("shapes64").fingerprint
 
