@@ -33,6 +33,8 @@ from jaxdiff.worlds.shapes.captions import NUMBERS, draw_caption, pick
 MOST_SEEN = 7  # more objects than these are counted as these
 BLOCK = 2048  # training scenes compared at once
 PAIRS_SHOWN = 8
+# A checkpoint's own defaults are Stable Diffusion's, by which so small a model draws nothing.
+HELD_OUT_SAMPLING = ("--steps", "20", "--guidance-scale", "2", "--eta", "1")
 RIGHT, SWAPPED = "right", "colors swapped"
 BINDINGS = (RIGHT, SWAPPED, "other colors", "one missing", "one too many", "other")
 
@@ -104,7 +106,7 @@ def measure_held_out(
 ) -> dict:
     """How a model draws the pairs that its training never showed, and those that it did."""
     rows = held_out_rows(data.held_out, sizes.held_out)
-    made = images_of(model, rows, output / "held-out-images", seed)
+    made = images_of(model, rows, output / "held-out-images", seed, *HELD_OUT_SAMPLING)
     return {name: pair_counts(made[name]) for name in ("held_out", "shown")}
 
 
@@ -136,8 +138,13 @@ def held_out_rows(held_out: Sequence[str], images: int) -> Iterator[dict]:
             yield {"limit": limit, **shapes.row_for(shapes.Caption((group,)))}
 
 
-def images_of(model: str, rows: Iterable[dict], output: Path, seed: int) -> dict[str, list]:
+def images_of(
+    model: str, rows: Iterable[dict], output: Path, seed: int, *options: str
+) -> dict[str, list]:
     """Has the job make the rows' images: by limit, (row, pixels uint8 [64, 64, 3]) for each.
+
+    Args:
+      options: of `jaxdiff generate`.
 
     Raises:
       InputError: if the job cannot make all of them.
@@ -146,7 +153,7 @@ def images_of(model: str, rows: Iterable[dict], output: Path, seed: int) -> dict
     manifest.parent.mkdir(parents=True, exist_ok=True)
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["--manifest", str(manifest), "--output", str(output), "--model", model]
-    if code := cli.main(["generate", *command, "--seed", str(seed)]):
+    if code := cli.main(["generate", *command, "--seed", str(seed), *options]):
         raise InputError(f"jaxdiff generate ended with {code}; run this again to continue")
     made: dict[str, list] = {}
     for picture in pictures.of_dataset(output):
