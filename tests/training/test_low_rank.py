@@ -50,7 +50,7 @@ def test_every_attention_has_adapters_on_its_four_matrices_and_nothing_else_has(
         and "'kernel'" in str(path)
     ]
     assert sorted(paths) == sorted(f"{k}/lora_{part}" for k in kernels for part in "AB")
-    assert len(kernels) == 2 * 4 * 7 + 4 * 2  # two attentions in 7 blocks, and two text layers
+    assert len(kernels) == 2 * 4 * 7 + 4 * 3  # two attentions in 7 blocks, and three text layers
 
 
 def test_new_adapters_change_nothing_and_taught_ones_by_their_scaled_product(shapes, adapters):
