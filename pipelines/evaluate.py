@@ -144,6 +144,7 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
     """
     if isinstance(asked, Export):
         return _export_dataset(asked)
+    _plan.cache_clear()  # a dataset may have changed since an evaluation before
     prompts = benchmarks.read(
         asked.benchmark, asked.prompts, per_tag=asked.per_tag, seed=asked.prompts_seed
     )
@@ -194,7 +195,12 @@ def _judge(
 ) -> tuple[Scores, pa.Table]:
     """Scores a run's pictures; the scores, and a row an image."""
     images = _images(asked, each, prompts)
-    scored = Scoring(asked.benchmark == EXACT, asked.clip, sets.labels(prompts))
+    scored = Scoring(
+        exact=asked.benchmark == EXACT,
+        clip=asked.clip,
+        clip_fingerprint=clip.open_clip(asked.clip).fingerprint if asked.clip else "",
+        labels=sets.labels(prompts),
+    )
     folder = _folder(asked, each) / SCORES
     _score(images, scored, folder, beam_arguments)
 

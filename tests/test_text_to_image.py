@@ -153,7 +153,9 @@ def test_another_process_finds_what_was_compiled(tiny_checkpoint, tmp_path):
     misses, hits = misses_and_hits()
     assert misses > 0
     assert hits == 0
-    assert misses_and_hits() == (0, misses)
+    missed, found = misses_and_hits()
+    assert missed == 0
+    assert found >= misses  # a program that two threads want at once is looked up twice
     (folder,) = (tmp_path / "jaxdiff" / "xla").iterdir()
     assert folder.stat().st_mode & 0o077 == 0
 

@@ -187,18 +187,6 @@ def centre_of_resized(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(resized)[top : top + size, left : left + size]
 
 
-def central_square(image: np.ndarray) -> np.ndarray:
-    """An image without what its longer side has too much.
-
-    CMMD (Jayasumana et al., 2024, arXiv:2401.09603) cuts before it resizes, so it is to be given
-    `embed_images(map(central_square, images))`; for square images it is all the same.
-    """
-    height, width, _ = image.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[top : top + side, left : left + side]
-
-
 def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
     """CLIPScore (Hessel et al., 2021, arXiv:2104.08718) by torchmetrics' convention.
 

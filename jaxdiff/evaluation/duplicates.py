@@ -67,23 +67,6 @@ def pixel_hashes(pixel_sha256: Iterable[str]) -> np.ndarray:
     return np.array([int(digest[:16], 16) for digest in pixel_sha256], np.uint64)
 
 
-def have_twins(hashes: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
-    """Which images of a prompt look like another one of them.
-
-    Args:
-      hashes: uint64 [n], of `perceptual_hash`.
-      distance: bits; so many may differ.
-
-    Returns:
-      bool [n].
-    """
-    found = np.zeros(len(hashes), bool)
-    for row, one in enumerate(hashes):
-        near = np.bitwise_count(hashes ^ one) <= distance
-        found[row] = near.sum() > 1  # itself is one
-    return found
-
-
 @dataclass(frozen=True, eq=False)
 class HashIndex:
     """Hashes that can be searched for those near to others; Norouzi, Punjani, Fleet 1307.2982.

@@ -52,17 +52,19 @@ class Scoring:
 
     Attributes:
       exact: whether the shapes world's scorer judges it.
-      clip: the directory of CLIP's weights; "" for none.
+      clip: where CLIP's weights are; "" for none.
+      clip_fingerprint: theirs; the same directory may hold others another day.
       labels: among which CLIP chooses; none for no choice.
     """
 
     exact: bool
     clip: str = ""
+    clip_fingerprint: str = ""
     labels: tuple[str, ...] = ()
 
     def digest(self, of_pictures: str) -> str:
         """SHA-256 (hex) of all that decides the scores of pictures with this digest."""
-        said = [VERSION, of_pictures, dataclasses.asdict(self)]
+        said = [VERSION, of_pictures, self.exact, self.clip_fingerprint, self.labels]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
@@ -182,7 +184,8 @@ def _embedded(block: list[Picture], pixels: list, scoring: Scoring) -> Iterator[
         features = next(embeddings)
         found = {"features": features, "clip_score": clip.clip_score(features, text)}
         if labels is not None:
-            said = scoring.labels[int(np.argmax(labels @ features))]
+            likely = clip.zero_shot(features[None], labels, tower.logit_scale)
+            said = scoring.labels[int(np.argmax(likely))]
             found |= {"said": said}
             if "label" in picture.prompt.row:
                 found |= {"label": float(said == picture.prompt.row["label"])}

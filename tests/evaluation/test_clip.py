@@ -328,16 +328,6 @@ def test_the_shortest_side_is_resized_and_the_centre_cut():
     assert clip.centre_of_resized(tall, 32).shape == (32, 32, 3)
 
 
-def test_cmmd_cuts_before_it_resizes():
-    """As its authors' `_center_crop_and_resize`."""
-    wide = np.random.default_rng(0).integers(0, 256, (50, 113, 3), dtype=np.uint8)
-    square = Image.fromarray(wide).crop((31, 0, 81, 50))
-    expected = np.asarray(square.resize((32, 32), Image.Resampling.BICUBIC))
-    found = clip.centre_of_resized(clip.central_square(wide), 32)
-    np.testing.assert_array_equal(found, expected)
-    assert clip.central_square(expected).shape == (32, 32, 3)
-
-
 # Measures.
 
 

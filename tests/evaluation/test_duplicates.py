@@ -12,7 +12,6 @@ from jaxdiff.dataset import images
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation.duplicates import (
     HashIndex,
-    have_twins,
     perceptual_hash,
     pixel_hashes,
     read_training_set,
@@ -98,13 +97,6 @@ def test_a_hash_has_its_first_bits_from_the_lowest_frequencies():
     assert perceptual_hash(255 - pixels) == 0
     assert perceptual_hash(np.zeros((5, 9, 3), np.uint8)) == 0
     assert perceptual_hash(pixels).dtype == np.uint64
-
-
-def test_images_of_a_prompt_that_look_alike_are_twins(scenes):
-    one, other, third = scenes[:3]
-    assert have_twins(hashed([one, other, as_jpeg(one), third])).tolist() == [1, 0, 1, 0]
-    assert not have_twins(hashed([one])).any()
-    assert not have_twins(np.zeros(0, np.uint64)).any()
 
 
 @pytest.fixture(scope="module")
