@@ -4,6 +4,7 @@ Batches are split over `data`. Parameters are split over `model` by the rules be
 that do not fit one device; pure data parallelism is faster wherever they do.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxdiff.errors import InputError
 
 AXES = ("data", "model")
+
+log = logging.getLogger(__name__)
 
 # The axis of a parameter that is split: a kernel's last is its outputs, the one before its inputs.
 COLUMNS, ROWS = -1, -2
@@ -36,6 +39,8 @@ PARAMETER_RULES = (
 def make_mesh(spec: str | None = None) -> Mesh:
     """The mesh that `spec` describes over this host's devices.
 
+    Warns of virtual CPU devices that have no threads to spare: see `_without_spare_threads`.
+
     Args:
       spec: such as "data=4" or "data=4,model=2", of any sizes: the first so many devices are taken,
         and the others stay idle. None takes every device for `data`.
@@ -49,7 +54,24 @@ def make_mesh(spec: str | None = None) -> Mesh:
     if count > len(devices):
         raise InputError(f"--mesh {spec}: needs {count} devices, but there are {len(devices)}")
     grid = np.array(devices[:count]).reshape(sizes["data"], sizes["model"])
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    if _without_spare_threads(mesh):
+        log.warning(
+            "%d virtual CPU devices with as few threads can make wrong images: set NPROC=%d",
+            mesh.size,
+            2 * mesh.size,
+        )
+    return mesh
+
+
+def _without_spare_threads(mesh: Mesh) -> bool:
+    """Whether XLA may compute wrongly here: measured with jaxlib 0.10.2, on two cores.
+
+    With two virtual devices and two threads the first of each device's images came out wrong, now
+    and then or always, in a program whose parts each gave the same every time; with four threads
+    or eight all were right. A single device is not concerned.
+    """
+    return not may_run_ahead(mesh) and _threads() <= mesh.size
 
 
 def may_run_ahead(mesh: Mesh) -> bool:
@@ -70,11 +92,16 @@ def hardware(mesh: Mesh) -> str:
     first = mesh.devices.flat[0]
     if first.platform != "cpu":
         return first.device_kind
+    return f"{first.device_kind}, {_threads()} threads"
+
+
+def _threads() -> int:
+    """How many threads XLA computes with on CPUs."""
     affinity = getattr(os, "sched_getaffinity", None)  # of Linux
     cores = len(affinity(0)) if affinity else os.cpu_count()
     said = (os.environ.get(name, "") for name in ("PJRT_NPROC", "NPROC"))
     threads = next((int(text) for text in said if re.fullmatch(r"[1-9][0-9]{0,5}", text)), cores)
-    return f"{first.device_kind}, {max(threads, jax.local_device_count())} threads"
+    return max(threads, jax.local_device_count())
 
 
 def _sizes(spec: str) -> dict[str, int]:

@@ -42,6 +42,19 @@ def test_more_devices_than_there_are_are_refused():
         parallel.make_mesh("data=2,model=8")
 
 
+@pytest.mark.parametrize(("threads", "warned"), [("2", True), ("4", False)])
+def test_virtual_devices_without_spare_threads_are_warned_of(threads, warned):
+    flags = "--xla_force_host_platform_device_count=2"
+    said = subprocess.run(
+        [sys.executable, "-c", "from jaxdiff import parallel; parallel.make_mesh()"],
+        env={**os.environ, "XLA_FLAGS": flags, "NPROC": threads},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert ("can make wrong images: set NPROC=4" in said) == warned
+
+
 def specs(parts, **shapes):
     """The specs of parameters of these shapes in an attention layer, split over so many devices."""
     leaves = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
