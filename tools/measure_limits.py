@@ -215,7 +215,8 @@ def memorisation(
     generated = np.stack([pixels for _, pixels in made])
     rng = np.random.default_rng([seed, 1])
     captions = (shapes.caption_for(row) for row, _ in made)
-    fresh = np.stack([shapes.render(shapes.scene_for(caption, rng)) for caption in captions])
+    drawn = [shapes.scene_for(caption, rng, recipe.data.composed) for caption in captions]
+    fresh = np.stack([shapes.render(scene) for scene in drawn])
     both = np.concatenate([generated, reconstructed(model, fresh)])
     distances, nearest = nearest_scenes(both, recipe.data, recipe.seed)
     ours, theirs = np.split(distances, 2)

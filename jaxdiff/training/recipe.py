@@ -101,6 +101,7 @@ class Data:
       aspect_ratios: widest and, inverted, tallest ratio of the buckets; 1 crops to squares.
       flip: mirror half of the images; only where captions know no left and right.
       scenes: of the shapes world: how many are drawn and encoded once, before training starts.
+      composed: of the shapes world: objects are large and spread evenly, instead of lying anywhere.
       templates: of the shapes world: the captions' templates; all, if none is named.
       held_out: of the shapes world: "color shape" pairs that no scene and no caption may have.
     """
@@ -111,6 +112,7 @@ class Data:
     aspect_ratios: float = 1.0
     flip: bool = False
     scenes: int = 65536
+    composed: bool = False
     templates: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
 

@@ -25,7 +25,7 @@ def draw(data: Data, seed: int, index: int) -> tuple[shapes.Scene, str]:
     rng = np.random.default_rng([seed, index])
     while True:
         caption = draw_caption(rng, data.templates or TEMPLATES)
-        scene = shapes.scene_for(caption, rng)
+        scene = shapes.scene_for(caption, rng, data.composed)
         if not any(f"{thing.color} {thing.shape}" in data.held_out for thing in scene.objects):
             return scene, caption.text()
 

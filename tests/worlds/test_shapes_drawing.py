@@ -1,6 +1,7 @@
 """The shapes world's drawing side: scenes, captions, pixels."""
 
 import itertools
+import math
 import re
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from scipy.spatial import KDTree
 
 from jaxdiff.worlds import shapes
-from jaxdiff.worlds.shapes import Caption, Group, Object, Scene
-from jaxdiff.worlds.shapes.captions import NUMBERS, PLURALS, TEMPLATES, fill
-from jaxdiff.worlds.shapes.scene import AREAS, CANVAS, GAP, MIN_OFFSET, OUTLINES, box, holds
+from jaxdiff.worlds.shapes import RELATIONS, Caption, Group, Object, Scene
+from jaxdiff.worlds.shapes.captions import NUMBERS, PLURALS, TEMPLATES, draw_caption, fill
+from jaxdiff.worlds.shapes.placement import SIZES
+from jaxdiff.worlds.shapes.scene import AREAS, CANVAS, GAP, MIN_OFFSET, OUTLINES, box, gap, holds
 
 SENTENCE = re.compile(
     r"(?P<first>.+?)(?: (?P<joint>and|left of|right of|above|below) (?P<second>.+?))?"
@@ -142,6 +144,32 @@ def test_five_squares_always_find_room():
     rng = np.random.default_rng(0)
     for _ in range(200):
         assert len(shapes.scene_for(Caption((Group("square", count=5),)), rng).objects) == 5
+
+
+def test_composed_scenes_are_scenes_of_the_world_with_large_objects_spread_evenly():
+    rng = np.random.default_rng(4)
+    for caption in [draw_caption(rng) for _ in range(1000)]:
+        things = shapes.scene_for(caption, rng, composed=True).objects
+        count = len(things)
+        assert count == sum(group.count for group in caption.groups)
+        for a, b in itertools.combinations(things, 2):
+            assert gap(a, b) >= GAP
+            assert math.hypot(a.x - b.x, a.y - b.y) >= CANVAS / 4
+        for thing in things:
+            left, top, right, bottom = box(thing)
+            assert min(left, top) >= 0
+            assert max(right, bottom) <= CANVAS
+            assert 14 <= SIZES[count][0] <= thing.size <= SIZES[count][1] <= 30
+        if caption.relation:
+            assert holds(caption.relation, *things, 2 * MIN_OFFSET)
+
+
+def test_a_composed_pair_without_a_relation_has_any():
+    rng = np.random.default_rng(5)
+    pair = Caption((Group("star"), Group("ring")))
+    drawn = [shapes.scene_for(pair, rng, composed=True).objects for _ in range(100)]
+    for relation in RELATIONS:
+        assert any(holds(relation, *things, 2 * MIN_OFFSET) for things in drawn)
 
 
 def test_the_same_seed_gives_the_same_scenes_and_pixels():

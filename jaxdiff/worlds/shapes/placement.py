@@ -13,6 +13,7 @@ from jaxdiff.worlds.shapes.scene import (
     MAX_SIZE,
     MIN_OFFSET,
     MIN_SIZE,
+    RELATIONS,
     Object,
     Scene,
     gap,
@@ -20,6 +21,24 @@ from jaxdiff.worlds.shapes.scene import (
 )
 
 TRIES = 20  # places tried for an object before the scene is begun again
+ANYWHERE = (0.0, 0.0, CANVAS, CANVAS)
+
+# Composed scenes. Where the centres of objects lie, in px: two as their relation says, other
+# numbers as the pips of a die, but that three make a triangle.
+PAIRS = {
+    "left of": ((17, 32), (47, 32)),
+    "right of": ((47, 32), (17, 32)),
+    "above": ((32, 17), (32, 47)),
+    "below": ((32, 47), (32, 17)),
+}
+PIPS = {
+    1: ((32, 32),),
+    3: ((32, 17), (17, 46), (47, 46)),
+    4: ((17, 17), (47, 17), (17, 47), (47, 47)),
+    5: ((14, 14), (50, 14), (32, 32), (14, 50), (50, 50)),
+}
+STRAY = {1: 8, 2: 4, 3: 3, 4: 3, 5: 2}  # px to each side, that centres may lie from there
+SIZES = {1: (21, 30), 2: (18, 26), 3: (17, 24), 4: (16, 22), 5: (14, 18)}  # px across
 
 
 def sample(rng: np.random.Generator) -> tuple[Scene, str]:
@@ -28,11 +47,14 @@ def sample(rng: np.random.Generator) -> tuple[Scene, str]:
     return scene_for(caption, rng), caption.text()
 
 
-def scene_for(caption: Caption, rng: np.random.Generator) -> Scene:
+def scene_for(caption: Caption, rng: np.random.Generator, composed: bool = False) -> Scene:
     """A random scene that the caption describes; objects that it does not mention do not appear.
 
     Objects lie inside the canvas, at least `GAP` px apart; a relation holds by `MIN_OFFSET` px.
     Crowded scenes whose objects do not fit are drawn again with smaller ones.
+
+    Args:
+      composed: objects are large and spread evenly, near `PAIRS` and `PIPS`, instead of anywhere.
     """
     background = caption.background or pick(rng, BACKGROUNDS)
     kinds = [
@@ -40,27 +62,37 @@ def scene_for(caption: Caption, rng: np.random.Generator) -> Scene:
         for group in caption.groups
         for _ in range(group.count)
     ]
-    largest = MAX_SIZE
-    while (objects := _place(kinds, caption.relation, largest, rng)) is None:
+    count = len(kinds)
+    (smallest, largest), windows = (MIN_SIZE, MAX_SIZE), [ANYWHERE] * count
+    if composed:
+        smallest, largest = SIZES[count]
+        centres = PIPS[count] if count != 2 else PAIRS[caption.relation or pick(rng, RELATIONS)]
+        stray = STRAY[count]
+        windows = [(x - stray, y - stray, x + stray, y + stray) for x, y in centres]
+    while (objects := _place(kinds, windows, smallest, largest, caption.relation, rng)) is None:
         largest = max(MIN_SIZE, 0.95 * largest)
+        smallest = min(smallest, largest)
     return Scene(background, tuple(objects))
 
 
 def _place(
     kinds: list[tuple[str, str]],
-    relation: str | None,
+    windows: list[tuple[float, float, float, float]],
+    smallest: float,
     largest: float,
+    relation: str | None,
     rng: np.random.Generator,
 ) -> list[Object] | None:
+    """Objects with their centres in the windows (left, top, right, bottom), or None: no room."""
     objects: list[Object] = []
     draws = rng.random((len(kinds), 1 + 2 * TRIES)).tolist()
-    for (shape, color), (size_draw, *places) in zip(kinds, draws, strict=True):
-        size = MIN_SIZE + (largest - MIN_SIZE) * size_draw
+    for (shape, color), window, (size_draw, *places) in zip(kinds, windows, draws, strict=True):
+        size = smallest + (largest - smallest) * size_draw
         left, top, right, bottom = (size * bound for bound in BOUNDS[shape])
-        x_room = CANVAS - 2 * MARGIN - (right - left)
-        y_room = CANVAS - 2 * MARGIN - (bottom - top)
+        x_least, x_most = max(window[0], MARGIN - left), min(window[2], CANVAS - MARGIN - right)
+        y_least, y_most = max(window[1], MARGIN - top), min(window[3], CANVAS - MARGIN - bottom)
         for x_draw, y_draw in zip(places[::2], places[1::2], strict=True):
-            x, y = MARGIN - left + x_room * x_draw, MARGIN - top + y_room * y_draw
+            x, y = x_least + (x_most - x_least) * x_draw, y_least + (y_most - y_least) * y_draw
             thing = Object(shape, color, x, y, size)
             if relation and objects and not holds(relation, objects[0], thing, MIN_OFFSET):
                 continue
