@@ -1,6 +1,8 @@
 """The parser of every command's arguments."""
 
 import argparse
+import difflib
+from collections.abc import Sequence
 
 from jaxdiff.errors import InputError
 
@@ -22,3 +24,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Raises InputError."""
         raise InputError(f"{message} ({self.prog} --help lists the options)")
+
+    def missing(self, option: str, rest: Sequence[str], hint: str = ""):
+        """Raises InputError for a needed option, or for its misspelling among the unknown ones."""
+        unknown = [word.partition("=")[0] for word in rest]
+        for near in difflib.get_close_matches(option, unknown, n=1):
+            self.error(f"unknown option {near}; did you mean {option}?")
+        self.error(f"{option} is missing{hint}")

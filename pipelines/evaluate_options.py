@@ -100,7 +100,7 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
     parser = _parser()
     said, rest = parser.parse_known_args(arguments)
     if not said.output:
-        parser.error("--output is missing")
+        parser.missing("--output", rest)
     if said.export:
         if not said.dataset:
             parser.error("--export needs --dataset, whose images it writes in that layout")
@@ -108,7 +108,7 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
             parser.error(f"--export goes with --dataset and --output alone, not {rest or '...'}")
         return Export(said.export, said.dataset, said.output), []
     if not said.benchmark:
-        parser.error(f"--benchmark is missing; there are {', '.join(BENCHMARKS)}")
+        parser.missing("--benchmark", rest, f"; there are {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[said.benchmark]
     given = said.dataset or said.layout
     if given and (said.model or said.vary):

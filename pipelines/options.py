@@ -115,7 +115,7 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
             parser.error(f"unexpected {word!r}")
     for name in ("manifest", "output"):
         if name not in said:
-            parser.error(f"--{name} is missing")
+            parser.missing(f"--{name}", rest)
     job = Job(
         manifest=said["manifest"],
         output=Path(said["output"]),

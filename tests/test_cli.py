@@ -52,6 +52,11 @@ def test_the_version_is_that_of_the_installed_package(capsys):
         (["view", "/nowhere"], "/nowhere holds no jaxdiff run"),
         (["generate"], "--manifest is missing (jaxdiff generate --help"),
         (["generate", "--manifest", "x.txt"], "--output is missing"),
+        (["generate", "--manfest=x.txt"], "unknown option --manfest; did you mean --manifest?"),
+        (
+            ["evaluate", "--output", "o", "--bench", "shapes"],
+            "unknown option --bench; did you mean",
+        ),
         (["generate", "--steps"], "argument --steps: expected one argument"),
         (["generate", "no.toml"], "job file no.toml cannot be read"),
         (["inspect", "/nowhere"], "model '/nowhere' is neither a diffusers directory"),
