@@ -116,12 +116,8 @@ def from_recipe(recipe: TextToImageRecipe) -> Components:
     rngs = nnx.Rngs(recipe.seed)
     for name in ("text_encoder", "unet", "vae"):
         said = getattr(recipe, name)
-        if isinstance(said, str) and said:
-            configs[name], graphs[name], params[name] = _read(name, Path(said))
-        elif said:
-            config = CONFIG_CLASSES[name].from_json(said)
-            graph, state = nnx.split(_class(name, config)(config, rngs=rngs))
-            configs[name], graphs[name], params[name] = config, graph, nnx.to_pure_dict(state)
+        if said:
+            configs[name], graphs[name], params[name] = component(name, said, rngs)
         elif name not in configs:
             raise InputError(f"the recipe names no {name}, and no model to take it from")
     if recipe.computing.remat:
@@ -137,6 +133,22 @@ def from_recipe(recipe: TextToImageRecipe) -> Components:
             raise InputError(f"the recipe names no {name}, and no model to take it from")
     _refuse_misfits(configs, tuple(tokenizers))
     return Components(configs, graphs, params, tokenizers, folders, scheduler, pipeline)
+
+
+def component(name: str, said: dict | str, rngs: nnx.Rngs) -> tuple:
+    """A component made anew by the table `said`, or loaded from that folder.
+
+    Returns:
+      its config, its graph and its float32 parameters.
+
+    Raises:
+      InputError: naming what is missing, cannot be read, or does not fit.
+    """
+    if isinstance(said, str):
+        return _read(name, Path(said))
+    config = CONFIG_CLASSES[name].from_json(said)
+    graph, state = nnx.split(_class(name, config)(config, rngs=rngs))
+    return config, graph, nnx.to_pure_dict(state)
 
 
 def _is_component(said) -> bool:

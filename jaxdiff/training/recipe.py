@@ -213,11 +213,11 @@ class TextEncoderRecipe(_Run):
 
     Attributes:
       tokenizer: a directory in the `CLIPTokenizer` format.
-      text_encoder: the keys of the component's `config.json`.
+      text_encoder: a table, the keys of its `config.json`, and made anew; or a folder, and loaded.
     """
 
     tokenizer: str
-    text_encoder: dict
+    text_encoder: dict | str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from jax import Array
 from jaxdiff.checkpoint import diffusers
 from jaxdiff.checkpoint.components import CONFIGS, NETWORKS
 from jaxdiff.checkpoint.weight_files import TEXT_PREFIX
-from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.training.captions import Tokenizer, preview_captions
+from jaxdiff.training.components import component
 from jaxdiff.training.loop import Params, Task
 from jaxdiff.training.recipe import TextEncoderRecipe
 from jaxdiff.worlds import shapes
@@ -50,12 +50,11 @@ def task(recipe: TextEncoderRecipe) -> Task:
     """Trains the encoder, and a linear layer that answers `QUESTIONS` from its last states.
 
     Raises:
-      InputError: if the tokenizer cannot be read.
+      InputError: if the tokenizer or the encoder cannot be read.
     """
-    config = CLIPTextConfig.from_json(recipe.text_encoder)
-    tokenize = Tokenizer(Path(recipe.tokenizer), config.max_position_embeddings)
     rngs = nnx.Rngs(recipe.seed)
-    graph, state = nnx.split(CLIPTextModel(config, rngs=rngs))
+    config, graph, params = component("text_encoder", recipe.text_encoder, rngs)
+    tokenize = Tokenizer(Path(recipe.tokenizer), config.max_position_embeddings)
     sizes = [len(options) for options in QUESTIONS]
     head = jax.random.normal(rngs.params(), (config.hidden_size, sum(sizes))) * 0.02
 
@@ -94,7 +93,7 @@ def task(recipe: TextEncoderRecipe) -> Task:
         diffusers.save_params(params["text_encoder"], file, np.float32, TEXT_PREFIX)
 
     return Task(
-        params={"text_encoder": nnx.to_pure_dict(state), "head": head},
+        params={"text_encoder": params, "head": head},
         frozen={},
         loss=loss,
         batch=lambda step: batch(recipe.seed, step),

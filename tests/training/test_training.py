@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 import jaxdiff
 from jaxdiff.errors import InputError
@@ -84,6 +85,21 @@ timestep_spacing = "trailing"
 clip_sample = false
 steps_offset = 1
 """
+CAPTIONS = """
+objective = "text_encoder"
+tokenizer = "{tokenizer}"
+text_encoder = {text_encoder}
+steps = 2
+batch_size = 2
+
+[optimizer]
+learning_rate = {rate}
+"""
+SMALL_TEXT_ENCODER = (
+    "{vocab_size = 641, hidden_size = 16, intermediate_size = 16, num_hidden_layers = 1, "
+    "num_attention_heads = 2, max_position_embeddings = 24, "
+    "bos_token_id = 639, eos_token_id = 640, pad_token_id = 640}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +208,16 @@ def test_batches_are_a_function_of_the_step():
 
     np.testing.assert_array_equal(render_batch(0, 3, 4), render_batch(0, 3, 4))
     assert (render_batch(0, 3, 4) != render_batch(0, 4, 4)).any()
+
+
+def test_a_text_encoder_may_go_on_from_one_that_is_there(tmp_path):
+    def trained(name: str, text_encoder: str, rate: float) -> dict[str, np.ndarray]:
+        text = CAPTIONS.format(tokenizer=TOKENIZER, text_encoder=text_encoder, rate=rate)
+        (tmp_path / f"{name}.toml").write_text(text)
+        train(tmp_path / f"{name}.toml", tmp_path / name)
+        return load_file(tmp_path / name / "model" / "model.safetensors")
+
+    first = trained("first", SMALL_TEXT_ENCODER, 1e-2)
+    further = trained("further", f'"{tmp_path}/first/model"', 1e-9)
+    assert first.keys() == further.keys()
+    assert all(np.allclose(first[name], further[name], atol=1e-6) for name in first)
