@@ -234,10 +234,10 @@ HELP = {
         "seed": ("N", "what the images' own seeds are derived from (default: 0)"),
         "width": ("PX", "of the images (default: what the model was trained for)"),
         "height": ("PX", "of the images (default: what the model was trained for)"),
-        "steps": ("N", "denoising steps (default: the model's; 20 for shapes64)"),
+        "steps": ("N", "denoising steps (default: the model's; shapes64: 20)"),
         "guidance_scale": (
             "W",
-            "how closely to follow the prompt; off up to 1 (default: the model's; 3 for shapes64)",
+            "how closely to follow the prompt; off up to 1 (default: the model's; shapes64: 1.5)",
         ),
         "sampler": ("NAME", f"{', '.join(SAMPLERS)} (default: the model's)"),
         "negative_prompt": ("TEXT", "what to steer away from (default: nothing)"),

@@ -33,7 +33,6 @@ DEFAULTS = {  # pipeline: (steps, guidance scale) of its __call__ in diffusers
     "LatentConsistencyModelPipeline": (4, 8.5),
     **dict.fromkeys(XL_PIPELINES, (50, 5.0)),
 }
-BUNDLED_DEFAULTS = (20, 3.0)
 # Our own entry of `model_index.json`: the {"steps", "guidance_scale"} that a model is made for.
 # diffusers passes over what begins with an underscore.
 OWN_DEFAULTS = "_defaults"
@@ -207,8 +206,7 @@ class Checkpoint:
 
     @property
     def _defaults(self) -> tuple[int, float]:
-        bundled = self.path in BUNDLED.values()
-        steps, guidance_scale = BUNDLED_DEFAULTS if bundled else DEFAULTS[self.pipeline]
+        steps, guidance_scale = DEFAULTS[self.pipeline]
         said = self.index.get(OWN_DEFAULTS)
         said = said if isinstance(said, dict) else {}
         return said.get("steps", steps), said.get("guidance_scale", guidance_scale)

@@ -60,7 +60,7 @@ def test_the_bundled_model_reads_like_this():
     assert said["prediction"] == "v_prediction, zero terminal SNR"
     assert said["scheduler"] == "EulerAncestralDiscreteScheduler, 1000 timesteps, trailing spacing"
     assert said["default sampler"] == "euler_ancestral"
-    assert (said["default steps"], said["default guidance"]) == ("20", "3")
+    assert (said["default steps"], said["default guidance"]) == ("20", "1.5")
     assert said["default size"] == "64 x 64 px, or any multiples of 4 px"
     assert said["tokenizer"] == "24 tokens, of a vocabulary of 641"
     assert said["fingerprint"] == open_checkpoint("shapes64").fingerprint

@@ -257,7 +257,7 @@ def test_the_model_says_its_size_sampler_steps_and_guidance(tiny_checkpoint):
     assert (settings.width, settings.height, settings.sampler) == (64, 32, "ddim")
     assert (settings.steps, settings.guidance_scale) == (50, 7.5)
     bundled = job_settings.resolve({}, open_ensemble("shapes64"))
-    assert (bundled.steps, bundled.guidance_scale) == (20, 3.0)
+    assert (bundled.steps, bundled.guidance_scale) == (20, 1.5)
 
 
 @pytest.mark.parametrize(
