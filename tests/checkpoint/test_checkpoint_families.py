@@ -95,7 +95,7 @@ def test_a_latent_consistency_model_takes_four_steps(checkpoint):
 
 def test_the_bundled_models_own_defaults_do_not_depend_on_a_name(checkpoint):
     bundled = open_checkpoint("shapes64")
-    assert (bundled.default_steps, bundled.default_guidance_scale) == (20, 3.0)
+    assert (bundled.default_steps, bundled.default_guidance_scale) == (20, 1.5)
     assert bundled.path == BUNDLED["shapes64"]
     namesake = open_checkpoint(checkpoint.rename(checkpoint.with_name("shapes64")))
     assert (namesake.default_steps, namesake.default_guidance_scale) == (50, 7.5)
