@@ -17,6 +17,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.training import components, noise_levels, scenes, text_to_image
 from jaxdiff.training.recipe import Computing, Data, Loss, Optimizer, TextToImageRecipe
 from jaxdiff.worlds import shapes
+from jaxdiff.worlds.shapes.scene import CANVAS
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
@@ -259,3 +260,11 @@ def test_scenes_have_no_pair_that_is_held_out_and_only_the_templates_asked_for()
         assert all((thing.color, thing.shape) != ("red", "circle") for thing in scene.objects)
         assert " and " not in caption
     assert {len(scene.objects) for scene, _ in drawn} == {1, 2, 3, 4, 5}
+
+
+def test_composed_scenes_are_drawn_where_the_recipe_asks_for_them():
+    data = Data(templates=("a {shape} {relation} a {shape}",), composed=True)
+    for number in range(100):
+        scene, _ = scenes.draw(data, 0, number)
+        first, second = scene.objects
+        assert max(abs(first.x - second.x), abs(first.y - second.y)) >= CANVAS / 3
