@@ -38,7 +38,7 @@ PIPS = {
     5: ((14, 14), (50, 14), (32, 32), (14, 50), (50, 50)),
 }
 STRAY = {1: 8, 2: 4, 3: 3, 4: 3, 5: 2}  # px to each side, that centres may lie from there
-SIZES = {1: (21, 30), 2: (18, 26), 3: (17, 24), 4: (16, 22), 5: (14, 18)}  # px across
+SIZES = {1: (21, 30), 2: (18, 26), 3: (17, 24), 4: (16, 22), 5: (16, 20)}  # px across
 
 
 def sample(rng: np.random.Generator) -> tuple[Scene, str]:
