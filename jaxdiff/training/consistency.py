@@ -1,12 +1,16 @@
 """Distillation: a student that makes in few steps what its guided teacher makes in many.
 
 A multistep consistency model (Heek et al., 2024, arXiv:2403.06807): the teacher's trajectory is cut
-into as many parts as the student has steps, and from where a part begins, the student's one step of
-DDIM must reach its end. Where that is the teacher tells by walking there (Salimans and Ho, 2022,
-arXiv:2202.00512, with all halvings at once), so that the target stands still while the student
-learns. It is told the guidance scale instead of being evaluated twice (Meng et al., 2023,
+into as many parts as the student has steps, and from where a part begins, the student's one step
+must reach its end. Where that is the teacher tells by walking there with DDIM (Salimans and Ho,
+2022, arXiv:2202.00512, with all halvings at once), so that the target stands still while the
+student learns. It is told the guidance scale instead of being evaluated twice (Meng et al., 2023,
 arXiv:2210.03142), and it learns at the points that it comes to by itself from noise, so that it
 mends its own errors. That takes captions, but no images.
+
+The student of a teacher that samples by ancestral Euler does so too: a part then goes on to where
+there is less noise than the next one begins at, and noise drawn anew leads back (Kim et al., 2024,
+arXiv:2310.02279, algorithm 3, with a γ for each step), which hides what a step has got wrong.
 """
 
 from collections.abc import Callable
@@ -20,7 +24,7 @@ from jax import Array
 
 from jaxdiff import compilation
 from jaxdiff.checkpoint import diffusers
-from jaxdiff.checkpoint.layout import OWN_DEFAULTS
+from jaxdiff.checkpoint.layout import OWN_DEFAULTS, SAMPLER_OF_SCHEDULER
 from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.diffusion import samplers, sampling
 from jaxdiff.diffusion.schedule import DEFAULTS, NoiseSchedule
@@ -38,6 +42,7 @@ from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import ConsistencyRecipe, Data
 from jaxdiff.training.text_to_image import DTYPES, conditioning, in_dtype
 
+ANCESTRAL = "EulerAncestralDiscreteScheduler"
 GUIDANCE_WIDTH = 256  # of the guidance scale's sinusoids, as in Luo et al., 2023, arXiv:2310.04378
 VALIDATION_BATCHES = 4
 
@@ -48,14 +53,15 @@ class _Parts:
 
     Attributes:
       teacher, student: whole models; but for the U-Net they are one.
-      short, long: the sampler's tables of the student and of the teacher.
+      short: the sampler's table of the student.
+      walk: of the teacher, from each of the student's levels on: `_walk`.
     """
 
     recipe: ConsistencyRecipe
     teacher: Components
     student: Components
     short: SamplerTable
-    long: SamplerTable
+    walk: dict[str, np.ndarray]
 
 
 def task(recipe: ConsistencyRecipe) -> Task:
@@ -72,7 +78,7 @@ def task(recipe: ConsistencyRecipe) -> Task:
     ):
         if bad:
             raise InputError(f"model {recipe.model!r} {what}; name another teacher")
-    _refuse_misfits(recipe)
+    _refuse_misfits(recipe, teacher)
     scheduler = _scheduler(teacher.scheduler)
     config = replace(teacher.configs["unet"], time_cond_proj_dim=GUIDANCE_WIDTH)
     unet_class = partial(UNet2DConditionModel, remat=recipe.computing.remat)
@@ -88,12 +94,11 @@ def task(recipe: ConsistencyRecipe) -> Task:
         scheduler=scheduler,
         pipeline={**teacher.pipeline, OWN_DEFAULTS: made_for},
     )
-    schedule = NoiseSchedule.from_json(scheduler, "ddim")
-    short, long = (
-        samplers.sampler_table("ddim", schedule, steps)
-        for steps in (recipe.student_steps, recipe.solver_steps)
-    )
-    parts = _Parts(recipe, teacher, student, short, long)
+    sampler = SAMPLER_OF_SCHEDULER[scheduler["_class_name"]]
+    schedule = NoiseSchedule.from_json(scheduler, sampler)
+    short = samplers.sampler_table(sampler, schedule, recipe.student_steps)
+    walk = _walk(schedule, short, recipe.solver_steps // recipe.student_steps)
+    parts = _Parts(recipe, teacher, student, short, walk)
     batch, validation = _batches(parts)
     return Task(
         params=_begun(teacher.params["unet"], student_shapes),
@@ -106,7 +111,7 @@ def task(recipe: ConsistencyRecipe) -> Task:
     )
 
 
-def _refuse_misfits(recipe: ConsistencyRecipe) -> None:
+def _refuse_misfits(recipe: ConsistencyRecipe, teacher: Components) -> None:
     scales, steps = recipe.guidance_scale, recipe.student_steps
     if len(scales) != 2 or not 1.0 <= scales[0] <= scales[1] <= 100.0:
         raise InputError(
@@ -116,10 +121,18 @@ def _refuse_misfits(recipe: ConsistencyRecipe) -> None:
         raise InputError(
             f"solver_steps = {recipe.solver_steps} must be a multiple of student_steps = {steps}"
         )
+    if recipe.solver_steps > teacher.scheduler.get("num_train_timesteps", 1000):
+        raise InputError(f"solver_steps = {recipe.solver_steps}: the teacher has fewer timesteps")
+    if recipe.data.size % teacher.size_multiple:
+        raise InputError(
+            f"data.size = {recipe.data.size} must be a multiple of {teacher.size_multiple}"
+        )
 
 
 def _scheduler(config: dict) -> dict:
-    """The student's scheduler: a teacher's, as DDIM with steps that begin at pure noise."""
+    """The student's scheduler: ancestral Euler if it is a teacher's, or DDIM, from pure noise."""
+    if config.get("_class_name") == ANCESTRAL:
+        return config | {"timestep_spacing": "trailing"}
     said = {key: value for key, value in config.items() if key in DEFAULTS["ddim"]}
     return said | {
         "_class_name": "DDIMScheduler",
@@ -127,6 +140,30 @@ def _scheduler(config: dict) -> dict:
         "set_alpha_to_one": True,
         "timestep_spacing": "trailing",
     }
+
+
+def _walk(schedule: NoiseSchedule, short: SamplerTable, substeps: int) -> dict[str, np.ndarray]:
+    """A teacher's DDIM from each level of the student to where its step ends before fresh noise.
+
+    Returns:
+      "timesteps", "alpha", "sigma" and the "a" and "b" of x' = a x + b x_0, float32 [student's
+      steps, substeps]. The last of each step also scales x to the signal at the student's next one.
+    """
+    bars = schedule.alpha_bars()
+    next_alpha, rest = short.a * short.alpha + short.b[:, 0], short.a * short.sigma
+    end_bars = next_alpha**2 / (next_alpha**2 + rest**2)
+    # As a timestep: -1 is a picture without noise.
+    ends = np.interp(-end_bars, -np.append(1.0, bars), np.arange(-1.0, len(bars)))
+    shares = np.arange(substeps) / substeps
+    begins = short.timesteps[:, None]
+    timesteps = (begins + (ends[:, None] - begins) * shares).round().clip(0).astype(np.int64)
+    bar = bars[timesteps]
+    alpha, sigma = np.sqrt(bar), np.sqrt(1.0 - bar)
+    alpha[:, 0], sigma[:, 0] = short.alpha, short.sigma
+    a = np.hstack([sigma[:, 1:], rest[:, None]]) / sigma
+    b = np.hstack([alpha[:, 1:], next_alpha[:, None]]) - alpha * a
+    columns = {"timesteps": timesteps, "alpha": alpha, "sigma": sigma, "a": a, "b": b}
+    return {name: column.astype(np.float32) for name, column in columns.items()}
 
 
 def _begun(teacher: Params, student_shapes: dict) -> Params:
@@ -182,6 +219,7 @@ def _loss(parts: _Parts) -> Callable[[Params, Params, dict, Array], tuple[Array,
             _denoiser(parts.student, jax.lax.stop_gradient(params), told, None, scale),
             _denoiser(parts.teacher, frozen["unet"], told, empty, scale),
             noise,
+            jax.random.normal(key, (steps, *noise.shape)),
         )
         # The student's steps are evaluated again, all in one batch: gradients through a scan take
         # ten times as long on a CPU. An image's steps stand side by side, so on its device.
@@ -202,26 +240,36 @@ def _loss(parts: _Parts) -> Callable[[Params, Params, dict, Array], tuple[Array,
 
 
 def _walked(
-    parts: _Parts, student: sampling.Denoiser, teacher: sampling.Denoiser, noise: Array
+    parts: _Parts,
+    student: sampling.Denoiser,
+    teacher: sampling.Denoiser,
+    noise: Array,
+    fresh_noise: Array,
 ) -> tuple[Array, Array]:
     """Where the student comes to from noise, and what it should take for x_0 there.
+
+    Args:
+      noise: standard normal, [batch, ...].
+      fresh_noise: the same, [steps, batch, ...].
 
     Returns:
       two arrays [steps, batch, ...]: what each step begins at, and the x_0 with which it would end
       where the teacher does.
     """
-    short, long = parts.short.columns(), parts.long.columns()
-    steps = len(short["a"])
-    long = {name: column.reshape(steps, -1, *column.shape[1:]) for name, column in long.items()}
 
-    def step(x: Array, rows: tuple[dict, dict]) -> tuple[Array, tuple[Array, Array]]:
-        row, teachers = rows
-        a, b = row["a"], row["b"][0]  # of DDIM's step, x' = a x + b x_0
-        end = sampling.sample([(len(teachers["a"]), teacher)], x, 1.0, teachers)
+    def walk(x: Array, row: dict) -> tuple[Array, None]:
+        x0, _ = teacher(x, row["timesteps"], row["alpha"], row["sigma"], None)
+        return row["a"] * x + row["b"] * x0, None
+
+    def step(x: Array, rows: tuple[dict, dict, Array]) -> tuple[Array, tuple[Array, Array]]:
+        row, teachers, fresh = rows
+        a, b = row["a"], row["b"][0]
+        end, _ = jax.lax.scan(walk, x, teachers)
         x0, _ = student(x, row["timesteps"], row["alpha"], row["sigma"], None)
-        return a * x + b * x0, (x, (end - a * x) / b)
+        return a * x + b * x0 + row["s"] * fresh, (x, (end - a * x) / b)
 
-    return jax.lax.scan(step, noise, (short, long))[1]
+    x = noise * parts.short.initial_scale
+    return jax.lax.scan(step, x, (parts.short.columns(), parts.walk, fresh_noise))[1]
 
 
 def _denoiser(
@@ -248,7 +296,7 @@ def _preview(parts: _Parts) -> Callable[[Params, Params], np.ndarray]:
     scale = jnp.full(len(captions), sum(parts.recipe.guidance_scale) / 2)
 
     @compilation.jit
-    def sample(params: Params, frozen: Params, noise: Array) -> Array:
+    def sample(params: Params, frozen: Params, noise: Array, fresh_noise: Array | None) -> Array:
         told = conditioning(student, frozen, {"token_ids": token_ids}, shape[:2])
         pixels, _ = sample_pixels(
             [Network(student.graphs["unet"], student.prediction_type, distilled=True)],
@@ -257,7 +305,7 @@ def _preview(parts: _Parts) -> Callable[[Params, Params], np.ndarray]:
             jnp.float32,
             {"unets": [params], "vae": frozen["vae"]},
             noise,
-            None,
+            fresh_noise,
             [told],
             [None],
             scale,
@@ -269,7 +317,8 @@ def _preview(parts: _Parts) -> Callable[[Params, Params], np.ndarray]:
         return pixels
 
     def preview(params: Params, frozen: Params) -> np.ndarray:
-        noise, _ = random_noise.draw(np.arange(len(captions), dtype=np.uint32), shape, "jax")
-        return grid(np.asarray(sample(params, frozen, noise)), columns=8)
+        seeds = np.arange(len(captions), dtype=np.uint32)
+        noise, fresh_noise = random_noise.draw(seeds, shape, "jax", table.draws)
+        return grid(np.asarray(sample(params, frozen, noise, fresh_noise)), columns=8)
 
     return preview

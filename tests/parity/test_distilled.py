@@ -1,5 +1,8 @@
 """A student of a distillation gives in diffusers the images that it gives here."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -13,15 +16,20 @@ diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
 
-@pytest.fixture(scope="module")
-def student(tiny_checkpoint, tmp_path_factory):
+@pytest.fixture(scope="module", params=["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
+def student(request, tiny_checkpoint, tmp_path_factory):
     """Its teacher's weights, and random ones for what listens to the guidance scale."""
+    teacher = tmp_path_factory.mktemp("teacher") / "model"
+    shutil.copytree(tiny_checkpoint, teacher)
+    scheduler = teacher / "scheduler" / "scheduler_config.json"
+    said = json.loads(scheduler.read_text()) | {"_class_name": request.param}
+    scheduler.write_text(json.dumps(said))
     recipe = ConsistencyRecipe(
         objective="consistency",
         steps=1,
         batch_size=1,
         optimizer=Optimizer(learning_rate=1e-3),
-        model=str(tiny_checkpoint),
+        model=str(teacher),
     )
     task = consistency.task(recipe)
     kernel = task.params["time_embedding"]["cond_proj"]["kernel"]

@@ -86,21 +86,69 @@ def test_a_student_that_has_forgotten_learns_again(unguided):
     assert errors[-1] < 0.9 * errors[0]
 
 
-def test_the_student_is_asked_to_end_where_the_teacher_ends(tiny_checkpoint):
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
+def test_the_student_is_asked_to_end_where_the_teacher_ends(sampler, tiny_checkpoint):
     """With networks that are formulas: the teacher's x_0 is x, the student's is 0."""
-    scheduler = consistency.load_model(str(tiny_checkpoint)).scheduler
-    schedule = NoiseSchedule.from_json(scheduler, "ddim")
-    short, long = (samplers.sampler_table("ddim", schedule, steps) for steps in (2, 4))
-    parts = consistency._Parts(recipe(tiny_checkpoint), None, None, short, long)
-    noise = jnp.ones((1, 1, 1, 1))
+    parts = parts_of(sampler, tiny_checkpoint)
+    short, fresh_noise = parts.short, np.array([2.0, 3.0], np.float32).reshape(2, 1, 1, 1, 1)
     x, wanted = consistency._walked(
-        parts, lambda x, *_: (0 * x, None), lambda x, *_: (x, None), noise
+        parts,
+        lambda x, *_: (0 * x, None),
+        lambda x, *_: (x, None),
+        jnp.ones((1, 1, 1, 1)),
+        fresh_noise,
     )
-    ends = [np.prod(factors) for factors in (long.a + long.b[:, 0]).reshape(2, 2)]
-    begins = [1.0, short.a[0]]
-    reached = short.a * x.reshape(2) + short.b[:, 0] * wanted.reshape(2)
-    np.testing.assert_allclose(x.reshape(2), begins, rtol=1e-5)
-    np.testing.assert_allclose(reached, np.multiply(begins, ends), rtol=1e-5)
+    x, wanted = x.reshape(2), wanted.reshape(2)
+    begin = short.initial_scale
+    np.testing.assert_allclose(x, [begin, short.a[0] * begin + 2.0 * short.s[0]], rtol=1e-5)
+    ends = x * (parts.walk["a"] + parts.walk["b"]).prod(axis=1)
+    np.testing.assert_allclose(short.a * x + short.b[:, 0] * wanted, ends, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
+def test_a_teacher_that_knows_the_picture_asks_for_it(sampler, tiny_checkpoint):
+    """Wherever a step ends, with fresh noise to come or not."""
+    _, wanted = consistency._walked(
+        parts_of(sampler, tiny_checkpoint),
+        lambda x, *_: (0 * x, None),
+        lambda x, *_: (jnp.full_like(x, 0.7), None),
+        jnp.ones((1, 1, 1, 1)),
+        jnp.ones((2, 1, 1, 1, 1)),
+    )
+    np.testing.assert_allclose(wanted.reshape(2), [0.7, 0.7], rtol=1e-4)
+
+
+def test_a_teacher_walks_by_ddim_on_its_own_schedule(tiny_checkpoint):
+    parts = parts_of("ddim", tiny_checkpoint)
+    schedule = NoiseSchedule.from_json(parts.teacher.scheduler, "ddim")
+    table = samplers.sampler_table("ddim", schedule, 4)
+    for name, rows in parts.walk.items():
+        wanted = table.b[:, 0] if name == "b" else getattr(table, name)
+        np.testing.assert_allclose(rows.reshape(-1), wanted, atol=1e-6)
+
+
+def test_before_fresh_noise_a_teacher_walks_on(tiny_checkpoint):
+    """From noise per signal r to r'^2 / r, where ancestral sampling comes to r' by fresh noise."""
+    parts = parts_of("euler_ancestral", tiny_checkpoint)
+    bars = NoiseSchedule.from_json(parts.teacher.scheduler, "euler_ancestral").alpha_bars()
+    walk, (first, second) = parts.walk, parts.short.sigma / parts.short.alpha
+    np.testing.assert_allclose(walk["alpha"] ** 2 + walk["sigma"] ** 2, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(walk["alpha"][:, 1] ** 2, bars[walk["timesteps"][:, 1].astype(int)])
+    noise = np.sqrt(1.0 - bars)[parts.short.timesteps.astype(int)]
+    left = noise * walk["a"].prod(axis=1)  # of the noise that a step begins with
+    next_alpha = [parts.short.alpha[1], 1.0]
+    np.testing.assert_allclose(left / next_alpha, [second**2 / first, 0.0], rtol=1e-3)
+
+
+def parts_of(sampler: str, checkpoint) -> consistency._Parts:
+    """Of a student of two steps whose teacher takes two for each, and samples by that sampler."""
+    teacher = consistency.load_model(str(checkpoint))
+    classes = {"ddim": "DDIMScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler"}
+    scheduler = consistency._scheduler(teacher.scheduler | {"_class_name": classes[sampler]})
+    schedule = NoiseSchedule.from_json(scheduler, sampler)
+    short = samplers.sampler_table(sampler, schedule, 2)
+    walk = consistency._walk(schedule, short, 2)
+    return consistency._Parts(recipe(checkpoint), teacher, None, short, walk)
 
 
 def test_a_student_says_in_how_many_steps_it_makes_an_image(run):
@@ -125,6 +173,8 @@ def test_batches_follow_from_the_step(tiny_checkpoint):
     [
         ({"solver_steps": 5}, "solver_steps = 5 must be a multiple of student_steps = 2"),
         ({"solver_steps": 0}, "solver_steps = 0 must be a multiple"),
+        ({"solver_steps": 1002}, "solver_steps = 1002: the teacher has fewer timesteps"),
+        ({"data": Data(size=60)}, "data.size = 60 must be a multiple of 16"),
         ({"guidance_scale": (3.0,)}, "must be the lowest and the highest"),
         ({"guidance_scale": (6.0, 2.0)}, "must be the lowest and the highest"),
         ({"data": Data(held_out=("mauve circle",))}, "mauve circle"),
