@@ -3,7 +3,6 @@
 Each takes the value's name for its message and gives the value in its own type, or raises.
 """
 
-import difflib
 import itertools
 import json
 import math
@@ -12,7 +11,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from jaxdiff.diffusion import samplers, schedule
-from jaxdiff.errors import InputError
+from jaxdiff.errors import InputError, meant
 from jaxdiff.request import MAX_SEED, SAMPLERS, Options
 
 MAX_TEXT_CHARACTERS = 4000
@@ -156,9 +155,8 @@ def scheduler(name: str, value) -> str:
         if not re.fullmatch(r"[a-z_]+", str(key)) or not re.fullmatch(r"[\w.+-]+", plain[key]):
             raise BadValueError(f'{name} must be like "key=value, key=value", not {shown(value)}')
     for key in plain.keys() - schedule.KEYS:
-        close = difflib.get_close_matches(key, schedule.KEYS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise BadValueError(f"{name}: {key} is no key of a scheduler's config{meant}")
+        hint = meant(key, schedule.KEYS)
+        raise BadValueError(f"{name}: {key} is no key of a scheduler's config{hint}")
     return ", ".join(f"{key}={said}" for key, said in sorted(plain.items()))
 
 

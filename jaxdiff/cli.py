@@ -236,7 +236,7 @@ def _train(arguments: list[str]) -> int:
         return 0
     try:
         return 0 if run.train(said.recipe, said.output) else 75
-    except loop.Diverged as problem:
+    except loop.Interrupted as problem:
         print(f"jaxdiff: {problem}", file=sys.stderr)
         return 1
 

@@ -4,7 +4,7 @@ import dataclasses
 import types
 import typing
 
-from jaxdiff.errors import InputError
+from jaxdiff.errors import InputError, meant
 
 # The numbers that may be 0 or less; the others are sizes, counts and scales.
 MAY_BE_ZERO = (
@@ -40,7 +40,10 @@ def from_json(cls, component: str, data: dict, fixed: dict):
                     f"(only {fixed[key]!r} is)"
                 )
         elif not key.startswith("_") and value is not None and value is not False:
-            raise InputError(f"{component}/config.json: the key {key} = {value!r} is not supported")
+            raise InputError(
+                f"{component}/config.json: the key {key} = {value!r} is not supported"
+                f"{meant(key, fields)}"
+            )
     try:
         return cls(**taken)
     except (TypeError, ValueError, ArithmeticError) as error:

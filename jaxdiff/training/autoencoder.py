@@ -11,8 +11,7 @@ from flax import nnx
 from jax import Array
 
 from jaxdiff.checkpoint import diffusers
-from jaxdiff.checkpoint.components import CONFIGS, NETWORKS, read_json
-from jaxdiff.checkpoint.weight_files import read_weights
+from jaxdiff.checkpoint.components import CONFIGS, NETWORKS
 from jaxdiff.errors import InputError
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.pixels import to_pixels
@@ -47,6 +46,8 @@ def to_float(pixels: Array) -> Array:
 def task(recipe: AutoencoderRecipe) -> Task:
     """Trains encoder and decoder together."""
     config = AutoencoderKLConfig.from_json(recipe.vae)
+    if recipe.crop % config.factor:
+        raise InputError(f"crop = {recipe.crop} must be a multiple of the vae's {config.factor}")
     graph, state = nnx.split(AutoencoderKL(config, rngs=nnx.Rngs(recipe.seed)))
 
     def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
@@ -74,21 +75,6 @@ def task(recipe: AutoencoderRecipe) -> Task:
         preview=lambda params, frozen: _reconstructions(graph, params),
         export=export,
     )
-
-
-def load_autoencoder(directory: Path) -> tuple[AutoencoderKLConfig, nnx.GraphDef, Params]:
-    """An autoencoder in float32, from what `save_autoencoder` wrote.
-
-    Raises:
-      InputError: if the directory does not hold one.
-    """
-    path = directory / CONFIG
-    if not path.is_file():
-        raise InputError(f"{path} is missing: train the autoencoder's recipe first")
-    config = AutoencoderKLConfig.from_json(read_json(path))
-    graph, shapes = diffusers.abstract_network(AutoencoderKL, config)
-    weights = read_weights("vae", directory / WEIGHTS)
-    return config, graph, diffusers.load_params(shapes, weights, jnp.float32)
 
 
 def save_autoencoder(directory: Path, config: AutoencoderKLConfig, params: Params) -> None:

@@ -14,11 +14,15 @@ from jaxdiff.training import data, dreambooth, places, scenes
 from jaxdiff.training.autoencoder import to_float
 from jaxdiff.training.captions import PREVIEW_IMAGES, preview_captions
 from jaxdiff.training.components import Components
-from jaxdiff.training.recipe import Data, TextToImageRecipe
+from jaxdiff.training.recipe import Data, Lora, TextToImageRecipe
 
 VALIDATION_BATCHES = 4
 PRIOR = "prior"  # the folder of the class images within a run's
-DROPOUT = 1  # beside the seed, so that captions are dropped by other numbers than rows are drawn
+# Beside the seed, so that captions are dropped, and examples held out, by other numbers than those
+# that rows are drawn by.
+DROPOUT, HELD_OUT = 1, 2
+ONLY_SCENES = ("scenes", "composed", "templates", "held_out")  # what other data have no use for
+ONLY_IMAGES = ("captions", "size", "aspect_ratios", "flip")
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,33 @@ def prepare(recipe: TextToImageRecipe, output: Path) -> None:
     """
     if recipe.loss.places and recipe.data.path != scenes.PIXELS:
         raise InputError("loss.places: is known of the shapes world only; leave it out")
+    _refuse_unused(recipe)
     if not recipe.prior:
         return
     if recipe.data.path == scenes.PIXELS or recipe.data.aspect_ratios > 1:
         raise InputError("prior: needs a folder of images, and data.aspect_ratios = 1")
+    if isinstance(data.open_examples(recipe.data), data.EncodedExamples):
+        raise InputError(f"{recipe.data.path} holds latents; prior needs the images themselves")
     dreambooth.class_images(recipe.model, recipe.prior, output / PRIOR)
+
+
+def _refuse_unused(recipe: TextToImageRecipe) -> None:
+    """Raises InputError for a setting that says nothing in such a recipe."""
+    lora, of_scenes = recipe.method == "lora", recipe.data.path == scenes.PIXELS
+    unused = {
+        "train": lora and recipe.train != ("unet",),
+        "lora": not lora and recipe.lora != Lora(),
+    }
+    for name in ONLY_IMAGES if of_scenes else ONLY_SCENES:
+        unused[f"data.{name}"] = getattr(recipe.data, name) != getattr(Data(), name)
+    for name, said in unused.items():
+        if said:
+            where = f'method = "{recipe.method}"'
+            if name.startswith("data."):
+                where = f'data.path = "{recipe.data.path}"'
+            raise InputError(f"{name}: says nothing where {where}; leave it out")
+    if not recipe.train:
+        raise InputError("train: names nothing that learns")
 
 
 def of(parts: Components, recipe: TextToImageRecipe, output: Path) -> Batches:
@@ -131,7 +157,7 @@ def _of_scenes(parts: Components, recipe: TextToImageRecipe, output: Path) -> _S
 
 
 def _of_examples(parts: Components, recipe: TextToImageRecipe) -> _Source:
-    """The user's images. The last fiftieth is held out, if that is a batch at least."""
+    """The user's images. A fiftieth, drawn by the seed, is held out if that is a batch at least."""
     examples = data.open_examples(recipe.data)
     is_encoded = isinstance(examples, data.EncodedExamples)
     if is_encoded:
@@ -143,12 +169,13 @@ def _of_examples(parts: Components, recipe: TextToImageRecipe) -> _Source:
         data.batches, examples, batch_size=recipe.batch_size, seed=recipe.seed, sizes=sizes
     )
     count = len(examples) // 50
-    split = len(examples) - (count if count >= recipe.batch_size else 0)
-    rest = range(split, len(examples))
+    order = np.random.default_rng([recipe.seed, HELD_OUT]).permutation(len(examples))
+    rest, taught = np.split(order, [count if count >= recipe.batch_size else 0])
+    taught.sort()
     return _Source(
-        train=make(flip=recipe.data.flip, among=range(split)),
-        held_out=make(random_crop=False, among=rest) if rest else None,
-        captions=[examples.captions[i] for i in range(min(split, PREVIEW_IMAGES))],
+        train=make(flip=recipe.data.flip, among=taught),
+        held_out=make(random_crop=False, among=np.sort(rest)) if len(rest) else None,
+        captions=[examples.captions[i] for i in taught[:PREVIEW_IMAGES]],
         empty=examples.empty if is_encoded else {},
     )
 
@@ -164,8 +191,6 @@ def _refuse_encoded(
             f"{examples.path} holds embedded captions, from which a text encoder cannot learn; "
             "encode without --embed"
         )
-    if recipe.prior:
-        raise InputError(f"{examples.path} holds latents; prior needs the images themselves")
 
 
 def _with_prior(

@@ -14,8 +14,8 @@ from jaxdiff.checkpoint.layout import PIPELINE, open_checkpoint
 from jaxdiff.checkpoint.networks import CONFIGS as CONFIG_CLASSES
 from jaxdiff.checkpoint.networks import read_configs
 from jaxdiff.checkpoint.weight_files import read_weights
-from jaxdiff.diffusion.schedule import FLOW_CLASS
-from jaxdiff.errors import InputError
+from jaxdiff.diffusion.schedule import FLOW_CLASS, KEYS
+from jaxdiff.errors import InputError, meant
 from jaxdiff.models import clip
 from jaxdiff.models.unet import UNet2DConditionModel
 from jaxdiff.models.vae import AutoencoderKL
@@ -127,6 +127,9 @@ def from_recipe(recipe: TextToImageRecipe) -> Components:
         positions = configs["text_encoder"].max_position_embeddings
         tokenizers = {"text_encoder": Tokenizer(Path(recipe.tokenizer), positions)}
         folders = {"text_encoder": Path(recipe.tokenizer)}
+    for key in recipe.scheduler.keys() - KEYS - {"_class_name"}:
+        hint = meant(key, KEYS) or f"; it has {', '.join(sorted(KEYS))}"
+        raise InputError(f"scheduler.{key} is not known{hint}")
     scheduler = scheduler | recipe.scheduler
     for name, value in (("tokenizer", tokenizers), ("scheduler", scheduler)):
         if not value:

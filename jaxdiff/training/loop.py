@@ -25,6 +25,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from jaxdiff import compilation, parallel
+from jaxdiff.errors import InputError
 from jaxdiff.training import checkpoints, watch
 from jaxdiff.training.optimizers import average_decay, optimizer
 from jaxdiff.training.recipe import Recipe
@@ -59,8 +60,8 @@ class Task:
     export: Callable[[Params, Params, Path], None]
 
 
-class Diverged(Exception):
-    """A loss or a gradient that is no number. The message is one line: where, and the mend."""
+class Interrupted(Exception):
+    """A training that cannot go on, with its checkpoints kept. One line: where, and the mend."""
 
 
 def fit(task: Task, recipe: Recipe, output: Path) -> bool:
@@ -73,7 +74,8 @@ def fit(task: Task, recipe: Recipe, output: Path) -> bool:
       whether it is finished; not, if SIGTERM came: then it has saved, and can be continued.
 
     Raises:
-      Diverged: at the first loss or gradient that is not finite. The last checkpoint is of before.
+      Interrupted: at the first loss or gradient that is not finite, and where a batch cannot be
+        read. The last checkpoint is of before.
       InputError: if the newest checkpoint does not fit the recipe.
       OSError: if something could not be written.
     """
@@ -244,7 +246,11 @@ def _step(run: _Run, state: dict, batches: Iterator[dict], step: int) -> tuple[d
     count = run.recipe.optimizer.accumulate
     total, logged = None, []
     for number in range(step * count, (step + 1) * count):
-        batch = jax.device_put(next(batches), run.batch)
+        try:
+            batch = jax.device_put(next(batches), run.batch)
+        except InputError as problem:
+            mend = "when that is mended, the same command continues"
+            raise Interrupted(f"step {step + 1}: {problem}; {mend}") from problem
         found, of_batch = run.gradients(state["params"], run.frozen, batch, number)
         total = found if total is None else run.add(total, found)
         logged.append(of_batch)
@@ -284,11 +290,11 @@ def _check_finite(run: _Run, manager: ocp.CheckpointManager, step: int, measured
     kept = manager.latest_step()
     kept = f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet"
     what = f"the {wrong[0].replace('_', ' ')} is {measured[wrong[0]]}"
-    raise Diverged(
-        f"step {step}, {batches}: {what}; {kept}. "
-        "Train into another --output with a lower optimizer.learning_rate or, if they are at "
-        "fault, without that batch's examples"
-    )
+    mend = "Train into another --output with a lower optimizer.learning_rate"
+    if wrong[0] == "validation_loss":
+        raise Interrupted(f"step {step}: {what}; {kept}. {mend}")
+    mend += " or, if they are at fault, without that batch's examples"
+    raise Interrupted(f"step {step}, {batches}: {what}; {kept}. {mend}")
 
 
 @contextlib.contextmanager

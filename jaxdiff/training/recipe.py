@@ -1,7 +1,7 @@
 """Recipes: TOML files read strictly into frozen dataclasses. A default stands here or nowhere."""
 
 import dataclasses
-import difflib
+import sys
 import tomllib
 import types
 import typing
@@ -9,9 +9,48 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jaxdiff.errors import InputError
+from jaxdiff.errors import InputError, meant
+from jaxdiff.worlds.shapes.scene import CANVAS
 
-WIDEST_AVERAGE = 0.28  # where the power function of Karras et al. has become flat
+ANY = sys.float_info.max
+NEARLY_1 = 1.0 - 1e-9
+# The least and the largest value of every number, by its dotted key.
+RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, ANY),
+    "batch_size": (1, ANY),
+    "seed": (0, 2**32 - 1),
+    "optimizer.learning_rate": (1e-12, ANY),
+    "optimizer.warmup_steps": (0, ANY),
+    "optimizer.cooldown_steps": (0, ANY),
+    "optimizer.weight_decay": (0, ANY),
+    "optimizer.beta1": (0, NEARLY_1),
+    "optimizer.beta2": (0, NEARLY_1),
+    "optimizer.clip_norm": (0, ANY),
+    "optimizer.accumulate": (1, ANY),
+    "average.decay": (0, NEARLY_1),
+    "average.relative_width": (0, 0.28),  # where the power function of Karras et al. becomes flat
+    "checkpoints.every": (1, ANY),
+    "checkpoints.keep": (1, ANY),
+    "checkpoints.keep_best": (0, ANY),
+    "data.size": (0, ANY),
+    "data.aspect_ratios": (1, ANY),
+    "data.scenes": (2, ANY),  # one to train on, one to validate on
+    "loss.logit_mean": (-ANY, ANY),
+    "loss.logit_std": (0, ANY),
+    "loss.min_snr_gamma": (0, ANY),
+    "loss.offset_noise": (0, ANY),
+    "loss.places": (0, ANY),
+    "lora.rank": (1, ANY),
+    "lora.alpha": (0, ANY),
+    "prior.images": (1, ANY),
+    "prior.weight": (0, ANY),
+    "caption_dropout": (0, 1),
+    "kl_weight": (0, ANY),
+    "gradient_weight": (0, ANY),
+    "crop": (1, CANVAS),
+    "student_steps": (1, ANY),
+    "solver_steps": (1, ANY),
+}
 
 
 @dataclass(frozen=True)
@@ -264,7 +303,7 @@ class ConsistencyRecipe(_Run):
       data: whose captions are drawn; its images are not needed.
       guidance_scale: the lowest and the highest that the student is taught.
       student_steps: in which the student makes an image.
-      solver_steps: of the teacher's DDIM in the same time; a multiple of `student_steps`.
+      solver_steps: evaluations of the teacher for an image, as many for each step of the student.
     """
 
     model: str
@@ -296,35 +335,43 @@ def read(path: Path) -> Recipe:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: not a readable TOML file: {error}") from None
     objective = data.get("objective")
-    if objective not in OBJECTIVES:
+    if not isinstance(objective, str) or objective not in OBJECTIVES:
         raise InputError(
             f"{path}: objective = {objective!r}; it must be one of {', '.join(OBJECTIVES)}"
         )
     recipe = _build(OBJECTIVES[objective], data, f"{path}: ")
-    at_least = {
-        "steps": (recipe.steps, 1),
-        "batch_size": (recipe.batch_size, 1),
-        "seed": (recipe.seed, 0),
-        "optimizer.accumulate": (recipe.optimizer.accumulate, 1),
-        "checkpoints.every": (recipe.checkpoints.every, 1),
-        "checkpoints.keep": (recipe.checkpoints.keep, 1),
-    }
-    for name, (value, least) in at_least.items():
-        if value < least:
-            raise InputError(f"{path}: {name} must be at least {least}")
-    if recipe.optimizer.cooldown_steps and recipe.optimizer.schedule != "constant":
+    for name, value in flat(dataclasses.asdict(recipe)).items():
+        low, high = RANGES.get(name, (value, value))
+        if name in RANGES and not low <= value <= high:
+            wanted = f"at least {low}" if high == ANY else f"from {low} to {high}"
+            raise InputError(f"{path}: {name} must be {wanted}, not {value}")
+    warmup, cooldown = recipe.optimizer.warmup_steps, recipe.optimizer.cooldown_steps
+    if cooldown and recipe.optimizer.schedule != "constant":
         raise InputError(f"{path}: optimizer.cooldown_steps is for a constant schedule")
-    if not 0 <= recipe.average.relative_width < WIDEST_AVERAGE:
-        raise InputError(f"{path}: average.relative_width must be from 0 to {WIDEST_AVERAGE}")
+    if cooldown and warmup + cooldown > recipe.steps:
+        raise InputError(
+            f"{path}: optimizer.warmup_steps and cooldown_steps are {warmup + cooldown} together, "
+            f"more than steps = {recipe.steps}"
+        )
     return recipe
+
+
+def flat(table: dict, before: str = "") -> dict:
+    """A nested table with dotted keys."""
+    found = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{before}{key}.")
+        else:
+            found[f"{before}{key}"] = value
+    return found
 
 
 def _build(cls, data: dict, where: str):
     kinds = typing.get_type_hints(cls)
     for key in data:
         if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(kinds))}"
+            hint = meant(key, kinds) or f"; it has {', '.join(sorted(kinds))}"
             raise InputError(f"{where}{key} is not known{hint}")
     values = {}
     for spec in dataclasses.fields(cls):

@@ -17,6 +17,7 @@ from jaxdiff.training.recipe import (
     Recipe,
     TextEncoderRecipe,
     TextToImageRecipe,
+    flat,
     read,
 )
 
@@ -87,7 +88,7 @@ def export(recipe_path: str | Path, output: str | Path, which: str, to: Path | N
 
 def _refuse_another(old: Recipe, new: Recipe, output: Path) -> None:
     """What is kept may change while a run goes on; its length, if no step depends on it."""
-    before, now = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    before, now = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
     for key in {**before, **now}:
         was, is_now = before.get(key), now.get(key)
         if was == is_now or key.startswith("checkpoints."):
@@ -101,17 +102,6 @@ def _refuse_another(old: Recipe, new: Recipe, output: Path) -> None:
         raise InputError(
             f"{output}: holds a run of another recipe ({key} was {was!r}, is {is_now!r}); {mend}"
         )
-
-
-def _flat(table: dict, before: str = "") -> dict:
-    """A nested table with dotted keys."""
-    flat = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{before}{key}.")
-        else:
-            flat[f"{before}{key}"] = value
-    return flat
 
 
 @contextlib.contextmanager

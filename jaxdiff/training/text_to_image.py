@@ -45,6 +45,8 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
         if name not in ("unet", *parts.text_encoders):
             known = ", ".join(("unet", *parts.text_encoders))
             raise InputError(f"train: {name!r} is none of {known}")
+    if parts.configs["unet"].time_cond_proj_dim is not None:
+        raise InputError("the U-Net is distilled, told the guidance scale; train its teacher")
     if recipe.loss.places and (recipe.method == "lora" or "unet" not in recipe.train):
         raise InputError('loss.places: is for a whole U-Net: method = "full", and train it')
     if recipe.method == "lora":

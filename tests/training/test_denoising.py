@@ -15,12 +15,13 @@ from jaxdiff.diffusion import objective
 from jaxdiff.diffusion.schedule import FLOW_CLASS, NoiseSchedule
 from jaxdiff.errors import InputError
 from jaxdiff.training import components, noise_levels, scenes, text_to_image
-from jaxdiff.training.recipe import Computing, Data, Loss, Optimizer, TextToImageRecipe
+from jaxdiff.training.recipe import Computing, Data, Lora, Loss, Optimizer, TextToImageRecipe
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.scene import CANVAS
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
+EVERY_PAIR = tuple(f"{color} {shape}" for color in shapes.COLORS for shape in shapes.SHAPES)
 FLOW = {"_class_name": FLOW_CLASS, "num_train_timesteps": 1000, "shift": 3.0}
 EPSILON = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
 DDIM = {
@@ -240,6 +241,13 @@ def test_a_trained_checkpoint_generates_and_keeps_what_did_not_learn(
         ({"model": ""}, "names no text_encoder, and no model"),
         ({"data": Data(held_out=("red dog",))}, "held_out: 'red dog' is none of red circle"),
         ({"data": Data(templates=("a dog",))}, "templates: 'a dog' is none of"),
+        ({"train": ()}, "train: names nothing that learns"),
+        ({"method": "lora", "train": ("unet", "text_encoder")}, 'train: .* where method = "lora"'),
+        ({"lora": Lora(rank=4)}, 'lora: says nothing where method = "full"'),
+        ({"data": Data(flip=True)}, 'data.flip: says nothing where data.path = "shapes"'),
+        ({"data": Data(path="photos", composed=True)}, "data.composed: says nothing where"),
+        ({"data": Data(held_out=EVERY_PAIR)}, "held_out: leaves no pair of color and shape"),
+        ({"unet": {**UNET, "time_cond_proj_dim": 256}}, "is distilled, told the guidance scale"),
         ({"scheduler": {"_class_name": "EDMScheduler"}}, "'EDMScheduler' must be one of"),
     ],
 )
@@ -268,3 +276,30 @@ def test_composed_scenes_are_drawn_where_the_recipe_asks_for_them():
         scene, _ = scenes.draw(data, 0, number)
         first, second = scene.objects
         assert max(abs(first.x - second.x), abs(first.y - second.y)) >= CANVAS / 3
+
+
+def test_a_fiftieth_of_the_images_is_never_trained_on_and_lies_anywhere(tiny_checkpoint, tmp_path):
+    """Encoded images lie in the order of their sizes, so their end is not like the rest."""
+    captions = [
+        f"{pair} on a {background} background"
+        for pair in EVERY_PAIR
+        for background in shapes.BACKGROUNDS
+    ][:100]
+    (tmp_path / "images").mkdir()
+    with (tmp_path / "images" / "metadata.jsonl").open("w") as file:
+        for number, caption in enumerate(captions):
+            Image.new("RGB", (64, 64)).save(tmp_path / "images" / f"{number:03d}.png")
+            file.write(json.dumps({"file_name": f"{number:03d}.png", "text": caption}) + "\n")
+    plain = recipe(tiny_checkpoint, tmp_path / "images", caption_dropout=0.0)
+    task = text_to_image.task(dataclasses.replace(plain, batch_size=1), tmp_path)
+
+    def said(batch: dict) -> bytes:
+        return batch["token_ids"]["text_encoder"].tobytes()
+
+    taught = {said(task.batch(step)) for step in range(98)}
+    held_out = {said(batch) for batch in task.validation}
+    assert len(taught) == 98
+    assert len(held_out) == 2
+    assert not taught & held_out
+    tokenize = components.load_model(str(tiny_checkpoint)).tokenizers["text_encoder"]
+    assert held_out != {tokenize([caption]).tobytes() for caption in captions[-2:]}

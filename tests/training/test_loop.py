@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
+from PIL import Image
 from small_runs import RECIPE, draw, lines, task, weights
 
 import jaxdiff
@@ -46,6 +47,23 @@ max_position_embeddings = 24
 bos_token_id = 639
 eos_token_id = 640
 pad_token_id = 640
+"""
+LORA = """
+objective = "text_to_image"
+model = "{model}"
+method = "lora"
+steps = 2
+batch_size = 1
+
+[lora]
+rank = 2
+text_encoder = true
+
+[optimizer]
+learning_rate = 1e-3
+
+[data]
+path = "{data}"
 """
 
 
@@ -113,7 +131,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_the_last_checkpoint_stays(tm
         optimizer=replace(RECIPE.optimizer, accumulate=2),
     )
     for _ in range(2):  # the same command comes to the same end
-        with pytest.raises(loop.Diverged, match=r"step 7, batches 12 to 13: the loss is nan"):
+        with pytest.raises(loop.Interrupted, match=r"step 7, batches 12 to 13: the loss is nan"):
             loop.fit(task(batch), recipe, tmp_path)
     assert steps_kept(tmp_path) == {3, 6}
     assert not (tmp_path / "model").exists()
@@ -162,8 +180,16 @@ def test_what_goes_wrong_with_a_batch_is_told_as_it_is(tmp_path):
             raise InputError("data/7.png: does not decode")
         return draw(1, number)
 
-    with pytest.raises(InputError, match=r"data/7\.png: does not decode"):
+    message = r"^step 6: data/7\.png: does not decode; .* the same command continues$"
+    with pytest.raises(loop.Interrupted, match=message):
         loop.fit(task(batch), RECIPE, tmp_path)
+
+
+def test_a_validation_loss_that_is_no_number_accuses_no_batch(tmp_path):
+    wrong = {name: array * np.float32("nan") for name, array in draw(2, 0).items()}
+    with pytest.raises(loop.Interrupted, match=r"^step 20: the validation loss is nan") as caught:
+        loop.fit(replace(task(), validation=[wrong]), RECIPE, tmp_path)
+    assert "batch" not in str(caught.value)
 
 
 def test_fully_sharded_arrays_are_split_along_their_largest_axis_that_can_be():
@@ -247,8 +273,30 @@ def test_a_diverged_run_ends_with_1_and_one_line(tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text(CAPTIONS.replace("1e-3", "1e37"))
     assert command(tmp_path) == 1
     (line,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("jaxdiff: ")]
-    assert "batch " in line
+    assert "step 2: the validation loss is nan" in line
     assert "learning_rate" in line
+
+
+def test_an_image_that_does_not_decode_ends_a_run_with_1(tiny_checkpoint, tmp_path, capsys):
+    """The same command goes on when the image is mended."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(picture).save(folder / "0.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a star"}\n')
+    whole = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(whole[:2000])
+    (tmp_path / "recipe.toml").write_text(LORA.format(model=tiny_checkpoint, data=folder))
+    assert command(tmp_path) == 1
+    (line,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("jaxdiff: ")]
+    assert "0.png" in line
+    assert "step 1" in line
+    (folder / "0.png").write_bytes(whole)
+    assert command(tmp_path) == 0
+    lora = tmp_path / "run" / "model" / "pytorch_lora_weights.safetensors"
+    model = jaxdiff.load(tiny_checkpoint, lora=[str(lora)])
+    (image,) = model.generate([jaxdiff.Request(prompt="a star", steps=2)])
+    assert image.finite
 
 
 def test_two_processes_do_not_train_into_one_directory(stopped):

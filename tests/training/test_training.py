@@ -1,6 +1,8 @@
 """Training on tiny networks: whole recipes, killed and resumed, and what they leave behind."""
 
+import dataclasses
 import json
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -144,9 +146,10 @@ def test_a_denoiser_learns_and_becomes_a_model_that_generates(autoencoder_run, t
 def test_the_autoencoders_latents_are_scaled_to_unit_variance(autoencoder_run):
     from flax import nnx
 
-    from jaxdiff.training.autoencoder import load_autoencoder, render_batch, to_float
+    from jaxdiff.training.autoencoder import render_batch, to_float
+    from jaxdiff.training.components import component
 
-    config, graph, params = load_autoencoder(autoencoder_run / "model")
+    config, graph, params = component("vae", str(autoencoder_run / "model"), nnx.Rngs(0))
     mean, _ = nnx.merge(graph, params).encode(to_float(render_batch(1, 1, 64)))
     assert float(config.scale(mean).std()) == pytest.approx(1.0, rel=0.1)
 
@@ -161,6 +164,20 @@ def test_the_autoencoders_latents_are_scaled_to_unit_variance(autoencoder_run):
         ("steps = 6", "steps = 6\nwarmth = 1", "warmth is not known"),
         ("learning_rate = 1e-3", "", "optimizer.learning_rate is missing"),
         ("steps = 6", "steps = ", "not a readable TOML"),
+        ('objective = "autoencoder"', 'objective = ["autoencoder"]', "objective = "),
+        ("learning_rate = 1e-3", "learning_rat = 1e-3", "did you mean learning_rate"),
+        ("learning_rate = 1e-3", "learning_rate = nan", "learning_rate must be at least"),
+        ("learning_rate = 1e-3", "learning_rate = inf", "learning_rate must be at least"),
+        ("learning_rate = 1e-3", "learning_rate = 1e-3\nclip_norm = -1.0", "clip_norm must be"),
+        ("learning_rate = 1e-3", "learning_rate = 1e-3\nbeta2 = 1", "beta2 must be from 0 to"),
+        ("steps = 6", "steps = 6\ncrop = 65", "crop must be from 1 to 64, not 65"),
+        ("steps = 6", "steps = 6\nkl_weight = -1e-4", "kl_weight must be at least 0"),
+        ("every = 2", "every = 2\nkeep_best = -1", "checkpoints.keep_best must be at least 0"),
+        (
+            "learning_rate = 1e-3",
+            'learning_rate = 1e-3\nschedule = "constant"\nwarmup_steps = 4\ncooldown_steps = 3',
+            "are 7 together, more than steps = 6",
+        ),
     ],
 )
 def test_bad_recipes_are_one_clear_line(old, new, message, tmp_path):
@@ -172,6 +189,25 @@ def test_bad_recipes_are_one_clear_line(old, new, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_every_number_of_a_recipe_has_a_range():
+    """But for pairs, whose order is checked, and what the components' own readers check."""
+    numbers = set()
+    for kind in recipe.OBJECTIVES.values():
+        numbers |= set(_numbers(kind))
+    assert numbers == recipe.RANGES.keys()
+
+
+def _numbers(kind, before: str = ""):
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        nested = [one for one in typing.get_args(hint) or [hint] if dataclasses.is_dataclass(one)]
+        if hint in (int, float):
+            yield before + field.name
+        for one in nested:
+            yield from _numbers(one, f"{before}{field.name}.")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -179,6 +215,8 @@ def test_bad_recipes_are_one_clear_line(old, new, message, tmp_path):
         ("hidden_size = 32", "hidden_size = 64", "text_encoder.hidden_size of 32, but it is 64"),
         (str(TOKENIZER), "/nowhere", "/nowhere holds no tokenizer"),
         ("{autoencoder}", "/nowhere", "/nowhere/config.json is missing"),
+        ("rescale_betas", "rescale_beta", "zero_snr is not known; did you mean rescale_betas"),
+        ("block_out_channels", "block_out_channel", "did you mean block_out_channels"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(old, new, message, autoencoder_run, tmp_path):
