@@ -31,7 +31,7 @@ from jaxdiff.diffusion.schedule import DEFAULTS, NoiseSchedule
 from jaxdiff.diffusion.solvers import SamplerTable
 from jaxdiff.errors import InputError
 from jaxdiff.expert import Conditioning, Network
-from jaxdiff.models.unet import UNet2DConditionModel
+from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
 from jaxdiff.pixels import denoiser, sample_pixels
 from jaxdiff.stretches import Stretch
 from jaxdiff.training import data, scenes
@@ -99,9 +99,13 @@ def task(recipe: ConsistencyRecipe) -> Task:
     short = samplers.sampler_table(sampler, schedule, recipe.student_steps)
     walk = _walk(schedule, short, recipe.solver_steps // recipe.student_steps)
     parts = _Parts(recipe, teacher, student, short, walk)
+    if recipe.student:
+        begun = _earlier(recipe.student, config)
+    else:
+        begun = _begun(teacher.params["unet"], student_shapes)
     batch, validation = _batches(parts)
     return Task(
-        params=_begun(teacher.params["unet"], student_shapes),
+        params=begun,
         frozen=teacher.params,
         loss=_loss(parts),
         batch=batch,
@@ -175,6 +179,14 @@ def _begun(teacher: Params, student_shapes: dict) -> Params:
     )
 
 
+def _earlier(student: str, config: UNetConfig) -> Params:
+    """The U-Net of an earlier student. Raises InputError if it is not the one that is trained."""
+    model = load_model(student)
+    if model.configs["unet"] != config:
+        raise InputError(f"student {student!r} is no student of this model; leave it out")
+    return model.params["unet"]
+
+
 def _batches(parts: _Parts) -> tuple[Callable[[int], dict], list[dict]]:
     """The batch of each step, of captions, noise and guidance scales, and some for validation."""
     recipe, caption = parts.recipe, _captions(parts.recipe.data)
@@ -213,6 +225,9 @@ def _loss(parts: _Parts) -> Callable[[Params, Params, dict, Array], tuple[Array,
         params, frozen = in_dtype((params, frozen), DTYPES[parts.recipe.computing.dtype])
         told = conditioning(parts.teacher, frozen, batch, shape[:2])
         empty = conditioning(parts.teacher, frozen, {"token_ids": empty_ids}, shape[:2])
+        if parts.teacher.pipeline.get("force_zeros_for_empty_prompt"):  # Stable Diffusion XL's
+            zeros = jax.tree.map(jnp.zeros_like, empty)
+            empty = empty._replace(context=zeros.context, pooled=zeros.pooled)
         empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), empty)
         x, wanted = _walked(
             parts,

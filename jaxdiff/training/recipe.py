@@ -141,7 +141,8 @@ class Data:
       flip: mirror half of the images; only where captions know no left and right.
       scenes: of the shapes world: how many are drawn and encoded once, before training starts.
       composed: of the shapes world: objects are large and spread evenly, instead of lying anywhere.
-      templates: of the shapes world: the captions' templates; all, if none is named.
+      templates: of the shapes world: the captions' templates; one named twice comes twice as often,
+        and if none is named, all are drawn.
       held_out: of the shapes world: "color shape" pairs that no scene and no caption may have.
     """
 
@@ -300,6 +301,7 @@ class ConsistencyRecipe(_Run):
 
     Attributes:
       model: the teacher, a checkpoint that `jaxdiff generate` could use.
+      student: an earlier student whose U-Net goes on learning; one begins as its teacher.
       data: whose captions are drawn; its images are not needed.
       guidance_scale: the lowest and the highest that the student is taught.
       student_steps: in which the student makes an image.
@@ -307,6 +309,7 @@ class ConsistencyRecipe(_Run):
     """
 
     model: str
+    student: str = ""
     data: Data = Data()
     guidance_scale: tuple[float, ...] = (2.0, 6.0)
     student_steps: int = 4

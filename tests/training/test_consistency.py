@@ -1,5 +1,8 @@
 """Distillation of a model with random weights: what a student is asked for, and what it becomes."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,6 +171,24 @@ def test_batches_follow_from_the_step(tiny_checkpoint):
     assert ((one["guidance_scale"] >= 2.0) & (one["guidance_scale"] <= 4.0)).all()
 
 
+def test_a_teacher_is_guided_away_from_zeros_where_generating_is(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "zeros")
+    index = tmp_path / "zeros" / "model_index.json"
+    said = json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": True}
+    index.write_text(json.dumps(said))
+    losses = {}
+    for model in (tiny_checkpoint, tmp_path / "zeros"):
+        task = consistency.task(recipe(model, student_steps=1, solver_steps=1))
+        loss = jax.jit(task.loss)
+        for scale in (1.0, 3.0):
+            batch = task.batch(0) | {"guidance_scale": np.full(2, scale, np.float32)}
+            losses[model, scale] = float(
+                loss(task.params, task.frozen, batch, jax.random.key(0))[0]
+            )
+    assert losses[tiny_checkpoint, 1.0] == pytest.approx(losses[tmp_path / "zeros", 1.0], abs=1e-6)
+    assert losses[tiny_checkpoint, 3.0] != pytest.approx(losses[tmp_path / "zeros", 3.0], rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -184,6 +205,16 @@ def test_what_cannot_be_distilled_is_refused(changes, message, tiny_checkpoint):
     with pytest.raises(InputError, match=message) as caught:
         consistency.task(recipe(tiny_checkpoint, **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_student_may_go_on_from_one_that_is_there(run, tiny_checkpoint):
+    begun = consistency.task(recipe(tiny_checkpoint, student=str(run / "model"))).params
+    earlier = consistency.load_model(str(run / "model")).params["unet"]
+    jax.tree.map(np.testing.assert_array_equal, begun, earlier)
+    teacher = consistency.load_model(str(tiny_checkpoint)).params["unet"]
+    assert (begun["conv_out"]["kernel"] != teacher["conv_out"]["kernel"]).any()
+    with pytest.raises(InputError, match="is no student of this model; leave it out"):
+        consistency.task(recipe(tiny_checkpoint, student=str(tiny_checkpoint)))
 
 
 def test_a_student_is_no_teacher(run):

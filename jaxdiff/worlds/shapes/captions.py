@@ -63,7 +63,10 @@ class Caption:
 def draw_caption(
     rng: np.random.Generator, templates: Collection[str] = tuple(TEMPLATES)
 ) -> Caption:
-    """Draw a caption: one of these templates, each as often as `TEMPLATES` says; words evenly."""
+    """Draw a caption: one of these templates, each as often as `TEMPLATES` says; words evenly.
+
+    A template that is given twice is drawn twice as often.
+    """
     cumulative = np.cumsum([TEMPLATES[name] for name in templates])
     index = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
     template = tuple(templates)[min(index, len(templates) - 1)]
