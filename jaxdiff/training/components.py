@@ -129,7 +129,7 @@ def from_recipe(recipe: TextToImageRecipe) -> Components:
         folders = {"text_encoder": Path(recipe.tokenizer)}
     for key in recipe.scheduler.keys() - KEYS - {"_class_name"}:
         hint = meant(key, KEYS) or f"; it has {', '.join(sorted(KEYS))}"
-        raise InputError(f"scheduler.{key} is not known{hint}")
+        raise InputError(f"the recipe's scheduler.{key} is not known{hint}")
     scheduler = scheduler | recipe.scheduler
     for name, value in (("tokenizer", tokenizers), ("scheduler", scheduler)):
         if not value:
