@@ -1,5 +1,6 @@
 """What `jaxdiff generate` can be told, on the command line or in a TOML file. Imports no Beam."""
 
+import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from jaxdiff.checkpoint.ensemble import Ensemble, open_ensemble
 from jaxdiff.checkpoint.layout import BUNDLED
 from jaxdiff.dataset import settings
 from jaxdiff.dataset.settings import Settings
-from jaxdiff.errors import InputError, meant
+from jaxdiff.errors import InputError
 from jaxdiff.request import SAMPLERS
 
 DESCRIPTION = """\
@@ -177,8 +178,9 @@ def _read_job(path: Path) -> dict:
 
 def suggest(name: str) -> str:
     """What a misspelt option may have meant, as the end of a message."""
-    names = [f"--{option}".replace("_", "-") for option in OPTIONS]
-    return meant(f"--{name}".replace("_", "-"), names)
+    names = [option.replace("_", "-") for option in OPTIONS]
+    close = difflib.get_close_matches(name.replace("_", "-"), names, n=1)
+    return f"; did you mean --{close[0]}?" if close else ""
 
 
 def _parser() -> Parser:
