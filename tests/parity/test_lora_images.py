@@ -70,7 +70,7 @@ def taught(directory: Path, file: Path) -> None:
     adapters = lora.init(shapes, 4, jax.random.key(0))
     random = np.random.default_rng(0)
     adapters = jax.tree.map(
-        lambda leaf: (0.1 * random.standard_normal(leaf.shape)).astype(np.float32), adapters
+        lambda leaf: (0.2 * random.standard_normal(leaf.shape)).astype(np.float32), adapters
     )
     lora.save_lora(adapters, 8.0, file)
 
