@@ -119,3 +119,8 @@ def denoiser(
 def to_pixels(images: Array) -> Array:
     """Images in -1..1 to uint8, rounded to the nearest."""
     return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def to_float(pixels: Array) -> Array:
+    """uint8 pixels to the networks' -1..1, float32."""
+    return pixels.astype(jnp.float32) / 127.5 - 1.0

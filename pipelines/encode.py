@@ -200,7 +200,7 @@ def opened(encoding: Encoding) -> Work:
     """
     checkpoint = open_checkpoint(encoding.model)
     configs = read_configs(checkpoint)
-    multiple = configs["vae"].factor * 2 ** (len(configs["unet"].block_out_channels) - 1)
+    multiple = configs["vae"].factor * configs["unet"].factor
     size = encoding.size or min(checkpoint.default_size)
     sizes = buckets(size, encoding.aspect_ratios, multiple)
     examples = open_examples(Data(path=encoding.data, captions=encoding.captions))

@@ -111,6 +111,11 @@ class UNetConfig:
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     @property
+    def factor(self) -> int:
+        """Latents per place of the deepest block, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
     def time_width(self) -> int:
         """The width of the timestep's embedding."""
         return 4 * self.block_out_channels[0]

@@ -14,7 +14,7 @@ from jaxdiff.checkpoint import diffusers
 from jaxdiff.checkpoint.components import CONFIGS, NETWORKS
 from jaxdiff.errors import InputError
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxdiff.pixels import to_pixels
+from jaxdiff.pixels import to_float, to_pixels
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import AutoencoderRecipe
 from jaxdiff.worlds import shapes
@@ -36,11 +36,6 @@ def render_batch(seed: int, step: int, count: int, crop: int = CANVAS) -> np.nda
             for image, (top, left) in zip(images, corners, strict=True)
         ]
     )
-
-
-def to_float(pixels: Array) -> Array:
-    """uint8 pixels to the networks' -1..1, float32."""
-    return pixels.astype(jnp.float32) / 127.5 - 1.0
 
 
 def task(recipe: AutoencoderRecipe) -> Task:

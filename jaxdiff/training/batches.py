@@ -10,8 +10,8 @@ from flax import nnx
 from jax import Array
 
 from jaxdiff.errors import InputError
+from jaxdiff.pixels import to_float
 from jaxdiff.training import data, dreambooth, places, scenes
-from jaxdiff.training.autoencoder import to_float
 from jaxdiff.training.captions import PREVIEW_IMAGES, preview_captions
 from jaxdiff.training.components import Components
 from jaxdiff.training.recipe import Data, Lora, TextToImageRecipe

@@ -59,7 +59,7 @@ class Components:
     @property
     def size_multiple(self) -> int:
         """What heights and widths are multiples of in training, in pixels."""
-        return self.configs["vae"].factor * 2 ** (len(self.configs["unet"].block_out_channels) - 1)
+        return self.configs["vae"].factor * self.configs["unet"].factor
 
     def save(self, directory: Path, params: Mapping[str, Params], dtype) -> None:
         """Writes the model with these parameters in place of its own, as a diffusers directory."""

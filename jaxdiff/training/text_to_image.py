@@ -17,11 +17,10 @@ from jaxdiff.diffusion import objective, samplers
 from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.errors import InputError
 from jaxdiff.expert import Conditioning, Network
-from jaxdiff.pixels import sample_pixels
+from jaxdiff.pixels import sample_pixels, to_float
 from jaxdiff.prompts import XL_LAYERS_SKIPPED, encode_tokens
 from jaxdiff.stretches import Stretch
 from jaxdiff.training import batches, lora, noise_levels, places
-from jaxdiff.training.autoencoder import to_float
 from jaxdiff.training.components import Components, from_recipe
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import TextToImageRecipe

@@ -14,6 +14,7 @@ from jaxdiff.checkpoint.diffusers import open_network
 from jaxdiff.checkpoint.layout import Checkpoint
 from jaxdiff.checkpoint.networks import read_configs
 from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxdiff.pixels import to_float
 from jaxdiff.prompts import PromptEncoder
 from jaxdiff.training.data.encoded import EMBEDDINGS, latents_digest, weights_digest
 
@@ -88,6 +89,6 @@ class Encoder:
 def _posterior(
     graph: nnx.GraphDef, config: AutoencoderKLConfig, params: dict, pixels: Array
 ) -> tuple[Array, Array]:
-    mean, log_variance = nnx.merge(graph, params).encode(pixels.astype(jnp.float32) / 127.5 - 1.0)
+    mean, log_variance = nnx.merge(graph, params).encode(to_float(pixels))
     std = jnp.exp(0.5 * log_variance)
     return config.scale(mean), config.scale(std) - config.scale(jnp.zeros_like(std))
