@@ -43,6 +43,7 @@ from jaxdiff.training.recipe import ConsistencyRecipe, Data
 from jaxdiff.training.text_to_image import DTYPES, conditioning, in_dtype
 
 ANCESTRAL = "EulerAncestralDiscreteScheduler"
+RESCALED = "rescale_betas_zero_snr"
 GUIDANCE_WIDTH = 256  # of the guidance scale's sinusoids, as in Luo et al., 2023, arXiv:2310.04378
 VALIDATION_BATCHES = 4
 # An image's error counts by its length, not squared: else the first step, whose errors are the
@@ -83,7 +84,7 @@ def task(recipe: ConsistencyRecipe) -> Task:
         if bad:
             raise InputError(f"model {recipe.model!r} {what}; name another teacher")
     _refuse_misfits(recipe, teacher)
-    scheduler = _scheduler(teacher.scheduler)
+    scheduler, short, walk = _tables(recipe, teacher.scheduler)
     config = replace(teacher.configs["unet"], time_cond_proj_dim=GUIDANCE_WIDTH)
     unet_class = partial(UNet2DConditionModel, remat=recipe.computing.remat)
     graph, student_shapes = diffusers.abstract_network(unet_class, config)
@@ -98,11 +99,6 @@ def task(recipe: ConsistencyRecipe) -> Task:
         scheduler=scheduler,
         pipeline={**teacher.pipeline, OWN_DEFAULTS: made_for},
     )
-    sampler = SAMPLER_OF_SCHEDULER[scheduler["_class_name"]]
-    schedule = NoiseSchedule.from_json(scheduler, sampler)
-    short = samplers.sampler_table(sampler, schedule, recipe.student_steps)
-    bars = NoiseSchedule.from_json(teacher.scheduler, sampler).alpha_bars()
-    walk = _walk(bars, short, recipe.solver_steps // recipe.student_steps)
     parts = _Parts(recipe, teacher, student, short, walk)
     if recipe.student:
         begun = _earlier(recipe.student, config)
@@ -138,6 +134,19 @@ def _refuse_misfits(recipe: ConsistencyRecipe, teacher: Components) -> None:
         )
 
 
+def _tables(
+    recipe: ConsistencyRecipe, config: dict
+) -> tuple[dict, SamplerTable, dict[str, np.ndarray]]:
+    """The student's scheduler and its table, and the walk of a teacher that has `config`."""
+    scheduler = _scheduler(config)
+    sampler = SAMPLER_OF_SCHEDULER[scheduler["_class_name"]]
+    schedule = NoiseSchedule.from_json(scheduler, sampler)
+    short = samplers.sampler_table(sampler, schedule, recipe.student_steps)
+    teachers = scheduler | {RESCALED: config.get(RESCALED, False)}
+    bars = NoiseSchedule.from_json(teachers, sampler).alpha_bars()
+    return scheduler, short, _walk(bars, short, recipe.solver_steps // recipe.student_steps)
+
+
 def _scheduler(config: dict) -> dict:
     """The student's scheduler: ancestral Euler if it is a teacher's, or DDIM, from pure noise.
 
@@ -146,7 +155,7 @@ def _scheduler(config: dict) -> dict:
     its pure noise counts as the levels' highest before that was put to zero signal.
     """
     if config.get("_class_name") == ANCESTRAL:
-        return config | {"timestep_spacing": "trailing", "rescale_betas_zero_snr": False}
+        return config | {"timestep_spacing": "trailing", RESCALED: False}
     said = {key: value for key, value in config.items() if key in DEFAULTS["ddim"]}
     return said | {
         "_class_name": "DDIMScheduler",

@@ -75,6 +75,17 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(unguided):
     assert set(metrics) == {"loss_of_step_1"}
 
 
+def test_an_error_counts_by_its_length(unguided):
+    loss, params = unguided
+
+    def off_by(much: float) -> float:
+        last = {**params["conv_out"], "bias": params["conv_out"]["bias"] + much}
+        return float(loss({**params, "conv_out": last})[0][0])
+
+    assert off_by(0.1) > 0.09
+    assert off_by(0.2) == pytest.approx(2 * off_by(0.1), rel=0.01)
+
+
 def test_a_student_that_has_forgotten_learns_again(unguided):
     loss, params = unguided
     params = jax.tree.map(lambda leaf: 1.05 * leaf, params)
@@ -165,12 +176,27 @@ def parts_of(sampler: str, checkpoint) -> consistency._Parts:
     """Of a student of two steps whose teacher takes two for each, and samples by that sampler."""
     teacher = consistency.load_model(str(checkpoint))
     classes = {"ddim": "DDIMScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler"}
-    scheduler = consistency._scheduler(teacher.scheduler | {"_class_name": classes[sampler]})
-    schedule = NoiseSchedule.from_json(scheduler, sampler)
-    short = samplers.sampler_table(sampler, schedule, 2)
-    bars = NoiseSchedule.from_json(teacher.scheduler, sampler).alpha_bars()
-    walk = consistency._walk(bars, short, 2)
-    return consistency._Parts(recipe(checkpoint), teacher, None, short, walk)
+    told = recipe(checkpoint)
+    scheduler = teacher.scheduler | {"_class_name": classes[sampler]}
+    _, short, walk = consistency._tables(told, scheduler)
+    return consistency._Parts(told, teacher, None, short, walk)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False},
+        {"_class_name": "DDIMScheduler", "clip_sample": True},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
+    ],
+)
+def test_a_teacher_may_sample_by_what_is_not_built_for_its_student(scheduler):
+    """Stable Diffusion 1's scheduler, and others; only the noise levels are the student's too."""
+    levels = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    made, short, walk = consistency._tables(recipe("shapes64"), levels | scheduler)
+    assert made["_class_name"] == "DDIMScheduler"
+    np.testing.assert_allclose(walk["alpha"][:, 0], short.alpha, rtol=1e-6)
+    assert walk["timesteps"][:, 0].tolist() == [999, 499]
 
 
 def test_a_student_says_in_how_many_steps_it_makes_an_image(run):
