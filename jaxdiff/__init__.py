@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from jaxdiff.request import Request
 
 if TYPE_CHECKING:
-    from jaxdiff.text_to_image import TextToImage, load
+    from jaxdiff.engine.engine import TextToImage, load
 
 __all__ = ["Request", "TextToImage", "load"]
 
@@ -13,7 +13,7 @@ __all__ = ["Request", "TextToImage", "load"]
 def __getattr__(name: str):
     # Late, so that jaxdiff.dataset can be imported on a machine without JAX.
     if name in ("TextToImage", "load"):
-        from jaxdiff import text_to_image
+        from jaxdiff.engine import engine
 
-        return getattr(text_to_image, name)
+        return getattr(engine, name)
     raise AttributeError(f"module 'jaxdiff' has no attribute {name!r}")

@@ -1,16 +1,13 @@
 """The command line. What a command needs is imported when it runs, so that help comes at once."""
 
 import importlib.metadata
-import logging
-import os
 import sys
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxdiff.arguments import Parser
 from jaxdiff.errors import InputError
+from pipelines import command_line
+from pipelines.command_line import Parser
 
 OVERVIEW = """\
 usage: jaxdiff COMMAND [option ...]
@@ -46,16 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"jaxdiff {_version()}")
         return 0
-    debug = "--debug" in arguments
-    _set_logging(debug)
-    try:
-        return _command(arguments[0])(arguments[1:])
-    except (Exception, KeyboardInterrupt) as problem:
-        if debug:
-            traceback.print_exc()
-        message, code = _explain(problem)
-        print(f"jaxdiff: {message}", file=sys.stderr)
-        return code
+    return command_line.run(lambda said: _command(said[0])(said[1:]), arguments)
 
 
 def _version() -> str:
@@ -63,19 +51,6 @@ def _version() -> str:
         return importlib.metadata.version("jaxdiff")
     except importlib.metadata.PackageNotFoundError:
         return "(a checkout that is not installed)"
-
-
-def _explain(problem: BaseException) -> tuple[str, int]:
-    """One line for people, and the exit code."""
-    if isinstance(problem, InputError):
-        return str(problem), 2
-    if isinstance(problem, KeyboardInterrupt):
-        return "interrupted", 130
-    if isinstance(problem, OSError):
-        what = f"{problem.filename}: {problem.strerror or problem}"
-        return f"{what}; when that is mended, the same command continues", 1
-    first, *_ = str(problem).splitlines() or [""]
-    return f"{type(problem).__name__}: {first} (--debug shows where)", 1
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
@@ -95,9 +70,9 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _generate(arguments: list[str]) -> int:
-    from pipelines import options
+    from pipelines import generate_options
 
-    job, beam_arguments = options.parse(arguments)
+    job, beam_arguments = generate_options.parse(arguments)
     from pipelines import generate
 
     return generate.run(job, beam_arguments)
@@ -112,8 +87,8 @@ def _inspect(arguments: list[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help="as for jaxdiff generate --model")
     parser.add_argument("--variant", metavar="NAME", help="which of its files, such as fp16")
     said = parser.parse_args(arguments)
-    from jaxdiff.checkpoint import inspect
-    from jaxdiff.checkpoint.layout import open_checkpoint
+    from jaxdiff.checkpoint.checkpoint import open_checkpoint
+    from jaxdiff.families import inspect
 
     print(inspect.report(open_checkpoint(said.model, said.variant)))
     return 0
@@ -163,7 +138,7 @@ def _view(arguments: list[str]) -> int:
         "--output", metavar="DIR", type=Path, help="the gallery's folder (default: DIR/gallery)"
     )
     said = parser.parse_args(arguments)
-    from jaxdiff.dataset import gallery
+    from jaxdiff.dataset.finished import gallery
 
     print(gallery.write(said.directory, said.output))
     return 0
@@ -192,7 +167,7 @@ def _sign(arguments: list[str]) -> int:
         "--key", metavar="KEY.pem", type=Path, required=True, help="its private key, not encrypted"
     )
     said = parser.parse_args(arguments)
-    from jaxdiff.dataset import signing
+    from jaxdiff.dataset.finished import signing
 
     signed = signing.sign_dataset(said.directory, said.certificate, said.key)
     what = f"signed {signed} images" if signed else "every image is signed already"
@@ -230,71 +205,24 @@ def _train(arguments: list[str]) -> int:
     if said.to and not said.export:
         raise InputError("--to: is for --export; --output says where a training goes")
     from jaxdiff.training import loop, run
+    from pipelines.class_images import class_images
 
     if said.export:
-        print(run.export(said.recipe, said.output, said.export, said.to))
+        print(run.export(said.recipe, said.output, said.export, said.to, class_images))
         return 0
     try:
-        return 0 if run.train(said.recipe, said.output) else 75
+        return 0 if run.train(said.recipe, said.output, class_images) else 75
     except loop.Interrupted as problem:
         print(f"jaxdiff: {problem}", file=sys.stderr)
         return 1
 
 
 def _encode(arguments: list[str]) -> int:
-    parser = Parser(
-        "encode",
-        description="Encode captioned images to a model's latents once, so that trainings need not "
-        "do it at every step. What is written is named by data.path of a recipe. Exit codes: 0 "
-        "done; 1 failed part-way, the same command continues; 2 the command or its input cannot be "
-        "used; 75 stopped by a signal, the same command continues.",
-        epilog="example:\n  jaxdiff encode --data photos --model shapes64 --output out/encoded\n\n"
-        "Options that are not listed here go to Apache Beam.",
-    )
-    parser.add_argument("--data", metavar="DIR", required=True, help="the images (docs/data.md)")
-    parser.add_argument("--output", metavar="DIR", required=True, help="for what is encoded")
-    parser.add_argument(
-        "--model", metavar="MODEL", default="shapes64", help="as for jaxdiff generate --model"
-    )
-    parser.add_argument(
-        "--captions", metavar="COLUMN", default="", help="of the captions (default: found)"
-    )
-    parser.add_argument(
-        "--size",
-        metavar="PX",
-        type=int,
-        default=0,
-        help="side of the square whose area images are brought to (default: the model's)",
-    )
-    parser.add_argument(
-        "--aspect-ratios",
-        metavar="RATIO",
-        type=float,
-        default=1.0,
-        help="widest and, inverted, tallest of the images (default: 1, squares)",
-    )
-    parser.add_argument("--embed", action="store_true", help="encode the captions as well")
-    parser.add_argument(
-        "--images-per-shard", metavar="N", type=int, default=1000, help="at most (default: 1000)"
-    )
-    said, beam_arguments = parser.parse_known_args(arguments)
-    if beam_arguments and not beam_arguments[0].startswith("-"):
-        parser.error(f"unexpected {beam_arguments[0]!r}")
-    if said.images_per_shard < 1:
-        parser.error("--images-per-shard must be at least 1")
-    from pipelines import encode
-    from pipelines.options import Models
+    from pipelines import encode_options
 
-    encoding = encode.Encoding(
-        data=str(Path(said.data).absolute()),
-        model=Models(said.model).anywhere().model,
-        output=str(Path(said.output).absolute()),
-        captions=said.captions,
-        size=said.size,
-        aspect_ratios=said.aspect_ratios,
-        embeddings=said.embed,
-        images_per_shard=said.images_per_shard,
-    )
+    encoding, beam_arguments = encode_options.parse(arguments)
+    from pipelines import encode
+
     return encode.run(encoding, beam_arguments)
 
 
@@ -305,15 +233,3 @@ def _evaluate(arguments: list[str]) -> int:
     from pipelines import evaluate
 
     return evaluate.run(asked, beam_arguments)
-
-
-def _set_logging(debug: bool) -> None:
-    """Without --debug, keeps quiet what the libraries say on every healthy run."""
-    if debug:
-        logging.basicConfig(level=logging.INFO)
-        return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.basicConfig(level=logging.ERROR)
-    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
-    warnings.simplefilter("ignore")

@@ -8,14 +8,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from jaxdiff import batching
-from jaxdiff.checkpoint import operations
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.plan import Plan
+from jaxdiff.devices import batching
+from jaxdiff.families import operations
 from jaxdiff.request import Bucket
 from pipelines import inputs
-from pipelines.options import Job
+from pipelines.generate_options import Job
 
 BUCKET_COLUMNS = ["width", "height", "steps", "guidance_scale", "sampler"]
 HEADINGS = ("size", "steps", "sampler", "guided", "images", "batches", "padded slots", "shards")

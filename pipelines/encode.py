@@ -21,7 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -30,44 +30,20 @@ import apache_beam as beam
 import numpy as np
 from tqdm import tqdm
 
-from jaxdiff.checkpoint.layout import open_checkpoint
-from jaxdiff.checkpoint.networks import read_configs
-from jaxdiff.dataset import directory as layout
+from jaxdiff.checkpoint.checkpoint import open_checkpoint
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.errors import InputError
-from jaxdiff.training.data import Examples, assign, buckets, encoded, open_examples, pictures
+from jaxdiff.families.networks import read_configs
+from jaxdiff.training.data import Examples, assign, buckets, decoding, encoded, open_examples
 from jaxdiff.training.data.encoder import Encoder
 from jaxdiff.training.recipe import Data
-from pipelines import runners, supervisor
-from pipelines.generate import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, stopped_by_signals
-from pipelines.images import StoppedError
+from pipelines import command_line, encode_options, jobs, runners
+from pipelines.encode_options import Encoding
+from pipelines.jobs import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, StoppedError, stopped_by_signals
 
 DECODERS = 4  # threads that decode images
 AHEAD = 2  # batches that are decoded while one is encoded
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What is to be encoded.
-
-    Attributes:
-      data: a folder of captioned images, in a form that `open_examples` knows.
-      captions: the column of captions; "" finds it.
-      model: as for `jaxdiff generate --model`.
-      output: the folder that is written.
-      size, aspect_ratios: as in `recipe.Data`; a size of 0 is the model's.
-      embeddings: whether captions are embedded.
-      images_per_shard: at most.
-    """
-
-    data: str
-    model: str
-    output: str
-    captions: str = ""
-    size: int = 0
-    aspect_ratios: float = 1.0
-    embeddings: bool = False
-    images_per_shard: int = 1000
 
 
 class EncodeShard(beam.DoFn):
@@ -78,19 +54,13 @@ class EncodeShard(beam.DoFn):
 
     def process(self, number: int) -> Iterator[int]:
         """Yields the number again."""
-        try:
-            if not _failures:
-                with _lock:
-                    encode_shard(self.encoding, number)
-        except Exception as problem:
-            if _failures is None:
-                raise
-            _failures.append(problem)  # Beam would raise another error, as text
+        with jobs.failures_kept(), _lock:
+            if not jobs.has_failed():
+                encode_shard(self.encoding, number)
         yield number
 
 
 _lock = threading.Lock()  # one model a process, and device calls one at a time
-_failures: list[Exception] | None = None  # of the job that runs in this process, if one does
 
 
 def run(encoding: Encoding, beam_arguments: list[str]) -> int:
@@ -167,20 +137,13 @@ def _digest(examples: Examples) -> str:
 
 
 def _encode(encoding: Encoding, todo: list[int], beam_runner: tuple) -> None:
-    """Runs the Beam job; raises what has gone wrong in this process."""
-    global _failures
+    """Runs the Beam job; raises the first error of its shards."""
     if not todo:
         return
     runner, options = beam_runner
-    _failures = []
-    try:
-        with beam.Pipeline(runner=runner, options=options) as pipeline:
-            shards = pipeline | "Shards" >> beam.Create(todo, reshuffle=False)
-            _ = shards | beam.Reshuffle() | "EncodeShard" >> beam.ParDo(EncodeShard(encoding))
-    finally:
-        failures, _failures = _failures, None
-    if failures:
-        raise failures[0]
+    with jobs.failures_raised(), beam.Pipeline(runner=runner, options=options) as pipeline:
+        shards = pipeline | "Shards" >> beam.Create(todo, reshuffle=False)
+        _ = shards | beam.Reshuffle() | "EncodeShard" >> beam.ParDo(EncodeShard(encoding))
 
 
 class Work(NamedTuple):
@@ -227,7 +190,7 @@ def encode_shard(encoding: Encoding, number: int) -> None:
 
     Raises:
       InputError: for an image that cannot be decoded, or whose latents are not finite.
-      StoppedError: if `supervisor.stopping` is set.
+      StoppedError: if `jobs.stopping` is set.
     """
     examples, shards, rows = opened(encoding)
     shard, output = shards[number], Path(encoding.output)
@@ -264,11 +227,11 @@ def _batches(
     """Yields the images in the shard's size, uint8 [n, h, w, 3], decoded a little ahead."""
 
     def decoded(index: int) -> np.ndarray:
-        return pictures.fitted(examples.pixels(index), shard.height, shard.width)
+        return decoding.fitted(examples.pixels(index), shard.height, shard.width)
 
     waiting = deque()
     for start in [*range(0, len(indices), at_once), *[None] * AHEAD]:
-        if supervisor.stopping.is_set():
+        if jobs.stopping.is_set():
             threads.shutdown(cancel_futures=True)
             raise StoppedError
         if start is not None:
@@ -310,6 +273,4 @@ def _finish(encoding: Encoding, shards: list[encoded.Shard], output: Path) -> No
 
 
 if __name__ == "__main__":
-    from jaxdiff import cli
-
-    sys.exit(cli.main(["encode", *sys.argv[1:]]))
+    sys.exit(command_line.run(lambda said: run(*encode_options.parse(said)), sys.argv[1:]))

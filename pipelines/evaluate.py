@@ -25,7 +25,7 @@ from pathlib import Path
 import apache_beam as beam
 import pyarrow as pa
 
-from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.errors import InputError
@@ -33,24 +33,29 @@ from jaxdiff.evaluation import (
     audits,
     benchmarks,
     best,
-    clip,
-    layouts,
+    clip_measures,
+    datasets,
     merging,
-    pictures,
-    report,
     results,
     scoring,
     sets,
 )
 from jaxdiff.evaluation.benchmarks import BENCHMARKS
+from jaxdiff.evaluation.layouts import folders
 from jaxdiff.evaluation.measures import OF_IMAGES
 from jaxdiff.evaluation.published import PUBLISHED
 from jaxdiff.evaluation.records import Picture, Prompt, Scores
+from jaxdiff.evaluation.report import report
 from jaxdiff.evaluation.scoring import Scoring
-from pipelines import generate, runners, supervisor
+from pipelines import command_line, evaluate_options, generate, jobs, runners
 from pipelines.evaluate_options import Evaluation, Export, Run
-from pipelines.generate import EXIT_OK, EXIT_SOME_IMAGES_FAILED, EXIT_STOPPED, stopped_by_signals
-from pipelines.images import StoppedError
+from pipelines.jobs import (
+    EXIT_OK,
+    EXIT_SOME_IMAGES_FAILED,
+    EXIT_STOPPED,
+    StoppedError,
+    stopped_by_signals,
+)
 
 MANIFEST = "manifest.jsonl"
 SCORES = "scores"
@@ -84,8 +89,8 @@ class Images:
         """Yields those of a part; raises InputError for one that cannot be read."""
         folder = Path(self.directory)
         if self.layout:
-            return layouts.read_layout(self.layout, folder, list(self.prompts))
-        return pictures.of_shard(folder, _plan(self.directory), part)
+            return folders.read_layout(self.layout, folder, list(self.prompts))
+        return datasets.of_shard(folder, _plan(self.directory), part)
 
     def digest(self, part: int) -> str:
         """Of what a part's pictures are."""
@@ -100,7 +105,7 @@ class Images:
 
 @lru_cache(8)
 def _plan(directory: str) -> Plan:
-    return pictures.open_dataset(Path(directory))
+    return datasets.open_dataset(Path(directory))
 
 
 class ScoreShard(beam.DoFn):
@@ -111,21 +116,16 @@ class ScoreShard(beam.DoFn):
 
     def process(self, part: int) -> Iterator[sets.Summary]:
         """Yields the summary of the features of the pictures that were made."""
-        try:
-            if supervisor.stopping.is_set():
+        table = None
+        with jobs.failures_kept(), _lock:
+            if jobs.stopping.is_set():
                 raise StoppedError
-            with _lock:
-                table = score_part(self.images, self.scored, Path(self.folder), part)
-        except (InputError, OSError, StoppedError) as problem:
-            if _failures is None:
-                raise
-            _failures.append(problem)  # Beam would raise another error, as text
-            return
-        yield sets.Summary.of(*scoring.features(table))
+            table = score_part(self.images, self.scored, Path(self.folder), part)
+        if table is not None:
+            yield sets.Summary.of(*scoring.features(table))
 
 
 _lock = threading.Lock()  # one model a process, and device calls one at a time
-_failures: list[Exception] | None = None  # of the job that runs in this process, if one does
 
 
 def score_part(images: Images, scored: Scoring, folder: Path, part: int) -> pa.Table:
@@ -150,7 +150,7 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
     )
     runners.choose(beam_arguments, 1)  # refused before anything is written
     if asked.clip:
-        clip.open_clip(asked.clip)
+        clip_measures.open_clip(asked.clip)
     reference = asked.reference and sets.read_reference(Path(asked.reference), asked.clip)
     code = _make_images(asked, prompts, beam_arguments)
     if code not in (EXIT_OK, EXIT_SOME_IMAGES_FAILED):
@@ -198,7 +198,7 @@ def _judge(
     scored = Scoring(
         exact=asked.benchmark == EXACT,
         clip=asked.clip,
-        clip_fingerprint=clip.open_clip(asked.clip).fingerprint if asked.clip else "",
+        clip_fingerprint=clip_measures.open_clip(asked.clip).fingerprint if asked.clip else "",
         labels=sets.labels(prompts),
     )
     folder = _folder(asked, each) / SCORES
@@ -265,20 +265,13 @@ def _told(images: Images) -> dict[str, str]:
 
 def _score(images: Images, scored: Scoring, folder: Path, beam_arguments: list[str]) -> None:
     """Runs the Beam job, which leaves a file a part and a summary of all; raises InputError."""
-    global _failures
     runner, options = runners.choose(beam_arguments, 1)
     folder.mkdir(parents=True, exist_ok=True)
-    _failures = []
-    try:
-        with beam.Pipeline(runner=runner, options=options) as pipeline:
-            parts = pipeline | "Parts" >> beam.Create(images.parts(), reshuffle=False)
-            scores = parts | beam.Reshuffle() | beam.ParDo(ScoreShard(images, scored, folder))
-            summary = scores | beam.CombineGlobally(sets.summary_of_all)
-            _ = summary | "Write" >> beam.Map(partial(_write_summary, str(folder.absolute())))
-    finally:
-        failures, _failures = _failures, None
-    if failures:
-        raise failures[0]
+    with jobs.failures_raised(), beam.Pipeline(runner=runner, options=options) as pipeline:
+        parts = pipeline | "Parts" >> beam.Create(images.parts(), reshuffle=False)
+        scores = parts | beam.Reshuffle() | beam.ParDo(ScoreShard(images, scored, folder))
+        summary = scores | beam.CombineGlobally(sets.summary_of_all)
+        _ = summary | "Write" >> beam.Map(partial(_write_summary, str(folder.absolute())))
 
 
 def _write_summary(folder: str, summary: sets.Summary) -> None:
@@ -309,10 +302,10 @@ def _write_images(asked: Evaluation, each: Run, prompts: list[Prompt], rows: pa.
     name = BENCHMARKS[asked.benchmark].layout
     try:
         if name == AT_THE_TOP:
-            layouts.export(name, every(), prompts, asked.images, folder, beside_others=True)
+            folders.export(name, every(), prompts, asked.images, folder, beside_others=True)
         else:
             shutil.rmtree(folder / IMAGES, ignore_errors=True)
-            layouts.export(name, every(), prompts, asked.images, folder / IMAGES)
+            folders.export(name, every(), prompts, asked.images, folder / IMAGES)
     except InputError as problem:
         print(f"jaxdiff: {name}'s layout is not written: {problem}", file=sys.stderr)
         return False
@@ -345,7 +338,7 @@ def _report(
 def _clip_said(model: str) -> str:
     if not model:
         return ""
-    tower = clip.open_clip(model)
+    tower = clip_measures.open_clip(model)
     return f"{tower.name}, {tower.fingerprint[:16]}; CLIPScore is 100 max(cos, 0)"
 
 
@@ -375,13 +368,13 @@ def _find(
 def _export_dataset(asked: Export) -> int:
     """Writes a dataset in a benchmark's layout."""
     prompts, counts = {}, Counter()
-    for picture in pictures.of_dataset(asked.dataset):
+    for picture in datasets.of_dataset(asked.dataset):
         prompts[picture.prompt.id] = picture.prompt
         counts[picture.prompt.id] += 1
     images = max(counts.values(), default=0)
-    made = layouts.export(
+    made = folders.export(
         asked.layout,
-        pictures.of_dataset(asked.dataset),
+        datasets.of_dataset(asked.dataset),
         list(prompts.values()),
         images,
         asked.output,
@@ -391,6 +384,4 @@ def _export_dataset(asked: Export) -> int:
 
 
 if __name__ == "__main__":
-    from jaxdiff import cli
-
-    sys.exit(cli.main(["evaluate", *sys.argv[1:]]))
+    sys.exit(command_line.run(lambda said: run(*evaluate_options.parse(said)), sys.argv[1:]))

@@ -4,13 +4,13 @@ import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jaxdiff.arguments import Parser
 from jaxdiff.dataset import settings
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation.benchmarks import BENCHMARKS
-from jaxdiff.evaluation.layouts import LAYOUTS
-from pipelines import options
-from pipelines.options import Job
+from jaxdiff.evaluation.layouts.folders import LAYOUTS
+from pipelines import generate_options
+from pipelines.command_line import Parser
+from pipelines.generate_options import Job
 
 DESCRIPTION = """\
 Judge models over a prompt benchmark: make the images (or take those that are there), measure them,
@@ -149,7 +149,7 @@ def _runs(said, rest: list[str]) -> tuple[tuple[Run, ...], list[str]]:
         words = [word for name, value in chosen for word in (f"--{name}", value)]
         manifest = said.output / "manifest.jsonl"
         common = ["--manifest", str(manifest), "--output", str(said.output), "--model", model]
-        job, beam_arguments = options.parse([*rest, *words, *common])
+        job, beam_arguments = generate_options.parse([*rest, *words, *common])
         name = " ".join([Path(model).name, *(f"{name}={value}" for name, value in chosen)])
         runs.append(Run(name, job, said.output))
     names = [run.name for run in runs]

@@ -14,9 +14,7 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -27,26 +25,41 @@ from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult, PipelineRunner
 
-from jaxdiff.checkpoint.ensemble import Ensemble
-from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import ledger, planning
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import settings as job_settings
-from jaxdiff.dataset.manifest import Manifest
+from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.errors import InputError
-from pipelines import dry_run, inputs, progress, runners, supervisor
-from pipelines.images import StoppedError
-from pipelines.options import Job, Models, Workers
+from jaxdiff.families.ensemble import Ensemble
+from pipelines import (
+    command_line,
+    dry_run,
+    generate_options,
+    inputs,
+    jobs,
+    progress,
+    runners,
+    supervisor,
+)
+from pipelines.generate_options import Job, Models, Workers
+from pipelines.jobs import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_SOME_IMAGES_FAILED,
+    EXIT_STOPPED,
+    StoppedError,
+    stopped_by_signals,
+)
 from pipelines.worker import Task
 
 ELSEWHERE = "name another directory, or start anew with --overwrite"
 NAMESPACE = "jaxdiff"  # of the metrics
-EXIT_OK, EXIT_FAILED, EXIT_SOME_IMAGES_FAILED, EXIT_STOPPED = 0, 1, 3, 75
 
 
 class GenerateShard(beam.DoFn):
-    """Has the shards made whose numbers it is given; what it yields is only for people.
+    """Asks a worker to make each shard; yields statistics.
 
     Args:
       mode: as in `worker.Task`.
@@ -248,7 +261,8 @@ def make_shards(
     try:
         with (
             shown,
-            supervisor.at_home(),
+            jobs.failures_raised(),
+            supervisor.closed_afterwards(),
             beam.Pipeline(runner=runner, options=beam_options) as pipeline,
         ):
             shards = pipeline | "Shards" >> beam.Create(todo, reshuffle=False)
@@ -293,29 +307,6 @@ def _full_disk_named(directory: Path) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """The first SIGTERM or Ctrl-C ends the job after the current batch, the second at once."""
-    supervisor.stopping.clear()
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(number, _) -> None:
-        os.write(2, b"\njaxdiff: stopping after the current batch\n")  # print may be running
-        supervisor.stopping.set()
-        signal.signal(number, old[number])
-
-    for number in old:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
@@ -325,6 +316,4 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    from jaxdiff import cli
-
-    sys.exit(cli.main(["generate", *sys.argv[1:]]))
+    sys.exit(command_line.run(lambda said: run(*generate_options.parse(said)), sys.argv[1:]))

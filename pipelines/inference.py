@@ -19,7 +19,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.request import Request
 
 if TYPE_CHECKING:
-    from jaxdiff.text_to_image import TextToImage
+    from jaxdiff.engine.engine import TextToImage
 
 NAMESPACE = "jaxdiff"
 NOT_FINITE = "the model's values were not finite"
@@ -38,7 +38,7 @@ class Failure:
 
 
 class TextToImageModelHandler(ModelHandler[Request, PredictionResult, "TextToImage"]):
-    """Makes a `jaxdiff.text_to_image.Image`, or a `Failure`, of each `jaxdiff.Request`.
+    """Makes a `jaxdiff.engine.engine.Image`, or a `Failure`, of each `jaxdiff.Request`.
 
     The results are Beam's `PredictionResult`s: the request as it came, the image, and the model's
     fingerprint. Batches have one size: short ones, of which each bundle ends with one, are filled

@@ -11,8 +11,8 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from jaxdiff.dataset import manifest as manifests
-from jaxdiff.dataset.manifest import Manifest
+from jaxdiff.dataset.manifest import manifest as manifests
+from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.errors import InputError
 
 EXTRAS = {"gs": ("google.cloud.storage", "gcp"), "s3": ("boto3", "aws")}  # a module of each

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset.plan import Plan
 
 BAR_SECONDS = 0.5

@@ -3,15 +3,15 @@
 import contextlib
 from pathlib import Path
 
-from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import ledger
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.errors import InputError
 from pipelines import runners
-from pipelines.generate import GenerateShard, make_shards, stopped_by_signals
-from pipelines.images import StoppedError
-from pipelines.options import Models, Workers
+from pipelines.generate import GenerateShard, make_shards
+from pipelines.generate_options import Models, Workers
+from pipelines.jobs import StoppedError, stopped_by_signals
 
 
 def repair(directory: Path) -> bool:

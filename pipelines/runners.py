@@ -18,7 +18,7 @@ from apache_beam.runners.portability.portable_runner import PortableRunner
 from apache_beam.runners.runner import PipelineRunner
 
 from jaxdiff.errors import InputError
-from pipelines import options as job_options
+from pipelines import generate_options as job_options
 
 THREADS = 8  # of Beam's a worker: it deals shards out beforehand, one by one to each
 AT_HOME = ("DirectRunner", "SwitchingDirectRunner", "FnApiRunner")

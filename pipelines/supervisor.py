@@ -23,16 +23,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jaxdiff.errors import InputError
-from pipelines.images import StoppedError
-from pipelines.options import Workers
+from pipelines import jobs
+from pipelines.generate_options import Workers
+from pipelines.jobs import StoppedError
 from pipelines.worker import DEBUG, Task
 
 MOST_DEATHS = 3
 PACKAGES = Path(__file__).parents[1]  # where this one lies
 TPU = Path("/dev/accel0")
 LOOK_SECONDS = 0.5  # how often to look whether the job is to be stopped
-
-stopping = threading.Event()  # set by a signal
 
 
 class WorkerError(Exception):
@@ -51,46 +50,32 @@ class _DeathError(Exception):
 _workers: list["_Worker"] = []
 _free: queue.LifoQueue | None = None
 _lock = threading.Lock()
-_failures: list[Exception] | None = None  # of the job that runs in this process, if one does
 
 
 @contextlib.contextmanager
-def at_home() -> Iterator[None]:
-    """Around a job: ends its workers, and raises here what has gone wrong in this process.
-
-    Beam's threads would print it and raise another error, as text. After a failure the other
-    workers stop as well.
-    """
-    global _failures
-    _failures = []
+def closed_afterwards() -> Iterator[None]:
+    """Runs a job and ends its workers, however the job ends."""
     try:
         yield
     finally:
-        failures, _failures = _failures, None
         close()
-    if failures:
-        raise failures[0]
 
 
 def make_shard(task: Task, workers: Workers) -> dict:
-    """Has one of this host's workers make a shard; waits until one is free.
+    """Asks one of this host's workers to make a shard; waits until one is free.
 
     Returns:
-      What `worker.make_shard` returns; nothing if a job in this process has failed, see `at_home`.
+      What `worker.make_shard` returns; nothing if a job in this process has failed.
 
     Raises:
-      StoppedError: if `stopping` is set.
+      StoppedError: if `jobs.stopping` is set.
       InputError, OSError: as `worker.make_shard` does.
       WorkerError: if the worker cannot be kept alive, or fails in another way.
     """
-    try:
-        with _free_worker(workers) as worker:
-            return {} if _failures else _make_shard(worker, task, workers)
-    except Exception as problem:
-        if _failures is None:
-            raise
-        _failures.append(problem)
-        return {}
+    with jobs.failures_kept(), _free_worker(workers) as worker:
+        if not jobs.has_failed():
+            return _make_shard(worker, task, workers)
+    return {}
 
 
 def _make_shard(worker: "_Worker", task: Task, workers: Workers) -> dict:
@@ -99,7 +84,7 @@ def _make_shard(worker: "_Worker", task: Task, workers: Workers) -> dict:
         try:
             return worker.ask(task, workers.patience)
         except _DeathError as death:
-            if worker.is_closed or stopping.is_set():
+            if worker.is_closed or jobs.stopping.is_set():
                 raise StoppedError from None
             worker.end()
             tqdm.write(f"jaxdiff: a worker {death.how} and is restarted", sys.stderr)
@@ -158,7 +143,7 @@ class _Worker:
         try:
             self._say(asdict(task))
             while True:
-                if (stopping.is_set() or _failures) and not told_to_stop:
+                if (jobs.stopping.is_set() or jobs.has_failed()) and not told_to_stop:
                     told_to_stop = True
                     self._say("stop")
                 if told_to_stop and not self._has_model:  # which may take minutes to load

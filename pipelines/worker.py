@@ -28,21 +28,22 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 import pyarrow.parquet as pq
 
-from jaxdiff import batching
-from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import formats
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.plan import Plan
+from jaxdiff.devices import batching
 from jaxdiff.errors import InputError
 from jaxdiff.request import Options, Request
-from pipelines.images import ShardImages, StoppedError, device_of, reason_of
-from pipelines.options import Models
+from pipelines.generate_options import Models
+from pipelines.jobs import StoppedError
 from pipelines.profiling import Profile
+from pipelines.shard_images import ShardImages, device_of, reason_of
 
 if TYPE_CHECKING:
-    from jaxdiff.text_to_image import TextToImage
+    from jaxdiff.engine.engine import TextToImage
 
 MOST_COMPILED = 16  # programs, ahead of their use
 PACKAGES = ("jaxdiff", "apache-beam", "flax", "jax", "jaxlib", "numpy", "pillow", "pyarrow")
@@ -207,7 +208,7 @@ def _check_devices() -> None:
 
 def _check_device(directory: Path, model: "TextToImage") -> None:
     """Refuses to mix kinds of devices, whose pixels differ, in one dataset."""
-    from jaxdiff import parallel
+    from jaxdiff.devices import parallel
 
     here = parallel.hardware(model.mesh)
     begun_on = layout.pin(directory, layout.DEVICE, here)

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxdiff.checkpoint.diffusers import abstract_network, file_shapes, load_params
-from jaxdiff.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from jaxdiff.models.text.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from jaxdiff.weights.load import abstract_network, file_shapes, load_params
 
 TOKENIZER = Path(__file__).parents[1] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
 WORDS = {"vocab_size": 641, "max_position_embeddings": 24, "eos_token_id": 2}

@@ -55,10 +55,10 @@ def compiled_fast():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A diffusers directory: 64x64 pixels, 8x8 latents, about 0.4 million random weights."""
-    from jaxdiff.checkpoint.diffusers import save_pipeline
-    from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
+    from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+    from jaxdiff.models.text.clip import CLIPTextConfig, CLIPTextModel
     from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-    from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
+    from jaxdiff.weights.load import save_pipeline
 
     networks = {
         "text_encoder": (
@@ -118,7 +118,7 @@ def random_params(model_class, config, seed: int) -> dict:
     """Weights of about the size that training ends at, drawn without compiling anything."""
     import jax
 
-    from jaxdiff.checkpoint.diffusers import abstract_network
+    from jaxdiff.weights.load import abstract_network
 
     random = np.random.default_rng(seed)
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxdiff.checkpoint.ensemble import open_ensemble
-from jaxdiff.dataset import directory as layout
-from jaxdiff.dataset import manifest as manifests
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.manifest import manifest as manifests
+from jaxdiff.families.ensemble import open_ensemble
 
 FACTS = {
     "device": "1 x test",

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxdiff.checkpoint.diffusers import abstract_network, file_shapes, load_params
 from jaxdiff.checkpoint.weight_files import read_weights
-from jaxdiff.models import clip
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxdiff.weights.load import abstract_network, file_shapes, load_params
 
 BOUND = 1e-4  # of a component's `difference` from the reference
 POOLED = 40  # the width of the small models' pooled text

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from jaxdiff import cli
-from jaxdiff.checkpoint.ensemble import open_ensemble
-from jaxdiff.dataset import manifest as manifests
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.errors import InputError
+from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.worlds.shapes import captions, scene
-from pipelines import options
+from pipelines import generate_options
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["generate", "inspect", "verify", "view", "sign", "train", "encode", "evaluate"]
@@ -109,7 +109,7 @@ def test_the_command_line_goes_before_the_job_file(job_file):
     path = job_file(
         'manifest = "a.txt"\noutput = "out"\nsteps = 30\nguidance-scale = 2\nstrict = true\n'
     )
-    job, rest = options.parse([path, "--steps=7", "--runner", "FlinkRunner"])
+    job, rest = generate_options.parse([path, "--steps=7", "--runner", "FlinkRunner"])
     assert (job.manifest, job.output, job.models.model) == ("a.txt", Path("out"), "shapes64")
     assert job.settings == {"steps": "7", "guidance_scale": 2}
     assert (job.strict, job.overwrite) == (True, False)
@@ -127,13 +127,13 @@ def test_the_command_line_goes_before_the_job_file(job_file):
 )
 def test_a_job_file_that_cannot_be_used_is_named(job_file, text, message):
     with pytest.raises(InputError, match=r"^job file .*job\.toml") as caught:
-        options.parse([job_file(text)])
+        generate_options.parse([job_file(text)])
     assert message in str(caught.value)
 
 
 def test_the_demo_shows_every_template_of_the_shapes_world(tmp_path, tiny_checkpoint, monkeypatch):
     monkeypatch.chdir(ROOT)
-    job, _ = options.parse(["configs/jobs/demo.toml"])
+    job, _ = generate_options.parse(["configs/jobs/demo.toml"])
     model = open_ensemble(tiny_checkpoint)
     settings = job_settings.resolve(job.settings, model)
     manifest = manifests.find(job.manifest)

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jaxdiff.dataset.images import decode
+from jaxdiff.dataset.image_files import decode
 from jaxdiff.errors import InputError
-from jaxdiff.evaluation import pictures
+from jaxdiff.evaluation import datasets
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes import verdict
 from jaxdiff.worlds.shapes.captions import Caption, Group
@@ -73,10 +73,10 @@ def score(directory: Path) -> Iterator[str]:
     """Counts the images of a dataset that show exactly what was asked, and says why others do not.
 
     Raises:
-      InputError: as `pictures.of_dataset`.
+      InputError: as `datasets.of_dataset`.
     """
     right, asked, shown, reasons = Counter(), Counter(), 0, Counter()
-    for picture in pictures.of_dataset(directory):
+    for picture in datasets.of_dataset(directory):
         row = picture.prompt.row
         kind = "pairs it was taught" if row["taught"] else "pairs it has never seen"
         asked[kind] += 1

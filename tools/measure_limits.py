@@ -21,12 +21,12 @@ import numpy as np
 from PIL import Image
 
 from jaxdiff import cli
-from jaxdiff.dataset.images import decode
+from jaxdiff.dataset.image_files import decode
 from jaxdiff.errors import InputError
-from jaxdiff.evaluation import pictures
-from jaxdiff.training import scenes
+from jaxdiff.evaluation import datasets
 from jaxdiff.training.loop import grid
 from jaxdiff.training.recipe import Data, TextToImageRecipe, read
+from jaxdiff.training.shapes import scenes
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.captions import NUMBERS, draw_caption, pick
 
@@ -156,7 +156,7 @@ def images_of(
     if code := cli.main(["generate", *command, "--seed", str(seed), *options]):
         raise InputError(f"jaxdiff generate ended with {code}; run this again to continue")
     made: dict[str, list] = {}
-    for picture in pictures.of_dataset(output):
+    for picture in datasets.of_dataset(output):
         row, pixels = picture.prompt.row, picture.image and decode(picture.image)
         made.setdefault(row["limit"], []).append((row, pixels))
     return made
@@ -264,7 +264,7 @@ def reconstructed(model: str, pixels: np.ndarray, at_once: int = 50) -> np.ndarr
     import jax
     from flax import nnx
 
-    from jaxdiff.pixels import to_pixels
+    from jaxdiff.engine.program import to_pixels
     from jaxdiff.training.autoencoder import to_float
     from jaxdiff.training.components import load_model
 

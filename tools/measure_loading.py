@@ -18,13 +18,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.checkpoint.components import CONFIGS, INDEX, NETWORKS, TOKENIZERS
-from jaxdiff.checkpoint.diffusers import abstract_network, file_shapes, write_json
-from jaxdiff.checkpoint.layout import BUNDLED
 from jaxdiff.checkpoint.single_file_configs import FAMILIES
-from jaxdiff.models.clip import CLIPTextConfig, CLIPTextModel
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jaxdiff.models.text.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxdiff.weights.load import abstract_network, file_shapes, write_json
 
 CLASSES = {
     "text_encoder": (CLIPTextModel, CLIPTextConfig),
@@ -73,8 +73,8 @@ LOAD = """
 import sys, time
 import jax
 from tools.measure_loading import CLASSES, shapes_of
-from jaxdiff.checkpoint.diffusers import load_params
-from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.weights.load import load_params
+from jaxdiff.checkpoint.checkpoint import open_checkpoint
 
 shapes = {network: shapes_of(network) for network in CLASSES}
 jax.block_until_ready(jax.device_put(0.0))

@@ -14,12 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxdiff.checkpoint.ensemble import open_ensemble
-from jaxdiff.dataset import directory as layout
-from jaxdiff.dataset import manifest as manifests
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset.manifest import manifest as manifests
+from jaxdiff.families.ensemble import open_ensemble
 
 WORDS = ("a", "red", "blue", "large", "small", "circle", "square", "ring", "above", "of", "and")
 MODELS = {"model": "shapes64", "variant": None, "refiner": None}

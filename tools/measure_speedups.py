@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 import jaxdiff
-from jaxdiff.checkpoint import operations
-from jaxdiff.checkpoint.ensemble import open_ensemble
+from jaxdiff.families import operations
+from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.request import Bucket, Options
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.scene import CANVAS

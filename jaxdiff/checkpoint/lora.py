@@ -25,8 +25,8 @@ import numpy as np
 
 from jaxdiff import checks
 from jaxdiff.checkpoint import single_file, sources
+from jaxdiff.checkpoint.checkpoint import XL_PIPELINES, Checkpoint
 from jaxdiff.checkpoint.components import read_json
-from jaxdiff.checkpoint.layout import XL_PIPELINES, Checkpoint
 from jaxdiff.checkpoint.safetensors_header import read_header, read_metadata
 from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.checkpoint.weight_files import TEXT_PREFIX

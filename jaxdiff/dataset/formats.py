@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import local as layout
 
 ROW_GROUP_IMAGES = 64
 RECORDS = "metadata.jsonl"  # of an imagefolder; the Hub knows it by this name

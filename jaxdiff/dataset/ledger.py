@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import card, formats, images
-from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import formats, image_files
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.finished import card
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.errors import InputError
 
@@ -268,9 +269,9 @@ def _check_sample(sample: formats.Sample | None, row: dict, image_format: str) -
         return "has a record that differs from its row in the metadata"
     if hashlib.sha256(sample.image).hexdigest() != row["sha256"]:
         return "has a file that its sha256 does not fit"
-    if image_format not in images.LOSSLESS:
+    if image_format not in image_files.LOSSLESS:
         return None
-    if images.pixel_sha256(images.decode(sample.image)) != row["pixel_sha256"]:
+    if image_files.pixel_sha256(image_files.decode(sample.image)) != row["pixel_sha256"]:
         return "has pixels that its pixel_sha256 does not fit"
     return None
 

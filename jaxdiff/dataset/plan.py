@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxdiff.checkpoint import lora
-from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import formats
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
 from jaxdiff.request import Options, Request

@@ -12,14 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff import batching, checks
-from jaxdiff.checkpoint.ensemble import Ensemble
+from jaxdiff import checks
 from jaxdiff.checks import BadValueError
-from jaxdiff.dataset import columns, rows
-from jaxdiff.dataset import directory as layout
-from jaxdiff.dataset import manifest as manifests
-from jaxdiff.dataset.manifest import Manifest
-from jaxdiff.dataset.manifest_readers import Entry
+from jaxdiff.dataset import local as layout
+from jaxdiff.dataset.manifest import columns, rows
+from jaxdiff.dataset.manifest import manifest as manifests
+from jaxdiff.dataset.manifest.manifest import Manifest
+from jaxdiff.dataset.manifest.readers import Entry
 from jaxdiff.dataset.plan import (
     PLAN_JSON,
     REQUEST_COLUMNS,
@@ -32,7 +31,9 @@ from jaxdiff.dataset.plan import (
     planned_images,
 )
 from jaxdiff.dataset.settings import Settings
+from jaxdiff.devices import batching
 from jaxdiff.errors import InputError
+from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.request import Bucket, Request
 
 MAX_IMAGES = 10**9  # keys have 9 digits

@@ -4,14 +4,14 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from jaxdiff import checks
-from jaxdiff.batching import AUTO
-from jaxdiff.checkpoint.ensemble import Ensemble
-from jaxdiff.dataset import formats, images
+from jaxdiff.dataset import formats, image_files
+from jaxdiff.devices.batching import AUTO
 from jaxdiff.errors import InputError
+from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.request import Options, Request
 
 FORMATS = tuple(formats.FORMATS)
-IMAGE_FORMATS = tuple(images.EXTENSIONS)
+IMAGE_FORMATS = tuple(image_files.EXTENSIONS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import directory as layout
-from jaxdiff.dataset import formats, images
+from jaxdiff.dataset import formats, image_files
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.plan import Plan, PlannedImage
 from jaxdiff.errors import InputError
@@ -145,14 +145,14 @@ def encode(planned: PlannedImage, pixels: np.ndarray, plan: Plan) -> Sample:
     settings = plan.settings
     record = _record(planned, plan)
     shown = {name: value for name, value in record.items() if name != "metadata"}
-    content = images.encode(pixels, shown, settings.image_format)
+    content = image_files.encode(pixels, shown, settings.image_format)
     hashes = {
         "sha256": hashlib.sha256(content).hexdigest(),
-        "pixel_sha256": images.pixel_sha256(pixels),
+        "pixel_sha256": image_files.pixel_sha256(pixels),
     }
     # In the order of the fields, which is the order in the JSON file.
     record = {name: {**record, **hashes}[name] for name, _ in formats.RECORD_FIELDS}
-    return Sample(record, content, images.EXTENSIONS[settings.image_format])
+    return Sample(record, content, image_files.EXTENSIONS[settings.image_format])
 
 
 def _record(planned: PlannedImage, plan: Plan) -> dict:

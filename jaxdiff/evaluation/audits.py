@@ -27,7 +27,7 @@ from jaxdiff.checks import BadValueError
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation.intervals import wilson
 from jaxdiff.evaluation.records import Prompt
-from jaxdiff.evaluation.report import Table
+from jaxdiff.evaluation.report.report import Table
 
 MAX_PROMPTS = 100_000
 MAX_LABELS = 1000

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
-from jaxdiff.dataset import columns, manifest
-from jaxdiff.dataset.manifest import Source
-from jaxdiff.dataset.rows import MAX_ID_CHARACTERS
+from jaxdiff.dataset.manifest import columns, manifest
+from jaxdiff.dataset.manifest.manifest import Source
+from jaxdiff.dataset.manifest.rows import MAX_ID_CHARACTERS
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import audits
 from jaxdiff.evaluation.records import Prompt

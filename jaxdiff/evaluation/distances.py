@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxdiff import compilation
+from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation.accumulators import Moments, as_table, check_widths
 

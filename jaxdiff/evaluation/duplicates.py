@@ -23,9 +23,9 @@ import numpy as np
 from PIL import Image
 from scipy import fft
 
-from jaxdiff.dataset import images
+from jaxdiff.dataset import image_files
 from jaxdiff.errors import InputError
-from jaxdiff.training.data import EncodedExamples, open_examples, pictures
+from jaxdiff.training.data import EncodedExamples, decoding, open_examples
 from jaxdiff.training.recipe import Data
 
 SIDE = 32  # px, of what is transformed
@@ -168,8 +168,8 @@ def read_training_set(path: str, height: int, width: int) -> TrainingSet:
     hashes = np.empty((2, len(examples)), np.uint64)
 
     def look(number: int) -> None:
-        pixels = pictures.fitted(examples.pixels(number), height, width)
-        hashes[0, number] = pixel_hashes([images.pixel_sha256(pixels)])[0]
+        pixels = decoding.fitted(examples.pixels(number), height, width)
+        hashes[0, number] = pixel_hashes([image_files.pixel_sha256(pixels)])[0]
         hashes[1, number] = perceptual_hash(pixels)
 
     with ThreadPoolExecutor(THREADS) as threads:

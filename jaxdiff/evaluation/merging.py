@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from jaxdiff.errors import InputError
-from jaxdiff.evaluation import clip
+from jaxdiff.evaluation import clip_measures
 from jaxdiff.evaluation.measures import OF_IMAGES
 from jaxdiff.evaluation.records import Prompt, Scores
 
@@ -101,7 +101,10 @@ class _OfPrompts:
                 made = [each for each in self._waiting.pop(owner) if each is not None]
                 if len(made) > 1:
                     made = np.array(made, np.float32)
-                    self._values[owner] = (clip.diversity(made), clip.near_duplicates(made))
+                    self._values[owner] = (
+                        clip_measures.diversity(made),
+                        clip_measures.near_duplicates(made),
+                    )
 
     def values(self, prompts: int) -> Iterator[tuple[str, np.ndarray]]:
         """Yields each measure with its values by prompt, NaN where there are not two images."""

@@ -6,7 +6,7 @@ is no such table.
 
 from collections.abc import Sequence
 
-from jaxdiff.evaluation.report import Table
+from jaxdiff.evaluation.report.report import Table
 
 GENEVAL = ("GenEval's README", "https://github.com/djghosh13/geneval")
 HPSV2 = ("HPSv2's README, v2.1", "https://github.com/tgxs002/HPSv2")

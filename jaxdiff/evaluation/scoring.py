@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import images
+from jaxdiff.dataset import image_files
 from jaxdiff.errors import InputError
-from jaxdiff.evaluation import clip, duplicates, statistics
+from jaxdiff.evaluation import clip_measures, duplicates, statistics
 from jaxdiff.evaluation.records import Picture
 from jaxdiff.worlds.shapes import caption_for, read
 from jaxdiff.worlds.shapes.scene import CANVAS
@@ -138,7 +138,7 @@ def _scored(block: list[Picture], scoring: Scoring) -> Iterator[dict]:
             "height": image.shape[0],
             "width": image.shape[1],
             **statistics.image_statistics(image),
-            "pixel_sha256": images.pixel_sha256(image),
+            "pixel_sha256": image_files.pixel_sha256(image),
             "perceptual_hash": duplicates.perceptual_hash(image),
             "features": statistics.thumbnail_features(image),
             **of_clip,
@@ -149,7 +149,7 @@ def _decoded(picture: Picture) -> np.ndarray | None:
     if picture.image is None:
         return None
     try:
-        return images.decode(picture.image)
+        return image_files.decode(picture.image)
     except ValueError as problem:
         raise InputError(f"image {picture.key}: {problem}") from None
 
@@ -172,7 +172,7 @@ def _judged(picture: Picture, image: np.ndarray) -> dict:
 
 def _embedded(block: list[Picture], pixels: list, scoring: Scoring) -> Iterator[dict]:
     """What CLIP says of each picture that was made."""
-    tower = clip.open_clip(scoring.clip)
+    tower = clip_measures.open_clip(scoring.clip)
     made = [image for image in pixels if image is not None]
     embeddings = iter(tower.embed_images(made))
     texts = tower.embed_texts([picture.prompt.text for picture in block])
@@ -182,9 +182,9 @@ def _embedded(block: list[Picture], pixels: list, scoring: Scoring) -> Iterator[
             yield {}
             continue
         features = next(embeddings)
-        found = {"features": features, "clip_score": clip.clip_score(features, text)}
+        found = {"features": features, "clip_score": clip_measures.clip_score(features, text)}
         if labels is not None:
-            likely = clip.zero_shot(features[None], labels, tower.logit_scale)
+            likely = clip_measures.zero_shot(features[None], labels, tower.logit_scale)
             said = scoring.labels[int(np.argmax(likely))]
             found |= {"said": said}
             if "label" in picture.prompt.row:

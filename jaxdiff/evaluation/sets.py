@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from jaxdiff.errors import InputError
-from jaxdiff.evaluation import clip, distances, duplicates, statistics
+from jaxdiff.evaluation import clip_measures, distances, duplicates, statistics
 from jaxdiff.evaluation.accumulators import Moments, Sample
 from jaxdiff.evaluation.records import Prompt
 from jaxdiff.training.data import EncodedExamples, open_examples
@@ -88,7 +88,7 @@ def read_reference(path: Path, clip_directory: str) -> Summary:
 def features_of(pixels: list[np.ndarray], clip_directory: str) -> np.ndarray:
     """CLIP's embeddings of images, or thumbnails without its weights: float32 [n, d]."""
     if clip_directory:
-        return clip.open_clip(clip_directory).embed_images(pixels)
+        return clip_measures.open_clip(clip_directory).embed_images(pixels)
     return np.stack([statistics.thumbnail_features(image) for image in pixels])
 
 
@@ -155,10 +155,10 @@ def directions(tables: Iterable[pa.Table], prompts: list[Prompt], model: str) ->
         named = zip(*(table[name].to_pylist() for name in ("id", "index", "features")), strict=True)
         features |= {(id_, index): found for id_, index, found in named if id_ in wanted}
     texts = {p.id: p.text for p in prompts if p.id in wanted}
-    tower = clip.open_clip(model)
+    tower = clip_measures.open_clip(model)
     embedded = dict(zip(texts, tower.embed_texts(list(texts.values())), strict=True))
     found = [
-        clip.directional_similarity(
+        clip_measures.directional_similarity(
             np.array(features[source, index]), np.array(after), embedded[source], embedded[id_]
         )
         for (id_, index), after in features.items()

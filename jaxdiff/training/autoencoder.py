@@ -10,13 +10,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.checkpoint import diffusers
 from jaxdiff.checkpoint.components import CONFIGS, NETWORKS
+from jaxdiff.engine.program import to_float, to_pixels
 from jaxdiff.errors import InputError
-from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxdiff.pixels import to_float, to_pixels
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import AutoencoderRecipe
+from jaxdiff.weights import load
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.scene import CANVAS
 
@@ -75,8 +75,8 @@ def task(recipe: AutoencoderRecipe) -> Task:
 def save_autoencoder(directory: Path, config: AutoencoderKLConfig, params: Params) -> None:
     """Writes the config and the float32 weights, as in a checkpoint's `vae/`."""
     directory.mkdir(exist_ok=True)
-    diffusers.save_params(params, directory / WEIGHTS, np.float32)
-    diffusers.write_json(directory / CONFIG, config.to_json())
+    load.save_params(params, directory / WEIGHTS, np.float32)
+    load.write_json(directory / CONFIG, config.to_json())
 
 
 def latent_scale(graph: nnx.GraphDef, params: Params, seed: int) -> float:

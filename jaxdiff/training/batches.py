@@ -9,15 +9,18 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxdiff.engine.program import to_float
 from jaxdiff.errors import InputError
-from jaxdiff.pixels import to_float
-from jaxdiff.training import data, dreambooth, places, scenes
-from jaxdiff.training.captions import PREVIEW_IMAGES, preview_captions
+from jaxdiff.training import data
 from jaxdiff.training.components import Components
-from jaxdiff.training.recipe import Data, Lora, TextToImageRecipe
+from jaxdiff.training.recipe import Data, Lora, Prior, TextToImageRecipe
+from jaxdiff.training.shapes import places, scenes
+from jaxdiff.training.tokenizer import PREVIEW_IMAGES, preview_captions
 
 VALIDATION_BATCHES = 4
 PRIOR = "prior"  # the folder of the class images within a run's
+IMAGES = "images"  # and their dataset within that
+ClassImages = Callable[[str, Prior, Path], None]  # makes them: (model, prior, folder)
 # Beside the seed, so that captions are dropped, and examples held out, by other numbers than those
 # that rows are drawn by.
 DROPOUT, HELD_OUT = 1, 2
@@ -52,8 +55,11 @@ class _Source:
     empty: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def prepare(recipe: TextToImageRecipe, output: Path) -> None:
+def prepare(recipe: TextToImageRecipe, output: Path, class_images: ClassImages | None) -> None:
     """Makes what other processes make, before this one takes the accelerator's memory.
+
+    Args:
+      class_images: makes the images of the recipe's prior; None where they are made already.
 
     Raises:
       InputError: if it cannot be made, or does not fit the recipe's data.
@@ -67,7 +73,8 @@ def prepare(recipe: TextToImageRecipe, output: Path) -> None:
         raise InputError("prior: needs a folder of images, and data.aspect_ratios = 1")
     if isinstance(data.open_examples(recipe.data), data.EncodedExamples):
         raise InputError(f"{recipe.data.path} holds latents; prior needs the images themselves")
-    dreambooth.class_images(recipe.model, recipe.prior, output / PRIOR)
+    if class_images:
+        class_images(recipe.model, recipe.prior, output / PRIOR)
 
 
 def _refuse_unused(recipe: TextToImageRecipe) -> None:
@@ -199,7 +206,7 @@ def _with_prior(
     """Beside each batch one of as many images that the model itself made of the class."""
     size = size_of(parts, recipe.data)
     prior = data.batches(
-        data.open_examples(Data(path=str(output / PRIOR / dreambooth.IMAGES))),
+        data.open_examples(Data(path=str(output / PRIOR / IMAGES))),
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         sizes=[(size, size)],

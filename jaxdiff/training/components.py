@@ -8,20 +8,20 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdiff.checkpoint import diffusers
+from jaxdiff.checkpoint.checkpoint import PIPELINE, open_checkpoint
 from jaxdiff.checkpoint.components import CONFIGS, NETWORKS, read_json
-from jaxdiff.checkpoint.layout import PIPELINE, open_checkpoint
-from jaxdiff.checkpoint.networks import CONFIGS as CONFIG_CLASSES
-from jaxdiff.checkpoint.networks import read_configs
 from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.diffusion.schedule import FLOW_CLASS, KEYS
 from jaxdiff.errors import InputError, meant
-from jaxdiff.models import clip
+from jaxdiff.families.networks import CONFIGS as CONFIG_CLASSES
+from jaxdiff.families.networks import read_configs
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
+from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNet2DConditionModel
-from jaxdiff.models.vae import AutoencoderKL
-from jaxdiff.training.captions import Tokenizer
 from jaxdiff.training.loop import Params
 from jaxdiff.training.recipe import TextToImageRecipe
+from jaxdiff.training.tokenizer import Tokenizer
+from jaxdiff.weights import load
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Components:
 
     def save(self, directory: Path, params: Mapping[str, Params], dtype) -> None:
         """Writes the model with these parameters in place of its own, as a diffusers directory."""
-        diffusers.save_pipeline(
+        load.save_pipeline(
             directory,
             configs=self.configs,
             params={**self.params, **params},
@@ -84,8 +84,8 @@ def load_model(model: str) -> Components:
     configs = read_configs(checkpoint)
     graphs, params = {}, {}
     for name, config in configs.items():
-        graphs[name], shapes = diffusers.abstract_network(_class(name, config), config)
-        params[name] = diffusers.load_params(shapes, checkpoint.weights(name), jnp.float32)
+        graphs[name], shapes = load.abstract_network(_class(name, config), config)
+        params[name] = load.load_params(shapes, checkpoint.weights(name), jnp.float32)
     return Components(
         configs,
         graphs,
@@ -122,7 +122,7 @@ def from_recipe(recipe: TextToImageRecipe) -> Components:
             raise InputError(f"the recipe names no {name}, and no model to take it from")
     if recipe.computing.remat:
         frugal = partial(UNet2DConditionModel, remat=True)
-        graphs["unet"], _ = diffusers.abstract_network(frugal, configs["unet"])
+        graphs["unet"], _ = load.abstract_network(frugal, configs["unet"])
     if recipe.tokenizer:
         positions = configs["text_encoder"].max_position_embeddings
         tokenizers = {"text_encoder": Tokenizer(Path(recipe.tokenizer), positions)}
@@ -173,9 +173,9 @@ def _read(name: str, folder: Path) -> tuple:
     if not path.is_file():
         raise InputError(f"{path} is missing: name the folder of a trained {name}")
     config = CONFIG_CLASSES[name].from_json(read_json(path))
-    graph, shapes = diffusers.abstract_network(_class(name, config), config)
+    graph, shapes = load.abstract_network(_class(name, config), config)
     weights = read_weights(name, folder / NETWORKS[name][2])
-    return config, graph, diffusers.load_params(shapes, weights, jnp.float32)
+    return config, graph, load.load_params(shapes, weights, jnp.float32)
 
 
 def _refuse_misfits(configs: dict, text_encoders: tuple[str, ...]) -> None:

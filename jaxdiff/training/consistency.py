@@ -22,25 +22,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxdiff import compilation
-from jaxdiff.checkpoint import diffusers
-from jaxdiff.checkpoint.layout import OWN_DEFAULTS, SAMPLER_OF_SCHEDULER
+from jaxdiff.checkpoint.checkpoint import OWN_DEFAULTS, SAMPLER_OF_SCHEDULER
+from jaxdiff.devices import compilation
 from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.diffusion import samplers, sampling
 from jaxdiff.diffusion.schedule import DEFAULTS, NoiseSchedule
 from jaxdiff.diffusion.solvers import SamplerTable
+from jaxdiff.diffusion.step_ranges import Stretch
+from jaxdiff.engine.expert import Conditioning, Network
+from jaxdiff.engine.program import denoiser, sample_pixels
 from jaxdiff.errors import InputError
-from jaxdiff.expert import Conditioning, Network
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.pixels import denoiser, sample_pixels
-from jaxdiff.stretches import Stretch
-from jaxdiff.training import data, scenes
+from jaxdiff.training import data
 from jaxdiff.training.autoencoder import VALIDATION_SEED
-from jaxdiff.training.captions import preview_captions
 from jaxdiff.training.components import Components, load_model
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import ConsistencyRecipe, Data
+from jaxdiff.training.shapes import scenes
 from jaxdiff.training.text_to_image import DTYPES, conditioning, in_dtype
+from jaxdiff.training.tokenizer import preview_captions
+from jaxdiff.weights import load
 
 ANCESTRAL = "EulerAncestralDiscreteScheduler"
 RESCALED = "rescale_betas_zero_snr"
@@ -87,7 +88,7 @@ def task(recipe: ConsistencyRecipe) -> Task:
     scheduler, short, walk = _tables(recipe, teacher.scheduler)
     config = replace(teacher.configs["unet"], time_cond_proj_dim=GUIDANCE_WIDTH)
     unet_class = partial(UNet2DConditionModel, remat=recipe.computing.remat)
-    graph, student_shapes = diffusers.abstract_network(unet_class, config)
+    graph, student_shapes = load.abstract_network(unet_class, config)
     made_for = {
         "steps": recipe.student_steps,
         "guidance_scale": sum(recipe.guidance_scale) / 2,

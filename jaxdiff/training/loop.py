@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from jaxdiff import compilation, parallel
+from jaxdiff.devices import compilation, parallel
 from jaxdiff.errors import InputError
 from jaxdiff.training import checkpoints, watch
 from jaxdiff.training.optimizers import average_decay, optimizer

@@ -169,7 +169,7 @@ class Loss:
       offset_noise: standard deviation of noise that is the same all over a channel (Guttenberg,
         2023); 0: none.
       places: weight of the error in telling where each shape of the shapes world lies, a second
-        task beside the denoising (`training/places.py`); 0: not asked.
+        task beside the denoising (`training/shapes/places.py`); 0: not asked.
     """
 
     timesteps: Literal["uniform", "logit_normal"] = "uniform"

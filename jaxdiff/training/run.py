@@ -8,9 +8,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxdiff import compilation
+from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.training import autoencoder, consistency, loop, text_encoder, text_to_image
+from jaxdiff.training.batches import ClassImages
 from jaxdiff.training.recipe import (
     AutoencoderRecipe,
     ConsistencyRecipe,
@@ -25,8 +26,13 @@ LOCK = ".lock"
 RECIPE = "recipe.toml"
 
 
-def train(recipe_path: str | Path, output: str | Path) -> bool:
+def train(
+    recipe_path: str | Path, output: str | Path, class_images: ClassImages | None = None
+) -> bool:
     """Trains what `recipe_path` describes into `output`, or continues what was begun there.
+
+    Args:
+      class_images: as in `batches.prepare`.
 
     Returns:
       whether it is finished; see `loop.fit`, also for what else is raised.
@@ -48,7 +54,7 @@ def train(recipe_path: str | Path, output: str | Path) -> bool:
         shutil.copyfile(recipe_path, unfinished)
         os.replace(unfinished, kept)
         try:
-            task = _task(recipe, output)
+            task = _task(recipe, output, class_images)
         except InputError:
             if not begun:  # leave no trace, so that the mended recipe can run here
                 kept.unlink()
@@ -63,12 +69,19 @@ def train(recipe_path: str | Path, output: str | Path) -> bool:
             raise
 
 
-def export(recipe_path: str | Path, output: str | Path, which: str, to: Path | None) -> Path:
+def export(
+    recipe_path: str | Path,
+    output: str | Path,
+    which: str,
+    to: Path | None,
+    class_images: ClassImages | None = None,
+) -> Path:
     """Writes the model of a checkpoint in `output`; others may be training into it meanwhile.
 
     Args:
       which: "last", "best" or a step's number.
       to: the model's directory; by default one in `output`, named by the step.
+      class_images: as in `batches.prepare`.
 
     Returns:
       the model's directory.
@@ -83,7 +96,7 @@ def export(recipe_path: str | Path, output: str | Path, which: str, to: Path | N
         raise InputError(f"{output}: holds no run to export from; train first")
     _refuse_another(read(output / RECIPE), recipe, output)
     compilation.keep_programs()
-    return loop.export(_task(recipe, output), recipe, output, which, to)
+    return loop.export(_task(recipe, output, class_images), recipe, output, which, to)
 
 
 def _refuse_another(old: Recipe, new: Recipe, output: Path) -> None:
@@ -117,13 +130,13 @@ def _held(output: Path) -> Iterator[None]:
         yield
 
 
-def _task(recipe: Recipe, output: Path) -> loop.Task:
+def _task(recipe: Recipe, output: Path, class_images: ClassImages | None) -> loop.Task:
     match recipe:
         case AutoencoderRecipe():
             return autoencoder.task(recipe)
         case TextEncoderRecipe():
             return text_encoder.task(recipe)
         case TextToImageRecipe():
-            return text_to_image.task(recipe, output)
+            return text_to_image.task(recipe, output, class_images)
         case ConsistencyRecipe():
             return consistency.task(recipe)

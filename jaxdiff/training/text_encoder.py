@@ -12,13 +12,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.checkpoint import diffusers
 from jaxdiff.checkpoint.components import CONFIGS, NETWORKS
 from jaxdiff.checkpoint.weight_files import TEXT_PREFIX
-from jaxdiff.training.captions import Tokenizer, preview_captions
 from jaxdiff.training.components import component
 from jaxdiff.training.loop import Params, Task
 from jaxdiff.training.recipe import TextEncoderRecipe
+from jaxdiff.training.tokenizer import Tokenizer, preview_captions
+from jaxdiff.weights import load
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.captions import NUMBERS, Caption
 
@@ -88,9 +88,9 @@ def task(recipe: TextEncoderRecipe) -> Task:
 
     def export(params: Params, frozen: Params, directory: Path) -> None:
         directory.mkdir(exist_ok=True)
-        diffusers.write_json(directory / CONFIGS["text_encoder"], config.to_json())
+        load.write_json(directory / CONFIGS["text_encoder"], config.to_json())
         file = directory / NETWORKS["text_encoder"][2]
-        diffusers.save_params(params["text_encoder"], file, np.float32, TEXT_PREFIX)
+        load.save_params(params["text_encoder"], file, np.float32, TEXT_PREFIX)
 
     return Task(
         params={"text_encoder": params, "head": head},

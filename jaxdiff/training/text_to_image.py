@@ -10,20 +10,21 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff import compilation
-from jaxdiff.checkpoint.layout import SAMPLER_OF_SCHEDULER
+from jaxdiff.checkpoint.checkpoint import SAMPLER_OF_SCHEDULER
+from jaxdiff.devices import compilation
 from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.diffusion import objective, samplers
 from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.diffusion.step_ranges import Stretch
+from jaxdiff.engine.expert import Conditioning, Network
+from jaxdiff.engine.program import sample_pixels, to_float
+from jaxdiff.engine.prompts import XL_LAYERS_SKIPPED, encode_tokens
 from jaxdiff.errors import InputError
-from jaxdiff.expert import Conditioning, Network
-from jaxdiff.pixels import sample_pixels, to_float
-from jaxdiff.prompts import XL_LAYERS_SKIPPED, encode_tokens
-from jaxdiff.stretches import Stretch
-from jaxdiff.training import batches, lora, noise_levels, places
+from jaxdiff.training import batches, low_rank, noise_levels
 from jaxdiff.training.components import Components, from_recipe
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import TextToImageRecipe
+from jaxdiff.training.shapes import places
 
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 20, 3.0
 PREVIEW_PX = 48 * 64 * 64  # so many in a sample grid, but at least four images
@@ -31,13 +32,18 @@ DECODED_ALONE_PX = 256  # images with longer sides are decoded one after the oth
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def task(recipe: TextToImageRecipe, output: Path) -> Task:
+def task(
+    recipe: TextToImageRecipe, output: Path, class_images: batches.ClassImages | None = None
+) -> Task:
     """The objective of `recipe`, ready for `loop.fit`; what is made once goes into `output`.
+
+    Args:
+      class_images: as in `batches.prepare`.
 
     Raises:
       InputError: if a component or the data cannot be read, or if they do not fit.
     """
-    batches.prepare(recipe, output)
+    batches.prepare(recipe, output, class_images)
     parts = from_recipe(recipe)
     schedule = NoiseSchedule.from_json(parts.scheduler, _sampler(parts))
     for name in recipe.train:
@@ -51,7 +57,7 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
     if recipe.method == "lora":
         taught = ("unet", *(parts.text_encoders if recipe.lora.text_encoder else ()))
         taught = {name: parts.params[name] for name in taught}
-        params = lora.init(taught, recipe.lora.rank, jax.random.key(recipe.seed))
+        params = low_rank.init(taught, recipe.lora.rank, jax.random.key(recipe.seed))
         frozen = parts.params
     else:
         params = {name: parts.params[name] for name in recipe.train}
@@ -74,7 +80,7 @@ def task(recipe: TextToImageRecipe, output: Path) -> Task:
 def _whole(recipe: TextToImageRecipe, params: Params, frozen: Params) -> Params:
     """The parameters of every component, by name, as they are used and exported."""
     if recipe.method == "lora":
-        return lora.merged(frozen, params, recipe.lora.alpha)
+        return low_rank.merged(frozen, params, recipe.lora.alpha)
     if recipe.loss.places:
         params = {**params, "unet": places.narrowed(params["unet"])}
     return {**frozen, **params}
@@ -85,7 +91,7 @@ def _export(
 ) -> None:
     if recipe.method == "lora":
         directory.mkdir(exist_ok=True)
-        lora.save_lora(params, recipe.lora.alpha, directory / lora.FILE)
+        low_rank.save_lora(params, recipe.lora.alpha, directory / low_rank.FILE)
     else:
         parts.save(directory, _whole(recipe, params, frozen), np.float16)
 

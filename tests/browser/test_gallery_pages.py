@@ -13,7 +13,7 @@ from chromium import browser
 from making import make_plan, make_shard
 
 from jaxdiff import cli
-from jaxdiff.dataset import gallery
+from jaxdiff.dataset.finished import gallery
 
 pytestmark = pytest.mark.browser
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\">'; `id` $(id) \\ \u202e\ttab"

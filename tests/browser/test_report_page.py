@@ -7,8 +7,8 @@ import pytest
 from chromium import browser
 from PIL import Image
 
-from jaxdiff.evaluation import report
 from jaxdiff.evaluation.records import Prompt, Scores
+from jaxdiff.evaluation.report import report
 
 pytestmark = pytest.mark.browser
 HOSTILE = "</h4><script>document.title='owned'</script><img src=https://example.com/x.png>"

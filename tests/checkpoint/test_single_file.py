@@ -6,13 +6,13 @@ from original import CONV_IN, REFINER, SD1, UNET, XL, shapes
 from safetensors.numpy import save_file
 
 from jaxdiff.checkpoint import single_file
-from jaxdiff.checkpoint.layout import SAMPLER_OF_SCHEDULER
+from jaxdiff.checkpoint.checkpoint import SAMPLER_OF_SCHEDULER
 from jaxdiff.checkpoint.single_file_configs import FAMILIES
 from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.errors import InputError
-from jaxdiff.models.clip import CLIPTextConfig
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKLConfig
+from jaxdiff.models.text.clip import CLIPTextConfig
 from jaxdiff.models.unet import UNetConfig
-from jaxdiff.models.vae import AutoencoderKLConfig
 
 # As real files have them beside the weights.
 NO_WEIGHTS = {

@@ -16,7 +16,7 @@ import pytest
 from original import SD1, XL, shapes
 from safetensors.numpy import save_file
 
-from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.errors import InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -45,7 +45,7 @@ def in_a_new_process(code: str, hub_cache: Path, **environment) -> str:
     It reads its environment when it is imported, so that takes a process of its own.
     """
     program = (
-        "from jaxdiff.checkpoint.layout import open_checkpoint\n"
+        "from jaxdiff.checkpoint.checkpoint import open_checkpoint\n"
         "from jaxdiff.errors import InputError\n"
         "try:\n"
         f"    {code}\n"

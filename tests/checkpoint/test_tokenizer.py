@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
-from jaxdiff.checkpoint.layout import BUNDLED
+from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.worlds.shapes.captions import draw_caption
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_tokenizer.py"

@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.errors import InputError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

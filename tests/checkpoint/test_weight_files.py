@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.checkpoint.weight_files import read_weights, wanted_files
 from jaxdiff.errors import InputError
 

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from making import make_plan
 
-from jaxdiff.checkpoint.ensemble import open_ensemble
-from jaxdiff.dataset import manifest as manifests
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.errors import InputError
+from jaxdiff.families.ensemble import open_ensemble
 
 GOOD = b'{"prompt": "a red circle"}'
 

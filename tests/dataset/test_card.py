@@ -8,8 +8,9 @@ import mlcroissant
 import pytest
 import yaml
 
-from jaxdiff.dataset import card, formats
+from jaxdiff.dataset import formats
 from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset.finished import card
 
 MISSING_DATE = '"https://schema.org/datePublished" is recommended'
 HOSTILE = '`a|b`` --- "c": {d} <script>\n---\n\x07\x85\u2028\udcff\ufffe💥 [x](y)'

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import formats
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset.formats import FORMATS, Sample
 
 

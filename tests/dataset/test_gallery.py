@@ -15,9 +15,10 @@ from making import make_plan, make_shard
 from PIL import Image
 
 from jaxdiff import cli
-from jaxdiff.dataset import formats, gallery, ledger
+from jaxdiff.dataset import formats, ledger
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.finished import gallery
 from jaxdiff.errors import InputError
 
 FORMATS = list(formats.FORMATS)
@@ -243,5 +244,8 @@ def test_memory_does_not_grow_with_the_images(tmp_path, tiny_checkpoint):
 
 
 def test_a_gallery_needs_no_jax():
-    code = "import sys, jaxdiff.dataset.gallery; assert not {'jax', 'flax'} & set(sys.modules)"
+    code = (
+        "import sys, jaxdiff.dataset.finished.gallery; "
+        "assert not {'jax', 'flax'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

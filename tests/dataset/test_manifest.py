@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxdiff.dataset import manifest as manifests
-from jaxdiff.dataset.manifest_readers import Entry
+from jaxdiff.dataset.manifest import manifest as manifests
+from jaxdiff.dataset.manifest.readers import Entry
 from jaxdiff.errors import InputError
 
 

@@ -10,11 +10,11 @@ import pytest
 from making import make_plan
 
 from jaxdiff import checks, cli
-from jaxdiff.checkpoint.ensemble import open_ensemble
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.errors import InputError
+from jaxdiff.families.ensemble import open_ensemble
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
-from jaxdiff.dataset import rows
+from jaxdiff.dataset.manifest import rows
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.request import SAMPLERS
 

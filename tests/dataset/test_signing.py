@@ -17,10 +17,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from making import make_plan, make_shard
 
 from jaxdiff import cli
-from jaxdiff.dataset import directory as layout
-from jaxdiff.dataset import formats, images, ledger, signing
+from jaxdiff.dataset import formats, image_files, ledger
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.finished import signing
 from jaxdiff.errors import InputError
 
 PEM = serialization.Encoding.PEM
@@ -99,9 +100,9 @@ def samples(directory: Path) -> list[formats.Sample]:
     return [one for path in sorted((directory / "data").iterdir()) for one in read(path)]
 
 
-@pytest.mark.parametrize("image_format", images.EXTENSIONS)
+@pytest.mark.parametrize("image_format", image_files.EXTENSIONS)
 def test_a_signed_image_says_what_made_it_and_is_else_the_same(signer, image_format):
-    image = images.encode(PIXELS, SETTINGS, image_format)
+    image = image_files.encode(PIXELS, SETTINGS, image_format)
     assert not signing.is_signed(image, image_format)
     signed = signing.sign(image, image_format, signing.open_signer(*signer()))
     assert signing.is_signed(signed, image_format)
@@ -113,8 +114,8 @@ def test_a_signed_image_says_what_made_it_and_is_else_the_same(signer, image_for
     assert action["digitalSourceType"].endswith("/digitalsourcetype/trainedAlgorithmicMedia")
     assert action["softwareAgent"]["name"] == manifest["claim_generator_info"][0]["name"]
     assert action["softwareAgent"]["name"] == "jaxdiff"
-    assert (images.decode(signed) == images.decode(image)).all()
-    before, after = (images.Image.open(io.BytesIO(content)) for content in (image, signed))
+    assert (image_files.decode(signed) == image_files.decode(image)).all()
+    before, after = (image_files.Image.open(io.BytesIO(content)) for content in (image, signed))
     assert after.getxmp() == before.getxmp()
     assert after.getexif() == before.getexif()
     assert getattr(after, "text", None) == getattr(before, "text", None)
@@ -122,7 +123,9 @@ def test_a_signed_image_says_what_made_it_and_is_else_the_same(signer, image_for
 
 def test_a_changed_pixel_is_found_out(signer):
     signed = bytearray(
-        signing.sign(images.encode(PIXELS, SETTINGS, "png"), "png", signing.open_signer(*signer()))
+        signing.sign(
+            image_files.encode(PIXELS, SETTINGS, "png"), "png", signing.open_signer(*signer())
+        )
     )
     signed[-40] ^= 1
     assert manifest_of(bytes(signed), "png")[0] == "Invalid"
@@ -131,7 +134,7 @@ def test_a_changed_pixel_is_found_out(signer):
 @pytest.mark.parametrize("algorithm", KEYS)
 def test_every_kind_of_key_that_c2pa_knows_can_sign(signer, algorithm):
     opened = signing.open_signer(*signer(KEYS[algorithm]()))
-    signed = signing.sign(images.encode(PIXELS, SETTINGS, "png"), "png", opened)
+    signed = signing.sign(image_files.encode(PIXELS, SETTINGS, "png"), "png", opened)
     state, manifest = manifest_of(signed, "png")
     assert (state, manifest["signature_info"]["alg"].lower()) == ("Valid", algorithm)
 
@@ -144,7 +147,7 @@ def test_a_key_in_openssl_s_old_form_can_sign(signer):
 
 
 @pytest.mark.parametrize("format_", formats.FORMATS)
-@pytest.mark.parametrize("image_format", images.EXTENSIONS)
+@pytest.mark.parametrize("image_format", image_files.EXTENSIONS)
 def test_a_signed_dataset_is_whole(finished, signer, format_, image_format):
     directory = finished(format=format_, image_format=image_format, failing=["000000001"])
     before = samples(directory)
@@ -254,7 +257,7 @@ def test_an_unfinished_dataset_is_refused(tmp_path, manifest, tiny_checkpoint, s
 def test_a_directory_that_another_process_holds_is_refused(finished, signer):
     directory = finished()
     hold = f"""
-import sys, jaxdiff.dataset.directory as layout
+import sys, jaxdiff.dataset.local as layout
 from pathlib import Path
 with layout.held(Path({str(directory)!r})):
     print("held", flush=True)

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxdiff.checkpoint import clip_weights
 from jaxdiff.errors import InputError
-from jaxdiff.evaluation import clip
+from jaxdiff.evaluation import clip_checkpoint, clip_measures
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
@@ -27,8 +26,8 @@ def directory(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def referee(directory) -> clip.Clip:
-    return clip.open_clip(directory, batch_size=2)
+def referee(directory) -> clip_measures.Clip:
+    return clip_measures.open_clip(directory, batch_size=2)
 
 
 def test_an_embedding_is_of_its_image_alone(referee):
@@ -67,20 +66,22 @@ def test_a_label_is_the_mean_of_its_templates(referee):
 
 
 def test_the_clip_asked_for_last_is_kept(directory, referee):
-    assert clip.open_clip(str(directory), batch_size=2) is clip.open_clip(directory, batch_size=2)
+    assert clip_measures.open_clip(str(directory), batch_size=2) is clip_measures.open_clip(
+        directory, batch_size=2
+    )
 
 
 def test_its_name_and_files_tell_one_clip_from_another(directory, referee, tmp_path):
-    copy = clip_weights.find(shutil.copytree(directory, tmp_path / "copy"))
-    other = clip_weights.find(clips.write_transformers(tmp_path / "other", clips.OPEN_CLIP))
+    copy = clip_checkpoint.find(shutil.copytree(directory, tmp_path / "copy"))
+    other = clip_checkpoint.find(clips.write_transformers(tmp_path / "other", clips.OPEN_CLIP))
     assert (referee.name, copy.name) == ("tiny", "copy")
     assert referee.fingerprint == copy.fingerprint != other.fingerprint
 
 
 @pytest.mark.parametrize("config", [clips.OPENAI, clips.OPEN_CLIP], ids=["OpenAI", "OpenCLIP"])
 def test_open_clip_writes_the_same_network_in_other_words(config, tmp_path):
-    ours = clip_weights.find(clips.write_transformers(tmp_path / "transformers", config))
-    theirs = clip_weights.find(clips.write_open_clip(tmp_path / "open_clip", config))
+    ours = clip_checkpoint.find(clips.write_transformers(tmp_path / "transformers", config))
+    theirs = clip_checkpoint.find(clips.write_open_clip(tmp_path / "open_clip", config))
     assert theirs.config == ours.config
     assert theirs.pixels == ours.pixels
     assert theirs.tensors.keys() == ours.tensors.keys()
@@ -89,7 +90,7 @@ def test_open_clip_writes_the_same_network_in_other_words(config, tmp_path):
 
 
 def test_weights_may_lie_in_shards(directory, tmp_path):
-    stored = clip_weights.find(directory)
+    stored = clip_checkpoint.find(directory)
     sharded = shutil.copytree(directory, tmp_path / "sharded")
     (sharded / "model.safetensors").unlink()
     places = {}
@@ -99,7 +100,7 @@ def test_weights_may_lie_in_shards(directory, tmp_path):
         places |= dict.fromkeys(keys.tolist(), name)
     index = sharded / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
-    found = clip_weights.find(sharded)
+    found = clip_checkpoint.find(sharded)
     assert {*found.files} >= {index.name, *places.values()}
     for key, tensor in stored.tensors.items():
         np.testing.assert_array_equal(found.tensors[key].read(), tensor.read())
@@ -111,7 +112,7 @@ def test_an_old_config_says_its_encoders_twice_and_the_second_holds(directory, t
         old
     )
     edit("preprocessor_config.json", size=32, crop_size=32)(old)
-    assert clip_weights.find(old).config == clips.OPENAI
+    assert clip_checkpoint.find(old).config == clips.OPENAI
 
 
 def test_a_hub_id_in_the_cache_is_opened_without_a_network(directory, tmp_path):
@@ -123,7 +124,7 @@ def test_a_hub_id_in_the_cache_is_opened_without_a_network(directory, tmp_path):
     (repository / "refs" / "main").write_text(commit)
     code = (
         "from jaxdiff.checkpoint import clip_weights\n"
-        "found = clip_weights.find('someone/clip')\n"
+        "found = clip_checkpoint.find('someone/clip')\n"
         "print(found.name, found.fingerprint)"
     )
     offline = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
@@ -131,18 +132,18 @@ def test_a_hub_id_in_the_cache_is_opened_without_a_network(directory, tmp_path):
         [sys.executable, "-c", code], env=os.environ | offline, capture_output=True, text=True
     )
     assert said.returncode == 0, said.stderr
-    assert said.stdout.split() == ["someone/clip", clip_weights.find(directory).fingerprint]
+    assert said.stdout.split() == ["someone/clip", clip_checkpoint.find(directory).fingerprint]
 
 
 def test_of_a_repository_only_what_is_read_is_fetched(directory, tmp_path):
     besides = ["README.md", "pytorch_model.bin", "tf_model.h5", "onnx/model.onnx"]
     open_clip = clips.write_open_clip(tmp_path / "open_clip", clips.OPENAI)
     for kind in (directory, open_clip):
-        names = sorted(clip_weights.find(kind).files)
-        assert sorted(clip_weights.wanted_files([*names, *besides])) == names
+        names = sorted(clip_checkpoint.find(kind).files)
+        assert sorted(clip_checkpoint.wanted_files([*names, *besides])) == names
     shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     sharded = ["config.json", "model.safetensors.index.json", *shards]
-    assert sorted(clip_weights.wanted_files([*sharded, *besides])) == sorted(sharded)
+    assert sorted(clip_checkpoint.wanted_files([*sharded, *besides])) == sorted(sharded)
 
 
 # What a user may have done to a directory, and what is then said.
@@ -298,7 +299,7 @@ def test_what_is_wrong_with_one_of_open_clip_is_told_in_one_line(tmp_path, case)
 def refuses(directory: Path, damage, message: str) -> None:
     damage(directory)
     with pytest.raises(InputError, match=message) as caught:
-        clip.open_clip(directory)
+        clip_measures.open_clip(directory)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
 
@@ -307,13 +308,13 @@ def test_weights_that_are_no_numbers_are_told_in_one_line(directory, tmp_path):
     broken = shutil.copytree(directory, tmp_path / "tiny")
     reweighed(WEIGHTS, lambda weights: weights["visual_projection.weight"].fill(np.nan))(broken)
     with pytest.raises(InputError, match="CLIP 'tiny' gives no numbers: copy its weights again"):
-        clip.open_clip(broken, batch_size=2).embed_images(clips.images())
+        clip_measures.open_clip(broken, batch_size=2).embed_images(clips.images())
 
 
 def test_what_is_no_directory_is_told_in_one_line(directory):
     for name in ("nowhere", str(directory / "config.json")):
         with pytest.raises(InputError, match="is no directory; name one that"):
-            clip.open_clip(name)
+            clip_measures.open_clip(name)
 
 
 # Pixels.
@@ -323,9 +324,9 @@ def test_the_shortest_side_is_resized_and_the_centre_cut():
     wide = np.random.default_rng(0).integers(0, 256, (50, 110, 3), dtype=np.uint8)
     resized = Image.fromarray(wide).resize((70, 32), Image.Resampling.BICUBIC)
     expected = np.asarray(resized.crop((19, 0, 51, 32)))
-    np.testing.assert_array_equal(clip.centre_of_resized(wide, 32), expected)
+    np.testing.assert_array_equal(clip_measures.centre_of_resized(wide, 32), expected)
     tall = wide.transpose(1, 0, 2)
-    assert clip.centre_of_resized(tall, 32).shape == (32, 32, 3)
+    assert clip_measures.centre_of_resized(tall, 32).shape == (32, 32, 3)
 
 
 # Measures.
@@ -340,10 +341,10 @@ def test_clip_score_is_a_hundred_cosines_and_never_below_zero():
     images, texts = unit(50, 4), np.roll(unit(50, 4), 1, axis=0)
     cosines = [np.dot(image, text) for image, text in zip(images, texts, strict=True)]
     np.testing.assert_allclose(
-        clip.clip_score(images, texts), [100 * max(c, 0) for c in cosines], rtol=1e-12
+        clip_measures.clip_score(images, texts), [100 * max(c, 0) for c in cosines], rtol=1e-12
     )
     assert min(cosines) < 0
-    assert clip.clip_score(images[0], images[0]) == pytest.approx(100)
+    assert clip_measures.clip_score(images[0], images[0]) == pytest.approx(100)
 
 
 def test_directional_similarity_is_the_cosine_of_the_changes():
@@ -352,13 +353,15 @@ def test_directional_similarity_is_the_cosine_of_the_changes():
         np.dot(q - p, s - r) / (np.linalg.norm(q - p) * np.linalg.norm(s - r))
         for p, q, r, s in zip(a, b, c, d, strict=True)
     ]
-    np.testing.assert_allclose(clip.directional_similarity(a, b, c, d), expected, rtol=1e-12)
-    assert clip.directional_similarity(a[0], a[0], c[0], d[0]) == 0
+    np.testing.assert_allclose(
+        clip_measures.directional_similarity(a, b, c, d), expected, rtol=1e-12
+    )
+    assert clip_measures.directional_similarity(a[0], a[0], c[0], d[0]) == 0
 
 
 def test_probabilities_of_labels_are_a_softmax():
     images, labels = unit(6, 5), unit(3, 5)
-    found = clip.zero_shot(images, labels, 100.0)
+    found = clip_measures.zero_shot(images, labels, 100.0)
     powers = np.exp(100.0 * images @ labels.T)
     np.testing.assert_allclose(found, powers / powers.sum(axis=1)[:, None], rtol=1e-9)
 
@@ -366,16 +369,16 @@ def test_probabilities_of_labels_are_a_softmax():
 def test_diversity_is_the_mean_over_all_pairs():
     images = unit(7, 5)
     expected = np.mean([1 - a @ b for a, b in combinations(images, 2)])
-    assert clip.diversity(images) == pytest.approx(expected, rel=1e-12)
-    assert clip.diversity(np.repeat(images[:1], 3, axis=0)) == pytest.approx(0, abs=1e-12)
-    assert np.isnan(clip.diversity(images[:1]))
+    assert clip_measures.diversity(images) == pytest.approx(expected, rel=1e-12)
+    assert clip_measures.diversity(np.repeat(images[:1], 3, axis=0)) == pytest.approx(0, abs=1e-12)
+    assert np.isnan(clip_measures.diversity(images[:1]))
 
 
 def test_near_duplicates_are_counted_with_their_neighbour():
     images = np.eye(5)
-    assert clip.near_duplicates(images) == 0
+    assert clip_measures.near_duplicates(images) == 0
     images[3] = images[1] + 0.1 * images[2]
     images /= np.linalg.norm(images, axis=1, keepdims=True)
-    assert clip.near_duplicates(images) == 2 / 5
-    assert clip.near_duplicates(images, threshold=0.999) == 0
-    assert np.isnan(clip.near_duplicates(images[:1]))
+    assert clip_measures.near_duplicates(images) == 2 / 5
+    assert clip_measures.near_duplicates(images, threshold=0.999) == 0
+    assert np.isnan(clip_measures.near_duplicates(images[:1]))

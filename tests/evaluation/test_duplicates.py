@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.dataset import images
+from jaxdiff.dataset import image_files
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation.duplicates import (
     HashIndex,
@@ -156,7 +156,7 @@ def write_images(folder, pictures: list[np.ndarray]) -> str:
 def test_copies_of_a_training_set_are_told_from_other_images(tmp_path, scenes):
     training = read_training_set(write_images(tmp_path / "images", scenes[:20]), 64, 64)
     shown = [scenes[3], as_jpeg(scenes[5]), scenes[40]]
-    digests = pixel_hashes(images.pixel_sha256(pixels) for pixels in shown)
+    digests = pixel_hashes(image_files.pixel_sha256(pixels) for pixels in shown)
     assert training.copied(digests).tolist() == [True, False, False]
     assert training.near.within(hashed(shown)).tolist() == [True, True, False]
 
@@ -164,7 +164,7 @@ def test_copies_of_a_training_set_are_told_from_other_images(tmp_path, scenes):
 def test_training_images_are_cut_as_the_training_cuts_them(tmp_path, scenes):
     wide = np.pad(scenes[0], ((0, 0), (20, 20), (0, 0)), "edge")
     training = read_training_set(write_images(tmp_path / "images", [wide]), 64, 64)
-    assert training.copied(pixel_hashes([images.pixel_sha256(scenes[0])])).all()
+    assert training.copied(pixel_hashes([image_files.pixel_sha256(scenes[0])])).all()
 
 
 def test_an_unreadable_training_image_is_named(tmp_path, scenes):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.evaluation import comparison, intervals, report
+from jaxdiff.evaluation import comparison, intervals
 from jaxdiff.evaluation.records import Prompt, Scores
+from jaxdiff.evaluation.report import report
 
 HOSTILE = "</h4><script>document.title='owned'</script> a | b\n# c [d](e) `f` \ud800 \u202e"
 FAILED = np.nan

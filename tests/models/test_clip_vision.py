@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.special import erf, expit, softmax
 
-from jaxdiff.models.clip import CLIPConfig, CLIPVisionConfig
+from jaxdiff.models.text.clip import CLIPConfig, CLIPVisionConfig
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 ACTIVATIONS = {

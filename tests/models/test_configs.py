@@ -3,9 +3,9 @@
 import pytest
 
 from jaxdiff.errors import InputError
-from jaxdiff.models import clip
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKLConfig
+from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNetConfig
-from jaxdiff.models.vae import AutoencoderKLConfig
 
 XL = {
     "addition_embed_type": "text_time",

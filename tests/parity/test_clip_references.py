@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.checkpoint import clip_weights
-from jaxdiff.evaluation import clip
+from jaxdiff.evaluation import clip_checkpoint, clip_measures
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -30,7 +29,7 @@ def both(request, tmp_path_factory):
         CLIPImageProcessorPil.from_pretrained(directory),
         transformers.CLIPTokenizer.from_pretrained(directory),
     )
-    return clip.open_clip(directory, batch_size=3), network, processor
+    return clip_measures.open_clip(directory, batch_size=3), network, processor
 
 
 def test_embeddings_and_logits(both):
@@ -45,7 +44,10 @@ def test_embeddings_and_logits(both):
         (images, theirs.image_embeds),
         (texts, theirs.text_embeds),
         (logits, theirs.logits_per_image),
-        (clip.zero_shot(images, texts, ours.logit_scale), theirs.logits_per_image.softmax(1)),
+        (
+            clip_measures.zero_shot(images, texts, ours.logit_scale),
+            theirs.logits_per_image.softmax(1),
+        ),
     ):
         difference = np.linalg.norm(found - expected.numpy())
         assert found.shape == expected.shape
@@ -55,10 +57,10 @@ def test_embeddings_and_logits(both):
 def test_what_transformers_writes_is_read(both, tmp_path):
     """Its version 5 has the processor's config in another file than those before it."""
     _, network, processor = both
-    read = clip_weights.find(network.name_or_path)
+    read = clip_checkpoint.find(network.name_or_path)
     network.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    again = clip_weights.find(tmp_path)
+    again = clip_checkpoint.find(tmp_path)
     assert (again.config, again.pixels) == (read.config, read.pixels)
     for key, tensor in read.tensors.items():
         np.testing.assert_array_equal(again.tensors[key].read(), tensor.read())
@@ -71,7 +73,7 @@ def test_pixels_are_bit_for_bit_those_of_the_processor(both):
             Image.fromarray(image), do_rescale=False, do_normalize=False
         )
         theirs = np.asarray(seen["pixel_values"][0]).transpose(1, 2, 0)
-        np.testing.assert_array_equal(clip.centre_of_resized(image, ours.size), theirs)
+        np.testing.assert_array_equal(clip_measures.centre_of_resized(image, ours.size), theirs)
 
 
 class OfTransformers4:
@@ -94,7 +96,7 @@ def test_clip_score_is_that_of_torchmetrics(both):
     ours, network, processor = both
     texts = ["a red circle", "a star above a circle", "a ring"]  # it cuts long ones before the end
     images = clips.images()[:3]
-    ours = clip.clip_score(ours.embed_images(images), ours.embed_texts(texts))
+    ours = clip_measures.clip_score(ours.embed_images(images), ours.embed_texts(texts))
     for image, text, score in zip(images, texts, ours, strict=True):
         with torch.no_grad():
             theirs = multimodal.clip_score(

@@ -2,10 +2,10 @@
 
 import pytest
 
-from jaxdiff.checkpoint.diffusers import abstract_network, file_shapes
-from jaxdiff.models import clip
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
+from jaxdiff.weights.load import abstract_network, file_shapes
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

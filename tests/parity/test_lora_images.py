@@ -11,13 +11,13 @@ from safetensors.numpy import save_file
 
 import jaxdiff
 from jaxdiff.checkpoint import single_file
-from jaxdiff.checkpoint.diffusers import abstract_network
-from jaxdiff.checkpoint.ensemble import open_ensemble
-from jaxdiff.checkpoint.layout import BUNDLED, open_checkpoint
-from jaxdiff.checkpoint.networks import read_configs
-from jaxdiff.models import clip
+from jaxdiff.checkpoint.checkpoint import BUNDLED, open_checkpoint
+from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.networks import read_configs
+from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNet2DConditionModel
-from jaxdiff.training import lora
+from jaxdiff.training import low_rank
+from jaxdiff.weights.load import abstract_network
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -67,17 +67,17 @@ def taught(directory: Path, file: Path) -> None:
         "unet": abstract_network(UNet2DConditionModel, configs["unet"])[1],
         "text_encoder": abstract_network(clip.network(text), text)[1],
     }
-    adapters = lora.init(shapes, 4, jax.random.key(0))
+    adapters = low_rank.init(shapes, 4, jax.random.key(0))
     random = np.random.default_rng(0)
     adapters = jax.tree.map(
         lambda leaf: (0.2 * random.standard_normal(leaf.shape)).astype(np.float32), adapters
     )
-    lora.save_lora(adapters, 8.0, file)
+    low_rank.save_lora(adapters, 8.0, file)
 
 
 def test_what_training_writes_gives_the_same_image_in_diffusers(tmp_path, record_property):
     """The bundled model, at weight 1 and at one half, set as an adapter and fused."""
-    directory, file = BUNDLED["shapes64"], tmp_path / lora.FILE
+    directory, file = BUNDLED["shapes64"], tmp_path / low_rank.FILE
     taught(directory, file)
     pipeline = pipeline_of(directory)
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -145,7 +145,7 @@ def test_two_loras_and_metadata_of_peft(sd, tmp_path):
     pipeline.set_adapters(["one", "two"], [1.0, -0.5])
     pipeline.fuse_lora(adapter_names=["one", "two"])
     pipeline.unload_lora_weights()
-    files = (f"{tmp_path / name / lora.FILE}:{w}" for name, w in (("one", 1), ("two", -0.5)))
+    files = (f"{tmp_path / name / low_rank.FILE}:{w}" for name, w in (("one", 1), ("two", -0.5)))
     assert_same_weights(pipeline, sd, *files)
 
 
@@ -183,12 +183,12 @@ def test_kohyas_names(sd, tmp_path):
             yield "unet", key, f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}"
         yield from kohya_text(sd, "text_encoder", "lora_te")
 
-    save_file(drawn(sd, names()), tmp_path / lora.FILE)
+    save_file(drawn(sd, names()), tmp_path / low_rank.FILE)
     pipeline = pipeline_of(sd)
     pipeline.load_lora_weights(tmp_path)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    assert_same_weights(pipeline, sd, str(tmp_path / lora.FILE))
+    assert_same_weights(pipeline, sd, str(tmp_path / low_rank.FILE))
 
 
 def test_kohyas_names_for_xl_are_the_original_ones(tmp_path):
@@ -203,12 +203,12 @@ def test_kohyas_names_for_xl_are_the_original_ones(tmp_path):
         yield from kohya_text(xl, "text_encoder", "lora_te1")
         yield from kohya_text(xl, "text_encoder_2", "lora_te2")
 
-    save_file(drawn(xl, names()), tmp_path / lora.FILE)
+    save_file(drawn(xl, names()), tmp_path / low_rank.FILE)
     pipeline = pipeline_of(xl)
-    pipeline.load_lora_weights(tmp_path / lora.FILE)
+    pipeline.load_lora_weights(tmp_path / low_rank.FILE)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    assert_same_weights(pipeline, xl, str(tmp_path / lora.FILE))
+    assert_same_weights(pipeline, xl, str(tmp_path / low_rank.FILE))
 
 
 def test_a_file_of_pefts_own(sd, tmp_path):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxdiff.models.vae import AutoencoderKLConfig
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKLConfig
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff.checkpoint.layout import BUNDLED
+from jaxdiff.checkpoint.checkpoint import BUNDLED
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

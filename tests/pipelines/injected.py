@@ -1,7 +1,7 @@
 """Faults for the workers of a test, as the code that `faults/sitecustomize.py` runs."""
 
 AT_WORD = """
-from jaxdiff.prompts import PromptEncoder
+from jaxdiff.engine.prompts import PromptEncoder
 def wrapped(self, prompts, **how):
     if any({word!r} in prompt for prompt in prompts):
         {fault}

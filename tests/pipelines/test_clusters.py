@@ -26,12 +26,12 @@ from making import files, make_plan
 
 from jaxdiff import cli
 from jaxdiff.dataset.plan import Plan
-from pipelines import generate, options, runners
+from pipelines import generate, generate_options, runners
 from pipelines.generate import GenerateShard
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "clusters.md").read_text("utf-8")
-MODELS = options.Models("shapes64")
+MODELS = generate_options.Models("shapes64")
 SECONDS = 60
 OFFLINE = ("--dry_run=True", "--no_auth")  # else Dataflow's client asks for its buckets
 
@@ -44,7 +44,7 @@ def documented(runner: str) -> list[list[str]]:
 
 
 def beam_arguments(command: list[str]) -> list[str]:
-    return options.parse(command)[1]
+    return generate_options.parse(command)[1]
 
 
 class Recorder(PipelineRunner):
@@ -60,7 +60,7 @@ class Recorder(PipelineRunner):
 @pytest.fixture
 def generate_shard(tmp_path, manifest, tiny_checkpoint) -> tuple[GenerateShard, Plan, list[int]]:
     plan = make_plan(tmp_path, manifest, tiny_checkpoint, images_per_shard=8)
-    made = GenerateShard(plan, tmp_path, MODELS, options.Workers(), "make")
+    made = GenerateShard(plan, tmp_path, MODELS, generate_options.Workers(), "make")
     return made, plan, list(range(len(plan.shard_sizes)))
 
 

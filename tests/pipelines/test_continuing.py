@@ -16,7 +16,7 @@ import pytest
 from making import files
 
 from jaxdiff import cli
-from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.errors import InputError

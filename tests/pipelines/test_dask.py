@@ -14,7 +14,7 @@ import pytest
 from making import files
 
 from jaxdiff import cli
-from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import local as layout
 
 SECONDS = 120  # before a test gives up
 SHARDS = 12

@@ -16,23 +16,16 @@ from flax import nnx
 from PIL import Image
 
 from jaxdiff import cli
-from jaxdiff.checkpoint.diffusers import abstract_network, load_params
-from jaxdiff.checkpoint.layout import open_checkpoint
-from jaxdiff.checkpoint.networks import read_configs
+from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.errors import InputError
-from jaxdiff.models import clip
-from jaxdiff.models.vae import AutoencoderKL
-from jaxdiff.training.data import (
-    batches,
-    buckets,
-    check_encoders,
-    encoded,
-    open_examples,
-    pictures,
-)
+from jaxdiff.families.networks import read_configs
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
+from jaxdiff.models.text import clip
+from jaxdiff.training.data import batches, buckets, check_encoders, decoding, encoded, open_examples
 from jaxdiff.training.data.encoded import EncodedExamples
 from jaxdiff.training.recipe import Data
-from pipelines import supervisor
+from jaxdiff.weights.load import abstract_network, load_params
+from pipelines import jobs
 
 SIZES = [(80, 64), (64, 64), (64, 96), (70, 70)] * 5  # height, width
 ASPECT_RATIOS = 2.0
@@ -108,7 +101,7 @@ def test_latents_are_those_of_the_images(finished, photos, tiny_checkpoint):
     for index in (0, 7, 19):
         number = int(latents.caption(index).split()[1])
         height, width = latents.sizes[index]
-        pixels = pictures.fitted(images.pixels(number), height, width)
+        pixels = decoding.fitted(images.pixels(number), height, width)
         mean, log_variance = encode(jnp.asarray(pixels[None], jnp.float32))
         expected = config.scaling_factor * np.stack([mean[0], jnp.exp(0.5 * log_variance[0])])
         found = np.stack(latents.posterior(index))
@@ -184,7 +177,7 @@ def test_a_stopped_job_is_continued_to_the_same_bytes(
     def rename_and_stop(*paths) -> None:
         rename(*paths)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert supervisor.stopping.wait(timeout=60)
+        assert jobs.stopping.wait(timeout=60)
         monkeypatch.undo()
 
     monkeypatch.setattr(os, "replace", rename_and_stop)

@@ -6,7 +6,7 @@ import pytest
 from making import files
 
 from jaxdiff import cli
-from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 
 FIRST = [{"prompt": "a red circle", "id": "a"}, {"prompt": "a star", "id": "b", "num_images": 3}]

@@ -14,7 +14,7 @@ from injected import at
 from making import files
 
 from jaxdiff import cli
-from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import local as layout
 
 STAR_KEYS = ["000000003", "000000004", "000000005"]
 
@@ -99,7 +99,7 @@ def test_a_device_that_kills_every_process_accuses_no_row(tmp_path, command, fau
     directory = tmp_path / "out"
     faulty("""
 import os
-from jaxdiff.text_to_image import TextToImage
+from jaxdiff.engine.engine import TextToImage
 TextToImage._dispatch = lambda *_: os.kill(os.getpid(), 9)
 """)
     assert cli.main(command(directory)) == 1
@@ -115,7 +115,7 @@ def test_a_size_that_the_model_cannot_make_stops_only_its_rows(tmp_path, command
         '{"prompt": "a ring"}\n{"prompt": "a star", "width": 96}\n{"prompt": "a cross"}\n'
     )
     faulty("""
-from jaxdiff.text_to_image import TextToImage
+from jaxdiff.engine.engine import TextToImage
 def wrapped(self, batch, *how):
     if batch[0].width == 96:
         raise RuntimeError("too wide")

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 import jaxdiff
 from jaxdiff import cli
-from jaxdiff.dataset import directory as layout
-from jaxdiff.dataset import images
+from jaxdiff.dataset import image_files
+from jaxdiff.dataset import local as layout
 
 
 def records(directory: Path) -> list[dict]:
@@ -72,7 +72,7 @@ def test_a_manifest_becomes_a_finished_dataset(tmp_path, command, capsys, tiny_c
         "options": "",
         "model": report["model"]["fingerprint"],
         "sha256": hashlib.sha256(content).hexdigest(),
-        "pixel_sha256": images.pixel_sha256(images.decode(content)),
+        "pixel_sha256": image_files.pixel_sha256(image_files.decode(content)),
         "metadata": {},
     }
     assert made[0]["metadata"] == {"note": "ü"}
@@ -80,7 +80,7 @@ def test_a_manifest_becomes_a_finished_dataset(tmp_path, command, capsys, tiny_c
     model = jaxdiff.load(tiny_checkpoint)
     request = jaxdiff.Request(prompt="a blue square", negative_prompt="a star", seed=7, steps=2)
     (image,) = model.generate([request], batch_size=2)
-    assert (image.pixels == images.decode(content)).all()
+    assert (image.pixels == image_files.decode(content)).all()
 
 
 def test_another_job_in_the_same_directory_is_refused_with_the_difference(

@@ -9,7 +9,7 @@ from apache_beam.io.localfilesystem import LocalFileSystem
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from jaxdiff import cli
-from jaxdiff.dataset import manifest as manifests
+from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.errors import InputError
 from pipelines import inputs
 

@@ -19,8 +19,8 @@ import pytest
 from making import files
 
 from jaxdiff import cli
-from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import ledger
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import shard as shards
 
 DYING = Path(__file__).parents[1] / "dying.py"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import local as layout
 
 SHARDS, IMAGES_PER_SHARD = 52, 32
 # Resident memory moves by a few MB with the allocator and with the moment when it is looked at (5

@@ -3,7 +3,7 @@
 import re
 
 from jaxdiff import cli
-from jaxdiff.dataset import directory as layout
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from pipelines import progress
 

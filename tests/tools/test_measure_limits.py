@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from jaxdiff.errors import InputError
-from jaxdiff.training import scenes
 from jaxdiff.training.recipe import Data, Optimizer, TextToImageRecipe
+from jaxdiff.training.shapes import scenes
 from jaxdiff.worlds import shapes
 from tools import measure_limits as limits
 

@@ -14,8 +14,9 @@ import jaxdiff
 from jaxdiff.diffusion import objective
 from jaxdiff.diffusion.schedule import FLOW_CLASS, NoiseSchedule
 from jaxdiff.errors import InputError
-from jaxdiff.training import components, noise_levels, scenes, text_to_image
+from jaxdiff.training import components, noise_levels, text_to_image
 from jaxdiff.training.recipe import Computing, Data, Lora, Loss, Optimizer, TextToImageRecipe
+from jaxdiff.training.shapes import scenes
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.scene import CANVAS
 

@@ -9,19 +9,20 @@ from PIL import Image
 from jaxdiff.dataset import ledger
 from jaxdiff.dataset import plan as plans
 from jaxdiff.errors import InputError
-from jaxdiff.training import data, dreambooth, text_to_image
+from jaxdiff.training import batches, data, text_to_image
 from jaxdiff.training.recipe import Data, Optimizer, Prior, TextToImageRecipe
+from pipelines import class_images
 
 
 def test_class_images_are_made_once_and_can_be_trained_on(tiny_checkpoint, tmp_path, capsys):
     prior = Prior(prompt="a shape", images=3, weight=0.5)
-    dreambooth.class_images(str(tiny_checkpoint), prior, tmp_path / "prior")
-    directory = tmp_path / "prior" / dreambooth.IMAGES
+    class_images.class_images(str(tiny_checkpoint), prior, tmp_path / "prior")
+    directory = tmp_path / "prior" / batches.IMAGES
     assert ledger.finished(directory, plans.load(directory))["made"] == 3
     examples = data.open_examples(Data(path=str(directory)))
     assert [examples.captions[i] for i in range(len(examples))] == ["a shape"] * 3
     capsys.readouterr()
-    dreambooth.class_images(str(tiny_checkpoint), prior, tmp_path / "prior")
+    class_images.class_images(str(tiny_checkpoint), prior, tmp_path / "prior")
     assert "is finished already" in capsys.readouterr().out
 
     recipe = dreambooth_recipe(tiny_checkpoint, tmp_path / "dog", prior=prior)
@@ -64,6 +65,6 @@ def test_prior_goes_with_square_images_alone(tiny_checkpoint, tmp_path):
 
 def test_class_images_need_a_model_and_a_number(tiny_checkpoint, tmp_path):
     with pytest.raises(InputError, match="the recipe names no model"):
-        dreambooth.class_images("", Prior(prompt="a shape"), tmp_path)
+        class_images.class_images("", Prior(prompt="a shape"), tmp_path)
     with pytest.raises(InputError, match="num_images must be a whole number"):
-        dreambooth.class_images(str(tiny_checkpoint), Prior("a shape", 0), tmp_path / "none")
+        class_images.class_images(str(tiny_checkpoint), Prior("a shape", 0), tmp_path / "none")

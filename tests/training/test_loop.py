@@ -17,7 +17,8 @@ from PIL import Image
 from small_runs import RECIPE, draw, lines, task, weights
 
 import jaxdiff
-from jaxdiff import cli, parallel
+from jaxdiff import cli
+from jaxdiff.devices import parallel
 from jaxdiff.errors import InputError
 from jaxdiff.training import loop, run
 from jaxdiff.training.recipe import Checkpoints

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxdiff.checkpoint.diffusers import abstract_network
-from jaxdiff.checkpoint.layout import open_checkpoint
-from jaxdiff.checkpoint.networks import read_configs
-from jaxdiff.models import clip
+from jaxdiff.checkpoint.checkpoint import open_checkpoint
+from jaxdiff.families.networks import read_configs
+from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNet2DConditionModel
-from jaxdiff.training import lora
+from jaxdiff.training import low_rank
+from jaxdiff.weights.load import abstract_network
 
 RANK = 3
 
@@ -28,7 +28,7 @@ def shapes() -> dict:
 
 @pytest.fixture(scope="module")
 def adapters(shapes) -> dict:
-    return lora.init(shapes, RANK, jax.random.key(0))
+    return low_rank.init(shapes, RANK, jax.random.key(0))
 
 
 def taught(adapters: dict) -> dict:
@@ -55,10 +55,10 @@ def test_every_attention_has_adapters_on_its_four_matrices_and_nothing_else_has(
 
 def test_new_adapters_change_nothing_and_taught_ones_by_their_scaled_product(shapes, adapters):
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
-    same = lora.merged(params, adapters, alpha=6.0)
+    same = low_rank.merged(params, adapters, alpha=6.0)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, same))
     adapters = taught(adapters)
-    changed = lora.merged(params, adapters, alpha=6.0)
+    changed = low_rank.merged(params, adapters, alpha=6.0)
     before, layer, after = (
         tree["unet"]["mid_block"]["attentions"][0]["transformer_blocks"][0]["attn2"]["to_k"]
         for tree in (params, adapters, changed)
@@ -72,7 +72,9 @@ def test_the_gradient_reaches_the_adapters_alone(shapes, adapters):
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes["text_encoder"])
 
     def loss(adapters):
-        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(lora.merged(params, adapters, 0.0)))
+        return sum(
+            jnp.sum(leaf) for leaf in jax.tree.leaves(low_rank.merged(params, adapters, 0.0))
+        )
 
     gradient = jax.grad(loss)(adapters["text_encoder"])
     layer = gradient["encoder"]["layers"][0]["self_attn"]["q_proj"]
@@ -82,9 +84,9 @@ def test_the_gradient_reaches_the_adapters_alone(shapes, adapters):
 
 def test_the_file_has_pytorchs_names_and_axes_and_the_scale_in_b(adapters, tmp_path):
     adapters = taught(adapters)
-    lora.save_lora(adapters, 6.0, tmp_path / lora.FILE)
-    assert [path.name for path in tmp_path.iterdir()] == [lora.FILE]
-    stored = load_file(tmp_path / lora.FILE)
+    low_rank.save_lora(adapters, 6.0, tmp_path / low_rank.FILE)
+    assert [path.name for path in tmp_path.iterdir()] == [low_rank.FILE]
+    stored = load_file(tmp_path / low_rank.FILE)
     assert len(stored) == len(jax.tree.leaves(adapters))
     layer = adapters["text_encoder"]["encoder"]["layers"][1]["self_attn"]["out_proj"]
     key = "text_encoder.text_model.encoder.layers.1.self_attn.out_proj.lora_{}.weight"

@@ -9,8 +9,9 @@ import pytest
 from test_denoising import recipe
 
 from jaxdiff.errors import InputError
-from jaxdiff.training import places, text_to_image
+from jaxdiff.training import text_to_image
 from jaxdiff.training.recipe import Data, Loss
+from jaxdiff.training.shapes import places
 from jaxdiff.worlds.shapes import SHAPES, Object, Scene
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")

@@ -146,7 +146,7 @@ def test_a_denoiser_learns_and_becomes_a_model_that_generates(autoencoder_run, t
 def test_the_autoencoders_latents_are_scaled_to_unit_variance(autoencoder_run):
     from flax import nnx
 
-    from jaxdiff.pixels import to_float
+    from jaxdiff.engine.program import to_float
     from jaxdiff.training.autoencoder import render_batch
     from jaxdiff.training.components import component
 

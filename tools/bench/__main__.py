@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from jaxdiff.checkpoint.layout import open_checkpoint
+from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.errors import InputError
 from tools.bench import checkpoints, measure, report
 from tools.bench.engine import Column

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.checkpoint.components import (
     CONFIGS,
     INDEX,
@@ -22,7 +23,6 @@ from jaxdiff.checkpoint.components import (
     TOKENIZERS,
     read_json,
 )
-from jaxdiff.checkpoint.layout import BUNDLED
 from jaxdiff.checkpoint.single_file_configs import FAMILIES
 from jaxdiff.checkpoint.sources import cache_directory
 from jaxdiff.checkpoint.weight_files import TEXT_PREFIX
@@ -47,11 +47,11 @@ def directory(model: str) -> Path:
 
 def write(model: str, target: Path) -> None:
     """Writes a full-size checkpoint, whole or not at all."""
-    from jaxdiff.checkpoint.diffusers import abstract_network, file_shapes, write_json
-    from jaxdiff.checkpoint.networks import CONFIGS as CONFIG_CLASSES
-    from jaxdiff.models import clip
+    from jaxdiff.families.networks import CONFIGS as CONFIG_CLASSES
+    from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
+    from jaxdiff.models.text import clip
     from jaxdiff.models.unet import UNet2DConditionModel
-    from jaxdiff.models.vae import AutoencoderKL
+    from jaxdiff.weights.load import abstract_network, file_shapes, write_json
 
     family = FULL_SIZE[model]
     target.parent.mkdir(parents=True, exist_ok=True)

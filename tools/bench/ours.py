@@ -14,13 +14,13 @@ import numpy as np
 from flax import nnx
 
 import jaxdiff
-from jaxdiff import compilation, parallel
-from jaxdiff.checkpoint.diffusers import abstract_network, load_params
-from jaxdiff.checkpoint.networks import read_configs
+from jaxdiff.devices import compilation, parallel
+from jaxdiff.engine.engine import DTYPES
+from jaxdiff.engine.prompts import PromptEncoder
+from jaxdiff.families.networks import read_configs
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
 from jaxdiff.models.unet import UNet2DConditionModel
-from jaxdiff.models.vae import AutoencoderKL
-from jaxdiff.prompts import PromptEncoder
-from jaxdiff.text_to_image import DTYPES
+from jaxdiff.weights.load import abstract_network, load_params
 from tools.bench import workload
 from tools.bench.workload import Workload
 

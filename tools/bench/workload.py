@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxdiff.checkpoint import operations
-from jaxdiff.checkpoint.layout import Checkpoint, open_checkpoint
+from jaxdiff.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from jaxdiff.families import operations
 
 GUIDED_PAIR = 2  # rows of a U-Net's batch for an image
 TIMESTEP = 500

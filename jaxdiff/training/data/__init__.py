@@ -1,6 +1,6 @@
 """Captioned images for training: opened in any of their forms, and dealt out in batches."""
 
-from jaxdiff.training.data.batching import assign, batches, buckets
+from jaxdiff.training.data.buckets import assign, batches, buckets
 from jaxdiff.training.data.encoded import EncodedExamples, check_encoders, latents_digest
 from jaxdiff.training.data.examples import Examples, open_examples
 

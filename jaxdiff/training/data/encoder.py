@@ -9,14 +9,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff import batching, compilation, parallel
-from jaxdiff.checkpoint.diffusers import open_network
-from jaxdiff.checkpoint.layout import Checkpoint
-from jaxdiff.checkpoint.networks import read_configs
-from jaxdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
-from jaxdiff.pixels import to_float
-from jaxdiff.prompts import PromptEncoder
+from jaxdiff.checkpoint.checkpoint import Checkpoint
+from jaxdiff.devices import batching, compilation, parallel
+from jaxdiff.engine.program import to_float
+from jaxdiff.engine.prompts import PromptEncoder
+from jaxdiff.families.networks import read_configs
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.training.data.encoded import EMBEDDINGS, latents_digest, weights_digest
+from jaxdiff.weights.load import open_network
 
 ACCELERATOR_PX = 1024 * 1024  # encoded at once; the activations are many times the images
 

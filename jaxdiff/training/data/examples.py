@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import ledger
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.errors import InputError
-from jaxdiff.training.data import encoded, files, pictures
+from jaxdiff.training.data import decoding, encoded, files
 from jaxdiff.training.data.encoded import EncodedExamples
 from jaxdiff.training.recipe import Data
 
@@ -55,7 +55,7 @@ class Examples:
             content = self.read(self.places[index])
         except OSError as problem:
             raise InputError(f"{name} cannot be read any more ({problem.strerror})") from None
-        pixels = pictures.decode(content, name)
+        pixels = decoding.decode(content, name)
         if pixels.shape[:2] != tuple(self.sizes[index]):
             raise InputError(f"{name} has changed since the training began; start it again")
         return pixels

@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxdiff import checks
-from jaxdiff.dataset.manifest_readers import MAX_LINE_BYTES, READERS
+from jaxdiff.dataset.manifest.readers import MAX_LINE_BYTES, READERS
 from jaxdiff.errors import InputError
-from jaxdiff.training.data import pictures
+from jaxdiff.training.data import decoding
 
 CAPTIONS = ("text", "caption", "prompt")  # the columns that hold captions, unless one is named
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -65,7 +65,7 @@ def scan_folder(folder: Path, column: str) -> Iterator[Entry]:
         caption = _caption(row, column, where)
         try:
             with path.open("rb") as file:
-                size = pictures.read_size(file, str(path))
+                size = decoding.read_size(file, str(path))
                 yield Entry(str(path), caption, size, (path, 0, file.seek(0, io.SEEK_END)))
         except OSError as problem:
             raise InputError(f"{where}: {path} cannot be read ({problem.strerror})") from None
@@ -176,7 +176,7 @@ def _sample(
     if not column and "txt" in values:
         column = "txt"
     caption = _caption(values, column, name)
-    size = pictures.read_size(tar.extractfile(image), name)
+    size = decoding.read_size(tar.extractfile(image), name)
     return Entry(name, caption, size, (path, image.offset_data, image.size))
 
 
@@ -224,7 +224,7 @@ def scan_parquet(path: Path, column: str) -> Iterator[Entry]:
                     if not image.is_valid:
                         raise InputError(f"{name} has no image in it; embed its bytes")
                     said = _caption({caption: text.as_py()}, caption, name)
-                    shape = pictures.read_size(pa.BufferReader(image.as_buffer()), name)
+                    shape = decoding.read_size(pa.BufferReader(image.as_buffer()), name)
                     yield Entry(name, said, shape, Cell(path, group, index, size, leaf))
                     row += 1
     except (OSError, pa.ArrowException) as problem:

@@ -23,11 +23,11 @@ from captioned import (
 from making import make_plan, make_shard, pixels_of
 from PIL import Image
 
-from jaxdiff.dataset import directory as layout
 from jaxdiff.dataset import ledger
+from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.errors import InputError
-from jaxdiff.training.data import files, open_examples, pictures
+from jaxdiff.training.data import decoding, files, open_examples
 from jaxdiff.training.recipe import Data
 
 
@@ -166,7 +166,7 @@ def test_a_gigapixel_image_is_refused_by_its_header(tmp_path):
     huge[16:24] = (50_000).to_bytes(4, "big") * 2  # of the PNG header, whose checksum follows
     huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
     assert "0.png" in refusal(one_image(tmp_path / "huge", bytes(huge)))
-    side = int(pictures.MOST_PX**0.5) + 8
+    side = int(decoding.MOST_PX**0.5) + 8
     wide = encoded(Image.new("1", (side, side)))
     assert "make it smaller" in refusal(one_image(tmp_path / "large", wide))
 

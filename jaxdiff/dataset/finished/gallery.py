@@ -1,0 +1,220 @@
+"""A dataset to look at in a browser: thumbnails, search, and every image with its settings.
+
+The gallery needs no server. `index.html` opens from the disk; a page from there may load scripts
+but read no files, so the records come as small scripts, and the page takes all that is in them as
+text. Everything else lies in a folder with a name of its own, and `index.html`, written last, says
+which: whoever opens the gallery sees the old one or the new one, never half of one.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+
+from PIL import Image
+
+from jaxdiff.dataset import image_files
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset.finished import reader
+from jaxdiff.dataset.plan import Plan
+from jaxdiff.dataset.settings import Settings
+from jaxdiff.errors import InputError
+from jaxdiff.request import Options
+
+ASSETS = Path(__file__).parents[2] / "assets" / "gallery"
+INDEX = "index.html"
+GENERATOR = '<meta name="generator" content="jaxdiff view">'
+FILES = re.compile(r"files-[0-9a-f]{8}")  # what INDEX names, each time another
+THUMBNAIL_PX = 384  # the longer side; smaller images are their own thumbnails
+CHUNK_IMAGES, CHUNK_CHARACTERS = 500, 2**20
+WAITING_IMAGES = 16  # read, but not written yet
+# Of an image, in the order in which its record is written.
+COLUMNS = (
+    *("key", "id", "image_index", "prompt", "negative_prompt", "seed", "width", "height"),
+    *("steps", "guidance_scale", "sampler", "metadata", "sha256", "pixel_sha256", "error"),
+)
+# The job's settings that decide an image's file, beside its own.
+ALWAYS_SAID = ("noise", "dtype", "batch_size")
+DECISIVE = dict.fromkeys((*ALWAYS_SAID, "image_format", *(field.name for field in fields(Options))))
+
+
+def write(directory: Path, target: Path | None = None) -> Path:
+    """Writes the gallery of a dataset, finished or not, in the place of the one that is there.
+
+    Args:
+      target: the gallery's folder; by default "gallery" in the dataset's.
+
+    Returns:
+      The path of its `index.html`.
+
+    Raises:
+      InputError: if there is no dataset, if one of its files is damaged, or if `target` holds
+        something else than a gallery.
+    """
+    plan = plans.load(directory)
+    if plan is None:
+        raise InputError(f"{directory} holds no jaxdiff run")
+    target = target or directory / "gallery"
+    with _held(target):
+        folder = target / f"files-{uuid.uuid4().hex[:8]}"
+        try:
+            _fill(folder, directory, plan)
+            index = (ASSETS / INDEX).read_text("utf-8").replace("FILES", folder.name)
+            (folder / INDEX).write_text(index, "utf-8")
+            os.replace(folder / INDEX, target / INDEX)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        for path in target.iterdir():
+            if FILES.fullmatch(path.name) and path.name != folder.name:
+                shutil.rmtree(path, ignore_errors=True)
+    return target / INDEX
+
+
+@contextlib.contextmanager
+def _held(target: Path) -> Iterator[None]:
+    """Makes the gallery's folder and keeps it for this process; leaves none that is empty."""
+    if target.is_symlink():  # which came with the dataset, perhaps
+        raise InputError(f"{target} is a link; name the gallery's own folder with --output")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{target} is a file; name a folder with --output") from None
+    _check_ours(target)
+    lock = os.open(target, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise InputError(f"{target}: another `jaxdiff view` is writing here; wait for it") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            target.rmdir()
+        os.close(lock)
+
+
+def _check_ours(target: Path) -> None:
+    index = target / INDEX
+    if index.is_file() and GENERATOR in index.read_text("utf-8", "replace"):
+        return
+    if any(not FILES.fullmatch(path.name) for path in target.iterdir()):
+        raise InputError(f"{target} holds other files; name a new folder with --output")
+
+
+def _fill(folder: Path, directory: Path, plan: Plan) -> None:
+    """Writes all that `index.html` needs, in memory that does not grow with the dataset."""
+    shutil.copytree(ASSETS, folder, ignore=shutil.ignore_patterns(INDEX))
+    extension = image_files.EXTENSIONS[plan.settings.image_format]
+    counts = {"made": 0, "failed": 0}
+    chunks = _Chunks(folder / "data")
+    waiting = deque()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow computes outside of Python's lock
+        for row, image in reader.images(directory, plan):
+            counts["failed" if image is None else "made"] += 1
+            chunks.add([row[name] for name in COLUMNS])
+            if image is not None:
+                waiting.append(pool.submit(_store, folder, row, image, extension))
+            if len(waiting) == WAITING_IMAGES:
+                waiting.popleft().result()
+        for stored in waiting:
+            stored.result()
+    chunks.close()
+    job = _job(directory, plan) | counts | {"chunks": chunks.count}
+    _write_script(folder / "data" / "job.js", "open", job)
+
+
+class _Chunks:
+    """Writes records to scripts of some hundred each, which a browser loads one after another."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir()
+        self.count = 0
+        self._folder = folder
+        self._rows: list[list] = []
+        self._characters = 0
+
+    def add(self, row: list) -> None:
+        self._rows.append(row)
+        self._characters += sum(len(value) for value in row if isinstance(value, str))
+        if len(self._rows) == CHUNK_IMAGES or self._characters > CHUNK_CHARACTERS:
+            self.close()
+
+    def close(self) -> None:
+        if self._rows:
+            _write_script(self._folder / f"{self.count:05d}.js", "add", self._rows)
+            self.count += 1
+        self._rows, self._characters = [], 0
+
+
+def _write_script(path: Path, function: str, value: list | dict) -> None:
+    # In ASCII, and without what could end or begin anything in HTML.
+    text = json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+    path.write_text(f"gallery.{function}({text});\n", "ascii")
+
+
+def _job(directory: Path, plan: Plan) -> dict:
+    """What all images have in common."""
+    settings = plan.settings
+    return {
+        "name": directory.resolve().name,
+        "planned": plan.images,
+        "columns": COLUMNS,
+        "extension": image_files.EXTENSIONS[settings.image_format],
+        "thumbnail_px": THUMBNAIL_PX,
+        "aspect": settings.width / settings.height,
+        "shared": {
+            "model": plan.model_name,
+            "noise": settings.noise,
+            "dtype": settings.dtype,
+            "options": plan.options,
+        },
+        "fingerprint": plan.identity["model"],
+        "options": _options(plan),
+    }
+
+
+def _options(plan: Plan) -> str:
+    """The options of `jaxdiff generate` that decide pixels and files, for a POSIX shell.
+
+    Each is one word with its value, so that no value can pass for another option.
+    """
+    settings = plan.settings
+    said = {name: plan.models.get(name) for name in ("model", "variant", "refiner")}
+    for name in DECISIVE:
+        value = getattr(settings, name)
+        if name in ALWAYS_SAID or value != getattr(Settings, name):
+            said[name] = value
+    words = [(name, value) for name, value in said.items() if value is not None]
+    words += [("lora", file) for file in plan.models.get("lora", ())]
+    return shlex.join(f"--{name.replace('_', '-')}={value}" for name, value in words)
+
+
+def _store(folder: Path, row: dict, image: bytes, extension: str) -> None:
+    """Writes an image as it is, and its thumbnail where it is larger than one."""
+    key = row["key"]
+    path = folder / "images" / key[:6] / f"{key}.{extension}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(image)
+    if max(row["width"], row["height"]) <= THUMBNAIL_PX:
+        return
+    try:
+        with Image.open(io.BytesIO(image), formats=list(image_files.EXTENSIONS)) as opened:
+            opened.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), reducing_gap=2.0)
+            thumbnail = opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        raise InputError(f"image {key} is damaged ({problem})") from None
+    path = folder / "thumbnails" / key[:6] / f"{key}.webp"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    thumbnail.save(path, "webp", quality=85, method=2)

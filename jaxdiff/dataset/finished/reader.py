@@ -1,0 +1,84 @@
+"""What has been made of a dataset, read back: an image at a time, each as its record says."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxdiff.dataset import formats
+from jaxdiff.dataset import image_files as image_files
+from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.plan import Plan
+from jaxdiff.errors import InputError
+
+ROWS_AT_ONCE = 500
+ALWAYS_THERE = (  # of a failed image, too
+    *("key", "id", "image_index", "prompt", "negative_prompt", "seed", "width", "height"),
+    *("steps", "guidance_scale", "sampler", "metadata"),
+)
+
+
+def images(directory: Path, plan: Plan) -> Iterator[tuple[dict, bytes | None]]:
+    """Yields the metadata row and the file of each image; no file for one that failed.
+
+    Shards that are not made yet are left out.
+
+    Raises:
+      InputError: at the first file or row that is not as it was made.
+    """
+    for shard in range(len(plan.shard_sizes)):
+        yield from images_of(directory, plan, shard)
+
+
+def images_of(directory: Path, plan: Plan, shard: int) -> Iterator[tuple[dict, bytes | None]]:
+    """`images` of one shard."""
+    _, _, read = formats.FORMATS[plan.settings.format]
+    extension = image_files.EXTENSIONS[plan.settings.image_format]
+    name, metadata_name = shards.file_names(plan, shard)
+    try:
+        made = shards.read_marker(directory, plan, shard) is not None
+        if not made or not (directory / name).exists():
+            return
+        samples = read(directory / name)
+        for row in _rows(directory / metadata_name):
+            if row["status"] != "made":
+                yield row, None
+                continue
+            sample = next(samples, None)
+            if sample is None or sample.extension != extension:
+                raise ValueError(f"image {row['key']} is missing")
+            if hashlib.sha256(sample.image).hexdigest() != row["sha256"]:
+                raise ValueError(f"image {row['key']} has changed")
+            yield row, sample.image
+    except (OSError, RecursionError, ValueError, pa.ArrowException) as problem:
+        raise InputError(
+            f"{directory / name} cannot be read: {problem} (jaxdiff verify {directory} says more)"
+        ) from None
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    with pq.ParquetFile(path) as file:
+        if not file.schema_arrow.equals(shards.METADATA_SCHEMA):
+            raise ValueError(f"{path.name} has other columns than jaxdiff writes")
+        for batch in file.iter_batches(ROWS_AT_ONCE):
+            for row in batch.to_pylist():
+                if any(row[name] is None for name in ALWAYS_THERE):
+                    raise ValueError(f"{path.name} has a row with gaps")
+                if not re.fullmatch(r"[0-9]{9}", row["key"]):
+                    raise ValueError(f"{path.name} has a key that is none")
+                if not isinstance(_read_json(row["metadata"]), dict):
+                    raise ValueError(f"{path.name} has metadata that are no JSON object")
+                yield row
+
+
+def _read_json(text: str):
+    """Reads what a browser reads: JSON without Python's NaN and infinities."""
+
+    def refuse(name: str):
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)

@@ -1,0 +1,210 @@
+"""Content Credentials: a signed C2PA manifest in every image of a finished dataset.
+
+The manifest says what made the image, and that it is no photograph: the action `c2pa.created` with
+IPTC's digital source type (https://spec.c2pa.org, "Actions"). Signing changes an image's file and
+its `sha256`, but neither its pixels nor the text in it. Each shard is committed as a revision, so
+an interrupted signing goes on where it ended. Nothing is asked of the network.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from PIL import Image
+from tqdm import tqdm
+
+from jaxdiff.dataset import formats, image_files, ledger
+from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.formats import Sample
+from jaxdiff.dataset.plan import Plan
+from jaxdiff.errors import InputError
+
+try:
+    import c2pa
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+except ImportError as problem:
+    raise InputError(f"signing needs c2pa-python ({problem}): pip install jaxdiff[c2pa]") from None
+
+CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
+OFFLINE = {"remote_manifest_fetch": False, "ocsp_fetch": False}
+SIGNING = {
+    "verify": {"verify_after_sign": True, **OFFLINE},
+    "builder": {"thumbnail": {"enabled": False}},
+}
+READING = {"verify": {"verify_after_reading": False, **OFFLINE}}
+
+
+def sign_dataset(directory: Path, certificate: Path, key: Path) -> int:
+    """Signs every image of a finished dataset that is not signed yet.
+
+    Args:
+      certificate: PEM; the signer's own certificate, then those of its issuers.
+      key: PEM; the private key of the first certificate.
+
+    Returns:
+      How many images were signed.
+
+    Raises:
+      InputError: if there is no finished dataset, another process writes to it, a file in it is not
+        what its marker says, or the certificate and the key cannot sign.
+    """
+    if plans.load(directory) is None:
+        raise InputError(f"{directory} holds no jaxdiff run")
+    signer = open_signer(certificate, key)
+    with layout.held(directory):
+        plan = plans.load(directory)
+        if missing := ledger.todo(directory, plan):
+            raise InputError(
+                f"{directory} is not finished: {len(missing)} of {len(plan.shard_sizes)} shards "
+                "are not made yet; the same generate command makes them"
+            )
+        numbers = range(len(plan.shard_sizes))
+        progress = tqdm(numbers, "signing", unit=" shards", disable=None)
+        signed = sum(_sign_shard(directory, plan, shard, signer) for shard in progress)
+        if signed or not (directory / layout.SUCCESS).exists():
+            ledger.finalize(directory, plan, _plan_seconds(directory))
+    return signed
+
+
+def open_signer(certificate: Path, key: Path) -> "c2pa.Context":
+    """What `sign` takes, from two PEM files; raises InputError if they cannot sign."""
+    chain, private = _read("--certificate", certificate), _read("--key", key)
+    try:
+        first, *_ = x509.load_pem_x509_certificates(chain)
+    except ValueError:
+        raise InputError(f"--certificate {certificate} holds no certificate in PEM") from None
+    try:
+        loaded = serialization.load_pem_private_key(private, password=None)
+    except TypeError:
+        raise InputError(
+            f"--key {key} is encrypted; openssl pkcs8 -in {key} writes one that is not"
+        ) from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise InputError(f"--key {key} holds no private key in PEM") from None
+    if loaded.public_key() != first.public_key():
+        raise InputError(
+            f"--key {key} is not that of the first certificate in {certificate}, which has to be "
+            "the signer's own; those of its issuers follow"
+        )
+    pkcs8 = loaded.private_bytes(  # the only form that c2pa-rs reads
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    info = c2pa.C2paSignerInfo(_algorithm(loaded, key), chain, pkcs8, None)
+    blank = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(blank, "png")
+    try:
+        settings = c2pa.Settings.from_dict(SIGNING)
+        signer = c2pa.Context(settings=settings, signer=c2pa.Signer.from_info(info))
+        sign(blank.getvalue(), "png", signer)
+    except c2pa.C2paError as problem:
+        raise InputError(
+            f"--certificate {certificate} cannot sign ({problem}); C2PA wants one in force, not an "
+            "authority's, for digital signatures, with an extended key usage such as "
+            "emailProtection"
+        ) from None
+    return signer
+
+
+def sign(image: bytes, image_format: str, signer: "c2pa.Context") -> bytes:
+    """An image's file with a C2PA manifest in it, and else as it was.
+
+    Args:
+      image: the file's bytes.
+      image_format: "png", "webp" or "jpeg".
+      signer: as `open_signer` gives it.
+
+    Raises:
+      c2pa.C2paError: if the file cannot be read, or the signature is not valid.
+    """
+    agent = {"name": "jaxdiff", "version": importlib.metadata.version("jaxdiff")}
+    created = {
+        "action": "c2pa.created",
+        "softwareAgent": agent,
+        "digitalSourceType": image_files.DIGITAL_SOURCE_TYPE,
+    }
+    actions = {"label": "c2pa.actions.v2", "data": {"actions": [created]}}
+    manifest = {"claim_generator_info": [agent], "assertions": [actions]}
+    signed = io.BytesIO()
+    with c2pa.Builder(manifest, context=signer) as builder:
+        builder.sign(f"image/{image_format}", io.BytesIO(image), signed)
+    return signed.getvalue()
+
+
+def is_signed(image: bytes, image_format: str) -> bool:
+    """Whether there is a C2PA manifest in an image's file, be it valid or not."""
+    context = c2pa.Context(settings=c2pa.Settings.from_dict(READING))
+    reader = c2pa.Reader.try_create(f"image/{image_format}", io.BytesIO(image), context=context)
+    with reader or contextlib.nullcontext():
+        return reader is not None
+
+
+def _sign_shard(directory: Path, plan: Plan, shard: int, signer: "c2pa.Context") -> int:
+    """Commits the shard with its images signed, unless all are; returns how many it has signed."""
+    marker = shards.read_marker(directory, plan, shard)
+    shards.publish(directory, marker)  # for one that was killed in between
+    shards.check_files(directory, marker)
+    images_name, metadata_name = shards.file_names(plan, shard)
+    _, _, read = formats.FORMATS[plan.settings.format]
+    image_format = plan.settings.image_format
+    todo = sum(
+        not is_signed(sample.image, image_format) for sample in read(directory / images_name)
+    )
+    if not todo:
+        return 0
+    (directory / layout.SUCCESS).unlink(missing_ok=True)  # it tells of the old files
+    samples = read(directory / images_name)
+    rows = pq.read_table(directory / metadata_name).to_pylist()
+    with shards.Attempt(directory, plan, shard, marker.revision + 1) as attempt:
+        for image, row in zip(plans.read_shard(directory, plan, shard), rows, strict=True):
+            if row["status"] == "made":
+                attempt.add(_signed(next(samples), image_format, signer))
+            else:
+                attempt.add_failed(image, row["error"])
+        attempt.commit(marker.facts)
+    return todo
+
+
+def _signed(sample: Sample, image_format: str, signer: "c2pa.Context") -> Sample:
+    if is_signed(sample.image, image_format):
+        return sample
+    content = sign(sample.image, image_format, signer)
+    record = {**sample.record, "sha256": hashlib.sha256(content).hexdigest()}
+    return replace(sample, record=record, image=content)
+
+
+def _plan_seconds(directory: Path) -> float:
+    """What the last report says of how long planning took."""
+    try:
+        return float(json.loads((directory / layout.RUN).read_text("utf-8"))["seconds"]["plan"])
+    except (KeyError, OSError, TypeError, ValueError):
+        return 0.0
+
+
+def _read(option: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise InputError(f"{option} {path} cannot be read ({problem.strerror})") from None
+
+
+def _algorithm(key, path: Path) -> str:
+    """The name of C2PA's signature algorithm for a private key."""
+    if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in CURVES:
+        return CURVES[key.curve.name]
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return "ed25519"
+    if isinstance(key, rsa.RSAPrivateKey):
+        return "ps256"
+    raise InputError(f"--key {path} must be of P-256, P-384, P-521, Ed25519 or RSA")

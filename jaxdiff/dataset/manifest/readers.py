@@ -1,0 +1,314 @@
+"""Reading one file's rows, one at a time, from JSONL, CSV, TSV, Parquet, JSON or plain text.
+
+Each reader takes the file's path, the name that people know it by, and the name of the column of
+prompts where the user has said it.
+"""
+
+import contextlib
+import csv
+import gzip
+import json
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxdiff import checks
+from jaxdiff.dataset.manifest import columns
+from jaxdiff.errors import InputError
+
+MAX_LINE_BYTES = 2**20
+MAX_RAW_CHARACTERS = 500
+MAX_JSON_BYTES = 2**26  # of a JSON list, which is read as a whole
+MAX_PARQUET_BYTES = 2**36  # of a gzipped Parquet file, which is unpacked into a temporary one
+PARQUET_ROWS = 256  # read at a time
+PARQUET_BUFFER_BYTES = 2**20  # of a column chunk at a time, however large the row group
+
+
+class Entry(NamedTuple):
+    """One row of a manifest as it stands there.
+
+    Attributes:
+      line: its first line, counted from 1; in Parquet and in a JSON list its place, counted from 1.
+      text: its text, where it has one.
+      values: by column; None where there is no readable row.
+      error: why it could not be read. An entry with neither values nor error is a blank line.
+    """
+
+    line: int
+    text: str
+    values: dict | None = None
+    error: str | None = None
+
+    @property
+    def raw(self) -> str:
+        """The text as it may stand in a UTF-8 report: short, and its bad bytes spelled out."""
+        text = self.text or json.dumps(self.values, ensure_ascii=False, default=repr)
+        return text[:MAX_RAW_CHARACTERS].encode("utf-8", "backslashreplace").decode()
+
+
+def read_item(path: Path, item: str, prompt_column: str | None) -> Iterator[Entry]:
+    """Yields the one row of a file whose whole text is a prompt, but for a last line ending."""
+    with path.open("rb") as file:
+        content = file.read(MAX_LINE_BYTES + 1)
+    if len(content) > MAX_LINE_BYTES:
+        yield Entry(1, _decode(content[: 4 * MAX_RAW_CHARACTERS]), error="it is longer than 1 MiB")
+        return
+    text = _without_newline(_decode(_without_mark(content, str(path))))
+    yield Entry(1, text, {"id": item, prompt_column or "prompt": text})
+
+
+def _read_text(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
+    for number, line, error in _lines(path, name):
+        text = _without_newline(line)
+        blank = error is None and not text.strip()
+        values = None if blank or error else {prompt_column or "prompt": text}
+        yield Entry(number, text, values, error)
+
+
+def _read_jsonl(path: Path, name: str, _) -> Iterator[Entry]:
+    for number, line, error in _lines(path, name):
+        values = None
+        if error is None and line.strip():
+            try:
+                values = JSON.decode(line)
+                if not isinstance(values, dict):
+                    values, error = None, 'the line is not a JSON object, such as {"prompt": "..."}'
+            except json.JSONDecodeError as problem:
+                what = problem.msg.removesuffix(" at")
+                error = f"the line is not JSON ({what} at character {problem.pos + 1})"
+            except (RecursionError, ValueError) as problem:
+                error = f"the line is not JSON ({problem})"
+        yield Entry(number, _without_newline(line), values, error)
+
+
+def _read_json(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
+    """A list of prompts (as HPSv2's) or of objects."""
+    with _open(path) as file, _damage_named(name):
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise InputError(
+            f"manifest {name} has more than {MAX_JSON_BYTES // 2**20} MiB; make it JSON Lines "
+            "(.jsonl), an object a line"
+        )
+    try:
+        listed = JSON.decode(_decode(_without_mark(content, name)))
+    except (RecursionError, ValueError) as problem:
+        raise InputError(f"manifest {name} is not JSON ({problem})") from None
+    if not isinstance(listed, list):
+        raise InputError(f"manifest {name} is no JSON list; .jsonl is for an object a line")
+    for place, values in enumerate(listed, 1):
+        if isinstance(values, str):
+            values = {prompt_column or "prompt": values}
+        if isinstance(values, dict):
+            yield Entry(place, "", values)
+        else:
+            text = json.dumps(values, ensure_ascii=False)
+            yield Entry(place, text, error="it is neither text nor a JSON object")
+
+
+def _read_tsv(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
+    """Tab-separated values in the sense of IANA: a quotation mark is a character like any other."""
+    meaning = None
+    for number, line, error in _lines(path, name):
+        text = _without_newline(line)
+        if meaning is None:
+            meaning = _header(name, text.split("\t"), prompt_column)
+        elif error or not text.strip():
+            yield Entry(number, text, None, error)
+        else:
+            yield _table_entry(number, text, meaning, text.split("\t"))
+
+
+def _read_csv(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
+    """Comma-separated values in the sense of RFC 4180; a quoted field may hold line breaks."""
+    record = _Record()
+    csv.field_size_limit(MAX_LINE_BYTES)
+    reader = csv.reader(record.gather(_lines(path, name)), strict=True)
+    meaning = None
+    while True:
+        record.clear()
+        try:
+            fields, error = next(reader), record.error
+        except StopIteration:
+            return
+        except csv.Error as problem:
+            until = f", to line {record.last_line}" if record.last_line > record.line else ""
+            fields = []
+            error = f"the row{until} is not CSV ({problem}); check its quotation marks"
+        text = _without_newline(record.text)
+        if meaning is None:
+            meaning = _header(name, fields, prompt_column)
+        elif error or not fields:
+            yield Entry(record.line, text, None, error)
+        else:
+            yield _table_entry(record.line, text, meaning, fields)
+
+
+class _Record:
+    """What the CSV reader has consumed for its current row, which may span several lines."""
+
+    def clear(self) -> None:
+        self.line = self.last_line = 0
+        self.text, self.error = "", None
+
+    def gather(self, lines: Iterator[tuple[int, str, str | None]]) -> Iterator[str]:
+        for number, line, error in lines:
+            self.line = self.line or number
+            self.last_line = number
+            self.error = self.error or error
+            if len(self.text) <= MAX_RAW_CHARACTERS:
+                self.text += line
+            # Of a line that is cut, only whether it opens or closes a quoted field matters.
+            yield '"' * (line.count('"') % 2) if error else line
+
+
+def _read_parquet(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
+    with contextlib.ExitStack() as stack:
+        source = path
+        if name.lower().endswith(".gz"):  # a Parquet file is read from its end
+            source = stack.enter_context(tempfile.TemporaryFile())
+            _unpack(path, name, source)
+        try:
+            table = stack.enter_context(
+                pq.ParquetFile(source, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
+            )
+            _header(name, table.schema_arrow.names, prompt_column)
+            start = 1
+            for batch in table.iter_batches(PARQUET_ROWS, use_threads=False):
+                for line, (values, error) in enumerate(_parquet_rows(_plain(batch)), start):
+                    yield Entry(line, "", values, error)
+                start += len(batch)
+        except (OSError, pa.ArrowException) as problem:
+            reason = str(problem).splitlines()[0]
+            raise InputError(f"manifest {name} is no whole Parquet file ({reason})") from problem
+
+
+def _unpack(path: Path, name: str, target: BinaryIO) -> None:
+    with _open(path) as packed, _damage_named(name):
+        while chunk := packed.read(2**20):
+            target.write(chunk)
+            if target.tell() > MAX_PARQUET_BYTES:
+                raise InputError(
+                    f"manifest {name} unpacks to more than {MAX_PARQUET_BYTES // 2**30} GiB; name "
+                    "the Parquet file itself"
+                )
+
+
+def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Dates, times and decimals as text, which JSON can hold: 2022-08-11 01:02:03.000Z."""
+    fields = [
+        field.with_type(pa.string())
+        if pa.types.is_temporal(field.type) or pa.types.is_decimal(field.type)
+        else field
+        for field in batch.schema
+    ]
+    return batch.cast(pa.schema(fields))
+
+
+def _parquet_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict | None, str | None]]:
+    try:
+        # A missing number is NaN where pandas has written the file.
+        for values in batch.to_pylist():
+            yield {name: None if v != v else v for name, v in values.items()}, None
+    except ValueError as problem:
+        if len(batch) == 1:
+            yield None, f"the row cannot be read ({problem})"
+            return
+        for index in range(len(batch)):
+            yield from _parquet_rows(batch.slice(index, 1))
+
+
+READERS = {
+    "jsonl": _read_jsonl,
+    "ndjson": _read_jsonl,
+    "json": _read_json,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "parquet": _read_parquet,
+    "txt": _read_text,
+}
+
+
+def _lines(path: Path, name: str) -> Iterator[tuple[int, str, str | None]]:
+    """Yields (line number, text with its newline, error) and keeps no more than a line in memory.
+
+    Bytes that are not UTF-8 become lone surrogates, so that only their own row is refused later.
+    """
+    with _open(path) as file, _damage_named(name):
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            error = None
+            if number == 1:
+                line = _without_mark(line, name)
+            if len(line) > MAX_LINE_BYTES:
+                error = "the line is longer than 1 MiB"
+                quotes, rest = line.count(b'"'), line
+                while rest and not rest.endswith(b"\n"):
+                    rest = file.readline(MAX_LINE_BYTES)
+                    quotes += rest.count(b'"')
+                line = line[: 4 * MAX_RAW_CHARACTERS]  # a character has 4 bytes at most
+                line += b'"' * ((quotes - line.count(b'"')) % 2)  # for the CSV reader
+            yield number, _decode(line), error
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+@contextlib.contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
+        raise InputError(f"manifest {name} is no whole gzip file ({problem})") from problem
+
+
+def _header(name: str, names: list[str], prompt_column: str | None) -> dict[str, str | None]:
+    """What the table's columns mean."""
+    meaning = columns.meaning(tuple(names), prompt_column)
+    if "prompt" not in meaning.values():
+        raise InputError(f"manifest {name} {columns.no_prompt(names, prompt_column)}")
+    if len(meaning) < len(names):
+        shown = checks.shown(", ".join(names))
+        raise InputError(f"manifest {name} names a column twice; its header says {shown}")
+    return meaning
+
+
+def _table_entry(line: int, text: str, meaning: dict[str, str | None], fields: list[str]) -> Entry:
+    if len(fields) != len(meaning):
+        counts = f"{len(fields)} fields where the header names {len(meaning)}"
+        return Entry(line, text, error=f"the row has {counts}")
+    # An empty cell of a column that means something says nothing, so the job's default stands.
+    values = {
+        column: None if means and not field else field
+        for (column, means), field in zip(meaning.items(), fields, strict=True)
+    }
+    return Entry(line, text, values)
+
+
+def _without_mark(content: bytes, name: str) -> bytes:
+    """The beginning of a file without UTF-8's byte order mark."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"manifest {name} is UTF-16; save it as UTF-8")
+    return content.removeprefix(b"\xef\xbb\xbf")
+
+
+def _decode(content: bytes) -> str:
+    return content.decode("utf-8", "surrogateescape")
+
+
+def _without_newline(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+JSON = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -1,0 +1,128 @@
+"""What a manifest row asks for: every value checked, every default filled in."""
+
+import json
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxdiff import checks
+from jaxdiff.checks import BadValueError
+from jaxdiff.dataset.manifest import columns
+from jaxdiff.dataset.settings import Settings
+from jaxdiff.request import MAX_SEED, Request
+
+MAX_ID_CHARACTERS = 500
+JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One accepted row.
+
+    Attributes:
+      request: what its images have in common; their seeds are not in it yet.
+      seeds: of its images; None where they are derived from its id.
+      metadata: its other columns, a JSON object.
+    """
+
+    id: str
+    request: Request
+    num_images: int
+    seeds: Sequence[int] | None
+    metadata: str
+
+
+def parse(values: dict, row_number: int, settings: Settings, request_checks: dict) -> Row:
+    """Checks one row.
+
+    Args:
+      values: by column, as `manifest.Entry` has them; None counts as not said.
+      row_number: stands in for a missing id.
+      settings: the job's, for what the row does not say.
+      request_checks: as `checks.of_request` gives them.
+
+    Raises:
+      BadValueError: for a row that cannot be used.
+    """
+    meaning = columns.meaning(tuple(values), settings.prompt_column)
+    said = {m: values[c] for c, m in meaning.items() if m and values[c] is not None}
+    others = {c: values[c] for c, m in meaning.items() if not m}
+
+    if "prompt" not in meaning.values():
+        raise BadValueError(f"the row {columns.no_prompt(values, settings.prompt_column)}")
+    if _is_blank(said.get("prompt")):
+        raise BadValueError("the prompt is empty or missing")
+    wanted = {}
+    for name, (check, *arguments) in request_checks.items():
+        if name in said:
+            wanted[name] = check(name, said[name], *arguments)
+        else:
+            wanted[name] = getattr(settings, name)
+    request = Request(**wanted)
+    num_images, seeds = _seeds(said, settings.num_images)
+    row_id = _id(said.get("id", row_number))
+    return Row(row_id, request, num_images, seeds, _json(others))
+
+
+def _seeds(said: dict, default_count: int) -> tuple[int, Sequence[int] | None]:
+    """How many images the row asks for, and their seeds where it says them."""
+    count = None
+    if "num_images" in said:
+        count = checks.integer("num_images", said["num_images"], 1, checks.MAX_IMAGES)
+    if "seeds" in said:
+        if "seed" in said:
+            raise BadValueError("the row has both seed and seeds; keep one")
+        seeds = _seed_list(said["seeds"])
+        if count not in (None, len(seeds)):
+            raise BadValueError(f"the row has {len(seeds)} seeds, but num_images {count}")
+        return len(seeds), seeds
+    count = count or default_count
+    if "seed" not in said:
+        return count, None
+    seed = checks.integer("seed", said["seed"], 0, MAX_SEED)
+    if seed + count - 1 > MAX_SEED:
+        raise BadValueError(f"seed {seed} and {count} images go beyond the last seed, {MAX_SEED}")
+    return count, range(seed, seed + count)
+
+
+def _seed_list(value) -> tuple[int, ...]:
+    if isinstance(value, str):
+        value = value.strip("[] ").replace(",", " ").split()
+    if not isinstance(value, list) or not 1 <= len(value) <= checks.MAX_IMAGES:
+        raise BadValueError(f"seeds must be a list of whole numbers, not {checks.shown(value)}")
+    return tuple(checks.integer("each of seeds", seed, 0, MAX_SEED) for seed in value)
+
+
+def _id(value) -> str:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and value % 1 == 0:
+        value = str(int(value))  # 7.0 is what pandas makes of 7 in a column with gaps
+    value = checks.text("id", value)
+    if not value:
+        raise BadValueError("id is empty; leave it out to get the row's number")
+    if len(value) > MAX_ID_CHARACTERS:
+        raise BadValueError(f"id has {len(value)} characters; at most {MAX_ID_CHARACTERS}")
+    return value
+
+
+def _is_blank(value) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _json(others: dict) -> str:
+    if not others:
+        return "{}"
+    try:
+        encoded = JSON.encode(others)
+    except (RecursionError, TypeError, ValueError) as problem:
+        name = next(name for name, value in others.items() if not _is_json(value))
+        raise BadValueError(f"column {checks.shown(name)}: {problem}; make it text") from None
+    checks.unicode("a column that is carried through", encoded)
+    return encoded
+
+
+def _is_json(value) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (RecursionError, TypeError, ValueError):
+        return False
+    return True

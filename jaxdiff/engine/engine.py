@@ -1,0 +1,391 @@
+"""The one path from requests to images: batches, their programs, and what goes into them."""
+
+import itertools
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxdiff import checks
+from jaxdiff.devices import batching, compilation, parallel
+from jaxdiff.diffusion import noise as random_noise
+from jaxdiff.diffusion.solvers import SamplerTable
+from jaxdiff.diffusion.step_ranges import Stretch, stretches_of
+from jaxdiff.engine.expert import Expert
+from jaxdiff.engine.program import sample_pixels
+from jaxdiff.errors import InputError
+from jaxdiff.families.ensemble import Ensemble, open_ensemble
+from jaxdiff.families.networks import read_configs
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
+from jaxdiff.request import Options, Request
+from jaxdiff.weights.load import open_network
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# An autoencoder's activations are many times an image: so few pixels are decoded at once.
+DECODED_PX = 1024 * 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A finished image.
+
+    Attributes:
+      pixels: uint8 [height, width, 3], sRGB.
+      request: what was asked for, with every default filled in.
+      finite: False if the network's values overflowed; the pixels then mean nothing.
+    """
+
+    pixels: np.ndarray
+    request: Request
+    finite: bool
+
+
+def load(
+    model: str | Path,
+    *,
+    variant: str | None = None,
+    refiner: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
+    expecting: Mapping[Request, int] = MappingProxyType({}),
+    **options,
+) -> "TextToImage":
+    """Loads a model onto this host's devices.
+
+    Args:
+      model: "shapes64", the bundled model; a directory in the diffusers layout; a single
+        .safetensors file; a Hub id; or a URL such as gs://bucket/model.
+      variant: "fp16" or the like, where the model has several files of the same weights.
+      refiner: a second model that makes the last steps, as Stable Diffusion XL's does.
+      lora: a LoRA, "FILE.safetensors" or "FILE.safetensors:WEIGHT", or several, which are added to
+        the model's weights.
+      expecting: a request of each kind that will be made, with its batch size as in
+        `TextToImage.generate`: their programs are compiled while the weights are read.
+      **options: the fields of `Options`.
+
+    Raises:
+      InputError: if a model cannot be read, or an option cannot be what it is.
+    """
+    for name, (check, *arguments) in checks.of_options().items():
+        if options.get(name) is not None:
+            try:
+                options[name] = check(name, options[name], *arguments)
+            except checks.BadValueError as problem:
+                raise InputError(str(problem)) from None
+    compilation.keep_programs()
+    loras = [str(each) for each in ((lora,) if isinstance(lora, str | Path) else lora)]
+    loaded = TextToImage(open_ensemble(model, variant, refiner, loras), Options(**options))
+    for request, batch_size in expecting.items():
+        loaded.compile(loaded.resolve(request), batch_size)
+    try:
+        loaded.load_weights()
+    except BaseException:
+        compilation.give_up()
+        raise
+    return loaded
+
+
+class TextToImage:
+    """A model. An image is a function of its request, whatever it is batched with."""
+
+    def __init__(self, ensemble: Ensemble, options: Options):
+        """Finds the networks; `load_weights` reads them.
+
+        Raises:
+          InputError: if they are not those that their configs tell of, or do not fit the options.
+        """
+        self.ensemble, self.checkpoint = ensemble, ensemble.base
+        self.options = options
+        self.mesh = parallel.make_mesh(options.mesh)
+        dtype = DTYPES[options.dtype]
+        self._experts = [
+            Expert(checkpoint, dtype, self.mesh, options) for checkpoint in ensemble.experts
+        ]
+        last = ensemble.experts[-1]
+        vae_config = read_configs(last)["vae"]
+        self._vae = open_network(AutoencoderKL, vae_config, last.weights("vae"), dtype, self.mesh)
+        self.factor, self.channels = vae_config.factor, vae_config.latent_channels
+        self._programs: dict[tuple, Future[jax.stages.Compiled]] = {}
+        pixels = partial(
+            sample_pixels,
+            [expert.network for expert in self._experts],
+            self._vae.graph,
+            vae_config,
+            dtype,
+            guidance_rescale=options.guidance_rescale,
+            deep_cache=options.deep_cache,
+        )
+        self._sample = compilation.jit(
+            # params, noise, fresh noise, positive, negative, guidance scale; the table is for all
+            lambda *arrays, **static: parallel.over_data(
+                partial(pixels, **static), self.mesh, (None, 0, 1, 0, 0, 0, None, None)
+            )(*arrays),
+            static_argnames=("stretches", "decoded_at_once"),
+        )
+
+    def load_weights(self) -> None:
+        """Reads the weights onto the devices, after which images can be made."""
+        for expert in self._experts:
+            expert.prompts.load()
+        self._params = {
+            "unets": [expert.stored.load() for expert in self._experts],
+            "vae": self._vae.load(),
+        }
+
+    def resolve(self, request: Request) -> Request:
+        """Fills in the model's own size, sampler and so on where the request leaves them open.
+
+        Raises:
+          InputError: naming the value that cannot be used or that this model cannot make.
+        """
+        width, height = self.checkpoint.default_size
+        defaults = {
+            "width": width,
+            "height": height,
+            "steps": self.checkpoint.default_steps,
+            "guidance_scale": self.checkpoint.default_guidance_scale,
+            "sampler": self.checkpoint.default_sampler if request.sampler is None else None,
+        }
+        said = {name: value for name, value in asdict(request).items() if value is not None}
+        values = {**defaults, **said}
+        rules = checks.of_request(self.checkpoint.size_multiple)
+        try:
+            for name, (check, *arguments) in rules.items():
+                values[name] = check(name, values[name], *arguments)
+            checks.steps_of(
+                values["sampler"],
+                values["steps"],
+                [expert.scheduler for expert in self._experts],
+                self.options.eta,
+            )
+        except checks.BadValueError as problem:
+            raise InputError(str(problem)) from None
+        return Request(**values)
+
+    def generate(self, requests: Sequence[Request], batch_size: int = 8) -> list[Image]:
+        """Makes one image for each request, in their order.
+
+        Args:
+          requests: of any sizes and settings; those alike enough are batched together.
+          batch_size: images computed at once on each device of the mesh's `data` axis; a CPU has
+            its own.
+
+        Raises:
+          InputError: if a request cannot be made by this model.
+        """
+        resolved = [self.resolve(request) for request in requests]
+        buckets: dict[tuple, list[int]] = {}
+        for index, request in enumerate(resolved):
+            buckets.setdefault(request.bucket, []).append(index)
+        images: list[Image] = [None] * len(resolved)
+        for indices in buckets.values():
+            stream = self.stream([resolved[index] for index in indices], batch_size)
+            for index, image in zip(indices, stream, strict=True):
+                images[index] = image
+        return images
+
+    def stream(self, requests: Iterable[Request], batch_size: int) -> Iterator[Image]:
+        """Makes images of one bucket, one batch ahead of what the caller has taken.
+
+        Args:
+          requests: resolved, all with the same `Request.bucket`; taken as they are needed.
+          batch_size: as in `generate`; a last short batch is filled with copies.
+        """
+        requests, running, plan = iter(requests), deque(), None
+        ahead = 1 if parallel.may_run_ahead(self.mesh) else 0
+        for first in requests:
+            plan = plan or self._tables(first)
+            slots = self.slots(first, batch_size)
+            batch = [first, *itertools.islice(requests, slots - 1)]
+            running.append((batch, self._dispatch(batch, slots, *plan)))
+            if len(running) > ahead:
+                yield from _fetch(*running.popleft())
+        while running:
+            yield from _fetch(*running.popleft())
+
+    def slots(self, request: Request, batch_size: int) -> int:
+        """How many images like a resolved request are computed at once on all devices together."""
+        if self._on_cpu:
+            batch_size = batching.on_cpu(request.width, request.height)
+        return batch_size * self.mesh.shape["data"]
+
+    def largest_batch_size(self, request: Request, most: int = batching.MOST) -> int:
+        """The most images like a resolved request that fit each device, and no more than `most`.
+
+        A power of two, or what a CPU takes. Found by the compiler's account of memory, then tried.
+        """
+        if self._on_cpu:
+            return batching.on_cpu(request.width, request.height)
+        limit = (self._first_device.memory_stats() or {}).get("bytes_limit", sys.maxsize)
+        on_each = max(1, -(-most // self.mesh.shape["data"]))
+        most = min(1 << (on_each - 1).bit_length(), batching.MOST)  # the last batch is filled up
+        before = dict(self._programs)
+
+        def memory(size: int) -> int:
+            program = self._program(request, self.slots(request, size))
+            try:
+                account = compilation.wait(self._programs, program).memory_analysis()
+            except jax.errors.JaxRuntimeError as problem:
+                return _without_memory(problem)
+            return (
+                account.argument_size_in_bytes
+                + account.output_size_in_bytes
+                + account.temp_size_in_bytes
+                - account.alias_size_in_bytes
+            )
+
+        def runs(size: int) -> bool:
+            try:
+                list(self.stream([request], size))
+            except jax.errors.JaxRuntimeError as problem:
+                return not _without_memory(problem)
+            return True
+
+        size = batching.largest(memory, limit, runs, most)
+        chosen = self._program(request, self.slots(request, size))
+        self._programs = before | {chosen: self._programs[chosen]}  # the others take memory
+        return size
+
+    def compile(self, request: Request, batch_size: int) -> None:
+        """Begins to compile what images like a resolved request need; returns at once."""
+        for expert in self._experts:
+            expert.prompts.compile()
+        self._program(request, self.slots(request, batch_size))
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self._first_device.platform == "cpu"
+
+    @property
+    def _first_device(self) -> jax.Device:
+        return self.mesh.devices.flat[0]
+
+    def _key(
+        self, request: Request, slots: int
+    ) -> tuple[tuple, list[SamplerTable], tuple[Stretch, ...]]:
+        """What tells a program from others, and the tables and stretches that it follows from."""
+        tables, stretches = self._tables(request)
+        draws = max(table.draws for table in tables)
+        return (request.width, request.height, slots, stretches, draws), tables, stretches
+
+    def _program(self, request: Request, slots: int) -> tuple:
+        """The key of the program for such batches; it is begun to be compiled if it is new.
+
+        Seeds, prompts and guidance scales are its arguments; so are samplers, as far as they draw
+        noise equally often in equally many rows.
+        """
+        key, tables, stretches = self._key(request, slots)
+        draws = key[-1]
+        if key not in self._programs:
+            first, second = (parallel.batch_sharding(self.mesh, axis) for axis in (0, 1))
+            struct = jax.ShapeDtypeStruct
+            shape = (slots, *self._latent_shape(request))
+            told = [expert.abstract_conditioning(slots, first) for expert in self._experts]
+            guided = any(stretch.guided for stretch in stretches)
+            self._programs[key] = compilation.ahead(
+                self._sample,
+                {
+                    "unets": [expert.stored.params for expert in self._experts],
+                    "vae": self._vae.params,
+                },
+                struct(shape, np.float32, sharding=first),
+                struct((draws, *shape), np.float32, sharding=second) if draws else None,
+                told,
+                told if guided else [None] * len(told),
+                struct((slots,), np.float32, sharding=first),
+                np.float32(tables[0].initial_scale),
+                _joined(tables, stretches),
+                stretches=stretches,
+                decoded_at_once=self._decoded_at_once(request, slots),
+            )
+        return key
+
+    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
+        return request.height // self.factor, request.width // self.factor, self.channels
+
+    def _dispatch(
+        self,
+        batch: list[Request],
+        batch_size: int,
+        tables: list[SamplerTable],
+        stretches: tuple[Stretch, ...],
+    ) -> tuple[Array, Array]:
+        """Starts a batch on the device; returns pixels and finiteness, perhaps not computed yet."""
+        batch = batch + batch[-1:] * (batch_size - len(batch))
+        first = batch[0]
+        program = self._program(first, batch_size)
+        place = partial(jax.device_put, device=parallel.batch_sharding(self.mesh))
+        seeds = np.array([request.seed for request in batch], np.uint32)
+        draws = max(table.draws for table in tables)
+        noise, fresh_noise = random_noise.draw(
+            seeds, self._latent_shape(first), self.options.noise, draws
+        )
+        if fresh_noise is not None:
+            fresh_noise = jax.device_put(fresh_noise, parallel.batch_sharding(self.mesh, axis=1))
+        positive = place([expert.conditioning(batch) for expert in self._experts])
+        negative = [None] * len(positive)
+        if any(stretch.guided for stretch in stretches):
+            negative = place(
+                [expert.conditioning(batch, negative=True) for expert in self._experts]
+            )
+        return compilation.wait(self._programs, program)(
+            self._params,
+            place(noise),
+            fresh_noise,
+            positive,
+            negative,
+            place(np.array([request.guidance_scale for request in batch], np.float32)),
+            np.float32(tables[0].initial_scale),
+            _joined(tables, stretches),
+        )
+
+    def _tables(self, request: Request) -> tuple[list[SamplerTable], tuple[Stretch, ...]]:
+        """Each expert's table, and which expert takes which rows, guided or not."""
+        base, *others = self._experts
+        table = base.table(request)
+        parts = stretches_of(
+            table.timesteps,
+            self.options,
+            guided=request.bucket.guided,
+            distilled=[expert.network.distilled for expert in self._experts],
+            train_steps=base.train_steps,
+        )
+        begin = sum(part.rows for part in parts if part.expert == 0)
+        return [table, *(other.table(request, begin=begin) for other in others)], parts
+
+    def _decoded_at_once(self, request: Request, batch_size: int) -> int:
+        """How many of a device's images its autoencoder decodes at once: a divisor of all."""
+        most = max(1, DECODED_PX // (request.width * request.height))
+        on_device = batch_size // self.mesh.shape["data"]
+        return max(n for n in range(1, on_device + 1) if on_device % n == 0 and n <= most)
+
+
+def _joined(tables: Sequence[SamplerTable], stretches: Sequence[Stretch]) -> dict[str, np.ndarray]:
+    """The columns of the table whose every row is its expert's."""
+    expert_of_row = np.repeat([s.expert for s in stretches], [s.rows for s in stretches])
+    columns = [table.columns() for table in tables]
+    return {
+        name: np.stack([columns[expert][name][row] for row, expert in enumerate(expert_of_row)])
+        for name in columns[0]
+    }
+
+
+def _fetch(batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]:
+    pixels, finite = (np.asarray(array) for array in result)
+    for request, image, is_finite in zip(batch, pixels, finite, strict=False):
+        yield Image(pixels=image, request=request, finite=bool(is_finite))
+
+
+def _without_memory(problem: jax.errors.JaxRuntimeError) -> int:
+    """As many bytes as no device has, if that is the problem; else raises it again."""
+    if "RESOURCE_EXHAUSTED" not in str(problem):
+        raise problem
+    return sys.maxsize

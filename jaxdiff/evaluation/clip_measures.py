@@ -1,0 +1,269 @@
+"""What CLIP says of images and prompts: embeddings, and the measures that are made of them.
+
+The scores of two CLIPs cannot be compared: a report names the one that it asked.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from jaxdiff.devices import compilation, parallel
+from jaxdiff.engine.prompts import chunked_tokens
+from jaxdiff.errors import InputError
+from jaxdiff.evaluation import clip_checkpoint
+from jaxdiff.models.text.clip import OLD_EOS, CLIPModel
+from jaxdiff.weights.load import open_network
+
+TEMPLATES = ("a photo of a {}.",)  # the one that the paper begins with (section 3.1.4)
+NEAR_DUPLICATE = 0.95  # cosine of two images that look the same but for details: ours, no paper's
+PRECISION = "float32"  # GPUs and TPUs multiply with fewer bits unless they are told
+_device = threading.RLock()  # one program at a time, as everywhere in jaxdiff
+
+
+class Clip:
+    """A CLIP on this host's devices.
+
+    Attributes:
+      name: a Hub id, or its directory's own name.
+      fingerprint: SHA-256 (hex) over the files that decide an embedding.
+      size: of the square that it sees of an image, in pixels.
+      width: of an embedding.
+      logit_scale: what cosines are multiplied by before a softmax.
+    """
+
+    def __init__(self, stored: clip_checkpoint.StoredClip, batch_size: int):
+        config, mesh = stored.config, parallel.make_mesh()
+        self.name, self.fingerprint = stored.name, stored.fingerprint
+        self.size, self.width = stored.pixels.size, config.projection_dim
+        self._tokenizer = CLIPTokenizer.from_pretrained(stored.tokenizer)
+        self._tokens = min(self._tokenizer.model_max_length, config.text.max_position_embeddings)
+        _check_tokenizer(stored, self._tokenizer)
+        network = open_network(CLIPModel, config, stored.tensors, np.float32, mesh)
+        self._params = network.load()
+        self.logit_scale = float(np.exp(self._params["logit_scale"]))
+        self._labels: dict[tuple, np.ndarray] = {}
+        devices = mesh.shape["data"]
+        self._batch = -(-batch_size // devices) * devices
+
+        def program(function: Callable) -> Callable:
+            return compilation.jit(
+                parallel.over_data(partial(function, network.graph), mesh, (None, 0))
+            )
+
+        rule = stored.pixels
+        self._embed_pixels = program(partial(image_embeddings, rule.mean, rule.std))
+        self._embed_tokens = program(text_embeddings)
+
+    def embed_images(self, images: Iterable[np.ndarray]) -> np.ndarray:
+        """Embeddings of images, float32 [images, width], each of length 1.
+
+        Args:
+          images: uint8 [height, width, 3], of any sizes; taken a batch at a time.
+        """
+        return self._embedded(
+            self._embed_pixels, (centre_of_resized(image, self.size) for image in images)
+        )
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings of texts, float32 [texts, width], each of length 1.
+
+        What is longer than the encoder's positions (77 tokens, with the beginning and the end) is
+        cut. Equal texts are encoded once.
+        """
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        tokens = (chunked_tokens(self._tokenizer, [text], self._tokens, 1)[0, 0] for text in places)
+        found = self._embedded(self._embed_tokens, tokens)
+        return found[[places[text] for text in texts]]
+
+    def embed_labels(
+        self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
+    ) -> np.ndarray:
+        """Embeddings of what an image may show, float32 [labels, width], each of length 1.
+
+        A label's is the mean over the templates, which hold "{}" for it (CLIP, section 3.1.4).
+        """
+        asked = tuple(labels), tuple(templates)
+        if asked not in self._labels:
+            texts = [template.replace("{}", label) for label in labels for template in templates]
+            each = self.embed_texts(texts).reshape(len(labels), len(templates), self.width)
+            self._labels[asked] = _of_length_1(each.mean(axis=1))
+        return self._labels[asked]
+
+    def _embedded(self, program: Callable, rows: Iterable[np.ndarray]) -> np.ndarray:
+        """The program's result for each row, in batches of one size; the last is padded."""
+        found = [np.zeros((0, self.width), np.float32)]
+        for batch in _batches(rows, self._batch):
+            padded = np.zeros((self._batch, *batch.shape[1:]), batch.dtype)
+            padded[: len(batch)] = batch
+            with _device:
+                found.append(np.asarray(program(self._params, padded))[: len(batch)])
+        if not all(np.isfinite(each).all() for each in found):
+            raise InputError(f"CLIP {self.name!r} gives no numbers: copy its weights again")
+        return np.concatenate(found)
+
+
+def open_clip(model: str | Path, batch_size: int = 32) -> Clip:
+    """Reads a CLIP onto this host's devices; the last one asked for is kept for the next call.
+
+    Args:
+      model: as in `clip_checkpoint.find`: a directory or a Hub id.
+      batch_size: images, or texts, that are embedded at once.
+
+    Raises:
+      InputError: if it is missing, or not what it should be.
+    """
+    with _device:
+        return _open(str(model), batch_size)
+
+
+@lru_cache(maxsize=1)
+def _open(model: str, batch_size: int) -> Clip:
+    try:
+        return Clip(clip_checkpoint.find(model), batch_size)
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise InputError(f"CLIP {model!r} cannot be read ({reason})") from error
+
+
+def _check_tokenizer(stored: clip_checkpoint.StoredClip, tokenizer: CLIPTokenizer) -> None:
+    """Refuses another model's tokenizer: its tokens would be unknown, or have no end."""
+    config = stored.config.text
+    end = config.vocab_size - 1 if config.eos_token_id == OLD_EOS else config.eos_token_id
+    if len(tokenizer) > config.vocab_size or tokenizer.eos_token_id != end:
+        raise InputError(
+            f"{stored.tokenizer} has {len(tokenizer)} tokens that end with {tokenizer.eos_token_id}"
+            f", but the text encoder knows {config.vocab_size} and ends with {end}: it is another "
+            "model's; copy the checkpoint again"
+        )
+
+
+def image_embeddings(
+    mean: Sequence[float], std: Sequence[float], graph: nnx.GraphDef, params: dict, pixels: Array
+) -> Array:
+    """The pure function behind `Clip.embed_images`, for `jax.jit`: of uint8 [b, size, size, 3]."""
+    images = (pixels.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+    with jax.default_matmul_precision(PRECISION):
+        return _normalised(nnx.merge(graph, params).image_features(images))
+
+
+def text_embeddings(graph: nnx.GraphDef, params: dict, token_ids: Array) -> Array:
+    """The pure function behind `Clip.embed_texts`, for `jax.jit`: of int32 [b, tokens]."""
+    with jax.default_matmul_precision(PRECISION):
+        return _normalised(nnx.merge(graph, params).text_features(token_ids))
+
+
+def _normalised(vectors: Array) -> Array:
+    return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def _batches(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
+        yield np.stack(batch)
+
+
+def centre_of_resized(image: np.ndarray, size: int) -> np.ndarray:
+    """What CLIP sees of an image: uint8 [size, size, 3] of uint8 [height, width, 3].
+
+    The shortest side is made `size`, bicubically and antialiased (Pillow's filter), then the centre
+    is cut: as `CLIPImageProcessor` does. OpenCLIP's torchvision differs by one pixel where an odd
+    number of pixels is cut off.
+    """
+    height, width, _ = image.shape
+    shortest = min(height, width)
+    new_height, new_width = size * height // shortest, size * width // shortest
+    resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
+    top, left = (new_height - size) // 2, (new_width - size) // 2
+    return np.asarray(resized)[top : top + size, left : left + size]
+
+
+def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """CLIPScore (Hessel et al., 2021, arXiv:2104.08718) by torchmetrics' convention.
+
+    It is 100 max(cosine, 0), of the prompt as it stands. The paper has 2.5 for 100, and "A photo
+    depicts" before the text.
+
+    Args:
+      images, texts: embeddings [..., width] that belong together.
+
+    Returns:
+      float64 [...], 0 to 100.
+    """
+    return 100 * np.maximum(_cosine(images, texts), 0)
+
+
+def directional_similarity(
+    image_a: np.ndarray, image_b: np.ndarray, text_a: np.ndarray, text_b: np.ndarray
+) -> np.ndarray:
+    """Whether images changed as their texts did (Gal et al., 2021, arXiv:2108.00946, section 4.2).
+
+    Args:
+      image_a, image_b, text_a, text_b: embeddings [..., width], before and after.
+
+    Returns:
+      the cosine between the two changes, float64 [...]; 0 where either did not change.
+    """
+    return _cosine(np.float64(image_b) - image_a, np.float64(text_b) - text_a)
+
+
+def zero_shot(images: np.ndarray, labels: np.ndarray, logit_scale: float) -> np.ndarray:
+    """How probable each label is for each image (CLIP, section 3.1).
+
+    Args:
+      images: embeddings [images, width].
+      labels: embeddings [labels, width], of `Clip.embed_labels`.
+      logit_scale: the Clip's.
+
+    Returns:
+      float64 [images, labels]; each row sums to 1.
+    """
+    logits = logit_scale * (np.float64(images) @ np.float64(labels).T)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def diversity(images: np.ndarray) -> float:
+    """How much a prompt's images differ: the mean of 1 - cosine over all pairs, 0 to 2.
+
+    Args:
+      images: embeddings [images, width], each of length 1; NaN for fewer than two.
+    """
+    count, total = len(images), np.float64(images).sum(axis=0)
+    if count < 2:
+        return np.nan
+    # The sum of all cosines is the squared length of the sum; an image with itself has 1.
+    return float(1 - (total @ total - count) / (count * (count - 1)))
+
+
+def near_duplicates(images: np.ndarray, threshold: float = NEAR_DUPLICATE) -> float:
+    """The share of a prompt's images that nearly are another of them.
+
+    Args:
+      images: embeddings [images, width], each of length 1; NaN for fewer than two.
+      threshold: the cosine above which two images are nearly the same.
+    """
+    if len(images) < 2:
+        return np.nan
+    cosines = np.float64(images) @ np.float64(images).T
+    np.fill_diagonal(cosines, -1)
+    return float((cosines.max(axis=1) > threshold).mean())
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (_of_length_1(np.float64(a)) * _of_length_1(np.float64(b))).sum(axis=-1)
+
+
+def _of_length_1(vectors: np.ndarray) -> np.ndarray:
+    """Zeros stay zeros."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(lengths == 0, 1, lengths)

@@ -1,0 +1,174 @@
+"""What an evaluation found: report.json has all of it, report.md and report.html show it.
+
+No clock and no host is in them: the same scores give the same bytes.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jaxdiff.evaluation import comparison, intervals, measures
+from jaxdiff.evaluation.comparison import Change, Mean, Worst
+from jaxdiff.evaluation.records import Scores
+from jaxdiff.evaluation.report import markdown
+from jaxdiff.evaluation.report import page as pages
+
+SCHEMA = 1
+WORST_PROMPTS, WORST_OF_A_RUN = 12, 4  # of all runs together; of each run at least
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a report shows beside its own scores, as published ones or an audit's counts.
+
+    Attributes:
+      title, note: above it; the note may be "".
+      columns: the first names the rows.
+      rows: a cell for each column, text or a number or None.
+      sources: for each row where it is from, by name and address; none if there is no such thing.
+    """
+
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float | None]]
+    sources: Sequence[tuple[str, str]] = ()
+
+
+def write(
+    directory: Path,
+    title: str,
+    told: dict[str, str],
+    runs: Sequence[Scores],
+    picture: Callable[[str, str], bytes | None],
+    tables: Sequence[Table] = (),
+) -> None:
+    """Writes report.json, report.md and report.html, each whole or not at all.
+
+    Args:
+      directory: where they go; there may be other files.
+      title: the benchmark's.
+      told: what is said of the evaluation as a whole, such as the command.
+      runs: at least one, all over the same prompts; the first is compared with the others.
+      picture: gives the file of an image by its run's name and its key, None if there is none.
+      tables: are shown beside it, such as what others scored.
+    """
+    contents = contents_of(title, told, runs, tables)
+    page = pages.page(contents, picture)
+    text = json.dumps(contents, indent=1, allow_nan=False) + "\n"  # ASCII, so any text fits
+    _write(directory / "report.json", text)
+    _write(directory / "report.md", markdown.document(contents))
+    _write(directory / "report.html", page)
+
+
+def contents_of(
+    title: str,
+    told: dict[str, str],
+    runs: Sequence[Scores],
+    tables: Sequence[Table] = (),
+) -> dict:
+    """All that is found, as JSON knows it: what is not known is None. Arguments as `write`'s."""
+    headline = comparison.headline(runs)
+    named = {name for run in runs for name in (*run.values, *run.whole, *run.missing)}
+    worst = max(WORST_OF_A_RUN, WORST_PROMPTS // len(runs))
+    return {
+        "schema": SCHEMA,
+        "benchmark": title,
+        "told": told,
+        "confidence": comparison.CONFIDENCE,
+        "resamples": intervals.RESAMPLES,
+        "headline": headline,
+        "measures": {name: asdict(measures.ALL[name]) for name in measures.ALL if name in named},
+        "categories": comparison.categories(runs[0].prompts)[0],
+        "runs": [_run(run, headline, worst) for run in runs],
+        "comparisons": [
+            {
+                "name": compared.name,
+                "to": runs[0].name,
+                "pairs": compared.pairs,
+                "measures": {
+                    measure: [_change(change) for change in changes]
+                    for measure, changes in compared.changes.items()
+                },
+            }
+            for compared in comparison.compare(runs)
+        ],
+        "tables": [asdict(table) for table in tables],
+    }
+
+
+def _run(run: Scores, headline: str | None, most: int) -> dict:
+    worst = comparison.worst(run, headline, most) if headline in run.values else []
+    return {
+        "name": run.name,
+        "told": run.told,
+        "prompts": len(run.prompts),
+        "images": len(run.keys),
+        "failed": int(comparison.failed(run).sum()),
+        "measures": {
+            measure: [_mean(mean) for mean in means]
+            for measure, means in comparison.summary(run).items()
+        },
+        "whole": {name: _known(run.whole[name]) for name in measures.ALL if name in run.whole},
+        "missing": run.missing,
+        "failures": {
+            category: dict(kinds.most_common())
+            for category, kinds in comparison.failures(run).items()
+        },
+        "worst": [_worst(run, headline, prompt) for prompt in worst],
+    }
+
+
+def _mean(mean: Mean) -> dict:
+    estimate = {name: _known(value) for name, value in asdict(mean.estimate).items()}
+    return {
+        "category": mean.category,
+        **estimate,
+        "prompts": mean.prompts,
+        "images": mean.images,
+    }
+
+
+def _change(change: Change) -> dict:
+    difference = {name: _known(value) for name, value in asdict(change.difference).items()}
+    return {
+        "category": change.category,
+        **difference,
+        "prompts": change.prompts,
+        "pairs": change.pairs,
+    }
+
+
+def _worst(run: Scores, measure: str, worst: Worst) -> dict:
+    values = comparison.values_of(run, measure)
+    return {
+        "id": worst.prompt.id,
+        "prompt": worst.prompt.text,
+        "category": worst.prompt.category,
+        "value": worst.value,
+        "images": [
+            {
+                "key": run.keys[number],
+                "seed": int(run.seeds[number]),
+                "value": _known(values[number]),
+                "reason": run.reasons[number],
+            }
+            for number in worst.images
+        ],
+    }
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, "utf-8", "replace")  # what is half a character becomes "?"
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

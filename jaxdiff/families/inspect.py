@@ -1,0 +1,167 @@
+"""What is in a checkpoint, for people: from configs and headers alone."""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from jaxdiff.checkpoint.checkpoint import Checkpoint
+from jaxdiff.checkpoint.components import read_json
+from jaxdiff.checkpoint.safetensors_header import ITEM_BYTES
+from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor
+from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.errors import InputError
+
+HEADINGS = ("component", "class", "parameters", "stored as", "size", "file")
+SIGMAS = ("Karras", "exponential", "beta")
+
+
+def report(checkpoint: Checkpoint) -> str:
+    """A checkpoint's family, networks, defaults and fingerprint, as aligned lines of text.
+
+    The last says whether its networks can be built. Nothing is read but configs and headers, and
+    for the fingerprint every byte once.
+
+    Raises:
+      InputError: if a value that a checkpoint must have is none. A default that it may lack is
+        told in its line.
+    """
+    weights = [(network, checkpoint.weights(network)) for network in checkpoint.networks]
+    every = [tensor for _, tensors in weights for tensor in tensors.values()]
+    networks = [
+        HEADINGS,
+        *(_network(checkpoint, network, tensors) for network, tensors in weights),
+        ("together", "", _parameters(every), _dtypes(every), _size(every), ""),
+    ]
+    return "\n".join(
+        [
+            f"{checkpoint.name}: {checkpoint.family} ({checkpoint.pipeline})",
+            f"{checkpoint.path}",
+            "",
+            *_aligned(networks, right=(2, 4)),
+            "",
+            *_aligned(_facts(checkpoint)),
+        ]
+    )
+
+
+def _network(
+    checkpoint: Checkpoint, network: str, weights: dict[str, StoredTensor]
+) -> tuple[str, ...]:
+    tensors = weights.values()
+    files = {tensor.file.name for tensor in tensors}
+    return (
+        network,
+        checkpoint.index[network][1],
+        _parameters(tensors),
+        _dtypes(tensors),
+        _size(tensors),
+        files.pop() if len(files) == 1 else f"{len(files)} files",
+    )
+
+
+def _facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    return [
+        ("prediction", _prediction(checkpoint.scheduler)),
+        ("scheduler", _scheduler(checkpoint.scheduler)),
+        ("default sampler", _or_reason(lambda: _sampler(checkpoint))),
+        ("default steps", f"{checkpoint.default_steps}"),
+        ("default guidance", _guidance(checkpoint)),
+        ("default size", _or_reason(lambda: _default_size(checkpoint))),
+        ("latent channels", f"{checkpoint.latent_channels}"),
+        *(_tokenizer(checkpoint, encoder) for encoder in checkpoint.text_encoders),
+        ("fingerprint", checkpoint.fingerprint),
+        ("can be used", _usable(checkpoint)),
+    ]
+
+
+def _prediction(scheduler: dict) -> str:
+    if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+        return "flow"
+    zero = scheduler.get("rescale_betas_zero_snr")
+    return f"{scheduler.get('prediction_type', 'epsilon')}" + ", zero terminal SNR" * bool(zero)
+
+
+def _scheduler(scheduler: dict) -> str:
+    said = [scheduler.get("_class_name"), f"{scheduler.get('num_train_timesteps', 1000)} timesteps"]
+    if "timestep_spacing" in scheduler:
+        said.append(f"{scheduler['timestep_spacing']} spacing")
+    said += [f"{kind} sigmas" for kind in SIGMAS if scheduler.get(f"use_{kind.lower()}_sigmas")]
+    return ", ".join(map(str, said))
+
+
+def _sampler(checkpoint: Checkpoint) -> str:
+    NoiseSchedule.from_json(checkpoint.scheduler, checkpoint.default_sampler)
+    return checkpoint.default_sampler
+
+
+def _usable(checkpoint: Checkpoint) -> str:
+    from jaxdiff.families.networks import check_networks  # imports JAX: a second
+
+    try:
+        check_networks(checkpoint)
+    except InputError as error:
+        return f"no: {error}"
+    return "yes"
+
+
+def _guidance(checkpoint: Checkpoint) -> str:
+    told = checkpoint.config("unet").get("time_cond_proj_dim") is not None
+    return f"{checkpoint.default_guidance_scale:g}" + ", told to the U-Net" * told
+
+
+def _default_size(checkpoint: Checkpoint) -> str:
+    width, height = checkpoint.default_size
+    return f"{width} x {height} px, or any multiples of {checkpoint.size_multiple} px"
+
+
+def _tokenizer(checkpoint: Checkpoint, encoder: str) -> tuple[str, str]:
+    folder, config = checkpoint.tokenizer(encoder), checkpoint.config(encoder)
+    said = folder / "tokenizer_config.json"
+    lengths = [
+        read_json(said).get("model_max_length") if said.is_file() else None,
+        config.get("max_position_embeddings"),
+    ]
+    length = min((n for n in lengths if isinstance(n, int)), default="any number of")
+    name = encoder.replace("text_encoder", "tokenizer")
+    return name, f"{length} tokens, of a vocabulary of {config.get('vocab_size')}"
+
+
+def _or_reason(value: Callable[[], str]) -> str:
+    """A value that a checkpoint may lack, or why it does."""
+    try:
+        return value()
+    except InputError as error:
+        return f"none: {error}"
+
+
+def _parameters(tensors: Iterable[StoredTensor]) -> str:
+    return _short(sum(tensor.size for tensor in tensors), {1e6: "M", 1e3: "k"}, "")
+
+
+def _size(tensors: Iterable[StoredTensor]) -> str:
+    stored = sum(tensor.size * ITEM_BYTES[tensor.dtype] for tensor in tensors)
+    return _short(stored, {1e9: " GB", 1e6: " MB", 1e3: " kB"}, " B")
+
+
+def _dtypes(tensors: Iterable[StoredTensor]) -> str:
+    found = {tensor.dtype for tensor in tensors}
+    return ", ".join(sorted(FLOATS[dtype].name if dtype in FLOATS else dtype for dtype in found))
+
+
+def _short(number: float, units: dict[float, str], unit: str) -> str:
+    """For instance 859.5M; the units go from large to small."""
+    for factor, name in units.items():
+        if number >= factor:
+            return f"{number / factor:.1f}{name}"
+    return f"{number}{unit}"
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """The rows as lines, each column as wide as its widest cell; those in `right` end together."""
+    rows = [[cell if cell.isprintable() else ascii(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,74 @@
+"""What all jobs share: exit codes, the end by a signal, and errors that keep their type."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+EXIT_OK, EXIT_FAILED, EXIT_SOME_IMAGES_FAILED, EXIT_STOPPED = 0, 1, 3, 75
+
+stopping = threading.Event()  # set by a signal
+_failures: list[Exception] | None = None  # of the job that this process runs, if it runs one
+
+
+class StoppedError(Exception):
+    """The job was asked to stop."""
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """The first SIGTERM or Ctrl-C ends the job after the current batch, the second at once."""
+    stopping.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number, _) -> None:
+        os.write(2, b"\njaxdiff: stopping after the current batch\n")  # print may be running
+        stopping.set()
+        signal.signal(number, old[number])
+
+    for number in old:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def failures_raised() -> Iterator[None]:
+    """Runs a Beam job and raises the first error that `failures_kept` kept, with its own type.
+
+    Left to itself, Beam prints the error and raises another one that holds it as text.
+    """
+    global _failures
+    _failures = []
+    try:
+        yield
+    finally:
+        failures, _failures = _failures, None
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def failures_kept() -> Iterator[None]:
+    """Runs the work of a DoFn; keeps its error for `failures_raised`, if that is in this process.
+
+    On a cluster the error is raised, for the runner to report.
+    """
+    try:
+        yield
+    except Exception as problem:
+        if _failures is None:
+            raise
+        _failures.append(problem)
+
+
+def has_failed() -> bool:
+    """Whether an error has been kept, so that what is left of the job need not be done."""
+    return bool(_failures)

@@ -1,0 +1,246 @@
+"""The images of one shard: batches on the device, encoding on threads, files in an attempt.
+
+What makes the model fail is found by halving its batch at the same size, and stands alone.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.formats import Sample
+from jaxdiff.dataset.plan import Plan, PlannedImage
+from jaxdiff.errors import InputError
+from pipelines.jobs import StoppedError
+from pipelines.profiling import Profile
+
+if TYPE_CHECKING:
+    from jaxdiff.engine.engine import Image, TextToImage
+
+ENCODING_THREADS = min(4, os.cpu_count() or 1)
+NOT_FINITE = "the model's values were not finite"
+MAX_REASON_CHARACTERS = 300
+
+
+def device_of(model: "TextToImage") -> str:
+    """What a model runs on, such as "4 x NVIDIA H200"."""
+    devices = model.mesh.devices
+    return f"{devices.size} x {devices.flat[0].device_kind}"
+
+
+class ShardImages:
+    """Generates, encodes and stores the images of a shard, and counts.
+
+    Args:
+      batch_size: images computed at once on each device.
+      alone: the keys of images that a batch shall hold nothing but copies of.
+      deadly: the keys of images that shall not be tried, each with the reason.
+      tell: is given {"running": [key, ...]} whenever other images are under way.
+      is_stopping: whether to give up.
+      profile: is told of every batch.
+
+    Attributes:
+      made, failed, padded: images that were made, that have failed; slots of batches left over.
+    """
+
+    def __init__(
+        self,
+        model: "TextToImage",
+        plan: Plan,
+        batch_size: int,
+        *,
+        alone: Iterable[str] = (),
+        deadly: dict[str, str] | None = None,
+        tell: Callable[[dict], None],
+        is_stopping: Callable[[], bool],
+        profile: Profile,
+    ):
+        from jaxdiff.devices import compilation  # imports JAX
+
+        self._model, self._plan, self._tell = model, plan, tell
+        self._alone, self._deadly = set(alone), deadly or {}
+        self._is_stopping, self._profile = is_stopping, profile
+        self._batch_size = batch_size
+        self._running: dict[str, PlannedImage] = {}
+        self._waited, self._waited_before = compilation.seconds_waited, compilation.seconds_waited()
+        self._encode_seconds = 0.0
+        self._write_seconds = 0.0
+        self.made = self.failed = self.padded = 0
+
+    def fill(
+        self,
+        attempt: shards.Attempt,
+        planned: list[PlannedImage],
+        kept: set[str],
+        made: Iterator[Sample],
+    ) -> None:
+        """Adds all images to the attempt.
+
+        Args:
+          kept: the keys of those that are there already, in `made`.
+
+        Raises:
+          StoppedError: if it is to give up.
+          InputError: if the model fails whatever it is asked, or its memory does not suffice.
+        """
+        wanted = [i for i in planned if i.key not in kept and i.key not in self._deadly]
+        with ThreadPoolExecutor(ENCODING_THREADS) as pool:
+            depth = 2 * self._model.slots(planned[0].request, self._batch_size)
+            samples = _ahead(self._encode, self._images(wanted), pool, depth)
+            for image in planned:
+                if self._is_stopping():
+                    raise StoppedError
+                if image.key in kept:
+                    result = next(made)
+                elif image.key in self._deadly:
+                    result = self._deadly[image.key]
+                else:
+                    result, seconds = next(samples)
+                    self._encode_seconds += seconds
+                    self.made += isinstance(result, Sample)
+                began = time.monotonic()
+                if isinstance(result, Sample):
+                    attempt.add(result)
+                else:
+                    attempt.add_failed(image, result)
+                    self.failed += 1
+                self._write_seconds += time.monotonic() - began
+
+    def seconds(self, all_seconds: float) -> dict[str, float]:
+        """The seconds of the work by stage; encoding goes on beside generating."""
+        compiling = self._waited() - self._waited_before
+        generating = all_seconds - compiling - self._write_seconds
+        return {
+            "compile": compiling,
+            "generate": generating,
+            "encode": self._encode_seconds,
+            "write": self._write_seconds,
+        }
+
+    def _images(self, planned: list[PlannedImage]) -> Iterator[tuple[PlannedImage, "Image | str"]]:
+        """Yields each image with its pixels, or with the reason why it cannot be made, in order."""
+        if self._alone:
+            self._works(planned[0])  # a process that dies of this accuses no row
+        rest = deque(planned)
+        while rest:
+            together = [rest.popleft()]
+            if together[0].key in self._alone:
+                yield from self._made_alone(together)
+                continue
+            while rest and rest[0].key not in self._alone:
+                together.append(rest.popleft())
+            made = 0
+            try:
+                for pair in self._stream(together):
+                    yield pair
+                    made += 1
+            except Exception as problem:
+                if _is_fatal(problem):
+                    raise self._explained(problem, together[0]) from problem
+                suspects = together[made : made + len(self._running)]
+                rest.extendleft(reversed(together[made + len(suspects) :]))
+                yield from self._made_alone(suspects)
+
+    def _made_alone(
+        self, planned: list[PlannedImage]
+    ) -> Iterator[tuple[PlannedImage, "Image | str"]]:
+        """As `_images`, of images that may make the model fail, by halving what is together."""
+        try:
+            yield from list(self._stream(planned))
+        except Exception as problem:
+            if _is_fatal(problem):
+                raise self._explained(problem, planned[0]) from problem
+            if len(planned) > 1:
+                middle = len(planned) // 2
+                yield from self._made_alone(planned[:middle])
+                yield from self._made_alone(planned[middle:])
+                return
+            if not self._works(planned[0]):
+                raise InputError(
+                    f"the model fails whatever it is asked: {reason_of(problem)}"
+                ) from problem
+            yield planned[0], reason_of(problem)
+
+    def _stream(self, planned: list[PlannedImage]) -> Iterator[tuple[PlannedImage, "Image"]]:
+        """Yields images as the model makes them, and tells which are under way."""
+        self._running = {}
+        requests = self._announced(planned)
+        images = self._model.stream(requests, self._batch_size)
+        for image, made in zip(planned, images, strict=True):
+            del self._running[image.key]
+            yield image, made
+        self._tell({"running": []})
+
+    def _announced(self, planned: list[PlannedImage]) -> Iterator:
+        """Yields the images' requests, each batch announced before its first is taken."""
+        slots = self._model.slots(planned[0].request, self._batch_size)
+        for start in range(0, len(planned), slots):
+            if self._is_stopping():
+                raise StoppedError
+            batch = planned[start : start + slots]
+            self.padded += slots - len(batch)
+            self._running |= {image.key: image for image in batch}
+            self._tell({"running": [*self._running]})
+            self._profile.batch(only=len(planned) <= slots)
+            yield from (image.request for image in batch)
+
+    def _works(self, image: PlannedImage) -> bool:
+        """Whether the model makes an image of nothing in particular, in its own size."""
+        width, height = self._model.checkpoint.default_size
+        nothing = {"prompt": "", "negative_prompt": "", "seed": 0}
+        plain = replace(image.request, **nothing, width=width, height=height)
+        try:
+            list(self._model.stream([plain], self._batch_size))
+        except Exception:
+            return False
+        return True
+
+    def _explained(self, problem: Exception, image: PlannedImage) -> Exception:
+        if "RESOURCE_EXHAUSTED" not in str(problem):
+            return problem
+        slots = self._model.slots(image.request, self._batch_size)
+        size = f"{image.request.width}x{image.request.height}"
+        less = "a smaller --batch-size" if self._batch_size > 1 else "bfloat16 or smaller images"
+        return InputError(
+            f"{slots} images of {size} at once do not fit the memory of "
+            f"{device_of(self._model)}; free it for the same command, or start anew, in another "
+            f"directory, with {less}"
+        )
+
+    def _encode(self, pair: tuple[PlannedImage, "Image | str"]) -> tuple[Sample | str, float]:
+        """The stored form of an image, or the reason why there is none; and the seconds it took."""
+        planned, image = pair
+        if isinstance(image, str):
+            return image, 0.0
+        if not image.finite:
+            return NOT_FINITE, 0.0
+        began = time.monotonic()
+        return shards.encode(planned, image.pixels, self._plan), time.monotonic() - began
+
+
+def _is_fatal(problem: Exception) -> bool:
+    """Whether no row can be the cause."""
+    return isinstance(
+        problem, StoppedError | InputError | OSError | MemoryError
+    ) or "RESOURCE_EXHAUSTED" in str(problem)
+
+
+def reason_of(problem: Exception) -> str:
+    """What has gone wrong, on one short line."""
+    first, *_ = str(problem).splitlines() or [""]
+    return f"{type(problem).__name__}: {first}"[:MAX_REASON_CHARACTERS]
+
+
+def _ahead(function: Callable, items: Iterable, pool: ThreadPoolExecutor, depth: int) -> Iterator:
+    """Maps on the pool, in order, at most `depth` items ahead of the consumer."""
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > depth:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

@@ -1,0 +1,235 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxdiff.checkpoint.checkpoint import open_checkpoint
+from jaxdiff.errors import InputError
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(directory: Path) -> str:
+    """The one line that opening this directory ends in."""
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_whole_directory_opens_and_says_what_it_makes(tiny_checkpoint):
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    assert checkpoint.name == "tiny"
+    assert checkpoint.default_size == (64, 64)
+    assert checkpoint.size_multiple == 8
+    assert checkpoint.default_sampler == "ddim"
+    assert checkpoint.latent_channels == 4
+    assert checkpoint.config("unet")["block_out_channels"] == [32, 64]
+    assert {tensor.file for tensor in checkpoint.weights("unet").values()} == {
+        tiny_checkpoint / UNET
+    }
+
+
+def test_the_layout_needs_no_jax():
+    code = "import sys, jaxdiff.checkpoint.checkpoint; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_fingerprint_depends_on_contents_only(tiny_checkpoint, checkpoint):
+    fingerprint = open_checkpoint(tiny_checkpoint).fingerprint
+    (checkpoint / "README.md").write_text("A card decides no pixel.")
+    assert len(fingerprint) == 64
+    assert open_checkpoint(checkpoint).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", UNET],
+)
+def test_any_byte_that_decides_pixels_changes_the_fingerprint(checkpoint, name):
+    before = open_checkpoint(checkpoint).fingerprint
+    content = (checkpoint / name).read_bytes()
+    changed = content[:-1] + bytes([content[-1] ^ 1]) if name == UNET else content + b" "
+    (checkpoint / name).write_bytes(changed)
+    assert open_checkpoint(checkpoint).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        UNET,
+    ],
+)
+def test_a_missing_file_is_named(checkpoint, name):
+    (checkpoint / name).unlink()
+    assert f"{checkpoint / name} is missing" in refusal(checkpoint)
+
+
+def test_a_missing_vocabulary_is_named(checkpoint):
+    (checkpoint / "tokenizer" / "merges.txt").unlink()
+    assert "merges.txt" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 0.5, 0.75, 0.98])
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_a_truncated_tokenizer_is_named(checkpoint, name, share):
+    path = checkpoint / "tokenizer" / name
+    os.truncate(path, int(share * path.stat().st_size))
+    assert str(path) in refusal(checkpoint)
+
+
+def test_merges_cut_anywhere_are_refused(checkpoint):
+    path = checkpoint / "tokenizer" / "merges.txt"
+    content = path.read_bytes()
+    assert content.endswith(b"\n")  # which may go: some of CLIP's own copies lack it
+    for kept in range(len(content) - 2, 0, -11):
+        path.write_bytes(content[:kept])
+        assert str(path) in refusal(checkpoint)
+    path.write_bytes(content[:-1])
+    open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", b'{"a": 0, "b": 0}'),
+        ("vocab.json", b'{"a": 0, "b": "1"}'),
+        ("vocab.json", b'{"a": 0, "b": [1]}'),
+        ("vocab.json", b'{"a": -1}'),
+        ("vocab.json", b"[]"),
+        ("merges.txt", b"\xff\xfe"),
+        ("merges.txt", b"#version: 0.2\na b c\n"),
+        ("tokenizer.json", b'{"version": "1.0", '),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}'),
+        ("tokenizer_config.json", b'{"model_max_length": "abc"}'),
+        ("tokenizer_config.json", b'{"model_max_length": 1}'),
+        ("tokenizer_config.json", b'{"model_max_length": true}'),
+        ("tokenizer_config.json", b'{"model_max_length": 77.5}'),
+    ],
+)
+def test_a_broken_tokenizer_is_named(checkpoint, name, content):
+    (checkpoint / "tokenizer" / name).write_bytes(content)
+    assert str(checkpoint / "tokenizer" / name) in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("length", [77, 3, None, 10**30, 1e30])
+def test_a_tokenizer_may_say_that_it_has_no_limit(checkpoint, length):
+    edit_json(checkpoint / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 20, 1000, -1])
+def test_a_truncated_weights_file_is_named(checkpoint, kept):
+    path = checkpoint / UNET
+    os.truncate(path, kept if kept >= 0 else path.stat().st_size - 1)
+    assert str(path) in refusal(checkpoint)
+
+
+def test_a_longer_weights_file_is_named(checkpoint):
+    with (checkpoint / UNET).open("ab") as file:
+        file.write(b"\0")
+    assert str(checkpoint / UNET) in refusal(checkpoint)
+
+
+HEADERS = {
+    "not JSON": b"{]",
+    "not an object": b"[]",
+    "no entries": b'{"a": 1}',
+    "deep": b"[" * 50_000,
+    "no such dtype": b'{"a": {"dtype": "F12", "shape": [1], "data_offsets": [0, 4]}}',
+    "negative size": b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}',
+    "a hole": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+    "does not fit the shape": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}',
+    "overlap": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
+    b' "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+    "huge": b'{"a": {"dtype": "U8", "shape": [1099511627776], "data_offsets": [0, 1099511627776]}}',
+    "fractions": b'{"a": {"dtype": "F32", "shape": [0.5], "data_offsets": [0, 2]}}',
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_broken_header_is_one_clear_line(checkpoint, header):
+    content = len(header).to_bytes(8, "little") + header + bytes(8)
+    (checkpoint / UNET).write_bytes(content)
+    assert str(checkpoint / UNET) in refusal(checkpoint)
+
+
+def test_a_header_that_claims_to_be_huge_is_not_read(checkpoint):
+    (checkpoint / UNET).write_bytes((2**62).to_bytes(8, "little") + bytes(100))
+    assert "no safetensors file" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
+def test_a_broken_config_is_named(checkpoint, content):
+    (checkpoint / "vae" / "config.json").write_bytes(content)
+    assert str(checkpoint / "vae" / "config.json") in refusal(checkpoint)
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(checkpoint):
+    (checkpoint / UNET).rename(checkpoint / "unet" / "diffusion_pytorch_model.bin")
+    assert "save_pretrained" in refusal(checkpoint)
+
+
+def test_another_pipeline_is_refused(checkpoint):
+    edit_json(checkpoint / "model_index.json", _class_name="FluxPipeline")
+    assert "FluxPipeline is not supported" in refusal(checkpoint)
+
+
+def test_another_network_is_refused(checkpoint):
+    edit_json(checkpoint / "model_index.json", unet=["diffusers", "UNet3DConditionModel"])
+    assert "UNet3DConditionModel" in refusal(checkpoint)
+
+
+def test_what_is_neither_bundled_nor_a_directory_is_refused(tmp_path):
+    assert "neither a diffusers directory" in refusal("no-such-model")
+    none = f"{tmp_path} holds no model_index.json: it is no diffusers directory"
+    assert refusal(tmp_path).startswith(none)
+    (tmp_path / "merged.safetensors").touch()
+    assert "merged.safetensors" in refusal(tmp_path)
+
+
+def test_one_networks_folder_is_told_to_name_its_parent(checkpoint, monkeypatch):
+    assert "holds no model_index.json: it is a part of a model" in refusal(checkpoint / "unet")
+    monkeypatch.chdir(checkpoint / "unet")
+    assert "name its parent" in refusal(".")
+    (checkpoint / "model_index.json").unlink()
+    assert "no diffusers directory but one network alone" in refusal(".")
+
+
+def test_a_name_that_no_file_can_have_is_one_clear_line():
+    model = "a" * 300
+    assert refusal(model) == f"model {model!r} cannot be read (File name too long)"
+
+
+def test_a_scheduler_that_is_not_built_is_an_error_only_when_it_is_needed(checkpoint):
+    edit_json(
+        checkpoint / "scheduler" / "scheduler_config.json", _class_name="KDPM2DiscreteScheduler"
+    )
+    opened = open_checkpoint(checkpoint)
+    with pytest.raises(InputError, match=r"KDPM2DiscreteScheduler.*--sampler"):
+        _ = opened.default_sampler
+
+
+def test_the_size_that_a_config_does_not_give_must_be_asked_for(checkpoint):
+    edit_json(checkpoint / "unet" / "config.json", sample_size=None)
+    with pytest.raises(InputError, match="--width"):
+        _ = open_checkpoint(checkpoint).default_size

@@ -1,0 +1,111 @@
+"""What --overwrite replaces is not lost before there is something better."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+
+from jaxdiff.dataset import local as layout
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    """A directory with all that a run leaves, and a file of somebody else's."""
+    for name in layout.OURS:
+        path = tmp_path / name
+        if "." in name or name == layout.SUCCESS:
+            path.write_text("old")
+        else:
+            path.mkdir(parents=True)
+            (path / "00000.json").write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    return tmp_path
+
+
+def contents(directory: Path) -> dict[str, str]:
+    paths = (path for path in directory.rglob("*") if path.is_file() and path.name != "lock")
+    return {path.relative_to(directory).as_posix(): path.read_text() for path in paths}
+
+
+def overwrite(directory: Path, made: bool) -> None:
+    with layout.held(directory):
+        layout.set_aside(directory)
+        for name in (layout.PLAN, layout.DONE, layout.DATA):
+            (directory / name).mkdir()
+        (directory / layout.PLAN / "plan.json").write_text("new")
+        (directory / layout.REJECTED).write_text("new")
+        if made:
+            (directory / layout.DONE / "00000.json").write_text("new")
+
+
+def test_a_run_that_made_no_shard_gives_the_old_one_back(old):
+    before = contents(old)
+    overwrite(old, made=False)
+    assert contents(old) == before
+
+
+def test_a_run_that_made_a_shard_replaces_the_old_one(old):
+    overwrite(old, made=True)
+    new = {name: text for name, text in contents(old).items() if text != "mine"}
+    assert set(new.values()) == {"new"}
+    assert (old / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("renames", range(2 * len(layout.OURS)))
+def test_a_kill_at_any_rename_loses_nothing(old, monkeypatch, renames):
+    """First while the old run is set aside, then while it is put back."""
+    before, left = contents(old), renames
+
+    def counted(function):
+        def rename(*paths) -> None:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            function(*paths)
+
+        return rename
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        with pytest.raises(Killed):
+            overwrite(old, made=False)
+    with layout.held(old):
+        assert contents(old) == before
+
+
+def test_a_plan_without_shards_outlives_a_kill_before_it_is_set_aside(old):
+    (old / layout.DONE / "00000.json").unlink()
+    before = contents(old)
+    (old / layout.OLD).mkdir()  # the first step
+    with layout.held(old):
+        assert contents(old) == before
+
+
+@pytest.mark.parametrize("steps", range(12))
+def test_a_run_that_is_deleted_loses_its_plan_at_once(old, monkeypatch, steps):
+    left = steps
+
+    def counted(function):
+        def step(*args, **kwargs) -> None:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            function(*args, **kwargs)
+
+        return step
+
+    (old / layout.PLAN / "plan.json").write_text("old")
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        for name in ("unlink", "rename"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        layout.clear(old)
+    plan = old / layout.PLAN
+    assert not plan.exists() or len(list(plan.iterdir())) == 2

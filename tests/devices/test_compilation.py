@@ -1,0 +1,90 @@
+"""What is compiled is kept on disk, in a place of the user's; where it cannot be, it is said."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxdiff.devices import compilation
+
+KEEP = (
+    "import jax, logging; logging.basicConfig(); from jaxdiff import compilation; "
+    "compilation.keep_programs(); print(jax.config.jax_compilation_cache_dir); "
+    "compilation.jit(lambda x: x * 2)(1.0)"
+)
+
+
+def keep(**environment):
+    """Runs `KEEP` in another process, with JAX's settings as they are."""
+    inherited = {name: text for name, text in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "-c", KEEP]
+    environment = {**inherited, "JAX_PLATFORMS": "cpu", **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip(), done.stderr
+
+
+def test_programs_are_kept_in_the_users_cache(tmp_path):
+    folder, errors = keep(XDG_CACHE_HOME=str(tmp_path))
+    assert folder.startswith(f"{tmp_path}/jaxdiff/xla/")
+    assert len(os.listdir(folder)) > 0
+    assert os.stat(folder).st_mode & 0o077 == 0
+    assert errors == ""
+
+
+def test_jaxs_own_setting_goes_first(tmp_path):
+    folder, _ = keep(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
+    assert folder == str(tmp_path / "own")
+    assert not (tmp_path / "jaxdiff").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").write_text("")
+    folder, errors = keep(XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert folder == "None"
+    assert "every process compiles anew" in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_a_cache_that_others_can_write_is_done_without(tmp_path):
+    folder, _ = keep(XDG_CACHE_HOME=str(tmp_path))
+    os.chmod(folder, 0o777)
+    assert keep(XDG_CACHE_HOME=str(tmp_path))[0] == "None"
+
+
+def test_the_oldest_programs_make_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation, "KEPT_BYTES", 250)
+    for age, name in enumerate(("new", "older", "oldest")):
+        (tmp_path / name).write_bytes(b"x" * 100)
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    compilation._forget_oldest(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "older"]
+
+
+def test_convolutions_on_a_cpu_are_xlas_own():
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    shapes = jnp.ones((2, 16, 16, 64)), jnp.ones((3, 3, 64, 64))
+    program = compilation.jit(convolve).lower(*shapes).compile().as_text()
+    assert " convolution(" in program[program.index("ENTRY") :]
+
+
+def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(compilation, "CPU_OPTIONS", {"xla_cpu_of_the_future": "yes"})
+    assert compilation._options.__wrapped__() is None
+    assert "slower convolutions" in caplog.text
+
+
+def test_what_fails_to_compile_fails_where_it_is_waited_for():
+    def wrong(x):
+        raise ZeroDivisionError("in the function")
+
+    programs = {"wrong": compilation.ahead(compilation.jit(wrong), 1.0)}
+    with pytest.raises(ZeroDivisionError, match="in the function"):
+        compilation.wait(programs, "wrong")
+    assert programs == {}  # it may be tried again

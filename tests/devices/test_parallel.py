@@ -1,0 +1,218 @@
+"""Meshes: over `data` nothing is exchanged, over `model` the weights are split."""
+
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import jaxdiff
+from jaxdiff.checkpoint.single_file_configs import FAMILIES
+from jaxdiff.devices import parallel
+from jaxdiff.errors import InputError
+from jaxdiff.families.networks import CONFIGS
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
+from jaxdiff.models.text import clip
+from jaxdiff.models.unet import UNet2DConditionModel
+from jaxdiff.weights.load import abstract_network
+
+
+def test_the_default_mesh_gives_every_device_a_part_of_the_batch():
+    mesh = parallel.make_mesh()
+    assert mesh.shape == {"data": len(jax.local_devices()), "model": 1}
+
+
+@pytest.mark.parametrize(
+    "spec", ["data", "data=0", "model=x", "rows=2", "data=1;", "data=2,data=4", ""]
+)
+def test_unreadable_meshes_are_refused(spec):
+    with pytest.raises(InputError, match="write it as"):
+        parallel.make_mesh(spec)
+
+
+def test_more_devices_than_there_are_are_refused():
+    with pytest.raises(InputError, match="data=2,model=8: needs 16 devices, but there are 1"):
+        parallel.make_mesh("data=2,model=8")
+
+
+@pytest.mark.parametrize(("threads", "warned"), [("2", True), ("4", False)])
+def test_virtual_devices_without_spare_threads_are_warned_of(threads, warned):
+    flags = "--xla_force_host_platform_device_count=2"
+    said = subprocess.run(
+        [sys.executable, "-c", "from jaxdiff import parallel; parallel.make_mesh()"],
+        env={**os.environ, "XLA_FLAGS": flags, "NPROC": threads},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert ("can make wrong images: set NPROC=4" in said) == warned
+
+
+def specs(parts, **shapes):
+    """The specs of parameters of these shapes in an attention layer, split over so many devices."""
+    leaves = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    tree = {
+        "attn1": {"to_q": leaves, "to_out": {0: leaves}, "norm": leaves},
+        "resnet": {"conv2": leaves},
+    }
+    mesh = jax.sharding.AbstractMesh((1, parts), parallel.AXES)
+    return jax.tree.map(lambda s: s.spec, parallel.parameter_shardings(mesh, tree))
+
+
+def test_parameters_follow_the_first_rule_that_fits():
+    found = specs(2, kernel=(8, 8), bias=(8,))["attn1"]
+    assert found["to_q"]["kernel"] == PartitionSpec(None, "model")
+    assert found["to_out"][0]["kernel"] == PartitionSpec("model", None)
+    assert found["to_q"]["bias"] == found["norm"]["kernel"] == PartitionSpec()
+    assert specs(2, kernel=(8, 7))["attn1"]["to_q"]["kernel"] == PartitionSpec()  # 7 does not halve
+    found = specs(2, kernel=(3, 3, 8, 6))["resnet"]["conv2"]["kernel"]
+    assert found == PartitionSpec(None, None, "model", None)
+
+
+def test_a_model_axis_that_splits_nothing_is_refused():
+    with pytest.raises(InputError, match="--mesh model=3: divides none of this model's widths"):
+        specs(3, kernel=(8, 8))
+
+
+@pytest.mark.parametrize("width", [768, 2048], ids=["SD 1", "SD XL"])
+def test_each_device_of_model_holds_its_part_of_all_weights(width):
+    family = FAMILIES[width]
+    mesh = jax.sharding.AbstractMesh((1, 8), parallel.AXES)
+    for component, config_class in CONFIGS.items():
+        if component in family.configs:
+            config = config_class.from_json(family.configs[component])
+            model_class = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}.get(component)
+            _, shapes = abstract_network(model_class or clip.network(config), config)
+            places = parallel.parameter_shardings(mesh, shapes)
+            held = jax.tree.map(lambda x, place: place.shard_shape(x.shape), shapes, places)
+            whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+            part = sum(map(math.prod, jax.tree.leaves(held, is_leaf=lambda x: type(x) is tuple)))
+            assert part / whole < 1 / 8 + 0.002, component
+
+
+MESHES = {"data=1": 1, "data=8": 1, "data=4,model=2": 2, "data=2,model=4": 4}  # and `model`
+UNOPTIMIZED = "--xla_backend_optimization_level=0"  # of the machine code: to compile in less time
+REQUESTS = [  # one image a device and turn; enough tokens for attention in blocks
+    jaxdiff.Request(prompt=prompt, seed=seed, steps=2, width=256, height=128)
+    for seed, prompt in enumerate(["a red circle", "two green rings", "a star"] * 3)
+]
+ON_EIGHT_DEVICES = """
+import json, os, sys
+import jax, numpy as np, jaxdiff
+import tests.test_parallel as t
+checkpoint, directory = sys.argv[1:]
+made, programs = {}, {}
+for mesh in t.MESHES:
+    before = set(os.listdir(directory))
+    images = jaxdiff.load(checkpoint, mesh=mesh).generate(t.REQUESTS)
+    made[mesh] = np.stack([image.pixels for image in images])
+    programs[mesh] = sorted(set(os.listdir(directory)) - before)
+np.savez(f"{directory}/pixels.npz", **made)
+with open(f"{directory}/programs.json", "w") as file:
+    json.dump(programs, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices(tiny_checkpoint, tmp_path_factory):
+    """By mesh: the pixels that it makes, and the text of all compiled programs that it ran."""
+    directory = tmp_path_factory.mktemp("programs")
+    environment = {
+        **os.environ,
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # or programs might not be compiled, nor written
+        "XLA_FLAGS": f"{UNOPTIMIZED} --xla_force_host_platform_device_count=8 "
+        f"--xla_dump_hlo_as_text --xla_dump_to={directory}",
+    }
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(tiny_checkpoint), str(directory)]
+    subprocess.run(command, check=True, env=environment)
+    programs = json.loads((directory / "programs.json").read_text())
+    with np.load(directory / "pixels.npz") as pixels:
+        return {
+            mesh: (
+                pixels[mesh],
+                [
+                    (directory / name).read_text()
+                    for name in programs[mesh]
+                    if name.endswith("after_optimizations.txt")
+                ],
+            )
+            for mesh in MESHES
+        }
+
+
+@pytest.mark.parametrize(("mesh", "parts"), MESHES.items())
+def test_a_mesh_makes_the_images_of_one_device(mesh, parts, on_eight_devices):
+    alone = on_eight_devices["data=1"][0].astype(int)
+    # Sums that are split over `model` round otherwise.
+    assert np.abs(on_eight_devices[mesh][0] - alone).max() <= (parts > 1)
+    assert alone.std() > 10
+
+
+@pytest.mark.parametrize(("mesh", "parts"), MESHES.items())
+def test_nothing_is_exchanged_over_data(mesh, parts, on_eight_devices):
+    programs = on_eight_devices[mesh][1]
+    assert any("convolution" in program for program in programs)
+    groups = [group for program in programs for group in exchanging(program)]
+    assert bool(groups) == (parts > 1)
+    assert all(len({device // parts for device in group}) == 1 for group in groups)
+
+
+def exchanging(program):
+    """The devices of each group that a collective operation of a compiled program exchanges in."""
+    collective = r" (?:all-|reduce-scatter|collective-|ragged-)[a-z-]*\("
+    for line in re.findall(rf"^.*{collective}.*$", program, re.MULTILINE):
+        if "-done(" in line:
+            continue
+        listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[0-9,{}]*\})\}", line)
+        tiled = re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", line)
+        if listed:
+            yield from ([*map(int, group.split(","))] for group in listed[1][1:-1].split("},{"))
+        else:
+            shape, grid, order = ([*map(int, t.split(","))] if t else None for t in tiled.groups())
+            yield from np.arange(math.prod(grid)).reshape(grid).transpose(order).reshape(shape)
+
+
+ON_A_HOST = """
+import sys
+import jax, numpy as np
+coordinator, host, checkpoint, file = sys.argv[1:]
+jax.distributed.initialize(coordinator, num_processes=2, process_id=int(host))
+assert len(jax.devices()) == 2
+import jaxdiff
+import tests.test_parallel as t
+model = jaxdiff.load(checkpoint)
+assert [*model.mesh.devices.flat] == jax.local_devices()
+np.save(file, model.generate(t.REQUESTS[:1])[0].pixels)
+"""
+
+
+def test_hosts_that_jax_joins_each_use_their_own_devices(
+    on_eight_devices, tiny_checkpoint, tmp_path
+):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    files = [tmp_path / "0.npy", tmp_path / "1.npy"]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", ON_A_HOST, coordinator, str(host), str(tiny_checkpoint), file],
+            # XLA has as many threads as devices, at least; so for these hosts.
+            env={**os.environ, "XLA_FLAGS": UNOPTIMIZED, "NPROC": "8"},
+        )
+        for host, file in enumerate(files)
+    ]
+    try:
+        assert [host.wait(timeout=180) for host in hosts] == [0, 0]
+    finally:
+        for host in hosts:
+            host.kill()
+    alone = on_eight_devices["data=1"][0][0]
+    for file in files:
+        np.testing.assert_array_equal(np.load(file), alone)

@@ -1,0 +1,46 @@
+"""A table's rows fall to experts and to guidance."""
+
+import numpy as np
+import pytest
+
+from jaxdiff.diffusion.step_ranges import stretches_of
+from jaxdiff.request import Options
+
+TIMESTEPS = np.arange(950, 0, -100)  # ten rows
+
+
+def stretches(distilled=(False,), guided=True, **options):
+    return [
+        tuple(stretch)
+        for stretch in stretches_of(
+            TIMESTEPS,
+            Options(**options),
+            guided=guided,
+            distilled=distilled,
+            train_steps=1000,
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, [(0, 10, True)]),
+        ({"guided": False}, [(0, 10, False)]),
+        ({"distilled": (True,)}, [(0, 10, False)]),
+        (
+            {"guidance_start": 0.3, "guidance_stop": 0.7},
+            [(0, 3, False), (0, 4, True), (0, 3, False)],
+        ),
+        ({"distilled": (False, False)}, [(0, 8, True), (1, 2, True)]),
+        ({"distilled": (False, True), "refiner_start": 0.5}, [(0, 5, True), (1, 5, False)]),
+        (
+            {"distilled": (False, False), "guidance_stop": 0.5},
+            [(0, 5, True), (0, 3, False), (1, 2, False)],
+        ),
+        ({"distilled": (False, False), "refiner_start": 0}, [(1, 10, True)]),
+    ],
+    ids=str,
+)
+def test_stretches_cover_the_rows(said, expected):
+    assert stretches(**said) == expected

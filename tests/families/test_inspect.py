@@ -1,0 +1,175 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from original import REFINER, SD1, XL, shapes
+from safetensors.numpy import load_file, save_file
+
+from jaxdiff.checkpoint.checkpoint import open_checkpoint
+from jaxdiff.families import inspect
+
+TOKENIZER = Path(inspect.__file__).parents[1] / "assets" / "shapes64" / "tokenizer"
+
+
+def report(model) -> dict[str, str]:
+    """The report's lines by their first word or, with a default, two."""
+    lines = inspect.report(open_checkpoint(model)).splitlines()
+    assert all(line == line.rstrip() and line.isprintable() for line in lines)
+    return {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines}
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+@pytest.fixture
+def single(tmp_path):
+    """A function that writes a single file of a family, and tokenizers beside it."""
+
+    def single(width):
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.copytree(TOKENIZER, tmp_path / name)
+        tensors = {key: np.zeros(shape, np.float16) for key, shape in shapes(width).items()}
+        save_file(tensors, tmp_path / "fine-tuned.safetensors")
+        return tmp_path / "fine-tuned.safetensors"
+
+    return single
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_bundled_model_reads_like_this():
+    lines = inspect.report(open_checkpoint("shapes64")).splitlines()
+    assert lines[0] == "shapes64: Stable Diffusion 1 (StableDiffusionPipeline)"
+    columns = [line.split() for line in lines[3:8]]
+    assert columns[0] == ["component", "class", "parameters", "stored", "as", "size", "file"]
+    assert columns[2] == [
+        *("unet", "UNet2DConditionModel", "5.3M", "float16", "10.6", "MB"),
+        "diffusion_pytorch_model.safetensors",
+    ]
+    assert columns[4] == ["together", "6.6M", "float16", "13.3", "MB"]
+    said = report("shapes64")
+    assert said["prediction"] == "v_prediction, zero terminal SNR"
+    assert said["scheduler"] == "EulerAncestralDiscreteScheduler, 1000 timesteps, trailing spacing"
+    assert said["default sampler"] == "euler_ancestral"
+    assert (said["default steps"], said["default guidance"]) == ("20", "1.5")
+    assert said["default size"] == "64 x 64 px, or any multiples of 4 px"
+    assert said["tokenizer"] == "24 tokens, of a vocabulary of 641"
+    assert said["fingerprint"] == open_checkpoint("shapes64").fingerprint
+
+
+def test_the_counts_are_those_of_the_files(checkpoint):
+    file = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    count = sum(tensor.size for tensor in tensors.values())
+    line = report(checkpoint)["vae"].split()
+    assert line[1] == f"{count / 1000:.1f}k"
+    assert line[2] == "float32"
+    assert line[3:5] == [f"{4 * count / 1000:.1f}", "kB"]
+
+
+def test_every_dtype_and_file_of_a_network_is_counted(checkpoint):
+    file = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    keys = sorted(tensors)
+    tensors[keys[0]] = tensors[keys[0]].astype(np.float16)
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    halves = keys[:9], keys[9:]
+    for name, half in zip(names, halves, strict=True):
+        save_file({key: tensors[key] for key in half}, file.with_name(name))
+    index = {key: name for name, half in zip(names, halves, strict=True) for key in half}
+    Path(f"{file}.index.json").write_text(json.dumps({"weight_map": index}))
+    file.unlink()
+    line = report(checkpoint)["vae"]
+    assert "float16, float32" in line
+    assert line.endswith("2 files")
+
+
+def test_a_refiners_one_text_encoder_is_the_second(single):
+    said = report(single(REFINER))
+    assert "CLIPTextModelWithProjection" in said["text_encoder_2"]
+    assert "tokenizer_2" in said
+    assert not said.keys() & {"text_encoder", "tokenizer"}
+
+
+def test_a_single_file_is_told_like_a_directory(single):
+    said = report(single(XL))
+    assert "fine-tuned: Stable Diffusion XL (StableDiffusionXLPipeline)" in said
+    assert said["unet"].endswith("fine-tuned.safetensors")
+    assert said["prediction"] == "epsilon"
+    assert said["scheduler"] == "EulerDiscreteScheduler, 1000 timesteps, leading spacing"
+    assert said["default size"] == "1024 x 1024 px, or any multiples of 8 px"
+    assert (said["default sampler"], said["default guidance"]) == ("euler", "5")
+
+
+def test_what_was_tuned_from_stable_diffusion_1_says_so(single):
+    said = report(single(SD1))
+    assert "fine-tuned: Stable Diffusion 1 (StableDiffusionPipeline)" in said
+    assert said["default sampler"] == "pndm"
+    assert said["default size"].startswith("512 x 512 px")
+
+
+def test_what_a_checkpoint_leaves_open_is_told_in_its_line(checkpoint):
+    edit(checkpoint / "unet" / "config.json", sample_size=None)
+    edit(checkpoint / "scheduler" / "scheduler_config.json", _class_name="VQ\nScheduler")
+    said = report(checkpoint)
+    assert "--width" in said["default size"]
+    assert "--sampler" in said["default sampler"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "text"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "prediction", "flow"),
+        ({"prediction_type": "epsilon"}, "prediction", "epsilon, zero terminal SNR"),
+        ({"use_karras_sigmas": True}, "scheduler", "Karras sigmas"),
+    ],
+)
+def test_the_scheduler_is_told_in_words(checkpoint, changes, line, text):
+    edit(checkpoint / "scheduler" / "scheduler_config.json", **changes)
+    assert report(checkpoint)[line].endswith(text)
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "reason"),
+    [
+        # As SSD-1B has it.
+        ("unet", {"transformer_layers_per_block": [1, [2, 2]]}, "transformer_layers_per_block"),
+        ("unet", {"class_embed_type": "timestep"}, "class_embed_type"),
+        ("vae", {"norm_num_groups": 0}, "norm_num_groups = 0"),
+        ("text_encoder", {"num_hidden_layers": 3}, "16 missing (encoder.layers.2."),
+        ("unet", {"layers_per_block": 2}, "does not fit its config"),
+        ("unet", {"cross_attention_dim": 64}, "cross_attention_dim = 64 does not fit"),
+    ],
+)
+def test_a_model_that_cannot_be_used_says_why(checkpoint, network, changes, reason):
+    assert report(checkpoint)["can be used"] == "yes"
+    edit(checkpoint / network / "config.json", **changes)
+    said = report(checkpoint)["can be used"]
+    assert said.startswith(f"no: {checkpoint}")
+    assert reason in said
+
+
+def test_a_scheduler_that_its_sampler_does_not_take_is_told_in_its_line(checkpoint):
+    edit(checkpoint / "scheduler" / "scheduler_config.json", thresholding=True)
+    assert "thresholding = true is not built" in report(checkpoint)["default sampler"]
+
+
+def test_it_needs_no_torch():
+    code = (
+        "import sys; from jaxdiff import cli; assert cli.main(['inspect', 'shapes64']) == 0; "
+        "assert not sys.modules.keys() & {'torch', 'transformers', 'apache_beam'}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.startswith("shapes64: Stable Diffusion 1")
+    assert done.stdout.splitlines()[-1].split() == ["can", "be", "used", "yes"]

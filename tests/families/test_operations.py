@@ -1,0 +1,104 @@
+"""The operations that are counted from shapes are about those that XLA counts in the program."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jaxdiff.checkpoint.single_file_configs import FAMILIES
+from jaxdiff.dataset import settings as job_settings
+from jaxdiff.families import operations
+from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.networks import read_configs
+from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
+from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
+from jaxdiff.request import Bucket
+from jaxdiff.weights.load import abstract_network, file_shapes
+
+
+def counted(shapes: dict, height: int, width: int, prefix: str = "") -> int:
+    tensors = {
+        key.removeprefix(prefix): SimpleNamespace(shape=shape, size=math.prod(shape))
+        for key, shape in file_shapes(shapes).items()
+        if key.startswith(prefix)
+    }
+    return int(operations.of_network(tensors, height, width))
+
+
+def of_xla(call, graph, shapes, *inputs: tuple[int, ...]) -> float:
+    program = jax.jit(lambda params, *given: call(nnx.merge(graph, params), *given))
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
+    return program.lower(shapes, *arrays).cost_analysis()["flops"]
+
+
+@pytest.fixture(scope="module")
+def shapes64():
+    return read_configs(open_ensemble("shapes64").base)
+
+
+def test_a_unets_operations_are_those_that_xla_counts(shapes64):
+    config = shapes64["unet"]
+    graph, shapes = abstract_network(UNet2DConditionModel, config)
+    given = (1, 16, 16, config.in_channels), (1,), (1, 77, config.cross_attention_dim)
+    xla = of_xla(UNet2DConditionModel.__call__, graph, shapes, *given)
+    assert counted(shapes, 16, 16) == pytest.approx(xla, rel=0.25)
+
+
+def test_so_are_those_of_its_outermost_layers(shapes64):
+    config = shapes64["unet"]
+    graph, shapes = abstract_network(UNet2DConditionModel, config)
+    given = (1, 16, 16, config.in_channels), (1,), (1, 77, config.cross_attention_dim)
+    deep = (1, 16, 16, config.block_out_channels[0])
+    xla = of_xla(UNet2DConditionModel.evaluate, graph, shapes, *given, deep)
+    outermost = operations.outermost(open_ensemble("shapes64").base.weights("unet"))
+    assert operations.of_network(outermost, 16, 16) == pytest.approx(xla, rel=0.25)
+
+
+def test_a_decoders_operations_are_those_that_xla_counts(shapes64):
+    config = shapes64["vae"]
+    graph, shapes = abstract_network(AutoencoderKL, config)
+    xla = of_xla(AutoencoderKL.decode, graph, shapes, (1, 16, 16, config.latent_channels))
+    assert counted(shapes, 16, 16, "decoder.") == pytest.approx(xla, rel=0.25)
+
+
+def test_stable_diffusions_unet_takes_the_figure_that_is_known():
+    """0.80e12: twice the 401.9 G multiply-accumulates that profilers report at 64x64 latents."""
+    config = UNetConfig.from_json(FAMILIES[768].configs["unet"])
+    _, shapes = abstract_network(UNet2DConditionModel, config)
+    assert counted(shapes, 64, 64) == pytest.approx(0.80e12, rel=0.02)
+
+
+def test_an_image_takes_its_evaluations_and_the_decoder():
+    model = open_ensemble("shapes64")
+    usual = job_settings.resolve({}, model)
+
+    def of(steps=10, sampler="ddim", guided=True, **said) -> int:
+        bucket = Bucket(64, 64, steps, guided, sampler)
+        return operations.of_image(model, dataclasses.replace(usual, **said), bucket)
+
+    one = of(11, guided=False) - of(10, guided=False)
+    decoder = of(10, guided=False) - 10 * one
+    assert 0 < decoder < of()
+    assert of() == 20 * one + decoder
+    assert of(sampler="heun") == 38 * one + decoder  # the last step has no corrector
+    assert of(guidance_stop=0.5) == 15 * one + decoder
+    spared = 2 * one + decoder - of(2, guided=False, deep_cache=2)
+    assert 0 < spared < one
+    assert of(deep_cache=4) == of() - 2 * 7 * spared  # 3 of 10 are whole
+    # Unguided, guided and unguided stretches of 3, 4 and 3 rows, each of which begins anew.
+    interval = {"guidance_start": 0.3, "guidance_stop": 0.7}
+    assert of(**interval, deep_cache=3) == of(**interval) - (2 + 2 * 2 + 2) * spared
+    assert one < of(guided=False, prompt_chunks=3) - of(guided=False) + one
+
+
+def test_a_refiner_takes_the_steps_that_are_its_own(tiny_checkpoint):
+    alone, both = (open_ensemble(tiny_checkpoint, refiner=r) for r in (None, tiny_checkpoint))
+    settings = job_settings.resolve({}, alone)
+    bucket = Bucket(64, 64, 10, True, "ddim")
+    assert operations.of_image(both, settings, bucket) == operations.of_image(
+        alone, settings, bucket
+    )
