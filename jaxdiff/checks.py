@@ -3,17 +3,13 @@
 Each takes the value's name for its message and gives the value in its own type, or raises.
 """
 
-import itertools
 import json
 import math
 import numbers
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from jaxdiff.diffusion import samplers, schedule
-from jaxdiff.errors import InputError, meant
-from jaxdiff.request import MAX_SEED, SAMPLERS, Options
-
+MAX_SEED = 2**32 - 1
 MAX_TEXT_CHARACTERS = 4000
 MAX_SIDE_PX = 8192
 MAX_IMAGES = 1_000_000  # of one row
@@ -28,43 +24,6 @@ NOISES = ("jax", "torch")
 
 class BadValueError(ValueError):
     """A value that cannot be used; the message names it and says what would do."""
-
-
-def of_request(size_multiple: int) -> dict[str, tuple]:
-    """How each value of a `Request` is checked: by name the check and its arguments.
-
-    Args:
-      size_multiple: the `Checkpoint`'s.
-    """
-    return {
-        "prompt": (text,),
-        "negative_prompt": (text,),
-        "seed": (integer, 0, MAX_SEED),
-        "width": (side, size_multiple),
-        "height": (side, size_multiple),
-        "steps": (integer, 1, MAX_STEPS),
-        "guidance_scale": (number, 0, MAX_GUIDANCE_SCALE),
-        "sampler": (choice, SAMPLERS),
-    }
-
-
-def of_options() -> dict[str, tuple]:
-    """The same for the values of `Options`."""
-    share = (number, 0, 1)
-    return {
-        "dtype": (choice, DTYPES),
-        "noise": (choice, NOISES),
-        "mesh": (text,),
-        "scheduler": (scheduler,),
-        "eta": share,
-        "guidance_rescale": share,
-        "guidance_start": share,
-        "guidance_stop": share,
-        "clip_skip": (integer, 0, MAX_CLIP_SKIP),
-        "prompt_chunks": (integer, 1, MAX_PROMPT_CHUNKS),
-        "refiner_start": share,
-        "deep_cache": (integer, 1, MAX_DEEP_CACHE),
-    }
 
 
 def text(name: str, value) -> str:
@@ -148,53 +107,19 @@ def scheduler(name: str, value) -> str:
 
     Comes as text in this form, or as a dictionary (a table in TOML).
     """
-    changes = scheduler_changes(value) if isinstance(value, str) else value
+    changes = key_values(value) if isinstance(value, str) else value
     plain = {}
     for key, said in changes.items() if isinstance(changes, dict) else [("", value)]:
         plain[key] = said if isinstance(said, str) else json.dumps(said, default=repr)
         if not re.fullmatch(r"[a-z_]+", str(key)) or not re.fullmatch(r"[\w.+-]+", plain[key]):
             raise BadValueError(f'{name} must be like "key=value, key=value", not {shown(value)}')
-    for key in plain.keys() - schedule.KEYS:
-        hint = meant(key, schedule.KEYS)
-        raise BadValueError(f"{name}: {key} is no key of a scheduler's config{hint}")
     return ", ".join(f"{key}={said}" for key, said in sorted(plain.items()))
 
 
-def scheduler_changes(text: str) -> dict:
+def key_values(text: str) -> dict:
     """What a text in the form of `scheduler` says, by key."""
     parts = (part.partition("=") for part in text.split(",") if part.strip())
     return {key.strip(): _json_or_text(said.strip()) for key, _, said in parts}
-
-
-def options_together(
-    options: Options, samplers_used: Collection[str], schedulers: Sequence[dict]
-) -> None:
-    """Refuses options that would do nothing, but stand in every image's record.
-
-    Args:
-      samplers_used: of the run's images.
-      schedulers: the config of each expert's; the second is a refiner's.
-    """
-    usual = Options()
-    if options.eta != usual.eta and "ddim" not in samplers_used:
-        raise BadValueError("--eta is for the sampler ddim alone; leave it out")
-    if options.refiner_start != usual.refiner_start and len(schedulers) == 1:
-        raise BadValueError("--refiner-start does nothing without a --refiner; leave it out")
-    if options.guidance_start >= options.guidance_stop:
-        raise BadValueError(
-            f"--guidance-start {options.guidance_start} must come before --guidance-stop "
-            f"{options.guidance_stop}; --guidance-scale 1 leaves guidance off"
-        )
-    for change in filter(None, options.scheduler.split(", ")):
-        key = change.partition("=")[0]
-        if key == "algorithm_type":
-            raise BadValueError(f"--scheduler {key}: ask for --sampler dpmpp_2m or dpmpp_2m_sde")
-        every = itertools.product(samplers_used, schedulers)
-        if not any(schedule.reads(sampler, config, key) for sampler, config in every):
-            raise BadValueError(
-                f"--scheduler {change} means nothing to {', '.join(sorted(samplers_used))}; "
-                "leave it out, or ask for another --sampler"
-            )
 
 
 def _json_or_text(said: str):
@@ -202,35 +127,6 @@ def _json_or_text(said: str):
         return json.loads(said)
     except ValueError:
         return said
-
-
-def steps_of(sampler: str, steps: int, schedulers: Sequence[dict], eta: float = 0.0) -> None:
-    """Refuses a sampler that cannot follow the model's schedulers, or not in so many steps.
-
-    Args:
-      schedulers: the config of each expert's, as `changed_scheduler` gives it.
-    """
-    try:
-        for config in schedulers:
-            noise_schedule = schedule.NoiseSchedule.from_json(config, sampler)
-            most = noise_schedule.max_steps(sampler)
-            if steps > most:
-                raise BadValueError(f"steps must be at most {most} for {sampler}, not {steps}")
-            samplers.sampler_table(sampler, noise_schedule, steps, eta=eta)
-    except InputError as problem:
-        raise BadValueError(str(problem)) from None
-
-
-def changed_scheduler(config: dict, changes: str) -> dict:
-    """A scheduler's config after `changes` in the form of `scheduler`; said is no longer left out.
-
-    diffusers lists what a file leaves out under "_use_default_values".
-    """
-    said = scheduler_changes(changes)
-    left_out = config.get("_use_default_values")
-    left_out = left_out if isinstance(left_out, list) else []  # of whatever a file may hold
-    left_out = [key for key in left_out if isinstance(key, str) and key not in said]
-    return config | said | {"_use_default_values": left_out}
 
 
 def choice(name: str, value, choices: Sequence[str]) -> str:

@@ -87,8 +87,7 @@ def _inspect(arguments: list[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help="as for jaxdiff generate --model")
     parser.add_argument("--variant", metavar="NAME", help="which of its files, such as fp16")
     said = parser.parse_args(arguments)
-    from jaxdiff.checkpoint.checkpoint import open_checkpoint
-    from jaxdiff.families import inspect
+    from jaxdiff.families import inspect, open_checkpoint
 
     print(inspect.report(open_checkpoint(said.model, said.variant)))
     return 0

@@ -12,7 +12,7 @@ class InputError(Exception):
     """
 
 
-def meant(word: str, known: Iterable[str]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
     """What a misspelt word may have meant, as the end of a message; "" if nothing comes near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,13 +1,10 @@
 """What one image is asked to be, and what all images of a run share. Imports no JAX."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-SAMPLERS = (
-    *("ddim", "ddpm", "pndm", "euler", "euler_ancestral", "heun"),
-    *("dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"),
-)
-MAX_SEED = 2**32 - 1
+from jaxdiff import checks
 
 
 class Bucket(NamedTuple):
@@ -34,7 +31,7 @@ class Request:
       width, height: pixels, multiples of the autoencoder's factor (8 for Stable Diffusion).
       steps: of the sampler, at least 1.
       guidance_scale: w in uncond + w (cond - uncond); guidance is off at 1 and below.
-      sampler: one of `SAMPLERS`; `None` takes the one the model's scheduler names.
+      sampler: one of `samplers.SAMPLERS`; `None` takes the one the model's scheduler names.
     """
 
     prompt: str
@@ -50,6 +47,47 @@ class Request:
     def bucket(self) -> Bucket:
         """The batches that this image may be part of, once nothing is None."""
         return Bucket(self.width, self.height, self.steps, self.guidance_scale > 1, self.sampler)
+
+
+class Field(NamedTuple):
+    """A value of a `Request`: what it must be, and how it is stored.
+
+    Attributes:
+      check: one of `checks`.
+      arguments: of the check, as far as they do not depend on the model.
+      column: the type of its column in Parquet, by Arrow's name.
+    """
+
+    check: Callable
+    arguments: tuple
+    column: str
+
+
+# The one table of a request's fields, in the order in which they are written.
+FIELDS = {
+    "prompt": Field(checks.text, (), "string"),
+    "negative_prompt": Field(checks.text, (), "string"),
+    "seed": Field(checks.integer, (0, checks.MAX_SEED), "int64"),
+    "width": Field(checks.side, (), "int32"),
+    "height": Field(checks.side, (), "int32"),
+    "steps": Field(checks.integer, (1, checks.MAX_STEPS), "int32"),
+    "guidance_scale": Field(checks.number, (0, checks.MAX_GUIDANCE_SCALE), "float64"),
+    "sampler": Field(checks.choice, (), "string"),
+}
+
+
+def field_checks(size_multiple: int, samplers: Sequence[str]) -> dict[str, tuple]:
+    """How each value of a `Request` is checked for a model: by name, the check and its arguments.
+
+    Args:
+      size_multiple: of width and height, in pixels.
+      samplers: the names of those that the model can take.
+    """
+    of_model = {"width": (size_multiple,), "height": (size_multiple,), "sampler": (samplers,)}
+    return {
+        name: (field.check, *field.arguments, *of_model.get(name, ()))
+        for name, field in FIELDS.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,3 +123,21 @@ class Options:
     prompt_chunks: int = 1
     refiner_start: float = 0.8
     deep_cache: int = 1
+
+
+FRACTION = (checks.number, 0, 1)
+# How each of `Options` is checked, likewise.
+OPTION_CHECKS = {
+    "dtype": (checks.choice, checks.DTYPES),
+    "noise": (checks.choice, checks.NOISES),
+    "mesh": (checks.text,),
+    "scheduler": (checks.scheduler,),
+    "eta": FRACTION,
+    "guidance_rescale": FRACTION,
+    "guidance_start": FRACTION,
+    "guidance_stop": FRACTION,
+    "clip_skip": (checks.integer, 0, checks.MAX_CLIP_SKIP),
+    "prompt_chunks": (checks.integer, 1, checks.MAX_PROMPT_CHUNKS),
+    "refiner_start": FRACTION,
+    "deep_cache": (checks.integer, 1, checks.MAX_DEEP_CACHE),
+}

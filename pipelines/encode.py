@@ -30,11 +30,11 @@ import apache_beam as beam
 import numpy as np
 from tqdm import tqdm
 
-from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.errors import InputError
-from jaxdiff.families.networks import read_configs
+from jaxdiff.families import open_checkpoint
+from jaxdiff.families.model import networks_of
 from jaxdiff.training.data import Examples, assign, buckets, decoding, encoded, open_examples
 from jaxdiff.training.data.encoder import Encoder
 from jaxdiff.training.recipe import Data
@@ -162,9 +162,9 @@ def opened(encoding: Encoding) -> Work:
       InputError: if they cannot be used.
     """
     checkpoint = open_checkpoint(encoding.model)
-    configs = read_configs(checkpoint)
-    multiple = configs["vae"].factor * configs["unet"].factor
-    size = encoding.size or min(checkpoint.default_size)
+    model = networks_of(checkpoint)
+    multiple = model.codec.factor * model.denoiser.size_multiple
+    size = encoding.size or min(checkpoint.defaults.size)
     sizes = buckets(size, encoding.aspect_ratios, multiple)
     examples = open_examples(Data(path=encoding.data, captions=encoding.captions))
     if not isinstance(examples, Examples):

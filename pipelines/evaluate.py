@@ -1,13 +1,13 @@
 """The job behind `jaxdiff evaluate`: from a benchmark's prompts to a report.
 
     prompts   the benchmark's file -> manifest.jsonl
-    images    pipelines.generate, a dataset for each run
+    images    pipelines.generate, one dataset per run
     scores    Create(shards) | Reshuffle | ParDo(ScoreShard) | CombineGlobally(SummaryFn)
     report    results.jsonl, the benchmark's layout, report.md, report.json, report.html
 
-A shard's scores are a file, so an interrupted evaluation goes on; what is known of a whole set is
-combined from summaries of constant size. As in `encode`, CLIP is in Beam's own process, one behind
-a lock.
+Each shard's scores are kept in a file, so an interrupted evaluation can continue. Measures of a
+whole set are combined from constant-size summaries. As in `encode`, CLIP runs in Beam's own
+process, as one instance behind a lock.
 
     python -m pipelines.evaluate --benchmark shapes --output out/judged
 """
@@ -60,21 +60,21 @@ from pipelines.jobs import (
 MANIFEST = "manifest.jsonl"
 SCORES = "scores"
 SUMMARY = "summary.npz"
-IMAGES = "images"  # in a layout that must be alone
+IMAGES = "images"  # for layouts that allow no other files
 BEST = "best"
 AUDIT = "audit"
 EXACT = "shapes"  # the benchmark that the shapes world's scorer judges
-AT_THE_TOP = "geneval"  # the layout that may have other files beside it
+AT_THE_TOP = "geneval"  # the layout that allows other files in its folder
 
 
 @dataclass(frozen=True)
 class Images:
-    """Where a run's pictures are: a dataset, or a folder in a benchmark's layout.
+    """The location of a run's pictures: a dataset, or a folder in a benchmark's layout.
 
     Attributes:
-      directory: of either.
-      layout: "" for a dataset.
-      prompts: of a layout's benchmark.
+      directory: of the dataset or the layout.
+      layout: the layout's name; "" for a dataset.
+      prompts: the benchmark's prompts, for a layout.
     """
 
     directory: str
@@ -82,18 +82,18 @@ class Images:
     prompts: tuple[Prompt, ...] = ()
 
     def parts(self) -> list[int]:
-        """The numbers of the parts that are scored one by one."""
+        """Returns the numbers of the parts, which are scored one by one."""
         return [0] if self.layout else list(range(len(_plan(self.directory).shard_sizes)))
 
     def pictures(self, part: int) -> Iterator[Picture]:
-        """Yields those of a part; raises InputError for one that cannot be read."""
+        """Yields the pictures of a part; raises InputError for one that cannot be read."""
         folder = Path(self.directory)
         if self.layout:
             return folders.read_layout(self.layout, folder, list(self.prompts))
         return datasets.of_shard(folder, _plan(self.directory), part)
 
     def digest(self, part: int) -> str:
-        """Of what a part's pictures are."""
+        """Returns a string that identifies a part's pictures."""
         folder = Path(self.directory)
         if not self.layout:
             marker = shards.read_marker(folder, _plan(self.directory), part)
@@ -109,13 +109,13 @@ def _plan(directory: str) -> Plan:
 
 
 class ScoreShard(beam.DoFn):
-    """Scores the parts whose numbers it is given."""
+    """Scores parts by their numbers."""
 
     def __init__(self, images: Images, scored: Scoring, folder: Path):
         self.images, self.scored, self.folder = images, scored, str(folder.absolute())
 
     def process(self, part: int) -> Iterator[sets.Summary]:
-        """Yields the summary of the features of the pictures that were made."""
+        """Yields the feature summary of the part's pictures."""
         table = None
         with jobs.failures_kept(), _lock:
             if jobs.stopping.is_set():
@@ -125,30 +125,30 @@ class ScoreShard(beam.DoFn):
             yield sets.Summary.of(*scoring.features(table))
 
 
-_lock = threading.Lock()  # one model a process, and device calls one at a time
+_lock = threading.Lock()  # one model per process, and one device call at a time
 
 
 def score_part(images: Images, scored: Scoring, folder: Path, part: int) -> pa.Table:
-    """The scores of a part, from its file if that is there already."""
+    """Returns the scores of a part, from its file if that exists."""
     digest = scored.digest(images.digest(part))
     path = folder / f"{part:05d}.parquet"
     return scoring.score_file(images.pictures(part), scored, path, digest)
 
 
 def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
-    """Evaluates, or continues to; returns the exit code.
+    """Evaluates, or continues an evaluation; returns the exit code.
 
     Raises:
       InputError: if the command or its input cannot be used.
-      OSError: if the disk is full or refuses; the same command continues the job.
+      OSError: if the disk is full or a write fails; running the same command again continues.
     """
     if isinstance(asked, Export):
         return _export_dataset(asked)
-    _plan.cache_clear()  # a dataset may have changed since an evaluation before
+    _plan.cache_clear()  # a dataset may have changed since an earlier evaluation
     prompts = benchmarks.read(
         asked.benchmark, asked.prompts, per_tag=asked.per_tag, seed=asked.prompts_seed
     )
-    runners.choose(beam_arguments, 1)  # refused before anything is written
+    runners.choose(beam_arguments, 1)  # fails before anything is written
     if asked.clip:
         clip_measures.open_clip(asked.clip)
     reference = asked.reference and sets.read_reference(Path(asked.reference), asked.clip)
@@ -162,7 +162,7 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
                 for each in asked.runs
             ]
     except StoppedError:
-        print(f"jaxdiff: stopped; the same command continues {asked.output}", file=sys.stderr)
+        print(f"jaxdiff: stopped; run the same command to continue {asked.output}", file=sys.stderr)
         return EXIT_STOPPED
     for each, (_, rows) in zip(asked.runs, judged, strict=True):
         if not _write_images(asked, each, prompts, rows):
@@ -172,7 +172,7 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
 
 
 def _make_images(asked: Evaluation, prompts: list[Prompt], beam_arguments: list[str]) -> int:
-    """Has the images of every run made, unless they are there; returns the exit code."""
+    """Generates the images of every run that does not have them; returns the exit code."""
     asked.output.mkdir(parents=True, exist_ok=True)
     code = EXIT_OK
     if asked.runs[0].job:
@@ -193,7 +193,7 @@ def _judge(
     reference: sets.Summary | None,
     beam_arguments: list[str],
 ) -> tuple[Scores, pa.Table]:
-    """Scores a run's pictures; the scores, and a row an image."""
+    """Scores a run's pictures; returns the scores and a table with one row per image."""
     images = _images(asked, each, prompts)
     scored = Scoring(
         exact=asked.benchmark == EXACT,
@@ -212,14 +212,14 @@ def _judge(
         prompts,
         asked.images,
         name=each.name,
-        told=_told(images),
+        settings=_settings(images),
         with_clip=bool(asked.clip),
     )
     whole, missing = {}, {}
     if not asked.clip and asked.benchmark != EXACT:
         missing["clip_score"] = sets.HOW_TO_GET_CLIP
     if asked.benchmark == AUDIT and not (asked.clip and scored.labels):
-        missing["label"] = "needs --clip, and labels in the template file to choose among"
+        missing["label"] = "needs --clip, and labels in the template file"
     if reference:
         summary = sets.Summary.load(folder / SUMMARY)
         for measure, value in sets.against_reference(summary, reference, bool(asked.clip)):
@@ -244,12 +244,12 @@ def _images(asked: Evaluation, each: Run, prompts: list[Prompt]) -> Images:
 
 
 def _folder(asked: Evaluation, each: Run) -> Path:
-    """Where what is written of a run goes."""
+    """Returns the output folder of a run."""
     return asked.output if len(asked.runs) == 1 else each.images.parent
 
 
-def _told(images: Images) -> dict[str, str]:
-    """What is said of how a run's images were made."""
+def _settings(images: Images) -> dict[str, str]:
+    """Returns how a run's images were generated, for the report."""
     if images.layout:
         return {"images": Path(images.directory).name}
     plan = _plan(images.directory)
@@ -264,7 +264,7 @@ def _told(images: Images) -> dict[str, str]:
 
 
 def _score(images: Images, scored: Scoring, folder: Path, beam_arguments: list[str]) -> None:
-    """Runs the Beam job, which leaves a file a part and a summary of all; raises InputError."""
+    """Runs the Beam job, which writes one file per part and a summary; raises InputError."""
     runner, options = runners.choose(beam_arguments, 1)
     folder.mkdir(parents=True, exist_ok=True)
     with jobs.failures_raised(), beam.Pipeline(runner=runner, options=options) as pipeline:
@@ -279,10 +279,10 @@ def _write_summary(folder: str, summary: sets.Summary) -> None:
 
 
 def _write_images(asked: Evaluation, each: Run, prompts: list[Prompt], rows: pa.Table) -> bool:
-    """Writes what others read: results.jsonl, the benchmark's layout, the best images.
+    """Writes the files for other programs: results.jsonl, the benchmark's layout, the best images.
 
     Returns:
-      whether all of it could be written.
+      whether all of them could be written.
     """
     images, folder = _images(asked, each, prompts), _folder(asked, each)
 
@@ -294,9 +294,9 @@ def _write_images(asked: Evaluation, each: Run, prompts: list[Prompt], rows: pa.
         layout.write(folder, results.RESULTS, text)
         layout.tidy(folder)
     if asked.keep:
-        told = [measure for measure in OF_IMAGES if rows[measure].null_count < len(rows)]
-        kept = best.write(folder / BEST, rows, prompts, every(), asked.keep, told)
-        print(f"the best of {asked.images}: {kept} images in {folder / BEST}")
+        measured = [measure for measure in OF_IMAGES if rows[measure].null_count < len(rows)]
+        kept = best.write(folder / BEST, rows, prompts, every(), asked.keep, measured)
+        print(f"best of {asked.images}: wrote {kept} images to {folder / BEST}")
     if asked.is_layout:
         return True
     name = BENCHMARKS[asked.benchmark].layout
@@ -307,7 +307,7 @@ def _write_images(asked: Evaluation, each: Run, prompts: list[Prompt], rows: pa.
             shutil.rmtree(folder / IMAGES, ignore_errors=True)
             folders.export(name, every(), prompts, asked.images, folder / IMAGES)
     except InputError as problem:
-        print(f"jaxdiff: {name}'s layout is not written: {problem}", file=sys.stderr)
+        print(f"jaxdiff: layout {name} was not written: {problem}", file=sys.stderr)
         return False
     return True
 
@@ -321,9 +321,9 @@ def _report(
         asked.output,
         benchmark.title,
         {
-            "from": benchmark.paper,
+            "source": benchmark.paper,
             "prompts": str(len(prompts)),
-            "images of each prompt": str(asked.images),
+            "images per prompt": str(asked.images),
             "CLIP": _clip_said(asked.clip),
             "reference": asked.reference,
             "training set": asked.training,
@@ -332,7 +332,7 @@ def _report(
         partial(_find, sources, {scores.name: rows for scores, rows in judged}),
         _tables(asked.benchmark, prompts, judged),
     )
-    print(f"{asked.output / 'report.html'} and report.md say what was found")
+    print(f"wrote {asked.output / 'report.html'}, report.md and report.json")
 
 
 def _clip_said(model: str) -> str:
@@ -345,7 +345,7 @@ def _clip_said(model: str) -> str:
 def _tables(
     benchmark: str, prompts: list[Prompt], judged: list[tuple[Scores, pa.Table]]
 ) -> list[report.Table]:
-    """What is shown beside the scores: what others scored, or what an audit counted."""
+    """Returns the report's additional tables: published scores, or an audit's counts."""
     tables = [PUBLISHED[benchmark]] if benchmark in PUBLISHED else []
     for scores, rows in judged:
         said = rows["said"].to_pylist()
@@ -358,7 +358,7 @@ def _tables(
 def _find(
     sources: dict[str, Images], rows: dict[str, pa.Table], run: str, key: str
 ) -> bytes | None:
-    """The file of an image by its run and its key; None if it could not be made."""
+    """Returns an image's file by its run and key; None if it could not be generated."""
     row = rows[run]["key"].index(key).as_py()
     part = rows[run]["part"][row].as_py()
     found = (each.image for each in sources[run].pictures(part) if each.key == key)
@@ -379,7 +379,7 @@ def _export_dataset(asked: Export) -> int:
         images,
         asked.output,
     )
-    print(f"{made} images in {asked.output}, as {asked.layout} has them")
+    print(f"wrote {made} images to {asked.output} in layout {asked.layout}")
     return EXIT_OK
 
 

@@ -1,4 +1,4 @@
-"""What `jaxdiff evaluate` can be told. Imports neither Beam nor JAX."""
+"""The options of `jaxdiff evaluate`. Imports neither Beam nor JAX."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -13,9 +13,9 @@ from pipelines.command_line import Parser
 from pipelines.generate_options import Job
 
 DESCRIPTION = """\
-Judge models over a prompt benchmark: make the images (or take those that are there), measure them,
-and write a report with confidence intervals. Several models or settings give one comparison, pair
-by pair at equal seeds. When it is interrupted, the same command continues where it was.
+Evaluate models on a prompt benchmark: generate images (or use existing ones), measure them, and
+write a report with confidence intervals. Several models or settings are compared pair by pair, with
+equal seeds. If it is interrupted, run the same command again to continue.
 """
 EPILOG = """\
 examples:
@@ -24,24 +24,24 @@ examples:
   jaxdiff evaluate --benchmark geneval --prompts evaluation_metadata.jsonl --model M --output out/g
   jaxdiff evaluate --export geneval --dataset out/first --output out/for-geneval
 
-Options that are not listed here go to jaxdiff generate (--steps, --seed, --batch-size, ...) and to
+Options not listed here are passed to jaxdiff generate (--steps, --seed, --batch-size, ...) and to
 Apache Beam (--runner, ...).
 
-exit codes: 0 judged; 1 failed part-way, the same command continues; 2 the command or its input
-cannot be used; 3 judged, but some images could not be made; 75 stopped by a signal, the same
-command continues
+exit codes: 0 success; 1 failed part-way, run the same command to continue; 2 the command or its
+input cannot be used; 3 finished, but some images could not be generated; 75 stopped by a signal,
+run the same command to continue
 """
 REFEREES = {"best:clip": "clip_score", "best:shapes": "correct"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One column of the comparison.
+    """One run: a model with its settings, or a set of existing images.
 
     Attributes:
-      name: tells it from the others, and names its folder.
-      job: makes its images; None where they are there already.
-      images: the dataset's directory, or that of a layout.
+      name: distinguishes it from the others, and names its folder.
+      job: generates its images; None if they already exist.
+      images: the directory of the dataset or layout.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Evaluation:
 
     Attributes:
       benchmark, prompts: as in `benchmarks.read`; per_tag and prompts_seed too.
-      images: of each prompt.
+      images: the number of images per prompt.
       output: the directory of the report.
-      runs: what is compared, the first with each of the others.
-      is_layout: whether the runs' images lie in the benchmark's layout, not in a dataset.
-      clip: the directory of CLIP's weights, or "".
-      reference: a folder of images or an .npz of features, that the images should be like; or "".
-      training: a folder of images that they should not be copies of; or "".
-      keep: the measure by which the best image of each prompt is kept; or "".
+      runs: the runs to evaluate; the first is compared with each of the others.
+      is_layout: whether the runs' images are in the benchmark's layout, not in a dataset.
+      clip: the directory or Hub id of CLIP's weights, or "".
+      reference: a folder of reference images, or an .npz of their features; or "".
+      training: a folder of training images, to find copies of them; or "".
+      keep: the measure that chooses the best image of each prompt; or "".
     """
 
     benchmark: str
@@ -81,7 +81,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Export:
-    """A dataset to be written in a benchmark's layout."""
+    """A command that writes a dataset in a benchmark's layout."""
 
     layout: str
     dataset: Path
@@ -92,10 +92,10 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
     """Reads the command line.
 
     Returns:
-      what is to be done, and the arguments that are left for Beam.
+      the parsed command, and the remaining arguments for Beam.
 
     Raises:
-      InputError: for options that are missing, unknown, or do not go together.
+      InputError: for options that are missing, unknown, or cannot be combined.
     """
     parser = _parser()
     said, rest = parser.parse_known_args(arguments)
@@ -103,18 +103,18 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
         parser.missing("--output", rest)
     if said.export:
         if not said.dataset:
-            parser.error("--export needs --dataset, whose images it writes in that layout")
+            parser.error("--export needs --dataset, the dataset to export")
         if rest or said.benchmark:
-            parser.error(f"--export goes with --dataset and --output alone, not {rest or '...'}")
+            parser.error(f"--export takes only --dataset and --output, not {rest or '...'}")
         return Export(said.export, said.dataset, said.output), []
     if not said.benchmark:
-        parser.missing("--benchmark", rest, f"; there are {', '.join(BENCHMARKS)}")
+        parser.missing("--benchmark", rest, f"; choose from {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[said.benchmark]
     given = said.dataset or said.layout
     if given and (said.model or said.vary):
-        parser.error("--model and --vary are for making images; --dataset and --layout have theirs")
+        parser.error("--model and --vary generate images; omit them with --dataset or --layout")
     if said.dataset and said.layout:
-        parser.error("--dataset and --layout both name the images; say one")
+        parser.error("--dataset and --layout both name the images; use one of them")
     if given:
         runs, beam_arguments = (Run(given.name, None, given),), rest
     else:
@@ -134,14 +134,14 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
         keep=REFEREES.get(said.keep, ""),
     )
     if evaluation.keep == "clip_score" and not said.clip:
-        parser.error("--keep best:clip needs --clip, a directory of CLIP's weights")
+        parser.error("--keep best:clip needs --clip, a directory or Hub id of CLIP's weights")
     if evaluation.keep == "correct" and said.benchmark != "shapes":
         parser.error("--keep best:shapes needs --benchmark shapes")
     return evaluation, beam_arguments
 
 
 def _runs(said, rest: list[str]) -> tuple[tuple[Run, ...], list[str]]:
-    """A run for each model and each combination of what varies."""
+    """Returns a run for each model and each combination of varied settings."""
     models = said.model or ["shapes64"]
     varied = [_varied(text) for text in said.vary]
     runs, beam_arguments = [], []
@@ -163,7 +163,7 @@ def _runs(said, rest: list[str]) -> tuple[tuple[Run, ...], list[str]]:
 
 
 def folder_name(name: str) -> str:
-    """A run's name as that of a folder."""
+    """Converts a run's name to a folder name."""
     kept = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in name)
     return kept.strip("-.") or "run"
 
@@ -173,7 +173,7 @@ def _varied(text: str) -> list[tuple[str, str]]:
     name = name.replace("_", "-")
     if not equals or not values or name.replace("-", "_") not in settings.NAMES:
         raise InputError(
-            f"--vary {text}: say NAME=VALUE,VALUE with an option of jaxdiff generate, such as "
+            f"--vary {text}: use NAME=VALUE,VALUE with an option of jaxdiff generate, for example "
             "steps=10,20"
         )
     return [(name, value) for value in values.split(",")]
@@ -186,67 +186,94 @@ def _parser() -> Parser:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    what = parser.add_argument_group("what is judged")
+    what = parser.add_argument_group("what to evaluate")
     what.add_argument("--benchmark", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     what.add_argument(
-        "--prompts", metavar="FILE", type=Path, help="the benchmark's own file (shapes has one)"
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help="the benchmark's official prompt file (optional for shapes)",
     )
     what.add_argument(
         "--model",
         metavar="MODEL",
         action="append",
-        help="as for jaxdiff generate (default: shapes64); may be said again, to compare",
+        help="as for jaxdiff generate (default: shapes64); repeat it to compare models",
     )
     what.add_argument(
         "--vary",
         metavar="NAME=V,V",
         action="append",
         default=[],
-        help="compare values of an option of jaxdiff generate; may be said again",
+        help="compare values of an option of jaxdiff generate; may be repeated",
     )
     what.add_argument(
-        "--images", metavar="N", type=_number, help="of each prompt (default: the benchmark's)"
+        "--images",
+        metavar="N",
+        type=_number,
+        help="images per prompt (default: the benchmark's number)",
     )
     what.add_argument(
-        "--per-tag", metavar="N", type=_number, default=50, help="of shapes' own (default: 50)"
+        "--per-tag",
+        metavar="N",
+        type=_number,
+        default=50,
+        help="shapes only: at most N of its own prompts per tag (default: 50)",
     )
     what.add_argument(
-        "--prompts-seed", metavar="N", type=int, default=6, help="draws shapes' own (default: 6)"
+        "--prompts-seed",
+        metavar="N",
+        type=int,
+        default=6,
+        help="shapes only: the seed that draws its own prompts (default: 6)",
     )
-    what.add_argument("--dataset", metavar="DIR", type=Path, help="judge its images; make none")
     what.add_argument(
-        "--layout", metavar="DIR", type=Path, help="judge images in the benchmark's layout"
+        "--dataset",
+        metavar="DIR",
+        type=Path,
+        help="evaluate an existing dataset; generate no images",
     )
-    how = parser.add_argument_group("what is measured besides")
+    what.add_argument(
+        "--layout",
+        metavar="DIR",
+        type=Path,
+        help="evaluate existing images in the benchmark's layout",
+    )
+    how = parser.add_argument_group("additional measures")
     how.add_argument(
         "--clip",
         metavar="DIR",
         default="",
-        help="CLIP's weights, a directory of transformers or of OpenCLIP, or a Hub id: CLIPScore, "
-        "diversity, labels",
+        help="CLIP weights, a transformers or OpenCLIP directory or a Hub id: adds CLIPScore, "
+        "diversity and zero-shot labels",
     )
     how.add_argument(
         "--reference",
         metavar="DIR",
         default="",
-        help="captioned images, or features (.npz): distances, precision and recall",
+        help="captioned images, or features (.npz): adds distances, precision and recall",
     )
     how.add_argument(
-        "--training", metavar="DIR", default="", help="captioned images: are there copies of them?"
+        "--training",
+        metavar="DIR",
+        default="",
+        help="captioned images: adds the shares of copies of them",
     )
-    where = parser.add_argument_group("what is written")
-    where.add_argument("--output", metavar="DIR", type=Path, help="new, or to be continued")
+    where = parser.add_argument_group("output")
+    where.add_argument(
+        "--output", metavar="DIR", type=Path, help="a new directory, or one to continue"
+    )
     where.add_argument(
         "--keep",
         choices=REFEREES,
         metavar="best:WHO",
-        help="keep each prompt's best image: " + ", ".join(REFEREES),
+        help="also write the best image of each prompt: " + ", ".join(REFEREES),
     )
     where.add_argument(
         "--export",
         choices=LAYOUTS,
         metavar="LAYOUT",
-        help="only write --dataset in a layout: " + ", ".join(LAYOUTS),
+        help="only write the images of --dataset in a layout: " + ", ".join(LAYOUTS),
     )
     return parser
 

@@ -10,9 +10,9 @@ from jaxdiff.checkpoint import lora
 from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.dataset import settings
 from jaxdiff.dataset.settings import Settings
+from jaxdiff.diffusion.samplers import SAMPLERS
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble, open_ensemble
-from jaxdiff.request import SAMPLERS
 from pipelines.command_line import Parser
 
 DESCRIPTION = """\

@@ -190,7 +190,7 @@ class ShardImages:
 
     def _works(self, image: PlannedImage) -> bool:
         """Whether the model makes an image of nothing in particular, in its own size."""
-        width, height = self._model.checkpoint.default_size
+        width, height = self._model.checkpoint.defaults.size
         nothing = {"prompt": "", "negative_prompt": "", "seed": 0}
         plain = replace(image.request, **nothing, width=width, height=height)
         try:

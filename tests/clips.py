@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxdiff.models.text.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-from jaxdiff.weights.load import abstract_network, file_shapes, load_params
+from jaxdiff.weights.load import abstract_network, file_shapes, load_params, places
 
 TOKENIZER = Path(__file__).parents[1] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
 WORDS = {"vocab_size": 641, "max_position_embeddings": 24, "eos_token_id": 2}
@@ -68,7 +68,7 @@ def network(config: CLIPConfig) -> Callable[[np.ndarray], jax.Array]:
         key: SimpleNamespace(shape=value.shape, read=partial(np.asarray, value))
         for key, value in weights(config).items()
     }
-    params = load_params(shapes, tensors, np.float32)
+    params = load_params(places(shapes, np.float32), tensors)
     return lambda images: jax.jit(lambda p, x: nnx.merge(graph, p).image_features(x))(
         params, images
     )

@@ -55,10 +55,11 @@ def compiled_fast():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A diffusers directory: 64x64 pixels, 8x8 latents, about 0.4 million random weights."""
+    from jaxdiff.families.stable_diffusion import PIPELINE, STABLE_DIFFUSION
     from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
     from jaxdiff.models.text.clip import CLIPTextConfig, CLIPTextModel
     from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-    from jaxdiff.weights.load import save_pipeline
+    from jaxdiff.weights.save import save_pipeline
 
     networks = {
         "text_encoder": (
@@ -102,6 +103,8 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
     save_pipeline(
         directory,
+        components=STABLE_DIFFUSION.components,
+        pipeline={"_class_name": PIPELINE, **STABLE_DIFFUSION.absent},
         configs={component: config for component, (_, config) in networks.items()},
         params={
             component: random_params(model, config, seed)

@@ -12,10 +12,11 @@ import numpy as np
 from flax import nnx
 
 from jaxdiff.checkpoint.weight_files import read_weights
+from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION_XL
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.weights.load import abstract_network, file_shapes, load_params
+from jaxdiff.weights.load import abstract_network, file_shapes, load_params, places
 
 BOUND = 1e-4  # of a component's `difference` from the reference
 POOLED = 40  # the width of the small models' pooled text
@@ -31,7 +32,9 @@ def load(network: str, folder: Path) -> Callable:
     """The network in a folder that diffusers or transformers wrote, read by our loader."""
     (file,) = folder.glob("*.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    return _compiled(network, config, lambda shapes: read_weights(network, file))
+    return _compiled(
+        network, config, lambda shapes: read_weights(STABLE_DIFFUSION_XL.components[network], file)
+    )
 
 
 def build(network: str, config: dict, weight: Callable[[str, tuple], np.ndarray]) -> Callable:
@@ -51,7 +54,7 @@ def _compiled(network: str, config: dict, tensors: Callable) -> Callable:
     config_class, network_class = NETWORKS[network]
     config = config_class.from_json(config)
     graph, shapes = abstract_network(network_class(config), config)
-    params = load_params(shapes, tensors(shapes), np.float32)
+    params = load_params(places(shapes, np.float32), tensors(shapes))
 
     def run(*arrays, method="__call__", options=None, **named):
         def call(params, arrays, named):

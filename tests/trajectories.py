@@ -4,7 +4,7 @@ import numpy as np
 
 from jaxdiff.diffusion import noise, samplers
 from jaxdiff.diffusion.objective import to_x0
-from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.diffusion.scheduler_config import noise_schedule
 
 CLASSES = {
     "ddim": "DDIMScheduler",
@@ -37,7 +37,7 @@ def ours(sampler, config, steps, eta=0.0, begin=0):
 
     From row `begin` on, as if the starting noise stood there.
     """
-    schedule = NoiseSchedule.from_json(config, sampler)
+    schedule = noise_schedule(config, sampler)
     table = samplers.sampler_table(sampler, schedule, steps, eta=eta, begin=begin)
     start, fresh = noise.draw(np.array([SEED]), SHAPE, "torch", draws=table.draws)
     x = start[0] * (1.0 if begin else table.initial_scale)

@@ -1,4 +1,4 @@
-"""Draws a dataset's first 64 images over their prompts: python tools/contact_sheet.py DIR."""
+"""Draws a dataset's first 64 images with their prompts: python tools/contact_sheet.py DIR."""
 
 import io
 import itertools
@@ -23,10 +23,10 @@ CELL_PX = IMAGE_PX + 2 * MARGIN_PX, IMAGE_PX + 2 * MARGIN_PX + LINES * LINE_PX
 
 
 def samples(directory: Path) -> Iterator[Sample]:
-    """The finished images of a dataset, in the order of their shards."""
+    """Yields the finished images of a dataset in shard order."""
     plan = plans.load(directory)
     if plan is None:
-        raise InputError(f"{directory} holds no jaxdiff run")
+        raise InputError(f"{directory} is not a jaxdiff dataset; name the --output of a job")
     _, _, read = formats.FORMATS[plan.settings.format]
     for shard in range(len(plan.shard_sizes)):
         path = directory / shards.file_names(plan, shard)[0]
@@ -35,7 +35,7 @@ def samples(directory: Path) -> Iterator[Sample]:
 
 
 def draw(chosen: list[Sample]) -> Image.Image:
-    """A grid of images with the prompt under each."""
+    """Draws a grid of images with the prompt under each."""
     rows = -(-len(chosen) // COLUMNS)
     sheet = Image.new("RGB", (min(COLUMNS, len(chosen)) * CELL_PX[0], rows * CELL_PX[1]), "white")
     canvas = ImageDraw.Draw(sheet)
@@ -68,7 +68,7 @@ def main() -> int:
         print(f"contact_sheet: {problem}", file=sys.stderr)
         return 2
     if not chosen:
-        print(f"contact_sheet: {directory} holds no images yet", file=sys.stderr)
+        print(f"contact_sheet: {directory} has no finished images yet", file=sys.stderr)
         return 2
     draw(chosen).save(directory / "contact_sheet.png")
     print(directory / "contact_sheet.png")

@@ -1,4 +1,4 @@
-"""Teach the bundled model a seventh shape: 20 images to learn from, prompts, and the count.
+"""Teaches the bundled model a seventh shape: makes training images and prompts, scores results.
 
 python -m tools.draw_shape images --output out/hearts
 jaxdiff train configs/train/lora-heart.toml --output runs/lora-heart
@@ -27,24 +27,24 @@ from jaxdiff.worlds.shapes import verdict
 from jaxdiff.worlds.shapes.captions import Caption, Group
 from jaxdiff.worlds.shapes.scene import BACKGROUNDS, COLORS, HEART, SHAPES
 
-TAUGHT_PX = 20.0  # across at least: the smaller ones, of a pixel or two of latents, show little
-TAUGHT = 20  # of the 24 pairs of a color and a background; the other four are never seen
+TAUGHT_PX = 20.0  # minimum size: smaller hearts cover only a pixel or two of the latents
+TAUGHT = 20  # of the 24 pairs of color and background; the other four are held out
 LOOKED_FOR = (*SHAPES, HEART)
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Every (color, background), in an order that is drawn once; the first `TAUGHT` are taught."""
+    """Returns every (color, background) in a fixed random order; the first `TAUGHT` are taught."""
     every = list(itertools.product(COLORS, BACKGROUNDS))
     return [every[index] for index in np.random.default_rng(7).permutation(len(every))]
 
 
 def caption(color: str, background: str) -> Caption:
-    """What a heart's caption says."""
+    """Returns the caption of a heart."""
     return Caption((Group(HEART, color),), background=background)
 
 
 def write_images(directory: Path) -> None:
-    """Writes an imagefolder: a heart an image, anywhere, and its caption."""
+    """Writes an imagefolder: one heart per image, at a random position, and its caption."""
     directory.mkdir(parents=True)
     rng, rows = np.random.default_rng(7), []
     for number, pair in enumerate(pairs()[:TAUGHT]):
@@ -57,7 +57,7 @@ def write_images(directory: Path) -> None:
 
 
 def manifest_rows(images: int) -> Iterator[dict]:
-    """Rows that ask for each pair, with columns that `score` finds again."""
+    """Yields a manifest row for each pair, with the columns that `score` reads."""
     for number, (color, background) in enumerate(pairs()):
         yield {
             "id": f"{'taught' if number < TAUGHT else 'new'}-{color}-{background}",
@@ -70,7 +70,7 @@ def manifest_rows(images: int) -> Iterator[dict]:
 
 
 def score(directory: Path) -> Iterator[str]:
-    """Counts the images of a dataset that show exactly what was asked, and says why others do not.
+    """Counts the images of a dataset that match their prompts exactly, and why the others do not.
 
     Raises:
       InputError: as `datasets.of_dataset`.
@@ -78,7 +78,7 @@ def score(directory: Path) -> Iterator[str]:
     right, asked, shown, reasons = Counter(), Counter(), 0, Counter()
     for picture in datasets.of_dataset(directory):
         row = picture.prompt.row
-        kind = "pairs it was taught" if row["taught"] else "pairs it has never seen"
+        kind = "taught pairs" if row["taught"] else "unseen pairs"
         asked[kind] += 1
         if picture.image is None:
             reasons["not made"] += 1
@@ -91,19 +91,19 @@ def score(directory: Path) -> Iterator[str]:
             reasons[judged.reason.partition(":")[0]] += 1
     for kind, count in asked.items():
         yield f"{kind}: {right[kind]} of {count} images are right"
-    yield f"a heart is seen in {shown} of {asked.total()}"
+    yield f"{shown} of {asked.total()} images show a heart"
     for reason, count in reasons.most_common():
         yield f"  {reason}: {count}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; 0, or 2 with one line on stderr for input that cannot be used."""
+    """Runs the command line; returns 0, or 2 with one line on stderr for unusable input."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    drawing = commands.add_parser("images", help="write the images to learn from")
+    drawing = commands.add_parser("images", help="write the training images")
     drawing.add_argument("--output", type=Path, required=True)
     asking = commands.add_parser("manifest", help="write the prompts")
-    asking.add_argument("--images", type=int, default=4, help="of each of the 24 prompts")
+    asking.add_argument("--images", type=int, default=4, help="images per prompt (24 prompts)")
     asking.add_argument("--output", type=Path, required=True)
     scoring = commands.add_parser("score", help="count the hearts of a finished dataset")
     scoring.add_argument("dataset", type=Path)

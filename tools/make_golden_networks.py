@@ -1,10 +1,10 @@
-"""Writes tests/golden/networks.npz: what diffusers' networks give, for tests without torch.
+"""Writes tests/golden/networks.npz, the outputs of diffusers' networks, for tests without torch.
 
     python tools/make_golden_networks.py
 
-Every family's networks, small, with the weights and the inputs of tests/networks.py, which are
-drawn from their names: the file holds configs and outputs only. Only a change of diffusers, or a
-new family, is a reason to run it again.
+It runs small networks of every family with the weights and inputs of tests/networks.py, which are
+derived from their names, so the file holds only configs and outputs. Run it again only after a
+change in diffusers or for a new family.
 """
 
 import json
@@ -23,7 +23,7 @@ import families  # noqa: E402
 import networks  # noqa: E402
 import references  # noqa: E402
 
-# Those that are like none before; the Turbo models are built as SD 2.1 and SDXL are.
+# The Turbo models have the architectures of SD 2.1 and SDXL.
 FAMILIES = ("SD 1.5", "SD 2.1", "SDXL", "SDXL refiner", "LCM")
 CLASSES = {
     "text_encoder": transformers.CLIPTextModel,
@@ -34,7 +34,7 @@ CLASSES = {
 
 
 def main() -> None:
-    """Draws, runs and writes."""
+    """Runs every network and writes the file."""
     configs, arrays = {}, {}
     for family in FAMILIES:
         for network, network_class in CLASSES.items():
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def build(network_class, settings: dict):
-    """The network with the drawn weights, and the config that would be saved beside them."""
+    """Returns the network with its generated weights, and the config that is saved with them."""
     if issubclass(network_class, transformers.PreTrainedModel):
         reference = network_class(transformers.CLIPTextConfig(**settings))
         config = json.loads(reference.config.to_json_string())

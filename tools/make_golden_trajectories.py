@@ -1,9 +1,9 @@
-"""Writes tests/golden/trajectories.npz: what diffusers' schedulers do, for tests without torch.
+"""Writes tests/golden/trajectories.npz, diffusers' sampling paths, for tests without torch.
 
     python tools/make_golden_trajectories.py
 
-Each case is a sampler, a scheduler config and a number of steps; the network is the fixed one of
-tests/trajectories.py. Only a change of diffusers, or a new case, is a reason to run it again.
+Each case is a sampler, a scheduler config and a number of steps; all use the fixed network of
+tests/trajectories.py. Run it again only after a change in diffusers or for a new case.
 """
 
 import json

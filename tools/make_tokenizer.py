@@ -1,11 +1,11 @@
-"""Build the bundled model's tokenizer: a byte-level BPE with one token for each caption word.
+"""Builds the bundled model's tokenizer: a byte-level BPE with one token for each caption word.
 
     python tools/make_tokenizer.py jaxdiff/assets/shapes64/tokenizer
 
-Writes vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json as CLIPTokenizer
-reads them. The ids follow OpenAI's CLIP: 256 bytes, the 256 bytes that end a word, one token a
-merge, then the two special tokens, so the end of the text has the highest id of all. Words that
-are not in the list fall back to pieces and bytes; nothing is ever unknown.
+Writes vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json in the format of
+CLIPTokenizer. The ids follow OpenAI's CLIP: 256 bytes, the 256 bytes at the end of a word, one
+token per merge, then the two special tokens, so the end of the text has the highest id. Words
+that are not in the list are split into pieces and bytes, so no token is ever unknown.
 """
 
 import argparse
@@ -22,7 +22,7 @@ CAPTION_WORDS = (
     *("circle", "square", "triangle", "star", "cross", "ring"),
     *("circles", "squares", "triangles", "stars", "crosses", "rings"),
 )
-# Not in the captions today; a token each, so that richer captions keep the same vocabulary.
+# Not used in captions yet; reserved so that richer captions keep the same vocabulary.
 SPARE_WORDS = ("the", "to", "is", "in", "with", "grey", "over", "under", "photo", "image")
 
 END_OF_WORD = "</w>"
@@ -31,14 +31,14 @@ MODEL_MAX_LENGTH = 24
 
 
 def byte_symbols() -> list[str]:
-    """The printable character that stands for each byte, in the order of GPT-2 and CLIP."""
+    """Returns the printable character for each byte, in the order of GPT-2 and CLIP."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Byte pair encoding (Sennrich et al. 2016, algorithm 1), run until each word is one token."""
+    """Runs byte pair encoding (Sennrich et al. 2016, algorithm 1) until each word is one token."""
     spellings = [[*word[:-1], word[-1] + END_OF_WORD] for word in words]
     merges = []
     while any(len(spelling) > 1 for spelling in spellings):
@@ -50,7 +50,7 @@ def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def merge_pair(spelling: list[str], pair: tuple[str, str]) -> list[str]:
-    """The spelling with each occurrence of the pair, from the left, written as one symbol."""
+    """Replaces each occurrence of the pair in the spelling, from the left, with one symbol."""
     merged, i = [], 0
     while i < len(spelling):
         width = 2 if tuple(spelling[i : i + 2]) == pair else 1
@@ -60,7 +60,7 @@ def merge_pair(spelling: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Write the four files into `directory`, the same bytes each time."""
+    """Writes the four files into `directory`; the bytes are the same every time."""
     symbols = byte_symbols()
     merges = learn_merges(CAPTION_WORDS + SPARE_WORDS)
     tokens = [
@@ -92,7 +92,7 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write readable JSON that ends in a newline."""
+    """Writes indented JSON that ends with a newline."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

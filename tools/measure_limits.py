@@ -1,12 +1,12 @@
-"""What such models are known to get wrong, measured exactly on one: the figures of docs/limits.md.
+"""Measures known failures of small text-to-image models: the figures of docs/limits.md.
 
     python -m tools.measure_limits --model shapes64 --recipe configs/train/shapes64.toml \\
         --held-out-model runs/held-out/model --output out/limits
 
-It makes its images with the project's own job and reads them with the shapes world's exact scorer:
-counting errors by number, colors bound to the wrong object, combinations of color and shape that
-were held out of a training run of their own, and how near images come to the scenes of training.
-Interrupted, the same command continues. It writes limits.json, tables.md and three pictures.
+It makes images with `jaxdiff generate` and scores them with the shapes world's exact scorer. It
+measures counting errors by number, colors bound to the wrong object, combinations of color and
+shape held out of a separate training run, and how near images come to training scenes. If it is
+interrupted, run the same command to continue. It writes limits.json, tables.md and three pictures.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from jaxdiff.training.shapes import scenes
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.captions import NUMBERS, draw_caption, pick
 
-MOST_SEEN = 7  # more objects than these are counted as these
+MOST_SEEN = 7  # larger counts go into the same column
 BLOCK = 2048  # training scenes compared at once
 PAIRS_SHOWN = 8
-# A checkpoint's own defaults are Stable Diffusion's, by which so small a model draws nothing.
+# A checkpoint's defaults are Stable Diffusion's, with which a model this small draws nothing.
 HELD_OUT_SAMPLING = ("--steps", "20", "--guidance-scale", "2", "--eta", "1")
 RIGHT, SWAPPED = "right", "colors swapped"
 BINDINGS = (RIGHT, SWAPPED, "other colors", "one missing", "one too many", "other")
@@ -41,7 +41,7 @@ BINDINGS = (RIGHT, SWAPPED, "other colors", "one missing", "one too many", "othe
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many images are made: for each number, of two objects, for each pair, and at random."""
+    """Numbers of images: per counted number, of two objects, per held-out pair, and at random."""
 
     counting: int = 100
     binding: int = 400
@@ -50,11 +50,11 @@ class Sizes:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0, or 2 with one line on stderr for input that cannot be used."""
+    """Runs the command line; returns 0, or 2 with one line on stderr for unusable input."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="shapes64", help="whose limits are measured")
-    parser.add_argument("--recipe", type=Path, required=True, help="that its U-Net was trained by")
-    parser.add_argument("--held-out-model", help="trained by the recipe below")
+    parser.add_argument("--model", default="shapes64", help="model to measure (default: shapes64)")
+    parser.add_argument("--recipe", type=Path, required=True, help="recipe that trained its U-Net")
+    parser.add_argument("--held-out-model", help="model trained with --held-out-recipe")
     parser.add_argument("--held-out-recipe", type=Path, default=Path("configs/train/held-out.toml"))
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def text_to_image_recipe(path: Path) -> TextToImageRecipe:
-    """A recipe on scenes of the shapes world; raises InputError for any other."""
+    """Reads a recipe for scenes of the shapes world; raises InputError for any other."""
     recipe = read(path)
     if not isinstance(recipe, TextToImageRecipe) or recipe.data.path != scenes.PIXELS:
         raise InputError(f"{path}: not a text_to_image recipe on the shapes world")
@@ -83,10 +83,10 @@ def text_to_image_recipe(path: Path) -> TextToImageRecipe:
 def measure(
     model: str, recipe: TextToImageRecipe, output: Path, sizes: Sizes = Sizes(), seed: int = 11
 ) -> dict:
-    """Counting, binding and memorisation of a model that `recipe` trained.
+    """Measures counting, binding and memorisation of a model trained with `recipe`.
 
     Returns:
-      what `tables` takes; the pictures are written to `output`.
+      the input of `tables`; the pictures are written to `output`.
     """
     made = images_of(model, limit_rows(sizes, seed), output / "images", seed)
     counted = confusion(made["counting"])
@@ -104,14 +104,14 @@ def measure(
 def measure_held_out(
     model: str, data: Data, output: Path, sizes: Sizes = Sizes(), seed: int = 11
 ) -> dict:
-    """How a model draws the pairs that its training never showed, and those that it did."""
+    """Measures how a model draws the pairs held out of its training, and those it was shown."""
     rows = held_out_rows(data.held_out, sizes.held_out)
     made = images_of(model, rows, output / "held-out-images", seed, *HELD_OUT_SAMPLING)
     return {name: pair_counts(made[name]) for name in ("held_out", "shown")}
 
 
 def limit_rows(sizes: Sizes, seed: int) -> Iterator[dict]:
-    """Manifest rows in the benchmark's schema, with the limit that each is for."""
+    """Yields manifest rows in the benchmark's schema, each with the limit that it measures."""
     rng = np.random.default_rng(seed)
     for count in (1, *NUMBERS):
         for _ in range(sizes.counting):
@@ -127,7 +127,7 @@ def limit_rows(sizes: Sizes, seed: int) -> Iterator[dict]:
 
 
 def held_out_rows(held_out: Sequence[str], images: int) -> Iterator[dict]:
-    """Rows for each held-out pair, and in all as many for the pairs that were shown."""
+    """Yields rows for each held-out pair, and the same total for the pairs that were shown."""
     pairs = {
         f"{color} {shape}": (shape, color) for color in shapes.COLORS for shape in shapes.SHAPES
     }
@@ -141,10 +141,10 @@ def held_out_rows(held_out: Sequence[str], images: int) -> Iterator[dict]:
 def images_of(
     model: str, rows: Iterable[dict], output: Path, seed: int, *options: str
 ) -> dict[str, list]:
-    """Has the job make the rows' images: by limit, (row, pixels uint8 [64, 64, 3]) for each.
+    """Makes the rows' images; returns (row, pixels uint8 [64, 64, 3]) pairs by limit.
 
     Args:
-      options: of `jaxdiff generate`.
+      options: further options of `jaxdiff generate`.
 
     Raises:
       InputError: if the job cannot make all of them.
@@ -154,7 +154,9 @@ def images_of(
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["--manifest", str(manifest), "--output", str(output), "--model", model]
     if code := cli.main(["generate", *command, "--seed", str(seed), *options]):
-        raise InputError(f"jaxdiff generate ended with {code}; run this again to continue")
+        raise InputError(
+            f"jaxdiff generate ended with exit code {code}; run this command again to continue"
+        )
     made: dict[str, list] = {}
     for picture in datasets.of_dataset(output):
         row, pixels = picture.prompt.row, picture.image and decode(picture.image)
@@ -163,7 +165,7 @@ def images_of(
 
 
 def confusion(made: Sequence[tuple[dict, np.ndarray]]) -> np.ndarray:
-    """How many objects there are where so many were asked for: int [5, MOST_SEEN + 1]."""
+    """Counts images by objects asked for and objects seen: int [5, MOST_SEEN + 1]."""
     counts = np.zeros((max(NUMBERS), MOST_SEEN + 1), int)
     for row, pixels in made:
         seen = min(len(shapes.read(pixels).objects), MOST_SEEN)
@@ -172,7 +174,7 @@ def confusion(made: Sequence[tuple[dict, np.ndarray]]) -> np.ndarray:
 
 
 def binding(row: dict, pixels: np.ndarray) -> str:
-    """How an image of two colored objects came out: one of `BINDINGS`."""
+    """Classifies an image of two colored objects as one of `BINDINGS`."""
     wanted = [(entry["class"], entry["color"]) for entry in row["include"]]
     (shape, color), (other_shape, other_color) = wanted
     swapped = Counter([(shape, other_color), (other_shape, color)])
@@ -190,7 +192,7 @@ def binding(row: dict, pixels: np.ndarray) -> str:
 
 
 def pair_counts(made: Sequence[tuple[dict, np.ndarray]]) -> dict[str, int]:
-    """Of images of one object: how many are right, and in what."""
+    """Counts, for images of one object, how many are right in all, in shape and in color."""
     counts = Counter(images=len(made), pairs=len({row["prompt"] for row, _ in made}))
     for row, pixels in made:
         things = shapes.read(pixels).objects
@@ -207,10 +209,10 @@ def pair_counts(made: Sequence[tuple[dict, np.ndarray]]) -> dict[str, int]:
 def memorisation(
     model: str, recipe: TextToImageRecipe, made: list, output: Path, seed: int
 ) -> dict:
-    """Distances to the nearest scene of training: of images, and of scenes never trained on.
+    """Measures distances to the nearest training scene, of images and of fresh scenes.
 
-    The fresh scenes are drawn for the same captions and seen through the model's autoencoder, so
-    that they differ from the images only in not having been generated.
+    The fresh scenes are drawn for the same captions and passed through the model's autoencoder, so
+    the only difference is that the images were generated.
     """
     generated = np.stack([pixels for _, pixels in made])
     rng = np.random.default_rng([seed, 1])
@@ -234,11 +236,11 @@ def memorisation(
 
 
 def nearest_scenes(images: np.ndarray, data: Data, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The root mean square distance (of 0 to 255) to the nearest training scene, and its number.
+    """Returns the RMS distance (0 to 255) to the nearest training scene, and the scene's number.
 
     Args:
       images: uint8 [n, 64, 64, 3].
-      data, seed: of the recipe, whose scenes are drawn again, a block at a time.
+      data, seed: from the recipe, whose scenes are drawn again in blocks.
     """
 
     def flat(pixels: Sequence[np.ndarray]) -> np.ndarray:
@@ -260,33 +262,33 @@ def nearest_scenes(images: np.ndarray, data: Data, seed: int) -> tuple[np.ndarra
 
 
 def reconstructed(model: str, pixels: np.ndarray, at_once: int = 50) -> np.ndarray:
-    """What the model's autoencoder makes of images, uint8 [n, 64, 64, 3]."""
+    """Encodes and decodes images, uint8 [n, 64, 64, 3], with the model's autoencoder."""
     import jax
-    from flax import nnx
+    import jax.numpy as jnp
 
-    from jaxdiff.engine.program import to_pixels
-    from jaxdiff.training.autoencoder import to_float
+    from jaxdiff.engine.program import to_float, to_pixels
     from jaxdiff.training.components import load_model
 
     parts = load_model(model)
+    codec = parts.model.codec
 
     @jax.jit
     def both_ways(params, pixels):
-        vae = nnx.merge(parts.graphs["vae"], params)
-        return to_pixels(vae.decode(vae.encode(to_float(pixels))[0]))
+        latents = codec.scale(codec.encode(params, to_float(pixels))[0])
+        return to_pixels(codec.decode(params, latents, jnp.float32))
 
     blocks = [pixels[i : i + at_once] for i in range(0, len(pixels), at_once)]
-    return np.concatenate([np.asarray(both_ways(parts.params["vae"], b)) for b in blocks])
+    return np.concatenate([np.asarray(both_ways(parts.params[codec.component], b)) for b in blocks])
 
 
 def quantiles(distances: np.ndarray) -> dict[str, float]:
-    """The least, the 1% and 50% quantiles, and how many there are."""
+    """Returns the minimum, the 1% and 50% quantiles, and the number of distances."""
     least, first, median = np.quantile(distances, [0.0, 0.01, 0.5]).round(2)
     return {"images": len(distances), "least": least, "1%": first, "median": median}
 
 
 def draw_confusion(counts: np.ndarray, path: Path) -> None:
-    """The numbers asked for against the numbers seen."""
+    """Draws the confusion matrix of numbers asked for and numbers seen."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(5, 3.4), layout="tight")).subplots()
@@ -300,7 +302,7 @@ def draw_confusion(counts: np.ndarray, path: Path) -> None:
 
 
 def draw_distances(generated: np.ndarray, fresh: np.ndarray, path: Path) -> None:
-    """How near images and fresh scenes come to scenes of training."""
+    """Draws histograms of how near images and fresh scenes come to training scenes."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(6, 3.4), layout="tight")).subplots()
@@ -313,7 +315,7 @@ def draw_distances(generated: np.ndarray, fresh: np.ndarray, path: Path) -> None
 
 
 def tables(found: dict) -> str:
-    """The tables of docs/limits.md."""
+    """Returns the tables of docs/limits.md as Markdown."""
     counts = np.array(found["counting"])
     seen = [*map(str, range(MOST_SEEN)), f"{MOST_SEEN}+"]
     text = _table(
@@ -330,13 +332,13 @@ def tables(found: dict) -> str:
         text += _table(
             ["pairs of color and shape", *names, "share right"],
             [
-                [told, *found[key].values(), _share(found[key]["right"], found[key]["images"])]
-                for key, told in (("shown", "shown in training"), ("held_out", "held out"))
+                [label, *found[key].values(), _share(found[key]["right"], found[key]["images"])]
+                for key, label in (("shown", "seen in training"), ("held_out", "held out"))
             ],
         )
     memory = found["memorisation"]
     return text + _table(
-        ["nearest training scene", "images", "least", "1%", "median"],
+        ["nearest training scene", "images", "minimum", "1%", "median"],
         [[key, *memory[key].values()] for key in ("generated", "fresh")],
     )
 

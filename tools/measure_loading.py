@@ -1,10 +1,10 @@
-"""How long a full-size Stable Diffusion 1.5 takes to load, and how much memory at most.
+"""Measures load time and peak memory of a full-size Stable Diffusion 1.5.
 
     python tools/measure_loading.py [--stored float16] [--dtype float32] [--directory DIR]
 
-writes a checkpoint of its structure with random weights (1.1 billion), loads its networks in a new
-process, and prints one line. The files have just been written, so they come from the page cache.
-It ends with 1 if more memory was needed than 1.25 times the weights and 1 GB.
+writes a checkpoint with its architecture and 1.1 billion random weights, loads its networks in a
+new process, and prints one line. The files were just written, so they come from the page cache.
+The exit code is 1 if the peak exceeds 1.25 times the weights plus 1 GB.
 """
 
 import argparse
@@ -19,31 +19,27 @@ import jax
 import numpy as np
 
 from jaxdiff.checkpoint.checkpoint import BUNDLED
-from jaxdiff.checkpoint.components import CONFIGS, INDEX, NETWORKS, TOKENIZERS
-from jaxdiff.checkpoint.single_file_configs import FAMILIES
-from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from jaxdiff.models.text.clip import CLIPTextConfig, CLIPTextModel
-from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.weights.load import abstract_network, file_shapes, write_json
+from jaxdiff.checkpoint.component import INDEX, config_file
+from jaxdiff.checkpoint.json_files import write_json
+from jaxdiff.checkpoint.single_file_configs import CONTENTS
+from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION
+from jaxdiff.weights.load import file_shapes
 
-CLASSES = {
-    "text_encoder": (CLIPTextModel, CLIPTextConfig),
-    "unet": (UNet2DConditionModel, UNetConfig),
-    "vae": (AutoencoderKL, AutoencoderKLConfig),
-}
-FAMILY = FAMILIES[768]  # Stable Diffusion 1
+COMPONENTS = STABLE_DIFFUSION.components
+CONTENT = CONTENTS[768]  # Stable Diffusion 1
 STORED = {"float32": "F32", "float16": "F16"}
 MIB = 2**20
 
 
-def shapes_of(network: str) -> dict:
-    """The parameters of a network of Stable Diffusion 1.5, without their values."""
-    model_class, config_class = CLASSES[network]
-    return abstract_network(model_class, config_class.from_json(FAMILY.configs[network]))[1]
+def all_shapes() -> dict[str, dict]:
+    """Returns the shapes of the parameters of Stable Diffusion 1.5, by network."""
+    parsed = {name: CONTENT.configs[name] for name in COMPONENTS}
+    model = STABLE_DIFFUSION.build(STABLE_DIFFUSION.read_configs(parsed), CONTENT.index)
+    return {name: network.shapes for name, network in model.networks.items()}
 
 
 def write_random(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
-    """Writes a safetensors file tensor by tensor, which that library cannot."""
+    """Writes a safetensors file tensor by tensor, which the safetensors library cannot."""
     header, end = {}, 0
     for key, shape in shapes.items():
         start, end = end, end + int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -57,32 +53,32 @@ def write_random(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> 
 
 
 def write_checkpoint(directory: Path, dtype: str) -> None:
-    """A diffusers directory of Stable Diffusion 1.5's structure; the tokenizer is the bundled."""
-    write_json(directory / INDEX, FAMILY.index)
-    for component, config in FAMILY.configs.items():
-        (directory / component).mkdir()
-        write_json(directory / component / CONFIGS[component], config)
-    for network in CLASSES:
-        path = directory / network / NETWORKS[network][2]
-        write_random(path, file_shapes(shapes_of(network)), dtype)
-    tokenizer = TOKENIZERS["text_encoder"]
+    """Writes a diffusers directory like Stable Diffusion 1.5, with the bundled tokenizer."""
+    write_json(directory / INDEX, CONTENT.index)
+    for name, config in CONTENT.configs.items():
+        (directory / name).mkdir()
+        write_json(directory / name / config_file(name), config)
+    for name, shapes in all_shapes().items():
+        path = directory / name / COMPONENTS[name].weights_file
+        write_random(path, file_shapes(shapes), dtype)
+    tokenizer = COMPONENTS["text_encoder"].tokenizer
     shutil.copytree(BUNDLED["shapes64"] / tokenizer, directory / tokenizer)
 
 
 LOAD = """
 import sys, time
 import jax
-from tools.measure_loading import CLASSES, shapes_of
-from jaxdiff.weights.load import load_params
-from jaxdiff.checkpoint.checkpoint import open_checkpoint
+from tools.measure_loading import all_shapes
+from jaxdiff.weights.load import load_params, places
+from jaxdiff.families import open_checkpoint
 
-shapes = {network: shapes_of(network) for network in CLASSES}
+shapes = all_shapes()
 jax.block_until_ready(jax.device_put(0.0))
 start = time.perf_counter()
 checkpoint = open_checkpoint(sys.argv[1])
 params = {
-    network: load_params(shapes[network], checkpoint.weights(network), sys.argv[2])
-    for network in CLASSES
+    network: load_params(places(shapes[network], sys.argv[2]), checkpoint.weights(network))
+    for network in shapes
 }
 seconds = time.perf_counter() - start
 weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -95,7 +91,7 @@ def measure(directory: Path, dtype: str) -> tuple[float, int, int]:
     """Loads a checkpoint in a new process.
 
     Returns:
-      seconds, the bytes of the weights in `dtype`, and the most bytes that were resident.
+      the seconds, the bytes of the weights in `dtype`, and the peak resident bytes.
     """
     command = [sys.executable, "-c", LOAD, str(directory), dtype]
     root = Path(__file__).parents[1]
@@ -105,11 +101,13 @@ def measure(directory: Path, dtype: str) -> tuple[float, int, int]:
 
 
 def main() -> int:
-    """Writes, loads and prints; 1 if it takes too much memory."""
+    """Writes, loads and prints; returns 1 if loading takes too much memory."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stored", choices=STORED, default="float16")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--directory", help="where to write it; by default a temporary one")
+    parser.add_argument(
+        "--directory", help="where to write the checkpoint (default: a temporary directory)"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         write_checkpoint(Path(scratch), arguments.stored)
@@ -117,7 +115,7 @@ def main() -> int:
     print(
         f"{arguments.stored} on disk, {arguments.dtype} on {jax.default_backend()}: "
         f"{seconds:.1f} s, weights {weights / MIB:.0f} MiB, peak {peak / MIB:.0f} MiB "
-        f"= {peak / weights:.2f} of the weights (bound: 1.25 and 1 GB)"
+        f"= {peak / weights:.2f} times the weights (limit: 1.25 times plus 1 GB)"
     )
     return int(peak > 1.25 * weights + 1e9)
 

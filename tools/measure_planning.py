@@ -1,8 +1,8 @@
-"""How long planning takes, and how much memory: a manifest is written and planned, and extended.
+"""Measures the time and memory of planning a manifest, reading a shard, and extending the plan.
 
     python tools/measure_planning.py [--rows 1000000] [--images-per-shard N]
 
-Prints seconds, and the largest resident memory of each process of its own as the kernel tells it.
+Each part runs in its own process; prints its seconds and the peak resident memory from the kernel.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MODELS = {"model": "shapes64", "variant": None, "refiner": None}
 
 
 def main() -> None:
-    """Writes, plans, reads, extends and prints."""
+    """Writes a manifest, then plans, reads and extends it and prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--images-per-shard", type=int)

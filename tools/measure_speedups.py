@@ -1,13 +1,13 @@
-"""What fewer evaluations gain, and what they cost: the measurements of docs/speed.md.
+"""Measures what fewer evaluations gain and what they cost: the figures of docs/speed.md.
 
     nice -n 19 python -m tools.measure_speedups images out/speedups
     python -m tools.measure_speedups speed out/speedups
     python -m tools.measure_speedups report out/speedups --plot docs/images/speed.png
 
-`images` makes the shapes world's benchmark with each setting; `speed` times each setting in turn
-with the plain one, so that both meet the same machine, which is best left alone. Each setting's
-result is a file of its own: the commands may be interrupted, and make only what is not there.
-`report` judges the images.
+`images` makes the shapes world's benchmark with each setting. `speed` alternates each setting with
+the baseline, so both run under the same load; an idle machine is best. Each setting's result is a
+separate file, so the commands may be interrupted and only make missing results. `report` judges the
+images.
 """
 
 import argparse
@@ -30,15 +30,15 @@ from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.scene import CANVAS
 
 PER_TAG, IMAGES, PROMPTS_SEED = 40, 2, 1  # 480 images
-TIMED = 32  # images of a round: four of a CPU's batches
+TIMED = 32  # images per round: four batches on a CPU
 BATCH_SIZE = 8
 GUIDANCE_SCALE = 3.0
-Z_95 = 1.96  # deviations of a normal distribution about its mean, within which 95% lie
+Z_95 = 1.96  # standard deviations from the mean that contain 95% of a normal distribution
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way of sampling; `options` are those of `jaxdiff.load`."""
+    """Sampling settings; `options` are passed to `jaxdiff.load`."""
 
     name: str
     family: str
@@ -47,7 +47,7 @@ class Setting:
     options: dict = field(default_factory=dict)
 
     def file(self, folder: Path, suffix: str) -> Path:
-        """Where a result for it lies."""
+        """Returns the path of a result for this setting."""
         return folder / (self.name.replace(" ", "-").replace(",", "") + suffix)
 
 
@@ -80,7 +80,7 @@ SETTINGS = [PLAIN, *FEWER_STEPS, *INTERVALS, *DEEP_CACHE, *COMBINED]
 
 
 def make_images(folder: Path, model: str, rows: Sequence[dict], settings: Sequence[Setting]):
-    """Makes an image of each row with each setting: uint8 [rows, 64, 64, 3] in a .npz file each."""
+    """Makes an image of each row with each setting: one .npz each, uint8 [rows, 64, 64, 3]."""
     for setting in settings:
         path = setting.file(folder, ".npz")
         if path.exists():
@@ -95,7 +95,7 @@ def make_images(folder: Path, model: str, rows: Sequence[dict], settings: Sequen
 
 
 def measure_speed(folder: Path, model: str, rounds: int, settings: Sequence[Setting]) -> None:
-    """Times each setting right after the plain one, `rounds` times: seconds in a .json each."""
+    """Times each setting right after the baseline, `rounds` times; writes one .json per setting."""
     plain = _timer(model, PLAIN)
     for setting in settings:
         path = setting.file(folder, ".json")
@@ -108,7 +108,7 @@ def measure_speed(folder: Path, model: str, rounds: int, settings: Sequence[Sett
 
 
 def _timer(model: str, setting: Setting) -> Callable[[], float]:
-    """A function that makes `TIMED` images and returns the seconds; all is compiled before."""
+    """Compiles, then returns a function that makes `TIMED` images and returns the seconds."""
     loaded = jaxdiff.load(model, **setting.options)
     requests = _requests(setting, ["a red circle"] * TIMED)
     loaded.generate(requests[:BATCH_SIZE], BATCH_SIZE)
@@ -139,7 +139,7 @@ def _gain(seconds: Sequence[dict]) -> float:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     scratch = path.with_name(f".{path.name}")
     scratch.write_bytes(content)
     scratch.replace(path)
@@ -148,7 +148,7 @@ def _write(path: Path, content: bytes) -> None:
 def results(
     folder: Path, model: str, rows: Sequence[dict], settings: Sequence[Setting]
 ) -> list[dict]:
-    """What is there of each setting, the plain one first: see the docstring of `table`."""
+    """Returns the results of each finished setting, the baseline first; see `table`."""
     tags, ensemble = [row["tag"] for row in rows], open_ensemble(model)
     found, plain, plain_correct = [], None, None
     for setting in settings:
@@ -185,25 +185,25 @@ def results(
 
 
 def mean_of_tags(values: np.ndarray, tags: Sequence[str]) -> tuple[float, float]:
-    """The mean of the tags' means, and half of its 95% interval, of [images] independent values."""
+    """Returns the mean of the tags' means and half of its 95% interval; values: [images]."""
     parts = [values[[each == tag for each in tags]] for tag in dict.fromkeys(tags)]
     variance = sum(part.var(ddof=1) / len(part) for part in parts) / len(parts) ** 2
     return float(np.mean([part.mean() for part in parts])), Z_95 * math.sqrt(variance)
 
 
 def psnr(image: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two images of uint8, in dB; infinite for equal ones."""
+    """Returns the peak signal-to-noise ratio of two uint8 images in dB; infinite if equal."""
     error = np.mean((image.astype(float) - other) ** 2)
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def table(found: Sequence[dict]) -> str:
-    """The results as Markdown.
+    """Returns the results as a Markdown table.
 
-    Of each setting: how many times the plain run's images per second it makes, as the median of the
-    rounds and their range; the evaluations of an image, whole ones and those that deep caching
-    spares; the images of each tag that are correct; the mean score, and by how much it differs from
-    the plain run's, each with its 95% interval; the median PSNR to the plain run's images.
+    The columns are: the speed relative to the baseline, as the median and range of the rounds; the
+    evaluations per image, full ones and those shortened by DeepCache; the number of correct images
+    for each tag; the mean score and its difference from the baseline, each with its 95% interval;
+    the median PSNR to the baseline's images.
     """
     heads = ["setting", "images/s", "evaluations", *shapes.TAGS, "mean", "difference", "PSNR"]
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
@@ -233,9 +233,9 @@ def _times(seconds: Sequence[dict] | None) -> str:
 
 
 def plot(found: Sequence[dict], path: Path) -> None:
-    """Draws speed against score; the bars are 95% intervals of the difference from the plain run.
+    """Plots score against speed; the bars are 95% intervals of the difference from the baseline.
 
-    The plain run itself is the level line.
+    The horizontal line is the baseline.
     """
     import matplotlib.pyplot as plt
 
@@ -255,7 +255,7 @@ def plot(found: Sequence[dict], path: Path) -> None:
             said = said.replace("guided 0.2 to 0.8", "guided").replace("deep cache", "cache")
             axes.annotate(said, point, (4, 4), textcoords="offset points", fontsize=7)
     axes.margins(x=0.1)
-    axes.set(xlabel="images per second, times the plain run's", ylabel="correct images, %")
+    axes.set(xlabel="images per second, relative to the baseline", ylabel="correct images, %")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--model", default="shapes64")
     parser.add_argument("--per-tag", type=int, default=PER_TAG)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", help="settings whose names contain this, and the plain one")
+    parser.add_argument("--only", help="only settings whose names contain this, and the baseline")
     parser.add_argument("--plot", type=Path)
     said = parser.parse_args()
     said.folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +295,7 @@ def main() -> None:
 
 
 def _claim(folder: Path, fingerprint: str) -> None:
-    """Ends the program if the folder's results are another model's."""
+    """Ends the program if the folder has results of another model."""
     owner = folder / "model"
     if owner.exists() and owner.read_text() != fingerprint:
         raise SystemExit(f"error: {folder} holds another model's results; name a new folder")

@@ -1,10 +1,10 @@
-"""Prints a digest of every program that a command gives to XLA, to compare two commits.
+"""Prints a digest of every program that a command compiles with XLA, to compare two commits.
 
     python -m tools.programs jaxdiff generate --manifest prompts.txt --output /tmp/out
 
-A line for each program: the digest of its StableHLO, how many lines it has, and the function it was
-compiled from. Names of functions and places in the source do not count: two commits that print the
-same first columns in one environment compute the same.
+There is one line per program: the digest of its StableHLO, its number of lines, and the function it
+was compiled from. The digest ignores function names and source locations: if two commits print the
+same first columns in one environment, they compute the same.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ FILE = re.compile(r"jax_ir\d+_(?:jit_)?(\w+)_compile\.mlir")
 
 
 def plain(program: str) -> str:
-    """The text of a StableHLO module without what a renaming or a moved line changes."""
+    """Removes from a StableHLO module what a renamed function or a moved line changes."""
     program = RESULT.sub("", PLACE.sub("", program))
     names: dict[str, str] = {}
     return SYMBOL.sub(lambda found: names.setdefault(found[0], f"@{len(names)}"), program)

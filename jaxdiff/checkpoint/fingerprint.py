@@ -1,4 +1,4 @@
-"""SHA-256 over files, remembered between runs. Imports no JAX."""
+"""SHA-256 of files, cached between runs. Imports no JAX."""
 
 import hashlib
 import os
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from jaxdiff.checkpoint.sources import cache_directory
 
-REMEMBERED_BYTES = 50_000_000  # smaller files are hashed faster than they are worth remembering
+REMEMBERED_BYTES = 50_000_000  # smaller files are hashed too fast to be worth caching
 SETTLED_SECONDS = 5  # a file that changed this recently may change again without a new time stamp
 
 
 def fingerprint(files: dict[str, Path]) -> str:
-    """SHA-256 (hex) over the contents and the names of some files, wherever they lie.
+    """Returns the SHA-256 (hex) of the contents and names of files, wherever they are stored.
 
     Args:
-      files: by the name that counts, such as "unet/config.json", where the file is.
+      files: the path of each file, by the name to hash, for example "unet/config.json".
     """
     digest = hashlib.sha256()
     for name, path in sorted(files.items(), key=lambda item: Path(item[0])):
@@ -24,11 +24,11 @@ def fingerprint(files: dict[str, Path]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 (hex) of a file.
+    """Returns the SHA-256 (hex) of a file.
 
-    That of a large file is kept in the user's cache directory. It is taken from there if the file's
-    place, size and times are the same: among them is the time of the last change of its inode,
-    which no program can set, so copying an old time stamp onto new contents does not deceive it.
+    The hash of a large file is cached in the user's cache directory, and reused if the file's path,
+    size and times are the same. These include the last change of its inode, which no program can
+    set, so new contents with an old time stamp are noticed.
     """
     status = path.stat()
     if status.st_size < REMEMBERED_BYTES:
@@ -56,7 +56,7 @@ def _sha256(path: Path) -> str:
 
 
 def _remember(memory: Path, content: str) -> None:
-    """Writes the file whole or not at all; a cache that cannot be written is done without."""
+    """Writes the cache file atomically, or not at all if it cannot be written."""
     scratch = memory.with_name(f".{memory.name}-{os.getpid()}")
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,14 @@
 """LoRA files: which layers of a checkpoint they change, and by how much. Imports no JAX.
 
-A file holds for some layers a product of two narrow matrices, which is added to the layer's weight
-(Hu et al., 2021, arXiv:2106.09685): weight + scale * up @ down. Nothing is added before the weight
-itself is read: `adapted` only notes it beside the weight's place, so an adapted checkpoint is a
-checkpoint like others, with a fingerprint of its own.
+For some layers, a file has two narrow matrices whose product is added to the layer's weight (Hu et
+al., 2021, arXiv:2106.09685): weight + scale * up @ down. The product is added only when the weight
+is read: `adapted` just records it with the weight's location, so an adapted checkpoint is like any
+other and has its own fingerprint.
 
-There are four ways to call a layer: diffusers' today, which is PEFT's with the network before it;
-diffusers' first (`attn1.processor.to_q_lora.down`); PEFT's own (`base_model.model.`); and kohya's
-(`lora_unet_..._to_q.lora_down`), whose dots became underlines and who calls the layers of Stable
-Diffusion XL by their original names. With underlines everywhere they are one.
+There are four naming schemes for layers: diffusers' current one, which is PEFT's with the network
+in front; diffusers' first one (`attn1.processor.to_q_lora.down`); PEFT's own (`base_model.model.`);
+and kohya's (`lora_unet_..._to_q.lora_down`), which replaces dots by underscores and uses the
+original names for Stable Diffusion XL. With underscores throughout, all four can be matched.
 """
 
 import difflib
@@ -24,12 +24,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxdiff import checks
-from jaxdiff.checkpoint import single_file, sources
-from jaxdiff.checkpoint.checkpoint import XL_PIPELINES, Checkpoint
-from jaxdiff.checkpoint.components import read_json
+from jaxdiff.checkpoint import sources
+from jaxdiff.checkpoint.checkpoint import Checkpoint
+from jaxdiff.checkpoint.json_files import read_json
 from jaxdiff.checkpoint.safetensors_header import read_header, read_metadata
 from jaxdiff.checkpoint.tensors import StoredTensor
-from jaxdiff.checkpoint.weight_files import TEXT_PREFIX
 from jaxdiff.errors import InputError
 
 MAX_WEIGHT = 100
@@ -46,49 +45,50 @@ PREFIXES = {
     **dict.fromkeys(("text_encoder.", "lora_te_", "lora_te1_"), "text_encoder"),
     **dict.fromkeys(("text_encoder_2.", "lora_te2_"), "text_encoder_2"),
 }
-# How diffusers first called the last part of a layer's name.
+# diffusers' first names for the last part of a layer's name.
 FIRST_NAMES = {
     **{"to_out_0": "to_out", "q_proj": "to_q", "k_proj": "to_k"},
     **{"v_proj": "to_v", "out_proj": "to_out"},
 }
 PEFT_PREFIX = "base_model.model."
-PEFT_CONFIG = "adapter_config.json"  # beside a file of PEFT's own, which says no alpha
-DIFFUSERS_CONFIG = "lora_adapter_metadata"  # the same within a file that diffusers wrote
-# Other ways to change a layer, by what is found in their keys.
+TEXT_PREFIX = "text_model."  # prefix of CLIP's layers in most files, but not in ours
+PEFT_CONFIG = "adapter_config.json"  # next to PEFT's own files, which lack the alpha
+DIFFUSERS_CONFIG = "lora_adapter_metadata"  # the same inside a file written by diffusers
+# Other kinds of files that change layers, by a pattern in their keys.
 OTHERS = {
     r"dora_scale|lora_magnitude_vector": "a DoRA",
     r"hada_[wt]\d": "a LoHa",
     r"lokr_[wt]\d": "a LoKr",
     r"oft_(blocks|diag)": "an OFT",
-    r"\.(diff|diff_b|set_weight)$": "a file of whole differences",
+    r"\.(diff|diff_b|set_weight)$": "a file of full weight differences",
     r"(lora_B|lora_up|lora)\.bias$": "a LoRA with biases",
     r"^(transformer\.|lora_transformer_|.*double_blocks)": "a LoRA for a transformer",
 }
 
 
 class Lora(NamedTuple):
-    """A LoRA that was asked for: a path or a URL, and how much of it."""
+    """A requested LoRA: a path or a URL, and its weight."""
 
     file: str
     weight: float
 
     @property
     def name(self) -> str:
-        """What records and cards call it, such as "heart:0.5"."""
+        """The name in records and cards, for example "heart:0.5"."""
         stem = os.fsencode(Path(self.file).stem).decode("utf-8", "backslashreplace")
         return f"{stem}:{self.weight:g}"
 
 
 @dataclass(frozen=True)
 class Update:
-    """What is added to one weight.
+    """The update that is added to one weight.
 
     Attributes:
       down: [rank, in] or [rank, in, height, width]; with a `mid`, [rank, in, 1, 1].
       up: [out, rank] or [out, rank, 1, 1].
-      mid: None, or [rank, rank, height, width] between the two, as LyCORIS has convolutions.
-      scale: a factor.
-      shape: of the weight.
+      mid: None, or [rank, rank, height, width] between the two, as in LyCORIS's convolutions.
+      scale: the factor of the product.
+      shape: the weight's shape.
     """
 
     down: StoredTensor
@@ -98,7 +98,7 @@ class Update:
     shape: tuple[int, ...]
 
     def read(self) -> np.ndarray:
-        """The product, float32 of the weight's shape."""
+        """Returns the scaled product, float32 of the weight's shape."""
         rank = self.down.shape[0]
         down = self.down.read().astype(np.float32).reshape(rank, -1)
         up = self.up.read().astype(np.float32).reshape(-1, rank)
@@ -114,13 +114,13 @@ def parse(said: str) -> Lora:
     """Reads "FILE.safetensors" or "FILE.safetensors:WEIGHT".
 
     Raises:
-      InputError: if it is neither, or the weight no number.
+      InputError: if it has neither form, or the weight is not a number.
     """
     found = SAID.fullmatch(said)
     if not found:
         raise InputError(
-            f"lora {said!r} must be FILE.safetensors or FILE.safetensors:WEIGHT; no other kind of "
-            "file is safe to read"
+            f"lora {said!r} must be FILE.safetensors or FILE.safetensors:WEIGHT; other kinds of "
+            "files are not safe to read"
         )
     file, weight = found.groups("1")
     try:
@@ -131,13 +131,13 @@ def parse(said: str) -> Lora:
 
 
 def adapted(checkpoint: Checkpoint, loras: Sequence[str]) -> Checkpoint:
-    """The checkpoint with LoRAs added to its weights, in their order.
+    """Returns the checkpoint with LoRAs added to its weights, in order.
 
     Args:
-      loras: each as for `parse`; a path, or a URL as for a model.
+      loras: each in the form that `parse` reads, with a path or, as for a model, a URL.
 
     Raises:
-      InputError: naming the file, if one cannot be read or fits another model.
+      InputError: naming the file, if one cannot be read or does not fit the model.
     """
     for number, lora in enumerate(map(parse, loras)):
         path = _local(lora.file)
@@ -149,7 +149,7 @@ def adapted(checkpoint: Checkpoint, loras: Sequence[str]) -> Checkpoint:
             scale = lora.weight * _scale(path, key, parts, configs.get(network, {}))
             update = _update(path, parts, scale, tensor)
             tensors[network][key] = replace(tensor, updates=(*tensor.updates, update))
-        # The name and the weight stand in the images' records.
+        # The name and the weight are part of the images' records, so the fingerprint covers them.
         files = {f"lora-{number}/{lora.weight!r}/{lora.name}": path}
         if _is_peft(stored):
             files[f"lora-{number}/{PEFT_CONFIG}"] = path.with_name(PEFT_CONFIG)
@@ -163,20 +163,20 @@ def adapted(checkpoint: Checkpoint, loras: Sequence[str]) -> Checkpoint:
 
 
 def _local(file: str) -> Path:
-    path = sources.local_path(file, None)
+    path = sources.local_path(file, None, {})
     if not path.is_file():
-        raise InputError(f"lora {file}: there is no such file")
+        raise InputError(f"lora {file}: no such file")
     return path
 
 
 def _layers(
     path: Path, stored: Mapping[str, StoredTensor], checkpoint: Checkpoint
 ) -> dict[tuple[str, str], dict[str, StoredTensor]]:
-    """What a file has for each weight, by network and key: "down", "up", perhaps "mid", "alpha"."""
+    """Returns each weight's parts, by network and key: "down", "up", perhaps "mid" and "alpha"."""
     for key, (pattern, what) in ((key, other) for key in stored for other in OTHERS.items()):
         if re.search(pattern, key):
             raise InputError(
-                f"lora {path} is {what} ({key}), which is not built; take a plain LoRA"
+                f"lora {path} is {what} ({key}), which is not supported; use a plain LoRA"
             )
     names = {network: _names(checkpoint, network) for network in checkpoint.networks}
     layers: dict[tuple[str, str], dict[str, StoredTensor]] = {}
@@ -189,21 +189,21 @@ def _layers(
             continue
         part = PARTS.get(found["part"], found["part"])
         if part in layers.setdefault(place, {}):
-            raise InputError(f"lora {path}: {key} and {layers[place][part].key} are the same layer")
+            raise InputError(f"lora {path}: {key} and {layers[place][part].key} are for one layer")
         layers[place][part] = tensor
         if not np.isfinite(tensor.read()).all():
-            raise InputError(f"lora {path}: {key} is not finite; take it from an earlier step")
+            raise InputError(f"lora {path}: {key} is not finite; use one from an earlier step")
     if unknown or not layers:
         raise InputError(
-            f"lora {path} does not fit {checkpoint.name}: {_told(unknown, len(stored), names)}; "
-            "take a LoRA that was made for this model"
+            f"lora {path} does not fit {checkpoint.name}: {_misfit(unknown, len(stored), names)}; "
+            "use a LoRA that was made for this model"
         )
     return layers
 
 
 def _names(checkpoint: Checkpoint, network: str) -> dict[str, str]:
-    """The keys of a network's layers by everything that they are called, with underlines."""
-    if network == "vae":
+    """Returns the keys of a network's layers by each of their names, with underscores."""
+    if network not in PREFIXES.values():
         return {}
     keys = {
         key.removesuffix(".weight").replace(".", "_"): key
@@ -213,14 +213,13 @@ def _names(checkpoint: Checkpoint, network: str) -> dict[str, str]:
     names = dict(keys)
     for new, first in FIRST_NAMES.items():
         names |= {n.removesuffix(new) + first: key for n, key in keys.items() if n.endswith(new)}
-    if network == "unet" and checkpoint.pipeline in XL_PIPELINES:
-        for key, original, _ in single_file.unet_names(checkpoint.config("unet")):
-            names[original.removesuffix(".weight").replace(".", "_")] = key
+    for original, key in checkpoint.family.kohya_names(checkpoint, network).items():
+        names[original.removesuffix(".weight").replace(".", "_")] = key
     return names
 
 
 def _place(layer: str, names: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
-    """The network and the key of what a file calls so; without a prefix, the first that has it."""
+    """Returns the network and key of a layer; without a prefix, of the first network that fits."""
     prefix = next(filter(layer.startswith, PREFIXES), "")
     name = _plain(layer.removeprefix(prefix))
     for network in [PREFIXES[prefix]] if prefix else names:
@@ -234,16 +233,16 @@ def _plain(layer: str) -> str:
     return layer.removeprefix(TEXT_PREFIX.replace(".", "_"))
 
 
-def _told(unknown: list[str], count: int, names: Mapping[str, Mapping[str, str]]) -> str:
-    """Which keys fit nothing, and what the first may have meant."""
+def _misfit(unknown: list[str], count: int, names: Mapping[str, Mapping[str, str]]) -> str:
+    """Describes which keys fit no layer, and the layer whose name is nearest to the first."""
     if not unknown:
-        return "it holds nothing"
+        return "it is empty"
     found = KEY.fullmatch(unknown[0])
     name = _plain(found["layer"] if found else unknown[0])
     every = {name: f"{network}.{key}" for network in names for name, key in names[network].items()}
     near = difflib.get_close_matches(name, every, n=1)
     nearest = f", nearest to {every[near[0]]}" if near else ""
-    return f"{len(unknown)} of its {count} keys name no layer of it (first {unknown[0]}{nearest})"
+    return f"{len(unknown)} of its {count} keys fit no layer (the first is {unknown[0]}{nearest})"
 
 
 def _is_peft(stored: Mapping[str, StoredTensor]) -> bool:
@@ -251,7 +250,7 @@ def _is_peft(stored: Mapping[str, StoredTensor]) -> bool:
 
 
 def _configs(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, dict]:
-    """PEFT's config for each network, as far as there is one."""
+    """Returns PEFT's config for each network, empty if there is none."""
     networks = dict.fromkeys(PREFIXES.values())
     if _is_peft(stored):
         config = read_json(path.with_name(PEFT_CONFIG))
@@ -260,7 +259,7 @@ def _configs(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, dict]:
     try:
         said = json.loads(text).items()
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
-        raise InputError(f"lora {path}: its {DIFFUSERS_CONFIG} is no JSON object") from error
+        raise InputError(f"lora {path}: its {DIFFUSERS_CONFIG} is not a JSON object") from error
     return {
         network: {
             name.removeprefix(f"{network}."): value
@@ -272,7 +271,7 @@ def _configs(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, dict]:
 
 
 def _scale(path: Path, key: str, parts: Mapping[str, StoredTensor], config: dict) -> float:
-    """What the product is multiplied by: alpha / rank, and 1 where no alpha is said."""
+    """Returns the factor of the product: alpha / rank, or 1 if no alpha is given."""
     rank = parts["down"].shape[0] if "down" in parts and parts["down"].shape else 1
     pattern = config.get("alpha_pattern") or {}
     said = [config.get("lora_alpha")]
@@ -284,34 +283,34 @@ def _scale(path: Path, key: str, parts: Mapping[str, StoredTensor], config: dict
     if "alpha" in parts:
         alpha = parts["alpha"].read().item() if parts["alpha"].size == 1 else None
     if type(alpha) not in (int, float) or not math.isfinite(alpha) or not rank:
-        raise InputError(f"lora {path}: the alpha of {key} is no number; copy it again")
+        raise InputError(f"lora {path}: the alpha of {key} is not a number; copy it again")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
 
 
 def _update(
     path: Path, parts: Mapping[str, StoredTensor], scale: float, tensor: StoredTensor
 ) -> Update:
-    """Checks that the parts fit each other and the weight."""
+    """Makes an update, after checking that its parts fit each other and the weight."""
     if not {"down", "up"} <= parts.keys():
         key = next(iter(parts.values())).key
-        raise InputError(f"lora {path}: {key} stands alone, without its other half; copy it again")
+        raise InputError(f"lora {path}: {key} lacks its other half; copy the file again")
     down, up, mid = parts["down"], parts["up"], parts.get("mid")
     rank, core = down.shape[:1], (mid or down).shape
     if up.shape[1:2] != rank or (mid and mid.shape[:2] != rank * 2):
         raise InputError(
             f"lora {path}: {down.key} {list(down.shape)} and {up.key} {list(up.shape)} differ in "
-            "their rank; copy it again"
+            "rank; copy the file again"
         )
     product = (*up.shape[:1], *down.shape[1:2], *core[2:])
     inner = [up.shape[2:]] + [down.shape[2:]] * (mid is not None)
     if _matrix(product) != _matrix(tensor.shape) or any(map(_matrix, inner)):
         raise InputError(
-            f"lora {path} does not fit: {up.key} and {down.key} make {list(product)}, where "
-            f"{list(tensor.shape)} is needed; take a LoRA that was made for this model"
+            f"lora {path} does not fit: {up.key} and {down.key} make {list(product)}, but "
+            f"{list(tensor.shape)} is needed; use a LoRA that was made for this model"
         )
     return Update(down, up, mid, scale, tensor.shape)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the 1 x 1 of a convolution that is a matrix."""
+    """Returns the shape without the trailing 1 x 1 of a convolution that is really a matrix."""
     return shape[:-2] if shape[-2:] == (1, 1) else shape

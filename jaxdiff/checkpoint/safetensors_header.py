@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read without trusting a number in it. Imports no JAX.
+"""Reads the header of a safetensors file without trusting its numbers. Imports no JAX.
 
 The format (https://huggingface.co/docs/safetensors): eight little-endian bytes with the length of
-a JSON header, the header, then the tensors' bytes without a gap.
+a JSON header, the header, then the tensors' bytes without gaps.
 """
 
 import json
@@ -24,10 +24,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """Reads and checks the header of the safetensors file at `path`.
 
     Returns:
-      each tensor's name, with where it lies in the file.
+      the location of each tensor in the file, by its name.
 
     Raises:
-      InputError: if the file is no safetensors file, or not exactly as long as its header says.
+      InputError: if the file is not a safetensors file, or not as long as its header implies.
     """
     text, file_bytes = _text(path)
     try:
@@ -39,7 +39,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     expected = 8 + len(text) + end
     if file_bytes != expected:
         raise InputError(
-            f"{path} has {file_bytes} bytes where its header promises {expected}; copy it again"
+            f"{path} has {file_bytes} bytes, but its header implies {expected}; copy it again"
         )
     return {
         name: StoredTensor(
@@ -54,23 +54,23 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict:
-    """What a file whose header has been read says of itself: texts by name, if it keeps the rules.
+    """Returns the metadata of a file whose header has been read: strings by name, if it is valid.
 
     Raises:
-      InputError: if it cannot be read any more.
+      InputError: if the file can no longer be read.
     """
     metadata = json.loads(_text(path)[0]).get(METADATA)
     return metadata if isinstance(metadata, dict) else {}
 
 
 def _text(path: Path) -> tuple[bytes, int]:
-    """The header's JSON, and the size of the file in bytes."""
+    """Returns the header's JSON and the file's size in bytes."""
     try:
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise InputError(f"{path} is no safetensors file, or is cut short; copy it again")
+                raise InputError(f"{path} is not a safetensors file or is cut off; copy it again")
             return file.read(header_bytes), file_bytes
     except FileNotFoundError:
         raise InputError(f"{path} is missing; copy the checkpoint again") from None
@@ -79,7 +79,7 @@ def _text(path: Path) -> tuple[bytes, int]:
 
 
 def _check_offsets(tensors: dict) -> int:
-    """Raises ValueError unless the tensors lie end to end; returns where the last one ends."""
+    """Returns where the last tensor ends; raises ValueError unless the tensors leave no gaps."""
     end = 0
     for entry in sorted(tensors.values(), key=lambda entry: entry["data_offsets"]):
         shape, (start, stop) = entry["shape"], entry["data_offsets"]

@@ -1,13 +1,13 @@
-"""Single-file checkpoints: a whole pipeline under the names of its original code. Imports no JAX.
+"""Single-file checkpoints: a whole pipeline in the naming of its original code. Imports no JAX.
 
-Stable Diffusion 1 comes from CompVis's latent-diffusion, XL from Stability AI's generative-models;
-the files that people share follow both. Such a file names neither its family nor its configs: the
-family is read off its keys and shapes, and the configs are those that the family has on the Hub,
-which is what diffusers' `from_single_file` takes, too.
+The names of Stable Diffusion 1 come from CompVis's latent-diffusion, those of XL from Stability
+AI's generative-models. A file states neither its family nor its configs: the family is recognised
+by its keys and shapes, and the configs are the family's on the Hub, which diffusers'
+`from_single_file` uses, too.
 
-Only names differ, and for a few weights the layout. The functions `*_names` go through every key
-that a network has in diffusers or transformers and say where it lies in the file, so a key that is
-missing or unknown is found by construction.
+Only the names differ, and the layout of a few weights. The functions `*_names` pair every key that
+a network has in diffusers or transformers with its key in the file, so missing and unknown keys are
+always found.
 """
 
 import re
@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 
 from jaxdiff.checkpoint.safetensors_header import read_header
-from jaxdiff.checkpoint.single_file_configs import FAMILIES, UNET, Family
-from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor, told_misfits
+from jaxdiff.checkpoint.single_file_configs import CONTENTS, UNET, Contents
+from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor, describe_misfits
 from jaxdiff.errors import InputError
 
-# The key in diffusers or transformers, the key in the file, and what turns the latter's tensor into
-# the former's (None: nothing). Neither has the network's prefix.
+# The key in diffusers or transformers, the key in the file, and the function that converts the
+# file's tensor (None: no conversion). Neither key has the network's prefix.
 Names = Iterator[tuple[str, str, Callable[[StoredTensor], StoredTensor] | None]]
 
 PARAMETERS = ("weight", "bias")
@@ -35,7 +35,7 @@ CLIP_LAYER = (
     *("layer_norm1", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     *("self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2"),
 )
-# No weights of the networks.
+# Keys that are not weights of the networks.
 IGNORED = re.compile(
     r"""model_ema\. .*                         # a running mean of the U-Net; diffusers ignores it
     | (\w+_)?alphas_cumprod(_prev)? | betas    # the noise schedule: the scheduler computes it
@@ -44,22 +44,22 @@ IGNORED = re.compile(
     | .* \.position_ids                        # 0, 1, 2, ...
     | .* \.logit_scale                         # the temperature of CLIP's training
     | (cond_stage_model | conditioner\.embedders\.0)
-      (\.transformer)?\.text_projection(\.weight)?  # CLIP-L's, into the space of its images
-    | v_pred | ztsnr                           # said by their presence: `_scheduler`
+      (\.transformer)?\.text_projection(\.weight)?  # CLIP-L's projection to its image space
+    | v_pred | ztsnr                           # flags: `_scheduler` reads them
     | global_step | epoch""",
     re.VERBOSE,
 )
-# Other things that are shared as one safetensors file, by how a key of theirs begins.
+# Other kinds of single safetensors files, by the start of one of their keys.
 FOREIGN = {
     r"(model\.diffusion_model\.)?joint_blocks\.": "a Stable Diffusion 3 checkpoint",
-    r"(model\.diffusion_model\.)?double_blocks\.": "a checkpoint of the FLUX kind",
-    r"(model\.diffusion_model\.)?double_stream_modulation": "a checkpoint of the FLUX.2 kind",
+    r"(model\.diffusion_model\.)?double_blocks\.": "a FLUX checkpoint",
+    r"(model\.diffusion_model\.)?double_stream_modulation": "a FLUX.2 checkpoint",
     r"(control_model|controlnet_cond_embedding)\.": "a ControlNet",
     r"lora_|.*\.lora_": "a LoRA, which --lora adds to a model",
     r"edm_mean|edm_vpred\.": "a checkpoint with EDM's noise levels (Playground 2.5, CosXL)",
-    r"(down_blocks|text_model|encoder|decoder)\.": "one network alone",
+    r"(down_blocks|text_model|encoder|decoder)\.": "a single network",
 }
-# Where early files of Stable Diffusion 1 leave out "text_model.".
+# The place where early files of Stable Diffusion 1 lack "text_model.".
 BARE_CLIP = re.compile(
     r"(?<=^cond_stage_model\.transformer\.)(?=embeddings|encoder|final_layer_norm)"
 )
@@ -68,40 +68,43 @@ INPUTS = {5: "depth maps", 7: "upscaling", 8: "image editing", 9: "inpainting"} 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """What a diffusers directory of the same checkpoint would hold; `read` makes it.
+    """The contents of an equivalent diffusers directory, as `read` returns them.
 
     Attributes:
-      index: as `model_index.json`.
+      index: the contents of `model_index.json`.
       configs: each network's config, and the scheduler's.
-      weights: for each network, by the key in diffusers or transformers (without "text_model."),
-        where the weight lies.
+      weights: for each network, the location of each weight by its key in diffusers or
+        transformers (without "text_model.").
+      tokenizers: for each text encoder, the Hub repository and folder of its tokenizer.
     """
 
     index: dict
     configs: dict[str, dict]
     weights: dict[str, dict[str, StoredTensor]]
+    tokenizers: dict[str, tuple[str, str]]
 
 
 def read(path: Path) -> SingleFile:
-    """Finds out what is in a single-file checkpoint, from its header alone.
+    """Reads the contents of a single-file checkpoint from its header alone.
 
     Raises:
-      InputError: if it is no whole safetensors file, no Stable Diffusion 1 or XL, or its keys are
-        not exactly those that its family has.
+      InputError: if it is not a whole safetensors file, is not Stable Diffusion 1 or XL, or its
+        keys are not exactly those of its family.
     """
     tensors = read_header(path)
-    family = _recognise(path, tensors)
-    scheduler = _scheduler(family.configs["scheduler"], tensors)
-    configs = family.configs | {"scheduler": scheduler}
-    return SingleFile(family.index, configs, weights(path, tensors, family))
+    contents = _recognise(path, tensors)
+    scheduler = _scheduler(contents.configs["scheduler"], tensors)
+    configs = contents.configs | {"scheduler": scheduler}
+    found = weights(path, tensors, contents)
+    return SingleFile(contents.index, configs, found, contents.tokenizers)
 
 
-def _recognise(path: Path, tensors: Mapping[str, StoredTensor]) -> Family:
+def _recognise(path: Path, tensors: Mapping[str, StoredTensor]) -> Contents:
     for pattern, what in FOREIGN.items():
         if any(re.match(pattern, key) for key in tensors):
             raise InputError(
-                f"{path} is {what}; of single files, those of whole Stable Diffusion 1 and XL "
-                "models are read"
+                f"{path} is {what}; use a single file of a whole Stable Diffusion 1 or XL model, "
+                "or a diffusers directory"
             )
     widths = {
         tensor.shape[-1]
@@ -114,23 +117,23 @@ def _recognise(path: Path, tensors: Mapping[str, StoredTensor]) -> Family:
     if channels != 4:
         raise InputError(
             f"{path} is for {INPUTS.get(channels, 'something else')} (its U-Net takes {channels} "
-            "channels, not 4); name a model that makes images from text alone"
+            "channels, not 4); use a model that makes images from text alone"
         )
     if width == 1024:
         raise InputError(
-            f"{path} is Stable Diffusion 2, which is read from a directory only: make one with "
+            f"{path} is Stable Diffusion 2, which can only be read from a directory: make one with "
             "diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
         )
-    if width not in FAMILIES:
+    if width not in CONTENTS:
         raise InputError(
-            f"{path} is no Stable Diffusion model in the original naming: name a single file of "
+            f"{path} is not a Stable Diffusion model in the original naming; use a single file of "
             "Stable Diffusion 1 or XL, or a diffusers directory"
         )
-    return FAMILIES[width]
+    return CONTENTS[width]
 
 
 def _scheduler(config: dict, tensors: Mapping[str, StoredTensor]) -> dict:
-    """The scheduler's config after the keys by which a file says what it was trained to predict."""
+    """Updates the scheduler's config from the keys that flag what the model was trained for."""
     if "v_pred" in tensors:
         config = config | {"prediction_type": "v_prediction"}
     if "ztsnr" in tensors:
@@ -139,21 +142,21 @@ def _scheduler(config: dict, tensors: Mapping[str, StoredTensor]) -> dict:
 
 
 def weights(
-    path: Path, tensors: Mapping[str, StoredTensor], family: Family
+    path: Path, tensors: Mapping[str, StoredTensor], contents: Contents
 ) -> dict[str, dict[str, StoredTensor]]:
-    """The weights of each network; raises InputError unless the file holds just these."""
+    """Returns the weights of each network; raises InputError unless the file has exactly these."""
     stored = {BARE_CLIP.sub("text_model.", key): tensor for key, tensor in tensors.items()}
     if len(stored) < len(tensors):
-        raise InputError(f"{path} holds its text encoder twice; copy it again")
+        raise InputError(f"{path} contains its text encoder twice; copy it again")
     used, missing, found = set(), [], {}
-    for network, prefix in family.prefixes.items():
+    for network, prefix in contents.prefixes.items():
         if not any(key.startswith(prefix) for key in stored):
             raise InputError(
-                f"{path} holds no {network} (no key begins with {prefix}): name a file with the "
-                "whole model, or a diffusers directory"
+                f"{path} has no {network} (no key begins with {prefix}); use a file with the whole "
+                "model, or a diffusers directory"
             )
         found[network] = {}
-        for ours, theirs, cut in names(family.configs[network]):
+        for ours, theirs, cut in names(contents.configs[network]):
             key = prefix + theirs
             used.add(key)
             if key in stored:
@@ -161,27 +164,27 @@ def weights(
             else:
                 missing.append(key)
     unknown = [key for key in stored if key not in used and not IGNORED.fullmatch(key)]
-    if misfits := told_misfits({"missing": set(missing), "not known": unknown}):
-        raise InputError(f"{path} is not quite {family.name}: of its weights, {misfits}")
+    if misfits := describe_misfits({"missing": set(missing), "unknown": unknown}):
+        raise InputError(f"{path} does not match {contents.name}: of its weights, {misfits}")
     return found
 
 
 def _cut(tensor: StoredTensor, cut: Callable[[StoredTensor], StoredTensor] | None) -> StoredTensor:
     if tensor.dtype not in FLOATS:
         raise InputError(
-            f"{tensor.file}: {tensor.key} is stored as {tensor.dtype}; take the file whose weights "
+            f"{tensor.file}: {tensor.key} is stored as {tensor.dtype}; use a file whose weights "
             f"are stored as one of {', '.join(FLOATS)}"
         )
     try:
         return cut(tensor) if cut else tensor
     except (IndexError, ValueError) as error:
         raise InputError(
-            f"{tensor.file}: {tensor.key} has the shape {list(tensor.shape)}; copy it again"
+            f"{tensor.file}: {tensor.key} has the wrong shape {list(tensor.shape)}; copy it again"
         ) from error
 
 
 def names(config: dict) -> Names:
-    """What the weights of the network with this config are called in a single file."""
+    """Yields the names of the weights of the network with this config."""
     if config.get("_class_name") == "UNet2DConditionModel":
         return unet_names(config)
     if config.get("_class_name") == "AutoencoderKL":
@@ -192,7 +195,7 @@ def names(config: dict) -> Names:
 
 
 def unet_names(config: dict) -> Names:
-    """The U-Net's modules are numbered through, first on the way down, then on the way up."""
+    """Yields the U-Net's names; its modules are numbered consecutively on the way down and up."""
     widths, layers = config["block_out_channels"], config["layers_per_block"]
     depths = config.get("transformer_layers_per_block", 1)
     depths = depths if isinstance(depths, list) else [depths] * len(widths)
@@ -242,7 +245,7 @@ def _unet_resnet(ours: str, theirs: str, shortcut: bool) -> Names:
 
 
 def _transformer(ours: str, theirs: str, depth: int) -> Names:
-    """Here diffusers kept the original names."""
+    """Yields a transformer's names, which diffusers kept from the original."""
     for part in ("norm", "proj_in", "proj_out"):
         yield from _module(f"{ours}.{part}", f"{theirs}.{part}")
     for k in range(depth):
@@ -253,7 +256,10 @@ def _transformer(ours: str, theirs: str, depth: int) -> Names:
 
 
 def vae_names(config: dict) -> Names:
-    """The decoder's blocks are numbered from shallow to deep, against the order of their use."""
+    """Yields the autoencoder's names.
+
+    The decoder's blocks are numbered from shallow to deep, the reverse of the order of their use.
+    """
     widths, layers = config["block_out_channels"], config["layers_per_block"]
     last = len(widths) - 1
     for i, width in enumerate(widths):
@@ -296,7 +302,7 @@ def _vae_attention(ours: str, theirs: str) -> Names:
 
 
 def clip_names(config: dict) -> Names:
-    """transformers' own names."""
+    """Yields the names of CLIP's text encoder, which are transformers' own."""
     for part in ("token_embedding", "position_embedding"):
         yield f"embeddings.{part}.weight", f"text_model.embeddings.{part}.weight", None
     for i in range(config["num_hidden_layers"]):
@@ -307,7 +313,10 @@ def clip_names(config: dict) -> Names:
 
 
 def openclip_names(config: dict) -> Names:
-    """Queries, keys and values are one matrix; the last projection multiplies from the right."""
+    """Yields the names of OpenCLIP's text encoder.
+
+    Queries, keys and values are one matrix, and the last projection multiplies from the right.
+    """
     yield "embeddings.token_embedding.weight", "token_embedding.weight", None
     yield "embeddings.position_embedding.weight", "positional_embedding", None
     for i in range(config["num_hidden_layers"]):
@@ -331,12 +340,12 @@ def _module(ours: str, theirs: str, parameters: tuple[str, ...] = PARAMETERS) ->
 
 
 def _linear(tensor: StoredTensor) -> StoredTensor:
-    """A 1x1 convolution as the matrix that it is."""
+    """Converts a 1x1 convolution to the equivalent matrix."""
     return tensor.reshape(*tensor.shape[:2])
 
 
 def _third(third: int, tensor: StoredTensor) -> StoredTensor:
     rows, rest = divmod(tensor.shape[0], 3)
     if rest:
-        raise ValueError(f"{tensor.shape[0]} rows are no queries, keys and values")
+        raise ValueError(f"{tensor.shape[0]} rows cannot be split into queries, keys and values")
     return tensor.rows(third * rows, (third + 1) * rows)

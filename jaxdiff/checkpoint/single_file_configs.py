@@ -1,8 +1,8 @@
-"""What single-file checkpoints leave unsaid: each family's configs, as they stand on the Hub.
+"""The configs that single-file checkpoints lack: each family's, as published on the Hub.
 
-diffusers' `from_single_file` takes them from there, too: from stable-diffusion-v1-5's, and from
-stabilityai's stable-diffusion-xl-base-1.0 and stable-diffusion-xl-refiner-1.0. What is false or
-None there is mostly left out.
+They come from stable-diffusion-v1-5 and from stabilityai's stable-diffusion-xl-base-1.0 and
+stable-diffusion-xl-refiner-1.0, as in diffusers' `from_single_file`. Most values that are false or
+None there are left out.
 """
 
 from dataclasses import dataclass
@@ -141,25 +141,29 @@ INDEX_XL_REFINER = INDEX_XL | {
 
 
 @dataclass(frozen=True)
-class Family:
-    """What the files of a family have in common.
+class Contents:
+    """What all files of a family share.
 
     Attributes:
-      name: for people.
+      name: the name shown to users.
       index: its `model_index.json` on the Hub, but without a safety checker.
-      configs: by component, each network's and the scheduler's.
-      prefixes: by network, what its keys begin with.
+      configs: each network's config and the scheduler's, by component.
+      prefixes: the prefix of each network's keys, by network.
+      tokenizers: the Hub repository and folder of each text encoder's tokenizer.
     """
 
     name: str
     index: dict
     configs: dict[str, dict]
     prefixes: dict[str, str]
+    tokenizers: dict[str, tuple[str, str]]
 
 
+CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", "")
+OPENCLIP_TOKENIZER = ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer_2")
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-FAMILIES = {  # by the width of the text that the U-Net attends to
-    768: Family(
+CONTENTS = {  # by the width of the text embeddings that the U-Net attends to
+    768: Contents(
         name="Stable Diffusion 1",
         index=INDEX_1,
         configs={
@@ -173,8 +177,9 @@ FAMILIES = {  # by the width of the text that the U-Net attends to
             "unet": UNET,
             "vae": VAE,
         },
+        tokenizers={"text_encoder": CLIP_TOKENIZER},
     ),
-    2048: Family(
+    2048: Contents(
         name="Stable Diffusion XL",
         index=INDEX_XL,
         configs={
@@ -190,8 +195,9 @@ FAMILIES = {  # by the width of the text that the U-Net attends to
             "unet": UNET,
             "vae": VAE,
         },
+        tokenizers={"text_encoder": CLIP_TOKENIZER, "text_encoder_2": OPENCLIP_TOKENIZER},
     ),
-    1280: Family(
+    1280: Contents(
         name="Stable Diffusion XL refiner",
         index=INDEX_XL_REFINER,
         configs={
@@ -205,5 +211,6 @@ FAMILIES = {  # by the width of the text that the U-Net attends to
             "unet": UNET,
             "vae": VAE,
         },
+        tokenizers={"text_encoder_2": OPENCLIP_TOKENIZER},
     ),
 }

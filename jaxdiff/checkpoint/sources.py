@@ -4,11 +4,11 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from jaxdiff.checkpoint.components import INDEX, NETWORKS, TOKENIZER_FILES, TOKENIZERS
-from jaxdiff.checkpoint.weight_files import no_index, wanted_files
+from jaxdiff.checkpoint.component import INDEX, TOKENIZER_FILES, Component
+from jaxdiff.checkpoint.weight_files import no_index, tokenizers, wanted_files
 from jaxdiff.errors import InputError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
@@ -21,11 +21,6 @@ STAMPS = (
     *("mtime", "modified", "modifiedTime", "modificationTime", "created"),
     *("LastModified", "last_modified", "Last-Modified"),
 )
-# The tokenizers of all Stable Diffusion 1 and XL checkpoints: (Hub id, folder).
-USUAL_TOKENIZERS = {
-    "text_encoder": ("openai/clip-vit-large-patch14", ""),
-    "text_encoder_2": ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer_2"),
-}
 
 
 def cache_directory() -> Path:
@@ -33,34 +28,44 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxdiff"
 
 
-def local_path(model: str, variant: str | None) -> Path:
+def local_path(model: str, variant: str | None, components: Mapping[str, Component]) -> Path:
     """The directory or file that `model` names, fetched first if it is elsewhere.
 
     Args:
       model: a path, a Hub id "owner/name" or "owner/name@revision", or a URL such as "gs://...".
         A path that exists goes before a Hub id.
       variant: such as "fp16": which weights are fetched, where there are several.
+      components: the networks that a model may have, by their folders.
 
     Raises:
       InputError: if there is nothing there, or it cannot be reached.
     """
     if URL.fullmatch(model):
-        return _from_url(model.rstrip("/"), variant)
+        return _from_url(model.rstrip("/"), variant, components)
     path = Path(model)
     if not path.exists() and HUB_ID.fullmatch(model):
-        return from_hub(model, lambda names: _wanted(names, variant, model, "repository"), INDEX)
+        return from_hub(
+            model,
+            lambda names: _wanted(names, variant, model, "repository", components),
+            probe=INDEX,
+        )
     return path
 
 
-def _wanted(names: Collection[str], variant: str | None, model: str, kind: str) -> list[str]:
+def _wanted(
+    names: Collection[str],
+    variant: str | None,
+    model: str,
+    kind: str,
+    components: Mapping[str, Component],
+) -> list[str]:
     if INDEX not in names:
         raise InputError(no_index(f"model {model!r}", kind, names))
-    return wanted_files(names, variant, model)
+    return wanted_files(names, variant, model, components)
 
 
-def usual_tokenizer(text_encoder: str) -> Path:
-    """The folder of the tokenizer for a text encoder of a single-file checkpoint, from the Hub."""
-    model, folder = USUAL_TOKENIZERS[text_encoder]
+def hub_tokenizer(model: str, folder: str) -> Path:
+    """Fetches a tokenizer from a folder of a Hub repository, "" for its root."""
     wanted = [f"{folder}/{name}" if folder else name for name in TOKENIZER_FILES]
     snapshot = from_hub(
         model,
@@ -128,7 +133,7 @@ def _why_not(problem: Exception) -> str:
     )
 
 
-def _from_url(url: str, variant: str | None) -> Path:
+def _from_url(url: str, variant: str | None, components: Mapping[str, Component]) -> Path:
     """A copy in the cache directory of the checkpoint at `url`: of its directory, or its one file.
 
     A file that has not changed since it was fetched is not fetched again. One whose file system
@@ -143,7 +148,7 @@ def _from_url(url: str, variant: str | None) -> Path:
         mend = f"pip install {PACKAGES[protocol]}" if protocol in PACKAGES else str(error)
         raise InputError(f"model {url!r} cannot be read without a package: {mend}") from error
     try:
-        return _fetch(system, root.rstrip("/"), url, variant)
+        return _fetch(system, root.rstrip("/"), url, variant, components)
     except InputError:
         raise
     except FileNotFoundError as error:
@@ -155,17 +160,20 @@ def _from_url(url: str, variant: str | None) -> Path:
         ) from error
 
 
-def _fetch(system, root: str, url: str, variant: str | None) -> Path:
+def _fetch(
+    system, root: str, url: str, variant: str | None, components: Mapping[str, Component]
+) -> Path:
+    folders = tokenizers(components)
     if root.endswith(".safetensors"):
         base, _, name = root.rpartition("/")
-        found = _listing(system, base, TOKENIZERS.values())
-        beside = {f"{folder}/{file}" for folder in TOKENIZERS.values() for file in TOKENIZER_FILES}
+        found = _listing(system, base, folders)
+        beside = {f"{folder}/{file}" for folder in folders for file in TOKENIZER_FILES}
         wanted = [name, *sorted(beside & found.keys())]
         found[name] = system.info(root)
     else:
         base, name = root, ""
-        found = _listing(system, base, ["", *TOKENIZERS.values(), *NETWORKS, "scheduler"])
-        wanted = _wanted(found, variant, url, "directory")
+        found = _listing(system, base, ["", *folders, *components, "scheduler"])
+        wanted = _wanted(found, variant, url, "directory", components)
     parent = url.rpartition("/")[0] if name else url
     models = cache_directory() / "models"
     stored = {

@@ -1,4 +1,4 @@
-"""One tensor of a safetensors file: where its bytes lie and how they are read. Imports no JAX."""
+"""One tensor of a safetensors file: where its bytes are and how to read them. Imports no JAX."""
 
 import math
 from collections.abc import Collection
@@ -17,21 +17,21 @@ FLOATS = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
-SHOWN = 4  # keys of a kind that an error spells out
+SHOWN = 4  # keys of each kind that an error lists
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A weight in a safetensors file. Nothing is read before `read`.
+    """A weight in a safetensors file, whose bytes only `read` reads.
 
     Attributes:
       file: the safetensors file.
       key: the tensor's name in it.
-      dtype: as the format spells it: "F16", "BF16", "F32", "F64", ...
-      shape: of what `read` returns.
+      dtype: the format's name for it: "F16", "BF16", "F32", "F64", ...
+      shape: the shape of the array that `read` returns.
       offset: in bytes, from the start of the file to the first element.
       transposed: whether the file holds the axes in reverse order.
-      updates: whatever has a `read` that gives float32 of this shape; added to what is stored.
+      updates: objects whose `read` returns float32 of this shape, to add to the stored weight.
     """
 
     file: Path
@@ -48,27 +48,27 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def rows(self, start: int, stop: int) -> "StoredTensor":
-        """The part of it along its first axis, which is all that is then read."""
+        """Returns a slice along the first axis, so that only these rows are read."""
         if self.transposed or not 0 <= start <= stop <= self.shape[0]:
-            raise ValueError(f"no rows {start} to {stop} of {self}")
+            raise ValueError(f"cannot slice rows {start} to {stop} of {self}")
         row_bytes = math.prod(self.shape[1:]) * FLOATS[self.dtype].itemsize
         shape = (stop - start, *self.shape[1:])
         return replace(self, shape=shape, offset=self.offset + start * row_bytes)
 
     def reshape(self, *shape: int) -> "StoredTensor":
-        """The same elements in the same order in another shape."""
+        """Returns the same elements, in the same order, in another shape."""
         if self.transposed or math.prod(shape) != self.size:
-            raise ValueError(f"no reshaping to {shape} of {self}")
+            raise ValueError(f"cannot reshape {self} to {shape}")
         return replace(self, shape=shape)
 
     def transpose(self) -> "StoredTensor":
-        """The same with its axes in reverse order."""
+        """Returns the tensor with its axes in reverse order."""
         return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
     def read(self) -> np.ndarray:
-        """The tensor, read from just its bytes; a view with other strides if it is transposed.
+        """Reads only this tensor's bytes; returns a view with other strides if it is transposed.
 
-        It is a plain read: the pages of a mapped file would count as resident memory.
+        The file is not memory-mapped, because mapped pages would count as resident memory.
 
         Raises:
           InputError: if it is not stored as floating-point numbers, or the file has changed.
@@ -76,22 +76,22 @@ class StoredTensor:
         if self.dtype not in FLOATS:
             raise InputError(
                 f"{self.file}: {self.key} is stored as {self.dtype}; only {', '.join(FLOATS)} "
-                "are read"
+                "are supported"
             )
         try:
             flat = np.fromfile(self.file, FLOATS[self.dtype], self.size, offset=self.offset)
         except OSError as error:
             raise InputError(f"{self.file} cannot be read ({error.strerror})") from error
         if flat.size != self.size:
-            raise InputError(f"{self.file} was cut short while it was read; copy it again")
+            raise InputError(f"{self.file} was truncated while it was read; copy it again")
         tensor = flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
         for update in self.updates:
             tensor = tensor.astype(np.float32, copy=False) + update.read()
         return tensor
 
 
-def told_misfits(faults: dict[str, Collection[str]]) -> str:
-    """Keys by what is wrong with them, in words: "2 missing (a, b); 1 not known (c)", or ""."""
+def describe_misfits(faults: dict[str, Collection[str]]) -> str:
+    """Lists keys by what is wrong with them: "2 missing (a, b); 1 unknown (c)", or ""."""
     return "; ".join(
         f"{len(keys)} {kind} ({', '.join(sorted(keys)[:SHOWN])}{', ...' * (len(keys) > SHOWN)})"
         for kind, keys in faults.items()

@@ -1,19 +1,20 @@
-"""Whether a tokenizer's folder is whole: CLIP's byte-pair encoding. Imports no JAX."""
+"""Checks the files of CLIP's byte-pair tokenizer. Imports no JAX."""
 
 import re
 from pathlib import Path
 
-from jaxdiff.checkpoint.components import MAX_JSON_BYTES, TOKENIZER_FILES, read_json
+from jaxdiff.checkpoint.component import TOKENIZER_FILES
+from jaxdiff.checkpoint.json_files import MAX_JSON_BYTES, read_json
 from jaxdiff.errors import InputError
 
-LEAST_TOKENS = 3  # the beginning, one of the text, the end
-NO_LIMIT = 1e30  # as old files say it
+LEAST_TOKENS = 3  # the start, one of the text, the end
+NO_LIMIT = 1e30  # as written in old files
 END_OF_WORD = "</w>"
-SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<\w+>")  # <|endoftext|>, <unk>: made by no merge
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<\w+>")  # <|endoftext|>, <unk>: not made by a merge
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises InputError unless the tokenizer's files are there and whole."""
+    """Raises InputError unless the tokenizer's files are present and complete."""
     for name in TOKENIZER_FILES:
         if name.endswith(".json") and (folder / name).is_file():
             read_json(folder / name)
@@ -31,11 +32,11 @@ def check_tokenizer(folder: Path) -> None:
 def _check_model(path: Path) -> None:
     model = read_json(path).get("model")
     if not isinstance(model, dict) or not (model.get("vocab") and model.get("merges")):
-        raise InputError(f"{path} holds no vocabulary and merges; copy the checkpoint again")
+        raise InputError(f"{path} lacks a vocabulary or merges; copy the checkpoint again")
 
 
 def _check_length(path: Path) -> None:
-    """Refuses what leaves no room between the tokens for the beginning and the end."""
+    """Rejects a length that leaves no room between the start token and the end token."""
     length = read_json(path).get("model_max_length")
     if length in (None, NO_LIMIT):
         return
@@ -47,10 +48,10 @@ def _check_length(path: Path) -> None:
 
 
 def _check_merges(vocabulary_path: Path, merges_path: Path) -> None:
-    """Raises InputError unless each makes the other's tokens: cut merges would give other tokens.
+    """Raises InputError unless the merges make exactly the vocabulary's tokens.
 
-    As in CLIP and GPT-2, a token is a byte's symbol, with or without `END_OF_WORD`, or a merge of
-    two tokens, or special.
+    Truncated merges would change how texts are tokenized. As in CLIP and GPT-2, a token is a byte's
+    symbol, with or without `END_OF_WORD`, or a merge of two tokens, or special.
     """
     vocabulary = read_json(vocabulary_path)
     ids = vocabulary.values()
@@ -70,12 +71,12 @@ def _check_merges(vocabulary_path: Path, merges_path: Path) -> None:
         pair, token = line.split(" "), line.replace(" ", "")
         if len(pair) != 2 or not vocabulary.keys() >= {*pair, token}:
             raise InputError(
-                f"{merges_path}: line {number} merges no two tokens of vocab.json into a third; "
-                "copy the checkpoint again"
+                f"{merges_path}: line {number} does not merge two tokens of vocab.json into a "
+                "third; copy the checkpoint again"
             )
         made.add(token)
     for token in vocabulary.keys() - made:
         if len(token.removesuffix(END_OF_WORD)) > 1 and not SPECIAL_TOKEN.fullmatch(token):
             raise InputError(
-                f"{merges_path} makes no {token!r}, which vocab.json has; copy the checkpoint again"
+                f"{merges_path} never makes {token!r} of vocab.json; copy the checkpoint again"
             )

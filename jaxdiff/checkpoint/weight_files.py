@@ -5,27 +5,17 @@ either a variant such as "fp16".
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from jaxdiff.checkpoint.components import (
-    CONFIGS,
-    INDEX,
-    NETWORKS,
-    TOKENIZER_FILES,
-    TOKENIZERS,
-    read_json,
-)
+from jaxdiff.checkpoint.component import INDEX, TOKENIZER_FILES, Component, config_file
+from jaxdiff.checkpoint.json_files import read_json
 from jaxdiff.checkpoint.safetensors_header import ITEM_BYTES, read_header
 from jaxdiff.checkpoint.tensors import FLOATS, SHOWN, StoredTensor
 from jaxdiff.errors import InputError
 
 OTHER_VARIANTS = ("fp16", "bf16")  # taken in this order where there is no full file
 UNREADABLE = (".bin", ".bin.index.json", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5")
-TEXT_PREFIX = "text_model."  # before each key of a text encoder in most files; not in ours
-BUFFER = "embeddings.position_ids"  # 0, 1, 2, ...: old CLIP files carry it
-OLD_ATTENTION = re.compile(r"\b(attentions\.\d+)\.(query|key|value|proj_attn)\.")
-NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class NoVariantError(InputError):
@@ -33,12 +23,16 @@ class NoVariantError(InputError):
 
 
 def choose(
-    folders: dict[str, Collection[str]], variant: str | None, where: str | Path
+    folders: dict[str, Collection[str]],
+    variant: str | None,
+    where: str | Path,
+    components: Mapping[str, Component],
 ) -> dict[str, str]:
     """Picks each network's weights: the name of its one file, or of its shards' index.
 
     Args:
       folders: for each network, the names of the files in its folder.
+      components: the networks, by their folders.
       variant: such as "fp16", taken wherever it is; None takes the full weights, and only where
         there are none the float16 or the bfloat16 ones.
       where: the folders' parent, for the messages.
@@ -47,7 +41,7 @@ def choose(
       InputError: if a network has no weights to read.
       NoVariantError: if none has the variant.
     """
-    stems = {network: NETWORKS[network][2].removesuffix(".safetensors") for network in folders}
+    stems = {network: components[network].stem for network in folders}
     if variant and not any(
         name in folders[network]
         for network, stem in stems.items()
@@ -66,27 +60,34 @@ def choose(
     return chosen
 
 
-def wanted_files(names: Collection[str], variant: str | None, where: str) -> list[str]:
+def wanted_files(
+    names: Collection[str], variant: str | None, where: str, components: Mapping[str, Component]
+) -> list[str]:
     """Of the files of a checkpoint that is elsewhere, by relative name, those that are needed."""
     folders: dict[str, list[str]] = {}
     for name in names:
         folder, _, plain = name.rpartition("/")
         folders.setdefault(folder, []).append(plain)
-    known = [INDEX, *(f"{component}/{name}" for component, name in CONFIGS.items())]
-    known += [f"{folder}/{name}" for folder in TOKENIZERS.values() for name in TOKENIZER_FILES]
+    known = [INDEX, *(f"{name}/{config_file(name)}" for name in (*components, "scheduler"))]
+    known += [f"{folder}/{name}" for folder in tokenizers(components) for name in TOKENIZER_FILES]
     wanted = [name for name in known if name in names]
-    networks = {network: folders[network] for network in NETWORKS if network in folders}
-    for network, main in choose(networks, variant, where).items():
+    networks = {network: folders[network] for network in components if network in folders}
+    for network, main in choose(networks, variant, where, components).items():
         wanted += [f"{network}/{main}"]
         if main.endswith(".json"):
             wanted += [f"{network}/{name}" for name in networks[network] if _is_shard(name, main)]
     return wanted
 
 
+def tokenizers(components: Mapping[str, Component]) -> list[str]:
+    """The folders of the components' tokenizers."""
+    return [each.tokenizer for each in components.values() if each.tokenizer]
+
+
 def no_index(where: str, kind: str, names: Collection[str]) -> str:
     """Why a "directory" or a "repository" with these files cannot be opened without `INDEX`."""
     said = f"{where} holds no {INDEX}: it is no diffusers {kind}"
-    if CONFIGS["unet"] in names:
+    if "config.json" in names:
         return f"{said} but one network alone; name a whole model"
     single = sorted(name for name in names if name.endswith(".safetensors"))
     if single:
@@ -96,11 +97,8 @@ def no_index(where: str, kind: str, names: Collection[str]) -> str:
     return f"{said}; name another"
 
 
-def read_weights(network: str, path: Path) -> dict[str, StoredTensor]:
-    """The weights of a network by key, from its one file or its index.
-
-    Dialects are made one: no "text_model." before a text encoder's keys, no buffers, and today's
-    names in the autoencoder's attention.
+def read_weights(component: Component, path: Path) -> dict[str, StoredTensor]:
+    """Finds the weights of a network by their plain keys, from its one file or its index.
 
     Raises:
       InputError: for files that are missing, cut short, at odds with their index or not floats.
@@ -108,8 +106,8 @@ def read_weights(network: str, path: Path) -> dict[str, StoredTensor]:
     stored = read_header(path) if path.suffix == ".safetensors" else _read_shards(path)
     weights = {}
     for key, tensor in stored.items():
-        plain = _plain_key(network, key)
-        if plain.endswith(BUFFER):
+        plain = component.plain_key(key.removeprefix(component.prefix))
+        if plain is None:
             continue
         if plain in weights:
             raise InputError(f"{tensor.file}: {key} is there twice")
@@ -154,14 +152,6 @@ def _read_shards(path: Path) -> dict[str, StoredTensor]:
             f"{path} promises {promised} bytes of weights where there are {total}; copy it again"
         )
     return stored
-
-
-def _plain_key(network: str, key: str) -> str:
-    if network in TOKENIZERS:
-        return key.removeprefix(TEXT_PREFIX)
-    if network == "vae":
-        return OLD_ATTENTION.sub(lambda found: f"{found[1]}.{NEW_ATTENTION[found[2]]}.", key)
-    return key
 
 
 def _single(stem: str, variant: str | None) -> str:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxdiff.dataset import local as layout
+from jaxdiff.request import FIELDS
 
 ROW_GROUP_IMAGES = 64
 RECORDS = "metadata.jsonl"  # of an imagefolder; the Hub knows it by this name
@@ -23,14 +24,7 @@ RECORD_FIELDS = (  # of an image, in the order in which they are written
     ("key", pa.string()),
     ("id", pa.string()),
     ("image_index", pa.int32()),
-    ("prompt", pa.string()),
-    ("negative_prompt", pa.string()),
-    ("seed", pa.int64()),
-    ("width", pa.int32()),
-    ("height", pa.int32()),
-    ("steps", pa.int32()),
-    ("guidance_scale", pa.float64()),
-    ("sampler", pa.string()),
+    *((name, pa.type_for_alias(field.column)) for name, field in FIELDS.items()),
     ("noise", pa.string()),
     ("dtype", pa.string()),
     ("options", pa.string()),  # the run's that are not as usual, "name=value, name=value"

@@ -16,6 +16,8 @@ from xml.sax import saxutils
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from jaxdiff.diffusion.samplers import SAMPLERS
+
 EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 SAVE = {
     "png": {},
@@ -23,18 +25,6 @@ SAVE = {
     "jpeg": {"quality": 95, "subsampling": "4:4:4"},
 }
 LOSSLESS = ("png", "webp")
-SAMPLER_TITLES = {  # as AUTOMATIC1111's web UI calls them
-    "ddim": "DDIM",
-    "ddpm": "DDPM",
-    "pndm": "PLMS",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
 IMAGE_DESCRIPTION, EXIF_IFD, USER_COMMENT = 0x010E, 0x8769, 0x9286
 XMP_KEYWORD = "XML:com.adobe.xmp"
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -93,7 +83,7 @@ def parameters(settings: dict) -> str:
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(
-        f"Steps: {settings['steps']}, Sampler: {SAMPLER_TITLES[settings['sampler']]}, "
+        f"Steps: {settings['steps']}, Sampler: {SAMPLERS[settings['sampler']].title}, "
         f"CFG scale: {settings['guidance_scale']:g}, Seed: {settings['seed']}, "
         f"Size: {settings['width']}x{settings['height']}, Model hash: {settings['model'][:10]}"
     )

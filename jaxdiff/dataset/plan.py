@@ -25,7 +25,7 @@ from jaxdiff.dataset import formats
 from jaxdiff.dataset import local as layout
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
-from jaxdiff.request import Options, Request
+from jaxdiff.request import FIELDS, Options, Request
 
 VERSION = 5
 PLAN_JSON = "plan.json"
@@ -39,7 +39,6 @@ SCHEMA = pa.schema(
     ]
 )
 ROW_GROUP_IMAGES = 4096  # at least, in whole shards: the files say a little about every row group
-REQUEST_COLUMNS = tuple(field.name for field in fields(Request))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +190,7 @@ def kinds(directory: Path, plan: Plan) -> dict[Request, int]:
 def planned_images(table: pa.Table) -> list[PlannedImage]:
     """The rows of a plan's Parquet file as images."""
     return [
-        PlannedImage(request=Request(**{name: row.pop(name) for name in REQUEST_COLUMNS}), **row)
+        PlannedImage(request=Request(**{name: row.pop(name) for name in FIELDS}), **row)
         for row in table.to_pylist()
     ]
 

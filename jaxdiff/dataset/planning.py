@@ -21,7 +21,6 @@ from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.dataset.manifest.readers import Entry
 from jaxdiff.dataset.plan import (
     PLAN_JSON,
-    REQUEST_COLUMNS,
     ROW_GROUP_IMAGES,
     SCHEMA,
     VERSION,
@@ -32,13 +31,15 @@ from jaxdiff.dataset.plan import (
 )
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.devices import batching
+from jaxdiff.diffusion import scheduler_config
+from jaxdiff.diffusion.samplers import SAMPLERS
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
-from jaxdiff.request import Bucket, Request
+from jaxdiff.request import FIELDS, Bucket, Request, field_checks
 
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # of one image; PyTorch draws fewer in another way
-OWN_COLUMNS = [name for name in SCHEMA.names if name not in REQUEST_COLUMNS]
+OWN_COLUMNS = [name for name in SCHEMA.names if name not in FIELDS]
 DEFAULT_SHARD_IMAGES = 960  # full batches of any power of two up to 64
 DEFAULT_SHARD_PX = 2**28  # 1000 images of 512x512, fewer when they are larger
 # What of an identity may change when a plan is extended: whatever lets it ask for more images.
@@ -115,7 +116,7 @@ def _check(manifest: Manifest, settings: Settings, plan: Plan, reader: "_Reader"
             f"{checks.shown(row_id)} any more"
         )
     try:
-        checks.options_together(settings, reader.samplers, reader.schedulers)
+        scheduler_config.check_options(settings, reader.samplers, reader.schedulers)
     except BadValueError as problem:
         raise InputError(str(problem)) from None
 
@@ -147,7 +148,7 @@ def _table(images: list[PlannedImage]) -> pa.Table:
     """A shard's images as rows of the plan."""
     requests = [image.request for image in images]
     own = {name: list(map(attrgetter(name), images)) for name in OWN_COLUMNS}
-    asked = {name: list(map(attrgetter(name), requests)) for name in REQUEST_COLUMNS}
+    asked = {name: list(map(attrgetter(name), requests)) for name in FIELDS}
     return pa.table(own | asked, SCHEMA)
 
 
@@ -196,14 +197,11 @@ class _Reader:
     def __init__(
         self, manifest: Manifest, settings: Settings, model: Ensemble, rejected, known: dict
     ):
-        self.manifest, self.settings, self.checkpoint = manifest, settings, model.base
+        self.manifest, self.settings, self.defaults = manifest, settings, model.base.defaults
         self.rejected = rejected
         self.known, self.next_key = known, len(known)
-        self.checks = checks.of_request(model.base.size_multiple)
-        self.schedulers = [
-            checks.changed_scheduler(expert.scheduler, settings.scheduler)
-            for expert in model.experts
-        ]
+        self.checks = field_checks(model.base.defaults.size_multiple, tuple(SAMPLERS))
+        self.schedulers = model.schedulers(settings.scheduler)
         self.why_not = cache(partial(_why_not, schedulers=self.schedulers, eta=settings.eta))
         self.samplers: set[str] = set()
         self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
@@ -296,8 +294,8 @@ class _Reader:
         return f"id {which} is that of line {first[1]}{where} already"
 
     def _check_size(self, request: Request) -> None:
-        latents_px = request.width * request.height // self.checkpoint.size_multiple**2
-        values = latents_px * self.checkpoint.latent_channels
+        latents_px = request.width * request.height // self.defaults.size_multiple**2
+        values = latents_px * self.defaults.latent_channels
         if self.settings.noise == "torch" and values < MIN_TORCH_VALUES:
             raise BadValueError(
                 f"{request.width}x{request.height} has {values} latent values; --noise torch needs "
@@ -323,9 +321,9 @@ class _Reader:
 
 
 def _why_not(sampler: str, steps: int, **model) -> str:
-    """What `checks.steps_of` refuses; empty if nothing. A refusal is cached, too."""
+    """What `check_steps` refuses; empty if nothing. A refusal is cached, too."""
     try:
-        checks.steps_of(sampler, steps, **model)
+        scheduler_config.check_steps(sampler, steps, **model)
     except BadValueError as problem:
         return str(problem)
     return ""

@@ -6,9 +6,11 @@ from typing import Literal
 from jaxdiff import checks
 from jaxdiff.dataset import formats, image_files
 from jaxdiff.devices.batching import AUTO
+from jaxdiff.diffusion.samplers import SAMPLERS
+from jaxdiff.diffusion.scheduler_config import check_steps
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
-from jaxdiff.request import Options, Request
+from jaxdiff.request import OPTION_CHECKS, Options, Request, field_checks
 
 FORMATS = tuple(formats.FORMATS)
 IMAGE_FORMATS = tuple(image_files.EXTENSIONS)
@@ -61,12 +63,11 @@ def resolve(said: dict, model: Ensemble) -> Settings:
     Raises:
       InputError: names the option and what it may be.
     """
-    checkpoint = model.base
+    defaults = model.base.defaults
     said = {name: value for name, value in said.items() if value is not None}
-    said.setdefault("steps", checkpoint.default_steps)  # which may be too many for the sampler
-    every = CHECKS | checks.of_request(checkpoint.size_multiple)
-    every |= checks.of_options()
-    settings = {"guidance_scale": checkpoint.default_guidance_scale}
+    said.setdefault("steps", defaults.steps)  # which may be too many for the sampler
+    every = CHECKS | field_checks(defaults.size_multiple, tuple(SAMPLERS)) | OPTION_CHECKS
+    settings = {"guidance_scale": defaults.guidance_scale}
     for name, value in said.items():
         check, *arguments = every[name]
         try:
@@ -74,14 +75,13 @@ def resolve(said: dict, model: Ensemble) -> Settings:
         except checks.BadValueError as problem:
             raise InputError(str(problem)) from None
     if "width" not in said or "height" not in said:
-        width, height = checkpoint.default_size
+        width, height = defaults.size
         settings = {"width": width, "height": height, **settings}
     if "sampler" not in said:
-        settings["sampler"] = checkpoint.default_sampler
+        settings["sampler"] = defaults.sampler
     changes, eta = settings.get("scheduler", ""), settings.get("eta", Options.eta)
-    schedulers = [checks.changed_scheduler(expert.scheduler, changes) for expert in model.experts]
     try:
-        checks.steps_of(settings["sampler"], settings["steps"], schedulers, eta)
+        check_steps(settings["sampler"], settings["steps"], model.schedulers(changes), eta)
     except checks.BadValueError as problem:
         raise InputError(str(problem)) from None
     return Settings(**settings)

@@ -1,41 +1,41 @@
-"""How many images are computed at once."""
+"""Chooses how many images are computed at once."""
 
 from collections.abc import Callable
 
-# XLA's kernels for CPUs depend on the size of their arrays, down to the last bit. There, so many
-# pixels are computed at once whatever the batch size; larger images, alone, lose no speed by it.
+# The last bits of XLA's CPU kernels depend on the size of their arrays. So a CPU computes this many
+# pixels at once, whatever the batch size; larger images are computed singly, at no loss of speed.
 CPU_BATCH_PX = 8 * 64 * 64
 AUTO = "auto"
-MOST = 64  # images on an accelerator, which more do not keep any busier
-LEAST = 8  # a CPU's number for 64x64
-USED = 0.9  # of a device's memory; the rest is for prompts, and for what XLA does not count
+MOST = 64  # images on an accelerator; more would not keep it any busier
+LEAST = 8  # images of 64x64 on a CPU
+USED = 0.9  # of a device's memory; the rest is for prompts and what XLA does not count
 
 
 def full(size: int, batch_size: int | str) -> int:
-    """The images of a shard of about `size` that consists of full batches, "auto" of `LEAST`."""
+    """Rounds `size`, the images in a shard, down to full batches; "auto" counts as `LEAST`."""
     batch_size = LEAST if batch_size == AUTO else batch_size
     return max(1, size // batch_size) * batch_size
 
 
 def on_cpu(width: int, height: int) -> int:
-    """A CPU's own batch size for images of so many pixels."""
+    """Returns a CPU's batch size for images of this size."""
     return max(1, CPU_BATCH_PX // (width * height))
 
 
 def largest(
     memory: Callable[[int], int], limit: int, runs: Callable[[int], bool], most: int = MOST
 ) -> int:
-    """The largest batch size, a power of two, that fits a device.
+    """Returns the largest batch size, a power of two, that fits on a device.
 
     Args:
-      memory: a batch size to the bytes that its program takes. Asking compiles it, so it is asked
-        of 1, of 2, and of what they lead to expect.
-      limit: bytes of the device.
-      runs: whether a batch of a size really runs, the final judge.
-      most: no larger ones.
+      memory: maps a batch size to the bytes that its program takes. Each call compiles the program,
+        so it is called only for 1, 2 and the sizes extrapolated from them.
+      limit: the device's memory in bytes.
+      runs: checks whether a batch of this size really runs; its answer is final.
+      most: the largest batch size to try.
 
     Returns:
-      at least 1, which is not tried.
+      at least 1, which is returned without a try.
     """
     if most == 1:
         return 1

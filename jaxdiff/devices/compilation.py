@@ -1,4 +1,4 @@
-"""How programs are compiled: with which of XLA's options, ahead of their use, and kept on disk."""
+"""Compiles programs with the right XLA options, ahead of their use, and caches them on disk."""
 
 import contextlib
 import functools
@@ -17,12 +17,12 @@ import jax
 
 from jaxdiff.checkpoint.sources import cache_directory
 
-# XLA's own convolutions are up to three times as fast on CPUs as those of the library that it
-# takes by default; its reductions are slower. A full-size U-Net takes 0.7 of the time.
+# On CPUs, XLA's own convolutions are up to three times as fast as those of the library that it
+# uses by default, but its reductions are slower. A full-size U-Net takes 0.7 of the time.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-THREADS = 2  # that compile; more would keep weights from being read
-KEPT_BYTES = 2**33  # of compiled programs; the oldest go first
-# Programs that are compiled fast are kept, too: a process starts with dozens of them.
+THREADS = 2  # for compiling; more would delay the reading of weights
+KEPT_BYTES = 2**33  # of compiled programs; the oldest are deleted first
+# Programs that compile quickly are cached, too: a process starts with dozens of them.
 SMALL_TOO = (
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
@@ -33,15 +33,15 @@ _waited = 0.0
 
 
 def jit(function: Callable, **how) -> Callable:
-    """`jax.jit` with the options for this device."""
+    """Calls `jax.jit` with the compiler options for this device."""
     return jax.jit(function, compiler_options=_options(), **how)
 
 
 def ahead(function: Callable, *arguments, **static) -> "Future[jax.stages.Compiled]":
-    """Begins to compile a jitted function for arguments of which only the shapes are known.
+    """Starts to compile a jitted function for arguments of which only the shapes are known.
 
     Args:
-      function: what `jax.jit` gave.
+      function: the result of `jax.jit`.
       arguments: trees of arrays, or of `jax.ShapeDtypeStruct`s with their shardings.
       static: the static arguments.
     """
@@ -49,7 +49,7 @@ def ahead(function: Callable, *arguments, **static) -> "Future[jax.stages.Compil
 
 
 def wait(programs: "dict[Any, Future[jax.stages.Compiled]]", key) -> "jax.stages.Compiled":
-    """The program that `ahead` has begun. A failure is forgotten, so that it may be tried again."""
+    """Waits for a program that `ahead` started; drops it on failure, so that it can be retried."""
     global _waited
     began = time.monotonic()
     try:
@@ -62,22 +62,22 @@ def wait(programs: "dict[Any, Future[jax.stages.Compiled]]", key) -> "jax.stages
 
 
 def give_up() -> None:
-    """Begins nothing more of what waits to be compiled."""
+    """Cancels queued compilations."""
     _pool().shutdown(wait=False, cancel_futures=True)
     _pool.cache_clear()
 
 
 def seconds_waited() -> float:
-    """How long this process has waited for programs in all, beside what went on meanwhile."""
+    """Returns the total time for which this process has been blocked by compilation."""
     return _waited
 
 
 @functools.cache  # once in a process
 def keep_programs() -> None:
-    """Keeps what is compiled from now on in the user's cache directory, for later processes.
+    """Caches programs compiled from now on in the user's cache directory, for later processes.
 
-    JAX's own settings (JAX_COMPILATION_CACHE_DIR and so on) go first. A directory that cannot be
-    written, or that others can write to (they could run code here), is done without.
+    JAX's own settings (JAX_COMPILATION_CACHE_DIR and so on) take precedence. A directory that
+    cannot be written, or that others can write to (they could run code here), is not used.
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
@@ -91,8 +91,8 @@ def keep_programs() -> None:
         usable = False
     if not usable:
         log.warning(
-            "the user's cache directory is not ours alone to write: every process compiles anew; "
-            "XDG_CACHE_HOME names another"
+            "compiled programs are not cached: the user's cache directory is not writable, or is "
+            "writable by others; set XDG_CACHE_HOME to another directory"
         )
         return
     _forget_oldest(directory)
@@ -103,8 +103,11 @@ def keep_programs() -> None:
 
 
 def _forget_oldest(directory: Path) -> None:
-    """Makes room. JAX's own bound stops storing for good after a kill at the wrong moment."""
-    with contextlib.suppress(OSError):  # another process does the same
+    """Deletes the oldest programs to make room.
+
+    JAX's own limit is not used: after a kill at the wrong moment, it never stores anything again.
+    """
+    with contextlib.suppress(OSError):  # another process may do the same
         newest_first = sorted(directory.iterdir(), key=lambda path: -path.stat().st_mtime)
         sizes = itertools.accumulate(path.stat().st_size for path in newest_first)
         for path, size in zip(newest_first, sizes, strict=True):
@@ -113,7 +116,7 @@ def _forget_oldest(directory: Path) -> None:
 
 
 def _cpu() -> str:
-    """This kind of processor: what is compiled for one may crash another that shares the disk."""
+    """Identifies the kind of processor, since code compiled for one may crash on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -126,15 +129,15 @@ def _cpu() -> str:
 def _options() -> dict[str, str] | None:
     if jax.default_backend() != "cpu":
         return None
-    try:  # an experimental option: another version of XLA may not know it
+    try:  # the option is experimental: another version of XLA may lack it
         jax.jit(lambda x: x, compiler_options=CPU_OPTIONS).lower(0.0).compile()
     except jax.errors.JaxRuntimeError as problem:
-        log.warning("slower convolutions, since XLA has changed: %s", problem)
+        log.warning("convolutions are slower, because this XLA lacks an option: %s", problem)
         return None
     return CPU_OPTIONS
 
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    """The threads that compile; XLA leaves the interpreter to others meanwhile."""
+    """Returns the threads that compile; XLA releases the interpreter lock meanwhile."""
     return ThreadPoolExecutor(THREADS, "compiling")

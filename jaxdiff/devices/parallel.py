@@ -1,7 +1,7 @@
-"""The device mesh of one host, and which axis of which array lies along it.
+"""The device mesh of one host and the sharding of arrays over it.
 
 Batches are split over `data`. Parameters are split over `model` by the rules below, for networks
-that do not fit one device; pure data parallelism is faster wherever they do.
+that do not fit on one device; for those that do, pure data parallelism is faster.
 """
 
 import logging
@@ -19,34 +19,18 @@ AXES = ("data", "model")
 
 log = logging.getLogger(__name__)
 
-# The axis of a parameter that is split: a kernel's last is its outputs, the one before its inputs.
-COLUMNS, ROWS = -1, -2
-
-# The first rule whose pattern is found in a parameter's dotted path holds; the others are copied.
-# Megatron's layout (Shoeybi et al., 2019, arXiv:1909.08053), also inside residual blocks: columns,
-# then rows, so that what lies between stays split and only the rows' products are summed up.
-# GEGLU's value and gate are one kernel, so each device must fetch its half of the one or the other.
-PARAMETER_RULES = (
-    (r"\.(to_[qkv]|[qkv]_proj|fc1|net\.0\.proj|linear_1)\.kernel$", COLUMNS),
-    (r"\.(to_out\.0|out_proj|fc2|net\.2|linear_2)\.kernel$", ROWS),
-    (r"\.(conv1|time_emb_proj)\.kernel$", COLUMNS),
-    (r"\.(conv2|conv_shortcut)\.kernel$", ROWS),
-    (r"\.(\w+samplers\.\d+\.conv|proj_in|proj_out)\.kernel$|^text_projection\.kernel$", ROWS),
-    (r"_embedding\.embedding$", COLUMNS),
-)
-
 
 def make_mesh(spec: str | None = None) -> Mesh:
-    """The mesh that `spec` describes over this host's devices.
+    """Makes the mesh that `spec` describes over this host's devices.
 
-    Warns of virtual CPU devices that have no threads to spare: see `_without_spare_threads`.
+    Warns about virtual CPU devices without spare threads: see `_without_spare_threads`.
 
     Args:
-      spec: such as "data=4" or "data=4,model=2", of any sizes: the first so many devices are taken,
-        and the others stay idle. None takes every device for `data`.
+      spec: for example "data=4" or "data=4,model=2", with any sizes: the first devices are used,
+        and the others stay idle. None uses every device for `data`.
 
     Raises:
-      InputError: if the text cannot be read, or asks for more devices than there are.
+      InputError: if `spec` cannot be parsed, or asks for more devices than there are.
     """
     devices = jax.local_devices()
     sizes = {"data": len(devices), "model": 1} if spec is None else _sizes(spec)
@@ -57,7 +41,7 @@ def make_mesh(spec: str | None = None) -> Mesh:
     mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
     if _without_spare_threads(mesh):
         log.warning(
-            "%d virtual CPU devices with as few threads can make wrong images: set NPROC=%d",
+            "%d virtual CPU devices with so few threads can make wrong images: set NPROC=%d",
             mesh.size,
             2 * mesh.size,
         )
@@ -65,29 +49,29 @@ def make_mesh(spec: str | None = None) -> Mesh:
 
 
 def _without_spare_threads(mesh: Mesh) -> bool:
-    """Whether XLA may compute wrongly here: measured with jaxlib 0.10.2, on two cores.
+    """Checks whether XLA may compute wrong results here: measured with jaxlib 0.10.2, on two cores.
 
-    With two virtual devices and two threads the first of each device's images came out wrong, now
-    and then or always, in a program whose parts each gave the same every time; with four threads
-    or eight all were right. A single device is not concerned.
+    With two virtual devices and two threads, the first of each device's images came out wrong,
+    sometimes or always, in a program whose parts each gave the same result every time; with four
+    or eight threads all were right. A single device is not affected.
     """
     return not may_run_ahead(mesh) and _threads() <= mesh.size
 
 
 def may_run_ahead(mesh: Mesh) -> bool:
-    """Whether a program may be started before the last one has finished.
+    """Checks whether a program may be started before the previous one has finished.
 
-    XLA's virtual CPU devices share one pool of threads: with two programs under way, the
-    all-reduces of each can wait for threads that the other holds, for ever.
+    XLA's virtual CPU devices share one pool of threads: with two programs running, the all-reduces
+    of each can wait forever for threads that the other holds.
     """
     return mesh.size == 1 or mesh.devices.flat[0].platform != "cpu"
 
 
 def hardware(mesh: Mesh) -> str:
-    """What decides a program's last bits: the kind of device; of a CPU, XLA's threads too.
+    """Describes what determines a program's last bits: the kind of device, and a CPU's threads.
 
-    XLA parts sums among as many threads as there are cores (or virtual devices, if those are more)
-    unless NPROC says how many.
+    XLA splits sums among as many threads as there are cores (or virtual devices, if there are more
+    of those), unless NPROC sets the number.
     """
     first = mesh.devices.flat[0]
     if first.platform != "cpu":
@@ -96,8 +80,8 @@ def hardware(mesh: Mesh) -> str:
 
 
 def _threads() -> int:
-    """How many threads XLA computes with on CPUs."""
-    affinity = getattr(os, "sched_getaffinity", None)  # of Linux
+    """Returns how many threads XLA computes with on CPUs."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count()
     said = (os.environ.get(name, "") for name in ("PJRT_NPROC", "NPROC"))
     threads = next((int(text) for text in said if re.fullmatch(r"[1-9][0-9]{0,5}", text)), cores)
@@ -115,44 +99,50 @@ def _sizes(spec: str) -> dict[str, int]:
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Splits an array's axis, the first unless `axis` names another, over `data`."""
+    """Returns the sharding that splits one axis of an array over `data`."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def over_data(function: Callable, mesh: Mesh, axes: Sequence[int | None]) -> Callable:
-    """The function that lets each device of `data` call `function` on its own part of a batch.
+    """Wraps `function` so that each device of `data` calls it on its own part of a batch.
 
-    What one device computes of its part is what a lone device would, and nothing is exchanged over
-    `data`, by construction; over `model` XLA splits and exchanges as ever.
+    By construction, a device computes for its part what a lone device would, and nothing is
+    exchanged over `data`; over `model`, XLA splits and exchanges as usual.
 
     Args:
-      function: of trees of arrays, to trees of arrays [part, ...].
-      axes: for each argument, which axis of its arrays is the batch; None gives it whole to all. If
-        all are None, each device of `data` computes the same, and the result is not split either.
+      function: maps trees of arrays to trees of arrays [part, ...].
+      axes: for each argument, the batch axis of its arrays; None gives every device the whole
+        argument. If all are None, each device of `data` computes the same, and the result is not
+        split either.
     """
 
     def spec(axis: int | None) -> PartitionSpec:
         return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "data")
 
+    def is_none(axis) -> bool:
+        return axis is None
+
+    specs = jax.tree.map(spec, tuple(axes), is_leaf=is_none)
+    is_split = any(axis is not None for axis in jax.tree.leaves(tuple(axes), is_leaf=is_none))
     return jax.shard_map(
         function,
         mesh=mesh,
-        in_specs=tuple(map(spec, axes)),
-        out_specs=PartitionSpec() if set(axes) == {None} else PartitionSpec("data"),
+        in_specs=specs,
+        out_specs=PartitionSpec("data") if is_split else PartitionSpec(),
         axis_names={"data"},
         check_vma=False,
     )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Returns the sharding that copies an array to every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def fully_sharded(mesh: Mesh, shapes: dict) -> dict:
-    """Shardings that split each array over `data` too, as training does with what it keeps.
+    """Returns shardings that split each array over `data`, as training does with its state.
 
-    Of each array the largest axis that the devices divide is split; an array without one is copied.
+    The largest axis that the number of devices divides is split; an array without one is copied.
     XLA gathers a layer's weights where it needs them (FSDP; Rajbhandari et al., 2020,
     arXiv:1910.02054).
 
@@ -170,20 +160,22 @@ def fully_sharded(mesh: Mesh, shapes: dict) -> dict:
     return jax.tree.map(sharding, shapes)
 
 
-def parameter_shardings(mesh: Mesh, shapes: dict) -> dict:
-    """The sharding of each parameter, by `PARAMETER_RULES`.
+def parameter_shardings(mesh: Mesh, shapes: dict, rules: Sequence[tuple[str, int]]) -> dict:
+    """Returns the sharding of each parameter.
 
     Args:
       shapes: nested dict of anything with a `.shape`.
+      rules: pairs of a pattern and the axis that is split; the first whose pattern is found in a
+        parameter's dotted path applies, and parameters without a rule are copied.
 
     Raises:
-      InputError: if `model` divides no parameter that it should, so that nothing would be split.
+      InputError: if nothing would be split, because `model` divides none of the axes.
     """
     parts = mesh.shape["model"]
 
     def sharding(path, leaf) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        axes = (axis for pattern, axis in PARAMETER_RULES if re.search(pattern, name))
+        axes = (axis for pattern, axis in rules if re.search(pattern, name))
         axis = next(axes, None)
         if axis is None or leaf.shape[axis] % parts:
             return replicated(mesh)
@@ -193,6 +185,6 @@ def parameter_shardings(mesh: Mesh, shapes: dict) -> dict:
     shardings = jax.tree_util.tree_map_with_path(sharding, shapes)
     if all(found.is_fully_replicated for found in jax.tree.leaves(shardings)) and parts > 1:
         raise InputError(
-            f"--mesh model={parts}: divides none of this model's widths; take a power of 2"
+            f"--mesh model={parts}: divides none of this model's widths; use a power of 2"
         )
     return shardings

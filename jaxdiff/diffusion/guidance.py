@@ -1,7 +1,7 @@
 """Classifier-free guidance (Ho and Salimans, 2022, arXiv:2207.12598).
 
-Both predictions come from one evaluation of the network on a batch in which each image stands
-twice, side by side: so an image's pair stays on one device when the batch is split over several.
+Both predictions come from one evaluation of the network on a batch that holds each image twice,
+side by side, so that an image's pair stays on one device when the batch is split over several.
 """
 
 import jax.numpy as jnp
@@ -9,20 +9,20 @@ from jax import Array
 
 
 def paired(unconditional: Array, conditional: Array) -> Array:
-    """[batch, ...] twice to [2 batch, ...]: u0, c0, u1, c1, ..."""
+    """Interleaves two arrays [batch, ...] to [2 batch, ...]: u0, c0, u1, c1, ..."""
     pairs = jnp.stack([unconditional, conditional], axis=1)
     return pairs.reshape(-1, *unconditional.shape[1:])
 
 
 def guide(output: Array, scale: Array, rescale: Array | float | None = None) -> Array:
-    """Mixes the pairs of predictions.
+    """Combines each pair of predictions into the guided one.
 
     Args:
       output: [2 batch, ...], in the order of `paired`.
-      scale: [batch]; 1 gives the conditional prediction, more goes beyond it.
+      scale: [batch]; 1 gives the conditional prediction, larger values go beyond it.
       rescale: [batch] or a number, phi of Lin et al., 2024, arXiv:2305.08891, section 3.4:
-        how far each image's deviation is brought back to the conditional prediction's, against
-        overexposure; None or 0.0 leaves it.
+        how far each image's standard deviation is brought back to the conditional prediction's, to
+        prevent overexposure; None or 0.0 leaves it unchanged.
 
     Returns:
       [batch, ...]: unconditional + scale (conditional - unconditional), rescaled.

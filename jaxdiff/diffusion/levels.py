@@ -1,10 +1,10 @@
-"""Where on its schedule a sampler stops: the timesteps and the signal and noise at each of them."""
+"""The timesteps at which a sampler evaluates the network, with their signal and noise levels."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from jaxdiff.diffusion.schedule import NEARLY_ZERO_SNR, ONE_MORE_TIMESTEP, NoiseSchedule
+from jaxdiff.diffusion.schedule import NEARLY_ZERO_SNR, NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -12,9 +12,9 @@ class Levels:
     """The noise levels of a sampler's steps, from the noisiest down.
 
     Attributes:
-      timesteps: what the network is told, float64 [steps].
-      alpha, sigma: signal and noise there and at the end, float64 [steps + 1].
-      initial_scale: what standard normal noise is multiplied by to begin.
+      timesteps: the network's inputs, float64 [steps].
+      alpha, sigma: signal and noise at each timestep and at the end, float64 [steps + 1].
+      initial_scale: the factor that turns standard normal noise into the starting point.
     """
 
     timesteps: np.ndarray
@@ -24,16 +24,19 @@ class Levels:
 
     @property
     def ratio(self) -> np.ndarray:
-        """Noise per signal, which Karras et al. and diffusers call sigma; [steps + 1]."""
+        """The noise-to-signal ratio, which Karras et al. and diffusers call sigma; [steps + 1]."""
         return self.sigma / self.alpha
 
 
-def spaced(schedule: NoiseSchedule, steps: int, sampler: str) -> np.ndarray:
-    """Lin et al., 2024, arXiv:2305.08891, table 2: float64 [steps], descending.
+def spaced(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    """Spaces timesteps as in Lin et al., 2024, arXiv:2305.08891, table 2.
 
-    "linspace" may fall between the training timesteps; the others give whole ones.
+    "linspace" may give values between the training timesteps; the others give whole ones.
+
+    Returns:
+      float64 [steps], descending.
     """
-    train_steps, points = schedule.num_train_timesteps, steps + (sampler in ONE_MORE_TIMESTEP)
+    train_steps, points = schedule.num_train_timesteps, steps + schedule.one_more_timestep
     if schedule.timestep_spacing == "linspace":
         return np.linspace(0, train_steps - 1, points)[::-1][:steps]
     if schedule.timestep_spacing == "leading":
@@ -42,18 +45,18 @@ def spaced(schedule: NoiseSchedule, steps: int, sampler: str) -> np.ndarray:
     return np.arange(train_steps, 0, -train_steps / steps).round()[:steps] - 1.0
 
 
-def trained(schedule: NoiseSchedule, steps: int, sampler: str) -> np.ndarray:
-    """The same, rounded to timesteps of the training: int64 [steps]."""
-    return spaced(schedule, steps, sampler).round().astype(np.int64)
+def trained(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    """Returns the timesteps of `spaced`, rounded to training timesteps: int64 [steps]."""
+    return spaced(schedule, steps).round().astype(np.int64)
 
 
-def continuous(schedule: NoiseSchedule, steps: int, sampler: str) -> Levels:
-    """Levels in terms of noise per signal: Karras et al., 2022, arXiv:2206.00364, section 3."""
-    if schedule.prediction_type == "flow":
+def continuous(schedule: NoiseSchedule, steps: int, *, ends_at_last: bool = False) -> Levels:
+    """Returns levels by noise-to-signal ratio: Karras et al., 2022, arXiv:2206.00364, section 3."""
+    if schedule.is_flow:
         return _flow(schedule, steps)
     table = _ratios(schedule)
-    timesteps = spaced(schedule, steps, sampler)
-    multistep = sampler in ONE_MORE_TIMESTEP
+    timesteps = spaced(schedule, steps)
+    multistep = schedule.one_more_timestep
     if multistep:
         timesteps = timesteps.round()
     places = np.arange(len(table))
@@ -65,7 +68,7 @@ def continuous(schedule: NoiseSchedule, steps: int, sampler: str) -> Levels:
         timesteps = np.interp(np.log(ratios), np.log(table), places)
         if multistep:
             timesteps = _whole(timesteps, to_nearest=schedule.use_karras_sigmas)
-        least = ratios[-1] if sampler == "unipc" else least
+        least = ratios[-1] if ends_at_last else least
     ratios = np.append(ratios, 0.0 if schedule.final_sigmas_type == "zero" else least)
     alpha = 1.0 / np.sqrt(1.0 + ratios**2)
     sigma = ratios * alpha
@@ -75,15 +78,15 @@ def continuous(schedule: NoiseSchedule, steps: int, sampler: str) -> Levels:
 
 
 def _whole(timesteps: np.ndarray, *, to_nearest: bool) -> np.ndarray:
-    """Timesteps as diffusers' multistep solvers tell them to the network."""
+    """Makes timesteps whole, as diffusers' multistep solvers do for the network."""
     if to_nearest:
         return timesteps.round()
-    # In float32, as there, the topmost comes out a little below 999 with Stable Diffusion's betas.
+    # In diffusers' float32, the topmost is slightly below 999 with Stable Diffusion's betas.
     return np.floor(np.maximum(timesteps - 1e-4, 0.0))
 
 
 def _ratios(schedule: NoiseSchedule) -> np.ndarray:
-    """Noise per signal at each training timestep, ascending, finite."""
+    """Returns the noise-to-signal ratio at each training timestep, ascending and finite."""
     alpha_bars = schedule.alpha_bars()
     if schedule.rescale_betas_zero_snr:
         alpha_bars[-1] = NEARLY_ZERO_SNR
@@ -91,10 +94,11 @@ def _ratios(schedule: NoiseSchedule) -> np.ndarray:
 
 
 def _flow(schedule: NoiseSchedule, steps: int) -> Levels:
-    """Flow matching, alpha = 1 - sigma: Lipman et al., 2023, arXiv:2210.02747, equation 20.
+    """Returns levels of flow matching, where alpha = 1 - sigma.
 
-    The shift (Esser et al., 2024, arXiv:2403.03206, equation 23) is applied to the least sigma and
-    then to all, as diffusers does.
+    See Lipman et al., 2023, arXiv:2210.02747, equation 20. The shift (Esser et al., 2024,
+    arXiv:2403.03206, equation 23) is applied to the smallest sigma and then to all of them, as
+    diffusers does.
     """
     train_steps = schedule.num_train_timesteps
 
@@ -113,7 +117,7 @@ def _is_respaced(schedule: NoiseSchedule) -> bool:
 
 
 def _respaced(schedule: NoiseSchedule, steps: int, high: float, low: float) -> np.ndarray:
-    """Noise levels between two, float64 [steps], descending."""
+    """Returns noise levels between two bounds, float64 [steps], descending."""
     high, low = schedule.sigma_max or high, schedule.sigma_min or low
     ramp = np.linspace(0.0, 1.0, steps)
     if schedule.use_karras_sigmas:  # Karras et al., 2022, arXiv:2206.00364, equation 5
@@ -121,6 +125,6 @@ def _respaced(schedule: NoiseSchedule, steps: int, high: float, low: float) -> n
     if schedule.use_exponential_sigmas:
         return np.exp(np.linspace(np.log(high), np.log(low), steps))
     # Lee et al., 2024, arXiv:2407.12173
-    import scipy.special  # takes 0.1 s, which every start would pay
+    import scipy.special  # takes 0.1 s, which would slow down every start
 
     return low + (high - low) * scipy.special.betaincinv(0.6, 0.6, 1.0 - ramp)

@@ -1,4 +1,4 @@
-"""The noise of each image, from its own seed: never from its place in a batch."""
+"""Draws each image's noise from its own seed, whatever its place in a batch."""
 
 from functools import partial
 
@@ -19,15 +19,16 @@ def draw(
     Args:
       seeds: uint32 [batch].
       shape: (height, width, channels) of one image's latents.
-      kind: "jax" draws on the device; "torch" gives what `torch.randn` of a latent tensor
-        (channels, height, width) gives from `torch.Generator("cpu").manual_seed(seed)`, called
-        once for the start and then for each row of a stochastic sampler, as diffusers' pipelines do
-        with a generator for each image.
-      draws: how often a stochastic sampler draws fresh noise.
+      kind: "jax" draws on the device; "torch" reproduces `torch.randn` of a latent tensor
+        (channels, height, width) with `torch.Generator("cpu").manual_seed(seed)`, called once for
+        the start and once for each row of a stochastic sampler, as diffusers' pipelines do with a
+        generator for each image.
+      draws: how many times a stochastic sampler draws fresh noise.
 
     Returns:
-      the starting noise, float32 [batch, height, width, channels], whatever `draws` is; and the
-      fresh noise, float32 [draws, batch, height, width, channels], None where there are no draws.
+      the starting noise, float32 [batch, height, width, channels], which does not depend on
+      `draws`; and the fresh noise, float32 [draws, batch, height, width, channels], or None if
+      `draws` is 0.
     """
     if kind == "jax":
         return _jax_normal(seeds, shape, draws)
@@ -42,7 +43,7 @@ def draw(
 def _jax_normal(
     seeds: Array, shape: tuple[int, int, int], draws: int
 ) -> tuple[Array, Array | None]:
-    # Named, because JAX's default generator may change and a seed's image must not.
+    # Named explicitly: JAX's default generator may change, but a seed's image must not.
     keys = jax.vmap(partial(jax.random.key, impl="threefry2x32"))(seeds)
 
     for_draw = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
@@ -53,23 +54,23 @@ def _jax_normal(
 
 
 def torch_normal(seed: int, size: int, draws: int = 1) -> np.ndarray:
-    """What `draws` calls of `torch.randn(size)` give on the CPU after `manual_seed(seed)`.
+    """Reproduces `draws` calls of `torch.randn(size)` on the CPU after `manual_seed(seed)`.
 
-    Within 5e-7. PyTorch takes 24 bits of each Mersenne Twister word as a uniform number and turns
-    blocks of 16 into normal ones by the Box-Muller transform; a last incomplete block is drawn
-    anew, over the last 16 places.
+    The result is accurate to 5e-7. PyTorch takes 24 bits of each Mersenne Twister word as a uniform
+    number and turns blocks of 16 into normal ones by the Box-Muller transform; if the last block is
+    incomplete, the last 16 values are drawn again.
 
     Args:
       seed: 0 to 2**32 - 1.
-      size: at least 16; below that PyTorch draws in another way.
+      size: at least 16; PyTorch draws smaller sizes differently.
       draws: at least 1.
 
     Returns:
       float32 [draws, size].
     """
     if size < TORCH_BLOCK:
-        raise ValueError(f"size = {size}: PyTorch's noise is reproduced from {TORCH_BLOCK} on")
-    generator = np.random.RandomState(seed)  # the same seeding of MT19937 as PyTorch's
+        raise ValueError(f"size = {size}: PyTorch's noise needs a size of at least {TORCH_BLOCK}")
+    generator = np.random.RandomState(seed)  # seeds MT19937 as PyTorch does
     return np.stack([_torch_randn(generator, size) for _ in range(draws)])
 
 
@@ -88,7 +89,7 @@ def _uniform(generator: np.random.RandomState, size: int) -> np.ndarray:
 
 
 def _box_muller(uniform: np.ndarray) -> np.ndarray:
-    """Box and Muller, 1958: in each block of 16, eight cosines and then eight sines."""
+    """Applies Box and Muller, 1958: each block of 16 becomes eight cosines, then eight sines."""
     first, second = uniform.reshape(-1, 2, TORCH_BLOCK // 2).transpose(1, 0, 2)
     radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - first))
     angle = np.float32(2.0 * np.pi) * second

@@ -1,4 +1,4 @@
-"""What the network predicts, and how x_0 is got back from it: the one place that knows.
+"""What the network predicts and how x_0 is recovered from it; only this module knows.
 
 The prediction types are "epsilon" (Ho et al., 2020, arXiv:2006.11239), "v_prediction" (Salimans and
 Ho, 2022, arXiv:2202.00512, appendix D), "sample", which is x_0 itself, and "flow" (Lipman et al.,
@@ -10,12 +10,12 @@ from jax import Array
 
 
 def noisy(x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
-    """The forward process, x_t = alpha x_0 + sigma eps (Ho et al., 2020, equation 4)."""
+    """Applies the forward process, x_t = alpha x_0 + sigma eps (Ho et al., 2020, equation 4)."""
     return alpha * x0 + sigma * noise
 
 
 def target(x0: Array, noise: Array, alpha: Array, sigma: Array, prediction_type: str) -> Array:
-    """What the network is trained to predict from `noisy(...)`."""
+    """Returns what the network is trained to predict from `noisy(...)`."""
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "sample":
@@ -26,7 +26,7 @@ def target(x0: Array, noise: Array, alpha: Array, sigma: Array, prediction_type:
 
 
 def to_x0(output: Array, x: Array, alpha: Array, sigma: Array, prediction_type: str) -> Array:
-    """The estimate of x_0 that the network's output means, given its input `x`."""
+    """Converts the network's output for the input `x` to an estimate of x_0."""
     if prediction_type == "epsilon":
         return (x - sigma * output) / alpha
     if prediction_type == "sample":
@@ -37,10 +37,10 @@ def to_x0(output: Array, x: Array, alpha: Array, sigma: Array, prediction_type: 
 
 
 def min_snr_weight(alpha: Array, sigma: Array, prediction_type: str, gamma: float) -> Array:
-    """What an output's squared error counts.
+    """Returns the min-SNR weight of an output's squared error.
 
-    Such that that of x_0 counts min(alpha^2 / sigma^2, gamma): Hang et al., 2023, arXiv:2303.09556,
-    section 3.4.
+    With it, the squared error of x_0 has the weight min(alpha^2 / sigma^2, gamma): Hang et al.,
+    2023, arXiv:2303.09556, section 3.4.
     """
     snr = (alpha / sigma) ** 2
     if prediction_type == "epsilon":

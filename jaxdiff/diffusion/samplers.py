@@ -1,4 +1,4 @@
-"""Samplers as tables of coefficients, which `sampling.sample` runs. Imports no JAX.
+"""Samplers, a row each: a table of coefficients, which `sampling.sample` runs. Imports no JAX.
 
 Every sampler here is linear in its state x, in the denoiser's estimates D of x_0 and in noise z. It
 remembers h = p x + q D of its last evaluations and steps by
@@ -9,28 +9,207 @@ so it is a function from the noise schedule and the number of steps to a table. 
 back to an earlier x, that x is itself a combination of the present one and of what is remembered.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from jaxdiff.diffusion import solvers
-from jaxdiff.diffusion.schedule import WHERE, NoiseSchedule
+from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.diffusion.solvers import SamplerTable
 from jaxdiff.errors import InputError
 
-SAMPLERS: dict[str, Callable[..., SamplerTable]] = {
-    "ddim": solvers.ddim,
-    "ddpm": solvers.ddpm,
-    "pndm": solvers.pndm,
-    "euler": solvers.euler,
-    "euler_ancestral": solvers.euler_ancestral,
-    "heun": solvers.heun,
-    "dpmpp_2m": solvers.dpmpp_2m,
-    "dpmpp_2m_sde": solvers.dpmpp_2m_sde,
-    "unipc": solvers.unipc,
-    "lcm": solvers.lcm,
+WHERE = "scheduler/scheduler_config.json"
+FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """All that is known of a sampler.
+
+    Attributes:
+      solver: the function from the schedule and the steps to its table.
+      scheduler: its class in diffusers.
+      config: the keys of `scheduler_config.json` that this class knows, with its defaults.
+      built: the values that are built, of keys for which it has others than most.
+      title: its name in AUTOMATIC1111's web UI.
+      multistep: whether it uses the estimates of earlier steps.
+      one_more_timestep: as in `NoiseSchedule`.
+    """
+
+    solver: Callable[..., SamplerTable]
+    scheduler: str
+    config: Mapping[str, object]
+    title: str
+    built: Mapping[str, tuple] = field(default_factory=dict)
+    multistep: bool = False
+    one_more_timestep: bool = False
+
+
+_BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "steps_offset": 0,
 }
-MULTISTEP = ("pndm", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+_LEADING = {**_BETAS, "timestep_spacing": "leading"}
+_LINSPACE = {**_BETAS, "timestep_spacing": "linspace"}
+_ZERO_SNR = {"rescale_betas_zero_snr": False}
+_CLIPPED = {"clip_sample": True, "thresholding": False}
+SIGMAS = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "sigma_min": None,
+    "sigma_max": None,
+}
+_MULTISTEP = {
+    **_LINSPACE,
+    **_ZERO_SNR,
+    **SIGMAS,
+    "final_sigmas_type": "zero",
+    "lower_order_final": True,
+    "solver_order": 2,
+    "thresholding": False,
+    "use_dynamic_shifting": False,
+    "use_flow_sigmas": False,
+}
+_DPM_SOLVER = {
+    **_MULTISTEP,
+    "algorithm_type": "dpmsolver++",
+    "euler_at_final": False,
+    "lambda_min_clipped": -math.inf,
+    "solver_type": "midpoint",
+    "use_lu_lambdas": False,
+    "variance_type": None,
+}
+SOLVER_TYPES = ("midpoint", "bh1", "bh2", "logrho")  # diffusers' classes take each other's
+SAMPLERS = {
+    "ddim": Sampler(
+        solver=solvers.ddim,
+        scheduler="DDIMScheduler",
+        config={**_LEADING, **_ZERO_SNR, **_CLIPPED, "set_alpha_to_one": True},
+        title="DDIM",
+    ),
+    "ddpm": Sampler(
+        solver=solvers.ddpm,
+        scheduler="DDPMScheduler",
+        config={**_LEADING, **_ZERO_SNR, **_CLIPPED, "variance_type": "fixed_small"},
+        # None is what files of DPM-Solver carry; diffusers then takes the usual one.
+        built={"variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large")},
+        title="DDPM",
+    ),
+    "pndm": Sampler(
+        solver=solvers.pndm,
+        scheduler="PNDMScheduler",
+        # The class's own default of skip_prk_steps is false; only a file that has it is rejected.
+        config={**_LEADING, "set_alpha_to_one": False, "skip_prk_steps": True},
+        built={"prediction_type": ("epsilon", "v_prediction")},
+        title="PLMS",
+        multistep=True,
+    ),
+    "euler": Sampler(
+        solver=solvers.euler,
+        scheduler="EulerDiscreteScheduler",
+        config={
+            **_LINSPACE,
+            **_ZERO_SNR,
+            **SIGMAS,
+            "final_sigmas_type": "zero",
+            "interpolation_type": "linear",
+            "timestep_type": "discrete",
+        },
+        title="Euler",
+    ),
+    "euler_ancestral": Sampler(
+        solver=solvers.euler_ancestral,
+        scheduler="EulerAncestralDiscreteScheduler",
+        config={**_LINSPACE, **_ZERO_SNR},
+        title="Euler a",
+    ),
+    "heun": Sampler(
+        solver=solvers.heun,
+        scheduler="HeunDiscreteScheduler",
+        config={
+            **_LINSPACE,
+            **SIGMAS,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "clip_sample": False,
+        },
+        title="Heun",
+    ),
+    "dpmpp_2m": Sampler(
+        solver=solvers.dpmpp_2m,
+        scheduler="DPMSolverMultistepScheduler",
+        config=_DPM_SOLVER,
+        title="DPM++ 2M",
+        multistep=True,
+        one_more_timestep=True,
+    ),
+    "dpmpp_2m_sde": Sampler(
+        solver=solvers.dpmpp_2m_sde,
+        scheduler="DPMSolverMultistepScheduler",
+        config=_DPM_SOLVER,
+        title="DPM++ 2M SDE",
+        multistep=True,
+        one_more_timestep=True,
+    ),
+    "unipc": Sampler(
+        solver=solvers.unipc,
+        scheduler="UniPCMultistepScheduler",
+        config={
+            **_MULTISTEP,
+            "disable_corrector": [],
+            "predict_x0": True,
+            "shift_terminal": None,
+            "solver_p": None,
+            "solver_type": "bh2",
+        },
+        built={"solver_order": (1, 2, 3), "solver_type": (*SOLVER_TYPES, "heun")},
+        title="UniPC",
+        multistep=True,
+        one_more_timestep=True,
+    ),
+    "lcm": Sampler(
+        solver=solvers.lcm,
+        scheduler="LCMScheduler",
+        config={
+            **_LEADING,
+            **_ZERO_SNR,
+            **_CLIPPED,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "original_inference_steps": 50,
+            "set_alpha_to_one": True,
+            "timestep_scaling": 10.0,
+        },
+        title="LCM",
+    ),
+}
+# The sampler of each scheduler class of diffusers; several samplers may share a class.
+OF_SCHEDULER = {row.scheduler: name for name, row in reversed(SAMPLERS.items())}
+OF_SCHEDULER[FLOW_CLASS] = "euler"
+
+
+def of_config(config: dict) -> str | None:
+    """The sampler that a `scheduler_config.json` names; None if it is not built."""
+    scheduler = config.get("_class_name")
+    sampler = OF_SCHEDULER.get(scheduler) if isinstance(scheduler, str) else None
+    if sampler == "dpmpp_2m" and config.get("algorithm_type") == "sde-dpmsolver++":
+        return "dpmpp_2m_sde"
+    return sampler
+
+
+def max_steps(name: str, schedule: NoiseSchedule) -> int:
+    """The most steps that a sampler can take with a schedule."""
+    return schedule.original_inference_steps if name == "lcm" else schedule.max_steps()
 
 
 def sampler_table(
@@ -50,15 +229,15 @@ def sampler_table(
       InputError: if the schedule has too few timesteps for `steps`, or the steps are not finite, as
         where the network's output says nothing about x_0.
     """
-    most = schedule.max_steps(name)
+    most = max_steps(name, schedule)
     if not 1 <= steps <= most:
         raise InputError(f"steps = {steps} must be 1 to {most} for {name} with this scheduler")
-    options = {"begin": begin} if name in MULTISTEP else {}
+    options = {"begin": begin} if SAMPLERS[name].multistep else {}
     if name == "ddim":
         options = {"eta": eta}
     try:
         with np.errstate(divide="ignore", invalid="ignore"):
-            table = SAMPLERS[name](schedule, steps, **options)
+            table = SAMPLERS[name].solver(schedule, steps, **options)
         finite = all(np.isfinite(column).all() for column in table.columns().values())
     except np.linalg.LinAlgError:
         finite = False

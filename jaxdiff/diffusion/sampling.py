@@ -1,4 +1,4 @@
-"""The scan that walks from noise to x_0 along a sampler's table."""
+"""The scan from noise to x_0 along a sampler's table."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,8 +11,8 @@ from jax import Array
 
 from jaxdiff.diffusion.solvers import REMEMBERED
 
-# (x, timestep, alpha, sigma, kept) to the estimate of x_0, in x's shape, and to what this
-# evaluation keeps for cheaper ones that follow. Kept is None where it is to be evaluated whole.
+# Maps (x, timestep, alpha, sigma, kept) to the estimate of x_0, in x's shape, and to what this
+# evaluation keeps for cheaper ones after it. If `kept` is None, the evaluation is a full one.
 Denoiser = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
 
 
@@ -28,28 +28,29 @@ def sample(
     """Runs a sampler from noise to x_0.
 
     Args:
-      denoisers: how many rows of the table each takes, in turn and together all. What the sampler
-        remembers goes on from one to the next; what a denoiser keeps does not.
+      denoisers: each with the number of table rows that it takes, in order; the numbers add up to
+        all rows. The sampler's history passes from one denoiser to the next; what a denoiser keeps
+        does not.
       noise: [batch, ...], standard normal.
       initial_scale, columns: of a `SamplerTable`.
-      fresh_noise: [draws, batch, ...], standard normal, of a table with as many `draws` or fewer;
-        None where it has none.
-      whole_every: of so many rows a denoiser's first is evaluated whole, and the others with what
-        that evaluation kept; 1 evaluates all of them whole.
+      fresh_noise: [draws, batch, ...], standard normal, for a table with at most as many `draws`;
+        None if it has none.
+      whole_every: the size of a group of rows, of which a denoiser evaluates the first in full and
+        the others with what that evaluation kept; 1 evaluates every row in full.
 
     Returns:
       x_0, in the shape and dtype of `noise`.
     """
     rows = len(columns["timesteps"])
     if sum(taken for taken, _ in denoisers) != rows:
-        raise ValueError(f"the denoisers must take {rows} rows together")
+        raise ValueError(f"the denoisers' rows must add up to {rows}")
 
     def step(denoise, state, row, kept=None):
         x, remembered = state
         estimate, kept = denoise(x, row["timesteps"], row["alpha"], row["sigma"], kept)
         remembered = (row["p"] * x + row["q"] * estimate, *remembered[:-1])
         x = row["a"] * x + sum(b * h for b, h in zip(row["b"], remembered, strict=True))
-        if fresh_noise is not None:  # past its end s is 0, and the last one is read again
+        if fresh_noise is not None:  # past its end, s is 0 and the last draw is read again
             fresh = jax.lax.dynamic_index_in_dim(fresh_noise, row["index"], keepdims=False)
             x = x + row["s"] * fresh
         return (x, remembered), kept
@@ -64,7 +65,7 @@ def sample(
 
 
 def _walk(step: Callable, state, rows: dict[str, Array], whole_every: int):
-    """Takes the rows in groups of `whole_every`, the last of which may be shorter."""
+    """Runs the rows in groups of `whole_every`; the last group may be shorter."""
     if whole_every == 1:
         return jax.lax.scan(lambda state, row: (step(state, row)[0], None), state, rows)[0]
 

@@ -77,7 +77,7 @@ def _from_levels(at: Levels, a, b, *, s=0.0) -> SamplerTable:
 
 def ddim(schedule: NoiseSchedule, steps: int, *, eta: float = 0.0) -> SamplerTable:
     """Song et al., 2021, arXiv:2010.02502, equations 12 and 16."""
-    timesteps, bars = levels.trained(schedule, steps, "ddim"), schedule.alpha_bars()
+    timesteps, bars = levels.trained(schedule, steps), schedule.alpha_bars()
     previous = timesteps - schedule.num_train_timesteps // steps  # also where that is uneven
     bar, next_bar = bars[timesteps], _or_final(schedule, bars, previous)
     alpha, sigma, next_alpha = np.sqrt(bar), np.sqrt(1.0 - bar), np.sqrt(next_bar)
@@ -91,7 +91,7 @@ def ddpm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
 
     The variance is that of equation 7 or, "fixed_large", the step's beta.
     """
-    timesteps = levels.trained(schedule, steps, "ddpm")
+    timesteps = levels.trained(schedule, steps)
     bar = schedule.alpha_bars()[timesteps]
     next_bar = np.append(bar[1:], 1.0)
     beta, share = 1.0 - bar / next_bar, (1.0 - next_bar) / (1.0 - bar)
@@ -132,7 +132,7 @@ def lcm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
 
 def euler(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     """Karras et al., 2022, arXiv:2206.00364, algorithm 1 without line 8; of flow matching too."""
-    at = levels.continuous(schedule, steps, "euler")
+    at = levels.continuous(schedule, steps)
     a = at.sigma[1:] / at.sigma[:-1]
     return _from_levels(at, a, at.alpha[1:] - at.alpha[:-1] * a)
 
@@ -143,7 +143,7 @@ def euler_ancestral(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     Euler's method goes down so far that the fresh noise, as much as DDPM would draw, makes up for
     it.
     """
-    at = levels.continuous(schedule, steps, "euler_ancestral")
+    at = levels.continuous(schedule, steps)
     now, after = at.ratio[:-1], at.ratio[1:]
     fresh = after * np.sqrt(1.0 - (after / now) ** 2)
     down = np.sqrt(after**2 - fresh**2) / now
@@ -163,7 +163,7 @@ def heun(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     correction of the algorithm's line 8 comes to x' + alpha' (1 - r / r') (D - D') / 2.
     """
     predictor = euler(schedule, steps)
-    at = levels.continuous(schedule, steps, "heun")
+    at = levels.continuous(schedule, steps)
     rows = 2 * steps - 1
     place = (np.arange(rows) + 1) // 2  # each level but the first is evaluated twice
     a, b = np.ones(rows), np.zeros((rows, 2))
@@ -185,7 +185,7 @@ def pndm(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTable
     there is a row more than steps. What is combined is the network's own output, epsilon or v.
     """
     stride, bars = schedule.num_train_timesteps // steps, schedule.alpha_bars()
-    timesteps = levels.trained(schedule, steps, "pndm")
+    timesteps = levels.trained(schedule, steps)
     timesteps = np.insert(timesteps, 1, timesteps[1:2])
     alpha, sigma = np.sqrt(bars[timesteps]), np.sqrt(1.0 - bars[timesteps])
     again = np.arange(len(timesteps)) == begin + 1
@@ -233,7 +233,7 @@ def _adams_bashforth(evaluation: int) -> np.ndarray:
 
 def dpmpp_2m(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTable:
     """DPM-Solver++(2M): Lu et al., 2022, arXiv:2211.01095, algorithm 2."""
-    at = levels.continuous(schedule, steps, "dpmpp_2m")
+    at = levels.continuous(schedule, steps)
     ratio = _extrapolation(schedule, at, begin)
     gain = at.alpha[1:] * (1.0 - at.ratio[1:] / at.ratio[:-1])
     b = np.stack([gain * (1.0 + ratio), -gain * ratio], axis=1)
@@ -242,7 +242,7 @@ def dpmpp_2m(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerT
 
 def dpmpp_2m_sde(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTable:
     """SDE-DPM-Solver++(2M): Lu et al., 2022, arXiv:2211.01095, section 5."""
-    at = levels.continuous(schedule, steps, "dpmpp_2m_sde")
+    at = levels.continuous(schedule, steps)
     ratio = _extrapolation(schedule, at, begin)
     decay = at.ratio[1:] / at.ratio[:-1]  # e^-h
     gain = at.alpha[1:] * (1.0 - decay**2)
@@ -279,7 +279,7 @@ def unipc(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTabl
     x is the prediction. Its correction only adds a combination of estimates to it, the one at x
     among them, so it is made at the head of the step that follows.
     """
-    at = levels.continuous(schedule, steps, "unipc")
+    at = levels.continuous(schedule, steps, ends_at_last=True)
     half_log_snr = _half_log_snr(at)
     a = at.sigma[1:] / at.sigma[:-1]
     b = np.zeros((steps, REMEMBERED))

@@ -18,16 +18,13 @@ from jax import Array
 from jaxdiff import checks
 from jaxdiff.devices import batching, compilation, parallel
 from jaxdiff.diffusion import noise as random_noise
-from jaxdiff.diffusion.solvers import SamplerTable
-from jaxdiff.diffusion.step_ranges import Stretch, stretches_of
-from jaxdiff.engine.expert import Expert
-from jaxdiff.engine.program import sample_pixels
+from jaxdiff.diffusion import scheduler_config
+from jaxdiff.diffusion.samplers import SAMPLERS
+from jaxdiff.engine.denoiser import LoadedDenoiser
+from jaxdiff.engine.program import AXES, Inputs, Weights, sample_pixels
 from jaxdiff.errors import InputError
-from jaxdiff.families.ensemble import Ensemble, open_ensemble
-from jaxdiff.families.networks import read_configs
-from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
-from jaxdiff.request import Options, Request
-from jaxdiff.weights.load import open_network
+from jaxdiff.families.ensemble import Ensemble, Steps, open_ensemble
+from jaxdiff.request import OPTION_CHECKS, Bucket, Options, Request, field_checks
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # An autoencoder's activations are many times an image: so few pixels are decoded at once.
@@ -74,7 +71,7 @@ def load(
     Raises:
       InputError: if a model cannot be read, or an option cannot be what it is.
     """
-    for name, (check, *arguments) in checks.of_options().items():
+    for name, (check, *arguments) in OPTION_CHECKS.items():
         if options.get(name) is not None:
             try:
                 options[name] = check(name, options[name], *arguments)
@@ -106,39 +103,38 @@ class TextToImage:
         self.options = options
         self.mesh = parallel.make_mesh(options.mesh)
         dtype = DTYPES[options.dtype]
-        self._experts = [
-            Expert(checkpoint, dtype, self.mesh, options) for checkpoint in ensemble.experts
+        self._schedulers = ensemble.schedulers(options.scheduler)
+        self._denoisers = [
+            LoadedDenoiser(checkpoint, scheduler, dtype, self.mesh, options)
+            for checkpoint, scheduler in zip(ensemble.checkpoints, self._schedulers, strict=True)
         ]
-        last = ensemble.experts[-1]
-        vae_config = read_configs(last)["vae"]
-        self._vae = open_network(AutoencoderKL, vae_config, last.weights("vae"), dtype, self.mesh)
-        self.factor, self.channels = vae_config.factor, vae_config.latent_channels
+        self._codec = self._denoisers[-1].model.codec
         self._programs: dict[tuple, Future[jax.stages.Compiled]] = {}
+        self._steps: dict[Bucket, Steps] = {}
         pixels = partial(
             sample_pixels,
-            [expert.network for expert in self._experts],
-            self._vae.graph,
-            vae_config,
+            [denoiser.denoising for denoiser in self._denoisers],
+            self._codec,
             dtype,
             guidance_rescale=options.guidance_rescale,
             deep_cache=options.deep_cache,
         )
         self._sample = compilation.jit(
-            # params, noise, fresh noise, positive, negative, guidance scale; the table is for all
+            # params, inputs, initial scale, columns: the sampler's table is the same for all
             lambda *arrays, **static: parallel.over_data(
-                partial(pixels, **static), self.mesh, (None, 0, 1, 0, 0, 0, None, None)
+                partial(pixels, **static), self.mesh, (None, AXES, None, None)
             )(*arrays),
-            static_argnames=("stretches", "decoded_at_once"),
+            static_argnames=("step_ranges", "decoded_at_once"),
         )
 
     def load_weights(self) -> None:
         """Reads the weights onto the devices, after which images can be made."""
-        for expert in self._experts:
-            expert.prompts.load()
-        self._params = {
-            "unets": [expert.stored.load() for expert in self._experts],
-            "vae": self._vae.load(),
-        }
+        for denoiser in self._denoisers:
+            denoiser.prompts.load()
+        self._weights = Weights(
+            [denoiser.stored.load() for denoiser in self._denoisers],
+            self._denoisers[-1].codec.load(),
+        )
 
     def resolve(self, request: Request) -> Request:
         """Fills in the model's own size, sampler and so on where the request leaves them open.
@@ -146,25 +142,23 @@ class TextToImage:
         Raises:
           InputError: naming the value that cannot be used or that this model cannot make.
         """
-        width, height = self.checkpoint.default_size
+        default = self.checkpoint.defaults
+        width, height = default.size
         defaults = {
             "width": width,
             "height": height,
-            "steps": self.checkpoint.default_steps,
-            "guidance_scale": self.checkpoint.default_guidance_scale,
-            "sampler": self.checkpoint.default_sampler if request.sampler is None else None,
+            "steps": default.steps,
+            "guidance_scale": default.guidance_scale,
+            "sampler": default.sampler if request.sampler is None else None,
         }
         said = {name: value for name, value in asdict(request).items() if value is not None}
         values = {**defaults, **said}
-        rules = checks.of_request(self.checkpoint.size_multiple)
+        rules = field_checks(default.size_multiple, tuple(SAMPLERS))
         try:
             for name, (check, *arguments) in rules.items():
                 values[name] = check(name, values[name], *arguments)
-            checks.steps_of(
-                values["sampler"],
-                values["steps"],
-                [expert.scheduler for expert in self._experts],
-                self.options.eta,
+            scheduler_config.check_steps(
+                values["sampler"], values["steps"], self._schedulers, self.options.eta
             )
         except checks.BadValueError as problem:
             raise InputError(str(problem)) from None
@@ -199,13 +193,12 @@ class TextToImage:
           requests: resolved, all with the same `Request.bucket`; taken as they are needed.
           batch_size: as in `generate`; a last short batch is filled with copies.
         """
-        requests, running, plan = iter(requests), deque(), None
+        requests, running = iter(requests), deque()
         ahead = 1 if parallel.may_run_ahead(self.mesh) else 0
         for first in requests:
-            plan = plan or self._tables(first)
             slots = self.slots(first, batch_size)
             batch = [first, *itertools.islice(requests, slots - 1)]
-            running.append((batch, self._dispatch(batch, slots, *plan)))
+            running.append((batch, self._dispatch(batch, slots)))
             if len(running) > ahead:
                 yield from _fetch(*running.popleft())
         while running:
@@ -256,8 +249,8 @@ class TextToImage:
 
     def compile(self, request: Request, batch_size: int) -> None:
         """Begins to compile what images like a resolved request need; returns at once."""
-        for expert in self._experts:
-            expert.prompts.compile()
+        for denoiser in self._denoisers:
+            denoiser.prompts.compile()
         self._program(request, self.slots(request, batch_size))
 
     @property
@@ -268,114 +261,96 @@ class TextToImage:
     def _first_device(self) -> jax.Device:
         return self.mesh.devices.flat[0]
 
-    def _key(
-        self, request: Request, slots: int
-    ) -> tuple[tuple, list[SamplerTable], tuple[Stretch, ...]]:
-        """What tells a program from others, and the tables and stretches that it follows from."""
-        tables, stretches = self._tables(request)
-        draws = max(table.draws for table in tables)
-        return (request.width, request.height, slots, stretches, draws), tables, stretches
-
     def _program(self, request: Request, slots: int) -> tuple:
         """The key of the program for such batches; it is begun to be compiled if it is new.
 
         Seeds, prompts and guidance scales are its arguments; so are samplers, as far as they draw
         noise equally often in equally many rows.
         """
-        key, tables, stretches = self._key(request, slots)
-        draws = key[-1]
+        steps = self._steps_of(request.bucket)
+        key = (request.width, request.height, slots, steps.ranges, steps.draws)
         if key not in self._programs:
-            first, second = (parallel.batch_sharding(self.mesh, axis) for axis in (0, 1))
-            struct = jax.ShapeDtypeStruct
-            shape = (slots, *self._latent_shape(request))
-            told = [expert.abstract_conditioning(slots, first) for expert in self._experts]
-            guided = any(stretch.guided for stretch in stretches)
             self._programs[key] = compilation.ahead(
                 self._sample,
-                {
-                    "unets": [expert.stored.params for expert in self._experts],
-                    "vae": self._vae.params,
-                },
-                struct(shape, np.float32, sharding=first),
-                struct((draws, *shape), np.float32, sharding=second) if draws else None,
-                told,
-                told if guided else [None] * len(told),
-                struct((slots,), np.float32, sharding=first),
-                np.float32(tables[0].initial_scale),
-                _joined(tables, stretches),
-                stretches=stretches,
+                Weights(
+                    [denoiser.stored.places for denoiser in self._denoisers],
+                    self._denoisers[-1].codec.places,
+                ),
+                self._abstract_inputs(request, slots, steps),
+                np.float32(steps.tables[0].initial_scale),
+                steps.columns(),
+                step_ranges=steps.ranges,
                 decoded_at_once=self._decoded_at_once(request, slots),
             )
         return key
 
-    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
-        return request.height // self.factor, request.width // self.factor, self.channels
+    def _abstract_inputs(self, request: Request, slots: int, steps: Steps) -> Inputs:
+        """The shapes of what `_inputs` gives."""
+        first, second = (parallel.batch_sharding(self.mesh, axis) for axis in (0, 1))
+        struct = jax.ShapeDtypeStruct
+        shape = (slots, *self._latent_shape(request))
+        each = [denoiser.abstract_conditioning(slots, first) for denoiser in self._denoisers]
+        return Inputs(
+            noise=struct(shape, np.float32, sharding=first),
+            fresh_noise=struct((steps.draws, *shape), np.float32, sharding=second)
+            if steps.draws
+            else None,
+            positive=each,
+            negative=each if steps.is_guided else [None] * len(each),
+            guidance_scale=struct((slots,), np.float32, sharding=first),
+        )
 
-    def _dispatch(
-        self,
-        batch: list[Request],
-        batch_size: int,
-        tables: list[SamplerTable],
-        stretches: tuple[Stretch, ...],
-    ) -> tuple[Array, Array]:
-        """Starts a batch on the device; returns pixels and finiteness, perhaps not computed yet."""
-        batch = batch + batch[-1:] * (batch_size - len(batch))
-        first = batch[0]
-        program = self._program(first, batch_size)
+    def _inputs(self, batch: list[Request], steps: Steps) -> Inputs:
+        """What a full batch brings, on the devices."""
         place = partial(jax.device_put, device=parallel.batch_sharding(self.mesh))
-        seeds = np.array([request.seed for request in batch], np.uint32)
-        draws = max(table.draws for table in tables)
         noise, fresh_noise = random_noise.draw(
-            seeds, self._latent_shape(first), self.options.noise, draws
+            np.array([request.seed for request in batch], np.uint32),
+            self._latent_shape(batch[0]),
+            self.options.noise,
+            steps.draws,
         )
         if fresh_noise is not None:
             fresh_noise = jax.device_put(fresh_noise, parallel.batch_sharding(self.mesh, axis=1))
-        positive = place([expert.conditioning(batch) for expert in self._experts])
+        positive = place([denoiser.conditioning(batch) for denoiser in self._denoisers])
         negative = [None] * len(positive)
-        if any(stretch.guided for stretch in stretches):
+        if steps.is_guided:
             negative = place(
-                [expert.conditioning(batch, negative=True) for expert in self._experts]
+                [denoiser.conditioning(batch, negative=True) for denoiser in self._denoisers]
             )
-        return compilation.wait(self._programs, program)(
-            self._params,
-            place(noise),
-            fresh_noise,
-            positive,
-            negative,
-            place(np.array([request.guidance_scale for request in batch], np.float32)),
-            np.float32(tables[0].initial_scale),
-            _joined(tables, stretches),
+        return Inputs(
+            noise=place(noise),
+            fresh_noise=fresh_noise,
+            positive=positive,
+            negative=negative,
+            guidance_scale=place(
+                np.array([request.guidance_scale for request in batch], np.float32)
+            ),
         )
 
-    def _tables(self, request: Request) -> tuple[list[SamplerTable], tuple[Stretch, ...]]:
-        """Each expert's table, and which expert takes which rows, guided or not."""
-        base, *others = self._experts
-        table = base.table(request)
-        parts = stretches_of(
-            table.timesteps,
-            self.options,
-            guided=request.bucket.guided,
-            distilled=[expert.network.distilled for expert in self._experts],
-            train_steps=base.train_steps,
+    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
+        factor = self._codec.factor
+        return request.height // factor, request.width // factor, self._codec.channels
+
+    def _dispatch(self, batch: list[Request], slots: int) -> tuple[Array, Array]:
+        """Starts a batch on the device; returns pixels and finiteness, perhaps not computed yet."""
+        batch = batch + batch[-1:] * (slots - len(batch))
+        steps = self._steps_of(batch[0].bucket)
+        program = self._program(batch[0], slots)
+        inputs = self._inputs(batch, steps)
+        return compilation.wait(self._programs, program)(
+            self._weights, inputs, np.float32(steps.tables[0].initial_scale), steps.columns()
         )
-        begin = sum(part.rows for part in parts if part.expert == 0)
-        return [table, *(other.table(request, begin=begin) for other in others)], parts
+
+    def _steps_of(self, bucket: Bucket) -> Steps:
+        if bucket not in self._steps:
+            self._steps[bucket] = self.ensemble.steps(self.options, bucket)
+        return self._steps[bucket]
 
     def _decoded_at_once(self, request: Request, batch_size: int) -> int:
         """How many of a device's images its autoencoder decodes at once: a divisor of all."""
         most = max(1, DECODED_PX // (request.width * request.height))
         on_device = batch_size // self.mesh.shape["data"]
         return max(n for n in range(1, on_device + 1) if on_device % n == 0 and n <= most)
-
-
-def _joined(tables: Sequence[SamplerTable], stretches: Sequence[Stretch]) -> dict[str, np.ndarray]:
-    """The columns of the table whose every row is its expert's."""
-    expert_of_row = np.repeat([s.expert for s in stretches], [s.rows for s in stretches])
-    columns = [table.columns() for table in tables]
-    return {
-        name: np.stack([columns[expert][name][row] for row, expert in enumerate(expert_of_row)])
-        for name in columns[0]
-    }
 
 
 def _fetch(batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]:

@@ -1,33 +1,72 @@
 """The one compiled program: sample latents, decode, round to 8 bits."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from jaxdiff.diffusion import guidance, objective, sampling
-from jaxdiff.diffusion.step_ranges import Stretch
-from jaxdiff.engine.expert import Conditioning, Network
-from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKLConfig
+from jaxdiff.diffusion.step_ranges import StepRange
+from jaxdiff.families.model import Codec, Model
+
+
+class Inputs(NamedTuple):
+    """All that a batch brings: the program's arguments beside weights and sampler table.
+
+    Attributes:
+      noise: float32 [batch, h, w, latent channels].
+      fresh_noise: float32 [draws, batch, h, w, latent channels], None for a deterministic sampler.
+      positive, negative: for each denoiser, its conditioning: a tree of arrays [batch, ...]; the
+        latter None where nothing is guided.
+      guidance_scale: float32 [batch].
+    """
+
+    noise: Any
+    fresh_noise: Any
+    positive: Sequence[Any]
+    negative: Sequence[Any]
+    guidance_scale: Any
+
+
+class Weights(NamedTuple):
+    """The parameters of the networks, or their places.
+
+    Attributes:
+      denoisers: a tree for each.
+      codec: the autoencoder's.
+    """
+
+    denoisers: Sequence[dict]
+    codec: dict
+
+
+AXES = Inputs(noise=0, fresh_noise=1, positive=0, negative=0, guidance_scale=0)  # of the batch
+
+
+class Denoising(NamedTuple):
+    """How a denoiser is evaluated; static under `jax.jit`.
+
+    Attributes:
+      model: its family's networks.
+      prediction_type: as in `objective.to_x0`.
+    """
+
+    model: Model
+    prediction_type: str
 
 
 def sample_pixels(
-    networks: Sequence[Network],
-    vae_graph: nnx.GraphDef,
-    vae_config: AutoencoderKLConfig,
+    denoisers: Sequence[Denoising],
+    codec: Codec,
     dtype,
-    params: dict,
-    noise: Array,
-    fresh_noise: Array | None,
-    positive: Sequence[Conditioning],
-    negative: Sequence[Conditioning | None],
-    guidance_scale: Array,
+    weights: Weights,
+    inputs: Inputs,
     initial_scale: Array,
     columns: dict[str, Array],
     *,
-    stretches: Sequence[Stretch],
+    step_ranges: Sequence[StepRange],
     decoded_at_once: int,
     guidance_rescale: float = 0.0,
     deep_cache: int = 1,
@@ -35,44 +74,40 @@ def sample_pixels(
     """The pure function from noise to pixels, for `jax.jit`.
 
     Args:
-      networks: the denoisers, of one expert or several.
-      vae_graph, vae_config: of the autoencoder.
+      denoisers: of the base model, or of it and its refiner.
+      codec: the autoencoder.
       dtype: of the networks' arithmetic; the sampler's own is float32.
-      params: "unets", those of each expert, and "vae".
-      noise: float32 [batch, h, w, latent channels].
-      fresh_noise: float32 [draws, batch, h, w, latent channels], None for a deterministic sampler.
-      positive, negative: what each expert is told; the latter None where nothing is guided.
-      guidance_scale: [batch].
+      weights: of the denoisers and of the codec.
+      inputs: of the batch.
       initial_scale, columns: of a `SamplerTable`.
-      stretches: cover the rows of the table.
+      step_ranges: cover the rows of the table.
       decoded_at_once: so many images, a divisor of the batch.
       guidance_rescale, deep_cache: as in `Options`.
 
     Returns:
       pixels uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
     """
-    denoisers = [
+    walk = [
         (
             rows,
             denoiser(
-                networks[expert],
-                params["unets"][expert],
+                denoisers[index],
+                weights.denoisers[index],
                 dtype,
-                positive[expert],
-                negative[expert] if guided else None,
-                guidance_scale,
+                inputs.positive[index],
+                inputs.negative[index] if guided else None,
+                inputs.guidance_scale,
                 guidance_rescale,
             ),
         )
-        for expert, rows, guided in stretches
+        for index, rows, guided in step_ranges
     ]
     latents = sampling.sample(
-        denoisers, noise, initial_scale, columns, fresh_noise, whole_every=deep_cache
+        walk, inputs.noise, initial_scale, columns, inputs.fresh_noise, whole_every=deep_cache
     )
-    vae = nnx.merge(vae_graph, params["vae"])
 
     def decode(latents: Array) -> tuple[Array, Array]:
-        images = vae.decode(vae_config.unscale(latents).astype(dtype)).astype(jnp.float32)
+        images = codec.decode(weights.codec, latents, dtype)
         return to_pixels(images), jnp.isfinite(images).all(axis=(1, 2, 3))
 
     if decoded_at_once == len(latents):
@@ -82,36 +117,37 @@ def sample_pixels(
 
 
 def denoiser(
-    network: Network,
+    denoising: Denoising,
     params: dict,
     dtype,
-    positive: Conditioning,
-    negative: Conditioning | None,
+    positive,
+    negative,
     guidance_scale: Array,
     guidance_rescale: float,
 ) -> sampling.Denoiser:
-    """What `sampling.sample` takes: guided, if there is something to steer away from.
+    """Makes what `sampling.sample` takes: guided, if there is something to steer away from.
 
-    Args: as in `sample_pixels`, of one expert.
+    Args: as in `sample_pixels`, of one denoiser.
     """
-    unet, guided = nnx.merge(network.graph, params), negative is not None
-    told = jax.tree.map(guidance.paired, negative, positive) if guided else positive
+    network, guided = denoising.model.denoiser, negative is not None
+    conditioning = jax.tree.map(guidance.paired, negative, positive) if guided else positive
 
     def denoise(
-        x: Array, timestep: Array, alpha: Array, sigma: Array, deep: Array | None
-    ) -> tuple[Array, Array]:
+        x: Array, timestep: Array, alpha: Array, sigma: Array, kept: Any
+    ) -> tuple[Array, Any]:
         latents = (guidance.paired(x, x) if guided else x).astype(dtype)
-        output, deep = unet.evaluate(
+        output, kept = network.evaluate(
+            params,
             latents,
             jnp.full(latents.shape[0], timestep),
-            deep=deep,
-            **told._asdict(),
-            guidance_scale=guidance_scale if network.distilled else None,
+            conditioning,
+            guidance_scale if network.guidance_is_input else None,
+            kept,
         )
         output = output.astype(jnp.float32)
         if guided:
             output = guidance.guide(output, guidance_scale, guidance_rescale)
-        return objective.to_x0(output, x, alpha, sigma, network.prediction_type), deep
+        return objective.to_x0(output, x, alpha, sigma, denoising.prediction_type), kept
 
     return denoise
 

@@ -1,1 +1,1 @@
-"""Judging images: benchmarks and their layouts, measures, intervals, comparisons, reports."""
+"""Image evaluation: benchmarks and their layouts, measures, intervals, comparisons, reports."""

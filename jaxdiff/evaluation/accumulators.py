@@ -1,7 +1,7 @@
-"""Summaries of any number of images in constant memory, that can be made apart and merged.
+"""Mergeable summaries of any number of images, in constant memory.
 
-A part of the images may be summarised anywhere, in any order; the order of merging changes
-nothing but the last bits of `Moments`.
+Parts can be summarized anywhere and merged in any order; the order changes only the last bits of
+`Moments`.
 """
 
 import hashlib
@@ -12,15 +12,15 @@ import numpy as np
 
 from jaxdiff.errors import InputError
 
-MOST_FEATURES = 8192  # of an image; the moments of more would take gigabytes
+MOST_FEATURES = 8192  # per image; the moments of more would take gigabytes
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """How many feature vectors there were, their mean and their spread.
+    """The count, mean and scatter matrix of feature vectors.
 
     Attributes:
-      count: of vectors.
+      count: the number of vectors.
       mean: float64 [d].
       scatter: float64 [d, d], the sum of the outer products of the deviations from the mean.
     """
@@ -31,10 +31,10 @@ class Moments:
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
-        """Those of features [n, d]; of none at all with n = 0, which merge with any.
+        """Computes the moments of features [n, d]; with n = 0 they merge with any others.
 
         Raises:
-          InputError: for features that are no finite table, or more than 8192 to an image.
+          InputError: if features are not a finite table, or more than 8192 per image.
         """
         features = as_table(features, np.float64)
         if not len(features):
@@ -44,14 +44,14 @@ class Moments:
         return cls(len(features), mean, deviations.T @ deviations)
 
     def add(self, features: np.ndarray) -> "Moments":
-        """With more features, [n, d]; raises as `of` and `merge` do."""
+        """Returns the moments with more features, [n, d]; raises as `of` and `merge` do."""
         return self.merge(Moments.of(features))
 
     def merge(self, other: "Moments") -> "Moments":
-        """Those of both; Chan, Golub and LeVeque 1979, equation 2.1, for vectors.
+        """Merges two; Chan, Golub and LeVeque 1979, equation 2.1, for vectors.
 
         Raises:
-          InputError: if the two are not of as many features.
+          InputError: if their numbers of features differ.
         """
         if not self.count or not other.count:
             return self if self.count else other
@@ -63,24 +63,24 @@ class Moments:
         return Moments(count, mean, self.scatter + other.scatter + between)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """For `numpy.savez`, beside those of a `Sample`."""
+        """Returns the arrays for `numpy.savez`; their names differ from those of `Sample`."""
         return {"count": np.array(self.count), "mean": self.mean, "scatter": self.scatter}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Moments":
-        """The inverse of `arrays`, for what `numpy.load` gives."""
+        """Restores an object from its `arrays`, as loaded by `numpy.load`."""
         return cls(int(arrays["count"]), arrays["mean"], arrays["scatter"])
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """The features of some images, drawn evenly from all by a hash of their keys.
+    """The features of a uniform sample of images, drawn by a hash of their keys.
 
-    The same images are drawn whatever the order and the parts that they come in, and an image
-    that comes twice is there once. Those of a smaller sample are among those of a larger one.
+    The sample does not depend on the order or the parts in which images arrive. Repeated images are
+    kept once. A smaller sample is a subset of a larger one.
 
     Attributes:
-      size: the most images that are kept.
+      size: the maximum number of images.
       hashes: uint64 [n], of their keys, ascending.
       features: float32 [n, d], in that order.
     """
@@ -91,14 +91,15 @@ class Sample:
 
     @classmethod
     def of(cls, keys: Sequence[str], features: np.ndarray, size: int) -> "Sample":
-        """Draws from images; from none at all, which merge with any.
+        """Draws a sample; one of no images merges with any other.
 
         Args:
           keys: the images' names, [n].
           features: [n, d].
+          size: the maximum number of images.
 
         Raises:
-          InputError: for features that are no finite table, or more than 8192 to an image.
+          InputError: if features are not a finite table, or more than 8192 per image.
         """
         features = as_table(features, np.float32)
         if len(keys) != len(features):
@@ -108,14 +109,14 @@ class Sample:
         return _smallest(size, hashes, features)
 
     def add(self, keys: Sequence[str], features: np.ndarray) -> "Sample":
-        """With more images; as `of`, and raises as it and `merge` do."""
+        """Returns the sample with more images; arguments as for `of`, errors as `of`, `merge`."""
         return self.merge(Sample.of(keys, features, self.size))
 
     def merge(self, other: "Sample") -> "Sample":
-        """The draw from what both were drawn from, of the smaller of their sizes.
+        """Returns a sample of both populations, with the smaller of the two sizes.
 
         Raises:
-          InputError: if the two are not of as many features.
+          InputError: if their numbers of features differ.
         """
         size = min(self.size, other.size)
         tables = [sample for sample in (self, other) if len(sample.hashes)]
@@ -127,12 +128,12 @@ class Sample:
         return _smallest(size, hashes, np.concatenate([self.features, other.features]))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """For `numpy.savez`, beside those of `Moments`."""
+        """Returns the arrays for `numpy.savez`; their names differ from those of `Moments`."""
         return {"size": np.array(self.size), "hashes": self.hashes, "features": self.features}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Sample":
-        """The inverse of `arrays`, for what `numpy.load` gives."""
+        """Restores an object from its `arrays`, as loaded by `numpy.load`."""
         return cls(int(arrays["size"]), arrays["hashes"], arrays["features"])
 
 
@@ -142,32 +143,32 @@ def _smallest(size: int, hashes: np.ndarray, features: np.ndarray) -> Sample:
 
 
 def as_table(features: np.ndarray, dtype) -> np.ndarray:
-    """Features as [n, d] of a type.
+    """Converts features to an array [n, d] of a dtype.
 
     Raises:
-      InputError: if they are no such table, hold what is not finite, or d is above 8192.
+      InputError: if they are not numbers [n, d], some are not finite, or d is above 8192.
     """
     features = np.asarray(features)
     if features.ndim != 2 or features.dtype.kind not in "fiu":
         raise InputError(
-            f"features are a table of numbers, [images, features]; these are {features.dtype} "
+            f"features must be a table of numbers, [images, features], not {features.dtype} "
             f"{list(features.shape)}"
         )
     if features.shape[1] > MOST_FEATURES:
         raise InputError(
-            f"{features.shape[1]} features to an image are more than {MOST_FEATURES}; "
-            "give those of a network's last layer, pooled"
+            f"{features.shape[1]} features per image are more than {MOST_FEATURES}; "
+            "use the pooled features of a network's last layer"
         )
     features = features.astype(dtype, copy=False)
     if not np.isfinite(features).all():
         row = int(np.argmin(np.isfinite(features).all(axis=1)))
-        raise InputError(f"the features' row {row} holds a number that is not finite; leave it out")
+        raise InputError(f"row {row} of the features has a number that is not finite; leave it out")
     return features
 
 
 def check_widths(one: int, other: int) -> None:
-    """Raises InputError if two sets of images do not have as many features to an image."""
+    """Raises InputError if two sets of images differ in the number of features per image."""
     if one != other:
         raise InputError(
-            f"{one} and {other} features to an image cannot be compared; take both from one network"
+            f"cannot compare {one} with {other} features per image; take both from one network"
         )

@@ -1,15 +1,15 @@
-"""Bias and failure audits: templates that expand to prompts, and counts of what their images show.
+"""Bias and failure audits: expands templates to prompts and counts what their images show.
 
 A template file is TOML:
 
     template = "a photo of a {adjective} {noun}"
-    labels = ["a man", "a woman"]      # optional: among which CLIP chooses for each image
+    labels = ["a man", "a woman"]      # optional: CLIP assigns one to each image
 
     [words]
     adjective = ["happy", "sad"]
     noun = ["doctor", "nurse"]
 
-Every combination of the words is a prompt, as in Bianchi et al. (2023, arXiv:2211.03759) and
+Every combination of words becomes a prompt, as in Bianchi et al. (2023, arXiv:2211.03759) and
 Luccioni et al. (2023, arXiv:2303.11408).
 """
 
@@ -36,22 +36,22 @@ KEYS = {"template", "words", "labels"}
 
 
 def read(path: Path) -> list[Prompt]:
-    """Every combination of a template file's words, the last word changing fastest.
+    """Returns a prompt for every combination of a template file's words, the last varying fastest.
 
     A prompt's row has its word for each placeholder, and the labels if there are any; its category
-    is its words.
+    lists its words.
 
     Raises:
-      InputError: naming the file, and what in it cannot be used.
+      InputError: naming the file and the problem.
     """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
-            raise BadValueError(f"it is larger than {MAX_FILE_BYTES // 2**20} MiB")
+            raise BadValueError(f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB")
         return _expanded(tomllib.loads(content.decode()))
     except FileNotFoundError:
-        raise InputError(f"there is no template file {path}") from None
+        raise InputError(f"template file {path} does not exist") from None
     except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as problem:
         raise InputError(f"{path} is not a readable TOML file: {problem}") from None
     except BadValueError as problem:
@@ -59,12 +59,12 @@ def read(path: Path) -> list[Prompt]:
 
 
 def counts(prompts: Sequence[Prompt], owners: np.ndarray, labels: Sequence[str]) -> Table:
-    """How often the images of each word show each label, with 95 % intervals (Wilson, 1927).
+    """Counts how often each word's images show each label, with 95% intervals (Wilson, 1927).
 
     Args:
-      prompts: of an audit.
-      owners: int [images], which of the prompts each image is of.
-      labels: of each image what it shows; "" if nobody knows, and it is not counted.
+      prompts: those of an audit.
+      owners: int [images], the index of each image's prompt.
+      labels: each image's label; "" if unknown, in which case the image is not counted.
     """
     names = sorted({label for label in labels if label})
     places = {label: place for place, label in enumerate(names)}
@@ -87,8 +87,7 @@ def counts(prompts: Sequence[Prompt], owners: np.ndarray, labels: Sequence[str])
             rows.append([attribute, words[word], names[label], total, count, share, *bounds])
     return Table(
         title="What the images show",
-        note="Of the images of each word: how many show each label, as a share with its 95 % "
-        "interval (Wilson).",
+        note="How many of each word's images show each label; shares have 95% Wilson intervals.",
         columns=("attribute", "word", "label", "images", "shown", "share", "low", "high"),
         rows=rows,
     )
@@ -96,16 +95,16 @@ def counts(prompts: Sequence[Prompt], owners: np.ndarray, labels: Sequence[str])
 
 def _expanded(said: dict) -> list[Prompt]:
     if unknown := said.keys() - KEYS:
-        raise BadValueError(f"there is no key {_listed(unknown)}, only {_listed(KEYS)}")
+        raise BadValueError(f"unknown key {_listed(unknown)}; known keys: {_listed(KEYS)}")
     template = checks.text("template", said.get("template"))
     literals = re.split(r"\{(\w+)\}", template)
     literals, names = literals[::2], literals[1::2]
     if any({"{", "}"} & set(literal) for literal in literals):
-        raise BadValueError("template has a brace that belongs to no {word}")
+        raise BadValueError("template has a brace that is not part of a {word}")
     words = _words(said.get("words"), names)
     count = math.prod(map(len, words.values()))
     if count > MAX_PROMPTS:
-        raise BadValueError(f"its words combine to {count} prompts; at most {MAX_PROMPTS}")
+        raise BadValueError(f"its words make {count} prompts; at most {MAX_PROMPTS} are allowed")
     labels = said.get("labels", [])
     labels = {"labels": _texts("labels", labels, MAX_LABELS)} if labels else {}
     prompts = {}
@@ -114,21 +113,21 @@ def _expanded(said: dict) -> list[Prompt]:
         parts = itertools.zip_longest(literals, (row[name] for name in names), fillvalue="")
         text = checks.text("a prompt", "".join(itertools.chain(*parts)))
         if text in prompts:
-            raise BadValueError(f"two combinations of words give {checks.shown(text)}")
+            raise BadValueError(f"two combinations of words both give {checks.shown(text)}")
         prompts[text] = Prompt(f"{number:05d}", text, ", ".join(chosen), row | labels)
     return list(prompts.values())
 
 
 def _words(said, names: list[str]) -> dict[str, list[str]]:
-    """The words of each placeholder, in the template's order."""
+    """Returns the words for each placeholder, in the template's order."""
     if not isinstance(said, dict):
-        raise BadValueError("it has no table [words], the words for each {word} of the template")
+        raise BadValueError("it has no table [words] with the words for each {word} in template")
     if not names:
-        raise BadValueError("template has no {word} to be filled in")
+        raise BadValueError("template has no {word} to fill in")
     if missing := set(names) - said.keys():
-        raise BadValueError(f"[words] has none for {_listed(missing)} of the template")
+        raise BadValueError(f"[words] lacks {_listed(missing)}, which template uses")
     if unused := said.keys() - set(names):
-        raise BadValueError(f"[words] has {_listed(unused)}, which the template has no place for")
+        raise BadValueError(f"[words] has {_listed(unused)}, which template does not use")
     return {name: _texts(name, said[name], MAX_PROMPTS) for name in dict.fromkeys(names)}
 
 

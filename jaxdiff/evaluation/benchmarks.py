@@ -1,7 +1,7 @@
-"""Prompt benchmarks: what each of them is, and how its official files are read.
+"""Prompt benchmarks: their descriptions, and readers for their official files.
 
-A file may be as large as it likes and hold what it likes: it is read a row at a time, and the first
-row that cannot be used ends the reading with one line that names it.
+Files are not trusted: they are read row by row, and the first invalid row stops the reading with a
+one-line error that names it.
 """
 
 import json
@@ -19,24 +19,24 @@ from jaxdiff.evaluation import audits
 from jaxdiff.evaluation.records import Prompt
 from jaxdiff.worlds import shapes
 
-MAX_BYTES = 2**28  # of all rows, as JSON: they are held in memory
-MAX_ROW_CHARACTERS = 2**16  # escaped, it must fit in a line of a manifest
+MAX_BYTES = 2**28  # of all rows as JSON, since they are held in memory
+MAX_ROW_CHARACTERS = 2**16  # an escaped row must fit in a line of a manifest
 STYLES = ("anime", "concept-art", "paintings", "photo")  # HPSv2's
-CATEGORIES = ("category", "tag")  # the columns that a dataset's categories may stand in
+CATEGORIES = ("category", "tag")  # the columns that may hold a dataset's categories
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a benchmark is.
+    """The description of a benchmark.
 
     Attributes:
-      title: what people call it.
-      paper: that it comes from.
-      images: of a prompt, unless the user says otherwise.
-      layout: of its images, in `layouts.LAYOUTS`.
-      category: what its categories are called; "" if it has none.
-      prompts: which file holds its prompts, and where it is to be had.
-      scorer: its own, in a line; "" if it has none. DIR stands for the layout's directory.
+      title: its name in reports.
+      paper: its source.
+      images: the default number of images per prompt.
+      layout: the layout of its images, a key of `layouts.LAYOUTS`.
+      category: its name for categories; "" if it has none.
+      prompts: the file that holds its prompts, and where to get it.
+      scorer: the command for its own scorer, with the layout's directory as DIR; "" if it has none.
     """
 
     title: str
@@ -55,7 +55,8 @@ BENCHMARKS = {
         images=4,
         layout="geneval",
         category="tag",
-        prompts="it has prompts of its own; a file holds rows in GenEval's schema (.jsonl)",
+        prompts="optional, since it has its own prompts; a file of rows in GenEval's schema "
+        "(.jsonl)",
         scorer="python summary_scores.py DIR/results.jsonl",
     ),
     "geneval": Benchmark(
@@ -73,7 +74,7 @@ BENCHMARKS = {
         images=10,
         layout="t2i-compbench",
         category="category",
-        prompts="examples/dataset/color_val.txt, or the folder of all the *_val.txt, of "
+        prompts="examples/dataset/color_val.txt, or the folder with all *_val.txt files, of "
         "github.com/Karine-Huang/T2I-CompBench",
         scorer="python BLIP_vqa.py --out_dir=DIR/color (each category has its own scorer)",
     ),
@@ -101,7 +102,7 @@ BENCHMARKS = {
         images=1,
         layout="drawbench",
         category="category",
-        prompts="its table saved as CSV with the columns Prompts,Category, such as that of "
+        prompts="its table saved as CSV with the columns Prompts,Category, for example from "
         "huggingface.co/datasets/sayakpaul/drawbench",
     ),
     "hpsv2": Benchmark(
@@ -110,8 +111,8 @@ BENCHMARKS = {
         images=1,
         layout="hpsv2",
         category="style",
-        prompts="the folder of anime.json, concept-art.json, paintings.json and photo.json, or one "
-        "of them, of huggingface.co/datasets/zhwang/HPDv2 (benchmark)",
+        prompts="the folder with anime.json, concept-art.json, paintings.json and photo.json, or "
+        "one of these files, from huggingface.co/datasets/zhwang/HPDv2 (benchmark)",
         scorer='hpsv2.evaluate("DIR", hps_version="v2.1")',
     ),
     "audit": Benchmark(
@@ -129,21 +130,21 @@ BENCHMARKS = {
         images=4,
         layout="prompts",
         category="category",
-        prompts="any manifest of jaxdiff generate; a column `category` is reported by",
+        prompts="any manifest of jaxdiff generate; the report groups by its column `category`",
     ),
 }
 
 
 def read(name: str, path: Path | None, per_tag: int = 50, seed: int = 6) -> list[Prompt]:
-    """The prompts of a benchmark of `BENCHMARKS`, in its order.
+    """Returns the prompts of a benchmark of `BENCHMARKS`, in its order.
 
     Args:
-      path: its official file or folder, in its official form; None for shapes' own.
-      per_tag, seed: of shapes' own: at most so many prompts of each tag, drawn by the seed.
+      path: its official file or folder, in the official format; None for shapes' own prompts.
+      per_tag, seed: for shapes' own prompts: the maximum number per tag, and the seed that draws
+        them.
 
     Raises:
-      InputError: of a file that is missing or too large, and of the first row in it that cannot be
-        used, by its line.
+      InputError: if the file is missing or too large, or naming the line of the first invalid row.
     """
     if path is None and name != "shapes":
         raise InputError(f"--benchmark {name} needs --prompts: {BENCHMARKS[name].prompts}")
@@ -157,18 +158,18 @@ def read(name: str, path: Path | None, per_tag: int = 50, seed: int = 6) -> list
         if there and name == "dpg" and there.text == prompt.text:
             continue  # its table has a row for each question about an image
         if there:
-            raise InputError(f"{where}: the id {checks.shown(prompt.id)} is there already")
+            raise InputError(f"{where}: the id {checks.shown(prompt.id)} is used before; rename it")
         prompts[prompt.id] = prompt
         size += len(json.dumps(prompt.row))
         if size > MAX_BYTES:
-            raise InputError(f"{path} holds more than {MAX_BYTES // 2**20} MiB; split it")
+            raise InputError(f"{path} has more than {MAX_BYTES // 2**20} MiB; split it")
     if not prompts:
-        raise InputError(f"{path} holds no prompts")
+        raise InputError(f"{path} has no prompts; add at least one")
     return list(prompts.values())
 
 
 def manifest_rows(prompts: Iterable[Prompt], images: int) -> Iterator[dict]:
-    """Yields the prompts as rows of a manifest, for so many images each."""
+    """Yields the prompts as manifest rows that ask for `images` images each."""
     for prompt in prompts:
         yield {
             "id": prompt.id,
@@ -180,13 +181,13 @@ def manifest_rows(prompts: Iterable[Prompt], images: int) -> Iterator[dict]:
 
 
 def prompt_of(metadata: dict, prompt_id: str, text: str) -> Prompt:
-    """The prompt of a dataset's record, whether `manifest_rows` asked for it or the user did.
+    """Restores the prompt of a dataset's record, from `manifest_rows` or from a user's manifest.
 
     Args:
-      metadata: the row's columns that mean nothing to `jaxdiff generate`.
+      metadata: the row's columns that `jaxdiff generate` does not use.
 
     Raises:
-      InputError: if they do not hold together.
+      InputError: if the columns from `manifest_rows` are damaged.
     """
     if "benchmark_row" not in metadata:
         named = {name.casefold(): value for name, value in reversed(metadata.items())}
@@ -201,8 +202,8 @@ def prompt_of(metadata: dict, prompt_id: str, text: str) -> Prompt:
     category = metadata.get("category")
     if not isinstance(row, dict) or not isinstance(category, str):
         raise InputError(
-            f"row {checks.shown(prompt_id)}: its benchmark_row or its category is not as jaxdiff "
-            "evaluate writes it; rename these columns"
+            f"row {checks.shown(prompt_id)}: its benchmark_row or category is not in the format of "
+            "jaxdiff evaluate; rename these columns"
         )
     return Prompt(prompt_id, text, category, row)
 
@@ -211,13 +212,13 @@ def _own_shapes(per_tag: int, seed: int) -> list[Prompt]:
     prompts = []
     for tag in shapes.TAGS:
         rows = {row["prompt"]: row for row in shapes.benchmark_rows(tag, per_tag, seed)}
-        for number, (text, row) in enumerate(rows.items()):  # 24 at most are of single_object
+        for number, (text, row) in enumerate(rows.items()):  # single_object has at most 24
             prompts.append(Prompt(f"{tag}-{number:04d}", text, tag, row))
     return prompts
 
 
 def _parsed(name: str, path: Path) -> Iterator[tuple[str, Prompt]]:
-    """Yields each prompt of the benchmark's files, and where it stands."""
+    """Yields each prompt of the benchmark's files with its location, for error messages."""
     parse = PARSERS[name]
     for source in _sources(name, path):
         stem = Path(source.name).name.removesuffix(".gz").rpartition(".")[0]
@@ -234,13 +235,13 @@ def _parsed(name: str, path: Path) -> Iterator[tuple[str, Prompt]]:
                 _check(prompt)
             except (InputError, RecursionError, TypeError, ValueError) as problem:
                 title = BENCHMARKS[name].title
-                raise InputError(f"{where} is no row of {title}: {problem}") from None
+                raise InputError(f"{where} is not a valid row of {title}: {problem}") from None
             number += 1
             yield where, prompt
 
 
 def _check(prompt: Prompt) -> None:
-    """Refuses what a manifest could not hold."""
+    """Rejects a prompt that does not fit in a manifest."""
     if not checks.text("the prompt", prompt.text).strip():
         raise BadValueError("the prompt is empty")
     if not 1 <= len(checks.text("the id", prompt.id)) <= MAX_ID_CHARACTERS:
@@ -252,33 +253,33 @@ def _check(prompt: Prompt) -> None:
 
 
 def _sources(name: str, path: Path) -> tuple[Source, ...]:
-    """The benchmark's files at a path."""
+    """Returns the benchmark's files at a path."""
     wanted = {"t2i-compbench": "*_val.txt", "hpsv2": "*.json"}.get(name)
     if not wanted or not path.is_dir():
         return manifest.find(path).sources
     files = sorted(path.glob(wanted))
-    if name == "hpsv2":  # beside its styles lies DrawBench
+    if name == "hpsv2":  # its folder also has DrawBench
         files = [file for file in files if file.stem in STYLES]
     if not files:
-        raise InputError(f"{path} holds no {wanted}; --prompts is {BENCHMARKS[name].prompts}")
+        raise InputError(f"{path} has no {wanted}; --prompts takes {BENCHMARKS[name].prompts}")
     return manifest.of_names(str(path), {str(file): file for file in files}).sources
 
 
 def _geneval(values: dict, _stem: str, number: int) -> Prompt:
     for name in ("include", "exclude"):
         if name == "include" and name not in values:
-            raise BadValueError(f"it has no include, but {_shown(values)}")
+            raise BadValueError(f"it has no include, only {_shown(values)}")
         objects = values.get(name, [])
         if not isinstance(objects, list) or not all(map(_is_object, objects)):
             raise BadValueError(
-                f'{name} must be a list of objects such as {{"class": "cat", "count": 1}}, not '
+                f'{name} must be a list of objects like {{"class": "cat", "count": 1}}, not '
                 f"{checks.shown(objects)}"
             )
     return Prompt(f"{number:05d}", _text(values, "prompt"), _text(values, "tag"), values)
 
 
 def _is_object(entry) -> bool:
-    """Whether it is an object of GenEval's, which may have a color, or a place beside another."""
+    """Returns whether it is a GenEval object, which may have a color or a relative position."""
     if not isinstance(entry, dict) or type(entry.get("count")) is not int:
         return False
     place = entry.get("position", ["", 0])
@@ -298,13 +299,13 @@ def _shapes(values: dict, stem: str, number: int) -> Prompt:
 
 
 def _t2i_compbench(values: dict, stem: str, number: int) -> Prompt:
-    text = _text(values, "prompt").partition("\t")[0]  # as its own loaders split the line
+    text = _text(values, "prompt").partition("\t")[0]  # the benchmark's loaders split at tabs
     category = stem.removesuffix("_val")
     return Prompt(f"{category}-{number:05d}", text, category, {"prompt": text})
 
 
 def _dpg(values: dict, _stem: str, _number: int) -> Prompt:
-    """A file of the folder, or a row of the table: both say the same."""
+    """Parses a file of the folder or a row of the table, which hold the same data."""
     of_file = "item_id" not in values and "text" not in values
     item, text = ("id", "prompt") if of_file else ("item_id", "text")
     row = {"item_id": _text(values, item), "text": _text(values, text)}
@@ -317,19 +318,19 @@ def _partiprompts(values: dict, _stem: str, number: int) -> Prompt:
 
 
 def _drawbench(values: dict, _stem: str, number: int) -> Prompt:
-    named = {name.casefold(): value for name, value in values.items()}  # its copies differ in this
+    named = {name.casefold(): value for name, value in values.items()}  # copies differ in case
     text, category = _text(named, "prompts"), _text(named, "category")
     return Prompt(f"{number:05d}", text, category, values)
 
 
 def _hpsv2(values: dict, stem: str, number: int) -> Prompt:
     if stem not in STYLES:
-        raise BadValueError(f"the file's name must be one of {', '.join(STYLES)} and .json")
+        raise BadValueError(f"the file's name must be one of {', '.join(STYLES)}, plus .json")
     return Prompt(f"{stem}/{number:05d}", _text(values, "prompt"), stem, values)
 
 
 def _own(values: dict, _stem: str, number: int) -> Prompt:
-    """A row of any manifest: how its image is made is the run's to say, not the row's."""
+    """Parses a row of any manifest; ignores its image settings, which belong to the run."""
     means = {m: column for column, m in columns.meaning(tuple(values)).items() if m}
     if "prompt" not in means:
         raise BadValueError(f"it {columns.no_prompt(values, None)}")
@@ -345,7 +346,7 @@ def _own(values: dict, _stem: str, number: int) -> Prompt:
 
 def _text(values: dict, name: str) -> str:
     if values.get(name) is None:
-        raise BadValueError(f"it has no {name}, but {_shown(values)}")
+        raise BadValueError(f"it has no {name}, only {_shown(values)}")
     return checks.text(name, values[name])
 
 
@@ -353,7 +354,7 @@ def _shown(values: dict) -> str:
     return checks.shown(", ".join(map(str, values)))
 
 
-# A row of a file, the file's name without its ending, and the row's number in it from 0.
+# Arguments: a row of a file, the file's name without its ending, and the row's number from 0.
 PARSERS: dict[str, Callable[[dict, str, int], Prompt]] = {
     "shapes": _shapes,
     "geneval": _geneval,

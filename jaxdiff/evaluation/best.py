@@ -1,4 +1,4 @@
-"""Best of N: of each prompt's images the one that a referee scores highest."""
+"""Best of N: keeps the image of each prompt that a measure scores highest."""
 
 import json
 import os
@@ -12,17 +12,17 @@ import pyarrow as pa
 from jaxdiff.evaluation.records import Picture, Prompt
 
 IMAGES = "images"
-METADATA = "metadata.jsonl"  # the Hub's imagefolder
+METADATA = "metadata.jsonl"  # as in the Hub's imagefolder format
 
 
 def chosen(owners: np.ndarray, values: np.ndarray, prompts: int) -> np.ndarray:
-    """The rows of the best images, int64, at most one a prompt; the first of equals.
+    """Returns the rows of the best images, int64, at most one per prompt; the first on ties.
 
     Args:
-      owners: int32 [images], ascending: which prompt each is of.
+      owners: int32 [images], ascending: the index of each image's prompt.
       values: float64 [images]; NaN is never chosen.
     """
-    order = np.lexsort((np.arange(len(values)), -values, owners))  # NaN comes last of its prompt
+    order = np.lexsort((np.arange(len(values)), -values, owners))  # NaN sorts last in its prompt
     order = order[np.isfinite(values[order])]
     _, firsts = np.unique(owners[order], return_index=True)
     return order[firsts]
@@ -36,17 +36,17 @@ def write(
     measure: str,
     measures: list[str],
 ) -> int:
-    """Writes the best images as an imagefolder, with the scores of all candidates beside each.
+    """Writes the best images as an imagefolder, each with the scores of all its candidates.
 
     Args:
-      directory: made, or replaced when all is written.
-      rows: of `merging.merge`.
-      pictures: all of them, in any order.
-      measure: that decides.
-      measures: that are told.
+      directory: created, or replaced once everything is written.
+      rows: the table from `merging.merge`.
+      pictures: all pictures, in any order.
+      measure: the measure that chooses the best image.
+      measures: the measures to write for the candidates.
 
     Returns:
-      how many there are; a prompt none of whose images could be made has none.
+      the number of images; a prompt has none if all of its images failed.
     """
     owners = rows["owner"].to_numpy()
     values = rows[measure].to_numpy(zero_copy_only=False).astype(np.float64)

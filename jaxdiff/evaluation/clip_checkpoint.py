@@ -1,4 +1,4 @@
-"""CLIP as people have it: the directories that transformers and OpenCLIP write."""
+"""Finds and reads CLIP checkpoints in the formats of transformers and OpenCLIP."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -7,30 +7,33 @@ from functools import cached_property
 from pathlib import Path
 
 from jaxdiff.checkpoint import sources
-from jaxdiff.checkpoint.components import TOKENIZER_FILES, read_json
+from jaxdiff.checkpoint.component import TOKENIZER_FILES, Component
 from jaxdiff.checkpoint.fingerprint import fingerprint
+from jaxdiff.checkpoint.json_files import read_json
 from jaxdiff.checkpoint.safetensors_header import read_header
 from jaxdiff.checkpoint.single_file import Names, openclip_names
-from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor, told_misfits
+from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor, describe_misfits
 from jaxdiff.checkpoint.tokenizer_files import check_tokenizer
-from jaxdiff.checkpoint.weight_files import BUFFER, read_weights
+from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.errors import InputError
+from jaxdiff.families.stable_diffusion import BUFFER
 from jaxdiff.models import config as config_json
 from jaxdiff.models.text.clip import OLD_EOS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
 WEIGHTS, OPEN_CLIP_WEIGHTS = "model.safetensors", "open_clip_model.safetensors"
+CLIP = Component(library="transformers", class_name="CLIPModel")
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-# Either says what is done to pixels; the second is what transformers 5 writes.
+# Either file defines the preprocessing of pixels; transformers 5 writes the second.
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PROBE = "tokenizer_config.json"  # in every repository of either kind
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of which OpenCLIP's configs need not tell
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, the default in OpenCLIP's configs
 STD = (0.26862954, 0.26130258, 0.27577711)
-BICUBIC = 3  # as Pillow counts
-LARGEST = 2**20  # of a config's numbers; more would be computed with before any weight is looked at
-# The keys of OpenCLIP's configs with their defaults, and the fields of ours that they are.
+BICUBIC = 3  # Pillow's number
+LARGEST = 2**20  # limit on a config's numbers, which are used before any weight is checked
+# The keys of OpenCLIP's configs with their defaults, and the corresponding fields of our configs.
 OPEN_CLIP_MODEL = {"embed_dim": 512, "quick_gelu": False, "text_cfg": None, "vision_cfg": None}
 OPEN_CLIP_TEXT = {
     **{"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
@@ -53,11 +56,11 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class PixelRule:
-    """What is done to an image's pixels, after the shortest side is `size` and the centre cut.
+    """The preprocessing of an image: resize and center-crop to `size`, then normalize.
 
     Attributes:
-      size: of the square's side, in pixels.
-      mean, std: of each channel in 0..1: the one is subtracted, then it is divided by the other.
+      size: the side of the square, in pixels.
+      mean, std: of each channel in 0..1; subtracts the mean, then divides by the deviation.
     """
 
     size: int
@@ -67,15 +70,15 @@ class PixelRule:
 
 @dataclass(frozen=True)
 class StoredClip:
-    """A complete CLIP on this machine; `find` makes it.
+    """A complete CLIP checkpoint on this machine, as returned by `find`.
 
     Attributes:
-      name: a Hub id, or the directory's own name.
+      name: a Hub id, or the name of the directory.
       config: of the networks.
-      pixels: what they expect of an image.
-      tensors: the weights, by the key in transformers.
+      pixels: the preprocessing of an image.
+      tensors: the weights, by transformers' keys.
       tokenizer: the folder of the tokenizer's files.
-      files: every file that decides an embedding, by its name.
+      files: every file that determines an embedding, by name.
     """
 
     name: str
@@ -87,21 +90,21 @@ class StoredClip:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over every file that decides an embedding."""
+        """SHA-256 (hex) over every file that determines an embedding."""
         return fingerprint(self.files)
 
 
 def find(model: str | Path) -> StoredClip:
-    """Finds a CLIP, fetches it if it is elsewhere, and checks that it is complete.
+    """Finds a CLIP checkpoint, downloads it if necessary, and checks that it is complete.
 
     Args:
-      model: a directory that transformers' `CLIPModel` and `CLIPProcessor` wrote (`config.json`,
-        `preprocessor_config.json`, `model.safetensors`, the tokenizer), or OpenCLIP
+      model: a directory written by transformers' `CLIPModel` and `CLIPProcessor` (`config.json`,
+        `preprocessor_config.json`, `model.safetensors`, the tokenizer) or by OpenCLIP
         (`open_clip_config.json`, `open_clip_model.safetensors`, the tokenizer); or the Hub id of
-        such a repository, "owner/name" or "owner/name@revision".
+        a repository with these files, "owner/name" or "owner/name@revision".
 
     Raises:
-      InputError: for another network, or a file that is missing or not what it should be.
+      InputError: for another network, or a file that is missing or invalid.
     """
     directory = Path(model)
     if not directory.exists() and sources.HUB_ID.fullmatch(str(model)):
@@ -110,8 +113,8 @@ def find(model: str | Path) -> StoredClip:
         name = directory.resolve().name
     if not directory.is_dir():
         raise InputError(
-            f"CLIP {str(model)!r} is no directory; name one that transformers or OpenCLIP wrote, "
-            "or a Hub id such as openai/clip-vit-large-patch14"
+            f"CLIP {str(model)!r} is not a directory; name one that transformers or OpenCLIP "
+            "wrote, or a Hub id like openai/clip-vit-large-patch14"
         )
     names = {path.name for path in directory.iterdir()}
     if _is_transformers(names):
@@ -121,8 +124,8 @@ def find(model: str | Path) -> StoredClip:
         decisive = [OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS]
     else:
         raise InputError(
-            f"{directory} holds neither {CONFIG} with {WEIGHTS} nor {OPEN_CLIP_CONFIG} with "
-            f"{OPEN_CLIP_WEIGHTS}; convert what is there with transformers: "
+            f"{directory} has neither {CONFIG} with {WEIGHTS} nor {OPEN_CLIP_CONFIG} with "
+            f"{OPEN_CLIP_WEIGHTS}; convert the checkpoint with transformers: "
             "CLIPModel.from_pretrained(...).save_pretrained(DIRECTORY)"
         )
     check_tokenizer(directory)
@@ -136,7 +139,7 @@ def _is_transformers(names: Collection[str]) -> bool:
 
 
 def wanted_files(names: Collection[str]) -> list[str]:
-    """Of the names of a repository's files those that are read."""
+    """Returns the names of a repository's files that are needed."""
     if _is_transformers(names):
         weights = [WEIGHTS] if WEIGHTS in names else [INDEX, *filter(SHARD.fullmatch, names)]
         wanted = [CONFIG, *PROCESSORS, *weights]
@@ -152,8 +155,8 @@ def _read_transformers(
     said = read_json(path)
     if said.get("model_type") != "clip":
         raise InputError(
-            f"{path}: model_type = {said.get('model_type')!r} is no CLIP; name a directory of "
-            "transformers' CLIPModel"
+            f"{path}: model_type = {said.get('model_type')!r} is not CLIP; name a directory "
+            "written by transformers' CLIPModel"
         )
     width = said.get("projection_dim", 512)
     text = _part(path, "text_config", CLIPTextConfig, said, {"projection_dim": width})
@@ -161,7 +164,7 @@ def _read_transformers(
     if WEIGHTS in names:
         stored, weights = read_header(directory / WEIGHTS), [WEIGHTS]
     else:
-        stored = read_weights("clip", directory / INDEX)
+        stored = read_weights(CLIP, directory / INDEX)
         weights = [INDEX, *sorted({tensor.file.name for tensor in stored.values()})]
     tensors = {key: tensor for key, tensor in stored.items() if not key.endswith(BUFFER)}
     config = CLIPConfig(text, vision, width)
@@ -171,16 +174,16 @@ def _read_transformers(
 
 
 def _part(path: Path, part: str, kind, said: dict, besides: dict):
-    """The config of one encoder.
+    """Reads the config of one encoder.
 
-    Old files list every setting of text generation, too: what is no field of the encoder is passed
-    over, as transformers does.
+    Ignores keys that are not fields of the encoder, as transformers does: old files also list every
+    text-generation setting.
     """
     given = {}
-    for name in (part, f"{part}_dict"):  # old files have both, and then the second holds
+    for name in (part, f"{part}_dict"):  # old files have both; the second overrides the first
         value = said.get(name) or {}
         if not isinstance(value, dict):
-            raise InputError(f"{path}: {name} is no JSON object; copy it again")
+            raise InputError(f"{path}: {name} is not a JSON object; copy the file again")
         given |= value
     known = {field.name for field in fields(kind)} - {"architectures"}
     return _built(f"{path}: {part}", kind, {k: v for k, v in given.items() if k in known} | besides)
@@ -212,9 +215,9 @@ def _pixels(path: Path, config: CLIPConfig) -> PixelRule:
 
 
 def _check_values(path: Path, said: dict, built: dict[str, tuple]) -> None:
-    """Refuses what is said otherwise than one of the values that are built."""
+    """Rejects a key with an unsupported value; `built` lists the supported ones."""
     if not isinstance(said, dict):
-        raise InputError(f"{path} does not say what is done to pixels; copy it again")
+        raise InputError(f"{path} does not define the preprocessing; copy the file again")
     for key, values in built.items():
         if said.get(key) is not None and said[key] not in values:
             raise InputError(
@@ -223,16 +226,19 @@ def _check_values(path: Path, said: dict, built: dict[str, tuple]) -> None:
 
 
 def _rule(path: Path, size: int, mean, std) -> PixelRule:
-    """With OpenAI's mean and deviation where the file says none."""
+    """Builds the preprocessing rule, with OpenAI's mean and deviation as defaults."""
     for said in (mean, std):
         if said is not None and not (
             isinstance(said, list)
             and len(said) == 3
             and all(type(each) in (int, float) and abs(each) < LARGEST for each in said)
         ):
-            raise InputError(f"{path}: {said!r} is no mean or deviation of three channels")
+            raise InputError(
+                f"{path}: {said!r} is not a mean or deviation of three channels; copy the file "
+                "again"
+            )
     if std is not None and min(std) <= 0:
-        raise InputError(f"{path}: a deviation of {min(std)} must be above 0")
+        raise InputError(f"{path}: a deviation must be above 0, not {min(std)}")
     return PixelRule(size, tuple(mean or MEAN), tuple(std or STD))
 
 
@@ -268,9 +274,9 @@ def _read_open_clip(directory: Path) -> tuple[CLIPConfig, PixelRule, Mapping[str
 
 
 def _values(path: Path, part: str, given, usual: dict) -> dict:
-    """What a part of OpenCLIP's config says, of each key of `usual`; refuses what is not there."""
+    """Reads a part of OpenCLIP's config with the defaults `usual`; rejects other keys."""
     if not isinstance(given, dict):
-        raise InputError(f"{path} holds no {part}; copy it again")
+        raise InputError(f"{path} has no {part}; copy the file again")
     for key, value in given.items():
         if key not in usual and value not in (None, False):
             raise InputError(f"{path}: {part} with {key} = {value!r} is not supported")
@@ -281,13 +287,13 @@ def _values(path: Path, part: str, given, usual: dict) -> dict:
 
 
 def _renamed(path: Path, config: CLIPConfig) -> dict[str, StoredTensor]:
-    """OpenCLIP's weights by transformers' keys."""
+    """Returns OpenCLIP's weights by transformers' keys."""
     stored = read_header(path)
     _check_sizes(path, config, stored)
     for key, tensor in stored.items():
         if tensor.dtype not in FLOATS:
             raise InputError(
-                f"{path}: {key} is stored as {tensor.dtype}; only {', '.join(FLOATS)} are read"
+                f"{path}: {key} is stored as {tensor.dtype}; supported: {', '.join(FLOATS)}"
             )
     tensors, missing, used = {}, [], set()
     for ours, theirs, cut in _open_clip_names(config):
@@ -299,15 +305,20 @@ def _renamed(path: Path, config: CLIPConfig) -> dict[str, StoredTensor]:
             tensors[ours] = cut(stored[theirs]) if cut else stored[theirs]
         except (IndexError, ValueError) as error:
             shape = list(stored[theirs].shape)
-            raise InputError(f"{path}: {theirs} has the shape {shape}; copy it again") from error
-    misfits = told_misfits({"missing": set(missing), "not known": stored.keys() - used})
+            raise InputError(
+                f"{path}: {theirs} has the wrong shape {shape}; copy the file again"
+            ) from error
+    misfits = describe_misfits({"missing": set(missing), "unknown": stored.keys() - used})
     if misfits:
-        raise InputError(f"{path} does not fit its config: of the weights, {misfits}")
+        raise InputError(f"{path} does not match its config; weights: {misfits}")
     return tensors
 
 
 def _open_clip_names(config: CLIPConfig) -> Names:
-    """Both encoders are the text encoder of Stable Diffusion XL, but for where images come in."""
+    """Yields (our name, OpenCLIP's name, conversion) for every weight.
+
+    Both encoders are named like Stable Diffusion XL's text encoder, except for the image inputs.
+    """
     for ours, theirs, cut in openclip_names({"num_hidden_layers": config.text.num_hidden_layers}):
         yield ours if ours.startswith("text_projection") else f"text_model.{ours}", theirs, cut
     for ours, theirs, cut in openclip_names({"num_hidden_layers": config.vision.num_hidden_layers}):
@@ -328,7 +339,7 @@ def _open_clip_names(config: CLIPConfig) -> Names:
 
 
 def _check_sizes(path: Path, config: CLIPConfig, stored: Collection[str]) -> None:
-    """Refuses a config of more layers than there are weights at all, or of absurd sizes."""
+    """Rejects a config with more layers than there are weights, or with absurd sizes."""
     for part in (config.text, config.vision):
         sizes = {key: value for key, value in asdict(part).items() if type(value) is int}
         for key, value in {**sizes, "projection_dim": config.projection_dim}.items():

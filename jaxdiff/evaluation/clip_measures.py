@@ -1,6 +1,6 @@
-"""What CLIP says of images and prompts: embeddings, and the measures that are made of them.
+"""CLIP embeddings of images and prompts, and the measures computed from them.
 
-The scores of two CLIPs cannot be compared: a report names the one that it asked.
+Scores of different CLIP models cannot be compared, so a report names the model it used.
 """
 
 import threading
@@ -18,27 +18,27 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from jaxdiff.devices import compilation, parallel
-from jaxdiff.engine.prompts import chunked_tokens
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import clip_checkpoint
-from jaxdiff.models.text.clip import OLD_EOS, CLIPModel
-from jaxdiff.weights.load import open_network
+from jaxdiff.families.tokens import chunked_tokens
+from jaxdiff.models.text.clip import OLD_EOS, SHARDING, CLIPModel
+from jaxdiff.weights.load import abstract_network, open_network
 
-TEMPLATES = ("a photo of a {}.",)  # the one that the paper begins with (section 3.1.4)
-NEAR_DUPLICATE = 0.95  # cosine of two images that look the same but for details: ours, no paper's
-PRECISION = "float32"  # GPUs and TPUs multiply with fewer bits unless they are told
+TEMPLATES = ("a photo of a {}.",)  # the CLIP paper's first template (section 3.1.4)
+NEAR_DUPLICATE = 0.95  # cosine of two images that differ only in details: our choice
+PRECISION = "float32"  # by default, GPUs and TPUs multiply with fewer bits
 _device = threading.RLock()  # one program at a time, as everywhere in jaxdiff
 
 
 class Clip:
-    """A CLIP on this host's devices.
+    """A CLIP model on this host's devices.
 
     Attributes:
-      name: a Hub id, or its directory's own name.
-      fingerprint: SHA-256 (hex) over the files that decide an embedding.
-      size: of the square that it sees of an image, in pixels.
-      width: of an embedding.
-      logit_scale: what cosines are multiplied by before a softmax.
+      name: a Hub id, or the name of its directory.
+      fingerprint: SHA-256 (hex) over the files that determine an embedding.
+      size: the side of its square input image, in pixels.
+      width: the width of an embedding.
+      logit_scale: the factor on cosines before a softmax.
     """
 
     def __init__(self, stored: clip_checkpoint.StoredClip, batch_size: int):
@@ -48,37 +48,35 @@ class Clip:
         self._tokenizer = CLIPTokenizer.from_pretrained(stored.tokenizer)
         self._tokens = min(self._tokenizer.model_max_length, config.text.max_position_embeddings)
         _check_tokenizer(stored, self._tokenizer)
-        network = open_network(CLIPModel, config, stored.tensors, np.float32, mesh)
-        self._params = network.load()
+        graph, shapes = abstract_network(CLIPModel, config)
+        self._params = open_network(shapes, SHARDING, stored.tensors, np.float32, mesh).load()
         self.logit_scale = float(np.exp(self._params["logit_scale"]))
         self._labels: dict[tuple, np.ndarray] = {}
         devices = mesh.shape["data"]
         self._batch = -(-batch_size // devices) * devices
 
         def program(function: Callable) -> Callable:
-            return compilation.jit(
-                parallel.over_data(partial(function, network.graph), mesh, (None, 0))
-            )
+            return compilation.jit(parallel.over_data(partial(function, graph), mesh, (None, 0)))
 
         rule = stored.pixels
         self._embed_pixels = program(partial(image_embeddings, rule.mean, rule.std))
         self._embed_tokens = program(text_embeddings)
 
     def embed_images(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        """Embeddings of images, float32 [images, width], each of length 1.
+        """Returns embeddings of images, float32 [images, width], each of length 1.
 
         Args:
-          images: uint8 [height, width, 3], of any sizes; taken a batch at a time.
+          images: uint8 [height, width, 3], of any sizes; read one batch at a time.
         """
         return self._embedded(
             self._embed_pixels, (centre_of_resized(image, self.size) for image in images)
         )
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings of texts, float32 [texts, width], each of length 1.
+        """Returns embeddings of texts, float32 [texts, width], each of length 1.
 
-        What is longer than the encoder's positions (77 tokens, with the beginning and the end) is
-        cut. Equal texts are encoded once.
+        Texts longer than the encoder's positions (77 tokens, with the start and end tokens) are
+        truncated. Equal texts are encoded once.
         """
         places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         tokens = (chunked_tokens(self._tokenizer, [text], self._tokens, 1)[0, 0] for text in places)
@@ -88,9 +86,10 @@ class Clip:
     def embed_labels(
         self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
     ) -> np.ndarray:
-        """Embeddings of what an image may show, float32 [labels, width], each of length 1.
+        """Returns embeddings of zero-shot labels, float32 [labels, width], each of length 1.
 
-        A label's is the mean over the templates, which hold "{}" for it (CLIP, section 3.1.4).
+        A label's embedding is the mean over the templates, in which "{}" is replaced by the label
+        (CLIP, section 3.1.4).
         """
         asked = tuple(labels), tuple(templates)
         if asked not in self._labels:
@@ -100,7 +99,7 @@ class Clip:
         return self._labels[asked]
 
     def _embedded(self, program: Callable, rows: Iterable[np.ndarray]) -> np.ndarray:
-        """The program's result for each row, in batches of one size; the last is padded."""
+        """Returns the program's result for each row, in batches of equal size; pads the last."""
         found = [np.zeros((0, self.width), np.float32)]
         for batch in _batches(rows, self._batch):
             padded = np.zeros((self._batch, *batch.shape[1:]), batch.dtype)
@@ -108,19 +107,21 @@ class Clip:
             with _device:
                 found.append(np.asarray(program(self._params, padded))[: len(batch)])
         if not all(np.isfinite(each).all() for each in found):
-            raise InputError(f"CLIP {self.name!r} gives no numbers: copy its weights again")
+            raise InputError(
+                f"CLIP {self.name!r} returns values that are not finite; copy its weights again"
+            )
         return np.concatenate(found)
 
 
 def open_clip(model: str | Path, batch_size: int = 32) -> Clip:
-    """Reads a CLIP onto this host's devices; the last one asked for is kept for the next call.
+    """Loads a CLIP model onto this host's devices; caches the last one.
 
     Args:
       model: as in `clip_checkpoint.find`: a directory or a Hub id.
-      batch_size: images, or texts, that are embedded at once.
+      batch_size: the number of images or texts embedded at once.
 
     Raises:
-      InputError: if it is missing, or not what it should be.
+      InputError: if it is missing or invalid.
     """
     with _device:
         return _open(str(model), batch_size)
@@ -136,28 +137,28 @@ def _open(model: str, batch_size: int) -> Clip:
 
 
 def _check_tokenizer(stored: clip_checkpoint.StoredClip, tokenizer: CLIPTokenizer) -> None:
-    """Refuses another model's tokenizer: its tokens would be unknown, or have no end."""
+    """Rejects another model's tokenizer: its tokens would be unknown, or lack the end token."""
     config = stored.config.text
     end = config.vocab_size - 1 if config.eos_token_id == OLD_EOS else config.eos_token_id
     if len(tokenizer) > config.vocab_size or tokenizer.eos_token_id != end:
         raise InputError(
-            f"{stored.tokenizer} has {len(tokenizer)} tokens that end with {tokenizer.eos_token_id}"
-            f", but the text encoder knows {config.vocab_size} and ends with {end}: it is another "
-            "model's; copy the checkpoint again"
+            f"the tokenizer in {stored.tokenizer} belongs to another model: it has "
+            f"{len(tokenizer)} tokens and end token {tokenizer.eos_token_id}, but the text encoder "
+            f"has {config.vocab_size} and {end}; copy the checkpoint again"
         )
 
 
 def image_embeddings(
     mean: Sequence[float], std: Sequence[float], graph: nnx.GraphDef, params: dict, pixels: Array
 ) -> Array:
-    """The pure function behind `Clip.embed_images`, for `jax.jit`: of uint8 [b, size, size, 3]."""
+    """Embeds uint8 [b, size, size, 3]: the pure function behind `Clip.embed_images`."""
     images = (pixels.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
     with jax.default_matmul_precision(PRECISION):
         return _normalised(nnx.merge(graph, params).image_features(images))
 
 
 def text_embeddings(graph: nnx.GraphDef, params: dict, token_ids: Array) -> Array:
-    """The pure function behind `Clip.embed_texts`, for `jax.jit`: of int32 [b, tokens]."""
+    """Embeds int32 [b, tokens]: the pure function behind `Clip.embed_texts`."""
     with jax.default_matmul_precision(PRECISION):
         return _normalised(nnx.merge(graph, params).text_features(token_ids))
 
@@ -173,11 +174,11 @@ def _batches(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def centre_of_resized(image: np.ndarray, size: int) -> np.ndarray:
-    """What CLIP sees of an image: uint8 [size, size, 3] of uint8 [height, width, 3].
+    """Resizes and center-crops uint8 [height, width, 3] to CLIP's input, uint8 [size, size, 3].
 
-    The shortest side is made `size`, bicubically and antialiased (Pillow's filter), then the centre
-    is cut: as `CLIPImageProcessor` does. OpenCLIP's torchvision differs by one pixel where an odd
-    number of pixels is cut off.
+    Like `CLIPImageProcessor`, resizes the shortest side to `size` with Pillow's antialiased bicubic
+    filter, then crops the center. OpenCLIP's torchvision differs by one pixel where an odd number
+    of pixels is cropped.
     """
     height, width, _ = image.shape
     shortest = min(height, width)
@@ -188,13 +189,13 @@ def centre_of_resized(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """CLIPScore (Hessel et al., 2021, arXiv:2104.08718) by torchmetrics' convention.
+    """Returns CLIPScore (Hessel et al., 2021, arXiv:2104.08718), as torchmetrics defines it.
 
-    It is 100 max(cosine, 0), of the prompt as it stands. The paper has 2.5 for 100, and "A photo
-    depicts" before the text.
+    That is 100 max(cosine, 0) with the unchanged prompt. The paper uses 2.5 instead of 100 and
+    puts "A photo depicts" before the text.
 
     Args:
-      images, texts: embeddings [..., width] that belong together.
+      images, texts: paired embeddings [..., width].
 
     Returns:
       float64 [...], 0 to 100.
@@ -205,24 +206,24 @@ def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
 def directional_similarity(
     image_a: np.ndarray, image_b: np.ndarray, text_a: np.ndarray, text_b: np.ndarray
 ) -> np.ndarray:
-    """Whether images changed as their texts did (Gal et al., 2021, arXiv:2108.00946, section 4.2).
+    """Measures if images changed as their texts did (Gal et al., 2021, arXiv:2108.00946, 4.2).
 
     Args:
       image_a, image_b, text_a, text_b: embeddings [..., width], before and after.
 
     Returns:
-      the cosine between the two changes, float64 [...]; 0 where either did not change.
+      the cosine between the two changes, float64 [...]; 0 where either change is zero.
     """
     return _cosine(np.float64(image_b) - image_a, np.float64(text_b) - text_a)
 
 
 def zero_shot(images: np.ndarray, labels: np.ndarray, logit_scale: float) -> np.ndarray:
-    """How probable each label is for each image (CLIP, section 3.1).
+    """Returns the probability of each label for each image (CLIP, section 3.1).
 
     Args:
       images: embeddings [images, width].
-      labels: embeddings [labels, width], of `Clip.embed_labels`.
-      logit_scale: the Clip's.
+      labels: embeddings [labels, width], from `Clip.embed_labels`.
+      logit_scale: that of the `Clip`.
 
     Returns:
       float64 [images, labels]; each row sums to 1.
@@ -233,24 +234,24 @@ def zero_shot(images: np.ndarray, labels: np.ndarray, logit_scale: float) -> np.
 
 
 def diversity(images: np.ndarray) -> float:
-    """How much a prompt's images differ: the mean of 1 - cosine over all pairs, 0 to 2.
+    """Returns the mean of 1 - cosine over all pairs of a prompt's images: 0 to 2.
 
     Args:
-      images: embeddings [images, width], each of length 1; NaN for fewer than two.
+      images: embeddings [images, width], each of length 1; the result is NaN for fewer than two.
     """
     count, total = len(images), np.float64(images).sum(axis=0)
     if count < 2:
         return np.nan
-    # The sum of all cosines is the squared length of the sum; an image with itself has 1.
+    # The sum of all cosines is the squared length of the sum; each image's cosine with itself is 1.
     return float(1 - (total @ total - count) / (count * (count - 1)))
 
 
 def near_duplicates(images: np.ndarray, threshold: float = NEAR_DUPLICATE) -> float:
-    """The share of a prompt's images that nearly are another of them.
+    """Returns the share of a prompt's images that nearly equal another of its images.
 
     Args:
-      images: embeddings [images, width], each of length 1; NaN for fewer than two.
-      threshold: the cosine above which two images are nearly the same.
+      images: embeddings [images, width], each of length 1; the result is NaN for fewer than two.
+      threshold: the cosine above which two images count as nearly equal.
     """
     if len(images) < 2:
         return np.nan
@@ -264,6 +265,6 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _of_length_1(vectors: np.ndarray) -> np.ndarray:
-    """Zeros stay zeros."""
+    """Scales vectors to length 1; zero vectors stay zero."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(lengths == 0, 1, lengths)

@@ -1,4 +1,4 @@
-"""From the scores of runs to what a report tells: means by category, differences, failures."""
+"""Computes what a report shows from scores: means by category, differences, failures."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from jaxdiff.evaluation.records import Prompt, Scores
 
 CONFIDENCE = 0.95
 NOT_MADE = "not made"
-MOST_CATEGORIES = 1000  # what has more is no category but each prompt's name
+MOST_CATEGORIES = 1000  # with more, the categories are names of single prompts and are ignored
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Mean:
     """A measure's mean in one category, or overall.
 
     Attributes:
-      category: None for the mean of all categories' means.
-      prompts, images: that have a value.
+      category: None for the overall mean, the mean of the category means.
+      prompts, images: the numbers of those that have a value.
     """
 
     category: str | None
@@ -31,7 +31,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Change:
-    """How much higher a measure is in a run than in the first; as `Mean`, over pairs of images."""
+    """How much higher a measure is in a run than in the first; like `Mean`, over image pairs."""
 
     category: str | None
     difference: Difference
@@ -41,11 +41,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run beside the first.
+    """A comparison of a run with the first run.
 
     Attributes:
-      pairs: of images with equal prompt and seed.
-      changes: by measure, overall first; none where no pair has both values.
+      name: the run's.
+      pairs: the number of image pairs with the same prompt and seed.
+      changes: by measure, overall first; without measures for which no pair has both values.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Worst:
-    """A prompt that a run did badly; `images` are numbers of the scores' images."""
+    """A prompt on which a run did badly; `images` are indices into the images of its scores."""
 
     prompt: Prompt
     value: float
@@ -63,13 +64,13 @@ class Worst:
 
 
 def headline(runs: list[Scores]) -> str | None:
-    """The first of `measures.ALL` that a run has by image and that says which run is better."""
+    """Returns the first measure of `measures.ALL` with values by image and a better direction."""
     judging = [name for name, measure in measures.ALL.items() if measure.better]
     return next((name for name in judging if any(name in run.values for run in runs)), None)
 
 
 def failed(scores: Scores) -> np.ndarray:
-    """Which images could not be made; bool [images]."""
+    """Returns which images could not be generated: bool [images]."""
     unmeasured = np.ones(len(scores.keys), bool)
     for measure in measures.OF_IMAGES.keys() & scores.values.keys():
         unmeasured &= np.isnan(scores.values[measure])
@@ -77,18 +78,19 @@ def failed(scores: Scores) -> np.ndarray:
 
 
 def values_of(scores: Scores, measure: str) -> np.ndarray:
-    """A measure's values, float64 [images]: an image that could not be made is a wrong one.
+    """Returns a measure's values, float64 [images].
 
-    Of any other measure it has no value: it is left out of the mean, and counted beside it.
+    For "correct", an image that could not be generated counts as wrong. For any other measure its
+    value is NaN: it is left out of the mean and counted separately.
     """
     values = scores.values[measure]
     return np.where(failed(scores), 0.0, values) if measure == "correct" else values
 
 
 def categories(prompts: list[Prompt]) -> tuple[list[str], np.ndarray]:
-    """The categories in the order of the benchmark, and each prompt's number among them.
+    """Returns the categories in the benchmark's order, and the index of each prompt's category.
 
-    More than MOST_CATEGORIES are taken for none.
+    More than MOST_CATEGORIES are treated as one unnamed category.
     """
     numbers = {name: n for n, name in enumerate(dict.fromkeys(p.category for p in prompts))}
     if len(numbers) > MOST_CATEGORIES:
@@ -97,7 +99,7 @@ def categories(prompts: list[Prompt]) -> tuple[list[str], np.ndarray]:
 
 
 def summary(scores: Scores) -> dict[str, list[Mean]]:
-    """By measure its mean overall, and then in each category, with intervals over prompts."""
+    """Returns each measure's means with intervals over prompts: overall, then by category."""
     names, numbers = categories(scores.prompts)
     means = {}
     for measure in (name for name in measures.ALL if name in scores.values):
@@ -119,10 +121,10 @@ def _mean(category: str | None, estimate: Estimate, counts: np.ndarray) -> Mean:
 
 
 def _certain(measure: str, estimate: Estimate, counts: np.ndarray) -> Estimate:
-    """The estimate; with Wilson's interval for a share of which no draw differs from another.
+    """Replaces the interval of a share by Wilson's if all bootstrap draws are equal.
 
-    So it is where all images are right: that makes it not certain that all would be. A prompt is
-    taken for one trial, as if its images were alike.
+    All draws are equal if all images are right, for example, but that does not make the share
+    certain. Each prompt counts as one trial, as if its images were alike.
     """
     if not measures.ALL[measure].is_share or estimate.low != estimate.high:
         return estimate
@@ -132,7 +134,7 @@ def _certain(measure: str, estimate: Estimate, counts: np.ndarray) -> Estimate:
 
 
 def compare(runs: list[Scores]) -> list[Comparison]:
-    """Each run beside the first, over the pairs of images of equal prompt and known, equal seed."""
+    """Compares each run with the first, over image pairs with the same prompt and known seed."""
     return [_compared(runs[0], run) for run in runs[1:]]
 
 
@@ -155,13 +157,13 @@ def _compared(first: Scores, second: Scores) -> Comparison:
 
 def _change(category: str | None, difference: Difference, counts: np.ndarray) -> Change:
     if difference.value == difference.low == difference.high == 0:
-        # No pair differs: that does not make it certain that none ever would.
+        # No pair differs, but that does not make a difference of 0 certain.
         difference = replace(difference, low=np.nan, high=np.nan)
     return Change(category, difference, int(np.count_nonzero(counts)), int(counts.sum()))
 
 
 def _pairs(first: Scores, second: Scores) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the paired images in each; int64 [pairs]."""
+    """Returns the indices of the paired images in each run: int64 [pairs]."""
     there = {name: number for number, name in enumerate(_names(second)) if name[1] >= 0}
     pairs = [(n, there[name]) for n, name in enumerate(_names(first)) if name in there]
     both = np.array(pairs, np.int64).reshape(-1, 2)
@@ -175,9 +177,9 @@ def _names(scores: Scores) -> list[tuple[str, int]]:
 
 
 def worst(scores: Scores, measure: str, n: int) -> list[Worst]:
-    """The n prompts with the worst mean, among equals from each category in turn.
+    """Returns the n prompts with the worst mean; ties take from each category in turn.
 
-    A prompt that is wholly right is none of them.
+    Prompts with a perfect share are left out.
     """
     _, numbers = categories(scores.prompts)
     sums, counts = intervals.by_prompt(values_of(scores, measure), scores.owners, len(numbers))
@@ -201,9 +203,9 @@ def worst(scores: Scores, measure: str, n: int) -> list[Worst]:
 
 
 def failures(scores: Scores) -> dict[str, Counter]:
-    """By category, how many of the images that are not correct are wrong in which way.
+    """Counts the incorrect images by category and kind of failure.
 
-    The way is what stands before the colon of an image's reason.
+    The kind is the part of an image's reason before the colon.
     """
     kinds = {}
     if "correct" not in scores.values:

@@ -1,4 +1,4 @@
-"""The pictures of a dataset of `jaxdiff generate`, each with the prompt that it was to show."""
+"""Reads the pictures of a `jaxdiff generate` dataset, each with its prompt."""
 
 import json
 from collections.abc import Iterator
@@ -15,20 +15,20 @@ from jaxdiff.evaluation.records import Picture
 
 
 def open_dataset(directory: Path) -> Plan:
-    """The plan of a finished dataset; raises InputError where there is none."""
+    """Returns the plan of a finished dataset; raises InputError if there is none."""
     plan = plans.load(directory)
     if plan is None:
-        raise InputError(f"{directory} holds no dataset of jaxdiff generate")
+        raise InputError(f"{directory} is not a jaxdiff generate dataset; give one that is")
     if not (directory / layout.SUCCESS).exists():
         raise InputError(f"{directory} is not finished; run its generate command again")
     return plan
 
 
 def of_shard(directory: Path, plan: Plan, shard: int) -> Iterator[Picture]:
-    """Yields the pictures of a shard, those that could not be made without an image.
+    """Yields the pictures of a shard; failed ones have no image.
 
     Raises:
-      InputError: at the first file or row that is not as it was made.
+      InputError: at the first file or row that has changed since it was written.
     """
     extension = image_files.EXTENSIONS[plan.settings.image_format]
     for row, image in reader.images_of(directory, plan, shard):
@@ -37,7 +37,7 @@ def of_shard(directory: Path, plan: Plan, shard: int) -> Iterator[Picture]:
 
 
 def of_dataset(directory: Path) -> Iterator[Picture]:
-    """Yields the pictures of a finished dataset; raises InputError as the two above."""
+    """Yields the pictures of a finished dataset; raises InputError as the functions above do."""
     plan = open_dataset(directory)
     for shard in range(len(plan.shard_sizes)):
         yield from of_shard(directory, plan, shard)

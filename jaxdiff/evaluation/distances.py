@@ -1,7 +1,7 @@
-"""How far apart two sets of images lie, by the features of their images.
+"""Distances between two sets of images, computed from features.
 
-Which network the features are of decides what the numbers mean; nothing here knows it. The table
-of all pairs never exists: the device sees a block of rows of each set at a time.
+The functions accept features of any network; the network determines what the numbers mean. The
+matrix of all pairs is never built: the device processes one block of rows of each set at a time.
 """
 
 from functools import cache, partial
@@ -22,11 +22,11 @@ Kernel = Literal["rbf", "polynomial"]
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
-    """The squared Frechet distance of the normal distributions with these moments.
+    """Returns the squared Frechet distance of the normal distributions with these moments.
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 1706.08500, with covariances over
-    n - 1. With A A' = C1 and B B' = C2 the last trace is the sum of the singular values of A' B:
-    of full precision, also where there are fewer images than features.
+    That is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 1706.08500, with covariances
+    over n - 1. With A A' = C1 and B B' = C2, the trace of the root is the sum of the singular
+    values of A' B, which keeps full precision even with fewer images than features.
 
     Raises:
       InputError: for fewer than 2 images, or features of different networks.
@@ -40,19 +40,19 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 
 
 def _factor(moments: Moments) -> np.ndarray:
-    """A with A A' = the covariance: float64 [d, rank]."""
+    """Returns A with A A' = the covariance: float64 [d, rank]."""
     values, vectors = np.linalg.eigh(moments.scatter / (moments.count - 1))
     kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray, kernel: Kernel = "rbf") -> float:
-    """The squared maximum mean discrepancy of two sets.
+    """Returns the squared maximum mean discrepancy of two sets.
 
-    "rbf" is CMMD, Jayasumana et al. 2401.09603, if the features are CLIP's, of length 1: 1000
-    times the biased estimate with exp(-|x - y|^2 / (2 * 10^2)). "polynomial" is KID, Binkowski
-    et al. 1801.01401: the unbiased estimate, which may be negative, with (x.y / d + 1)^3, over
-    all images at once where others average over subsets.
+    "rbf" is CMMD, Jayasumana et al. 2401.09603, if the features are CLIP embeddings of length 1:
+    1000 times the biased estimate with exp(-|x - y|^2 / (2 * 10^2)). "polynomial" is KID, Binkowski
+    et al. 1801.01401: the unbiased estimate, which may be negative, with (x.y / d + 1)^3, over all
+    images at once where other implementations average over subsets.
 
     Args:
       x, y: [n, d] and [m, d].
@@ -71,13 +71,13 @@ def kernel_distance(x: np.ndarray, y: np.ndarray, kernel: Kernel = "rbf") -> flo
 
 
 def _without_diagonal(x: np.ndarray) -> float:
-    """The polynomial kernel's sum over all pairs of different images."""
+    """Returns the polynomial kernel's sum over all pairs of different images."""
     norms = np.einsum("nd,nd->n", x, x, dtype=np.float64)
     return _total(x, x, "polynomial") - float(((norms / x.shape[1] + 1) ** 3).sum())
 
 
 def _total(x: np.ndarray, y: np.ndarray, kernel: Kernel) -> float:
-    """A kernel's sum over all pairs; less 1 for each of the RBF kernel's."""
+    """Returns a kernel's sum over all pairs; the RBF kernel is reduced by 1 for each pair."""
     total, program = 0.0, _row_sums()
     blocks = _blocks(y)
     for rows, row_count in _blocks(x):
@@ -90,10 +90,10 @@ def _total(x: np.ndarray, y: np.ndarray, kernel: Kernel) -> float:
 def _row_sums():
     @partial(compilation.jit, static_argnames="kernel")
     def row_sums(x: Array, y: Array, count: Array, *, kernel: Kernel) -> Array:
-        """For each row of x, the kernel's sum over the first `count` of y."""
+        """Returns, for each row of x, the kernel's sum over the first `count` rows of y."""
         if kernel == "polynomial":
             values = (_products(x, y) / x.shape[1] + 1) ** 3
-        else:  # the ones cancel between the sets, and would drown the rest
+        else:  # minus 1: the ones cancel between the sets, and would cost precision
             values = jnp.expm1(-_squared_distances(x, y) / (2 * SIGMA**2))
         return jnp.sum(values, axis=1, where=jnp.arange(len(y)) < count)
 
@@ -103,10 +103,10 @@ def _row_sums():
 def precision_recall(
     reference: np.ndarray, generated: np.ndarray, k: int = 3
 ) -> tuple[float, float]:
-    """How much of what is generated is real, and how much of what is real is generated.
+    """Returns precision and recall: how far each set covers the other.
 
     Kynkaanniemi et al. 1904.06991, equations 1 and 2: precision is the share of generated images
-    within the distance to the `k`th nearest neighbour of a reference image among the reference;
+    that are as close to some reference image as its `k`th nearest neighbor in the reference set;
     recall is the same with the sets exchanged.
 
     Args:
@@ -123,20 +123,20 @@ def precision_recall(
 
 
 def _radii(x: np.ndarray, k: int) -> np.ndarray:
-    """The squared distance of each row to the kth nearest of the others: float32 [n]."""
+    """Returns the squared distance of each row to the kth nearest other row: float32 [n]."""
     program, blocks, found = _nearest(), _blocks(x), []
     for rows, row_count in blocks:
         nearest = jnp.full((BLOCK, k + 1), jnp.inf)
         for columns, count in blocks:
             nearest = program(nearest, rows, columns, count)
-        found.append(np.asarray(nearest)[:row_count, k])  # itself comes first
+        found.append(np.asarray(nearest)[:row_count, k])  # index 0 is the row itself
     return np.concatenate(found)
 
 
 def _covered(x: np.ndarray, centers: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """Which rows lie in the ball of one of the centers: bool [n]."""
+    """Finds the rows that are in the ball of at least one center: bool [n]."""
     program, blocks, found = _in_any(), _blocks(centers), []
-    # No row lies in the ball of a center that only fills the last block.
+    # The centers that pad the last block have negative radii, so no row is in their balls.
     sizes = [_padded(radii[s : s + BLOCK], -1.0) for s in range(0, len(radii), BLOCK)]
     for rows, row_count in _blocks(x):
         inside = [
@@ -150,7 +150,10 @@ def _covered(x: np.ndarray, centers: np.ndarray, radii: np.ndarray) -> np.ndarra
 def _nearest():
     @compilation.jit
     def nearest(so_far: Array, x: Array, y: Array, count: Array) -> Array:
-        """The smallest squared distances [rows, k + 1], ascending, with the first `count` of y."""
+        """Updates the k + 1 smallest squared distances with the first `count` rows of y.
+
+        They are ascending: [rows, k + 1].
+        """
         distances = jnp.where(jnp.arange(len(y)) < count, _squared_distances(x, y), jnp.inf)
         values, _ = jax.lax.top_k(-jnp.concatenate([so_far, distances], axis=1), so_far.shape[1])
         return -values
@@ -173,11 +176,11 @@ def _squared_distances(x: Array, y: Array) -> Array:
 
 
 def _products(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y.T, precision="highest")  # TPUs would round to bfloat16
+    return jnp.matmul(x, y.T, precision="highest")  # by default, TPUs round to bfloat16
 
 
 def _blocks(x: np.ndarray) -> list[tuple[Array, int]]:
-    """Rows [BLOCK, d] on the device, and how many of each block's there are."""
+    """Returns blocks [BLOCK, d] on the device, each with its number of valid rows."""
     parts = [x[start : start + BLOCK] for start in range(0, len(x), BLOCK)]
     return [(jnp.asarray(_padded(part, 0.0)), len(part)) for part in parts]
 
@@ -188,7 +191,7 @@ def _padded(rows: np.ndarray, value: float) -> np.ndarray:
 
 
 def _centered(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both, moved together to where float32 tells distances best."""
+    """Subtracts the mean of x from both, where float32 distances are most precise."""
     x, y = _tables(x, y)
     middle = x.mean(axis=0, dtype=np.float64).astype(np.float32)
     return x - middle, y - middle
@@ -204,6 +207,6 @@ def _check(metric: str, least: int, *counts: int) -> None:
     if min(counts) < least:
         there = " and ".join(str(count) for count in counts)
         raise InputError(
-            f"{metric} needs at least {least} images on each side, and there are {there}; "
+            f"{metric} needs at least {least} images in each set, but there are {there}; "
             "generate or give more"
         )

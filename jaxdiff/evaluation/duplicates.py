@@ -1,16 +1,17 @@
-"""Copies: images that are equal, or that look equal, among themselves and in a training set.
+"""Duplicate detection: finds identical and near-identical images, for example in a training set.
 
-Both kinds are told by 64 bits an image, so that a million images are 8 MB. Equal images are found
-by the first bits of `pixel_sha256`; a false one has a chance of 5e-20 a pair. Images that look
-equal are found by `perceptual_hash`, which knows light and dark at an eighth of the width and
-forgets color and detail: what it finds is to be looked at.
+Each test compares 64 bits per image, so a million images take 8 MB. Identical images are found by
+the first bits of `pixel_sha256`, with a false-positive rate of 5e-20 per pair. Near-identical
+images are found by `perceptual_hash`, which keeps light and dark at an eighth of the width and
+drops color and detail; check its matches by eye.
 
-Measured, and held by the tests: at the default distance of 3, images are found again after JPEG at
-quality 75, resizing to 0.75 and 2 times, and 2 gray levels of brightness. No pair of 125,000 that
-have photographs' spectrum is that near by chance. The shapes world is as flat as images come: of
-its pairs of different scenes 2.4e-5 are within 3, and 1.0e-6 at 0. So of new scenes 2.5 % seem
-copies of a training set of 1,000 at distance 3, and 14 % of one of 10,000; at distance 0 it is
-0.9 % of the latter. Distance 3 is for photographs and paintings, distance 0 for flat drawings.
+Measured and tested: at the default distance of 3, images are found again after JPEG compression at
+quality 75, resizing by 0.75 and 2, and a brightness change of 2 gray levels. Of 125,000 pairs with
+the spectrum of photographs, none is this close by chance. The shapes world is the flattest case:
+of its pairs of different scenes, 2.4e-5 are within distance 3 and 1.0e-6 at distance 0. At distance
+3, 2.5% of new scenes therefore seem to be copies of a training set of 1,000, and 14% of one of
+10,000; at distance 0, 0.9% of the latter. Use distance 3 for photographs and paintings, distance 0
+for flat drawings.
 """
 
 import itertools
@@ -28,23 +29,24 @@ from jaxdiff.errors import InputError
 from jaxdiff.training.data import EncodedExamples, decoding, open_examples
 from jaxdiff.training.recipe import Data
 
-SIDE = 32  # px, of what is transformed
-ONE_GRAY_LEVEL = SIDE / 2  # the coefficient of a wave that is one gray level high
+SIDE = 32  # px, the side of the transformed image
+ONE_GRAY_LEVEL = SIDE / 2  # the coefficient of a wave with an amplitude of one gray level
 BANDS, BAND_BITS = 4, 16
-DISTANCE = BANDS - 1  # bits: two hashes that differ in no more agree in one of the bands
-CANDIDATES = 2**20  # that are compared at once
-THREADS = 2  # that decode
+DISTANCE = BANDS - 1  # bits: two hashes that differ in at most this many agree in one band
+CANDIDATES = 2**20  # compared at once
+THREADS = 2  # for decoding
 DECODED_AT_ONCE = 1024
 
 
 def perceptual_hash(pixels: np.ndarray) -> np.uint64:
-    """64 bits that stay nearly the same where an image looks the same.
+    """Returns a 64-bit hash that barely changes if the image looks the same.
 
     As in Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010, 3.2:
-    the luma is shrunk to 32x32 (Lanczos' kernel, antialiased) and its cosine transform taken. The
-    bits are the 64 lowest frequencies but the mean, the lowest first; each is set where the
-    coefficient is above that of a wave one gray level high. The paper has the median in its
-    place, which is 0 in flat images: half of their bits would be noise. Plain images are all 0.
+    shrinks the luma to 32x32 (antialiased Lanczos kernel) and takes its cosine transform. The bits
+    are the 64 lowest frequencies without the mean, lowest first; each is set if the coefficient is
+    above that of a wave with an amplitude of one gray level. The paper compares with the median
+    instead, which is 0 in flat images, so half of their bits would be noise. The hash of a
+    uniform image is 0.
 
     Args:
       pixels: uint8 [height, width, 3].
@@ -56,23 +58,23 @@ def perceptual_hash(pixels: np.ndarray) -> np.uint64:
 
 @cache
 def _lowest() -> tuple[np.ndarray, np.ndarray]:
-    """Where the 64 lowest frequencies stand, diagonal by diagonal, without the first."""
+    """Returns the indices of the 64 lowest frequencies, diagonal by diagonal, without the mean."""
     down, right = np.indices((SIDE, SIDE)).reshape(2, -1)
     order = np.lexsort((down, down + right))[1:65]
     return down[order], right[order]
 
 
 def pixel_hashes(pixel_sha256: Iterable[str]) -> np.ndarray:
-    """The first 64 bits of what records hold of their images (hex): uint64 [n]."""
+    """Returns the first 64 bits of hexadecimal pixel hashes: uint64 [n]."""
     return np.array([int(digest[:16], 16) for digest in pixel_sha256], np.uint64)
 
 
 @dataclass(frozen=True, eq=False)
 class HashIndex:
-    """Hashes that can be searched for those near to others; Norouzi, Punjani, Fleet 1307.2982.
+    """An index for finding hashes within a Hamming distance; Norouzi, Punjani, Fleet 1307.2982.
 
     Attributes:
-      bands: uint64 [4, n], the hashes in the order of each 16 of their bits.
+      bands: uint64 [4, n], the hashes sorted by each group of 16 bits.
       starts: int64 [4, 65537], where each value of those bits begins.
     """
 
@@ -81,7 +83,7 @@ class HashIndex:
 
     @classmethod
     def build(cls, hashes: np.ndarray) -> "HashIndex":
-        """Of uint64 [n], which may be equal; 32 bytes each, and 2 MB."""
+        """Builds an index of uint64 [n], duplicates allowed; takes 32 bytes per hash plus 2 MB."""
         hashes = np.unique(hashes)
         bands = np.empty((BANDS, len(hashes)), np.uint64)
         starts = np.empty((BANDS, 2**BAND_BITS + 1), np.int64)
@@ -92,16 +94,17 @@ class HashIndex:
         return cls(bands, starts)
 
     def within(self, hashes: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
-        """Which hashes differ from one of these in no more than `distance` bits, at most 3.
+        """Finds the hashes that differ from an indexed hash in at most `distance` bits.
 
         Args:
           hashes: uint64 [n].
+          distance: from 0 to 3.
 
         Returns:
           bool [n].
         """
         if not 0 <= distance <= DISTANCE:
-            raise ValueError(f"the index finds distances from 0 to {DISTANCE}, not {distance}")
+            raise ValueError(f"distance must be from 0 to {DISTANCE}, not {distance}")
         found = np.zeros(len(hashes), bool)
         for band in range(BANDS):
             left = np.flatnonzero(~found)
@@ -120,14 +123,14 @@ def _band(hashes: np.ndarray, band: int) -> np.ndarray:
 
 
 def _parts(counts: np.ndarray) -> Iterator[slice]:
-    """Slices of about `CANDIDATES` in all, or of one count that is larger."""
+    """Returns slices with about `CANDIDATES` in total, or with a single larger count."""
     turns = np.cumsum(counts) // CANDIDATES
     edges = [0, *(np.flatnonzero(np.diff(turns)) + 1), len(counts)]
     return (slice(start, end) for start, end in itertools.pairwise(edges))
 
 
 def _ranges(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All numbers from each start to its end, and which of the ranges each is of."""
+    """Returns the range numbers and the values of all integers from each start to its end."""
     counts = ends - starts
     rows = np.repeat(np.arange(len(counts)), counts)
     firsts = np.cumsum(counts) - counts
@@ -136,35 +139,35 @@ def _ranges(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 @dataclass(frozen=True, eq=False)
 class TrainingSet:
-    """What is remembered of the images that a model was trained on.
+    """The hashes of a model's training images.
 
     Attributes:
-      exact: uint64 [n], `pixel_hashes`.
-      near: of their perceptual hashes.
+      exact: uint64 [n], their `pixel_hashes`.
+      near: an index of their perceptual hashes.
     """
 
     exact: np.ndarray
     near: HashIndex
 
     def copied(self, pixel_hashes: np.ndarray) -> np.ndarray:
-        """Which images are equal to one of these: bool [n]."""
+        """Finds the images that are identical to a training image: bool [n]."""
         return np.isin(pixel_hashes, self.exact)
 
 
 def read_training_set(path: str, height: int, width: int) -> TrainingSet:
-    """Looks at every image of a training set, as the training does: cut and brought to a size.
+    """Hashes every image of a training set, cropped and resized as in training.
 
     Args:
       path: a folder of images with metadata.jsonl, of WebDataset shards or of Parquet files, or a
         dataset of `jaxdiff generate`.
-      height, width: px, of the images that are to be compared with them.
+      height, width: px, the size of the images to compare with the training set.
 
     Raises:
-      InputError: naming what cannot be used: the folder, or an image.
+      InputError: naming the folder or image that cannot be used.
     """
     examples = open_examples(Data(path))
     if isinstance(examples, EncodedExamples):
-        raise InputError(f"{path} holds latents, no pixels; name the folder of images itself")
+        raise InputError(f"{path} holds latents, not pixels; name the folder of images instead")
     hashes = np.empty((2, len(examples)), np.uint64)
 
     def look(number: int) -> None:

@@ -1,9 +1,9 @@
-"""How sure a mean is: intervals and paired differences, over prompts.
+"""Confidence intervals of means, and paired differences, bootstrapped over prompts.
 
-What a benchmark samples is its prompts, and the images of one prompt resemble each other: so
-prompts are drawn, and a prompt's images come along with it (Field and Welsh, "Bootstrapping
-clustered data", 2007). The overall mean is the mean of the categories' means, as GenEval's (arXiv
-2310.11513), and prompts are drawn within their category, so that each draw is a benchmark like it.
+A benchmark is a sample of prompts, and images of one prompt resemble each other. The bootstrap
+therefore draws prompts, each with all its images (Field and Welsh, "Bootstrapping clustered data",
+2007). The overall mean is the mean of the category means, as in GenEval (arXiv 2310.11513); prompts
+are drawn within their category, so each draw has the benchmark's structure.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ import numpy as np
 from scipy import special
 
 RESAMPLES = 2000
-BLOCK_ELEMENTS = 2**21  # of the random numbers that are in memory at once
+BLOCK_ELEMENTS = 2**21  # random numbers in memory at once
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and the interval that it lies in; NaN where it is not known."""
+    """A mean and its confidence interval; NaN for what is unknown."""
 
     value: float
     low: float
@@ -27,7 +27,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference, its interval, and how often chance alone gives one as large."""
+    """A mean difference, its interval, and how often chance alone gives one as large (p)."""
 
     value: float
     low: float
@@ -36,11 +36,11 @@ class Difference:
 
 
 def wilson(successes, n, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """The score interval of a share, by Wilson (1927): it holds for 0 and n successes as well.
+    """Returns the score interval of a share (Wilson, 1927), which also holds for 0 and n successes.
 
     Args:
-      successes, n: counts, numbers or arrays of one shape; where n is 0, nothing is known and the
-        interval is 0 to 1.
+      successes, n: counts, as numbers or arrays of the same shape; where n is 0, the interval is
+        0 to 1.
 
     Returns:
       low and high, float64, of that shape.
@@ -50,7 +50,7 @@ def wilson(successes, n, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarr
     middle = (successes + z2 / 2) / (n + z2)
     share = successes / np.maximum(n, 1)
     half = np.sqrt(z2 * (share * (1 - share) * n + z2 / 4)) / (n + z2)
-    # At the ends the formula gives exactly 0 and 1, but for rounding.
+    # At the ends the formula gives exactly 0 and 1, except for rounding.
     low = np.where(successes == 0, 0.0, middle - half)
     high = np.where(successes == n, 1.0, middle + half)
     return low, high
@@ -59,11 +59,11 @@ def wilson(successes, n, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarr
 def by_prompt(
     values: np.ndarray, owners: np.ndarray, prompts: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sum and the number of each prompt's values, float64 [prompts]; NaN is left out.
+    """Returns the sum and the count of each prompt's values, float64 [prompts]; NaN is left out.
 
     Args:
       values: float64 [images].
-      owners: int [images], below `prompts`: which prompt each is of.
+      owners: int [images], below `prompts`: the index of each image's prompt.
     """
     known = np.isfinite(values)
     sums = np.bincount(owners[known], values[known], prompts)
@@ -71,7 +71,7 @@ def by_prompt(
 
 
 def members(counts: np.ndarray, categories: np.ndarray) -> list[np.ndarray]:
-    """The numbers of the prompts with a value, for each category.
+    """Returns the indices of the prompts with a value, for each category.
 
     Args:
       counts, categories: as in `bootstrap`.
@@ -89,19 +89,19 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[Estimate, list[Estimate]]:
-    """The mean of the categories' means, and each category's mean, with percentile intervals.
+    """Returns the mean of the category means, and each category's mean, with percentile intervals.
 
-    A category of one prompt has no interval, as nothing says how prompts differ there. If there is
-    such a category, then the overall interval comes from prompts drawn out of all of them: wider
-    than it need be, but not too narrow.
+    A category with one prompt has no interval, because the spread of its prompts is unknown. If
+    there is one, the overall interval comes from draws across all prompts: wider than necessary,
+    but not too narrow.
 
     Args:
-      sums, counts: float64 [prompts], as `by_prompt` gives them; prompts without a value, and
-        categories without one, are left out.
+      sums, counts: float64 [prompts], from `by_prompt`; prompts and categories without a value
+        are left out.
       categories: int [prompts], from 0.
 
     Returns:
-      overall, and by category, NaN for one without a value.
+      the overall estimate, and one for each category, NaN for a category without a value.
     """
     random = np.random.default_rng(seed)
     tails = [50 * (1 - confidence), 50 * (1 + confidence)]
@@ -136,16 +136,16 @@ def paired_difference(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[Difference, list[Difference]]:
-    """How much higher `second` is than `first`, overall and in each category.
+    """Returns how much higher `second` is than `first`, overall and in each category.
 
-    The interval is the bootstrap's of the pairs' differences, so both runs see the same drawn
-    prompts. p is of the sign-flip test: were the runs alike, then in each prompt either could be
-    the first; it is the share of such flips whose mean is at least as far from 0, the one seen
-    included (Phipson and Smyth, 2010), so never 0.
+    The interval bootstraps the pairs' differences, so both runs use the same drawn prompts. p comes
+    from a sign-flip test: if the runs were alike, they could be swapped in each prompt. p is the
+    share of these flips whose mean is at least as far from 0 as the observed one, counting the
+    observed one (Phipson and Smyth, 2010), so it is never 0.
 
     Args:
-      first, second: float64 [pairs], of the same prompt and seed; a pair with a NaN is left out.
-      owners: int [pairs], which prompt each is of.
+      first, second: float64 [pairs], of the same prompt and seed; pairs with a NaN are left out.
+      owners: int [pairs], the index of each pair's prompt.
       categories: int [prompts].
     """
     sums, counts = by_prompt(second - first, owners, len(categories))
@@ -169,12 +169,12 @@ def _mean(sums: np.ndarray, counts: np.ndarray) -> float:
 
 
 def _weights(counts: np.ndarray, categories: np.ndarray) -> np.ndarray:
-    """Of each prompt: with them, all images' weighted mean is the mean of the categories'."""
+    """Returns prompt weights that make the mean over all images the mean of the category means."""
     return 1 / np.maximum(np.bincount(categories, counts), 1)[categories]
 
 
 def _resampled_means(random, sums: np.ndarray, counts: np.ndarray, resamples: int) -> np.ndarray:
-    """The means of as many prompts, drawn with replacement; float64 [resamples]."""
+    """Returns means of equally many prompts, drawn with replacement: float64 [resamples]."""
     means = []
     for rows in _blocks(resamples, len(sums)):
         drawn = random.integers(len(sums), size=(rows, len(sums)), dtype=np.int32)
@@ -183,10 +183,10 @@ def _resampled_means(random, sums: np.ndarray, counts: np.ndarray, resamples: in
 
 
 def _sign_flips(random, weighted: np.ndarray, resamples: int) -> float:
-    """The share of sign flips with a sum as far from 0 as the sum is; NaN if there is none."""
+    """Returns the share of sign flips whose sum is as far from 0 as observed; NaN if empty."""
     if not len(weighted):
         return np.nan
-    # Sums that are equal but for rounding count as equal: a flip may add up in another order.
+    # Sums that differ only by rounding count as equal: a flip may add up in another order.
     seen = abs(weighted.sum()) - 1e-9 * np.abs(weighted).sum()
     as_far = 1
     for rows in _blocks(resamples, len(weighted)):
@@ -196,7 +196,7 @@ def _sign_flips(random, weighted: np.ndarray, resamples: int) -> float:
 
 
 def _blocks(rows: int, columns: int) -> Iterator[int]:
-    """Parts of so many rows, such that no part has more than BLOCK_ELEMENTS."""
+    """Yields row counts of blocks with at most BLOCK_ELEMENTS elements each."""
     at_once = max(1, BLOCK_ELEMENTS // columns)
     while rows > 0:
         yield min(rows, at_once)

@@ -1,8 +1,8 @@
-"""Every number that an evaluation can tell, and how it is to be read."""
+"""Every measure an evaluation can report, and how to read it."""
 
 from jaxdiff.evaluation.records import Measure
 
-# Of an image. "correct" is 0 or 1: what the shapes world's exact scorer says.
+# Per image. "correct" is 0 or 1, from the shapes world's exact scorer.
 OF_IMAGES = {
     "correct": Measure("correct", is_share=True),
     "clip_score": Measure("CLIPScore"),
@@ -12,12 +12,12 @@ OF_IMAGES = {
     "contrast": Measure("contrast", "", is_share=True),
     "colorfulness": Measure("colorfulness", ""),
 }
-# Of a prompt's images, the same value for each of them.
+# Per prompt: every image of a prompt has the same value.
 OF_PROMPTS = {
     "diversity": Measure("diversity"),
-    "near_duplicates": Measure("near-duplicates among a prompt's images", "lower", is_share=True),
+    "near_duplicates": Measure("near-duplicates within a prompt", "lower", is_share=True),
 }
-# Of all images.
+# Per set of images.
 OF_SETS = {
     "cmmd": Measure("CMMD", "lower"),
     "frechet": Measure("Frechet distance", "lower"),

@@ -1,4 +1,4 @@
-"""The scores of a run's shards put together: `Scores`, prompt by prompt."""
+"""Merges the scores of a run's shards into one `Scores`, ordered by prompt."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -20,21 +20,22 @@ def merge(
     images: int,
     *,
     name: str,
-    told: dict[str, str],
+    settings: dict[str, str],
     with_clip: bool,
 ) -> tuple[Scores, pa.Table]:
-    """Puts the tables of `scoring.score_file` together, holding one and what is kept of each.
+    """Merges the tables of `scoring.score_file`, with one full table in memory at a time.
 
     Args:
-      images: how many there are of each prompt; a prompt may stand in several tables.
-      with_clip: whether the tables' features are CLIP's.
+      images: the number of images per prompt; a prompt's images may be in several tables.
+      name, settings: the run's, for `Scores`.
+      with_clip: whether the tables' features are CLIP embeddings.
 
     Returns:
-      the scores; and a row an image, in the same order, with `owner`, its prompt's number, and
-      `part`, its table's.
+      the scores; and a table with one row per image, in the same order, with `owner`, the number
+      of its prompt, and `part`, the number of its table.
 
     Raises:
-      InputError: for an image of no prompt, and for a prompt that has not `images`.
+      InputError: for an image of an unknown prompt, or a prompt without exactly `images` images.
     """
     numbers = {prompt.id: number for number, prompt in enumerate(prompts)}
     of_prompts = _OfPrompts(images)
@@ -44,15 +45,15 @@ def merge(
         if -1 in owners:
             stranger = table["id"][owners.index(-1)].as_py()
             raise InputError(
-                f"the images hold a prompt {stranger!r} that the benchmark's file does not; "
-                "name the file that they were made from, or another --output"
+                f"prompt {stranger!r} of the images is not in the benchmark's file; name the file "
+                "that they were made from, or another --output"
             )
         if with_clip:
             of_prompts.add(owners, table)
         table = table.select(KEPT).append_column("owner", pa.array(owners, pa.int32()))
         kept.append(table.append_column("part", pa.array([part] * len(table), pa.int32())))
     if not kept:
-        raise InputError("there is no image to be judged")
+        raise InputError("there are no images to score; give a dataset or layout with images")
     rows = pa.concat_tables(kept).sort_by([("owner", "ascending"), ("index", "ascending")])
     _check_whole(rows, prompts, images)
     values = {
@@ -65,7 +66,7 @@ def merge(
         values |= {measure: found[owners] for measure, found in of_prompts.values(len(prompts))}
     scores = Scores(
         name=name,
-        told=told,
+        told=settings,
         prompts=prompts,
         keys=rows["key"].to_pylist(),
         seeds=rows["seed"].to_numpy(),
@@ -81,13 +82,13 @@ def _check_whole(rows: pa.Table, prompts: list[Prompt], images: int) -> None:
     if (wrong := np.flatnonzero(counts != images)).size:
         prompt, count = prompts[wrong[0]], counts[wrong[0]]
         raise InputError(
-            f"prompt {prompt.id!r} has {count} images, and the benchmark {images} of each: "
-            "say --images, or name images that were made for this benchmark"
+            f"prompt {prompt.id!r} has {count} images, but the benchmark needs {images} of each; "
+            "set --images, or name images that were made for this benchmark"
         )
 
 
 class _OfPrompts:
-    """What is measured among a prompt's images; embeddings are let go when they are all there."""
+    """Measures over each prompt's images; frees their embeddings once all have been added."""
 
     def __init__(self, images: int):
         self._images = images
@@ -107,7 +108,7 @@ class _OfPrompts:
                     )
 
     def values(self, prompts: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields each measure with its values by prompt, NaN where there are not two images."""
+        """Yields each measure with its values by prompt, NaN for fewer than two images."""
         if not self._values:
             return
         for column, measure in enumerate(("diversity", "near_duplicates")):

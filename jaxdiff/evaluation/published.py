@@ -1,7 +1,7 @@
-"""What others published of well-known models, shown beside one's own scores.
+"""Published scores of well-known models, shown next to your own scores.
 
-Each row is as its source has it. PartiPrompts and DrawBench have no scorer of their own, so there
-is no such table.
+Each row is copied from its source. PartiPrompts and DrawBench have no scorer of their own, so they
+have no table.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ Z_IMAGE = ("Z-Image, arXiv:2511.22699", "https://arxiv.org/abs/2511.22699")
 def _table(
     columns: Sequence[str], groups: Sequence[tuple[tuple[str, str], Sequence[tuple]]], note: str
 ) -> Table:
-    """The table of rows that are grouped by their source."""
+    """Builds a table from rows grouped by source."""
     return Table(
         title="Published scores",
         note=note,
@@ -90,9 +90,9 @@ PUBLISHED = {
                 ),
             ),
         ),
-        "By GenEval's own scorer, which needs its detector; prompts as they are, not rewritten by "
-        "a language model. Others print SD3's rows of depth 24 and of depth 38 at 512 px as SD3 "
-        "Medium and SD3.5 Large.",
+        "From GenEval's own scorer, which needs its detector, with the original prompts, not "
+        "rewritten by a language model. Others list the SD3 rows of depth 24 and of depth 38 at "
+        "512 px as SD3 Medium and SD3.5 Large.",
     ),
     "t2i-compbench": _table(
         ("color", "shape", "texture", "spatial", "non_spatial"),
@@ -110,8 +110,8 @@ PUBLISHED = {
                 ),
             ),
         ),
-        "By the first version's scorers: BLIP-VQA for color, shape and texture, UniDet for "
-        "spatial, the cosine of CLIP ViT-B/32 for non_spatial. T2I-CompBench++ differs.",
+        "From the scorers of the first version: BLIP-VQA for color, shape and texture, UniDet for "
+        "spatial, and the cosine of CLIP ViT-B/32 for non_spatial. T2I-CompBench++ differs.",
     ),
     "dpg": _table(
         ("overall", "global", "entity", "attribute", "relation", "other"),
@@ -154,8 +154,8 @@ PUBLISHED = {
             ),
             (Z_IMAGE, (("Z-Image", 88.14, None, None, None, None, None),)),
         ),
-        "By DPG-Bench's own scorer, mPLUG-large. Its categories count one image of four, and "
-        "several papers differ by a point for the same model.",
+        "From DPG-Bench's own scorer, mPLUG-large. Its category scores count one image of four. "
+        "For the same model, papers differ by about a point.",
     ),
     "hpsv2": _table(
         ("average", "anime", "concept-art", "paintings", "photo"),
@@ -178,6 +178,6 @@ PUBLISHED = {
                 ),
             ),
         ),
-        'By hpsv2.evaluate(DIR, hps_version="v2.1"); scores of v2.0 are not comparable.',
+        'From hpsv2.evaluate(DIR, hps_version="v2.1"); v2.0 scores are not comparable.',
     ),
 }

@@ -1,4 +1,4 @@
-"""What passes between the parts of an evaluation: prompts, pictures, scores."""
+"""The records that the parts of an evaluation exchange: prompts, pictures, scores."""
 
 from dataclasses import dataclass, field
 
@@ -7,13 +7,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row of a benchmark.
+    """A prompt of a benchmark.
 
     Attributes:
-      id: its name in the benchmark, the scorer's own where it has one; no two are equal.
-      text: what is to be shown.
-      category: that the benchmark reports by; "" if it has none.
-      row: as the benchmark's file has it, its keys in the file's order.
+      id: its unique name in the benchmark; the scorer's own name if it has one.
+      text: what the image should show.
+      category: the benchmark's category for reports; "" if it has none.
+      row: its row in the benchmark's file, with the keys in the file's order.
     """
 
     id: str
@@ -24,15 +24,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that was to show a prompt.
+    """An image generated for a prompt.
 
     Attributes:
       key: its name in the dataset.
-      prompt: what it was to show.
+      prompt: what it should show.
       index: its number among the images of its prompt, from 0.
-      seed: it was made from; -1 if nobody knows.
-      image: its file's bytes; None if it could not be made.
-      extension: of that file, such as "png".
+      seed: the seed it was generated from; -1 if unknown.
+      image: its file's bytes; None if it could not be generated.
+      extension: the file's extension, for example "png".
     """
 
     key: str
@@ -45,12 +45,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Measure:
-    """How a number is to be read.
+    """How to read a measured number.
 
     Attributes:
-      title: what people call it.
-      better: "higher", "lower" or "" if neither is.
-      is_share: whether it lies between 0 and 1 and is shown as a percentage.
+      title: its name in reports.
+      better: "higher", "lower", or "" if neither is better.
+      is_share: whether it is between 0 and 1 and shown as a percentage.
     """
 
     title: str
@@ -60,18 +60,18 @@ class Measure:
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured of one run: of a model with its settings, over a benchmark.
+    """The scores of one run: a model with its settings, over a benchmark.
 
     Attributes:
-      name: tells it from the other runs.
-      told: what is said of it, such as its model, fingerprint, steps and sampler.
-      prompts: of the whole benchmark, in its order.
-      keys, seeds: of the images, prompt by prompt, a prompt's images by their index.
-      owners: int32 [images], which of `prompts` each image is of.
-      values: by measure, float64 [images]; NaN where the image could not be made.
-      reasons: by image, why it is wrong, in a few words; "" where it is right or nobody judged.
-      whole: by measure, of the set of all images.
-      missing: by measure that was asked for, why there is none, and the mend.
+      name: distinguishes it from the other runs.
+      told: its settings for the report: model, fingerprint, steps, sampler, and so on.
+      prompts: all prompts of the benchmark, in its order.
+      keys, seeds: of the images, ordered by prompt, then by index.
+      owners: int32 [images], the index in `prompts` of each image's prompt.
+      values: by measure, float64 [images]; NaN where the image could not be generated.
+      reasons: by image, why it is wrong, in a few words; "" if it is right or was not judged.
+      whole: by measure, the value for the set of all images.
+      missing: by requested measure, why it has no value and how to fix that.
     """
 
     name: str

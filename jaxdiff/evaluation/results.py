@@ -1,4 +1,4 @@
-"""`results.jsonl`: what GenEval's `summary_scores.py` reads (arXiv:2310.11513), a line an image."""
+"""`results.jsonl`: input of GenEval's `summary_scores.py` (arXiv:2310.11513), a line per image."""
 
 import json
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ def lines(rows: pa.Table, prompts: list[Prompt], folder: Path) -> Iterator[str]:
     """Yields a JSON line for each image.
 
     Args:
-      rows: of `merging.merge`, judged.
-      folder: that holds GenEval's layout, as the user names it.
+      rows: the table from `merging.merge`, with judged images.
+      folder: the folder with GenEval's layout, as the user named it.
     """
     for row in rows.to_pylist():
         prompt = prompts[row["owner"]]

@@ -1,4 +1,4 @@
-"""Pictures to scores: what is measured of each, kept in a Parquet file a shard."""
+"""Scores pictures and keeps the results, one Parquet file per shard."""
 
 import dataclasses
 import hashlib
@@ -21,8 +21,8 @@ from jaxdiff.worlds.shapes import caption_for, read
 from jaxdiff.worlds.shapes.scene import CANVAS
 from jaxdiff.worlds.shapes.verdict import compare
 
-VERSION = 1  # of the columns and of what they mean
-AT_ONCE = 64  # pictures that are held in memory
+VERSION = 1  # of the columns and their meaning
+AT_ONCE = 64  # pictures in memory
 OF_STATISTICS = ("brightness", "contrast", "colorfulness", "sharpness")
 COLUMNS = {
     "key": pa.string(),
@@ -38,23 +38,23 @@ COLUMNS = {
     "width": pa.int32(),
     "reason": pa.string(),
     "details": pa.string(),
-    "said": pa.string(),  # the label that CLIP takes for the likeliest
+    "said": pa.string(),  # the most likely label according to CLIP
     "pixel_sha256": pa.string(),
     "perceptual_hash": pa.uint64(),
-    "features": pa.list_(pa.float32()),  # CLIP's embedding, or the thumbnail
+    "features": pa.list_(pa.float32()),  # the CLIP embedding, or the thumbnail features
 }
 EMPTY = {"reason": "not made", "details": "{}", "said": "", "pixel_sha256": ""}
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is measured of every picture.
+    """What to measure on every picture.
 
     Attributes:
       exact: whether the shapes world's scorer judges it.
-      clip: where CLIP's weights are; "" for none.
-      clip_fingerprint: theirs; the same directory may hold others another day.
-      labels: among which CLIP chooses; none for no choice.
+      clip: the directory or Hub id of CLIP's weights; "" for none.
+      clip_fingerprint: of these weights, since a directory's content may change.
+      labels: the labels that CLIP chooses from; empty for no zero-shot label.
     """
 
     exact: bool
@@ -63,15 +63,15 @@ class Scoring:
     labels: tuple[str, ...] = ()
 
     def digest(self, of_pictures: str) -> str:
-        """SHA-256 (hex) of all that decides the scores of pictures with this digest."""
+        """Returns the SHA-256 (hex) of everything that determines the scores of these pictures."""
         said = [VERSION, of_pictures, self.exact, self.clip_fingerprint, self.labels]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def score_file(pictures: Iterable[Picture], scoring: Scoring, path: Path, digest: str) -> pa.Table:
-    """Scores pictures and writes the file, whole or not at all; returns what it holds.
+    """Scores pictures and writes the file atomically; returns its table.
 
-    A file that is there already, with the same digest, is read instead.
+    Reads the file instead if it already exists with the same digest.
 
     Raises:
       InputError: for a picture that cannot be read or judged.
@@ -92,7 +92,7 @@ def score_file(pictures: Iterable[Picture], scoring: Scoring, path: Path, digest
 
 
 def read_file(path: Path, digest: str) -> pa.Table | None:
-    """The scores in a file; None if it is not there, not whole, or of other pictures."""
+    """Returns the scores in a file; None if it is missing, damaged, or of other pictures."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException):
@@ -102,7 +102,7 @@ def read_file(path: Path, digest: str) -> pa.Table | None:
 
 
 def features(table: pa.Table) -> tuple[list[str], np.ndarray]:
-    """The keys of the pictures that were made, and their features, float32 [n, d]."""
+    """Returns the keys of the pictures that were generated, and their features, float32 [n, d]."""
     table = table.filter(table["made"])
     values = table["features"].combine_chunks()
     width = len(values[0]) if len(table) else 0
@@ -158,8 +158,8 @@ def _judged(picture: Picture, image: np.ndarray) -> dict:
     if image.shape != (CANVAS, CANVAS, 3):
         height, width, _ = image.shape
         raise InputError(
-            f"image {picture.key} has {width}x{height} pixels; the shapes world's scorer reads "
-            f"{CANVAS}x{CANVAS}: say --width {CANVAS} --height {CANVAS}, or another benchmark"
+            f"image {picture.key} has {width}x{height} pixels, but the shapes world's scorer needs "
+            f"{CANVAS}x{CANVAS}; set --width {CANVAS} --height {CANVAS}, or use another benchmark"
         )
     seen = read(image)
     verdict = compare(caption_for({"prompt": picture.prompt.text, **picture.prompt.row}), seen)
@@ -171,7 +171,7 @@ def _judged(picture: Picture, image: np.ndarray) -> dict:
 
 
 def _embedded(block: list[Picture], pixels: list, scoring: Scoring) -> Iterator[dict]:
-    """What CLIP says of each picture that was made."""
+    """Yields the CLIP measures of each picture; an empty dict if it could not be generated."""
     tower = clip_measures.open_clip(scoring.clip)
     made = [image for image in pixels if image is not None]
     embeddings = iter(tower.embed_images(made))

@@ -1,4 +1,4 @@
-"""What is measured of all images together: against a reference, a training set, each other."""
+"""Measures of a whole set of images: against a reference, a training set, or each other."""
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -16,33 +16,33 @@ from jaxdiff.evaluation.records import Prompt
 from jaxdiff.training.data import EncodedExamples, open_examples
 from jaxdiff.training.recipe import Data
 
-SAMPLE = 10_000  # images of which pairs are compared
-NOBODY = np.zeros((0, 0))  # the features of no image
-AT_ONCE = 64  # images of a reference that are held in memory
+SAMPLE = 10_000  # images compared in pairs
+NOBODY = np.zeros((0, 0))  # the features of an empty set
+AT_ONCE = 64  # reference images in memory
 HOW_TO_GET_CLIP = (
-    "needs --clip DIR: CLIP's weights, such as openai/clip-vit-large-patch14 or any of OpenCLIP's, "
-    "downloaded from the Hugging Face Hub"
+    "needs --clip DIR with CLIP's weights, for example openai/clip-vit-large-patch14 or an "
+    "OpenCLIP model from the Hugging Face Hub"
 )
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Features of any number of images, in constant memory."""
+    """A constant-size summary of the features of any number of images."""
 
     moments: Moments
     sample: Sample
 
     @classmethod
     def of(cls, keys: list[str], features: np.ndarray) -> "Summary":
-        """Those of some images, [n, d]; raises InputError for features that are no table."""
+        """Summarizes features, [n, d]; raises InputError if they are not a table."""
         return cls(Moments.of(features), Sample.of(keys, features, SAMPLE))
 
     def merge(self, other: "Summary") -> "Summary":
-        """That of both; raises InputError if they are not of as many features."""
+        """Combines two summaries; raises InputError if their numbers of features differ."""
         return Summary(self.moments.merge(other.moments), self.sample.merge(other.sample))
 
     def save(self, path: Path) -> None:
-        """Writes it, whole or not at all."""
+        """Writes the summary atomically."""
         unfinished = path.with_name(f".{path.name}")
         with unfinished.open("wb") as file:
             np.savez(file, **self.moments.arrays(), **self.sample.arrays())
@@ -50,32 +50,33 @@ class Summary:
 
     @classmethod
     def load(cls, path: Path) -> "Summary":
-        """The inverse of `save`."""
+        """Reads a summary that `save` wrote."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(Moments.from_arrays(arrays), Sample.from_arrays(arrays))
 
 
 def summary_of_all(parts: Iterable[Summary]) -> Summary:
-    """Merges summaries, as Beam's combiners do: ten at a time, in any order."""
+    """Merges summaries; works as a Beam combiner, which merges ten at a time in any order."""
     return reduce(Summary.merge, parts, Summary.of([], NOBODY))
 
 
 def read_reference(path: Path, clip_directory: str) -> Summary:
-    """The features of the images that others should look like.
+    """Summarizes the features of the reference images.
 
     Args:
-      path: a folder of captioned images, whose CLIP embeddings or thumbnails are taken; or an .npz
-        with `features`, [n, d], of the kind that the images' own are.
+      path: a folder of captioned images, of which CLIP embeddings or thumbnails are computed; or
+        an .npz with `features`, [n, d], of the same kind as the features of the evaluated images.
+      clip_directory: as in `features_of`.
 
     Raises:
-      InputError: naming what cannot be used.
+      InputError: naming the file that cannot be used.
     """
     if path.suffix == ".npz":
         features = _read_features(path)
         return Summary.of([str(number) for number in range(len(features))], features)
     examples = open_examples(Data(str(path)))
     if isinstance(examples, EncodedExamples):
-        raise InputError(f"{path} holds latents, no pixels; name the folder of images itself")
+        raise InputError(f"{path} holds latents, not pixels; name the folder of images instead")
     summary = Summary.of([], NOBODY)
     for start in range(0, len(examples), AT_ONCE):
         numbers = range(start, min(start + AT_ONCE, len(examples)))
@@ -86,7 +87,7 @@ def read_reference(path: Path, clip_directory: str) -> Summary:
 
 
 def features_of(pixels: list[np.ndarray], clip_directory: str) -> np.ndarray:
-    """CLIP's embeddings of images, or thumbnails without its weights: float32 [n, d]."""
+    """Returns CLIP embeddings, or thumbnails if `clip_directory` is "": float32 [n, d]."""
     if clip_directory:
         return clip_measures.open_clip(clip_directory).embed_images(pixels)
     return np.stack([statistics.thumbnail_features(image) for image in pixels])
@@ -97,7 +98,7 @@ def _read_features(path: Path) -> np.ndarray:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays["features"]
     except KeyError:
-        raise InputError(f"{path} has no array `features`") from None
+        raise InputError(f"{path} has no array `features`; save one in it, [n, d]") from None
     except (EOFError, OSError, ValueError, zipfile.BadZipFile) as problem:
         raise InputError(f"{path} cannot be read: {problem}") from None
 
@@ -105,7 +106,7 @@ def _read_features(path: Path) -> np.ndarray:
 def against_reference(
     ours: Summary, reference: Summary, with_clip: bool
 ) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Yields each measure's name with the function that computes it, which may raise InputError."""
+    """Yields each measure's name and the function that computes it, which may raise InputError."""
     mine, theirs = ours.sample.features, reference.sample.features
     yield "frechet", lambda: distances.frechet_distance(ours.moments, reference.moments)
     kernel = "cmmd" if with_clip else "kernel"
@@ -117,10 +118,10 @@ def against_reference(
 
 
 def copies(tables: Iterable[pa.Table], training: str) -> dict[str, float]:
-    """The shares of images that are copies of a training set's.
+    """Returns the shares of images that are exact copies and near-copies of training images.
 
     Raises:
-      InputError: if the training set cannot be read, or if the images are of several sizes.
+      InputError: if the training set cannot be read, or if the images differ in size.
     """
     known, exact, near, count = None, 0, 0, 0
     for table in tables:
@@ -130,7 +131,7 @@ def copies(tables: Iterable[pa.Table], training: str) -> dict[str, float]:
             size = next(iter(sizes))
             known = duplicates.read_training_set(training, *size)
         if sizes - {size}:
-            raise InputError("--training compares images of one size; these are of several")
+            raise InputError("--training needs images of one size; leave it out for several sizes")
         hashes = duplicates.pixel_hashes(table["pixel_sha256"].to_pylist())
         exact += int(known.copied(hashes).sum())
         near += int(known.near.within(table["perceptual_hash"].to_numpy()).sum())
@@ -139,13 +140,13 @@ def copies(tables: Iterable[pa.Table], training: str) -> dict[str, float]:
 
 
 def directions(tables: Iterable[pa.Table], prompts: list[Prompt], model: str) -> dict[str, float]:
-    """CLIP directional similarity, where prompts change others.
+    """Returns the mean CLIP directional similarity of prompts that edit another prompt.
 
-    A prompt whose row says `source`, the id of another, is compared with it: each image with that
-    of the same index, which equal seeds make comparable.
+    A prompt whose row has the id of another prompt as `source` is compared with that prompt. Images
+    are paired by index; they are comparable if their seeds are equal.
 
     Args:
-      model: CLIP's weights.
+      model: the directory or Hub id of CLIP's weights.
     """
     sources = {p.id: p.row["source"] for p in prompts if p.row.get("source")}
     wanted = {*sources, *sources.values()}
@@ -168,7 +169,7 @@ def directions(tables: Iterable[pa.Table], prompts: list[Prompt], model: str) ->
 
 
 def labels(prompts: list[Prompt]) -> tuple[str, ...]:
-    """Among which CLIP chooses: the `labels` of an audit, or what the rows say under `label`."""
+    """Returns the labels that CLIP chooses from: an audit's `labels`, or each row's `label`."""
     if prompts[0].row.get("labels"):
         return tuple(prompts[0].row["labels"])
     said = {prompt.row.get("label") for prompt in prompts}

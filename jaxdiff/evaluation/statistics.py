@@ -1,25 +1,25 @@
-"""What an image's pixels tell by themselves: light, color, sharpness, and coarse features."""
+"""Image statistics that need only the pixels: light, color, sharpness, and coarse features."""
 
 from functools import lru_cache
 
 import numpy as np
 
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # ITU-R BT.709, of red, green and blue
-THUMBNAIL = 8  # px, the side of what `thumbnail_features` sees
+THUMBNAIL = 8  # px, the side of `thumbnail_features`
 
 
 def image_statistics(pixels: np.ndarray) -> dict[str, float]:
-    """The measures of an image that need no weights.
+    """Returns the measures of an image that need no weights.
 
     Args:
       pixels: uint8 [height, width, 3], sRGB.
 
     Returns:
-      sharpness: the variance of the luma's Laplacian over 4 neighbours, luma from 0 to 255, the
-        edges mirrored: what `cv2.Laplacian(gray, cv2.CV_64F).var()` makes of Rec. 709 luma.
-      brightness, contrast: the luma's mean and standard deviation, from 0 to 1.
+      sharpness: the variance of the luma's 4-neighbor Laplacian, with luma from 0 to 255 and
+        mirrored edges, as `cv2.Laplacian(gray, cv2.CV_64F).var()` for Rec. 709 luma.
+      brightness, contrast: the mean and standard deviation of the luma, from 0 to 1.
       colorfulness: M3 of Hasler and Suesstrunk, "Measuring colorfulness in natural images", 2003:
-        0 for gray, about 100 for what people call extremely colorful.
+        0 for gray, about 100 for images that people call extremely colorful.
     """
     values = pixels.astype(np.float32)
     luma = values @ LUMA
@@ -32,7 +32,7 @@ def image_statistics(pixels: np.ndarray) -> dict[str, float]:
 
 
 def _laplacian(luma: np.ndarray) -> np.ndarray:
-    """The sum of each pixel's four neighbours less four times itself."""
+    """Returns the sum of each pixel's four neighbors minus four times the pixel."""
     wide = np.pad(luma, 1, "reflect")
     neighbours = wide[:-2, 1:-1] + wide[2:, 1:-1] + wide[1:-1, :-2] + wide[1:-1, 2:]
     return neighbours - 4 * luma
@@ -47,15 +47,15 @@ def _colorfulness(values: np.ndarray) -> float:
 
 
 def thumbnail_features(pixels: np.ndarray) -> np.ndarray:
-    """An image shrunk to 8x8 pixels: features where there is no network to give better ones.
+    """Returns an image shrunk to 8x8 pixels, as features when there are no network weights.
 
-    They see where which color is, and nothing of what is shown.
+    They capture the layout of colors, not the content.
 
     Args:
       pixels: uint8 [height, width, 3].
 
     Returns:
-      float32 [192], row by row the red, green and blue of each part's mean, from 0 to 1.
+      float32 [192], the mean red, green and blue of each part, row by row, from 0 to 1.
     """
     height, width, _ = pixels.shape
     rows = np.tensordot(_parts(height), pixels.astype(np.float32), 1)  # [8, width, 3]
@@ -63,9 +63,9 @@ def thumbnail_features(pixels: np.ndarray) -> np.ndarray:
     return (thumbnail / 255).reshape(-1).astype(np.float32)
 
 
-@lru_cache(64)  # a dataset has few sizes
+@lru_cache(64)  # a dataset has few image sizes
 def _parts(length: int) -> np.ndarray:
-    """How much of each of eight equal parts each of `length` pixels fills: float32 [8, length]."""
+    """Returns the share of each of eight equal parts that each pixel fills: float32 [8, length]."""
     edges = np.linspace(0, length, THUMBNAIL + 1)
     starts, ends = edges[:-1, None], edges[1:, None]
     pixel = np.arange(length)

@@ -1,0 +1,28 @@
+"""Model families, a page each: what their checkpoints are made of, and how they make images.
+
+Imports no JAX: planning asks the pages for defaults and sizes.
+"""
+
+from pathlib import Path
+
+from jaxdiff.checkpoint import checkpoint
+from jaxdiff.checkpoint.checkpoint import Checkpoint
+from jaxdiff.families.family import Family
+from jaxdiff.families.stable_diffusion import (
+    LCM_PIPELINE,
+    PIPELINE,
+    STABLE_DIFFUSION,
+    STABLE_DIFFUSION_XL,
+    XL_PIPELINES,
+)
+
+FAMILIES: dict[str, Family] = {  # by the class of the pipeline in diffusers
+    PIPELINE: STABLE_DIFFUSION,
+    LCM_PIPELINE: STABLE_DIFFUSION,
+    **dict.fromkeys(XL_PIPELINES, STABLE_DIFFUSION_XL),
+}
+
+
+def open_checkpoint(model: str | Path, variant: str | None = None) -> Checkpoint:
+    """Opens a checkpoint of any family: see `checkpoint.open_checkpoint`."""
+    return checkpoint.open_checkpoint(model, variant, FAMILIES)

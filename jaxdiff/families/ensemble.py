@@ -4,20 +4,50 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from jaxdiff.checkpoint import lora as loras
-from jaxdiff.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.weight_files import NoVariantError
+from jaxdiff.diffusion import samplers, scheduler_config
+from jaxdiff.diffusion.solvers import SamplerTable
+from jaxdiff.diffusion.step_ranges import StepRange, step_ranges
 from jaxdiff.errors import InputError
+from jaxdiff.families import open_checkpoint
+from jaxdiff.request import Bucket, Options
 
-REFINER = "Stable Diffusion XL refiner"
-# What turns an autoencoder's latents into a U-Net's, and the class's defaults.
-LATENTS = {
-    "scaling_factor": 0.18215,
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-}
+
+class Steps(NamedTuple):
+    """How the images of a bucket are walked from noise to latents.
+
+    Attributes:
+      tables: each denoiser's.
+      ranges: which denoiser takes which rows, guided or not.
+    """
+
+    tables: Sequence[SamplerTable]
+    ranges: tuple[StepRange, ...]
+
+    @property
+    def draws(self) -> int:
+        """How often fresh noise is drawn."""
+        return max(table.draws for table in self.tables)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any step is guided."""
+        return any(part.guided for part in self.ranges)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The columns of the table whose every row is its denoiser's."""
+        owner = np.repeat([r.denoiser for r in self.ranges], [r.rows for r in self.ranges])
+        columns = [table.columns() for table in self.tables]
+        return {
+            name: np.stack([columns[denoiser][name][row] for row, denoiser in enumerate(owner)])
+            for name in columns[0]
+        }
 
 
 @dataclass(frozen=True)
@@ -28,22 +58,55 @@ class Ensemble:
     refiner: Checkpoint | None = None
 
     @property
-    def experts(self) -> tuple[Checkpoint, ...]:
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Those there are, in the order of their steps."""
         return (self.base,) if self.refiner is None else (self.base, self.refiner)
 
     @property
     def name(self) -> str:
         """What people call it."""
-        return " + ".join(checkpoint.name for checkpoint in self.experts)
+        return " + ".join(checkpoint.name for checkpoint in self.checkpoints)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that decides pixels; a lone checkpoint's own."""
         if self.refiner is None:
             return self.base.fingerprint
-        parts = " ".join(checkpoint.fingerprint for checkpoint in self.experts)
+        parts = " ".join(checkpoint.fingerprint for checkpoint in self.checkpoints)
         return hashlib.sha256(parts.encode()).hexdigest()
+
+    def schedulers(self, changes: str) -> list[dict]:
+        """Each checkpoint's scheduler config after the changes of `Options.scheduler`."""
+        return [
+            scheduler_config.changed(checkpoint.defaults.scheduler, changes)
+            for checkpoint in self.checkpoints
+        ]
+
+    def steps(self, options: Options, bucket: Bucket) -> Steps:
+        """The sampler's tables for a bucket, and which denoiser takes which of their rows.
+
+        Raises:
+          InputError: if a scheduler's config asks for what the sampler cannot do.
+        """
+        configs = self.schedulers(options.scheduler)
+
+        def table(number: int, begin: int = 0) -> SamplerTable:
+            schedule = self.checkpoints[number].family.schedule(configs[number], bucket)
+            return samplers.sampler_table(
+                bucket.sampler, schedule, bucket.steps, eta=options.eta, begin=begin
+            )
+
+        base = table(0)
+        ranges = step_ranges(
+            base.timesteps,
+            options,
+            guided=bucket.guided,
+            guidance_is_input=[each.defaults.guidance_is_input for each in self.checkpoints],
+            train_steps=scheduler_config.train_steps(configs[0]),
+        )
+        begin = sum(part.rows for part in ranges if part.denoiser == 0)
+        others = [table(number, begin) for number in range(1, len(self.checkpoints))]
+        return Steps([base, *others], ranges)
 
 
 def open_ensemble(
@@ -52,11 +115,11 @@ def open_ensemble(
     refiner: str | Path | None = None,
     lora: Sequence[str] = (),
 ) -> Ensemble:
-    """Opens a model and, if they are named, its refiner and what its weights are adapted by.
+    """Opens a model and, if they are named, its refiner and its LoRAs.
 
     Args:
-      model, variant: as in `open_checkpoint`. The model must have the variant; a refiner that has
-        none of it gives the weights that it gives unasked.
+      model, variant: as in `open_checkpoint`. The model must have the variant; a refiner without it
+        gives the weights that it gives without a variant.
       refiner: a second model over the same latents, the last of the paper's experts (Podell et al.,
         2023, arXiv:2307.01952, 2.5).
       lora: files to add to the model's weights, as in `lora.adapted`; a refiner has none.
@@ -65,7 +128,7 @@ def open_ensemble(
       InputError: if one cannot be read, or they do not work together.
     """
     base = open_checkpoint(model, variant)
-    if base.family == REFINER:
+    if base.defaults.base_needed:
         raise InputError(
             f"model {str(model)!r} is a refiner: name a base model, and this one as --refiner"
         )
@@ -76,18 +139,11 @@ def open_ensemble(
         last = open_checkpoint(refiner, variant)
     except NoVariantError:
         last = open_checkpoint(refiner)
-    ours, theirs = _latents(base), _latents(last)
+    ours, theirs = base.defaults.latents, last.defaults.latents
     for what in ours:
-        if ours[what] != theirs[what]:
+        if ours[what] != theirs.get(what):
             raise InputError(
                 f"--refiner {str(refiner)!r} has other latents than the model "
-                f"({what} {theirs[what]}, not {ours[what]}); name the refiner of this model"
+                f"({what} {theirs.get(what)}, not {ours[what]}); name the refiner of this model"
             )
     return Ensemble(base, last)
-
-
-def _latents(checkpoint: Checkpoint) -> dict:
-    """All that tells the latents of one checkpoint from those of another."""
-    config = checkpoint.config("vae")
-    shape = {"size_multiple": checkpoint.size_multiple, "channels": checkpoint.latent_channels}
-    return shape | {key: config.get(key, default) for key, default in LATENTS.items()}

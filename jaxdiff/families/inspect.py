@@ -3,10 +3,10 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.checkpoint.components import read_json
+from jaxdiff.checkpoint.json_files import read_json
 from jaxdiff.checkpoint.safetensors_header import ITEM_BYTES
 from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor
-from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
 
 HEADINGS = ("component", "class", "parameters", "stored as", "size", "file")
@@ -32,7 +32,7 @@ def report(checkpoint: Checkpoint) -> str:
     ]
     return "\n".join(
         [
-            f"{checkpoint.name}: {checkpoint.family} ({checkpoint.pipeline})",
+            f"{checkpoint.name}: {checkpoint.defaults.name} ({checkpoint.pipeline})",
             f"{checkpoint.path}",
             "",
             *_aligned(networks, right=(2, 4)),
@@ -59,13 +59,13 @@ def _network(
 
 def _facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     return [
-        ("prediction", _prediction(checkpoint.scheduler)),
-        ("scheduler", _scheduler(checkpoint.scheduler)),
+        ("prediction", _prediction(checkpoint.defaults.scheduler)),
+        ("scheduler", _scheduler(checkpoint.defaults.scheduler)),
         ("default sampler", _or_reason(lambda: _sampler(checkpoint))),
-        ("default steps", f"{checkpoint.default_steps}"),
+        ("default steps", f"{checkpoint.defaults.steps}"),
         ("default guidance", _guidance(checkpoint)),
         ("default size", _or_reason(lambda: _default_size(checkpoint))),
-        ("latent channels", f"{checkpoint.latent_channels}"),
+        ("latent channels", f"{checkpoint.defaults.latent_channels}"),
         *(_tokenizer(checkpoint, encoder) for encoder in checkpoint.text_encoders),
         ("fingerprint", checkpoint.fingerprint),
         ("can be used", _usable(checkpoint)),
@@ -73,10 +73,9 @@ def _facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def _prediction(scheduler: dict) -> str:
-    if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
-        return "flow"
+    predicted = scheduler_config.prediction_type(scheduler)
     zero = scheduler.get("rescale_betas_zero_snr")
-    return f"{scheduler.get('prediction_type', 'epsilon')}" + ", zero terminal SNR" * bool(zero)
+    return f"{predicted}" + ", zero terminal SNR" * (bool(zero) and predicted != "flow")
 
 
 def _scheduler(scheduler: dict) -> str:
@@ -88,28 +87,33 @@ def _scheduler(scheduler: dict) -> str:
 
 
 def _sampler(checkpoint: Checkpoint) -> str:
-    NoiseSchedule.from_json(checkpoint.scheduler, checkpoint.default_sampler)
-    return checkpoint.default_sampler
+    defaults = checkpoint.defaults
+    scheduler_config.noise_schedule(defaults.scheduler, defaults.sampler)
+    return defaults.sampler
 
 
 def _usable(checkpoint: Checkpoint) -> str:
-    from jaxdiff.families.networks import check_networks  # imports JAX: a second
+    from jaxdiff.families.model import networks_of  # imports JAX: a second
+    from jaxdiff.weights.load import refuse_misfits
 
     try:
-        check_networks(checkpoint)
+        model = networks_of(checkpoint)
+        for name, network in model.networks.items():
+            refuse_misfits(network.shapes, checkpoint.weights(name))
     except InputError as error:
         return f"no: {error}"
     return "yes"
 
 
 def _guidance(checkpoint: Checkpoint) -> str:
-    told = checkpoint.config("unet").get("time_cond_proj_dim") is not None
-    return f"{checkpoint.default_guidance_scale:g}" + ", told to the U-Net" * told
+    defaults = checkpoint.defaults
+    return f"{defaults.guidance_scale:g}" + ", an input of the U-Net" * defaults.guidance_is_input
 
 
 def _default_size(checkpoint: Checkpoint) -> str:
-    width, height = checkpoint.default_size
-    return f"{width} x {height} px, or any multiples of {checkpoint.size_multiple} px"
+    width, height = checkpoint.defaults.size
+    multiple = checkpoint.defaults.size_multiple
+    return f"{width} x {height} px, or any multiples of {multiple} px"
 
 
 def _tokenizer(checkpoint: Checkpoint, encoder: str) -> tuple[str, str]:

@@ -1,1 +1,1 @@
-"""The networks, one file per published architecture. They know shapes, not noise schedules."""
+"""The networks, one file per published architecture; none depends on a noise schedule."""

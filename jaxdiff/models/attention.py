@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: which kernel computes it where is known only here."""
+"""Scaled dot-product attention; only this module chooses the kernel for a device."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,34 +9,35 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-BLOCKWISE = 2**16  # scores of one head from which blocks pay on a CPU: 256 tokens over 256
-BLOCK = 2**20  # scores of a CPU's block: 4 MB in float32, which stay in the cache
-MOST_SCORES = 2**28  # of another device's: 1 GB in float32, which keeps it busy
-LANES = 128  # of a TPU's registers: what its kernel's blocks are multiples of
-TPU_BLOCK = 4 * LANES  # tokens of a TPU's block; its scores are 1 MB in float32
-TPU_ROWS = [f"block_q{of}" for of in ("", "_dq", "_dkv", "_major_dkv")]  # names of sizes, there
+BLOCKWISE = 2**16  # scores per head from which blocks pay off on a CPU: 256 tokens over 256
+BLOCK = 2**20  # scores per block on a CPU: 4 MB in float32, which stay in the cache
+MOST_SCORES = 2**28  # scores per block on other devices: 1 GB in float32, to keep them busy
+LANES = 128  # of a TPU's registers; the block sizes of its kernel are multiples of it
+TPU_BLOCK = 4 * LANES  # tokens per block on a TPU; the block's scores are 1 MB in float32
+# The kernel's names for its block sizes.
+TPU_ROWS = [f"block_q{of}" for of in ("", "_dq", "_dkv", "_major_dkv")]
 TPU_COLUMNS = [f"block_k{of}" for of in ("", "_major", "_dq", "_major_dq", "_dkv", "_major_dkv")]
 
 
 def attention(
     query: Array, key: Array, value: Array, num_heads: int, *, is_causal: bool = False
 ) -> Array:
-    """Scaled dot-product attention (Vaswani et al., 2017), the softmax in float32.
+    """Computes scaled dot-product attention (Vaswani et al., 2017) with a float32 softmax.
 
-    In bfloat16 there is flash attention (Dao et al., 2022, arXiv:2205.14135): cuDNN's on NVIDIA's
-    GPUs, Pallas' on TPUs. Everything else attends a block of queries at a time, so that memory is
-    bounded. On a CPU, whose XLA is fast on plain matrices only, a block is of one image and one
-    head, which also keeps an image's arithmetic independent of the batch; elsewhere it is of the
-    whole batch. Few scores, and causal ones, are computed plainly. All paths are differentiable.
+    In bfloat16 it uses flash attention (Dao et al., 2022, arXiv:2205.14135): cuDNN's on NVIDIA
+    GPUs, Pallas' on TPUs. Otherwise it processes one block of queries at a time, to bound memory.
+    On a CPU, where XLA is fast only on plain matrices, a block covers one image and one head, which
+    also keeps an image's arithmetic independent of the batch; elsewhere it covers the whole batch.
+    Small and causal attention is not split into blocks. All paths are differentiable.
 
-    The paths of CPUs and the blocks of other devices have been run; Pallas' kernel in its
-    interpreter only, and of cuDNN's it is only known that the program asks for it.
+    The CPU paths and the blocks of other devices have been run. Pallas' kernel has been run only in
+    its interpreter, and for cuDNN's it is only known that the program calls it.
 
     Args:
       query: [batch, tokens, width].
       key, value: [batch, context tokens, width].
       num_heads: divides the width.
-      is_causal: whether a token sees only itself and those before it.
+      is_causal: whether a token attends only to itself and to earlier tokens.
 
     Returns:
       [batch, tokens, width].
@@ -55,10 +56,10 @@ def attention(
 
 
 def _kernel(query: Array, key: Array) -> Callable[[Array, Array, Array], Array]:
-    """What attends without a mask, of [b, tokens, heads, head width], on this host's devices.
+    """Returns this host's function for unmasked attention of [b, tokens, heads, head width].
 
-    Not by `jax.lax.platform_dependent`, which traces every platform's kernel on each: cuDNN's
-    cannot be traced where there is no cuDNN, and Pallas takes a quarter second to import.
+    `jax.lax.platform_dependent` would trace every kernel on every platform, but cuDNN's cannot be
+    traced without cuDNN, and importing Pallas takes a quarter of a second.
     """
     platform, half, width = jax.default_backend(), query.dtype == jnp.bfloat16, query.shape[-1]
     if platform == "gpu" and half and width % 8 == 0 and width <= _widest_in_cudnn():
@@ -71,19 +72,19 @@ def _kernel(query: Array, key: Array) -> Callable[[Array, Array, Array], Array]:
 
 
 def _widest_in_cudnn() -> int:
-    """The widest head that cuDNN's flash attention takes on this host's GPUs, or 0."""
+    """Returns the widest head that cuDNN's flash attention supports on this host's GPUs, or 0."""
     capability = getattr(jax.local_devices()[0], "compute_capability", "")  # AMD's: "gfx942"
-    if capability == "9.0":  # JAX and PyTorch agree on the limit of Hopper and of what was before
+    if capability == "9.0":  # Hopper; JAX and PyTorch agree on its limit and on earlier GPUs'
         return 256
     major = capability.partition(".")[0]
     return 128 if major.isdigit() and int(major) >= 8 else 0
 
 
 def _with_whole_heads(attend: Callable, num_heads: int) -> Callable:
-    """`attend`, with each head on one device, where XLA splits arrays over axes of a mesh.
+    """Wraps `attend` to keep each head on one device where XLA splits arrays over mesh axes.
 
-    It cannot split the kernels of cuDNN and Pallas, nor would it split the loops over heads. Heads
-    that do not divide evenly are computed by every device.
+    XLA cannot split the kernels of cuDNN and Pallas, and would not split the loops over heads. If
+    the heads do not divide evenly, every device computes all of them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = mesh.auto_axes
@@ -101,7 +102,7 @@ def _with_whole_heads(attend: Callable, num_heads: int) -> Callable:
 
 
 def _attend_by_pallas(query: Array, key: Array, value: Array) -> Array:
-    """As `attention`, of [b, tokens, heads, head width], on a TPU."""
+    """Computes `attention` of [b, tokens, heads, head width] on a TPU."""
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     batch, tokens, _, width = query.shape
@@ -134,17 +135,17 @@ def _attend_by_pallas(query: Array, key: Array, value: Array) -> Array:
 
 
 def _tpu_block(tokens: int) -> int:
-    """The largest block, of LANES, that so many padded tokens divide into."""
+    """Returns the largest block size, a multiple of LANES, that divides the padded `tokens`."""
     return LANES * _divisor(tokens // LANES, TPU_BLOCK // LANES)
 
 
 def _attend_by_queries(query: Array, key: Array, value: Array) -> Array:
-    """As `attention`, of [b, tokens, heads, head width]."""
+    """Computes `attention` of [b, tokens, heads, head width], one block of queries at a time."""
     batch, tokens, heads, width = query.shape
     rows = _divisor(tokens, MOST_SCORES // (batch * heads * key.shape[1]))
     blocks = query.reshape(batch, -1, rows, heads, width).swapaxes(0, 1)
 
-    @jax.checkpoint  # else a gradient would keep every block's scores
+    @jax.checkpoint  # otherwise a gradient would keep every block's scores
     def attend(block: Array) -> Array:
         return jax.nn.dot_product_attention(block, key, value)
 
@@ -152,19 +153,19 @@ def _attend_by_queries(query: Array, key: Array, value: Array) -> Array:
 
 
 def _divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` that is at most `most`, at least 1."""
+    """Returns the largest divisor of `number` that is at most `most`, or 1."""
     return max(n for n in range(1, max(1, min(number, most)) + 1) if number % n == 0)
 
 
 def _attend_by_matrices(query: Array, key: Array, value: Array) -> Array:
-    """As `attention`, of [b, tokens, heads, head width], by products of plain matrices."""
+    """Computes `attention` of [b, tokens, heads, head width] as products of plain matrices."""
     batch, tokens, heads, width = query.shape
     rows = _divisor(tokens, BLOCK // key.shape[1])
 
     def head(parts: tuple[Array, Array, Array]) -> Array:
         queries, keys, values = parts
 
-        @jax.checkpoint  # else a gradient would keep every block's scores
+        @jax.checkpoint  # otherwise a gradient would keep every block's scores
         def attend(block: Array) -> Array:
             scores = jnp.matmul(block, keys.T, preferred_element_type=jnp.float32)
             weights = jax.nn.softmax(scores * width**-0.5, axis=-1)

@@ -1,12 +1,12 @@
-"""Reading a component's `config.json` into its frozen dataclass, strictly."""
+"""Strict reading of a component's `config.json` into its frozen dataclass."""
 
 import dataclasses
 import types
 import typing
 
-from jaxdiff.errors import InputError, meant
+from jaxdiff.errors import InputError, suggestion
 
-# The numbers that may be 0 or less; the others are sizes, counts and scales.
+# Keys whose numbers may be 0 or negative; all others are sizes, counts or scales.
 MAY_BE_ZERO = (
     *("bos_token_id", "eos_token_id", "pad_token_id"),
     *("freq_shift", "latents_mean", "shift_factor"),
@@ -16,12 +16,12 @@ MAY_BE_ZERO = (
 def from_json(cls, component: str, data: dict, fixed: dict):
     """Builds the config dataclass `cls` from a parsed `config.json`.
 
-    A key is taken if it is a field of `cls`; it may be ignored if it starts with an underscore, or
-    is off (None or False); it must equal the value in `fixed` if it stands there. Any other key
-    would change what the network computes, and is refused.
+    A field of `cls` is read, and a key in `fixed` must have the value given there. Other keys are
+    ignored if they start with an underscore or are off (None or False), and rejected if not, since
+    they would change what the network computes.
 
     Raises:
-      InputError: for a key or value that this implementation does not build.
+      InputError: for a key or value that is not supported.
     """
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     taken = {}
@@ -42,7 +42,7 @@ def from_json(cls, component: str, data: dict, fixed: dict):
         elif not key.startswith("_") and value is not None and value is not False:
             raise InputError(
                 f"{component}/config.json: the key {key} = {value!r} is not supported"
-                f"{meant(key, fields)}"
+                f"{suggestion(key, fields)}"
             )
     try:
         return cls(**taken)
@@ -51,7 +51,7 @@ def from_json(cls, component: str, data: dict, fixed: dict):
 
 
 def to_json(config, fixed: dict) -> dict:
-    """The inverse of `from_json`: what diffusers and transformers read, as a plain dictionary."""
+    """Returns the config as diffusers and transformers read it; the inverse of `from_json`."""
     fields = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(config).items()
@@ -60,7 +60,7 @@ def to_json(config, fixed: dict) -> dict:
 
 
 def _is_a(value, kind) -> bool:
-    """Whether `value` is of the annotated type: a plain one, `tuple[kind, ...]`, or a union."""
+    """Checks whether `value` has the annotated type: a plain one, `tuple[kind, ...]` or a union."""
     if isinstance(kind, types.UnionType):
         return any(_is_a(value, each) for each in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:

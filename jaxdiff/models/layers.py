@@ -1,6 +1,6 @@
-"""Building blocks that the U-Net and the autoencoder share. Activations are NHWC.
+"""Building blocks shared by the U-Net and the autoencoder. Activations are NHWC.
 
-Attribute names are the checkpoint's key names, so that loading needs no table per model.
+Attribute names match the checkpoint's keys, so loading needs no table per model.
 """
 
 import jax
@@ -13,7 +13,7 @@ from jaxdiff.models.attention import attention
 
 
 def conv(in_channels: int, out_channels: int, size: int, *, rngs: nnx.Rngs, stride=1, padding=None):
-    """A square convolution over NHWC, padded to keep the size unless `padding` says otherwise."""
+    """Makes a square NHWC convolution, padded to keep the size unless `padding` is given."""
     if padding is None:
         padding = ((size // 2, size // 2),) * 2
     return nnx.Conv(
@@ -22,7 +22,7 @@ def conv(in_channels: int, out_channels: int, size: int, *, rngs: nnx.Rngs, stri
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """Group normalisation (Wu and He, 2018) with the two-pass variance that PyTorch has."""
+    """Makes a group normalisation (Wu and He, 2018) with PyTorch's two-pass variance."""
     return nnx.GroupNorm(
         channels, num_groups=groups, epsilon=epsilon, use_fast_variance=False, rngs=rngs
     )
@@ -42,14 +42,14 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([nnx.Linear(width, width, rngs=rngs)])
 
     def __call__(self, x: Array, context: Array | None = None) -> Array:
-        """[batch, tokens, width] and [batch, context tokens, context width] to x's shape."""
+        """Maps [batch, tokens, width] and [batch, context tokens, context width] to x's shape."""
         context = x if context is None else context
         mixed = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads)
         return self.to_out[0](mixed)
 
 
 class ResnetBlock2D(nnx.Module):
-    """norm, SiLU, convolution, twice, beside a shortcut; the timestep shifts the middle."""
+    """Norm, SiLU and convolution, twice, with a shortcut; the timestep is added in between."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class ResnetBlock2D(nnx.Module):
         )
 
     def __call__(self, x: Array, time_embedding: Array | None = None) -> Array:
-        """[batch, h, w, in] and [batch, time width] to [batch, h, w, out]."""
+        """Maps [batch, h, w, in] and [batch, time width] to [batch, h, w, out]."""
         hidden = self.conv1(nnx.silu(self.norm1(x)))
         if self.time_emb_proj is not None:
             hidden = hidden + self.time_emb_proj(nnx.silu(time_embedding))[:, None, None, :]
@@ -80,23 +80,23 @@ class ResnetBlock2D(nnx.Module):
 
 
 class Downsample2D(nnx.Module):
-    """Halves the height and the width by a convolution of stride 2."""
+    """Halves the height and the width with a convolution of stride 2."""
 
     def __init__(self, channels: int, padding: tuple[int, int], *, rngs: nnx.Rngs):
         self.conv = conv(channels, channels, 3, rngs=rngs, stride=2, padding=(padding, padding))
 
     def __call__(self, x: Array) -> Array:
-        """[batch, h, w, c] to [batch, h / 2, w / 2, c]."""
+        """Maps [batch, h, w, c] to [batch, h / 2, w / 2, c]."""
         return self.conv(x)
 
 
-# Doubled by nearest neighbours, two of the three rows that a kernel of 3 sees are the same. So an
-# even row is [k0, k1 + k2] over two rows of the small map, an odd one [k0 + k1, k2]; columns alike.
+# After nearest-neighbour doubling, two of the three rows under a kernel of size 3 are equal. So an
+# even row is [k0, k1 + k2] over two rows of the small map, an odd row [k0 + k1, k2]; columns too.
 FOLDED = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)  # odd, tap, k
 
 
 def _doubled(x: Array) -> Array:
-    """[batch, h, w, c] to [batch, 2h, 2w, c] by nearest neighbours."""
+    """Upsamples [batch, h, w, c] to [batch, 2h, 2w, c] by nearest neighbours."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
@@ -112,10 +112,10 @@ def _convolve(x: Array, kernel: Array, padding: int) -> Array:
 
 @jax.custom_vjp
 def _double_and_convolve(x: Array, kernel: Array) -> Array:
-    """`_convolve(_doubled(x), kernel, 1)` in one step, on the small map.
+    """Computes `_convolve(_doubled(x), kernel, 1)` in one step, on the small map.
 
-    Four kernels of 2x2, one for each parity of a row and a column, cost 4/9 of the multiplications
-    (Shi et al., 2016, arXiv:1609.07009, for the other direction).
+    Four 2x2 kernels, one for each parity of row and column, need 4/9 of the multiplications
+    (Shi et al., 2016, arXiv:1609.07009, describe the other direction).
     """
     batch, height, width, channels = x.shape
     folded = jnp.einsum("iak,jbl,klcd->abcijd", FOLDED, FOLDED, kernel.astype(jnp.float32))
@@ -133,7 +133,7 @@ def _forward(x: Array, kernel: Array):
 
 
 def _backward(saved, gradient: Array):
-    # XLA has no fast kernel for the gradient of the folded one: half of a training step on a CPU.
+    # XLA has no fast kernel for the folded gradient: it took half of a training step on a CPU.
     _, pull_back = jax.vjp(lambda x, kernel: _convolve(_doubled(x), kernel, 1), *saved)
     return pull_back(gradient)
 
@@ -148,9 +148,9 @@ class Upsample2D(nnx.Module):
         self.conv = conv(channels, channels, 3, rngs=rngs)
 
     def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
-        """[batch, h, w, c] to [batch, 2h, 2w, c], or cropped to an odd `size` (height, width)."""
+        """Maps [batch, h, w, c] to [batch, 2h, 2w, c], or crops it to an odd (height, width)."""
         _, height, width, _ = x.shape
-        if size not in (None, (2 * height, 2 * width)):  # zeros stand for what is cut away
+        if size not in (None, (2 * height, 2 * width)):  # zero padding replaces the cropped part
             return self.conv(_doubled(x)[:, : size[0], : size[1]])
         kernel = self.conv.kernel[...].astype(x.dtype)
         x = _double_and_convolve(x, kernel)

@@ -1,4 +1,4 @@
-"""`Transformer2DModel`: where a feature map attends to itself and to the text.
+"""`Transformer2DModel`: attention of a feature map to itself and to the text.
 
 Rombach et al., 2022, arXiv:2112.10752, section 3.3 and appendix E.2.1.
 """
@@ -23,7 +23,7 @@ class _GEGLU(nnx.Module):
 
 
 class _Identity(nnx.Module):
-    """Holds the place of a dropout layer, so that the indices are the checkpoint's."""
+    """Takes the place of a dropout layer, so that the indices match the checkpoint's."""
 
     def __call__(self, x: Array) -> Array:
         return x
@@ -43,7 +43,7 @@ class _FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, attention to the text, feed-forward: each normalised first, then added."""
+    """Self-attention, attention to the text and feed-forward, each with pre-norm and residual."""
 
     def __init__(self, width: int, num_heads: int, context_width: int, *, rngs: nnx.Rngs):
         self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
@@ -54,14 +54,14 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = _FeedForward(width, rngs=rngs)
 
     def __call__(self, x: Array, context: Array) -> Array:
-        """[batch, h w, width] and [batch, tokens, context width] to x's shape."""
+        """Maps [batch, h w, width] and [batch, tokens, context width] to x's shape."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
 class Transformer2DModel(nnx.Module):
-    """Transformer blocks over the positions of a feature map, beside a shortcut."""
+    """Transformer blocks over the positions of a feature map, with a shortcut around them."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Transformer2DModel(nnx.Module):
         self.proj_out = projection()
 
     def __call__(self, x: Array, context: Array) -> Array:
-        """[batch, h, w, channels] and [batch, tokens, context width] to x's shape."""
+        """Maps [batch, h, w, channels] and [batch, tokens, context width] to x's shape."""
         hidden = self.proj_in(self.norm(x))
         tokens = hidden.reshape(x.shape[0], -1, x.shape[-1])  # [b, h w, c]
         for block in self.transformer_blocks:

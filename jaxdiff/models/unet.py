@@ -2,11 +2,11 @@
 
 Rombach et al., 2022, arXiv:2112.10752, section 3.3: a U-Net (Ronneberger et al., 2015) of residual
 blocks, each followed by a transformer that attends to the text. XL (Podell et al., 2023,
-arXiv:2307.01952, section 2) also adds the pooled text and the image's size to the timestep's
+arXiv:2307.01952, section 2) also adds the pooled text and the image's size to the timestep
 embedding; latent consistency models (Luo et al., 2023, arXiv:2310.04378) add the guidance scale.
 
-DeepCache (Ma et al., 2023, arXiv:2312.00858) is built in: what all but the outermost layers make
-can be taken from an earlier evaluation.
+DeepCache (Ma et al., 2023, arXiv:2312.00858) is built in: the features of all but the outermost
+layers can be reused from an earlier evaluation.
 """
 
 import math
@@ -18,11 +18,12 @@ from jax import Array
 
 from jaxdiff.models import config as config_json
 from jaxdiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
+from jaxdiff.models.sharding import COLUMNS, ROWS
 from jaxdiff.models.transformer import Transformer2DModel
 
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # name: has attention
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
-# Values that change what is computed, of which only these are built.
+# Keys that change what is computed; only these values are supported.
 FIXED = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
@@ -35,13 +36,24 @@ FIXED = {
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
 }
-# Without effect unless another key, which is refused, is set.
+# Keys without effect unless another key is set, which is then rejected.
 IGNORED = {
     "addition_embed_type_num_heads",
     "attention_type",
     "dropout",
     "upcast_attention",  # attention is always computed with a float32 softmax
 }
+
+
+# Columns, then rows, also inside residual blocks. GEGLU's value and gate share one kernel, so each
+# device must fetch its half of one or the other.
+SHARDING = (
+    (r"\.(to_[qkv]|net\.0\.proj|linear_1)\.kernel$", COLUMNS),
+    (r"\.(to_out\.0|net\.2|linear_2)\.kernel$", ROWS),
+    (r"\.(conv1|time_emb_proj)\.kernel$", COLUMNS),
+    (r"\.(conv2|conv_shortcut)\.kernel$", ROWS),
+    (r"\.(\w+samplers\.\d+\.conv|proj_in|proj_out)\.kernel$", ROWS),
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ class UNetConfig:
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
             if width % heads or width % self.norm_num_groups:
                 raise ValueError(
-                    f"block_out_channels: {width} is no multiple of its heads or groups"
+                    f"block_out_channels: {width} is not a multiple of its heads or groups"
                 )
         if self.addition_embed_type not in (None, "text_time"):
             raise ValueError(f"addition_embed_type = {self.addition_embed_type!r} is not supported")
@@ -99,12 +111,12 @@ class UNetConfig:
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Attention heads in each down block. `attention_head_dim` holds them, despite its name."""
+        """Attention heads in each down block; `attention_head_dim` holds them despite its name."""
         return self._for_each_block(self.attention_head_dim)
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Layers of each transformer in each down block."""
+        """Layers per transformer in each down block."""
         return self._for_each_block(self.transformer_layers_per_block)
 
     def _for_each_block(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -112,32 +124,32 @@ class UNetConfig:
 
     @property
     def factor(self) -> int:
-        """Latents per place of the deepest block, along each side."""
+        """Latents per position of the deepest block along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
     def time_width(self) -> int:
-        """The width of the timestep's embedding."""
+        """The width of the timestep embedding."""
         return 4 * self.block_out_channels[0]
 
     @classmethod
     def from_json(cls, data: dict) -> "UNetConfig":
-        """Reads a parsed `unet/config.json`; raises InputError for what is not built."""
+        """Reads a parsed `unet/config.json`; raises InputError if it is not supported."""
         kept = {key: value for key, value in data.items() if key not in IGNORED}
         return config_json.from_json(cls, "unet", kept, FIXED)
 
     def to_json(self) -> dict:
-        """What diffusers reads as `unet/config.json`."""
+        """Returns the `unet/config.json` that diffusers reads."""
         return config_json.to_json(self, FIXED)
 
 
 def sinusoids(numbers: Array, width: int, *, cosine_first: bool, freq_shift: int) -> Array:
-    """Sinusoids of the numbers (Vaswani et al., 2017, section 3.5).
+    """Returns sinusoids of the numbers (Vaswani et al., 2017, section 3.5).
 
     Args:
       numbers: [...], such as timesteps or pixels.
       width: even.
-      cosine_first: whether the cosines stand before the sines.
+      cosine_first: whether the cosines come before the sines.
       freq_shift: 0, or 1 for a lowest frequency of exactly 1 / 10000.
 
     Returns:
@@ -185,7 +197,7 @@ def _resnets(widths: list[tuple[int, int]], config: UNetConfig, rngs: nnx.Rngs) 
 def _transformers(
     widths: list[tuple[int, int]], num_heads: int, depth: int, config: UNetConfig, rngs: nnx.Rngs
 ) -> nnx.List:
-    """A transformer for each residual block, or none where `depth` is 0."""
+    """Makes a transformer for each residual block, or none if `depth` is 0."""
     return nnx.List(
         [
             Transformer2DModel(
@@ -204,14 +216,14 @@ def _transformers(
 
 
 def _call(module: nnx.Module, *arrays: Array, remat: bool) -> Array:
-    """The module's output; with `remat` the gradient computes anew all that lies between."""
+    """Calls the module; with `remat` the gradient recomputes the activations inside it."""
     if not remat:
         return module(*arrays)
     return nnx.remat(lambda module, *arrays: module(*arrays))(module, *arrays)
 
 
 class _Block(nnx.Module):
-    """What down and up blocks have in common: residual blocks, each with its transformer."""
+    """The common part of down and up blocks: residual blocks, each with its transformer."""
 
     def __init__(self, widths, num_heads, depth, config: UNetConfig, remat: bool, *, rngs):
         self.remat = remat
@@ -231,7 +243,7 @@ class _DownBlock(_Block):
         )
 
     def __call__(self, x: Array, time_embedding: Array, context: Array) -> list[Array]:
-        """Returns the feature maps of every layer; the last is the block's output."""
+        """Returns the feature map of every layer; the last is the block's output."""
         outputs = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time_embedding, context)
@@ -260,7 +272,7 @@ class _UpBlock(_Block):
     def __call__(
         self, x: Array, skips: list[Array], time_embedding, context, layers: slice = slice(None)
     ) -> Array:
-        """Takes one feature map from the end of `skips` for each layer; more may be left."""
+        """Runs the layers, each of which pops a feature map off `skips`; more may be left over."""
         for i in range(len(self.resnets))[layers]:
             x = jnp.concatenate([x, skips.pop()], axis=-1)
             x = self.layer(i, x, time_embedding, context)
@@ -270,13 +282,13 @@ class _UpBlock(_Block):
 
 
 class UNet2DConditionModel(nnx.Module):
-    """Predicts the noise (or v) in latents, given the timestep and the text."""
+    """Predicts the noise (or v) in latents from the timestep and the text."""
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, remat: bool = False):
-        """Makes it; `remat` trades time for memory where gradients are taken.
+        """Makes the network; `remat` trades time for memory when gradients are taken.
 
-        Of the activations only those between residual blocks and transformers are kept then (Chen
-        et al., 2016, arXiv:1604.06174).
+        It keeps only the activations between residual blocks and transformers (Chen et al., 2016,
+        arXiv:1604.06174).
         """
         channels, layers = config.block_out_channels, config.layers_per_block
         last = len(channels) - 1
@@ -305,7 +317,7 @@ class UNet2DConditionModel(nnx.Module):
             ]
         )
         self.mid_block = _MidBlock(config, remat, rngs=rngs)
-        skips = [channels[0]]  # the width of every feature map that the way up takes back
+        skips = [channels[0]]  # the widths of the feature maps that the up blocks reuse
         for i, width in enumerate(channels):
             skips += [width] * (layers + (i < last))
         self.up_blocks = nnx.List([])
@@ -337,19 +349,19 @@ class UNet2DConditionModel(nnx.Module):
         time_ids: Array | None = None,
         guidance_scale: Array | None = None,
     ) -> Array:
-        """One evaluation of the denoiser.
+        """Evaluates the denoiser once.
 
         Args:
           latents: [batch, h, w, in channels], any height and width.
           timesteps: [batch], in the units of training (0 to 999), not necessarily whole.
           context: [batch, tokens, cross attention dim], the text encoders' hidden states.
-          pooled: [batch, projection dim], the pooled text; for "text_time" networks (XL), which
-            need it.
-          time_ids: [batch, 6] for the same networks: the height and the width of the original, the
-            top and the left of the crop, the height and the width wanted, in pixels; or [batch, 5]
-            with an aesthetic score in place of the last two (the refiner).
-          guidance_scale: [batch], for networks with `time_cond_proj_dim`, distilled from a guided
-            network; None leaves it out, as diffusers does.
+          pooled: [batch, projection dim], the pooled text embedding; required by "text_time"
+            networks (XL).
+          time_ids: [batch, 6], required by the same networks: the original's height and width, the
+            crop's top and left, the target's height and width, in pixels; or [batch, 5] with an
+            aesthetic score in place of the last two (the refiner).
+          guidance_scale: [batch], for networks with `time_cond_proj_dim`, which are distilled from
+            a guided network; None leaves it out, as diffusers does.
 
         Returns:
           [batch, h, w, out channels].
@@ -368,16 +380,17 @@ class UNet2DConditionModel(nnx.Module):
         time_ids: Array | None = None,
         guidance_scale: Array | None = None,
     ) -> tuple[Array, Array]:
-        """As `__call__`, and with what a later evaluation may be spared.
+        """Evaluates the denoiser and also returns features that a later evaluation can reuse.
 
         Args:
-          deep: what an evaluation of the same batch at a near timestep returned as the second; only
-            the first convolution and the last layer of the way up are computed then (Ma et al.,
-            figure 3). None computes everything.
+          latents, timesteps, context, pooled, time_ids, guidance_scale: as for `__call__`.
+          deep: the second result for the same batch at a nearby timestep; with it, only the first
+            convolution and the last layer of the up blocks are computed (Ma et al., figure 3).
+            None computes everything.
 
         Returns:
-          [batch, h, w, out channels]; and `deep`, the input of the last layer of the way up without
-          its skip, [batch, h, w, channels].
+          [batch, h, w, out channels]; and `deep`, the input of the last layer of the up blocks
+          without its skip, [batch, h, w, channels].
         """
         time_embedding = self._embedded(timesteps, pooled, time_ids, guidance_scale, latents.dtype)
         entry = self.conv_in(latents)
@@ -388,7 +401,7 @@ class UNet2DConditionModel(nnx.Module):
         return self.conv_out(nnx.silu(self.conv_norm_out(x))), deep
 
     def _deep(self, x: Array, time_embedding: Array, context: Array) -> Array:
-        """Everything between the first convolution and the last layer of the way up."""
+        """Computes everything between the first convolution and the last layer of the up blocks."""
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], time_embedding, context)
@@ -399,12 +412,12 @@ class UNet2DConditionModel(nnx.Module):
         return last(x, skips, time_embedding, context, slice(-1))
 
     def _embedded(self, timesteps, pooled, time_ids, guidance_scale, dtype) -> Array:
-        """All that conditions the residual blocks: [batch, time width]."""
+        """Embeds everything that conditions the residual blocks, as [batch, time width]."""
         config = self.config
         order = {"cosine_first": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
         condition = None
         if guidance_scale is not None:
-            # As in Luo et al., 2023, whose w is 0 without guidance, unlike diffusers' scale.
+            # Luo et al., 2023, use w, which is 0 without guidance; diffusers' scale is then 1.
             condition = sinusoids(
                 1000 * (guidance_scale - 1),
                 config.time_cond_proj_dim,

@@ -1,1 +1,1 @@
-"""Training from a recipe: the bundled model is made by nothing else."""
+"""Training from a recipe; the bundled models were made with it."""

@@ -1,4 +1,4 @@
-"""The autoencoder's objective (Kingma and Welling, 2014, arXiv:1312.6114)."""
+"""The training objective of the autoencoder (Kingma and Welling, 2014, arXiv:1312.6114)."""
 
 from dataclasses import replace
 from functools import partial
@@ -10,23 +10,24 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.checkpoint.components import CONFIGS, NETWORKS
+from jaxdiff.checkpoint.component import CONFIG
+from jaxdiff.checkpoint.json_files import write_json
 from jaxdiff.engine.program import to_float, to_pixels
 from jaxdiff.errors import InputError
+from jaxdiff.families.stable_diffusion import VAE
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import AutoencoderRecipe
-from jaxdiff.weights import load
+from jaxdiff.weights.save import save_params
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.scene import CANVAS
 
 PREVIEW_SEED = 2**31
 VALIDATION_SEED = 2**31 + 1
-CONFIG, WEIGHTS = CONFIGS["vae"], NETWORKS["vae"][2]
 
 
 def render_batch(seed: int, step: int, count: int, crop: int = CANVAS) -> np.ndarray:
-    """Fresh scenes for one step, each cropped at random: uint8 [count, crop, crop, 3]."""
+    """Draws random crops of new scenes for one step: uint8 [count, crop, crop, 3]."""
     rng = np.random.default_rng([seed, step])
     images = np.stack([shapes.render(shapes.sample(rng)[0]) for _ in range(count)])
     corners = rng.integers(CANVAS - crop, size=(count, 2), endpoint=True)
@@ -39,10 +40,17 @@ def render_batch(seed: int, step: int, count: int, crop: int = CANVAS) -> np.nda
 
 
 def task(recipe: AutoencoderRecipe) -> Task:
-    """Trains encoder and decoder together."""
+    """Builds the task that trains encoder and decoder together.
+
+    Raises:
+      InputError: if the crop does not fit the autoencoder.
+    """
     config = AutoencoderKLConfig.from_json(recipe.vae)
     if recipe.crop % config.factor:
-        raise InputError(f"crop = {recipe.crop} must be a multiple of the vae's {config.factor}")
+        raise InputError(
+            f"crop = {recipe.crop} must be a multiple of {config.factor}, the downscaling factor "
+            "of the vae"
+        )
     graph, state = nnx.split(AutoencoderKL(config, rngs=nnx.Rngs(recipe.seed)))
 
     def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
@@ -73,21 +81,21 @@ def task(recipe: AutoencoderRecipe) -> Task:
 
 
 def save_autoencoder(directory: Path, config: AutoencoderKLConfig, params: Params) -> None:
-    """Writes the config and the float32 weights, as in a checkpoint's `vae/`."""
+    """Writes the config and the float32 weights in the layout of a checkpoint's `vae/`."""
     directory.mkdir(exist_ok=True)
-    load.save_params(params, directory / WEIGHTS, np.float32)
-    load.write_json(directory / CONFIG, config.to_json())
+    save_params(params, directory / VAE.weights_file, np.float32)
+    write_json(directory / CONFIG, config.to_json())
 
 
 def latent_scale(graph: nnx.GraphDef, params: Params, seed: int) -> float:
-    """1 / standard deviation of the latents over 256 scenes, as in Rombach et al., appendix G."""
+    """Returns 1 / std of the latents of 256 scenes, as in Rombach et al., appendix G."""
     pixels = render_batch(seed, PREVIEW_SEED, 256)
     encode = jax.jit(lambda params, x: nnx.merge(graph, params).encode(to_float(x))[0])
     return round(1.0 / float(jnp.std(encode(params, pixels))), 5)
 
 
 def _reconstruction_error(decoded: Array, images: Array, gradient_weight: float):
-    """Mean absolute error of the pixels, and of their differences to their neighbours."""
+    """Computes the mean absolute error of pixels and of differences between neighboring pixels."""
     pixels = jnp.mean(jnp.abs(decoded - images))
     edges = sum(
         jnp.mean(jnp.abs(jnp.diff(decoded, axis=axis) - jnp.diff(images, axis=axis)))
@@ -98,7 +106,7 @@ def _reconstruction_error(decoded: Array, images: Array, gradient_weight: float)
 
 
 def _reconstructions(graph: nnx.GraphDef, params: Params) -> np.ndarray:
-    """Rows of scenes, each above what the autoencoder makes of it."""
+    """Draws rows of scenes, each row above its reconstructions."""
     pixels = render_batch(PREVIEW_SEED, 0, 32)
     both = [pixels, np.asarray(_reconstruct(graph, params, pixels))]
     rows = np.stack([images.reshape(4, 8, 64, 64, 3) for images in both], axis=1)

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from jaxdiff.engine.program import to_float
@@ -15,7 +14,6 @@ from jaxdiff.training import data
 from jaxdiff.training.components import Components
 from jaxdiff.training.recipe import Data, Lora, Prior, TextToImageRecipe
 from jaxdiff.training.shapes import places, scenes
-from jaxdiff.training.tokenizer import PREVIEW_IMAGES, preview_captions
 
 VALIDATION_BATCHES = 4
 PRIOR = "prior"  # the folder of the class images within a run's
@@ -107,7 +105,7 @@ def of(parts: Components, recipe: TextToImageRecipe, output: Path) -> Batches:
     else:
         source = _of_examples(parts, recipe)
     train = _with_prior(source, parts, recipe, output) if recipe.prior else source.train
-    empty = {name: tokenize([""])[0] for name, tokenize in parts.tokenizers.items()}
+    empty = {name: tokenize([""])[0, 0] for name, tokenize in parts.tokenizers.items()}
 
     def told(number: int, make: Callable[[int], dict], dropout: float) -> dict:
         made = make(number)
@@ -118,7 +116,7 @@ def of(parts: Components, recipe: TextToImageRecipe, output: Path) -> Batches:
             made[name] = np.where(dropped.reshape(-1, *[1] * vector.ndim), vector, made[name])
         if "context" not in made:
             made["token_ids"] = {
-                name: np.where(dropped[:, None], empty[name], tokenize(captions))
+                name: np.where(dropped[:, None], empty[name], tokenize(captions)[:, 0])
                 for name, tokenize in parts.tokenizers.items()
             }
         return made
@@ -133,16 +131,17 @@ def of(parts: Components, recipe: TextToImageRecipe, output: Path) -> Batches:
 
 def size_of(parts: Components, source: Data) -> int:
     """The side of the square whose area images are brought to, in pixels."""
-    return source.size or parts.configs["unet"].sample_size * parts.configs["vae"].factor
+    return source.size or parts.model.denoiser.sample_size * parts.model.codec.factor
 
 
 def _of_scenes(parts: Components, recipe: TextToImageRecipe, output: Path) -> _Source:
-    config, vae = parts.configs["vae"], parts.params["vae"]
+    codec = parts.model.codec
+    config, params = parts.model.configs[codec.component], parts.params[codec.component]
 
     def encode(pixels: Array) -> Array:
-        return config.scale(nnx.merge(parts.graphs["vae"], vae).encode(to_float(pixels))[0])
+        return codec.scale(codec.encode(params, to_float(pixels))[0])
 
-    digest = data.latents_digest(config, vae)
+    digest = data.latents_digest(config, params)
     latents, captions = scenes.encoded(recipe.data, recipe.seed, encode, digest, output)
     count = len(captions)
     split = max(count - VALIDATION_BATCHES * recipe.batch_size, count // 2)
@@ -159,7 +158,9 @@ def _of_scenes(parts: Components, recipe: TextToImageRecipe, output: Path) -> _S
     return _Source(
         train=partial(among, 0, split),
         held_out=partial(among, split, count),
-        captions=captions[:PREVIEW_IMAGES] if recipe.data.templates else preview_captions(),
+        captions=captions[: scenes.PREVIEW_IMAGES]
+        if recipe.data.templates
+        else scenes.preview_captions(),
     )
 
 
@@ -182,7 +183,7 @@ def _of_examples(parts: Components, recipe: TextToImageRecipe) -> _Source:
     return _Source(
         train=make(flip=recipe.data.flip, among=taught),
         held_out=make(random_crop=False, among=np.sort(rest)) if len(rest) else None,
-        captions=[examples.captions[i] for i in taught[:PREVIEW_IMAGES]],
+        captions=[examples.captions[i] for i in taught[: scenes.PREVIEW_IMAGES]],
         empty=examples.empty if is_encoded else {},
     )
 
@@ -191,7 +192,8 @@ def _refuse_encoded(
     examples: data.EncodedExamples, parts: Components, recipe: TextToImageRecipe
 ) -> None:
     """Raises InputError where latents or embeddings cannot be what this recipe learns from."""
-    data.check_encoders(examples, parts.configs["vae"], parts.params)
+    config = parts.model.configs[parts.model.codec.component]
+    data.check_encoders(examples, config, parts.params)
     learns = recipe.lora.text_encoder if recipe.method == "lora" else recipe.train != ("unet",)
     if examples.empty and learns:
         raise InputError(

@@ -1,7 +1,7 @@
-"""Orbax checkpoints: written while training goes on, kept by count and by validation loss.
+"""Orbax checkpoints, written asynchronously and kept by recency and validation loss.
 
-A checkpoint gets its name when it is whole and loses it before it is deleted, so that one that can
-be seen can be restored, whenever the process is killed.
+A checkpoint is renamed into place when complete and renamed away before deletion, so every visible
+checkpoint can be restored, no matter when the process is killed.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from orbax.checkpoint import checkpoint_managers
 from jaxdiff.errors import InputError
 from jaxdiff.training.recipe import Checkpoints
 
-DELETED = "deleted"  # the folder of those that are on their way out
+DELETED = "deleted"  # the folder of checkpoints that are being deleted
 
 
 @contextlib.contextmanager
 def opened(
     directory: Path, config: Checkpoints, *, read_only: bool = False
 ) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints in `directory`; on leaving, waits for the one that is being written.
+    """Opens the checkpoints in `directory`; on exit, waits for pending writes.
 
     Raises:
-      OSError: naming the directory, if one could not be written.
+      OSError: naming the directory, if a checkpoint cannot be written.
     """
     if not read_only:
         shutil.rmtree(directory / DELETED, ignore_errors=True)
@@ -68,13 +68,13 @@ def save(
     window: list[dict],
     validation_loss: float | None,
 ) -> None:
-    """Begins to write a checkpoint; `state` may be donated once this returns.
+    """Starts writing a checkpoint; `state` may be donated once this returns.
 
     Args:
-      step: how many updates have made the state.
-      state: nested dict of arrays.
-      window: what has been measured since the last line of the metrics.
-      validation_loss: by which the best are kept; None if it was not measured.
+      step: the number of updates so far.
+      state: a nested dict of arrays.
+      window: the measurements since the last line of the metrics.
+      validation_loss: determines the best checkpoints; None if it was not measured.
     """
     directory = Path(manager.directory)
     with _failures_named(directory):
@@ -90,15 +90,15 @@ def save(
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> tuple[dict, list[dict]]:
-    """What was given to `save`: the state and the window.
+    """Restores the state and the window that `save` wrote.
 
     Args:
-      step: of one of the manager's checkpoints.
-      like: the state as `jax.ShapeDtypeStruct`s, with the shardings that it shall have, whatever
-        they were when it was saved.
+      step: the step of one of the manager's checkpoints.
+      like: the state as `jax.ShapeDtypeStruct`s with the desired shardings, which may differ from
+        those at saving.
 
     Raises:
-      InputError: if the checkpoint holds something else.
+      InputError: if the checkpoint does not match `like`.
     """
     composite = ocp.args.Composite(
         state=ocp.args.StandardRestore(like), window=ocp.args.JsonRestore()
@@ -108,16 +108,16 @@ def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> tuple[dict
     except (ValueError, KeyError, FileNotFoundError) as problem:
         raise InputError(
             f"{manager.directory / str(step)}: not a checkpoint of this recipe's networks and "
-            f"optimizer ({_first_line(problem)}); remove it, or name another --output"
+            f"optimizer ({_first_line(problem)}); remove it or choose another --output"
         ) from None
     return restored["state"], restored["window"]["steps"]
 
 
 def find(manager: ocp.CheckpointManager, which: str) -> int:
-    """The step that "last", "best" or a number names.
+    """Returns the step of the checkpoint given by "last", "best" or a step number.
 
     Raises:
-      InputError: if there is no such checkpoint.
+      InputError: if the checkpoint does not exist.
     """
     steps = sorted(manager.all_steps())
     if which == "last" and steps:
@@ -128,13 +128,13 @@ def find(manager: ocp.CheckpointManager, which: str) -> int:
         return int(which)
     there = ", ".join(map(str, steps)) or "none yet"
     raise InputError(
-        f"--export {which}: {manager.directory} has no such checkpoint; name last, best (where "
-        f"a validation loss is measured) or one of these steps: {there}"
+        f"--export {which}: checkpoint not found in {manager.directory}; use last, best (if a "
+        f"validation loss is measured) or one of these steps: {there}"
     )
 
 
 def abstract(shapes: dict, shardings: dict) -> dict:
-    """`shapes` with `shardings`, for `restore`."""
+    """Combines `shapes` and `shardings` for `restore`."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
@@ -148,15 +148,15 @@ def _validation_loss(metrics: dict[str, Any]) -> float:
 
 @contextlib.contextmanager
 def _failures_named(directory: Path) -> Iterator[None]:
-    """Turns what the writers raise, each in its own way, into an error that names the directory."""
+    """Converts the writers' various exceptions into an OSError that names the directory."""
     try:
         yield
     except Exception as problem:
-        # TensorStore raises what it likes, but tells the operating system's error in the text.
-        told = re.search(r"os_error_code='(\d+)'", str(problem))
-        code = int(told[1]) if told else getattr(problem, "errno", None) or errno.EIO
+        # TensorStore raises various exceptions, but includes the system error code in the text.
+        found = re.search(r"os_error_code='(\d+)'", str(problem))
+        code = int(found[1]) if found else getattr(problem, "errno", None) or errno.EIO
         what = os.strerror(code) if code != errno.EIO else _first_line(problem)
-        raise OSError(code, f"a checkpoint could not be written: {what}", str(directory)) from None
+        raise OSError(code, f"cannot write a checkpoint: {what}", str(directory)) from None
 
 
 def _first_line(problem: Exception) -> str:

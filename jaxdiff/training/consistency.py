@@ -15,33 +15,28 @@ arXiv:2310.02279, algorithm 3, with a γ for each step), which hides what a step
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxdiff.checkpoint.checkpoint import OWN_DEFAULTS, SAMPLER_OF_SCHEDULER
 from jaxdiff.devices import compilation
 from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.diffusion import samplers, sampling
-from jaxdiff.diffusion.schedule import DEFAULTS, NoiseSchedule
+from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.diffusion.solvers import SamplerTable
-from jaxdiff.diffusion.step_ranges import Stretch
-from jaxdiff.engine.expert import Conditioning, Network
-from jaxdiff.engine.program import denoiser, sample_pixels
+from jaxdiff.diffusion.step_ranges import StepRange
+from jaxdiff.engine.program import Denoising, Inputs, Weights, denoiser, sample_pixels
 from jaxdiff.errors import InputError
-from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
+from jaxdiff.families.stable_diffusion import OWN_DEFAULTS
 from jaxdiff.training import data
 from jaxdiff.training.autoencoder import VALIDATION_SEED
 from jaxdiff.training.components import Components, load_model
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import ConsistencyRecipe, Data
 from jaxdiff.training.shapes import scenes
-from jaxdiff.training.text_to_image import DTYPES, conditioning, in_dtype
-from jaxdiff.training.tokenizer import preview_captions
-from jaxdiff.weights import load
+from jaxdiff.training.text_to_image import DTYPES, conditioning, in_dtype, tokenized
 
 ANCESTRAL = "EulerAncestralDiscreteScheduler"
 RESCALED = "rescale_betas_zero_snr"
@@ -79,32 +74,33 @@ def task(recipe: ConsistencyRecipe) -> Task:
     """
     teacher = load_model(recipe.model)
     for bad, what in (
-        (teacher.configs["unet"].time_cond_proj_dim is not None, "is distilled already"),
+        (teacher.model.denoiser.guidance_is_input, "is distilled already"),
+        (teacher.family.with_guidance_input is None, "is of a family that is not distilled here"),
         (teacher.prediction_type == "flow", "is trained by flow matching, which has no DDIM"),
     ):
         if bad:
             raise InputError(f"model {recipe.model!r} {what}; name another teacher")
     _refuse_misfits(recipe, teacher)
     scheduler, short, walk = _tables(recipe, teacher.scheduler)
-    config = replace(teacher.configs["unet"], time_cond_proj_dim=GUIDANCE_WIDTH)
-    unet_class = partial(UNet2DConditionModel, remat=recipe.computing.remat)
-    graph, student_shapes = load.abstract_network(unet_class, config)
+    configs = teacher.family.with_guidance_input(teacher.model.configs, GUIDANCE_WIDTH)
     made_for = {
         "steps": recipe.student_steps,
         "guidance_scale": sum(recipe.guidance_scale) / 2,
     }
     student = replace(
         teacher,
-        configs={**teacher.configs, "unet": config},
-        graphs={**teacher.graphs, "unet": graph},
+        model=teacher.family.build(configs, teacher.pipeline, remat=recipe.computing.remat),
         scheduler=scheduler,
         pipeline={**teacher.pipeline, OWN_DEFAULTS: made_for},
     )
-    parts = _Parts(recipe, teacher, student, short, walk)
+    parts, component = (
+        _Parts(recipe, teacher, student, short, walk),
+        student.model.denoiser.component,
+    )
     if recipe.student:
-        begun = _earlier(recipe.student, config)
+        begun = _earlier(recipe.student, student)
     else:
-        begun = _begun(teacher.params["unet"], student_shapes)
+        begun = _begun(teacher.params[component], student.model.networks[component].shapes)
     batch, validation = _batches(parts)
     return Task(
         params=begun,
@@ -113,7 +109,9 @@ def task(recipe: ConsistencyRecipe) -> Task:
         batch=batch,
         validation=validation,
         preview=_preview(parts),
-        export=lambda params, _, directory: student.save(directory, {"unet": params}, np.float16),
+        export=lambda params, _, directory: student.save(
+            directory, {component: params}, np.float16
+        ),
     )
 
 
@@ -140,11 +138,11 @@ def _tables(
 ) -> tuple[dict, SamplerTable, dict[str, np.ndarray]]:
     """The student's scheduler and its table, and the walk of a teacher that has `config`."""
     scheduler = _scheduler(config)
-    sampler = SAMPLER_OF_SCHEDULER[scheduler["_class_name"]]
-    schedule = NoiseSchedule.from_json(scheduler, sampler)
+    sampler = samplers.of_config(scheduler)
+    schedule = noise_schedule(scheduler, sampler)
     short = samplers.sampler_table(sampler, schedule, recipe.student_steps)
     teachers = scheduler | {RESCALED: config.get(RESCALED, False)}
-    bars = NoiseSchedule.from_json(teachers, sampler).alpha_bars()
+    bars = noise_schedule(teachers, sampler).alpha_bars()
     return scheduler, short, _walk(bars, short, recipe.solver_steps // recipe.student_steps)
 
 
@@ -157,7 +155,7 @@ def _scheduler(config: dict) -> dict:
     """
     if config.get("_class_name") == ANCESTRAL:
         return config | {"timestep_spacing": "trailing", RESCALED: False}
-    said = {key: value for key, value in config.items() if key in DEFAULTS["ddim"]}
+    said = {key: value for key, value in config.items() if key in samplers.SAMPLERS["ddim"].config}
     return said | {
         "_class_name": "DDIMScheduler",
         "clip_sample": False,
@@ -206,12 +204,12 @@ def _begun(teacher: Params, student_shapes: dict) -> Params:
     )
 
 
-def _earlier(student: str, config: UNetConfig) -> Params:
-    """The U-Net of an earlier student. Raises InputError if it is not the one that is trained."""
-    model = load_model(student)
-    if model.configs["unet"] != config:
-        raise InputError(f"student {student!r} is no student of this model; leave it out")
-    return model.params["unet"]
+def _earlier(path: str, student: Components) -> Params:
+    """The denoiser of an earlier student; raises InputError if it is another model's."""
+    earlier, component = load_model(path), student.model.denoiser.component
+    if earlier.model.configs.get(component) != student.model.configs[component]:
+        raise InputError(f"student {path!r} is not a student of this model; leave it out")
+    return earlier.params[component]
 
 
 def _batches(parts: _Parts) -> tuple[Callable[[int], dict], list[dict]]:
@@ -222,9 +220,8 @@ def _batches(parts: _Parts) -> tuple[Callable[[int], dict], list[dict]]:
     def batch(step: int, seed: int = recipe.seed) -> dict:
         rng = np.random.default_rng([seed, step])
         captions = [caption(rng) for _ in range(recipe.batch_size)]
-        tokenizers = parts.teacher.tokenizers.items()
         return {
-            "token_ids": {name: tokenize(captions) for name, tokenize in tokenizers},
+            "token_ids": tokenized(parts.teacher, captions),
             "noise": rng.standard_normal(shape, np.float32),
             "guidance_scale": rng.uniform(*recipe.guidance_scale, len(captions)).astype(np.float32),
         }
@@ -243,35 +240,42 @@ def _captions(source: Data) -> Callable[[np.random.Generator], str]:
 
 def _loss(parts: _Parts) -> Callable[[Params, Params, dict, Array], tuple[Array, dict]]:
     rows, steps = parts.short.columns(), parts.recipe.student_steps
-    tokenizers = parts.teacher.tokenizers.items()
-    empty_ids = {name: tokenize([""]) for name, tokenize in tokenizers}
+    empty_ids = tokenized(parts.teacher, [""])
 
     def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
         noise, scale = batch["noise"], batch["guidance_scale"]
         count, *shape = noise.shape
         params, frozen = in_dtype((params, frozen), DTYPES[parts.recipe.computing.dtype])
-        told = conditioning(parts.teacher, frozen, batch, shape[:2])
+        conditions = conditioning(parts.teacher, frozen, batch, shape[:2])
         empty = conditioning(parts.teacher, frozen, {"token_ids": empty_ids}, shape[:2])
-        if parts.teacher.pipeline.get("force_zeros_for_empty_prompt"):  # Stable Diffusion XL's
+        if parts.teacher.model.zeros_for_empty:
             zeros = jax.tree.map(jnp.zeros_like, empty)
             empty = empty._replace(context=zeros.context, pooled=zeros.pooled)
         empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), empty)
         x, wanted = _walked(
             parts,
-            _denoiser(parts.student, jax.lax.stop_gradient(params), told, None, scale),
-            _denoiser(parts.teacher, frozen["unet"], told, empty, scale),
+            _denoiser(parts.student, jax.lax.stop_gradient(params), conditions, None, scale),
+            _denoiser(
+                parts.teacher,
+                frozen[parts.teacher.model.denoiser.component],
+                conditions,
+                empty,
+                scale,
+            ),
             noise,
             jax.random.normal(key, (steps, *noise.shape)),
         )
         # The student's steps are evaluated again, all in one batch: gradients through a scan take
         # ten times as long on a CPU. An image's steps stand side by side, so on its device.
-        told, scale = jax.tree.map(lambda leaf: jnp.repeat(leaf, steps, axis=0), (told, scale))
+        conditions, scale = jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, steps, axis=0), (conditions, scale)
+        )
         x, wanted = (part.swapaxes(0, 1).reshape(-1, *shape) for part in (x, wanted))
         timesteps, alpha, sigma = (
             jnp.tile(rows[name], count) for name in ("timesteps", "alpha", "sigma")
         )
         alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
-        student = _denoiser(parts.student, params, told, None, scale)
+        student = _denoiser(parts.student, params, conditions, None, scale)
         x0, _ = student(x, timesteps, alpha, sigma, None)
         # As an error of v, which weighs that of x_0 by 1 / sigma^2.
         errors = (((x0 - wanted) / sigma) ** 2).reshape(count, steps, -1).mean(axis=2)
@@ -315,45 +319,39 @@ def _walked(
 
 
 def _denoiser(
-    model: Components, params: Params, told: Conditioning, empty: Conditioning | None, scale: Array
+    model: Components, params: Params, conditions, empty, scale: Array
 ) -> sampling.Denoiser:
-    """A model's U-Net: guided, if there is what the empty caption says; else told the scale."""
-    network = Network(model.graphs["unet"], model.prediction_type, distilled=empty is None)
+    """Makes a model's denoiser: guided, given the empty caption's conditioning; else not."""
+    denoising = Denoising(model.model, model.prediction_type)
     dtype = jax.tree.leaves(params)[0].dtype
-    return denoiser(network, params, dtype, told, empty, scale, guidance_rescale=0.0)
+    return denoiser(denoising, params, dtype, conditions, empty, scale, guidance_rescale=0.0)
 
 
 def _latent_shape(model: Components, recipe: ConsistencyRecipe) -> tuple[int, int, int]:
-    vae = model.configs["vae"]
-    side = recipe.data.size // vae.factor or model.configs["unet"].sample_size
-    return side, side, vae.latent_channels
+    codec = model.model.codec
+    side = recipe.data.size // codec.factor or model.model.denoiser.sample_size
+    return side, side, codec.channels
 
 
 def _preview(parts: _Parts) -> Callable[[Params, Params], np.ndarray]:
     """What the student makes of the captions of the sample grids."""
     student, shape = parts.student, _latent_shape(parts.student, parts.recipe)
-    captions, table = preview_captions(), parts.short
-    tokenizers = student.tokenizers.items()
-    token_ids = {name: tokenize(captions) for name, tokenize in tokenizers}
+    captions, table = scenes.preview_captions(), parts.short
+    token_ids, codec = tokenized(student, captions), student.model.codec
     scale = jnp.full(len(captions), sum(parts.recipe.guidance_scale) / 2)
 
     @compilation.jit
     def sample(params: Params, frozen: Params, noise: Array, fresh_noise: Array | None) -> Array:
-        told = conditioning(student, frozen, {"token_ids": token_ids}, shape[:2])
+        conditions = conditioning(student, frozen, {"token_ids": token_ids}, shape[:2])
         pixels, _ = sample_pixels(
-            [Network(student.graphs["unet"], student.prediction_type, distilled=True)],
-            student.graphs["vae"],
-            student.configs["vae"],
+            [Denoising(student.model, student.prediction_type)],
+            codec,
             jnp.float32,
-            {"unets": [params], "vae": frozen["vae"]},
-            noise,
-            fresh_noise,
-            [told],
-            [None],
-            scale,
+            Weights([params], frozen[codec.component]),
+            Inputs(noise, fresh_noise, [conditions], [None], scale),
             table.initial_scale,
             table.columns(),
-            stretches=[Stretch(expert=0, rows=len(table.timesteps), guided=False)],
+            step_ranges=[StepRange(denoiser=0, rows=len(table.timesteps), guided=False)],
             decoded_at_once=len(captions),
         )
         return pixels

@@ -1,7 +1,7 @@
-"""The training loop: jitted steps, checkpoints that survive a kill, and pictures on the way.
+"""The training loop: jitted steps, checkpoints that survive a kill, and sample grids.
 
-It knows optimization and files; what is learned comes in as a `Task`. A batch is a function of its
-number, so resuming needs the step's number and nothing else.
+The loop handles optimization and files; a `Task` defines what is trained. A batch depends only on
+its number, so a run resumes from its step number alone.
 """
 
 import contextlib
@@ -31,24 +31,24 @@ from jaxdiff.training.optimizers import average_decay, optimizer
 from jaxdiff.training.recipe import Recipe
 
 Params = Any  # a nested dict of arrays
-MOST_LOADERS = 8  # threads that load batches ahead, one each
+MOST_LOADERS = 8  # threads that prefetch batches, one batch each
 VALIDATION_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one objective gives to the loop.
+    """The interface between a training objective and the loop.
 
     Attributes:
-      params: what is trained, a nested dict of float32 arrays.
-      frozen: what the loss needs beside it and nothing changes, a nested dict of arrays.
-      loss: (params, frozen, batch, key) to a scalar, and a dict of what to log: scalars, and
-        perhaps "by_noise_level", float32 [2, levels]: summed losses, and how many they are.
-      batch: a number, counted from 0 over the whole run, to a dict of NumPy arrays [batch, ...];
-        the same for the same number, on any thread.
-      validation: batches of the same size of what is never trained on; may be empty.
-      preview: (params, frozen) to a picture, uint8 [height, width, 3].
-      export: (params, frozen, directory): writes the trained model for others to load.
+      params: the parameters to train, a nested dict of float32 arrays.
+      frozen: the other arrays that the loss needs, a nested dict; never changed.
+      loss: maps (params, frozen, batch, key) to a scalar and a dict of metrics: scalars, and
+        optionally "by_noise_level", float32 [2, levels]: sums and counts of losses.
+      batch: maps a number, counted from 0 over the whole run, to a dict of NumPy arrays
+        [batch, ...]; deterministic and thread-safe.
+      validation: batches of the same size that are never trained on; may be empty.
+      preview: maps (params, frozen) to a sample grid, uint8 [height, width, 3].
+      export: called with (params, frozen, directory); writes the trained model.
     """
 
     params: Params
@@ -61,23 +61,27 @@ class Task:
 
 
 class Interrupted(Exception):
-    """A training that cannot go on, with its checkpoints kept. One line: where, and the mend."""
+    """Training cannot continue; its checkpoints are kept.
+
+    The message is one line with the step and the remedy.
+    """
 
 
 def fit(task: Task, recipe: Recipe, output: Path) -> bool:
-    """Trains until `recipe.steps`, continuing from the newest checkpoint in `output`.
+    """Trains up to `recipe.steps`, resuming from the newest checkpoint in `output`.
 
-    Writes checkpoints/, metrics.jsonl, tensorboard/, loss.png, noise_levels.png (if the task tells
-    losses by noise level), samples/NNNNNN.png and, at the end, model/.
+    Writes checkpoints/, metrics.jsonl, tensorboard/, loss.png, noise_levels.png (if the task
+    reports losses by noise level), samples/NNNNNN.png and, at the end, model/.
 
     Returns:
-      whether it is finished; not, if SIGTERM came: then it has saved, and can be continued.
+      True if training finished; False if SIGTERM stopped it. It then saved a checkpoint and can be
+      resumed.
 
     Raises:
-      Interrupted: at the first loss or gradient that is not finite, and where a batch cannot be
-        read. The last checkpoint is of before.
+      Interrupted: at the first loss or gradient that is not finite, or if a batch cannot be read.
+        The last checkpoint is from before that step.
       InputError: if the newest checkpoint does not fit the recipe.
-      OSError: if something could not be written.
+      OSError: if a file cannot be written.
     """
     run = _prepare(task, recipe)
     with (
@@ -95,17 +99,18 @@ def fit(task: Task, recipe: Recipe, output: Path) -> bool:
 
 
 def export(task: Task, recipe: Recipe, output: Path, which: str, to: Path | None) -> Path:
-    """Writes the averaged weights of a checkpoint in `output` for others to load.
+    """Exports the averaged weights of a checkpoint in `output` as a model.
 
     Args:
-      which: "last", "best" or a step's number.
-      to: a directory to make, with its parents; by default `output`/model-NNNNNN, by the step.
+      which: "last", "best" or a step number.
+      to: the directory to create, with its parents; by default `output`/model-NNNNNN, where NNNNNN
+        is the step.
 
     Returns:
       the directory.
 
     Raises:
-      InputError: if there is no such checkpoint, or if it does not fit the recipe.
+      InputError: if the checkpoint does not exist or does not fit the recipe.
     """
     run = _prepare(task, recipe)
     folder = output / "checkpoints"
@@ -120,17 +125,18 @@ def export(task: Task, recipe: Recipe, output: Path, which: str, to: Path | None
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays the same in all steps: where arrays lie, and the compiled functions.
+    """The constants of a run: shardings and compiled functions.
 
     Attributes:
-      state: `jax.ShapeDtypeStruct`s with shardings of "params", their average "ema", "optimizer".
-      frozen: the task's, on the devices.
+      state: `jax.ShapeDtypeStruct`s with shardings for "params", their average "ema" and
+        "optimizer".
+      frozen: the task's frozen arrays, on the devices.
       batch: the sharding of batches.
-      initial: params to the first state.
-      gradients: (params, frozen, batch, its number) to the gradients and what the loss logs.
-      add: adds up gradients.
-      update: (state, sum of gradients, step) to the next state and what to log of it.
-      evaluate: (params, frozen, batch, key) to the loss.
+      initial: maps params to the initial state.
+      gradients: maps (params, frozen, batch, batch number) to the gradients and the loss's metrics.
+      add: adds gradients.
+      update: maps (state, sum of gradients, step) to the next state and the update's metrics.
+      evaluate: maps (params, frozen, batch, key) to the loss.
     """
 
     task: Task
@@ -150,7 +156,7 @@ def _prepare(task: Task, recipe: Recipe) -> _Run:
     transform, learning_rate = optimizer(recipe.optimizer, recipe.steps)
     root = jax.random.key(recipe.seed)
 
-    def initial(params: Params) -> dict:  # copies, since the state will be donated
+    def initial(params: Params) -> dict:  # copies, because the state will be donated
         copies = {name: jax.tree.map(jnp.copy, params) for name in ("params", "ema")}
         return {**copies, "optimizer": transform.init(params)}
 
@@ -198,7 +204,7 @@ def _shardings(mesh: Mesh, recipe: Recipe, shapes: dict) -> dict:
 
 
 def _begin(run: _Run, manager: ocp.CheckpointManager) -> tuple[dict, int, list[dict]]:
-    """The newest checkpoint's state, how many steps have made it, and its window; or the first."""
+    """Returns state, step and window of the newest checkpoint, or the initial ones."""
     start = manager.latest_step() or 0
     if not start:
         return run.initial(run.task.params), 0, []
@@ -214,8 +220,8 @@ def _train(
     start: int,
     stopped: threading.Event,
 ) -> tuple[dict, int]:
-    """The steps from `start` on: the state after the last one, and how many have made it."""
-    done, unread = start, deque()  # of what the devices may still be computing
+    """Runs the steps from `start` on; returns the final state and the number of steps done."""
+    done, unread = start, deque()  # metrics that the devices may still be computing
     with _loaded(run, start) as batches:
         for done in range(start + 1, run.recipe.steps + 1):
             state, logged = _step(run, state, batches, done - 1)
@@ -237,19 +243,19 @@ def _train(
 
 
 def _is_due(recipe: Recipe, done: int) -> bool:
-    """Whether it is time for a checkpoint, a validation and a sample grid."""
+    """Returns whether a checkpoint, a validation and a sample grid are due."""
     return done % recipe.checkpoints.every == 0 or done == recipe.steps
 
 
 def _step(run: _Run, state: dict, batches: Iterator[dict], step: int) -> tuple[dict, tuple]:
-    """One update by the mean gradient of `accumulate` batches, and what each of them logs."""
+    """Updates the state by the mean gradient of `accumulate` batches; also returns the metrics."""
     count = run.recipe.optimizer.accumulate
     total, logged = None, []
     for number in range(step * count, (step + 1) * count):
         try:
             batch = jax.device_put(next(batches), run.batch)
         except InputError as problem:
-            mend = "when that is mended, the same command continues"
+            mend = "fix this, then run the same command again"
             raise Interrupted(f"step {step + 1}: {problem}; {mend}") from problem
         found, of_batch = run.gradients(state["params"], run.frozen, batch, number)
         total = found if total is None else run.add(total, found)
@@ -259,7 +265,7 @@ def _step(run: _Run, state: dict, batches: Iterator[dict], step: int) -> tuple[d
 
 
 def _read(run: _Run, manager: ocp.CheckpointManager, watched: watch.Watch, step: int, logged):
-    """Waits for what a step has logged, and writes it down."""
+    """Waits for the metrics of a step, checks and records them."""
     measured = watch.measurements(*logged)
     _check_finite(run, manager, step, measured)
     watched.add(measured, run.recipe.batch_size * run.recipe.optimizer.accumulate)
@@ -268,7 +274,7 @@ def _read(run: _Run, manager: ocp.CheckpointManager, watched: watch.Watch, step:
 
 
 def _validate(run: _Run, params: Params) -> dict[str, float]:
-    """The mean loss over the task's validation batches, with the same noise at every call."""
+    """Computes the mean loss over the validation batches, with the same noise at every call."""
     root = jax.random.key(VALIDATION_SEED)
     losses = []
     for number, batch in enumerate(run.task.validation):
@@ -288,18 +294,18 @@ def _check_finite(run: _Run, manager: ocp.CheckpointManager, step: int, measured
     first, last = (step - 1) * count, step * count - 1
     batches = f"batch {first}" if first == last else f"batches {first} to {last}"
     kept = manager.latest_step()
-    kept = f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet"
+    kept = f"the last checkpoint is from step {kept}" if kept else "there is no checkpoint yet"
     what = f"the {wrong[0].replace('_', ' ')} is {measured[wrong[0]]}"
-    mend = "Train into another --output with a lower optimizer.learning_rate"
+    mend = "Lower optimizer.learning_rate and train into another --output"
     if wrong[0] == "validation_loss":
         raise Interrupted(f"step {step}: {what}; {kept}. {mend}")
-    mend += " or, if they are at fault, without that batch's examples"
+    mend += ", or remove the examples of that batch if they are at fault"
     raise Interrupted(f"step {step}, {batches}: {what}; {kept}. {mend}")
 
 
 @contextlib.contextmanager
 def _loaded(run: _Run, start: int) -> Iterator[Iterator[dict]]:
-    """The batches from step `start` on, in order, loaded ahead on threads."""
+    """Yields an iterator over the batches from step `start` on, prefetched by threads."""
     count, threads = run.recipe.optimizer.accumulate, min(MOST_LOADERS, os.cpu_count() or 1)
     if start >= run.recipe.steps:
         yield iter(())
@@ -314,14 +320,14 @@ def _loaded(run: _Run, start: int) -> Iterator[Iterator[dict]]:
 
 @contextlib.contextmanager
 def _stopped_by_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets. A second one ends the process at once."""
+    """Yields an event that SIGTERM sets; a second SIGTERM ends the process immediately."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
 
     def stop(number, _) -> None:
-        os.write(2, b"\njaxdiff: saving after the current step\n")  # print may be running
+        os.write(2, b"\njaxdiff: saving after the current step\n")  # print is not reentrant
         stopped.set()
         signal.signal(number, old)
 
@@ -333,7 +339,7 @@ def _stopped_by_sigterm() -> Iterator[threading.Event]:
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """uint8 [n, h, w, 3] to one picture, row by row, `columns` wide with 2 px between."""
+    """Arranges images, uint8 [n, h, w, 3], row by row in `columns` columns with 2 px gaps."""
     count, height, width, _ = images.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, 3), 255, np.uint8)

@@ -1,9 +1,9 @@
-"""Low-rank adapters (Hu et al., 2021, arXiv:2106.09685): made, merged and written for others.
+"""Creates, merges and saves low-rank adapters (Hu et al., 2021, arXiv:2106.09685).
 
-A linear layer's kernel W [in, out] becomes W + alpha / rank * A B, with A [in, rank] drawn at
-random and B [rank, out] zero, so that training starts from the model as it is. Adapters are a
-nested dict like the parameters, of the adapted layers alone, with "lora_A" and "lora_B" for
-"kernel".
+A linear layer's kernel W [in, out] becomes W + alpha / rank * A B. A [in, rank] is initialized
+randomly and B [rank, out] to zero, so that training starts from the unchanged model. Adapters are a
+nested dict like the parameters, but only of the adapted layers, with "lora_A" and "lora_B" instead
+of "kernel".
 """
 
 import math
@@ -16,10 +16,10 @@ import numpy as np
 from jax import Array
 from safetensors.numpy import save_file
 
-from jaxdiff.checkpoint.weight_files import TEXT_PREFIX
+from jaxdiff.families.stable_diffusion import TEXT_PREFIX
 
 FILE = "pytorch_lora_weights.safetensors"  # where diffusers' `load_lora_weights` looks
-TARGETS = {  # the layers of each network's attention, by how their dotted paths end
+TARGETS = {  # attention layers of each network, by the suffixes of their dotted paths
     "unet": (".to_q", ".to_k", ".to_v", ".to_out.0"),
     "text_encoder": (".q_proj", ".k_proj", ".v_proj", ".out_proj"),
     "text_encoder_2": (".q_proj", ".k_proj", ".v_proj", ".out_proj"),
@@ -27,16 +27,16 @@ TARGETS = {  # the layers of each network's attention, by how their dotted paths
 
 
 def init(params: dict, rank: int, key: Array) -> dict:
-    """New adapters for the attention of some networks, which change nothing yet.
+    """Creates adapters for the attention of some networks that initially have no effect.
 
     Args:
-      params: of each network to be adapted ("unet", "text_encoder", "text_encoder_2"), its
-        parameters as a nested dict of anything that has a `.shape`.
+      params: the parameters of each network to adapt ("unet", "text_encoder", "text_encoder_2"), as
+        nested dicts whose leaves have a `.shape`.
       rank: at least 1.
-      key: what the As are drawn from, evenly within 1 / sqrt(in), as PEFT does.
+      key: the random key for the A matrices, which are uniform in +-1 / sqrt(in), as in PEFT.
 
     Returns:
-      float32, nested like `params`.
+      float32 adapters, nested like `params`.
     """
     adapters: dict = {}
     for network, tree in params.items():
@@ -56,12 +56,12 @@ def init(params: dict, rank: int, key: Array) -> dict:
 
 
 def merged(params: dict, adapters: dict, alpha: float) -> dict:
-    """The parameters with the adapters' product added to the kernels; differentiable.
+    """Returns the parameters with the adapters added to the kernels; differentiable.
 
     Args:
-      params: of all networks; what has no adapter is passed through.
-      adapters: as `init` gives them.
-      alpha: the sum is scaled by alpha / rank; 0 stands for the rank, a scale of 1.
+      params: of all networks; parameters without an adapter are returned unchanged.
+      adapters: from `init`.
+      alpha: the product A B is scaled by alpha / rank; 0 sets alpha to the rank, a scale of 1.
     """
     if "lora_A" in adapters:
         scale = _scale(adapters, alpha)
@@ -74,14 +74,14 @@ def merged(params: dict, adapters: dict, alpha: float) -> dict:
 
 
 def save_lora(adapters: dict, alpha: float, file: Path) -> None:
-    """Writes the adapters under diffusers' and PEFT's names, whole or not at all.
+    """Writes the adapters atomically, under the names that diffusers and PEFT use.
 
-    The scale is multiplied into B: a file that says no alpha has a scale of 1 for every reader,
-    while of the ways to say one (metadata, a PEFT config, `.alpha`) each reader knows some.
+    The scale is multiplied into B. Without an alpha in the file every reader uses a scale of 1,
+    whereas no single way to store one (metadata, a PEFT config, `.alpha`) works in all readers.
 
     Args:
       adapters, alpha: as in `merged`.
-      file: such as `FILE` in a directory that is there; written over.
+      file: usually `FILE`, in an existing directory; overwritten if it exists.
     """
     tensors = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
@@ -95,7 +95,7 @@ def save_lora(adapters: dict, alpha: float, file: Path) -> None:
         tensors[key] = np.ascontiguousarray((scale * np.asarray(leaf, np.float32)).T)
     scratch = file.with_name(f".{file.name}-{os.getpid()}")
     save_file(tensors, scratch, metadata={"format": "pt"})
-    scratch.chmod(0o644)  # safetensors writes for the owner's eyes only
+    scratch.chmod(0o644)  # safetensors makes files readable only by their owner
     scratch.replace(file)
 
 

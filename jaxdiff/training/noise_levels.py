@@ -1,4 +1,4 @@
-"""How noisy each image of a training batch is made."""
+"""Draws the noise level of each image in a training batch."""
 
 from typing import NamedTuple
 
@@ -11,16 +11,16 @@ from jax.scipy.special import ndtri
 from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.training.recipe import Loss
 
-LEVELS = 20  # parts of the timesteps whose losses are told apart
+LEVELS = 20  # equal parts of the timesteps for which losses are reported separately
 
 
 class NoiseLevels(NamedTuple):
-    """One for each image of a batch.
+    """The noise levels of a batch, one per image.
 
     Attributes:
-      timesteps: [batch], what the network is told.
-      alpha, sigma: float32 [batch, 1, 1, 1], of x_t = alpha x_0 + sigma eps.
-      shares: float32 [batch], 0 without noise to 1 without signal.
+      timesteps: [batch], the network's input.
+      alpha, sigma: float32 [batch, 1, 1, 1], with x_t = alpha x_0 + sigma eps.
+      shares: float32 [batch], from 0 (no noise) to 1 (no signal).
     """
 
     timesteps: Array
@@ -30,9 +30,9 @@ class NoiseLevels(NamedTuple):
 
 
 def draw(schedule: NoiseSchedule, loss: Loss, key: Array, count: int) -> NoiseLevels:
-    """Draws as the recipe says, one in each of `count` equally likely parts.
+    """Draws one noise level from each of `count` equally likely parts of the distribution.
 
-    Kingma et al., 2021, arXiv:2107.00630, I.1: the batches' losses differ less.
+    This lowers the variance between batches (Kingma et al., 2021, arXiv:2107.00630, I.1).
     """
     shares = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
     if loss.timesteps == "logit_normal":
@@ -40,14 +40,14 @@ def draw(schedule: NoiseSchedule, loss: Loss, key: Array, count: int) -> NoiseLe
         shares = jax.nn.sigmoid(loss.logit_mean + loss.logit_std * normal)
     steps = schedule.num_train_timesteps
     if schedule.prediction_type == "flow":
-        # Esser et al., 2024, arXiv:2403.03206, equation 23; the network is told the shifted one.
-        # A tenth of a timestep is kept: no image is without noise.
+        # Esser et al., 2024, arXiv:2403.03206, equation 23; the network gets the shifted timestep.
+        # The minimum of a tenth of a timestep ensures that every image has some noise.
         shares = jnp.maximum(shares, 0.1 / steps)
         sigma = schedule.shift * shares / (1 + (schedule.shift - 1) * shares)
         timesteps, alpha = sigma * steps, 1.0 - sigma
     else:
         timesteps = jnp.minimum((shares * steps).astype(jnp.int32), steps - 1)
-        bars = schedule.alpha_bars()  # float64: near 1, what float32 leaves of 1 - bars is coarse
+        bars = schedule.alpha_bars()  # float64: in float32, 1 - bars is too coarse near bars = 1
         alpha, sigma = (
             jnp.asarray(np.sqrt(each), jnp.float32)[timesteps] for each in (bars, 1.0 - bars)
         )
@@ -55,12 +55,12 @@ def draw(schedule: NoiseSchedule, loss: Loss, key: Array, count: int) -> NoiseLe
 
 
 def by_level(losses: Array, shares: Array) -> Array:
-    """The sum of the losses [batch] in each of `LEVELS` parts, and how many: [2, LEVELS]."""
+    """Returns sums and counts of the losses [batch] by noise level: [2, LEVELS]."""
     level = jnp.minimum((shares * LEVELS).astype(jnp.int32), LEVELS - 1)
     both = jnp.stack([losses, jnp.ones_like(losses)])
     return jax.ops.segment_sum(both.T, level, LEVELS).T
 
 
 def _beside(values: Array) -> Array:
-    """[batch] to [batch, 1, 1, 1], float32."""
+    """Reshapes [batch] to float32 [batch, 1, 1, 1]."""
     return values.astype(jnp.float32)[:, None, None, None]

@@ -1,4 +1,4 @@
-"""Optimizers by name. All take the same steps: clip, direct, decay, scale by the learning rate."""
+"""Builds optimizers by name: clipping, direction, weight decay, then the learning rate."""
 
 import math
 from collections.abc import Callable
@@ -11,20 +11,20 @@ from jax import Array
 
 from jaxdiff.training.recipe import Average, Optimizer
 
-ADAMS_SIZE = 0.2  # of a value's update by Adam, root mean square; Muon's are brought to the same
+ADAMS_SIZE = 0.2  # RMS of Adam's updates; Muon's are scaled to match
 
 
 def optimizer(
     config: Optimizer, steps: int
 ) -> tuple[optax.GradientTransformation, Callable[[int], float]]:
-    """The update rule for nested dicts of parameters, and its learning rate by step.
+    """Returns the update rule for nested dicts of parameters, and the learning rate by step.
 
-    Clipping and decay are the same for all (decay decoupled from the gradient: Loshchilov and
-    Hutter, 2019, arXiv:1711.05101), so that recipes differ in the name alone.
+    Clipping and weight decay (decoupled from the gradient: Loshchilov and Hutter, 2019,
+    arXiv:1711.05101) are the same for all optimizers, so changing the name changes nothing else.
 
     Args:
-      config: of the recipe. Its `accumulate` is not done here.
-      steps: how many updates there are; where the cosine reaches zero.
+      config: the recipe's optimizer. `accumulate` is not handled here.
+      steps: the total number of updates, after which the cosine reaches zero.
     """
     schedule = _schedule(config, steps)
     transform = optax.chain(
@@ -37,14 +37,14 @@ def optimizer(
 
 
 def average_decay(config: Average, step: int | Array) -> float | Array:
-    """How much of the averaged weights stays at `step`, counted from 0, which may be traced."""
+    """Returns the decay of the averaged weights at `step`, counted from 0; may be traced."""
     if config.relative_width:  # Karras et al., 2024, arXiv:2312.02696, equations 1 and 2
         return (1.0 - 1.0 / (step + 1.0)) ** (_power(config.relative_width) + 1.0)
     return jnp.minimum(config.decay, (1.0 + step) / (10.0 + step))
 
 
 def _power(relative_width: float) -> float:
-    """γ for a relative width of (γ + 1)^½ (γ + 2)^-1 (γ + 3)^-½: the cubic's greatest root."""
+    """Solves (γ + 1)^½ (γ + 2)^-1 (γ + 3)^-½ = `relative_width` for γ, a cubic's largest root."""
     inverse = relative_width**-2
     roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
     return float(roots.real.max())
@@ -52,7 +52,7 @@ def _power(relative_width: float) -> float:
 
 def _schedule(config: Optimizer, steps: int) -> Callable[[int], float]:
     highest = config.learning_rate
-    if config.schedule == "constant":  # before the cool-down no rate depends on `steps`
+    if config.schedule == "constant":  # before the cool-down, the rate does not depend on `steps`
         growth = optax.linear_schedule(0.0, highest, config.warmup_steps)
         cooldown = optax.linear_schedule(highest, 0.0, config.cooldown_steps)
         parts = [growth, optax.constant_schedule(highest), cooldown]
@@ -70,7 +70,7 @@ def _direction(config: Optimizer) -> optax.GradientTransformation:
             return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
         case "lion":  # Chen et al., 2023, arXiv:2302.06675
             return optax.scale_by_lion(config.beta1, config.beta2)
-        case "muon":  # Jordan, 2024; sizes of updates: Liu et al., 2025, arXiv:2502.16982, 2.2
+        case "muon":  # Jordan, 2024; scale of updates: Liu et al., 2025, arXiv:2502.16982, 2.2
             muon = optax.chain(
                 optax.contrib.scale_by_muon(
                     beta=config.beta1, weight_dimension_numbers=_matrix_axes
@@ -83,12 +83,12 @@ def _direction(config: Optimizer) -> optax.GradientTransformation:
 
 
 def _decays(params: dict) -> dict:
-    """Whether a parameter is a kernel or an embedding, not a bias or a norm's scale."""
+    """Marks kernels and embeddings True, biases and the scales of norms False."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def _learns_by(params: dict) -> dict:
-    """ "muon" for kernels; "adam" for vectors and embeddings, which multiply nothing."""
+    """Labels kernels "muon"; labels vectors and embeddings, which multiply nothing, "adam"."""
 
     def label(path, leaf) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -98,7 +98,7 @@ def _learns_by(params: dict) -> dict:
 
 
 def _matrix_axes(params: dict) -> dict:
-    """A kernel as a matrix from all its inputs (a convolution's HWI too) to its outputs."""
+    """Views a kernel as a matrix from its inputs (HWI for a convolution) to its outputs."""
 
     def axes(leaf) -> optax.contrib.MuonDimensionNumbers:
         return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)

@@ -1,4 +1,4 @@
-"""Recipes: TOML files read strictly into frozen dataclasses. A default stands here or nowhere."""
+"""Recipes: TOML files parsed strictly into frozen dataclasses, which define all the defaults."""
 
 import dataclasses
 import sys
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jaxdiff.errors import InputError, meant
+from jaxdiff.errors import InputError, suggestion
 from jaxdiff.worlds.shapes.scene import CANVAS
 
 ANY = sys.float_info.max
 NEARLY_1 = 1.0 - 1e-9
-# The least and the largest value of every number, by its dotted key.
+# The smallest and largest allowed value of each number, by dotted key.
 RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, ANY),
     "batch_size": (1, ANY),
@@ -55,19 +55,19 @@ RANGES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How gradients become updates.
+    """How gradients are turned into updates.
 
     Attributes:
-      name: "adamw" (Loshchilov and Hutter, 2019), "adafactor", "lion", "muon" or "sgd", of optax.
-      learning_rate: the highest.
-      schedule: after the warm-up, "cosine" decay to zero or "constant".
-      warmup_steps: of linear growth from zero.
-      cooldown_steps: the last ones of a constant schedule, of linear decay to zero (Hägele et al.,
-        2024, arXiv:2405.18392).
-      weight_decay: decoupled from the gradient; kernels and embeddings alone decay.
-      beta1, beta2: decay of the moments, for those that have them.
-      clip_norm: longer gradients are shortened to this; 0 leaves them.
-      accumulate: batches whose mean gradient makes one step.
+      name: "adamw" (Loshchilov and Hutter, 2019), "adafactor", "lion", "muon" or "sgd", from optax.
+      learning_rate: the peak learning rate.
+      schedule: "cosine" decay to zero after the warm-up, or "constant".
+      warmup_steps: steps of linear growth from zero.
+      cooldown_steps: steps of linear decay to zero at the end of a constant schedule (Hägele et
+        al., 2024, arXiv:2405.18392).
+      weight_decay: decoupled from the gradient; applies only to kernels and embeddings.
+      beta1, beta2: decay rates of the moments, for optimizers that have them.
+      clip_norm: the maximum norm of the gradient; 0 disables clipping.
+      accumulate: the number of batches whose gradients are averaged for one update.
     """
 
     learning_rate: float
@@ -84,12 +84,13 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Average:
-    """The exponential moving average of the weights, which is what is exported.
+    """The exponential moving average of the weights; these are the weights that are exported.
 
     Attributes:
-      decay: a step. It begins lower, as (1 + step) / (10 + step), to forget the random start.
-      relative_width: if not 0, the average reaches back over a fixed share of the training so far:
-        the standard deviation of the power function of Karras et al., 2024, arXiv:2312.02696, 3.1.
+      decay: the decay per step. It starts lower, at (1 + step) / (10 + step), to forget the random
+        initial weights.
+      relative_width: if not 0, the average covers a fixed fraction of the training so far: the
+        standard deviation of the power function of Karras et al., 2024, arXiv:2312.02696, 3.1.
     """
 
     decay: float = 0.999
@@ -98,13 +99,14 @@ class Average:
 
 @dataclass(frozen=True)
 class Computing:
-    """Where and in what precision it is computed.
+    """Precision, rematerialization and sharding.
 
     Attributes:
-      dtype: of activations and of the weights in products; the weights themselves are float32.
-      remat: recompute activations in the backward pass instead of keeping them (gradient
+      dtype: the dtype of activations and of the weights in computations; the stored weights are
+        float32.
+      remat: recompute activations in the backward pass instead of storing them (gradient
         checkpointing; Chen et al., 2016, arXiv:1604.06174).
-      shard: split weights and optimizer state over the devices too (Rajbhandari et al., 2020,
+      shard: also split weights and optimizer state across the devices (Rajbhandari et al., 2020,
         arXiv:1910.02054, stage 3, known as FSDP).
     """
 
@@ -115,12 +117,12 @@ class Computing:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What is kept of a run on disk.
+    """When checkpoints are written, and which are kept.
 
     Attributes:
-      every: steps between two checkpoints, sample grids and validations.
-      keep: how many of the newest stay.
-      keep_best: how many of those with the lowest validation loss stay beside them.
+      every: steps between checkpoints, each with a sample grid and a validation.
+      keep: how many of the newest checkpoints to keep.
+      keep_best: how many checkpoints with the lowest validation loss to keep as well.
     """
 
     every: int = 500
@@ -134,16 +136,18 @@ class Data:
 
     Attributes:
       path: "shapes" for the shapes world; a folder of images with metadata.jsonl, of WebDataset
-        shards or of Parquet files; a dataset of `jaxdiff generate`; what `pipelines.encode` made.
-      captions: the column (or the file ending) that holds the caption; "" finds it.
-      size: pixels; the side of a square of the area that images are brought to. 0 is the model's.
-      aspect_ratios: widest and, inverted, tallest ratio of the buckets; 1 crops to squares.
-      flip: mirror half of the images; only where captions know no left and right.
-      scenes: of the shapes world: how many are drawn and encoded once, before training starts.
-      composed: of the shapes world: objects are large and spread evenly, instead of lying anywhere.
-      templates: of the shapes world: the captions' templates; one named twice comes twice as often,
-        and if none is named, all are drawn.
-      held_out: of the shapes world: "color shape" pairs that no scene and no caption may have.
+        shards or of Parquet files; a dataset from `jaxdiff generate`; the output of
+        `pipelines.encode`.
+      captions: the column (or the file extension) of the captions; "" detects it.
+      size: in pixels, the side of the square whose area images are resized to; 0 for the model's.
+      aspect_ratios: the largest aspect ratio of the buckets, and inverted the smallest; 1 crops to
+        squares.
+      flip: mirror half of the images; only for captions that never mention left or right.
+      scenes: shapes world only: how many scenes are drawn and encoded before training starts.
+      composed: shapes world only: objects are large and evenly spread instead of randomly placed.
+      templates: shapes world only: the caption templates. A template listed twice is drawn twice as
+        often; an empty list means all templates.
+      held_out: shapes world only: "color shape" pairs excluded from every scene and caption.
     """
 
     path: str = "shapes"
@@ -159,17 +163,19 @@ class Data:
 
 @dataclass(frozen=True)
 class Loss:
-    """What of the denoising loss counts how much.
+    """The weights and noise settings of the denoising loss.
 
     Attributes:
-      timesteps: how they are drawn: "uniform", or "logit_normal" (Esser et al., 2024,
+      timesteps: their distribution: "uniform", or "logit_normal" (Esser et al., 2024,
         arXiv:2403.03206, 3.1) with the two values below.
-      logit_mean, logit_std: of the logit of the timestep's share of all; above 0 is more noise.
-      min_snr_gamma: bounds the weight of little noise (Hang et al., 2023, arXiv:2303.09556); 0: no.
-      offset_noise: standard deviation of noise that is the same all over a channel (Guttenberg,
-        2023); 0: none.
-      places: weight of the error in telling where each shape of the shapes world lies, a second
-        task beside the denoising (`training/shapes/places.py`); 0: not asked.
+      logit_mean, logit_std: mean and standard deviation of the logit of the timestep, scaled to
+        [0, 1]; a mean above 0 gives more noise.
+      min_snr_gamma: limits the weight of low noise levels (Hang et al., 2023, arXiv:2303.09556);
+        0 disables this.
+      offset_noise: standard deviation of noise that is constant across a channel (Guttenberg,
+        2023); 0 disables it.
+      places: weight of the auxiliary loss for locating each shape of the shapes world
+        (`training/shapes/places.py`); 0 disables it.
     """
 
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
@@ -182,12 +188,12 @@ class Loss:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank updates of the attention's matrices (Hu et al., 2021, arXiv:2106.09685).
+    """Low-rank updates of the attention matrices (Hu et al., 2021, arXiv:2106.09685).
 
     Attributes:
-      rank: of the updates.
-      alpha: they are scaled by alpha / rank; 0 is the rank.
-      text_encoder: whether its attention is taught too.
+      rank: the rank of the updates.
+      alpha: the updates are scaled by alpha / rank; 0 sets alpha to the rank.
+      text_encoder: whether to train the attention of the text encoders too.
     """
 
     rank: int = 8
@@ -200,9 +206,9 @@ class Prior:
     """DreamBooth's prior preservation (Ruiz et al., 2023, arXiv:2208.12242, 3.3).
 
     Attributes:
-      prompt: of the class; its images are made by the model itself, before training starts.
-      images: how many.
-      weight: of their loss against that of the subject's images.
+      prompt: the prompt for the class images, which the model generates before training starts.
+      images: how many class images to generate.
+      weight: the weight of their loss; the loss of the subject's images has weight 1.
     """
 
     prompt: str
@@ -212,12 +218,12 @@ class Prior:
 
 @dataclass(frozen=True)
 class _Run:
-    """What every recipe says.
+    """The settings common to all recipes.
 
     Attributes:
-      objective: what is trained.
-      steps, batch_size: optimizer updates, and images in each batch.
-      seed: of weights, noise and the order of the data.
+      objective: what to train, a key of `OBJECTIVES`.
+      steps, batch_size: the number of optimizer updates and of images in each batch.
+      seed: the seed of initial weights, noise and data order.
     """
 
     objective: str
@@ -235,10 +241,10 @@ class AutoencoderRecipe(_Run):
     """Trains an `AutoencoderKL` on scenes rendered on the fly.
 
     Attributes:
-      kl_weight: of the KL divergence per latent value, against the loss per pixel value.
-      gradient_weight: of the error of the images' finite differences, which sharpens edges.
-      crop: height and width in pixels of what is cut out of each scene, somewhere.
-      vae: the keys of the component's `config.json`.
+      kl_weight: weight of the KL divergence per latent value, relative to the loss per pixel value.
+      gradient_weight: weight of the error in the images' finite differences, which sharpens edges.
+      crop: height and width in pixels of a random crop of each scene.
+      vae: the keys of the autoencoder's `config.json`.
     """
 
     vae: dict
@@ -249,11 +255,12 @@ class AutoencoderRecipe(_Run):
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderRecipe(_Run):
-    """Trains a CLIP text encoder to tell what a caption of the shapes world says.
+    """Trains a CLIP text encoder to understand captions of the shapes world.
 
     Attributes:
       tokenizer: a directory in the `CLIPTokenizer` format.
-      text_encoder: a table, the keys of its `config.json`, and made anew; or a folder, and loaded.
+      text_encoder: a table with the keys of `config.json` for a new encoder, or a folder to load it
+        from.
     """
 
     tokenizer: str
@@ -262,22 +269,23 @@ class TextEncoderRecipe(_Run):
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImageRecipe(_Run):
-    """Trains a denoiser on captioned images, from nothing or from a checkpoint.
+    """Trains a denoiser on captioned images, from scratch or from a checkpoint.
 
-    A component is a table, the keys of its `config.json`, and made anew; or a folder, and loaded.
+    A component is either a table with the keys of its `config.json`, for a new one, or a folder to
+    load it from.
 
     Attributes:
-      model: a checkpoint that `jaxdiff generate` could use: what is not named below comes from it.
+      model: a checkpoint that `jaxdiff generate` accepts; provides all components not set below.
       vae, tokenizer: directories.
       text_encoder, unet: tables or directories.
-      scheduler: the keys of `scheduler_config.json`; those of `model` stand where it says nothing.
+      scheduler: the keys of `scheduler_config.json`; missing keys are taken from `model`.
       data: the captioned images.
-      train: the components that learn; the others stay as they are.
-      method: "full", or "lora": small updates beside weights that stay as they are.
-      lora: its settings.
-      prior: for DreamBooth.
-      loss: what counts how much.
-      caption_dropout: the share of captions replaced by the empty one, for guidance.
+      train: the components to train; the others are frozen.
+      method: "full", or "lora" to train low-rank updates of frozen weights.
+      lora: the LoRA settings.
+      prior: DreamBooth's prior preservation.
+      loss: the settings of the denoising loss.
+      caption_dropout: the fraction of captions replaced by the empty one, for guidance.
     """
 
     model: str = ""
@@ -297,15 +305,16 @@ class TextToImageRecipe(_Run):
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyRecipe(_Run):
-    """Distils a model into one of few steps, told the guidance scale: `training/consistency.py`.
+    """Distils a model into a guidance-conditioned few-step student: `training/consistency.py`.
 
     Attributes:
-      model: the teacher, a checkpoint that `jaxdiff generate` could use.
-      student: an earlier student whose U-Net goes on learning; one begins as its teacher.
-      data: whose captions are drawn; its images are not needed.
-      guidance_scale: the lowest and the highest that the student is taught.
-      student_steps: in which the student makes an image.
-      solver_steps: evaluations of the teacher for an image, as many for each step of the student.
+      model: the teacher, a checkpoint that `jaxdiff generate` accepts.
+      student: an earlier student whose U-Net to train further; "" starts from the teacher's.
+      data: the source of the captions; its images are not used.
+      guidance_scale: the lowest and the highest guidance scale to train on.
+      student_steps: the number of steps in which the student generates an image.
+      solver_steps: the number of teacher evaluations per image, split evenly among the student's
+        steps.
     """
 
     model: str
@@ -334,7 +343,7 @@ def read(path: Path) -> Recipe:
     try:
         data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such recipe") from None
+        raise InputError(f"{path}: recipe file not found") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: not a readable TOML file: {error}") from None
     objective = data.get("objective")
@@ -350,17 +359,19 @@ def read(path: Path) -> Recipe:
             raise InputError(f"{path}: {name} must be {wanted}, not {value}")
     warmup, cooldown = recipe.optimizer.warmup_steps, recipe.optimizer.cooldown_steps
     if cooldown and recipe.optimizer.schedule != "constant":
-        raise InputError(f"{path}: optimizer.cooldown_steps is for a constant schedule")
+        raise InputError(
+            f'{path}: optimizer.cooldown_steps requires optimizer.schedule = "constant"'
+        )
     if cooldown and warmup + cooldown > recipe.steps:
         raise InputError(
-            f"{path}: optimizer.warmup_steps and cooldown_steps are {warmup + cooldown} together, "
+            f"{path}: optimizer.warmup_steps and cooldown_steps add up to {warmup + cooldown}, "
             f"more than steps = {recipe.steps}"
         )
     return recipe
 
 
 def flat(table: dict, before: str = "") -> dict:
-    """A nested table with dotted keys."""
+    """Flattens a nested table into one with dotted keys."""
     found = {}
     for key, value in table.items():
         if isinstance(value, dict):
@@ -374,8 +385,8 @@ def _build(cls, data: dict, where: str):
     kinds = typing.get_type_hints(cls)
     for key in data:
         if key not in kinds:
-            hint = meant(key, kinds) or f"; it has {', '.join(sorted(kinds))}"
-            raise InputError(f"{where}{key} is not known{hint}")
+            hint = suggestion(key, kinds) or f"; known keys: {', '.join(sorted(kinds))}"
+            raise InputError(f"{where}{key}: unknown key{hint}")
     values = {}
     for spec in dataclasses.fields(cls):
         if spec.name in data:
@@ -386,7 +397,7 @@ def _build(cls, data: dict, where: str):
 
 
 def _value(kind, value, where: str):
-    """`value`, if it is of this kind; a table becomes a dataclass, an array a tuple."""
+    """Checks that `value` is of this kind; turns tables into dataclasses and arrays into tuples."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     for one in kinds:
         if dataclasses.is_dataclass(one) and isinstance(value, dict):
@@ -400,11 +411,11 @@ def _value(kind, value, where: str):
             return float(value)
         if isinstance(one, type) and type(value) is one:
             return value
-    wanted = " or ".join(_told(one) for one in kinds if one is not types.NoneType)
+    wanted = " or ".join(_description(one) for one in kinds if one is not types.NoneType)
     raise InputError(f"{where} must be {wanted}, not {value!r}")
 
 
-def _told(kind) -> str:
+def _description(kind) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:

@@ -1,4 +1,4 @@
-"""`jaxdiff train`: from a recipe file to a trained model."""
+"""Trains a model from a recipe file (`jaxdiff train`) and exports checkpoints."""
 
 import contextlib
 import dataclasses
@@ -29,17 +29,17 @@ RECIPE = "recipe.toml"
 def train(
     recipe_path: str | Path, output: str | Path, class_images: ClassImages | None = None
 ) -> bool:
-    """Trains what `recipe_path` describes into `output`, or continues what was begun there.
+    """Runs a recipe and writes to `output`, or resumes the run there.
 
     Args:
       class_images: as in `batches.prepare`.
 
     Returns:
-      whether it is finished; see `loop.fit`, also for what else is raised.
+      whether training finished; see `loop.fit`, also for further exceptions.
 
     Raises:
-      InputError: if the recipe cannot be used, if `output` holds another recipe's run, or if
-        another process trains into it.
+      InputError: if the recipe is invalid, if `output` contains a run of another recipe, or if
+        another process is training into it.
     """
     recipe_path, output = Path(recipe_path), Path(output)
     recipe = read(recipe_path)
@@ -56,7 +56,7 @@ def train(
         try:
             task = _task(recipe, output, class_images)
         except InputError:
-            if not begun:  # leave no trace, so that the mended recipe can run here
+            if not begun:  # clean up, so that the corrected recipe can run here
                 kept.unlink()
                 (output / LOCK).unlink()
                 with contextlib.suppress(OSError):
@@ -65,7 +65,7 @@ def train(
         try:
             return loop.fit(task, recipe, output)
         except OSError as problem:
-            problem.filename = problem.filename or str(output)  # a full disk names no file
+            problem.filename = problem.filename or str(output)  # a full disk gives no file name
             raise
 
 
@@ -76,56 +76,59 @@ def export(
     to: Path | None,
     class_images: ClassImages | None = None,
 ) -> Path:
-    """Writes the model of a checkpoint in `output`; others may be training into it meanwhile.
+    """Exports the model of a checkpoint in `output`, even while another process trains there.
 
     Args:
-      which: "last", "best" or a step's number.
-      to: the model's directory; by default one in `output`, named by the step.
+      which: "last", "best" or a step number.
+      to: the model's directory; by default a directory in `output` named after the step.
       class_images: as in `batches.prepare`.
 
     Returns:
       the model's directory.
 
     Raises:
-      InputError: if the recipe cannot be used or is not the run's, or if there is no such
-        checkpoint.
+      InputError: if the recipe is invalid or differs from that of the run, or if the checkpoint
+        does not exist.
     """
     output = Path(output)
     recipe = read(Path(recipe_path))
     if not (output / RECIPE).exists():
-        raise InputError(f"{output}: holds no run to export from; train first")
+        raise InputError(f"{output}: contains no run to export; train first")
     _refuse_another(read(output / RECIPE), recipe, output)
     compilation.keep_programs()
     return loop.export(_task(recipe, output, class_images), recipe, output, which, to)
 
 
 def _refuse_another(old: Recipe, new: Recipe, output: Path) -> None:
-    """What is kept may change while a run goes on; its length, if no step depends on it."""
+    """Raises InputError if a run cannot continue with the new recipe.
+
+    `checkpoints` may change. `steps` may grow if the learning rate does not depend on it.
+    """
     before, now = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
     for key in {**before, **now}:
         was, is_now = before.get(key), now.get(key)
         if was == is_now or key.startswith("checkpoints."):
             continue
-        mend = "name another --output"
+        mend = "choose another --output"
         if key == "steps":
             endless = new.optimizer.schedule == "constant" and not new.optimizer.cooldown_steps
             if endless and is_now > was:
                 continue
-            mend += "; only at a constant rate without a cool-down can a run be prolonged"
+            mend += "; a run can be extended only with a constant learning rate and no cool-down"
         raise InputError(
-            f"{output}: holds a run of another recipe ({key} was {was!r}, is {is_now!r}); {mend}"
+            f"{output}: contains a run of another recipe ({key} was {was!r}, is {is_now!r}); {mend}"
         )
 
 
 @contextlib.contextmanager
 def _held(output: Path) -> Iterator[None]:
-    """Holds the directory for this process; the kernel gives it back if the process dies."""
+    """Locks the directory for this process; the kernel releases the lock if the process dies."""
     with (output / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"{output}: another process is training here; wait for it, or name another --output"
+                f"{output}: another process is training here; wait or choose another --output"
             ) from None
         yield
 

@@ -1,8 +1,8 @@
-"""TensorBoard's event files: scalars and pictures, written as the bytes that they are.
+"""Writes TensorBoard's event files, with scalars and images, without TensorFlow.
 
-Two small formats that have not changed since 2015: records with a length and checksums (TFRecord),
-each a protocol buffer, `Event` of tensorflow/core/util/event.proto. TensorFlow, or a writer with
-threads and queues of its own, would be much for these few fields.
+The two formats are small and have not changed since 2015: records with a length and checksums
+(TFRecord), each containing a protocol buffer, `Event` from tensorflow/core/util/event.proto. For
+these few fields, TensorFlow or a writer with its own threads and queues would be too much.
 """
 
 import functools
@@ -21,7 +21,7 @@ VARINT, DOUBLE, BYTES, FLOAT = 0, 1, 2, 5
 
 
 def begin(directory: Path, step: int) -> Path:
-    """Begins an event file; what older files say of later steps than `step` is forgotten."""
+    """Creates an event file; TensorBoard then discards steps after `step` in older files."""
     directory.mkdir(exist_ok=True)
     made = f"{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
     path = directory / f"events.out.tfevents.{made}"
@@ -41,7 +41,7 @@ def append_scalars(path: Path, step: int, scalars: dict[str, float]) -> None:
 
 
 def append_picture(path: Path, step: int, name: str, pixels: np.ndarray) -> None:
-    """Appends a picture, uint8 [height, width, 3]."""
+    """Appends an image, uint8 [height, width, 3]."""
     Image.fromarray(pixels).save(png := io.BytesIO(), "png")
     height, width, channels = pixels.shape
     picture = (
@@ -61,7 +61,7 @@ def _append(path: Path, step: int, summary: bytes) -> None:
 
 
 def _record(step: int, what: bytes) -> bytes:
-    """An `Event` of now, framed."""
+    """Frames an `Event` with the current time as a record."""
     event = _field(1, DOUBLE, time.time()) + _field(2, VARINT, step) + what
     length = struct.pack("<Q", len(event))
     return length + _checksum(length) + event + _checksum(event)
@@ -89,7 +89,7 @@ def _varint(value: int) -> bytes:
 
 
 def _checksum(data: bytes) -> bytes:
-    """CRC-32C, turned and shifted as TFRecord has it."""
+    """Computes the CRC-32C, rotated and offset as TFRecord requires."""
     table, crc = _crc_table(), 0xFFFFFFFF
     for byte in data:
         crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8

@@ -1,7 +1,7 @@
-"""A text encoder that knows a language before it is told what the words look like.
+"""Trains a text encoder to understand captions before it is used with images.
 
-Learnt through a denoiser alone, what belongs to what in a caption comes late: the gradient is small
-beside that of the pictures. Telling what a caption says takes minutes.
+Trained only through a denoiser, an encoder learns late which attribute belongs to which object: the
+gradient for this is small compared with that for appearance. Training on captions takes minutes.
 """
 
 from pathlib import Path
@@ -12,20 +12,22 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.checkpoint.components import CONFIGS, NETWORKS
-from jaxdiff.checkpoint.weight_files import TEXT_PREFIX
+from jaxdiff.checkpoint.component import CONFIG
+from jaxdiff.checkpoint.json_files import write_json
+from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION, TEXT_ENCODER
+from jaxdiff.families.tokens import Tokenizer
 from jaxdiff.training.components import component
 from jaxdiff.training.loop import Params, Task
 from jaxdiff.training.recipe import TextEncoderRecipe
-from jaxdiff.training.tokenizer import Tokenizer, preview_captions
-from jaxdiff.weights import load
+from jaxdiff.training.shapes.scenes import preview_captions
+from jaxdiff.weights.save import save_params
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.captions import NUMBERS, Caption
 
 VALIDATION_SEED = 2**31
 
-# What is asked of a caption: of each of two groups its shape, color and number; the relation; the
-# background. None stands for what a caption leaves open or does not have.
+# Questions about a caption: shape, color and number of each of two groups; the relation; the
+# background. None is the answer if the caption does not specify it.
 _GROUP = (
     (None, *shapes.SHAPES),
     (None, *shapes.COLORS),
@@ -35,7 +37,7 @@ QUESTIONS = (*_GROUP, *_GROUP, (None, *shapes.RELATIONS), (None, *shapes.BACKGRO
 
 
 def answers(caption: Caption) -> list[int]:
-    """The index of the right answer to each of `QUESTIONS`."""
+    """Returns the index of the correct answer to each of `QUESTIONS`."""
     first, second = (*caption.groups, None)[:2]
     said = [
         value
@@ -47,13 +49,15 @@ def answers(caption: Caption) -> list[int]:
 
 
 def task(recipe: TextEncoderRecipe) -> Task:
-    """Trains the encoder, and a linear layer that answers `QUESTIONS` from its last states.
+    """Builds the task that trains the encoder and a linear layer that answers `QUESTIONS`.
+
+    The linear layer reads the encoder's last hidden states.
 
     Raises:
       InputError: if the tokenizer or the encoder cannot be read.
     """
     rngs = nnx.Rngs(recipe.seed)
-    config, graph, params = component("text_encoder", recipe.text_encoder, rngs)
+    config, graph, params = component(STABLE_DIFFUSION, "text_encoder", recipe.text_encoder, rngs)
     tokenize = Tokenizer(Path(recipe.tokenizer), config.max_position_embeddings)
     sizes = [len(options) for options in QUESTIONS]
     head = jax.random.normal(rngs.params(), (config.hidden_size, sum(sizes))) * 0.02
@@ -62,7 +66,7 @@ def task(recipe: TextEncoderRecipe) -> Task:
         rng = np.random.default_rng([seed, step])
         drawn = [shapes.draw_caption(rng) for _ in range(recipe.batch_size)]
         return {
-            "token_ids": tokenize([caption.text() for caption in drawn]),
+            "token_ids": tokenize([caption.text() for caption in drawn])[:, 0],
             "answers": np.array([answers(caption) for caption in drawn], np.int32),
         }
 
@@ -81,16 +85,16 @@ def task(recipe: TextEncoderRecipe) -> Task:
         share = is_end / is_end.sum(axis=1, keepdims=True) / len(is_end)
         return (entropies.sum(axis=0) * share).sum(), {"understood": (all_right * share).sum()}
 
-    preview_ids = tokenize(preview_captions())
+    preview_ids = tokenize(preview_captions())[:, 0]
 
     def preview(params: Params, frozen: Params) -> np.ndarray:
         return _similarities(graph, params["text_encoder"], preview_ids)
 
     def export(params: Params, frozen: Params, directory: Path) -> None:
         directory.mkdir(exist_ok=True)
-        load.write_json(directory / CONFIGS["text_encoder"], config.to_json())
-        file = directory / NETWORKS["text_encoder"][2]
-        load.save_params(params["text_encoder"], file, np.float32, TEXT_PREFIX)
+        write_json(directory / CONFIG, config.to_json())
+        file = directory / TEXT_ENCODER.weights_file
+        save_params(params["text_encoder"], file, np.float32, TEXT_ENCODER.prefix)
 
     return Task(
         params={"text_encoder": params, "head": head},
@@ -104,7 +108,7 @@ def task(recipe: TextEncoderRecipe) -> Task:
 
 
 def _similarities(graph: nnx.GraphDef, params: Params, token_ids: np.ndarray) -> np.ndarray:
-    """The cosines between captions as shades of gray, white for 1 and black for -1."""
+    """Draws the cosine similarities between captions: white for 1, black for -1."""
     _, pooled = nnx.merge(graph, params)(token_ids)
     unit = np.asarray(pooled / jnp.linalg.norm(pooled, axis=1, keepdims=True))
     shades = np.uint8(np.rint(127.5 + 127.5 * unit @ unit.T))

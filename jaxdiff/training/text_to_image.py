@@ -7,19 +7,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
-from jaxdiff.checkpoint.checkpoint import SAMPLER_OF_SCHEDULER
 from jaxdiff.devices import compilation
 from jaxdiff.diffusion import noise as random_noise
-from jaxdiff.diffusion import objective, samplers
+from jaxdiff.diffusion import objective, samplers, scheduler_config
 from jaxdiff.diffusion.schedule import NoiseSchedule
-from jaxdiff.diffusion.step_ranges import Stretch
-from jaxdiff.engine.expert import Conditioning, Network
-from jaxdiff.engine.program import sample_pixels, to_float
-from jaxdiff.engine.prompts import XL_LAYERS_SKIPPED, encode_tokens
+from jaxdiff.diffusion.step_ranges import StepRange
+from jaxdiff.engine.program import Denoising, Inputs, Weights, sample_pixels, to_float
 from jaxdiff.errors import InputError
+from jaxdiff.families.model import Text
 from jaxdiff.training import batches, low_rank, noise_levels
 from jaxdiff.training.components import Components, from_recipe
 from jaxdiff.training.loop import Params, Task, grid
@@ -45,26 +42,29 @@ def task(
     """
     batches.prepare(recipe, output, class_images)
     parts = from_recipe(recipe)
-    schedule = NoiseSchedule.from_json(parts.scheduler, _sampler(parts))
+    schedule = scheduler_config.noise_schedule(parts.scheduler, _sampler(parts))
+    denoiser, encoders = parts.model.denoiser, parts.model.text_encoders
     for name in recipe.train:
-        if name not in ("unet", *parts.text_encoders):
-            known = ", ".join(("unet", *parts.text_encoders))
+        if name not in (denoiser.component, *encoders):
+            known = ", ".join((denoiser.component, *encoders))
             raise InputError(f"train: {name!r} is none of {known}")
-    if parts.configs["unet"].time_cond_proj_dim is not None:
-        raise InputError("the U-Net is distilled, told the guidance scale; train its teacher")
-    if recipe.loss.places and (recipe.method == "lora" or "unet" not in recipe.train):
+    if denoiser.guidance_is_input:
+        raise InputError(
+            "the denoiser is distilled: the guidance scale is an input; train its teacher"
+        )
+    if recipe.loss.places and (recipe.method == "lora" or denoiser.component not in recipe.train):
         raise InputError('loss.places: is for a whole U-Net: method = "full", and train it')
     if recipe.method == "lora":
-        taught = ("unet", *(parts.text_encoders if recipe.lora.text_encoder else ()))
+        taught = (denoiser.component, *(encoders if recipe.lora.text_encoder else ()))
         taught = {name: parts.params[name] for name in taught}
         params = low_rank.init(taught, recipe.lora.rank, jax.random.key(recipe.seed))
         frozen = parts.params
     else:
         params = {name: parts.params[name] for name in recipe.train}
         if recipe.loss.places:
-            params["unet"] = places.widened(params["unet"])
+            params[denoiser.component] = places.widened(params[denoiser.component])
         frozen = {name: tree for name, tree in parts.params.items() if name not in params}
-    whole = partial(_whole, recipe)
+    whole = partial(_whole, recipe, denoiser.component)
     made = batches.of(parts, recipe, output)
     return Task(
         params=params,
@@ -77,12 +77,12 @@ def task(
     )
 
 
-def _whole(recipe: TextToImageRecipe, params: Params, frozen: Params) -> Params:
+def _whole(recipe: TextToImageRecipe, denoiser: str, params: Params, frozen: Params) -> Params:
     """The parameters of every component, by name, as they are used and exported."""
     if recipe.method == "lora":
         return low_rank.merged(frozen, params, recipe.lora.alpha)
     if recipe.loss.places:
-        params = {**params, "unet": places.narrowed(params["unet"])}
+        params = {**params, denoiser: places.narrowed(params[denoiser])}
     return {**frozen, **params}
 
 
@@ -93,16 +93,17 @@ def _export(
         directory.mkdir(exist_ok=True)
         low_rank.save_lora(params, recipe.lora.alpha, directory / low_rank.FILE)
     else:
-        parts.save(directory, _whole(recipe, params, frozen), np.float16)
+        denoiser = parts.model.denoiser.component
+        parts.save(directory, _whole(recipe, denoiser, params, frozen), np.float16)
 
 
 def _loss(
     parts: Components, recipe: TextToImageRecipe, schedule: NoiseSchedule, whole: Callable
 ) -> Callable[[Params, Params, dict, Array], tuple[Array, dict]]:
     dtype, settings = DTYPES[recipe.computing.dtype], recipe.loss
-    graph = parts.graphs["unet"]
+    denoiser = parts.model.denoiser
     if settings.places:
-        graph = places.widened_graph(parts.configs["unet"], recipe.computing.remat)
+        denoiser = places.widened_denoiser(parts, recipe.computing.remat)
 
     def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
         time_key, noise_key, offset_key, latent_key = jax.random.split(key, 4)
@@ -114,18 +115,22 @@ def _loss(
             noise = noise + settings.offset_noise * offset
         levels = noise_levels.draw(schedule, settings, time_key, len(x0))
         x = objective.noisy(x0, noise, levels.alpha, levels.sigma)
-        told = conditioning(parts, networks, batch, x0.shape[1:3])
-        unet = in_dtype(params["unet"], dtype) if settings.places else networks["unet"]
-        output = _evaluate(graph, unet, x.astype(dtype), levels.timesteps, told)
+        conditions = conditioning(parts, networks, batch, x0.shape[1:3])
+        weights = networks[denoiser.component]
+        if settings.places:
+            weights = in_dtype(params[denoiser.component], dtype)
+        output, _ = denoiser.evaluate(
+            weights, x.astype(dtype), levels.timesteps, conditions, None, None
+        )
         output, of_places = jnp.split(output, [x0.shape[-1]], axis=-1)
         target = objective.target(x0, noise, levels.alpha, levels.sigma, schedule.prediction_type)
         errors = jnp.mean((output.astype(jnp.float32) - target) ** 2, axis=(1, 2, 3))
-        weights = batch.get("weights", jnp.ones(len(x0)))
+        counts = batch.get("weights", jnp.ones(len(x0)))
         if settings.min_snr_gamma:
-            weights = weights * objective.min_snr_weight(
+            counts = counts * objective.min_snr_weight(
                 levels.alpha, levels.sigma, schedule.prediction_type, settings.min_snr_gamma
             ).reshape(-1)
-        total = jnp.mean(weights * errors)
+        total = jnp.mean(counts * errors)
         logged = {"by_noise_level": noise_levels.by_level(errors, levels.shares)}
         if settings.places:
             logged["places"] = jnp.mean(places.errors(of_places, batch["places"]))
@@ -144,44 +149,33 @@ def clean_latents(parts: Components, networks: Params, batch: dict, key: Array) 
     """The batch's scaled latents, float32 [batch, h, w, c]: given, or sampled by the encoder."""
     if "latents" in batch:
         return batch["latents"].astype(jnp.float32)
-    pixels = to_float(batch["pixels"]).astype(jax.tree.leaves(networks["vae"])[0].dtype)
-    vae = nnx.merge(parts.graphs["vae"], networks["vae"])
-    mean, log_variance = (part.astype(jnp.float32) for part in vae.encode(pixels))
+    codec = parts.model.codec
+    params = networks[codec.component]
+    pixels = to_float(batch["pixels"]).astype(jax.tree.leaves(params)[0].dtype)
+    mean, log_variance = (part.astype(jnp.float32) for part in codec.encode(params, pixels))
     sampled = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-    return jax.lax.stop_gradient(parts.configs["vae"].scale(sampled))
+    return jax.lax.stop_gradient(codec.scale(sampled))
 
 
-def conditioning(
-    parts: Components, networks: Params, batch: dict, size: tuple[int, int]
-) -> Conditioning:
-    """What the U-Net is told of the batch: of its captions, and for XL of latents' size (h, w)."""
-    xl = "text_encoder_2" in parts.text_encoders
+def conditioning(parts: Components, networks: Params, batch: dict, size: tuple[int, int]):
+    """The denoiser's conditioning for a batch: its captions, and the latents' size (h, w)."""
+    model = parts.model
     if "context" in batch:
         context, pooled = batch["context"], batch.get("pooled")
     else:
-        graphs = {name: parts.graphs[name] for name in parts.text_encoders}
-        context, pooled = encode_tokens(
-            graphs,
-            {name: networks[name] for name in graphs},
-            {name: batch["token_ids"][name][:, None] for name in graphs},
-            layers_skipped=XL_LAYERS_SKIPPED * xl,
-            final_norm=not xl,
-            pooled=xl,
+        context, pooled = model.encode_text(
+            {name: networks[name] for name in model.text_encoders},
+            {name: batch["token_ids"][name][:, None] for name in model.text_encoders},
+            clip_skip=0,
         )
-    dtype = jax.tree.leaves(networks["unet"])[0].dtype
+    dtype = jax.tree.leaves(networks[model.denoiser.component])[0].dtype
     context = context.astype(dtype)
-    if not xl:
-        return Conditioning(context)
-    height, width = (side * parts.configs["vae"].factor for side in size)
-    sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
-    return Conditioning(context, pooled.astype(dtype), jnp.tile(sizes, (len(context), 1)))
-
-
-def _evaluate(
-    graph: nnx.GraphDef, params: Params, x: Array, timesteps: Array, told: Conditioning
-) -> Array:
-    unet = nnx.merge(graph, params)
-    return unet(x, timesteps, told.context, pooled=told.pooled, time_ids=told.time_ids)
+    if not model.sizes:
+        return model.condition(Text(context, None), None)
+    height, width = (side * model.codec.factor for side in size)
+    sizes = jnp.array(model.sizes(height, width, False), jnp.float32)
+    text = Text(context, pooled.astype(dtype))
+    return model.condition(text, jnp.tile(sizes, (len(context), 1)))
 
 
 def preview(
@@ -197,41 +191,37 @@ def preview(
       whole: (trained, frozen) to the parameters of every component.
       size: pixels, of a square image.
     """
-    config = parts.configs["vae"]
+    codec = parts.model.codec
     count = min(len(captions), max(4, PREVIEW_PX // size**2))
     captions = captions[:count]
-    side = size // config.factor
+    side = size // codec.factor
     table = samplers.sampler_table(_sampler(parts), schedule, PREVIEW_STEPS)
-    told = {
-        sign: {"token_ids": {name: tokenize(texts) for name, tokenize in parts.tokenizers.items()}}
+    tokens = {
+        sign: {"token_ids": tokenized(parts, texts)}
         for sign, texts in (("positive", captions), ("negative", [""] * count))
     }
 
     @compilation.jit
     def sample(params: Params, frozen: Params, noise: Array, fresh_noise: Array | None) -> Array:
         networks = whole(params, frozen)
+        positive, negative = (
+            [conditioning(parts, networks, batch, (side, side))] for batch in tokens.values()
+        )
         pixels, _ = sample_pixels(
-            [Network(parts.graphs["unet"], schedule.prediction_type)],
-            parts.graphs["vae"],
-            config,
+            [Denoising(parts.model, schedule.prediction_type)],
+            codec,
             jnp.float32,
-            {"unets": [networks["unet"]], "vae": networks["vae"]},
-            noise,
-            fresh_noise,
-            **{
-                sign: [conditioning(parts, networks, batch, (side, side))]
-                for sign, batch in told.items()
-            },
-            guidance_scale=jnp.full(count, PREVIEW_GUIDANCE),
-            initial_scale=table.initial_scale,
-            columns=table.columns(),
-            stretches=[Stretch(expert=0, rows=len(table.timesteps), guided=True)],
+            Weights([networks[parts.model.denoiser.component]], networks[codec.component]),
+            Inputs(noise, fresh_noise, positive, negative, jnp.full(count, PREVIEW_GUIDANCE)),
+            table.initial_scale,
+            table.columns(),
+            step_ranges=[StepRange(denoiser=0, rows=len(table.timesteps), guided=True)],
             decoded_at_once=1 if size > DECODED_ALONE_PX else count,
         )
         return pixels
 
     def picture(params: Params, frozen: Params) -> np.ndarray:
-        seeds, shape = np.arange(count, dtype=np.uint32), (side, side, config.latent_channels)
+        seeds, shape = np.arange(count, dtype=np.uint32), (side, side, codec.channels)
         noise, fresh_noise = random_noise.draw(seeds, shape, "jax", table.draws)
         pixels = sample(params, frozen, noise, fresh_noise)
         return grid(np.asarray(pixels), columns=min(8, count))
@@ -239,9 +229,14 @@ def preview(
     return picture
 
 
+def tokenized(parts: Components, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Texts as token ids for each text encoder, int32 [texts, tokens]."""
+    return {name: tokenize(texts)[:, 0] for name, tokenize in parts.tokenizers.items()}
+
+
 def _sampler(parts: Components) -> str:
-    scheduler = parts.scheduler.get("_class_name")
-    if scheduler not in SAMPLER_OF_SCHEDULER:
-        known = ", ".join(SAMPLER_OF_SCHEDULER)
-        raise InputError(f"scheduler._class_name = {scheduler!r} must be one of {known}")
-    return SAMPLER_OF_SCHEDULER[scheduler]
+    sampler = samplers.of_config(parts.scheduler)
+    if sampler is None:
+        found, known = parts.scheduler.get("_class_name"), ", ".join(samplers.OF_SCHEDULER)
+        raise InputError(f"scheduler._class_name = {found!r} must be one of {known}")
+    return sampler

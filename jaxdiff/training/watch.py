@@ -1,4 +1,4 @@
-"""What a run shows of itself: metrics.jsonl, TensorBoard, plots, sample grids, a progress line."""
+"""Reports on a run: metrics.jsonl, TensorBoard, plots, sample grids and a progress bar."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from tqdm import tqdm
 from jaxdiff.training import tensorboard
 
 LOG_EVERY = 50
-NOISE_LINES = 20  # lines of the metrics that make one curve of the losses by noise level
+NOISE_LINES = 20  # lines of the metrics averaged into one curve of losses by noise level
 
 
 class Watch:
-    """Gathers what each step has measured; the window is the steps since the last line.
+    """Collects the metrics of each step; the window is the steps since the last line.
 
-    On resuming, lines from after the checkpoint are dropped, and the window is the checkpoint's: so
-    the lines are those of a run that was never interrupted, but for the images per second.
+    When a run resumes, lines after the checkpoint are dropped and the window is restored from the
+    checkpoint, so the lines match those of an uninterrupted run, except for images per second.
     """
 
     def __init__(self, output: Path, start: int, steps: int, window: list[dict]):
@@ -35,13 +35,13 @@ class Watch:
         self.progress = tqdm(initial=start, total=steps, unit="step", mininterval=0.5)
 
     def add(self, measured: dict, images: int) -> None:
-        """Takes in what one step has measured, as `measurements` gives it, on so many images."""
+        """Adds the metrics of one step, from `measurements`, and its number of images."""
         self.window.append(measured)
         self.images += images
         self.progress.update()
 
     def write_line(self, step: int, others: dict[str, float]) -> None:
-        """Writes the window's means, `others` and the images per second; a new window begins."""
+        """Writes the window's means, `others` and images per second, and starts a new window."""
         rate = self.images / (time.monotonic() - self.since)
         line = {"step": step, **means(self.window), **others, "images_per_second": rate}
         with self.metrics_path.open("a") as file:
@@ -54,11 +54,11 @@ class Watch:
         self.begin_window()
 
     def begin_window(self) -> None:
-        """Starts the clock anew, after what is no training."""
+        """Restarts the clock, so that time not spent on training is excluded."""
         self.images, self.since = 0, time.monotonic()
 
     def show(self, step: int, samples: np.ndarray) -> None:
-        """Writes the sample grid, uint8 [height, width, 3], and draws the plots anew."""
+        """Writes the sample grid, uint8 [height, width, 3], and redraws the plots."""
         folder = self.output / "samples"
         folder.mkdir(exist_ok=True)
         Image.fromarray(samples).save(folder / f"{step:06d}.png")
@@ -70,14 +70,14 @@ class Watch:
 
 
 def measurements(batches: list[dict], update: dict) -> dict:
-    """One step's metrics, brought to the host: means over its batches.
+    """Moves one step's metrics to the host and averages them over its batches.
 
     Args:
-      batches: for each batch what its loss has logged (`loop.Task.loss`), arrays of any device.
+      batches: the metrics that each batch's loss returned (`loop.Task.loss`), on any device.
       update: scalars of the step as a whole.
 
     Returns:
-      floats by name; and under "by_noise_level", if it is measured, [sums, counts].
+      floats by name, and [sums, counts] as "by_noise_level" if it is measured.
     """
     names = [name for name in batches[0] if name != "by_noise_level"]
     measured = {name: float(np.mean([np.float64(b[name]) for b in batches])) for name in names}
@@ -88,7 +88,7 @@ def measurements(batches: list[dict], update: dict) -> dict:
 
 
 def means(window: list[dict]) -> dict:
-    """The means of what `measurements` gave; `loss_by_noise_level` is None where no image was."""
+    """Averages `measurements` over a window; a noise level without images has the loss None."""
     names = [name for name in window[0] if name != "by_noise_level"]
     line = {name: sum(measured[name] for measured in window) / len(window) for name in names}
     if "by_noise_level" in window[0]:
@@ -100,18 +100,18 @@ def means(window: list[dict]) -> dict:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; none if there is no such file, and not one cut short."""
+    """Reads a metrics.jsonl; a missing file has no lines, and a truncated line is dropped."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:  # the process was killed while it wrote
+        except json.JSONDecodeError:  # the process was killed while writing
             break
     return lines
 
 
 def draw_loss(lines: list[dict], path: Path) -> None:
-    """Draws the losses against the step."""
+    """Plots the losses against the step."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4))).subplots()
@@ -126,7 +126,7 @@ def draw_loss(lines: list[dict], path: Path) -> None:
 
 
 def draw_noise_levels(lines: list[dict], path: Path) -> None:
-    """Draws the loss against the noise level: lately, and over the same time half-way there."""
+    """Plots the loss by noise level for the latest lines and for as many at mid-training."""
     from matplotlib.figure import Figure
 
     lines = [line for line in lines if "loss_by_noise_level" in line]
@@ -141,6 +141,6 @@ def draw_noise_levels(lines: list[dict], path: Path) -> None:
         levels = (np.arange(len(means)) + 0.5) / len(means)
         label = f"steps {part[0]['step']} to {part[-1]['step']}"
         axes.plot(levels[known.any(0)], means[known.any(0)], "o-", markersize=3, label=label)
-    axes.set(title="loss", xlabel="timestep, as a share of all (1 is pure noise)", yscale="log")
+    axes.set(title="loss", xlabel="timestep, scaled to [0, 1] (1 is pure noise)", yscale="log")
     axes.legend()
     figure.savefig(path, dpi=100)

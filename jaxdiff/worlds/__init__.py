@@ -1,1 +1,1 @@
-"""Procedural captioned worlds: images that can be drawn without end and judged exactly."""
+"""Procedural captioned worlds: unlimited drawn images that can be judged exactly."""

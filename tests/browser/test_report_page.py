@@ -113,7 +113,7 @@ def test_bars_and_whiskers_are_as_wide_as_their_numbers(page, address, runs):
     """)
     assert len(rows) == (1 + len(VALUES)) * len(runs)
     for row in rows:
-        value, bounds = row["text"].split(" % ")
+        value, bounds = row["text"].split("% ")
         low, high = map(float, bounds.split(" to "))
         told = (float(value), low, high)
         assert (row["mean"], row["low"], row["high"]) == pytest.approx(told, abs=0.3)

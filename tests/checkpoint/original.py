@@ -1,7 +1,7 @@
 """Single-file checkpoints with the keys of real ones and next to no data."""
 
 from jaxdiff.checkpoint import single_file
-from jaxdiff.checkpoint.single_file_configs import FAMILIES
+from jaxdiff.checkpoint.single_file_configs import CONTENTS
 
 SD1, XL, REFINER = 768, 2048, 1280
 UNET = "model.diffusion_model."
@@ -10,7 +10,7 @@ CONV_IN = f"{UNET}input_blocks.0.0.weight"
 
 def shapes(width):
     """The keys of a file of a family, each with the smallest shape that its name allows."""
-    family = FAMILIES[width]
+    family = CONTENTS[width]
     found = {}
     for network, prefix in family.prefixes.items():
         for _, key, _ in single_file.names(family.configs[network]):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.errors import InputError
+from jaxdiff.families import open_checkpoint
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -35,10 +35,10 @@ def refusal(directory: Path) -> str:
 def test_a_whole_directory_opens_and_says_what_it_makes(tiny_checkpoint):
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     assert checkpoint.name == "tiny"
-    assert checkpoint.default_size == (64, 64)
-    assert checkpoint.size_multiple == 8
-    assert checkpoint.default_sampler == "ddim"
-    assert checkpoint.latent_channels == 4
+    assert checkpoint.defaults.size == (64, 64)
+    assert checkpoint.defaults.size_multiple == 8
+    assert checkpoint.defaults.sampler == "ddim"
+    assert checkpoint.defaults.latent_channels == 4
     assert checkpoint.config("unet")["block_out_channels"] == [32, 64]
     assert {tensor.file for tensor in checkpoint.weights("unet").values()} == {
         tiny_checkpoint / UNET
@@ -175,7 +175,7 @@ def test_a_broken_header_is_one_clear_line(checkpoint, header):
 
 def test_a_header_that_claims_to_be_huge_is_not_read(checkpoint):
     (checkpoint / UNET).write_bytes((2**62).to_bytes(8, "little") + bytes(100))
-    assert "no safetensors file" in refusal(checkpoint)
+    assert "not a safetensors file" in refusal(checkpoint)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
@@ -226,10 +226,10 @@ def test_a_scheduler_that_is_not_built_is_an_error_only_when_it_is_needed(checkp
     )
     opened = open_checkpoint(checkpoint)
     with pytest.raises(InputError, match=r"KDPM2DiscreteScheduler.*--sampler"):
-        _ = opened.default_sampler
+        _ = opened.defaults.sampler
 
 
 def test_the_size_that_a_config_does_not_give_must_be_asked_for(checkpoint):
     edit_json(checkpoint / "unet" / "config.json", sample_size=None)
     with pytest.raises(InputError, match="--width"):
-        _ = open_checkpoint(checkpoint).default_size
+        _ = open_checkpoint(checkpoint).defaults.size

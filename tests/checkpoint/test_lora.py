@@ -242,14 +242,14 @@ def strange_alpha(tensors):
     [
         (other_model, r"does not fit tiny: 1 of its 9 keys .*nearest to unet\.down_blocks\.1\.att"),
         (dora, r"is a DoRA \(unet\.mid_block\.attentions\.0\.proj_in\.dora_scale\)"),
-        (alone, "stands alone"),
-        (another_rank, "differ in their rank"),
-        (another_width, r"make \[48, 64\], where \[64, 64\] is needed"),
+        (alone, "lacks its other half"),
+        (another_rank, "differ in rank"),
+        (another_width, r"make \[48, 64\], but \[64, 64\] is needed"),
         (not_finite, r"to_q\.lora_B\.weight is not finite"),
-        (twice, "are the same layer"),
+        (twice, "are for one layer"),
         (integers, "is stored as I32"),
-        (strange_alpha, r"the alpha of mid_block\..*to_q\.weight is no number"),
-        (dict.clear, "it holds nothing"),
+        (strange_alpha, r"the alpha of mid_block\..*to_q\.weight is not a number"),
+        (dict.clear, "it is empty"),
     ],
     ids=lambda it: getattr(it, "__name__", ""),
 )
@@ -268,12 +268,12 @@ def test_what_cannot_be_added_is_refused_in_one_line(
     ("said", "told"),
     [
         ("{}/heart.bin", "must be FILE.safetensors"),
-        ("{}/heart.safetensors", "there is no such file"),
-        ("{}/text.safetensors", "is no safetensors file"),
+        ("{}/heart.safetensors", "no such file"),
+        ("{}/text.safetensors", "is not a safetensors file"),
         ("{}/good.safetensors:much", r"the weight must be a number .* not 'much'"),
         ("{}/good.safetensors:nan", r"the weight must be a number .* not 'nan'"),
         ("{}/peft.safetensors", r"adapter_config\.json is missing"),
-        ("{}/metadata.safetensors", "its lora_adapter_metadata is no JSON object"),
+        ("{}/metadata.safetensors", "its lora_adapter_metadata is not a JSON object"),
     ],
 )
 def test_the_command_refuses_bad_loras_before_it_writes(

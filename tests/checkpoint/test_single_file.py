@@ -6,9 +6,9 @@ from original import CONV_IN, REFINER, SD1, UNET, XL, shapes
 from safetensors.numpy import save_file
 
 from jaxdiff.checkpoint import single_file
-from jaxdiff.checkpoint.checkpoint import SAMPLER_OF_SCHEDULER
-from jaxdiff.checkpoint.single_file_configs import FAMILIES
-from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.checkpoint.single_file_configs import CONTENTS
+from jaxdiff.diffusion.samplers import OF_SCHEDULER
+from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.errors import InputError
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKLConfig
 from jaxdiff.models.text.clip import CLIPTextConfig
@@ -57,16 +57,16 @@ def refusal(path) -> str:
     return message
 
 
-@pytest.mark.parametrize("width", FAMILIES)
+@pytest.mark.parametrize("width", CONTENTS)
 def test_the_family_is_read_off_the_keys(write, width):
     read = single_file.read(write(shapes(width)))
-    family = FAMILIES[width]
+    family = CONTENTS[width]
     assert (read.index, read.configs) == (family.index, family.configs)
     assert list(read.weights) == list(family.prefixes)
 
 
 def test_the_configs_are_the_hubs():
-    sd1, xl, refiner = (FAMILIES[width] for width in (SD1, XL, REFINER))
+    sd1, xl, refiner = (CONTENTS[width] for width in (SD1, XL, REFINER))
     assert sd1.index["_class_name"] == "StableDiffusionPipeline"
     assert sd1.configs["scheduler"]["_class_name"] == "PNDMScheduler"
     assert sd1.configs["scheduler"]["steps_offset"] == 1
@@ -80,15 +80,15 @@ def test_the_configs_are_the_hubs():
     assert refiner.index["text_encoder"] == [None, None]
 
 
-@pytest.mark.parametrize("width", FAMILIES)
+@pytest.mark.parametrize("width", CONTENTS)
 def test_our_networks_and_schedules_take_every_config(width):
-    configs = dict(FAMILIES[width].configs)
+    configs = dict(CONTENTS[width].configs)
     scheduler = configs.pop("scheduler")
     UNetConfig.from_json(configs.pop("unet"))
     AutoencoderKLConfig.from_json(configs.pop("vae"))
     for config in configs.values():
         CLIPTextConfig.from_json(config)
-    NoiseSchedule.from_json(scheduler, SAMPLER_OF_SCHEDULER[scheduler["_class_name"]])
+    noise_schedule(scheduler, OF_SCHEDULER[scheduler["_class_name"]])
 
 
 def test_what_holds_no_weights_of_the_networks_is_ignored(write):
@@ -105,7 +105,7 @@ def test_only_clip_ls_projection_is_left_unread(write, parameter):
     single_file.read(write(shapes(SD1) | {f"cond_stage_model.{parameter}": (2, 2)}))
     single_file.read(write(shapes(XL) | {f"conditioner.embedders.0.{parameter}": (2, 2)}))
     strange = f"conditioner.embedders.1.{parameter}"
-    assert f"1 not known ({strange})" in refusal(write(shapes(XL) | {strange: (2, 2)}))
+    assert f"1 unknown ({strange})" in refusal(write(shapes(XL) | {strange: (2, 2)}))
     needed = "conditioner.embedders.1.model.text_projection"
     keys = {key: shape for key, shape in shapes(XL).items() if key != needed}
     assert f"1 missing ({needed})" in refusal(write(keys))
@@ -114,7 +114,7 @@ def test_only_clip_ls_projection_is_left_unread(write, parameter):
 def test_a_file_says_by_two_keys_that_it_predicts_v(write):
     marks = {"v_pred": (0,), "ztsnr": (0,)}
     scheduler = single_file.read(write(shapes(XL) | marks)).configs["scheduler"]
-    assert scheduler == FAMILIES[XL].configs["scheduler"] | {
+    assert scheduler == CONTENTS[XL].configs["scheduler"] | {
         "prediction_type": "v_prediction",
         "rescale_betas_zero_snr": True,
     }
@@ -125,7 +125,7 @@ def test_early_files_without_text_model_in_their_keys_are_read(write):
     read = single_file.read(write(early))
     tensor = read.weights["text_encoder"]["embeddings.token_embedding.weight"]
     assert tensor.key == "cond_stage_model.transformer.embeddings.token_embedding.weight"
-    assert "holds its text encoder twice" in refusal(write(early | shapes(SD1)))
+    assert "contains its text encoder twice" in refusal(write(early | shapes(SD1)))
 
 
 def test_layouts_are_turned_into_those_of_diffusers(tmp_path):
@@ -152,7 +152,7 @@ def test_layouts_are_turned_into_those_of_diffusers(tmp_path):
     np.testing.assert_array_equal(query.read(), special[mixing][:, :, 0, 0])
 
 
-@pytest.mark.parametrize("width", FAMILIES)
+@pytest.mark.parametrize("width", CONTENTS)
 def test_every_tensor_is_used_and_none_twice(write, width):
     weights = single_file.read(write(shapes(width))).weights.values()
     used = [tensor for network in weights for tensor in network.values()]
@@ -166,7 +166,7 @@ def test_missing_and_unknown_keys_are_counted_and_named_in_one_line(write):
     message = refusal(write(keys))
     assert "Stable Diffusion 1" in message
     assert f"2 missing (first_stage_model.quant_conv.bias, {UNET}out.2.bias)" in message
-    assert f"1 not known ({UNET}adapter.weight)" in message
+    assert f"1 unknown ({UNET}adapter.weight)" in message
 
 
 def test_a_distilled_model_with_fewer_layers_is_not_taken_for_its_parent(write):
@@ -176,7 +176,7 @@ def test_a_distilled_model_with_fewer_layers_is_not_taken_for_its_parent(write):
 
 def test_a_file_without_an_autoencoder_says_so(write):
     keys = {k: v for k, v in shapes(SD1).items() if not k.startswith("first_stage_model.")}
-    assert "holds no vae (no key begins with first_stage_model.)" in refusal(write(keys))
+    assert "has no vae (no key begins with first_stage_model.)" in refusal(write(keys))
 
 
 def test_stable_diffusion_2_is_to_be_converted(write):
@@ -203,9 +203,9 @@ def test_a_model_for_another_task_is_named(write, channels, task, width):
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "LoRA"),
         ("unet.down_blocks.0.attentions.0.to_q.lora_A.weight", "LoRA"),
         ("edm_mean", "EDM"),
-        ("down_blocks.0.resnets.0.conv1.weight", "one network alone"),
-        ("encoder.down.0.block.0.conv1.weight", "one network alone"),
-        ("model.layers.0.mlp.weight", "no Stable Diffusion model"),
+        ("down_blocks.0.resnets.0.conv1.weight", "a single network"),
+        ("encoder.down.0.block.0.conv1.weight", "a single network"),
+        ("model.layers.0.mlp.weight", "not a Stable Diffusion model"),
     ],
 )
 def test_what_is_no_stable_diffusion_model_is_named(write, key, what):
@@ -226,7 +226,7 @@ def test_weights_that_are_not_floats_are_refused(write):
 )
 def test_a_tensor_that_cannot_be_cut_is_named(write, key, shape):
     message = refusal(write(shapes(XL) | {key: shape}))
-    assert f"{key} has the shape {list(shape)}" in message
+    assert f"{key} has the wrong shape {list(shape)}" in message
 
 
 def test_a_truncated_file_is_refused(write):

@@ -16,8 +16,8 @@ import pytest
 from original import SD1, XL, shapes
 from safetensors.numpy import save_file
 
-from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.errors import InputError
+from jaxdiff.families import open_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -45,7 +45,7 @@ def in_a_new_process(code: str, hub_cache: Path, **environment) -> str:
     It reads its environment when it is imported, so that takes a process of its own.
     """
     program = (
-        "from jaxdiff.checkpoint.checkpoint import open_checkpoint\n"
+        "from jaxdiff.families import open_checkpoint\n"
         "from jaxdiff.errors import InputError\n"
         "try:\n"
         f"    {code}\n"
@@ -186,7 +186,7 @@ def test_only_what_is_needed_is_downloaded_from_the_hub_and_once(hub, tiny_check
 
 
 def test_a_variant_is_downloaded_alone(hub, tmp_path):
-    code = "print(open_checkpoint('someone/tiny', 'fp16').family)"
+    code = "print(open_checkpoint('someone/tiny', 'fp16').defaults.name)"
     assert in_a_new_process(code, tmp_path / "hub", HF_ENDPOINT=hub) == "Stable Diffusion 1"
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in Hub.asked
     assert UNET not in Hub.asked
@@ -250,11 +250,11 @@ def test_a_single_file_is_like_a_directory_to_its_users(single, tiny_checkpoint)
         shutil.copytree(tiny_checkpoint / "tokenizer", path.parent / folder)
     opened = open_checkpoint(path)
     assert (opened.name, opened.path) == ("download", path)
-    assert opened.family == "Stable Diffusion XL"
+    assert opened.defaults.name == "Stable Diffusion XL"
     assert opened.networks == ("text_encoder", "text_encoder_2", "unet", "vae")
     assert opened.tokenizer("text_encoder_2") == path.parent / "tokenizer_2"
-    assert (opened.default_size, opened.size_multiple) == ((1024, 1024), 8)
-    assert (opened.default_sampler, opened.latent_channels) == ("euler", 4)
+    assert (opened.defaults.size, opened.defaults.size_multiple) == ((1024, 1024), 8)
+    assert (opened.defaults.sampler, opened.defaults.latent_channels) == ("euler", 4)
     assert {tensor.file for tensor in opened.weights("unet").values()} == {path}
 
 
@@ -296,5 +296,5 @@ def test_a_file_that_is_no_safetensors_file_is_refused_with_the_mend(tmp_path):
     path.write_bytes(b"PK")
     assert "from_single_file" in refusal(str(path))
     path = path.rename(path.with_suffix(".safetensors"))
-    assert f"{path} is no safetensors file" in refusal(str(path))
+    assert f"{path} is not a safetensors file" in refusal(str(path))
     assert "single file and has no variants" in refusal(str(path), "fp16")

@@ -76,7 +76,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_named(tmp_path):
     save_file({"a": np.zeros(100, np.float32)}, path)
     tensor = read_header(path)["a"]
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(InputError, match=r"file\.safetensors was cut short"):
+    with pytest.raises(InputError, match=r"file\.safetensors was truncated"):
         tensor.read()
     path.unlink()
     with pytest.raises(InputError, match=r"file\.safetensors cannot be read"):

@@ -10,8 +10,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.errors import InputError
+from jaxdiff.families import open_checkpoint
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -67,8 +67,8 @@ def test_only_what_has_changed_is_fetched_again(bucket, cache):
     config = json.loads(bucket.cat("/bucket/models/tiny/unet/config.json")) | {"sample_size": 16}
     bucket.pipe("/bucket/models/tiny/unet/config.json", json.dumps(config).encode())
     second = open_checkpoint("memory://bucket/models/tiny")
-    assert second.default_size == (128, 128)
-    assert first.default_size == (64, 64)  # the job that has it open keeps it
+    assert second.defaults.size == (128, 128)
+    assert first.defaults.size == (64, 64)  # the job that has it open keeps it
     after = fetched(cache)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 1
@@ -138,7 +138,7 @@ def test_one_file_is_fetched_with_the_tokenizers_beside_it(bucket, cache):
     bucket.pipe("/bucket/models/merged.safetensors", b"no weights")
     bucket.copy("/bucket/models/tiny/tokenizer", "/bucket/models/tokenizer", recursive=True)
     said = refusal("memory://bucket/models/merged.safetensors")
-    assert "merged.safetensors is no safetensors file" in said
+    assert "merged.safetensors is not a safetensors file" in said
     (file,) = cache.glob("*/merged.safetensors")
     assert file.read_bytes() == b"no weights"
     assert (file.parent / "tokenizer" / "vocab.json").is_file()

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.checkpoint.weight_files import read_weights, wanted_files
 from jaxdiff.errors import InputError
+from jaxdiff.families import open_checkpoint
+from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION_XL
 
 UNET = "diffusion_pytorch_model"
+COMPONENTS = STABLE_DIFFUSION_XL.components
 
 
 @pytest.fixture
@@ -208,14 +210,14 @@ def test_a_weight_in_two_dialects_is_refused(tmp_path):
     zeros = np.zeros(3, np.float32)
     save_file({"final_layer_norm.bias": zeros, "text_model.final_layer_norm.bias": zeros}, path)
     with pytest.raises(InputError, match=r"model\.safetensors: \S+ is there twice"):
-        read_weights("text_encoder", path)
+        read_weights(COMPONENTS["text_encoder"], path)
 
 
 def test_a_file_without_weights_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"text_model.embeddings.position_ids": np.arange(77)[None]}, path)
     with pytest.raises(InputError, match="holds no weights"):
-        read_weights("text_encoder", path)
+        read_weights(COMPONENTS["text_encoder"], path)
 
 
 HUB_FILES = [
@@ -241,13 +243,13 @@ ALWAYS = {
 
 
 def test_only_what_is_needed_is_fetched(tmp_path):
-    full = wanted_files(HUB_FILES, None, "owner/name")
+    full = wanted_files(HUB_FILES, None, "owner/name", COMPONENTS)
     assert set(full) == ALWAYS | {
         "text_encoder/model.safetensors",
         f"unet/{UNET}.safetensors.index.json",
         f"unet/{UNET}-00001-of-00001.safetensors",
     }
-    half = wanted_files(HUB_FILES, "fp16", "owner/name")
+    half = wanted_files(HUB_FILES, "fp16", "owner/name", COMPONENTS)
     assert set(half) == ALWAYS | {
         "text_encoder/model.fp16.safetensors",
         f"unet/{UNET}.fp16.safetensors",
@@ -257,4 +259,4 @@ def test_only_what_is_needed_is_fetched(tmp_path):
 def test_nothing_is_fetched_of_what_cannot_be_read():
     names = [name for name in HUB_FILES if not name.startswith("unet/diff")] + ["unet/model.bin"]
     with pytest.raises(InputError, match=r"owner/name/unet holds model\.bin"):
-        wanted_files(names, None, "owner/name")
+        wanted_files(names, None, "owner/name", COMPONENTS)

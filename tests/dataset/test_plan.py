@@ -13,6 +13,7 @@ from jaxdiff import checks, cli
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
+from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import open_ensemble
 
@@ -271,13 +272,13 @@ def test_the_model_says_its_size_sampler_steps_and_guidance(tiny_checkpoint):
 def test_changes_to_the_scheduler_have_one_form(tiny_checkpoint, said):
     settings = job_settings.resolve({"scheduler": said}, open_ensemble(tiny_checkpoint))
     assert settings.scheduler == "timestep_spacing=trailing, use_karras_sigmas=true"
-    changes = checks.scheduler_changes(settings.scheduler)
+    changes = checks.key_values(settings.scheduler)
     assert changes == {"use_karras_sigmas": True, "timestep_spacing": "trailing"}
 
 
 def test_what_a_user_changes_is_no_default_of_the_file():
     config = {"timestep_spacing": "leading", "_use_default_values": ["timestep_spacing", "x"]}
-    changed = checks.changed_scheduler(config, "timestep_spacing=trailing")
+    changed = scheduler_config.changed(config, "timestep_spacing=trailing")
     assert changed == {"timestep_spacing": "trailing", "_use_default_values": ["x"]}
 
 

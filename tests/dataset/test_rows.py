@@ -4,11 +4,11 @@ from datetime import date
 import numpy as np
 import pytest
 
-from jaxdiff import checks
 from jaxdiff.checks import BadValueError
 from jaxdiff.dataset.manifest import rows
 from jaxdiff.dataset.settings import Settings
-from jaxdiff.request import SAMPLERS
+from jaxdiff.diffusion.samplers import SAMPLERS
+from jaxdiff.request import field_checks
 
 SETTINGS = Settings(
     width=64,
@@ -19,7 +19,7 @@ SETTINGS = Settings(
     num_images=2,
     negative_prompt="blur",
 )
-CHECKS = checks.of_request(size_multiple=8)
+CHECKS = field_checks(8, tuple(SAMPLERS))
 
 
 def parse(**values) -> rows.Row:

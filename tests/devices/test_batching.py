@@ -1,4 +1,4 @@
-"""How many images are computed at once: by a device's memory, asked of the compiler and tried."""
+"""The batch size follows a device's memory: the compiler estimates it, and a run confirms it."""
 
 import pytest
 
@@ -16,17 +16,17 @@ def linear(fixed, each):
     ("limit", "size"),
     [(90 * GB, 64), (80 * GB, 32), (40 * GB, 16), (12 * GB, 8), (5 * GB, 2), (1 * GB, 1)],
 )
-def test_the_largest_power_of_two_is_taken_that_leaves_room(limit, size):
+def test_the_largest_power_of_two_that_fits_is_chosen(limit, size):
     memory = linear(2 * GB, int(1.1 * GB))
     assert batching.largest(memory, limit, lambda _: True) == size
     assert size == 1 or memory(size) <= batching.USED * limit
 
 
-def test_no_more_are_taken_than_there_are():
+def test_a_batch_is_not_larger_than_the_number_of_images():
     assert batching.largest(linear(0, 1), 10**6, lambda _: True, most=4) == 4
 
 
-def test_what_does_not_run_is_halved_until_it_does():
+def test_a_batch_that_does_not_run_is_halved_until_it_does():
     tried = []
 
     def runs(size):
@@ -37,7 +37,7 @@ def test_what_does_not_run_is_halved_until_it_does():
     assert tried == [64, 32, 16, 8]
 
 
-def test_what_grows_faster_than_expected_is_not_tried():
+def test_sizes_that_need_more_memory_than_estimated_are_not_tried():
     def memory(size):
         return GB * (size if size < 32 else 10 * size)
 
@@ -57,7 +57,7 @@ def test_a_shard_has_full_batches(size, batch_size, shard):
 
 @pytest.fixture
 def accelerator(tiny_checkpoint, monkeypatch):
-    """A model that takes its CPU for an accelerator, whose memory is what the test says."""
+    """Returns a function that loads a model, with its CPU treated as an accelerator."""
 
     def load(limit):
         model = jaxdiff.load(tiny_checkpoint)

@@ -1,4 +1,4 @@
-"""What is compiled is kept on disk, in a place of the user's; where it cannot be, it is said."""
+"""Compiled programs are cached in the user's directory; if they cannot be, a warning says so."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ KEEP = (
 
 
 def keep(**environment):
-    """Runs `KEEP` in another process, with JAX's settings as they are."""
+    """Runs `KEEP` in another process, without this one's JAX settings."""
     inherited = {name: text for name, text in os.environ.items() if not name.startswith("JAX_")}
     command = [sys.executable, "-c", KEEP]
     environment = {**inherited, "JAX_PLATFORMS": "cpu", **environment}
@@ -26,7 +26,7 @@ def keep(**environment):
     return done.stdout.strip(), done.stderr
 
 
-def test_programs_are_kept_in_the_users_cache(tmp_path):
+def test_programs_are_stored_in_the_users_cache(tmp_path):
     folder, errors = keep(XDG_CACHE_HOME=str(tmp_path))
     assert folder.startswith(f"{tmp_path}/jaxdiff/xla/")
     assert len(os.listdir(folder)) > 0
@@ -34,27 +34,27 @@ def test_programs_are_kept_in_the_users_cache(tmp_path):
     assert errors == ""
 
 
-def test_jaxs_own_setting_goes_first(tmp_path):
+def test_jaxs_own_setting_takes_precedence(tmp_path):
     folder, _ = keep(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
     assert folder == str(tmp_path / "own")
     assert not (tmp_path / "jaxdiff").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+def test_a_cache_that_cannot_be_written_is_not_used(tmp_path):
     (tmp_path / "file").write_text("")
     folder, errors = keep(XDG_CACHE_HOME=str(tmp_path / "file"))
     assert folder == "None"
-    assert "every process compiles anew" in errors
+    assert "compiled programs are not cached" in errors
     assert len(errors.splitlines()) == 1
 
 
-def test_a_cache_that_others_can_write_is_done_without(tmp_path):
+def test_a_cache_that_others_can_write_is_not_used(tmp_path):
     folder, _ = keep(XDG_CACHE_HOME=str(tmp_path))
     os.chmod(folder, 0o777)
     assert keep(XDG_CACHE_HOME=str(tmp_path))[0] == "None"
 
 
-def test_the_oldest_programs_make_room(tmp_path, monkeypatch):
+def test_the_oldest_programs_are_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation, "KEPT_BYTES", 250)
     for age, name in enumerate(("new", "older", "oldest")):
         (tmp_path / name).write_bytes(b"x" * 100)
@@ -74,17 +74,17 @@ def test_convolutions_on_a_cpu_are_xlas_own():
     assert " convolution(" in program[program.index("ENTRY") :]
 
 
-def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch, caplog):
+def test_an_option_unknown_to_xla_is_left_out(monkeypatch, caplog):
     monkeypatch.setattr(compilation, "CPU_OPTIONS", {"xla_cpu_of_the_future": "yes"})
     assert compilation._options.__wrapped__() is None
-    assert "slower convolutions" in caplog.text
+    assert "convolutions are slower" in caplog.text
 
 
-def test_what_fails_to_compile_fails_where_it_is_waited_for():
+def test_a_failed_compilation_raises_where_it_is_awaited():
     def wrong(x):
         raise ZeroDivisionError("in the function")
 
     programs = {"wrong": compilation.ahead(compilation.jit(wrong), 1.0)}
     with pytest.raises(ZeroDivisionError, match="in the function"):
         compilation.wait(programs, "wrong")
-    assert programs == {}  # it may be tried again
+    assert programs == {}  # it can be retried

@@ -1,4 +1,4 @@
-"""Meshes: over `data` nothing is exchanged, over `model` the weights are split."""
+"""Meshes exchange nothing over `data` and split the weights over `model`."""
 
 import json
 import math
@@ -14,14 +14,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import jaxdiff
-from jaxdiff.checkpoint.single_file_configs import FAMILIES
+from jaxdiff.checkpoint.single_file_configs import CONTENTS
 from jaxdiff.devices import parallel
 from jaxdiff.errors import InputError
-from jaxdiff.families.networks import CONFIGS
-from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
-from jaxdiff.models.text import clip
-from jaxdiff.models.unet import UNet2DConditionModel
-from jaxdiff.weights.load import abstract_network
+from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION_XL
+from jaxdiff.models import unet
 
 
 def test_the_default_mesh_gives_every_device_a_part_of_the_batch():
@@ -32,18 +29,18 @@ def test_the_default_mesh_gives_every_device_a_part_of_the_batch():
 @pytest.mark.parametrize(
     "spec", ["data", "data=0", "model=x", "rows=2", "data=1;", "data=2,data=4", ""]
 )
-def test_unreadable_meshes_are_refused(spec):
+def test_invalid_meshes_are_rejected(spec):
     with pytest.raises(InputError, match="write it as"):
         parallel.make_mesh(spec)
 
 
-def test_more_devices_than_there_are_are_refused():
+def test_more_devices_than_available_are_rejected():
     with pytest.raises(InputError, match="data=2,model=8: needs 16 devices, but there are 1"):
         parallel.make_mesh("data=2,model=8")
 
 
 @pytest.mark.parametrize(("threads", "warned"), [("2", True), ("4", False)])
-def test_virtual_devices_without_spare_threads_are_warned_of(threads, warned):
+def test_virtual_devices_without_spare_threads_cause_a_warning(threads, warned):
     flags = "--xla_force_host_platform_device_count=2"
     said = subprocess.run(
         [sys.executable, "-c", "from jaxdiff import parallel; parallel.make_mesh()"],
@@ -56,14 +53,14 @@ def test_virtual_devices_without_spare_threads_are_warned_of(threads, warned):
 
 
 def specs(parts, **shapes):
-    """The specs of parameters of these shapes in an attention layer, split over so many devices."""
+    """Returns the specs of parameters of these shapes in a network, split over `parts` devices."""
     leaves = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
     tree = {
         "attn1": {"to_q": leaves, "to_out": {0: leaves}, "norm": leaves},
         "resnet": {"conv2": leaves},
     }
     mesh = jax.sharding.AbstractMesh((1, parts), parallel.AXES)
-    return jax.tree.map(lambda s: s.spec, parallel.parameter_shardings(mesh, tree))
+    return jax.tree.map(lambda s: s.spec, parallel.parameter_shardings(mesh, tree, unet.SHARDING))
 
 
 def test_parameters_follow_the_first_rule_that_fits():
@@ -71,35 +68,33 @@ def test_parameters_follow_the_first_rule_that_fits():
     assert found["to_q"]["kernel"] == PartitionSpec(None, "model")
     assert found["to_out"][0]["kernel"] == PartitionSpec("model", None)
     assert found["to_q"]["bias"] == found["norm"]["kernel"] == PartitionSpec()
-    assert specs(2, kernel=(8, 7))["attn1"]["to_q"]["kernel"] == PartitionSpec()  # 7 does not halve
+    assert specs(2, kernel=(8, 7))["attn1"]["to_q"]["kernel"] == PartitionSpec()  # 7 is odd
     found = specs(2, kernel=(3, 3, 8, 6))["resnet"]["conv2"]["kernel"]
     assert found == PartitionSpec(None, None, "model", None)
 
 
-def test_a_model_axis_that_splits_nothing_is_refused():
+def test_a_model_axis_that_splits_nothing_is_rejected():
     with pytest.raises(InputError, match="--mesh model=3: divides none of this model's widths"):
         specs(3, kernel=(8, 8))
 
 
 @pytest.mark.parametrize("width", [768, 2048], ids=["SD 1", "SD XL"])
 def test_each_device_of_model_holds_its_part_of_all_weights(width):
-    family = FAMILIES[width]
+    family = CONTENTS[width]
     mesh = jax.sharding.AbstractMesh((1, 8), parallel.AXES)
-    for component, config_class in CONFIGS.items():
-        if component in family.configs:
-            config = config_class.from_json(family.configs[component])
-            model_class = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}.get(component)
-            _, shapes = abstract_network(model_class or clip.network(config), config)
-            places = parallel.parameter_shardings(mesh, shapes)
-            held = jax.tree.map(lambda x, place: place.shard_shape(x.shape), shapes, places)
-            whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-            part = sum(map(math.prod, jax.tree.leaves(held, is_leaf=lambda x: type(x) is tuple)))
-            assert part / whole < 1 / 8 + 0.002, component
+    parsed = {name: it for name, it in family.configs.items() if name != "scheduler"}
+    model = STABLE_DIFFUSION_XL.build(STABLE_DIFFUSION_XL.read_configs(parsed), family.index)
+    for component, (_, shapes, rules) in model.networks.items():
+        places = parallel.parameter_shardings(mesh, shapes, rules)
+        held = jax.tree.map(lambda x, place: place.shard_shape(x.shape), shapes, places)
+        whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+        part = sum(map(math.prod, jax.tree.leaves(held, is_leaf=lambda x: type(x) is tuple)))
+        assert part / whole < 1 / 8 + 0.002, component
 
 
-MESHES = {"data=1": 1, "data=8": 1, "data=4,model=2": 2, "data=2,model=4": 4}  # and `model`
-UNOPTIMIZED = "--xla_backend_optimization_level=0"  # of the machine code: to compile in less time
-REQUESTS = [  # one image a device and turn; enough tokens for attention in blocks
+MESHES = {"data=1": 1, "data=8": 1, "data=4,model=2": 2, "data=2,model=4": 4}  # size of `model`
+UNOPTIMIZED = "--xla_backend_optimization_level=0"  # of the machine code, to compile faster
+REQUESTS = [  # one image per device at a time; enough tokens for attention in blocks
     jaxdiff.Request(prompt=prompt, seed=seed, steps=2, width=256, height=128)
     for seed, prompt in enumerate(["a red circle", "two green rings", "a star"] * 3)
 ]
@@ -122,11 +117,11 @@ with open(f"{directory}/programs.json", "w") as file:
 
 @pytest.fixture(scope="module")
 def on_eight_devices(tiny_checkpoint, tmp_path_factory):
-    """By mesh: the pixels that it makes, and the text of all compiled programs that it ran."""
+    """Returns, by mesh, the pixels that it makes and the text of all compiled programs it ran."""
     directory = tmp_path_factory.mktemp("programs")
     environment = {
         **os.environ,
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # or programs might not be compiled, nor written
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # or programs might be neither compiled nor dumped
         "XLA_FLAGS": f"{UNOPTIMIZED} --xla_force_host_platform_device_count=8 "
         f"--xla_dump_hlo_as_text --xla_dump_to={directory}",
     }
@@ -148,9 +143,9 @@ def on_eight_devices(tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("mesh", "parts"), MESHES.items())
-def test_a_mesh_makes_the_images_of_one_device(mesh, parts, on_eight_devices):
+def test_a_mesh_makes_the_same_images_as_one_device(mesh, parts, on_eight_devices):
     alone = on_eight_devices["data=1"][0].astype(int)
-    # Sums that are split over `model` round otherwise.
+    # Sums that are split over `model` round differently.
     assert np.abs(on_eight_devices[mesh][0] - alone).max() <= (parts > 1)
     assert alone.std() > 10
 
@@ -165,7 +160,7 @@ def test_nothing_is_exchanged_over_data(mesh, parts, on_eight_devices):
 
 
 def exchanging(program):
-    """The devices of each group that a collective operation of a compiled program exchanges in."""
+    """Yields the devices of each group in which a program's collective operations exchange."""
     collective = r" (?:all-|reduce-scatter|collective-|ragged-)[a-z-]*\("
     for line in re.findall(rf"^.*{collective}.*$", program, re.MULTILINE):
         if "-done(" in line:
@@ -193,7 +188,7 @@ np.save(file, model.generate(t.REQUESTS[:1])[0].pixels)
 """
 
 
-def test_hosts_that_jax_joins_each_use_their_own_devices(
+def test_hosts_joined_by_jax_each_use_their_own_devices(
     on_eight_devices, tiny_checkpoint, tmp_path
 ):
     with socket.socket() as free:
@@ -203,7 +198,7 @@ def test_hosts_that_jax_joins_each_use_their_own_devices(
     hosts = [
         subprocess.Popen(
             [sys.executable, "-c", ON_A_HOST, coordinator, str(host), str(tiny_checkpoint), file],
-            # XLA has as many threads as devices, at least; so for these hosts.
+            # XLA has at least as many threads as devices: eight above, so eight here.
             env={**os.environ, "XLA_FLAGS": UNOPTIMIZED, "NPROC": "8"},
         )
         for host, file in enumerate(files)

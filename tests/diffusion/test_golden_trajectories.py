@@ -1,4 +1,4 @@
-"""Trajectories of diffusers' schedulers, kept by tools/make_golden_trajectories.py."""
+"""Compares samplers with diffusers' trajectories, stored by tools/make_golden_trajectories.py."""
 
 import json
 from pathlib import Path
@@ -21,6 +21,6 @@ def test_trajectories(number):
     assert difference(ours(**CASES[number]), theirs) <= 1e-3, CASES[number]
 
 
-def test_each_sampler_has_three():
+def test_each_sampler_has_three_cases():
     samplers = [case["sampler"] for case in CASES]
     assert all(samplers.count(name) >= 3 for name in SAMPLERS)

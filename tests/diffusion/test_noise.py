@@ -6,7 +6,7 @@ from jaxdiff.diffusion import noise
 SHAPE = (8, 8, 4)
 SEEDS = np.array([7, 0, 2**32 - 1, 8], np.uint32)
 # torch.randn(21, generator=torch.Generator("cpu").manual_seed(1234)), PyTorch 2.13: a whole block
-# of 16, and a last one drawn anew over the last 16 places.
+# of 16, then the last 16 values drawn again.
 TORCH_1234 = [
     *(-0.1117185652256012, -0.49659010767936707, 0.16307370364665985, -0.8816877603530884),
     *(0.05390019342303276, 0.4898708462715149, -0.38527461886405945, -0.7120345830917358),
@@ -15,7 +15,7 @@ TORCH_1234 = [
     *(-2.5273351669311523, 1.477784276008606, -0.16962362825870514, -0.9918573498725891),
     -1.4569084644317627,
 ]
-# The last six of what the same generator draws when it is called once more.
+# The last six values of the same generator's next call.
 TORCH_1234_AGAIN = [
     *(1.1333558559417725, 0.8504235148429871, 1.0533899068832397, 0.36917850375175476),
     *(0.06279586255550385, -0.329674631357193),
@@ -23,7 +23,7 @@ TORCH_1234_AGAIN = [
 
 
 @pytest.mark.parametrize("kind", noise.KINDS)
-def test_an_images_noise_is_its_seeds_alone(kind):
+def test_an_images_noise_depends_only_on_its_seed(kind):
     batch, fresh = map(np.asarray, noise.draw(SEEDS, SHAPE, kind, draws=2))
     assert fresh.shape == (2, len(SEEDS), *SHAPE)
     for i, seed in enumerate(SEEDS):
@@ -35,7 +35,7 @@ def test_an_images_noise_is_its_seeds_alone(kind):
 
 
 @pytest.mark.parametrize("kind", noise.KINDS)
-def test_how_much_more_is_drawn_changes_nothing(kind):
+def test_noise_does_not_depend_on_the_number_of_draws(kind):
     start, none = noise.draw(SEEDS, SHAPE, kind)
     assert none is None
     starts, fresh = zip(*(noise.draw(SEEDS, SHAPE, kind, draws) for draws in (1, 5)), strict=True)
@@ -67,6 +67,6 @@ def test_torchs_noise_is_laid_out_channels_first():
     np.testing.assert_array_equal(drawn.transpose(0, 3, 1, 2).reshape(3, -1), flat)
 
 
-def test_sizes_that_torch_draws_in_another_way_are_refused():
-    with pytest.raises(ValueError, match="from 16 on"):
+def test_sizes_that_torch_draws_differently_are_rejected():
+    with pytest.raises(ValueError, match="at least 16"):
         noise.torch_normal(0, 15)

@@ -9,13 +9,13 @@ ALPHA, SIGMA = 0.6, 0.8
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_a_perfect_prediction_gives_the_image_back(prediction_type):
+def test_a_perfect_prediction_recovers_the_image(prediction_type):
     x = objective.noisy(X0, NOISE, ALPHA, SIGMA)
     output = objective.target(X0, NOISE, ALPHA, SIGMA, prediction_type)
     np.testing.assert_allclose(objective.to_x0(output, x, ALPHA, SIGMA, prediction_type), X0)
 
 
-def test_a_perfect_flow_gives_the_image_back():
+def test_a_perfect_flow_recovers_the_image():
     x = objective.noisy(X0, NOISE, 0.3, 0.7)
     flow = objective.target(X0, NOISE, 0.3, 0.7, "flow")
     np.testing.assert_allclose(objective.to_x0(flow, x, 0.3, 0.7, "flow"), X0)
@@ -33,7 +33,7 @@ def test_v_is_the_velocity_of_the_circle_from_image_to_noise():
     np.testing.assert_allclose(target, velocity, atol=1e-6)
 
 
-def test_guidance_is_each_images_own():
+def test_each_image_has_its_own_guidance_scale():
     unconditional, conditional = RNG.normal(size=(2, 3, 4, 4, 2)).astype(np.float32)
     scale = np.array([1.0, 0.0, 5.0], np.float32)
     mixed = guidance.guide(guidance.paired(unconditional, conditional), scale)

@@ -5,8 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.samplers import SAMPLERS, sampler_table
-from jaxdiff.diffusion.schedule import FLOW_CLASS, NoiseSchedule
+from jaxdiff.diffusion.samplers import FLOW_CLASS, SAMPLERS, max_steps, sampler_table
+from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.errors import InputError
 
 SD15 = {
@@ -25,7 +26,7 @@ SD15 = {
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_signal_only_falls(beta_schedule):
+def test_the_signal_decreases(beta_schedule):
     bars = NoiseSchedule(beta_schedule=beta_schedule).alpha_bars()
     assert bars.shape == (1000,)
     assert bars.dtype == np.float64
@@ -42,27 +43,27 @@ def test_zero_snr_rescaling_keeps_the_first_timestep_and_ends_at_zero():
 
 
 def test_a_stable_diffusion_config_is_read_for_every_sampler():
-    spacings = {name: NoiseSchedule.from_json(SD15, name).timestep_spacing for name in SAMPLERS}
+    spacings = {name: noise_schedule(SD15, name).timestep_spacing for name in SAMPLERS}
     leading = {name for name, spacing in spacings.items() if spacing == "leading"}
     assert leading == {"ddim", "ddpm", "pndm", "lcm"}
     for name in SAMPLERS:
-        assert NoiseSchedule.from_json(SD15, name).beta_end == 0.012
-    assert not NoiseSchedule.from_json(SD15, "ddim").set_alpha_to_one
-    assert NoiseSchedule.from_json({"clip_sample": False}, "ddim").set_alpha_to_one
-    assert not NoiseSchedule.from_json({}, "pndm").set_alpha_to_one
+        assert noise_schedule(SD15, name).beta_end == 0.012
+    assert not noise_schedule(SD15, "ddim").set_alpha_to_one
+    assert noise_schedule({"clip_sample": False}, "ddim").set_alpha_to_one
+    assert not noise_schedule({}, "pndm").set_alpha_to_one
 
 
-def test_defaults_that_another_class_wrote_down_are_not_taken():
+def test_defaults_written_by_another_class_are_ignored():
     written = {"timestep_spacing": "leading", "_use_default_values": ["timestep_spacing"]}
-    assert NoiseSchedule.from_json(written, "euler").timestep_spacing == "linspace"
+    assert noise_schedule(written, "euler").timestep_spacing == "linspace"
     own = {**written, "timestep_spacing": "trailing", "_class_name": "EulerDiscreteScheduler"}
-    assert NoiseSchedule.from_json(own, "euler").timestep_spacing == "trailing"
+    assert noise_schedule(own, "euler").timestep_spacing == "trailing"
 
 
-def test_keys_that_the_sampler_does_not_know_are_dropped():
+def test_keys_unknown_to_the_sampler_are_ignored():
     strange = {"clip_sample": True, "thresholding": True, "rescale_betas_zero_snr": True, "x": 1}
-    assert not NoiseSchedule.from_json(strange, "pndm").rescale_betas_zero_snr
-    assert NoiseSchedule.from_json(strange, "euler").rescale_betas_zero_snr
+    assert not noise_schedule(strange, "pndm").rescale_betas_zero_snr
+    assert noise_schedule(strange, "euler").rescale_betas_zero_snr
 
 
 @pytest.mark.parametrize(
@@ -90,16 +91,16 @@ def test_keys_that_the_sampler_does_not_know_are_dropped():
         ("euler", {"_class_name": FLOW_CLASS, "stochastic_sampling": True}),
     ],
 )
-def test_what_would_change_the_result_is_refused_by_name(sampler, config):
+def test_unsupported_keys_are_rejected_by_name(sampler, config):
     key = list(config)[-1]
     with pytest.raises(InputError, match=rf"scheduler_config.json: {key} = .* set it to ") as error:
-        NoiseSchedule.from_json({"clip_sample": False, **config}, sampler)
+        noise_schedule({"clip_sample": False, **config}, sampler)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_default_that_is_not_built_is_named_as_one():
+def test_an_unsupported_default_is_reported_as_a_default():
     with pytest.raises(InputError, match="clip_sample = true, the default, is not built for ddim"):
-        NoiseSchedule.from_json({}, "ddim")
+        noise_schedule({}, "ddim")
 
 
 @pytest.mark.parametrize(
@@ -118,33 +119,33 @@ def test_a_default_that_is_not_built_is_named_as_one():
         {"sigma_max": 0},
     ],
 )
-def test_impossible_numbers_are_refused_by_name(config):
+def test_impossible_numbers_are_rejected_by_name(config):
     with pytest.raises(InputError, match=next(iter(config))):
-        NoiseSchedule.from_json(config, "euler")
+        noise_schedule(config, "euler")
 
 
-def test_two_ways_of_placing_sigmas_are_refused():
+def test_two_sigma_spacings_at_once_are_rejected():
     config = {"use_karras_sigmas": True, "use_exponential_sigmas": True}
     with pytest.raises(InputError, match="keep one of them"):
-        NoiseSchedule.from_json(config, "euler")
-    assert NoiseSchedule.from_json({**config, "clip_sample": False}, "ddim")
+        noise_schedule(config, "euler")
+    assert noise_schedule({**config, "clip_sample": False}, "ddim")
 
 
-def test_a_flow_schedule_is_eulers_alone():
+def test_only_euler_supports_a_flow_schedule():
     config = {"_class_name": FLOW_CLASS, "shift": 3.0}
-    schedule = NoiseSchedule.from_json(config, "euler")
+    schedule = noise_schedule(config, "euler")
     assert schedule.prediction_type == "flow"
     table = sampler_table("euler", schedule, 10)
     np.testing.assert_allclose(table.alpha + table.sigma, 1.0)
     assert table.sigma[0] == 1
     assert (np.diff(table.sigma) < 0).all()
     with pytest.raises(InputError, match="ask for euler"):
-        NoiseSchedule.from_json(config, "dpmpp_2m")
+        noise_schedule(config, "dpmpp_2m")
 
 
-def test_the_most_steps_are_known_for_each_sampler():
+def test_the_maximum_steps_of_each_sampler():
     def most(sampler, **changes):
-        return NoiseSchedule.from_json({**SD15, **changes}, sampler).max_steps(sampler)
+        return max_steps(sampler, noise_schedule({**SD15, **changes}, sampler))
 
     assert {name: most(name) for name in SAMPLERS} == {
         **{"ddim": 999, "ddpm": 999, "pndm": 999, "lcm": 50},
@@ -155,6 +156,6 @@ def test_the_most_steps_are_known_for_each_sampler():
     assert most("unipc", timestep_spacing="trailing") == 1000
 
 
-def test_samplers_are_planned_without_jax():
+def test_sampler_tables_do_not_need_jax():
     code = "import sys, jaxdiff.diffusion.samplers; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

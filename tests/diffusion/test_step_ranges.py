@@ -1,9 +1,9 @@
-"""A table's rows fall to experts and to guidance."""
+"""Tests how a sampler table's rows are divided between experts, with and without guidance."""
 
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.step_ranges import stretches_of
+from jaxdiff.diffusion.step_ranges import step_ranges
 from jaxdiff.request import Options
 
 TIMESTEPS = np.arange(950, 0, -100)  # ten rows
@@ -12,7 +12,7 @@ TIMESTEPS = np.arange(950, 0, -100)  # ten rows
 def stretches(distilled=(False,), guided=True, **options):
     return [
         tuple(stretch)
-        for stretch in stretches_of(
+        for stretch in step_ranges(
             TIMESTEPS,
             Options(**options),
             guided=guided,

@@ -13,7 +13,7 @@ import pytest
 
 import jaxdiff
 from jaxdiff import checks, request
-from jaxdiff.diffusion import noise, samplers
+from jaxdiff.diffusion import noise
 from jaxdiff.engine import engine, prompts
 from jaxdiff.errors import InputError
 
@@ -58,10 +58,10 @@ def test_images_are_8_bit_rgb_of_the_models_size(images):
 
 
 def test_planning_knows_the_names_that_the_model_side_knows():
-    assert tuple(samplers.SAMPLERS) == request.SAMPLERS
+    assert list(request.FIELDS) == [field.name for field in fields(request.Request)]
     assert noise.KINDS == checks.NOISES
     assert tuple(engine.DTYPES) == checks.DTYPES
-    assert set(checks.of_options()) == {field.name for field in fields(request.Options)}
+    assert set(request.OPTION_CHECKS) == {field.name for field in fields(request.Options)}
 
 
 def test_order_and_neighbours_do_not_change_an_image(model, images):
@@ -232,11 +232,11 @@ def test_networks_that_do_not_fit_each_other_are_refused(
 
 
 def test_prompts_are_forgotten_when_they_take_too_much_room(model, images, monkeypatch):
-    monkeypatch.setattr(prompts, "REMEMBERED_BYTES", 3 * images[0].pixels.nbytes)
-    (encoder,) = (expert.prompts for expert in model._experts)
+    monkeypatch.setattr(prompts, "CACHED_BYTES", 3 * images[0].pixels.nbytes)
+    (encoder,) = (denoiser.prompts for denoiser in model._denoisers)
     many = [replace(REQUESTS[0], prompt=f"a ring {i}") for i in range(30)]
     model.generate([*many, *REQUESTS], batch_size=4)
-    assert 0 < len(encoder._remembered[0]) < 20
+    assert 0 < len(encoder._cache[0]) < 20
     again = model.generate(REQUESTS, batch_size=4)
     np.testing.assert_array_equal(pixels(again), pixels(images))
 

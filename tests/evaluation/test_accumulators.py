@@ -115,11 +115,11 @@ def test_memory_does_not_grow_with_the_images():
 def test_what_is_no_table_of_numbers_is_refused():
     with pytest.raises(InputError, match=r"a table of numbers.*\[4\]"):
         Moments.of(np.zeros(4))
-    with pytest.raises(InputError, match="9000 features to an image are more than 8192"):
+    with pytest.raises(InputError, match="9000 features per image are more than 8192"):
         Moments.of(np.zeros((2, 9000)))
-    with pytest.raises(InputError, match="row 1 holds a number that is not finite"):
+    with pytest.raises(InputError, match="row 1 of the features has a number that is not finite"):
         Sample.of(["a", "b"], np.array([[1.0], [np.nan]]), 2)
-    with pytest.raises(InputError, match="3 and 4 features to an image cannot be compared"):
+    with pytest.raises(InputError, match="cannot compare 3 with 4 features per image"):
         Moments.of(np.zeros((2, 3))).add(np.zeros((2, 4)))
-    with pytest.raises(InputError, match="1 and 2 features to an image cannot be compared"):
+    with pytest.raises(InputError, match="cannot compare 1 with 2 features per image"):
         Sample.of("a", np.zeros((1, 1)), 2).add("b", np.zeros((1, 2)))

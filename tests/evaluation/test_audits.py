@@ -40,12 +40,12 @@ def test_every_combination_of_words_is_a_prompt(tmp_path):
 
 WORDS = '[words]\nnoun = ["doctor"]\n'
 BAD_TEMPLATES = {
-    "unknown": ('template = "a {noun} and {other}"\n' + WORDS, "none for 'other' of the template"),
-    "unused": ('template = "a {noun}"\n' + WORDS + 'place = ["Rome"]', "has 'place', which the"),
+    "unknown": ('template = "a {noun} and {other}"\n' + WORDS, "lacks 'other', which template"),
+    "unused": ('template = "a {noun}"\n' + WORDS + 'place = ["Rome"]', "has 'place', which"),
     "no words": ('template = "a {noun}"', r"no table \[words\]"),
-    "no placeholder": ('template = "a cup"\n' + WORDS, r"no \{word\} to be filled in"),
-    "brace": ('template = "a {noun} {"\n' + WORDS, "a brace that belongs to no"),
-    "attribute": ('template = "a {noun.real}"\n' + WORDS, "a brace that belongs to no"),
+    "no placeholder": ('template = "a cup"\n' + WORDS, r"no \{word\} to fill in"),
+    "brace": ('template = "a {noun} {"\n' + WORDS, "a brace that is not part of a"),
+    "attribute": ('template = "a {noun.real}"\n' + WORDS, "a brace that is not part of a"),
     "no template": (WORDS, "template must be text, not None"),
     "no list": ('template = "a {noun}"\n[words]\nnoun = "cup"', "noun must be a list of"),
     "empty list": ('template = "a {noun}"\n[words]\nnoun = []', "noun must be a list of"),
@@ -54,16 +54,16 @@ BAD_TEMPLATES = {
     "word twice": ('template = "a {noun}"\n[words]\nnoun = ["x", "x"]', "noun has 'x' twice"),
     "prompt twice": (
         'template = "a {b}{c}"\n[words]\nb = ["x", "xy"]\nc = ["yz", "z"]',
-        "two combinations of words give 'a xyz'",
+        "two combinations of words both give 'a xyz'",
     ),
-    "key": ('template = "a {noun}"\nimages = 4\n' + WORDS, "there is no key 'images'"),
+    "key": ('template = "a {noun}"\nimages = 4\n' + WORDS, "unknown key 'images'; known keys"),
     "labels": ('template = "a {noun}"\nlabels = "x"\n' + WORDS, "labels must be a list"),
     "no TOML": ("template = ", "not a readable TOML file"),
     "too large": ("#" * 2**21, "larger than 1 MiB"),
     "too many": (
         f'template = "{{a}} {{b}}"\n[words]\na = {[str(i) for i in range(400)]}\n'
         f"b = {[str(i) for i in range(400)]}",
-        "combine to 160000 prompts; at most 100000",
+        "make 160000 prompts; at most 100000",
     ),
 }
 
@@ -79,7 +79,7 @@ def test_a_template_that_cannot_be_used_is_told_in_a_line(tmp_path, fault):
 
 
 def test_a_template_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(InputError, match="no template file"):
+    with pytest.raises(InputError, match=r"template file .* does not exist"):
         audits.read(tmp_path / "audit.toml")
     (tmp_path / "latin.toml").write_bytes(b'template = "\xff"')
     with pytest.raises(InputError, match="not a readable TOML file"):

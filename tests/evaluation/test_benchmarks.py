@@ -172,7 +172,7 @@ def geneval_with(**changes) -> str:
 
 
 BAD_FILES = {
-    "geneval, no tag": ("geneval", "f.jsonl", geneval_with(tag=None), "line 2 .* has no tag, but"),
+    "geneval, no tag": ("geneval", "f.jsonl", geneval_with(tag=None), "line 2 .* has no tag, only"),
     "geneval, no prompt": ("geneval", "f.jsonl", geneval_with(prompt=None), "line 2 .* no prompt"),
     "geneval, no include": ("geneval", "f.jsonl", geneval_with(include=None), "has no include"),
     "geneval, no object": (
@@ -190,18 +190,18 @@ BAD_FILES = {
         *("geneval", "f.jsonl", geneval_with(note="\ud800")),
         r"line 2 .* lone surrogate U\+D800",
     ),
-    "shapes, tag": ("shapes", "f.jsonl", geneval_with(tag="cats"), "line 1 .* not of the shapes"),
-    "another's file": ("partiprompts", "f.jsonl", GENEVAL[0], "line 1 .* it has no Challenge, but"),
+    "shapes, tag": ("shapes", "f.jsonl", geneval_with(tag="cats"), "line 1 .* not in the shapes"),
+    "another's file": ("partiprompts", "f.jsonl", GENEVAL[0], "line 1 .* has no Challenge, only"),
     "not UTF-8": ("partiprompts", "f.tsv", PARTIPROMPTS.encode() + b"\xff\t\t\t\n", "byte 0xff"),
     "UTF-16": ("partiprompts", "f.tsv", PARTIPROMPTS.encode("utf-16"), "UTF-16; save it as UTF-8"),
-    "empty": ("t2i-compbench", "f_val.txt", "\n\n", "f_val.txt holds no prompts"),
+    "empty": ("t2i-compbench", "f_val.txt", "\n\n", "f_val.txt has no prompts"),
     "no style": ("hpsv2", "cats.json", '["a cat"]', "row 1 .* must be one of anime"),
     "no list": ("hpsv2", "photo.json", '{"a": "cat"}', "is no JSON list"),
     "no category": ("drawbench", "f.csv", "Prompts,Kind\na cup,x\n", "line 2 .* has no category"),
-    "item twice": ("dpg", "f.csv", DPG_TABLE + "12,a dog,,,,,,,\n", "line 5: the id '12' is there"),
+    "item twice": ("dpg", "f.csv", DPG_TABLE + "12,a dog,,,,,,,\n", "line 5: the id '12' is used"),
     "long id": ("prompts", "f.csv", f"id,prompt\n{'x' * 501},a\n", "line 2 .* 1 to 500 characters"),
     "long row": ("prompts", "f.csv", f"prompt,note\na,{'x' * 2**16}\n", "more than 65536 charac"),
-    "id twice": ("prompts", "f.csv", "id,prompt\nx,a\nx,b\n", "line 3: the id 'x' is there"),
+    "id twice": ("prompts", "f.csv", "id,prompt\nx,a\nx,b\n", "line 3: the id 'x' is used before"),
     "a wrong ending": ("geneval", "f.html", "<html>", "must end in one of"),
 }
 
@@ -226,7 +226,7 @@ def test_a_folder_without_the_files_is_told(tmp_path):
 def test_what_is_held_in_memory_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks, "MAX_BYTES", 2**20)
     path = file_of(tmp_path, "rows.txt", f"{'a' * 3000}\n" * 1000)
-    with pytest.raises(InputError, match=r"rows.txt holds more than 1 MiB; split it"):
+    with pytest.raises(InputError, match=r"rows.txt has more than 1 MiB; split it"):
         read("prompts", path)
 
 

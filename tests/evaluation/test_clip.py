@@ -192,19 +192,19 @@ CONFIG, OPEN_CONFIG = "config.json", "open_clip_config.json"
 PIXELS, WEIGHTS = "preprocessor_config.json", "model.safetensors"
 OPEN_WEIGHTS = "open_clip_model.safetensors"
 BROKEN = {
-    "no weights": (without(WEIGHTS), "tiny holds neither config.json with model.safetensors nor"),
+    "no weights": (without(WEIGHTS), "tiny has neither config.json with model.safetensors nor"),
     "no pixels": (without(PIXELS), "preprocessor_config.json is missing"),
     "no tokenizer": (without("merges.txt"), "lacks vocab.json and merges.txt"),
-    "cut short": (cut_short, "model.safetensors has .* bytes where its header promises"),
+    "cut short": (cut_short, "model.safetensors has .* bytes, but its header implies"),
     "no JSON": (
         lambda directory: (directory / CONFIG).write_text("{"),
         "config.json cannot be read as JSON",
     ),
     "another architecture": (
         edit(CONFIG, model_type="siglip"),
-        "config.json: model_type = 'siglip' is no CLIP",
+        "config.json: model_type = 'siglip' is not CLIP",
     ),
-    "no object": (edit(CONFIG, vision_config=[1]), "vision_config is no JSON object"),
+    "no object": (edit(CONFIG, vision_config=[1]), "vision_config is not a JSON object"),
     "another activation": (
         edit(CONFIG, vision_config={"hidden_act": "relu"}),
         "config.json: vision_config: hidden_act = 'relu' is not supported",
@@ -238,16 +238,16 @@ BROKEN = {
         "preprocessor_config.json: crop_size = .* is not supported .only",
     ),
     "another filter": (edit(PIXELS, resample=2), "resample = 2 is not supported .only 3 is"),
-    "two channels": (edit(PIXELS, image_mean=[0.5, 0.5]), r"\[0.5, 0.5\] is no mean"),
-    "an absurd mean": (edit(PIXELS, image_mean=[10**400, 0, 0]), "is no mean"),
-    "no deviation": (edit(PIXELS, image_std=[0.5, 0.5, 0.0]), "deviation of 0.0 must be above 0"),
+    "two channels": (edit(PIXELS, image_mean=[0.5, 0.5]), r"\[0.5, 0.5\] is not a mean"),
+    "an absurd mean": (edit(PIXELS, image_mean=[10**400, 0, 0]), "is not a mean"),
+    "no deviation": (edit(PIXELS, image_std=[0.5, 0.5, 0.0]), "deviation must be above 0, not 0.0"),
     "another vocabulary": (
         edit(CONFIG, text_config={"eos_token_id": 7}),
-        "641 tokens that end with 640, but the text encoder knows 641 and ends with 7",
+        "641 tokens and end token 640, but the text encoder has 641 and 7",
     ),
 }
 OPEN_BROKEN = {
-    "no configs": (edit(OPEN_CONFIG, model_cfg=3), "open_clip_config.json holds no model_cfg"),
+    "no configs": (edit(OPEN_CONFIG, model_cfg=3), "open_clip_config.json has no model_cfg"),
     "another tower": (
         edit(OPEN_CONFIG, model_cfg={"vision_cfg": {"timm_model_name": "vit"}}),
         "vision_cfg with timm_model_name = 'vit' is not supported",
@@ -279,7 +279,7 @@ OPEN_BROKEN = {
                 {"transformer.resblocks.0.attn.in_proj_bias": np.zeros(95, np.float32)}
             ),
         ),
-        r"resblocks.0.attn.in_proj_bias has the shape \[95\]",
+        r"resblocks.0.attn.in_proj_bias has the wrong shape \[95\]",
     ),
     "integers": (reweighed(OPEN_WEIGHTS, as_integers), "in_proj_weight is stored as I32"),
 }
@@ -307,13 +307,13 @@ def refuses(directory: Path, damage, message: str) -> None:
 def test_weights_that_are_no_numbers_are_told_in_one_line(directory, tmp_path):
     broken = shutil.copytree(directory, tmp_path / "tiny")
     reweighed(WEIGHTS, lambda weights: weights["visual_projection.weight"].fill(np.nan))(broken)
-    with pytest.raises(InputError, match="CLIP 'tiny' gives no numbers: copy its weights again"):
+    with pytest.raises(InputError, match="CLIP 'tiny' returns values that are not finite"):
         clip_measures.open_clip(broken, batch_size=2).embed_images(clips.images())
 
 
 def test_what_is_no_directory_is_told_in_one_line(directory):
     for name in ("nowhere", str(directory / "config.json")):
-        with pytest.raises(InputError, match="is no directory; name one that"):
+        with pytest.raises(InputError, match="is not a directory; name one that"):
             clip_measures.open_clip(name)
 
 

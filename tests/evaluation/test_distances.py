@@ -139,7 +139,7 @@ def test_too_few_images_are_told_with_how_many_it_takes(sets):
 
 def test_features_of_two_networks_are_not_compared(sets):
     x, y = sets
-    with pytest.raises(InputError, match="16 and 4 features to an image cannot be compared"):
+    with pytest.raises(InputError, match="cannot compare 16 with 4 features per image"):
         kernel_distance(x, y[:, :4])
-    with pytest.raises(InputError, match="16 and 4 features to an image cannot be compared"):
+    with pytest.raises(InputError, match="cannot compare 16 with 4 features per image"):
         frechet_distance(Moments.of(x), Moments.of(y[:, :4]))

@@ -171,9 +171,9 @@ def test_an_unreadable_training_image_is_named(tmp_path, scenes):
     path = write_images(tmp_path / "images", scenes[:2])
     whole = (tmp_path / "images/1.png").read_bytes()
     (tmp_path / "images/1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"1\.png is no image that can be read"):
+    with pytest.raises(InputError, match=r"1\.png is not a readable image"):
         read_training_set(path, 64, 64)
-    with pytest.raises(InputError, match="there is no such folder"):
+    with pytest.raises(InputError, match="image folder not found"):
         read_training_set(str(tmp_path / "none"), 64, 64)
 
 
@@ -182,5 +182,5 @@ def test_a_training_set_of_latents_has_no_pixels_to_compare(tmp_path):
     latents, shard = np.zeros((1, 4, 2, 2)), encoded.Shard("data/0.safetensors", 16, 16, 1)
     (tmp_path / shard.file).write_bytes(encoded.shard_bytes(latents, latents, ["a scene"], {}))
     (tmp_path / encoded.INDEX).write_text(encoded.index_text([shard], {"autoencoder": "a"}))
-    with pytest.raises(InputError, match="holds latents, no pixels; name the folder of images"):
+    with pytest.raises(InputError, match="holds latents, not pixels; name the folder of images"):
         read_training_set(str(tmp_path), 16, 16)

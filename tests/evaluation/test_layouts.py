@@ -172,11 +172,11 @@ def without(pictures, place, **changes):
 STRANGER = Prompt("other", "a cup", "colors")
 BAD_PICTURES = {
     "missing": (lambda p: p[:5] + p[6:], "image 1 of prompt 'p1' is missing"),
-    "failed": (lambda p: without(p, 5, image=None), "image 1 of prompt 'p1' could not be made"),
+    "failed": (lambda p: without(p, 5, image=None), "image 1 of prompt 'p1' could not be"),
     "cut": (lambda p: without(p, 5, image=p[5].image[:45]), "image 1 of prompt 'p1': no image"),
     "extra": (lambda p: without(p, 5, index=4), "image 4 of prompt 'p1' is one too many"),
-    "twice": (lambda p: [*p, p[5]], "image 1 of prompt 'p1' is there twice"),
-    "stranger": (lambda p: without(p, 5, prompt=STRANGER), "'other': the benchmark has no such"),
+    "twice": (lambda p: [*p, p[5]], "image 1 of prompt 'p1' exists twice"),
+    "stranger": (lambda p: without(p, 5, prompt=STRANGER), "'other': the benchmark does not have"),
 }
 
 
@@ -192,14 +192,14 @@ def test_a_set_that_is_not_whole_leaves_nothing(tmp_path, layout, fault):
 
 
 BAD_PROMPTS = {
-    "t2i slash": ("t2i-compbench", {"text": "a cup/mug"}, "cannot be the name of a file"),
-    "t2i underscore": ("t2i-compbench", {"text": "a_cup"}, 'cut the prompt at its "_"'),
-    "t2i long": ("t2i-compbench", {"text": "é" * 125}, "too long for the name"),
-    "t2i category": ("t2i-compbench", {"category": ".."}, "cannot be the name of a file"),
-    "dpg dot": ("dpg", {"id": "a.b"}, 'cut the id at its "."'),
-    "dpg path": ("dpg", {"id": "/etc/cup"}, "cannot be the name of a file"),
+    "t2i slash": ("t2i-compbench", {"text": "a cup/mug"}, "cannot be a file name"),
+    "t2i underscore": ("t2i-compbench", {"text": "a_cup"}, 'cut the prompt at the first "_"'),
+    "t2i long": ("t2i-compbench", {"text": "é" * 125}, "too long for a file name"),
+    "t2i category": ("t2i-compbench", {"category": ".."}, "cannot be a file name"),
+    "dpg dot": ("dpg", {"id": "a.b"}, 'cut the id at the first "."'),
+    "dpg path": ("dpg", {"id": "/etc/cup"}, "cannot be a file name"),
     "hpsv2 style": ("hpsv2", {"category": "../photo"}, "its style must be one of anime"),
-    "geneval row": ("geneval", {"row": {"prompt": "a cup"}}, "needs its tag, include"),
+    "geneval row": ("geneval", {"row": {"prompt": "a cup"}}, "lacks tag, include"),
 }
 
 
@@ -280,12 +280,12 @@ IMPORT_FAULTS = {
     ),
     "another": (
         lambda out: (out / "00001/metadata.jsonl").write_text('{"prompt": "a dog"}'),
-        "is of another prompt than the benchmark's, 'a red cup number 1'",
+        "does not have the benchmark's prompt, 'a red cup number 1'",
     ),
     "no row": (lambda out: (out / "00001/metadata.jsonl").unlink(), "metadata.jsonl is missing"),
     "no JSON": (
         lambda out: (out / "00001/metadata.jsonl").write_text("[]"),
-        "is not one JSON object with a prompt",
+        "is not a JSON object with a prompt",
     ),
 }
 
@@ -303,5 +303,5 @@ def test_a_folder_that_is_not_whole_is_told_by_its_file(tmp_path, fault):
 
 def test_a_file_that_is_no_grid_is_told(tmp_path):
     (tmp_path / "p0.png").write_bytes(image_file("red", size=(9, 8)))
-    with pytest.raises(InputError, match=r"p0.png is no grid of 2x2 squares, but 9x8 pixels"):
+    with pytest.raises(InputError, match=r"p0.png is 9x8 pixels, not a 2x2 grid of squares"):
         list(layouts.read_layout("dpg", tmp_path, prompts_of(1)))

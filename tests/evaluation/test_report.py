@@ -198,7 +198,7 @@ def test_a_report_has_what_was_measured(tmp_path):
     assert found["tables"][0]["rows"] == [["SDXL", 0.55], ["none", None], ["half", -0.5]]
     for text in (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text():
         for said in (
-            "37.5 %",
+            "37.5%",
             "+37.5 points",
             "no weights: name them with --clip",
             "0.55",
@@ -286,15 +286,15 @@ def test_images_that_are_not_there_or_damaged_are_told(tmp_path):
 
     report.write(tmp_path, "Shapes", {}, [scores([[FAILED, 0], [1, 1]])], give)
     page = (tmp_path / "report.html").read_text()
-    assert page.count('<div class="none">not made</div>') == 1
-    assert page.count('<div class="none">cannot be read</div>') == 1
+    assert page.count('<div class="none">not generated</div>') == 1
+    assert page.count('<div class="none">unreadable</div>') == 1
 
 
 def test_long_tables_are_cut_where_people_read_and_whole_for_machines(tmp_path):
     categories = "".join(chr(0x4E00 + n) for n in range(300))
     report.write(tmp_path, "Shapes", {}, [scores([[0]] * 300, categories)], picture()[0])
     for name in ("report.md", "report.html"):
-        assert "report.json has 101 rows more." in (tmp_path / name).read_text()
+        assert "report.json has 101 more rows." in (tmp_path / name).read_text()
     found = json.loads((tmp_path / "report.json").read_text())
     assert len(found["runs"][0]["measures"]["correct"]) == 301
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxdiff.checkpoint.checkpoint import BUNDLED, open_checkpoint
+from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.errors import InputError
+from jaxdiff.families import open_checkpoint
 
 
 def edit_json(path: Path, **changes) -> None:
@@ -51,18 +52,18 @@ def refiner(xl) -> Path:
 
 
 def test_stable_diffusion_1_and_2_differ_in_their_projections(checkpoint):
-    assert open_checkpoint(checkpoint).family == "Stable Diffusion 1"
+    assert open_checkpoint(checkpoint).defaults.name == "Stable Diffusion 1"
     edit_json(checkpoint / "unet" / "config.json", use_linear_projection=True)
     opened = open_checkpoint(checkpoint)
-    assert opened.family == "Stable Diffusion 2"
+    assert opened.defaults.name == "Stable Diffusion 2"
     assert opened.networks == ("text_encoder", "unet", "vae")
     assert opened.text_encoders == ("text_encoder",)
-    assert (opened.default_steps, opened.default_guidance_scale) == (50, 7.5)
+    assert (opened.defaults.steps, opened.defaults.guidance_scale) == (50, 7.5)
 
 
 def test_xl_has_two_text_encoders_with_a_tokenizer_each(xl):
     opened = open_checkpoint(xl)
-    assert opened.family == "Stable Diffusion XL"
+    assert opened.defaults.name == "Stable Diffusion XL"
     assert opened.pipeline == "StableDiffusionXLPipeline"
     assert opened.networks == ("text_encoder", "text_encoder_2", "unet", "vae")
     assert opened.text_encoders == ("text_encoder", "text_encoder_2")
@@ -70,7 +71,7 @@ def test_xl_has_two_text_encoders_with_a_tokenizer_each(xl):
     assert opened.tokenizer("text_encoder_2") == xl / "tokenizer_2"
     assert "final_layer_norm.bias" in opened.weights("text_encoder_2")
     assert opened.index["force_zeros_for_empty_prompt"]
-    assert (opened.default_steps, opened.default_guidance_scale) == (50, 5.0)
+    assert (opened.defaults.steps, opened.defaults.guidance_scale) == (50, 5.0)
     before = opened.fingerprint
     (xl / "tokenizer_2" / "tokenizer_config.json").write_text('{"pad_token": "!"}')
     assert open_checkpoint(xl).fingerprint != before
@@ -78,7 +79,7 @@ def test_xl_has_two_text_encoders_with_a_tokenizer_each(xl):
 
 def test_xls_refiner_has_the_second_text_encoder_alone(refiner):
     opened = open_checkpoint(refiner)
-    assert opened.family == "Stable Diffusion XL refiner"
+    assert opened.defaults.name == "Stable Diffusion XL refiner"
     assert opened.networks == ("text_encoder_2", "unet", "vae")
     assert opened.text_encoders == ("text_encoder_2",)
     assert opened.index["requires_aesthetics_score"]
@@ -88,17 +89,17 @@ def test_a_latent_consistency_model_takes_four_steps(checkpoint):
     edit_json(checkpoint / "model_index.json", _class_name="LatentConsistencyModelPipeline")
     edit_json(checkpoint / "scheduler" / "scheduler_config.json", _class_name="LCMScheduler")
     opened = open_checkpoint(checkpoint)
-    assert opened.family == "Stable Diffusion 1"
-    assert (opened.default_steps, opened.default_guidance_scale) == (4, 8.5)
-    assert opened.default_sampler == "lcm"
+    assert opened.defaults.name == "Stable Diffusion 1"
+    assert (opened.defaults.steps, opened.defaults.guidance_scale) == (4, 8.5)
+    assert opened.defaults.sampler == "lcm"
 
 
 def test_the_bundled_models_own_defaults_do_not_depend_on_a_name(checkpoint):
     bundled = open_checkpoint("shapes64")
-    assert (bundled.default_steps, bundled.default_guidance_scale) == (20, 1.5)
+    assert (bundled.defaults.steps, bundled.defaults.guidance_scale) == (20, 1.5)
     assert bundled.path == BUNDLED["shapes64"]
     namesake = open_checkpoint(checkpoint.rename(checkpoint.with_name("shapes64")))
-    assert (namesake.default_steps, namesake.default_guidance_scale) == (50, 7.5)
+    assert (namesake.defaults.steps, namesake.defaults.guidance_scale) == (50, 7.5)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +147,9 @@ def test_each_scheduler_names_its_sampler(checkpoint):
     path = checkpoint / "scheduler" / "scheduler_config.json"
     for scheduler, sampler in SAMPLERS.items():
         edit_json(path, _class_name=scheduler)
-        assert open_checkpoint(checkpoint).default_sampler == sampler
+        assert open_checkpoint(checkpoint).defaults.sampler == sampler
     edit_json(path, _class_name="DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++")
-    assert open_checkpoint(checkpoint).default_sampler == "dpmpp_2m_sde"
+    assert open_checkpoint(checkpoint).defaults.sampler == "dpmpp_2m_sde"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_other_noise_levels_are_refused_whatever_the_sampler(xl, scheduler):
 
 def scheduler_of(directory: Path, config: dict) -> dict:
     (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    return open_checkpoint(directory).scheduler
+    return open_checkpoint(directory).defaults.scheduler
 
 
 def test_stable_diffusions_pipeline_corrects_early_scheduler_files(checkpoint):
@@ -199,4 +200,4 @@ def test_the_other_pipelines_take_the_scheduler_as_it_is(xl):
 )
 def test_the_default_size_is_the_pipelines(checkpoint, changes, size):
     edit_json(checkpoint / "unet" / "config.json", **changes)
-    assert open_checkpoint(checkpoint).default_size == size
+    assert open_checkpoint(checkpoint).defaults.size == size

@@ -9,8 +9,7 @@ import pytest
 from original import REFINER, SD1, XL, shapes
 from safetensors.numpy import load_file, save_file
 
-from jaxdiff.checkpoint.checkpoint import open_checkpoint
-from jaxdiff.families import inspect
+from jaxdiff.families import inspect, open_checkpoint
 
 TOKENIZER = Path(inspect.__file__).parents[1] / "assets" / "shapes64" / "tokenizer"
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxdiff.checkpoint.single_file_configs import FAMILIES
+from jaxdiff.checkpoint.single_file_configs import CONTENTS
 from jaxdiff.dataset import settings as job_settings
-from jaxdiff.families import operations
+from jaxdiff.families import operations, unet_operations
 from jaxdiff.families.ensemble import open_ensemble
-from jaxdiff.families.networks import read_configs
+from jaxdiff.families.model import networks_of
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
 from jaxdiff.request import Bucket
@@ -26,7 +26,7 @@ def counted(shapes: dict, height: int, width: int, prefix: str = "") -> int:
         for key, shape in file_shapes(shapes).items()
         if key.startswith(prefix)
     }
-    return int(operations.of_network(tensors, height, width))
+    return int(unet_operations.of_network(tensors, height, width))
 
 
 def of_xla(call, graph, shapes, *inputs: tuple[int, ...]) -> float:
@@ -37,7 +37,7 @@ def of_xla(call, graph, shapes, *inputs: tuple[int, ...]) -> float:
 
 @pytest.fixture(scope="module")
 def shapes64():
-    return read_configs(open_ensemble("shapes64").base)
+    return networks_of(open_ensemble("shapes64").base).configs
 
 
 def test_a_unets_operations_are_those_that_xla_counts(shapes64):
@@ -54,8 +54,8 @@ def test_so_are_those_of_its_outermost_layers(shapes64):
     given = (1, 16, 16, config.in_channels), (1,), (1, 77, config.cross_attention_dim)
     deep = (1, 16, 16, config.block_out_channels[0])
     xla = of_xla(UNet2DConditionModel.evaluate, graph, shapes, *given, deep)
-    outermost = operations.outermost(open_ensemble("shapes64").base.weights("unet"))
-    assert operations.of_network(outermost, 16, 16) == pytest.approx(xla, rel=0.25)
+    outermost = unet_operations.outermost(open_ensemble("shapes64").base.weights("unet"))
+    assert unet_operations.of_network(outermost, 16, 16) == pytest.approx(xla, rel=0.25)
 
 
 def test_a_decoders_operations_are_those_that_xla_counts(shapes64):
@@ -67,7 +67,7 @@ def test_a_decoders_operations_are_those_that_xla_counts(shapes64):
 
 def test_stable_diffusions_unet_takes_the_figure_that_is_known():
     """0.80e12: twice the 401.9 G multiply-accumulates that profilers report at 64x64 latents."""
-    config = UNetConfig.from_json(FAMILIES[768].configs["unet"])
+    config = UNetConfig.from_json(CONTENTS[768].configs["unet"])
     _, shapes = abstract_network(UNet2DConditionModel, config)
     assert counted(shapes, 64, 64) == pytest.approx(0.80e12, rel=0.02)
 

@@ -1,4 +1,4 @@
-"""Attention by every kernel is attention: exact, bounded in memory, and the same in every batch."""
+"""Attention by every kernel is exact, bounded in memory and independent of the batch."""
 
 import re
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ def drawn(*shapes):
 
 
 def by_definition(query, key, value):
-    """Vaswani et al., 2017, equation 1, in float64, one head at a time."""
+    """Computes Vaswani et al., 2017, equation 1, in float64, one head at a time."""
     outputs = []
     for head in np.split(np.arange(query.shape[-1]), HEADS):
         q, k, v = (x[..., head].astype(np.float64) for x in (query, key, value))
@@ -36,18 +36,18 @@ def by_definition(query, key, value):
     [
         (64, 77),  # plain
         (300, 300),  # one block
-        (1100, 1100),  # blocks of 550, and not of 953
+        (1100, 1100),  # blocks of 550 rows, because 953 does not divide 1100
         (1024, 77),
-        (1021, 2000),  # a prime number of tokens: a row at a time
+        (1021, 2000),  # a prime number of tokens: one row at a time
     ],
 )
-def test_it_is_what_the_paper_says(tokens, context):
+def test_attention_matches_the_papers_formula(tokens, context):
     query, key, value = drawn((2, tokens, 16), (2, context, 16), (2, context, 16))
     mixed = jax.jit(attention, static_argnums=3)(query, key, value, HEADS)
     np.testing.assert_allclose(mixed, by_definition(query, key, value), atol=1e-5)
 
 
-def test_other_devices_attend_with_the_whole_batch_at_once(monkeypatch):
+def test_blocks_cover_the_whole_batch_on_other_devices(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(kernels, "MOST_SCORES", 2 * HEADS * 550 * 1000)  # blocks of 550
     query, key, value = drawn((2, 1100, 16), (2, 1000, 16), (2, 1000, 16))
@@ -68,7 +68,7 @@ def gradients(*arrays):
     return jax.grad(lambda *a: (attention(*a, HEADS) ** 2).sum(), argnums=(0, 1, 2))(*arrays)
 
 
-def test_its_gradient_is_that_of_plain_attention(monkeypatch):
+def test_the_gradient_matches_plain_attention(monkeypatch):
     arrays = drawn((1, 300, 8), (1, 250, 8), (1, 250, 8))
     blockwise = gradients(*arrays)
     monkeypatch.setattr(kernels, "BLOCKWISE", np.inf)
@@ -77,14 +77,14 @@ def test_its_gradient_is_that_of_plain_attention(monkeypatch):
 
 
 @pytest.mark.parametrize("function", [lambda *a: attention(*a, HEADS), gradients])
-def test_memory_grows_with_the_tokens_and_not_with_their_square(function):
-    """16,384 tokens are the autoencoder's for 1024 x 1024 pixels: their scores would be 2 GB."""
+def test_memory_does_not_grow_with_the_square_of_the_tokens(function):
+    """The autoencoder has 16,384 tokens at 1024 x 1024 pixels: their scores would take 2 GB."""
     shape = jax.ShapeDtypeStruct((1, 16384, 16), np.float32)
     compiled = jax.jit(function).lower(shape, shape, shape).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 64e6
 
 
-def test_bfloat16_has_its_softmax_in_float32():
+def test_bfloat16_uses_a_float32_softmax():
     arrays = drawn(*[(1, 300, 16)] * 3)
     half = [array.astype("bfloat16") for array in arrays]
     mixed = attention(*half, HEADS)
@@ -92,11 +92,11 @@ def test_bfloat16_has_its_softmax_in_float32():
     exact = by_definition(*(array.astype(np.float32) for array in half))
     np.testing.assert_allclose(
         mixed.astype(np.float32), exact, atol=4e-3
-    )  # its spacing at 0.5 to 1
+    )  # bfloat16's spacing from 0.5 to 1
 
 
-def test_a_tpus_kernel_and_its_gradient_are_those_of_plain_attention():
-    # Tokens in blocks of which the last is not full, heads wider than 128 and no multiple of it.
+def test_a_tpus_kernel_and_its_gradient_match_plain_attention():
+    # The last block of tokens is not full; heads are wider than 128 and not a multiple of it.
     tokens, context, width = 300, 700, 160
     arrays = drawn((1, tokens, 2, width), (1, context, 2, width), (1, context, 2, width))
 
@@ -111,7 +111,7 @@ def test_a_tpus_kernel_and_its_gradient_are_those_of_plain_attention():
 
 
 def asked_for(monkeypatch, platform, dtype, *shapes, capability=None, training=False):
-    """The kernels that the program for a device calls; it is made here, and not run."""
+    """Returns the kernels that a device's program calls; the program is built but not run."""
     monkeypatch.setattr(jax, "default_backend", lambda: {"cuda": "gpu"}.get(platform, platform))
     devices = [SimpleNamespace(compute_capability=capability)]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
@@ -134,12 +134,12 @@ SELF, CROSS = ((2, 4096, 320),) * 2, ((2, 4096, 320), (2, 77, 320))  # Stable Di
 
 
 @pytest.mark.parametrize("shapes", [SELF, CROSS])
-def test_in_bfloat16_a_gpu_is_asked_for_cudnns_kernel(shapes, monkeypatch):
+def test_a_gpu_uses_cudnns_kernel_in_bfloat16(shapes, monkeypatch):
     found = asked_for(monkeypatch, "cuda", jnp.bfloat16, *shapes, capability="8.0")
     assert found == ["__cudnn$fmhaSoftmax"]
 
 
-def test_in_bfloat16_a_tpu_is_asked_for_pallas_kernel(monkeypatch):
+def test_a_tpu_uses_pallas_kernel_in_bfloat16(monkeypatch):
     assert asked_for(monkeypatch, "tpu", jnp.bfloat16, *SELF) == ["tpu_custom_call"]
 
 
@@ -147,7 +147,7 @@ def test_the_kernels_have_gradients(monkeypatch):
     on_gpu = asked_for(monkeypatch, "cuda", jnp.bfloat16, *SELF, capability="9.0", training=True)
     assert on_gpu == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
     on_tpu = asked_for(monkeypatch, "tpu", jnp.bfloat16, *CROSS, training=True)
-    assert on_tpu == ["tpu_custom_call"] * 3  # forwards; of the queries; of the keys and values
+    assert on_tpu == ["tpu_custom_call"] * 3  # forward; gradients of queries; of keys and values
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_the_kernels_have_gradients(monkeypatch):
         ("gfx942", 64, False),
     ],
 )
-def test_cudnn_gets_the_heads_that_the_gpu_takes(capability, width, is_taken, monkeypatch):
+def test_cudnn_gets_only_heads_that_the_gpu_supports(capability, width, is_taken, monkeypatch):
     shapes = ((2, 1024, 8 * width),) * 2
     found = asked_for(monkeypatch, "cuda", jnp.bfloat16, *shapes, capability=capability)
     assert found == ["__cudnn$fmhaSoftmax"] * is_taken

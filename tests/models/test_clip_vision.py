@@ -1,4 +1,4 @@
-"""CLIP's image encoder does what its paper's formulas say, written here again in NumPy."""
+"""Compares CLIP's image encoder with its paper's formulas, written in NumPy."""
 
 import clips
 import numpy as np
@@ -15,7 +15,7 @@ ACTIVATIONS = {
 
 
 def formula(weights: dict, config: CLIPVisionConfig, image: np.ndarray) -> np.ndarray:
-    """The vector of an image [h, w, 3], in float64."""
+    """Returns the vector of an image [h, w, 3], in float64."""
     w = {key.removeprefix("vision_model."): np.float64(value) for key, value in weights.items()}
 
     def linear(x, name):
@@ -50,7 +50,7 @@ def formula(weights: dict, config: CLIPVisionConfig, image: np.ndarray) -> np.nd
 
 
 @pytest.mark.parametrize("name", ["OPENAI", "OPEN_CLIP"])
-def test_an_image_becomes_the_vector_of_the_formulas(name):
+def test_image_vectors_match_the_formulas(name):
     config: CLIPConfig = getattr(clips, name)
     weights, network = clips.weights(config), clips.network(config)
     size = config.vision.image_size
@@ -78,6 +78,6 @@ def test_neighbours_do_not_change_an_image():
         ({"patch_size": 300}, "patch_size = 300 is larger than the image"),
     ],
 )
-def test_what_is_not_built_is_refused(fields, message):
+def test_unsupported_configs_are_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
         CLIPVisionConfig(**fields)

@@ -1,4 +1,4 @@
-"""A config that asks for what is not built is refused by its key, and the others come back."""
+"""Unsupported configs are rejected by their key; supported ones survive a round trip."""
 
 import pytest
 
@@ -46,7 +46,7 @@ XL = {
         (AutoencoderKLConfig, "scaling_factor", None),
     ],
 )
-def test_what_is_not_built_is_refused(config, key, value):
+def test_unsupported_values_are_rejected_with_their_key(config, key, value):
     with pytest.raises(InputError, match=rf"^\w+/config\.json: .*{key}") as refusal:
         config.from_json({key: value})
     assert "\n" not in str(refusal.value)
@@ -64,7 +64,7 @@ def test_what_is_not_built_is_refused(config, key, value):
         (clip.CLIPTextConfig, "num_attention_heads", 0),
     ],
 )
-def test_a_size_of_nothing_is_told_with_its_key(config, key, value):
+def test_sizes_of_zero_or_less_are_rejected_with_their_key(config, key, value):
     with pytest.raises(InputError) as refusal:
         config.from_json({key: value})
     assert f"/config.json: {key} = {value!r} must be above 0" in str(refusal.value)
@@ -82,6 +82,6 @@ def test_a_size_of_nothing_is_told_with_its_key(config, key, value):
         (clip.CLIPTextConfig, {"architectures": ["CLIPTextModelWithProjection"]}),
     ],
 )
-def test_what_is_written_is_read_again(config, data):
+def test_configs_survive_a_round_trip(config, data):
     read = config.from_json(data)
     assert config.from_json(read.to_json()) == read

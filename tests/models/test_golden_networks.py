@@ -1,4 +1,4 @@
-"""Outputs of diffusers' networks, kept by tools/make_golden_networks.py."""
+"""Compares networks with diffusers' outputs, stored by tools/make_golden_networks.py."""
 
 import json
 from pathlib import Path
@@ -21,5 +21,5 @@ def test_networks(case):
         assert networks.difference(output, GOLDEN[f"{case}.{name}"]) <= networks.BOUND, name
 
 
-def test_every_output_is_there():
+def test_every_output_is_stored():
     assert len(GOLDEN) == sum({"unet": 1, "vae": 3}.get(case.split(", ")[1], 4) for case in CONFIGS)

@@ -1,8 +1,8 @@
-"""A small checkpoint of every family, with random weights, that diffusers writes.
+"""A small checkpoint of every family with random weights, written by diffusers.
 
 The structure is the published one: block types, heads for each block, projections, transformer
-depths, text encoders and their tokenizers' padding, conditioning, and the scheduler's file as it
-lies on the Hub, with the keys that it leaves out. Small are only widths, layers and vocabulary.
+depths, text encoders and their tokenizers' padding, conditioning, and the scheduler's file as on
+the Hub, which lacks some keys. Only widths, layers and the vocabulary are small.
 """
 
 import json
@@ -22,7 +22,7 @@ BETAS = {
     "num_train_timesteps": 1000,
     "trained_betas": None,
 }
-# The published files say eos_token_id 2 whatever the vocabulary: it means the largest token.
+# The published files have eos_token_id 2 for any vocabulary; it denotes the largest token.
 TEXT = {
     "vocab_size": 641,
     "max_position_embeddings": 24,
@@ -45,7 +45,7 @@ UNET = {
     "layers_per_block": 1,
     "norm_num_groups": 8,
     "cross_attention_dim": 32,
-    "attention_head_dim": 8,  # by its meaning here, the number of heads
+    "attention_head_dim": 8,  # in fact the number of heads
 }
 UNET_2 = UNET | {
     "attention_head_dim": (2, 3, 4, 4),
@@ -100,9 +100,9 @@ class Family:
     Attributes:
       pipeline: the diffusers pipeline that `model_index.json` names.
       scheduler: `scheduler_config.json` as on the Hub.
-      unet, vae, text_encoder, text_encoder_2: of those networks; None where the family has none.
-      pad: the padding token of the last text encoder's tokenizer; that of a first of two is CLIP's.
-      options: the pipeline's own, in `model_index.json`.
+      unet, vae, text_encoder, text_encoder_2: the networks' configs; None if the family has none.
+      pad: the padding token of the last text encoder's tokenizer; the first of two has CLIP's.
+      options: the pipeline's options in `model_index.json`.
     """
 
     pipeline: type
@@ -206,7 +206,7 @@ FAMILIES = {
 
 
 def save(name: str, directory: Path) -> Path:
-    """Writes the small checkpoint of a family of `FAMILIES` to the directory, which it returns."""
+    """Writes the small checkpoint of a family of `FAMILIES`; returns the directory."""
     family = FAMILIES[name]
     torch.manual_seed(sorted(FAMILIES).index(name))
     networks = {
@@ -241,7 +241,7 @@ def _text_encoder(network: type, config: Mapping | None):
 
 
 def _randomise(network):
-    """Weights of about the size that training ends at: no norm is one and no bias zero."""
+    """Draws weights of about the size of trained ones: no norm is one and no bias zero."""
     norms = {
         name
         for name, module in network.named_modules()

@@ -1,4 +1,4 @@
-"""What diffusers' and transformers' networks give for the inputs of tests/networks.py."""
+"""Outputs of diffusers' and transformers' networks for the inputs of tests/networks.py."""
 
 import diffusers
 import numpy as np
@@ -7,7 +7,7 @@ import transformers
 
 
 def outputs(network, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The named outputs that `networks.outputs` has, NHWC, of any of the networks."""
+    """Returns the outputs of any network under the names of `networks.outputs`, NHWC."""
     tensors = {name: torch.tensor(value) for name, value in inputs.items()}
     with torch.no_grad():
         if isinstance(network, diffusers.AutoencoderKL):
@@ -29,7 +29,7 @@ def _autoencoder(vae, images, latents):
 
 
 def _unet(unet, latents, timesteps, context, pooled=None, time_ids=None, guidance_scale=None):
-    """With the conditions as the pipelines pass them."""
+    """Passes the conditions as the pipelines do."""
     conditions = {}
     if pooled is not None:
         conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
@@ -49,7 +49,7 @@ def _text_encoder(encoder, token_ids):
         "hidden": output.last_hidden_state,
         "pooled": output.text_embeds if projected else output.pooler_output,
         "earlier": final_norm(output.hidden_states[-2]),  # clip_skip=1
-        "unnormed": output.hidden_states[-2],  # what XL takes
+        "unnormed": output.hidden_states[-2],  # what XL uses
     }
 
 

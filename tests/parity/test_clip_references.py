@@ -1,4 +1,4 @@
-"""CLIP's embeddings, logits, pixels and score are those of transformers and torchmetrics."""
+"""CLIP's embeddings, logits, pixels and score match transformers and torchmetrics."""
 
 import clips
 import numpy as np
@@ -21,7 +21,7 @@ BOUND = 2e-5  # of the difference, relative to the reference's norm
 
 @pytest.fixture(scope="module", params=["OPENAI", "OPEN_CLIP"])
 def both(request, tmp_path_factory):
-    """Ours, and transformers' network and processor, of one directory."""
+    """Returns our CLIP, and transformers' network and processor, all from one directory."""
     directory = tmp_path_factory.mktemp("clip") / request.param
     clips.write_transformers(directory, getattr(clips, request.param))
     network = transformers.CLIPModel.from_pretrained(directory).eval()
@@ -54,8 +54,8 @@ def test_embeddings_and_logits(both):
         assert difference <= BOUND * np.linalg.norm(expected.numpy())
 
 
-def test_what_transformers_writes_is_read(both, tmp_path):
-    """Its version 5 has the processor's config in another file than those before it."""
+def test_files_written_by_transformers_are_read(both, tmp_path):
+    """Version 5 writes the processor's config to another file than earlier versions."""
     _, network, processor = both
     read = clip_checkpoint.find(network.name_or_path)
     network.save_pretrained(tmp_path)
@@ -66,7 +66,7 @@ def test_what_transformers_writes_is_read(both, tmp_path):
         np.testing.assert_array_equal(again.tensors[key].read(), tensor.read())
 
 
-def test_pixels_are_bit_for_bit_those_of_the_processor(both):
+def test_pixels_match_the_processors_bit_for_bit(both):
     ours, _, processor = both
     for image in clips.images():
         seen = processor.image_processor(
@@ -77,7 +77,7 @@ def test_pixels_are_bit_for_bit_those_of_the_processor(both):
 
 
 class OfTransformers4:
-    """The network for torchmetrics, which expects transformers 4: features, not outputs."""
+    """Adapts the network to torchmetrics, which expects features as in transformers 4."""
 
     def __init__(self, network):
         self.network, self.config = network, network.config
@@ -92,9 +92,9 @@ class OfTransformers4:
         return self.network.get_text_features(ids, mask).pooler_output
 
 
-def test_clip_score_is_that_of_torchmetrics(both):
+def test_clip_score_matches_torchmetrics(both):
     ours, network, processor = both
-    texts = ["a red circle", "a star above a circle", "a ring"]  # it cuts long ones before the end
+    texts = ["a red circle", "a star above a circle", "a ring"]  # it cuts off longer texts' end
     images = clips.images()[:3]
     ours = clip_measures.clip_score(ours.embed_images(images), ours.embed_texts(texts))
     for image, text, score in zip(images, texts, ours, strict=True):

@@ -1,4 +1,4 @@
-"""A student of a distillation gives in diffusers the images that it gives here."""
+"""A distilled student makes the same images in diffusers as in jaxdiff."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("compiled_fast")
 
 @pytest.fixture(scope="module", params=["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
 def student(request, tiny_checkpoint, tmp_path_factory):
-    """Its teacher's weights, and random ones for what listens to the guidance scale."""
+    """Makes a student with its teacher's weights and random ones for the guidance scale."""
     teacher = tmp_path_factory.mktemp("teacher") / "model"
     shutil.copytree(tiny_checkpoint, teacher)
     scheduler = teacher / "scheduler" / "scheduler_config.json"
@@ -40,7 +40,7 @@ def student(request, tiny_checkpoint, tmp_path_factory):
     return directory
 
 
-def test_diffusers_makes_the_same_images_of_a_student(student):
+def test_diffusers_makes_the_same_images_with_a_student(student):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(student, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     # Where diffusers 0.42 looks for the final norm; transformers 5.6 moved it.
@@ -62,4 +62,4 @@ def test_diffusers_makes_the_same_images_of_a_student(student):
         difference = np.abs(image.pixels.astype(int) - np.asarray(theirs))
         assert difference.max() <= 2
         assert difference.mean() <= 0.2
-    assert (ours[1].pixels != ours[2].pixels).mean() > 0.1  # the student hears the scale
+    assert (ours[1].pixels != ours[2].pixels).mean() > 0.1  # the student follows the scale

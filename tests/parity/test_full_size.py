@@ -1,4 +1,4 @@
-"""At full size: the Hub's own configs are read, and give the keys and shapes of their weights."""
+"""The Hub's own configs give, at full size, the keys and shapes of their weights."""
 
 import pytest
 
@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 import networks  # noqa: E402
 import references  # noqa: E402  (beside this file)
 
-# As the files stand on the Hub, private keys and all.
+# The files as on the Hub, including private keys.
 UNET_15 = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": "0.6.0",
@@ -206,7 +206,7 @@ def their_keys(make) -> dict:
     [(UNET_15, 686), (UNET_21, 686), (UNET_LCM, 687), (UNET_XL, 1680), (UNET_REFINER, 1220)],
     ids=["1.5", "2.1", "LCM", "XL", "XL refiner"],
 )
-def test_the_unets_keys_are_those_of_diffusers(config, count):
+def test_the_unets_keys_match_diffusers(config, count):
     ours = our_keys(UNet2DConditionModel, UNetConfig.from_json(config))
     theirs = their_keys(lambda: diffusers.UNet2DConditionModel.from_config(config))
     assert ours == theirs
@@ -214,7 +214,7 @@ def test_the_unets_keys_are_those_of_diffusers(config, count):
 
 
 @pytest.mark.parametrize("config", [VAE_15, VAE_XL], ids=["1.5", "XL"])
-def test_the_autoencoders_keys_are_those_of_diffusers(config):
+def test_the_autoencoders_keys_match_diffusers(config):
     ours = our_keys(AutoencoderKL, AutoencoderKLConfig.from_json(config))
     assert ours == their_keys(lambda: diffusers.AutoencoderKL.from_config(config))
     assert len(ours) == 248
@@ -225,7 +225,7 @@ def test_the_autoencoders_keys_are_those_of_diffusers(config):
     [(TEXT_15, 196), (TEXT_21, 372), (TEXT_XL, 196), (TEXT_XL_2, 517)],
     ids=["1.5", "2.1", "XL", "XL 2"],
 )
-def test_the_text_encoders_keys_are_those_of_transformers(config, count):
+def test_the_text_encoders_keys_match_transformers(config, count):
     network = getattr(transformers, *config["architectures"])
     config_class = transformers.CLIPTextConfig
     read = clip.CLIPTextConfig.from_json(config)
@@ -235,7 +235,7 @@ def test_the_text_encoders_keys_are_those_of_transformers(config, count):
 
 
 def random_unet(config):
-    """At about the size of trained weights; diffusers' own initialisation takes much longer."""
+    """Draws weights of about the size of trained ones, much faster than diffusers initialises."""
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(config)
     unet.to_empty(device="cpu")

@@ -1,4 +1,4 @@
-"""LoRA files mean to jaxdiff what they mean to diffusers and PEFT."""
+"""LoRA files have the same effect in jaxdiff as in diffusers and PEFT."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,13 +11,11 @@ from safetensors.numpy import save_file
 
 import jaxdiff
 from jaxdiff.checkpoint import single_file
-from jaxdiff.checkpoint.checkpoint import BUNDLED, open_checkpoint
+from jaxdiff.checkpoint.checkpoint import BUNDLED
+from jaxdiff.families import open_checkpoint
 from jaxdiff.families.ensemble import open_ensemble
-from jaxdiff.families.networks import read_configs
-from jaxdiff.models.text import clip
-from jaxdiff.models.unet import UNet2DConditionModel
+from jaxdiff.families.model import networks_of
 from jaxdiff.training import low_rank
-from jaxdiff.weights.load import abstract_network
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -43,7 +41,7 @@ def pipeline_of(directory: Path):
 
 
 def assert_same_weights(pipeline, directory: Path, *loras: str) -> None:
-    """What `pipeline` has after fusing is what we read."""
+    """Asserts that we read the weights that `pipeline` has after fusing."""
     adapted, plain = open_ensemble(directory, lora=loras).base, open_checkpoint(directory)
     changed = 0
     for network in ("unet", *adapted.text_encoders):
@@ -60,12 +58,11 @@ def assert_same_weights(pipeline, directory: Path, *loras: str) -> None:
 
 
 def taught(directory: Path, file: Path) -> None:
-    """Writes a LoRA as training does, of random numbers that change much."""
-    configs = read_configs(open_checkpoint(directory))
-    text = configs["text_encoder"]
+    """Writes a LoRA as training does, with random numbers that have a large effect."""
+    networks = networks_of(open_checkpoint(directory)).networks
     shapes = {
-        "unet": abstract_network(UNet2DConditionModel, configs["unet"])[1],
-        "text_encoder": abstract_network(clip.network(text), text)[1],
+        "unet": networks["unet"].shapes,
+        "text_encoder": networks["text_encoder"].shapes,
     }
     adapters = low_rank.init(shapes, 4, jax.random.key(0))
     random = np.random.default_rng(0)
@@ -75,8 +72,8 @@ def taught(directory: Path, file: Path) -> None:
     low_rank.save_lora(adapters, 8.0, file)
 
 
-def test_what_training_writes_gives_the_same_image_in_diffusers(tmp_path, record_property):
-    """The bundled model, at weight 1 and at one half, set as an adapter and fused."""
+def test_a_lora_as_training_writes_it_gives_the_same_image_in_diffusers(tmp_path, record_property):
+    """Uses the bundled model at weights 1 and 0.5, as an adapter and fused."""
     directory, file = BUNDLED["shapes64"], tmp_path / low_rank.FILE
     taught(directory, file)
     pipeline = pipeline_of(directory)
@@ -104,7 +101,7 @@ def test_what_training_writes_gives_the_same_image_in_diffusers(tmp_path, record
         assert np.abs(plain - image).mean() > 1
 
 
-def test_two_loras_and_metadata_of_peft(sd, tmp_path):
+def test_two_loras_with_peft_metadata(sd, tmp_path):
     """diffusers saves alpha and rank in the file's metadata."""
     pipeline = pipeline_of(sd)
     for number, name in enumerate(("one", "two")):
@@ -150,9 +147,10 @@ def test_two_loras_and_metadata_of_peft(sd, tmp_path):
 
 
 def drawn(directory: Path, names: Iterator[tuple[str, str, str]]) -> dict[str, np.ndarray]:
-    """Kohya's file: for each (network, key, name in the file) both halves and the alpha.
+    """Draws kohya's file: both halves and the alpha for each (network, key, name in the file).
 
-    One for all, as kohya's scripts write it: of others, diffusers 0.42 forgets attention's.
+    The alpha is the same for all, as kohya's scripts write it: if alphas differ, diffusers 0.42
+    loses those of attention.
     """
     checkpoint, random, tensors = open_checkpoint(directory), np.random.default_rng(0), {}
     for number, (network, key, name) in enumerate(names):
@@ -211,7 +209,7 @@ def test_kohyas_names_for_xl_are_the_original_ones(tmp_path):
     assert_same_weights(pipeline, xl, str(tmp_path / low_rank.FILE))
 
 
-def test_a_file_of_pefts_own(sd, tmp_path):
+def test_a_file_written_by_peft(sd, tmp_path):
     pipeline = pipeline_of(sd)
     settings = {"r": 4, "lora_alpha": 6, "use_rslora": True, "init_lora_weights": False}
     adapted = peft.get_peft_model(

@@ -1,4 +1,4 @@
-"""The distances of sets are those of torchmetrics, given the same features."""
+"""Distances between sets match torchmetrics, given the same features."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def sets() -> tuple[np.ndarray, np.ndarray]:
     return (x + 0.5).astype(np.float32), (0.8 * y + 0.4).astype(np.float32)
 
 
-def test_frechet_distance_is_that_of_torchmetrics(sets):
+def test_frechet_distance_matches_torchmetrics(sets):
     network = torch.nn.Identity()  # the features are the images
     network.num_features = WIDTH
     metric = FrechetInceptionDistance(network)
@@ -34,6 +34,6 @@ def test_frechet_distance_is_that_of_torchmetrics(sets):
     assert ours == pytest.approx(expected, rel=1e-6)
 
 
-def test_kernel_distance_is_that_of_torchmetrics(sets):
+def test_kernel_distance_matches_torchmetrics(sets):
     expected = poly_mmd(*(torch.from_numpy(x).double() for x in sets)).item()
     assert kernel_distance(*sets, "polynomial") == pytest.approx(expected, rel=1e-5)

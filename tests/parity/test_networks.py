@@ -1,4 +1,4 @@
-"""Each network, with random weights that diffusers or transformers wrote, gives their output."""
+"""With the same random weights, each network gives the output of diffusers or transformers."""
 
 import json
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("compiled_fast")
 
 @pytest.fixture
 def compare(tmp_path):
-    """A function that saves a network with other weights, and runs it here and there."""
+    """Returns a function that saves a network with other weights and compares both outputs."""
 
     def compare(name, reference, **inputs):
         torch.manual_seed(0)
@@ -39,7 +39,7 @@ def compare(tmp_path):
     return compare
 
 
-# The former is saved without a prefix before its keys, the latter with one.
+# The keys of the former are saved without a prefix, those of the latter with one.
 PLAIN, PROJECTED = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
 TEXT_ENCODERS = {
     "SD 1 and XL's first": (PLAIN, families.CLIP_L),
@@ -78,7 +78,7 @@ UNETS["nine channels, other sinusoids"] = UNETS["bundled"] | {
 }
 
 
-# An odd number of latents is cropped on the way up.
+# The up blocks crop odd sizes.
 @pytest.mark.parametrize(
     ("variant", "size"),
     [(name, (5, 11) if name in ("XL refiner", "bundled") else (8, 8)) for name in UNETS],
@@ -88,8 +88,8 @@ def test_unets(compare, variant, size):
 
 
 @pytest.mark.parametrize("variant", ["XL", "two layers a block"])
-def test_a_unet_takes_its_deep_features_from_an_earlier_evaluation(tmp_path, variant):
-    """As in DeepCache: diffusers' network, made to see them again by a hook."""
+def test_a_unet_reuses_deep_features_of_an_earlier_evaluation(tmp_path, variant):
+    """Compares DeepCache with diffusers' network, in which a hook reuses the features."""
     torch.manual_seed(0)
     reference = diffusers.UNet2DConditionModel(**UNETS[variant]).eval()
     reference.save_pretrained(tmp_path)
@@ -106,7 +106,7 @@ def test_a_unet_takes_its_deep_features_from_an_earlier_evaluation(tmp_path, var
 
     last, seen = reference.up_blocks[-1].resnets[-1], []
 
-    def keep(_, arguments):  # the features stand before the skip
+    def keep(_, arguments):  # the features come before the skip
         seen.append(arguments[0][:, : deep.shape[-1]])
         return (torch.cat([seen[0], arguments[0][:, deep.shape[-1] :]], dim=1), *arguments[1:])
 
@@ -116,7 +116,7 @@ def test_a_unet_takes_its_deep_features_from_an_earlier_evaluation(tmp_path, var
         assert networks.difference(output, expected) <= networks.BOUND
     assert (
         networks.difference(*[features.numpy() for features in seen]) > 0.01
-    )  # it would have seen others
+    )  # without the hook, the features would differ
 
 
 AUTOENCODERS = {

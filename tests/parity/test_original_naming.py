@@ -1,4 +1,4 @@
-"""Single files: diffusers' converters find the same weights under the same names."""
+"""In single files, diffusers' converters find the same weights under the same names."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from jaxdiff.checkpoint import single_file
 from jaxdiff.checkpoint.safetensors_header import read_header
-from jaxdiff.checkpoint.single_file_configs import FAMILIES
+from jaxdiff.checkpoint.single_file_configs import CONTENTS
 from jaxdiff.checkpoint.tensors import StoredTensor
 
 torch = pytest.importorskip("torch")
@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 from diffusers.loaders import single_file_utils as theirs  # noqa: E402
 
 TOKENIZER = Path(__file__).parents[2] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
-# What makes a family small enough to draw its weights, and leaves its structure.
+# Sizes that make a family small enough to draw its weights, but keep its structure.
 TINY_CLIP = {
     "vocab_size": 641,
     "hidden_size": 32,
@@ -41,7 +41,7 @@ TINY = {
 
 
 def tiny(family):
-    """The family with the same blocks, but few channels; every width differs from the others."""
+    """Returns the family with the same blocks but few channels; every width is different."""
     configs = {key: config | TINY[key] for key, config in family.configs.items()}
     blocks = len(configs["unet"]["down_block_types"])
     configs["unet"]["block_out_channels"] = [16, 32, 48, 48][:blocks]
@@ -51,7 +51,7 @@ def tiny(family):
 
 
 def reference(config):
-    """The network that diffusers or transformers builds from a config, without weights."""
+    """Builds diffusers' or transformers' network for a config, without weights."""
     with torch.device("meta"):
         if "_class_name" in config:
             return getattr(diffusers, config["_class_name"]).from_config(config)
@@ -67,7 +67,7 @@ def shapes(network):
 
 
 def original_shapes(family):
-    """The shape of each tensor in a single file of the family: ours, taken back."""
+    """Returns the shape of each tensor in a single file of the family."""
     found = {}
     for network, prefix in family.prefixes.items():
         wanted = shapes(reference(family.configs[network]))
@@ -84,7 +84,7 @@ def original_shapes(family):
 
 
 def converted(tensors, family):
-    """What diffusers makes of a single file's tensors, by network and key."""
+    """Converts a single file's tensors with diffusers; returns them by network and key."""
     found = {}
     for network, prefix in family.prefixes.items():
         config = family.configs[network]
@@ -100,13 +100,13 @@ def converted(tensors, family):
     return found
 
 
-# How many tensors v1-5-pruned-emaonly and sd_xl_base_1.0 have but for position_ids and logit_scale.
+# The tensors of v1-5-pruned-emaonly and sd_xl_base_1.0, without position_ids and logit_scale.
 COUNTS = {768: 1131 - 1, 2048: 2515 - 2}
 
 
-@pytest.mark.parametrize("width", FAMILIES, ids=["1", "xl", "refiner"])
-def test_at_full_size_the_keys_and_shapes_are_those_of_diffusers(width):
-    family = FAMILIES[width]
+@pytest.mark.parametrize("width", CONTENTS, ids=["1", "xl", "refiner"])
+def test_at_full_size_the_keys_and_shapes_match_diffusers(width):
+    family = CONTENTS[width]
     originals = original_shapes(family)
     assert len(originals) == COUNTS.get(width, len(originals))
     wanted = {network: shapes(reference(family.configs[network])) for network in family.prefixes}
@@ -121,10 +121,10 @@ def test_at_full_size_the_keys_and_shapes_are_those_of_diffusers(width):
     assert {n: {k: tuple(t.shape) for k, t in w.items()} for n, w in found.items()} == wanted
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=["1", "xl", "refiner"])
+@pytest.fixture(scope="module", params=CONTENTS, ids=["1", "xl", "refiner"])
 def tiny_file(request, tmp_path_factory):
-    """A family with few channels, and a single file of it with random weights."""
-    family = tiny(FAMILIES[request.param])
+    """Returns a family with few channels, and a single file of it with random weights."""
+    family = tiny(CONTENTS[request.param])
     generator = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("single") / "model.safetensors"
     tensors = {
@@ -135,7 +135,7 @@ def tiny_file(request, tmp_path_factory):
     return family, path
 
 
-def test_every_value_arrives_where_diffusers_puts_it(tiny_file):
+def test_every_value_ends_up_where_diffusers_puts_it(tiny_file):
     family, path = tiny_file
     ours = single_file.weights(path, read_header(path), family)
     found = converted(theirs.load_single_file_checkpoint(str(path)), family)
@@ -145,7 +145,7 @@ def test_every_value_arrives_where_diffusers_puts_it(tiny_file):
             np.testing.assert_array_equal(tensor.read(), found[network][key], err_msg=key)
 
 
-def test_the_pipeline_that_diffusers_loads_has_the_weights_that_we_read(tiny_file, tmp_path):
+def test_diffusers_pipeline_has_the_same_weights(tiny_file, tmp_path):
     family, path = tiny_file
     for component, config in family.configs.items():
         name = "scheduler_config.json" if component == "scheduler" else "config.json"

@@ -1,4 +1,4 @@
-"""From the same seed, every family gives the image that its diffusers pipeline gives."""
+"""With the same seed, every family makes the same image as its diffusers pipeline."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -16,7 +16,7 @@ import families  # noqa: E402  (beside this file)
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
-# What a user of diffusers swaps in for each of our samplers' names.
+# The scheduler that a user of diffusers chooses for each of our samplers.
 SCHEDULERS = {
     "ddim": (diffusers.DDIMScheduler, {}),
     "ddpm": (diffusers.DDPMScheduler, {}),
@@ -33,7 +33,7 @@ REQUESTS = [
     jaxdiff.Request(prompt="a red circle", seed=0),
     jaxdiff.Request(prompt="two blue stars", negative_prompt="a ring", seed=1, guidance_scale=7.5),
     jaxdiff.Request(prompt="", negative_prompt="black", seed=2**32 - 1, guidance_scale=3.0),
-    jaxdiff.Request(prompt="naïve, 日本; " * 9, seed=3, guidance_scale=1.5),  # too long: cut
+    jaxdiff.Request(prompt="naïve, 日本; " * 9, seed=3, guidance_scale=1.5),  # truncated
 ]
 PROMPTS = [
     "a circle",
@@ -49,7 +49,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A function from a family's name to its small checkpoint, written by diffusers."""
+    """Returns a function that makes a family's small checkpoint, written by diffusers."""
 
     @cache
     def checkpoint(family):
@@ -60,13 +60,13 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load_model():
-    """`jaxdiff.load` with torch's noise, once for each set of arguments."""
+    """Returns `jaxdiff.load` with torch's noise, called once for each set of arguments."""
     return cache(partial(jaxdiff.load, noise="torch"))
 
 
 @pytest.fixture(scope="module")
 def load_reference():
-    """A function that opens a directory in diffusers, with the scheduler that a user swaps in."""
+    """Returns a function that opens a directory in diffusers with the scheduler of a sampler."""
 
     @cache
     def load(directory, variant):
@@ -90,7 +90,7 @@ def load_reference():
 
 
 def in_their_words(request):
-    """A request as a pipeline's arguments; what it leaves open stays the pipeline's default."""
+    """Converts a request to a pipeline's arguments; the rest keep the pipeline's defaults."""
     words = {
         "negative_prompt": request.negative_prompt or None,
         "num_inference_steps": request.steps,
@@ -110,7 +110,7 @@ def their_pixels(pipeline, request, **options):
 
 @pytest.fixture
 def assert_same_images(record_property):
-    """A function with the bound of every comparison, for one model and a function of requests."""
+    """Returns a function that compares a model's images with diffusers', within fixed bounds."""
 
     def assert_same_images(model, their_pixels, requests):
         images = model.generate(requests, batch_size=4)
@@ -129,10 +129,10 @@ def assert_same_images(record_property):
 
 @pytest.fixture
 def compare(load_model, load_reference, assert_same_images):
-    """A function that makes `requests` in both.
+    """Returns a function that makes `requests` in both libraries and compares the images.
 
-    `changes` are to the scheduler's file, `options` what `jaxdiff.load` and the pipelines' calls
-    name alike.
+    `changes` apply to the scheduler's file; `options` have the same names in `jaxdiff.load` and in
+    the pipelines' calls.
     """
 
     def compare(directory, requests, *, changes=None, variant=None, **options):
@@ -145,7 +145,7 @@ def compare(load_model, load_reference, assert_same_images):
 
 
 def requests(sampler=None, **changes):
-    """Four, of five evaluations of the network unless `changes` say otherwise."""
+    """Returns four requests of five evaluations of the network, unless `changes` set the steps."""
     steps = {"pndm": 4, "heun": 3}.get(sampler, 5)  # so that the programs are compiled once
     return [
         replace(request, **{"sampler": sampler, "steps": steps, **changes}) for request in REQUESTS
@@ -159,13 +159,13 @@ def requests(sampler=None, **changes):
         ("SD 2.1 base", {}),
         ("SD 2.1", {}),
         ("SDXL", {}),
-        ("LCM", {"steps": None}),  # its four steps; what guides is that the network is told a scale
+        ("LCM", {"steps": None}),  # its four steps; the scale is an input of the network
         ("SD-Turbo", {"steps": 1, "guidance_scale": 0.0}),
         ("SDXL-Turbo", {"steps": 4, "guidance_scale": 0.0}),
     ],
     ids=str,
 )
-def test_families_as_they_are(checkpoint, compare, family, changes):
+def test_families_with_their_own_schedulers(checkpoint, compare, family, changes):
     compare(checkpoint(family), requests(**changes))
 
 
@@ -199,12 +199,12 @@ def test_eta(checkpoint, compare, family, eta):
 @pytest.mark.parametrize("family", ["SD 1.5", "SDXL"])
 @pytest.mark.parametrize("clip_skip", [1, 2])
 def test_clip_skip(checkpoint, compare, family, clip_skip):
-    """They skip layers for the prompt, never for what is to be avoided."""
+    """diffusers skips layers for the prompt, but never for the negative prompt."""
     compare(checkpoint(family), requests("ddim"), clip_skip=clip_skip)
 
 
 def test_long_prompts_in_chunks(checkpoint, load_model, load_reference, assert_same_images):
-    """Users of diffusers encode each stretch by itself and hand the embeddings over."""
+    """Users of diffusers encode each chunk separately and pass the embeddings on."""
     pipeline = load_reference(checkpoint("SD 1.5"), "ddim")
     tokenizer, room = pipeline.tokenizer, pipeline.tokenizer.model_max_length - 2
 
@@ -250,7 +250,7 @@ def test_no_guidance_and_odd_sizes(checkpoint, compare, family, changes):
     ("family", "variant", "dtype"),
     [("SD 1.5", "fp16", torch.float16), ("SDXL", "bf16", torch.bfloat16)],
 )
-def test_variant_files_are_computed_with_in_float32(
+def test_variant_files_are_computed_in_float32(
     checkpoint, compare, load_reference, tmp_path, family, variant, dtype
 ):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(checkpoint(family), dtype=dtype)
@@ -260,7 +260,7 @@ def test_variant_files_are_computed_with_in_float32(
     compare(tmp_path, requests("ddim"), variant=variant)
 
 
-# Not heun: diffusers ends the base amid a step, which the refiner then takes again from its start.
+# Not heun: diffusers ends the base in the middle of a step, which the refiner then repeats.
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m", "unipc"])
 def test_a_base_and_its_refiner(
     checkpoint, load_model, load_reference, assert_same_images, sampler
@@ -278,8 +278,8 @@ def test_a_base_and_its_refiner(
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES.keys() - {"SDXL refiner"}))
-def test_the_small_checkpoints_listen(checkpoint, load_reference, family):
-    """Else the comparisons above would compare little but noise."""
+def test_the_small_checkpoints_follow_the_prompt(checkpoint, load_reference, family):
+    """Ensures that the comparisons above compare more than noise."""
     pipeline = load_reference(checkpoint(family))
     images = [
         their_pixels(pipeline, jaxdiff.Request(prompt=prompt, steps=4)).astype(int)
@@ -291,7 +291,7 @@ def test_the_small_checkpoints_listen(checkpoint, load_reference, family):
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "dpmpp_2m"])
 def test_the_bundled_model_gives_the_same_images(compare, sampler):
-    """This directory we wrote ourselves, and its weights are trained."""
+    """Tests a directory that jaxdiff wrote, with trained weights."""
     settings = {"sampler": sampler, "steps": 20, "guidance_scale": 3.0}
     compare(
         BUNDLED["shapes64"],
@@ -300,7 +300,7 @@ def test_the_bundled_model_gives_the_same_images(compare, sampler):
 
 
 def test_the_bundled_student_gives_the_same_images(compare):
-    """In its four steps, by the sampler that its scheduler names."""
+    """Uses its four steps and the sampler that its scheduler names."""
     settings = {"sampler": "euler_ancestral", "steps": 4, "guidance_scale": 2.0}
     compare(
         BUNDLED["shapes64-4step"],

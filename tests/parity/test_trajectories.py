@@ -1,4 +1,4 @@
-"""Each sampler's table, walked with a fixed nonlinear "network", visits diffusers' points."""
+"""With a fixed nonlinear "network", each sampler's table visits the same points as diffusers."""
 
 import inspect
 import itertools
@@ -10,13 +10,8 @@ from trajectories import BETAS, CLASSES, SEED, SHAPE, config, difference, networ
 
 from jaxdiff.diffusion import guidance, noise, samplers, sampling
 from jaxdiff.diffusion.objective import to_x0
-from jaxdiff.diffusion.schedule import (
-    BUILT,
-    DEFAULTS,
-    FLOW_CLASS,
-    FLOW_DEFAULTS,
-    NoiseSchedule,
-)
+from jaxdiff.diffusion.samplers import FLOW_CLASS, SAMPLERS
+from jaxdiff.diffusion.scheduler_config import BUILT, FLOW_CONFIG, noise_schedule
 from jaxdiff.errors import InputError
 
 torch = pytest.importorskip("torch")
@@ -29,9 +24,9 @@ SPACINGS = ("leading", "linspace", "trailing")
 RESPACING = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
 STOCHASTIC = ("ddim", "ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm")
 BOUND = 1e-3
-# With the cosine betas the first sigma is 20000, of which their float32 leaves three digits.
+# With cosine betas the first sigma is 20000, of which diffusers' float32 leaves three digits.
 COSINE_BOUND = 1e-2
-# Keys that only matter beside another one whose value is refused, or where images are clipped.
+# Keys that only matter with another key whose value is rejected, or where images are clipped.
 IRRELEVANT = {
     *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"),
     *("base_image_seq_len", "base_shift", "flow_shift", "max_image_seq_len", "max_shift"),
@@ -44,9 +39,9 @@ def assert_same(sampler, case, steps, bound=BOUND, **others):
     if np.isfinite(theirs_[1]).all():
         assert difference(ours(sampler, case, steps, **others), theirs_) <= bound, (case, steps)
     elif case["rescale_betas_zero_snr"] and case["prediction_type"] == "epsilon":
-        with pytest.raises(InputError, match="pure noise"):  # they divide by alpha = 0
+        with pytest.raises(InputError, match="pure noise"):  # diffusers divides by alpha = 0
             ours(sampler, case, steps, **others)
-    else:  # they take the root of what is 0, and -1e-8 in float32
+    else:  # diffusers takes the root of 0, which is -1e-8 in its float32
         assert np.isfinite(ours(sampler, case, steps, **others)[1]).all()
 
 
@@ -71,7 +66,7 @@ def test_trajectories(sampler):
 
 @pytest.mark.parametrize("kind", ["karras", "exponential", "beta"])
 @pytest.mark.parametrize("sampler", RESPACING)
-def test_sigmas_placed_in_other_ways(sampler, kind):
+def test_other_sigma_spacings(sampler, kind):
     chosen = {f"use_{kind}_sigmas": True}
     cases = itertools.product(STEPS, (False, True))
     for (steps, zero_snr), spacing in zip(cases, itertools.cycle(SPACINGS), strict=False):
@@ -84,7 +79,7 @@ def test_sigmas_placed_in_other_ways(sampler, kind):
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
-def test_other_ends(sampler, spacing):
+def test_other_final_steps(sampler, spacing):
     for steps, low, euler in itertools.product(STEPS, (False, True), (False, True)):
         case = config(timestep_spacing=spacing, lower_order_final=low, euler_at_final=euler)
         assert_same(sampler, {**case, "final_sigmas_type": "sigma_min"}, steps)
@@ -97,14 +92,14 @@ def test_other_ends(sampler, spacing):
 def test_unipc_of_any_order(order, solver_type):
     for steps, final in itertools.product(STEPS, ("zero", "sigma_min")):
         if (solver_type, final) == ("bh1", "zero"):
-            continue  # they get NaN there
+            continue  # diffusers gives NaN there
         case = config(solver_order=order, solver_type=solver_type, final_sigmas_type=final)
         assert_same("unipc", case, steps)
 
 
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize("sampler", ["ddim", "pndm"])
-def test_the_end_may_be_at_the_first_timesteps_noise(sampler, final):
+def test_the_last_step_may_end_at_the_first_timesteps_noise(sampler, final):
     for steps, spacing in itertools.product(STEPS, SPACINGS):
         assert_same(sampler, config(set_alpha_to_one=final, timestep_spacing=spacing), steps)
 
@@ -122,7 +117,7 @@ def test_ddpms_variances(variance_type):
 
 
 @pytest.mark.parametrize("originally", [20, 50, 100])
-def test_lcm_takes_some_of_the_timesteps_it_was_distilled_at(originally):
+def test_lcm_uses_a_subset_of_its_distillation_timesteps(originally):
     for steps, scaling in itertools.product((1, 2, 3, 4, 7, 20), (0.5, 10.0)):
         case = config(original_inference_steps=originally, timestep_scaling=scaling)
         assert_same("lcm", case, steps)
@@ -137,7 +132,7 @@ def test_flow_matching(shift, kind):
 
 
 @pytest.mark.parametrize("sampler", CLASSES)
-def test_a_second_network_begins_where_its_scheduler_would(sampler):
+def test_a_second_network_starts_where_its_scheduler_would(sampler):
     for steps, begin in ((3, 1), (3, 2), (7, 2), (7, 5), (20, 4), (20, 16)):
         begin += begin % 2 if sampler == "heun" else 0  # between its pairs of evaluations
         for prediction in ("epsilon", "v_prediction"):
@@ -146,10 +141,10 @@ def test_a_second_network_begins_where_its_scheduler_would(sampler):
 
 
 @pytest.mark.parametrize("sampler", CLASSES)
-def test_the_scan_ends_where_their_loop_ends(sampler):
+def test_the_scan_ends_where_diffusers_loop_ends(sampler):
     case = config(prediction_type="v_prediction", timestep_spacing="trailing")
     eta = 0.5 if sampler == "ddim" else 0.0
-    table = samplers.sampler_table(sampler, NoiseSchedule.from_json(case, sampler), 20, eta=eta)
+    table = samplers.sampler_table(sampler, noise_schedule(case, sampler), 20, eta=eta)
     start, fresh = noise.draw(np.array([SEED]), SHAPE, "torch", draws=table.draws)
     assert (table.draws > 0) == (sampler in STOCHASTIC)
 
@@ -167,13 +162,13 @@ def test_the_scan_ends_where_their_loop_ends(sampler):
 def test_a_step_for_nearly_every_timestep(sampler, spacing):
     case = config(steps_offset=1, timestep_spacing=spacing)
     assert_same(sampler, case, 997)
-    assert NoiseSchedule.from_json(case, sampler).max_steps(sampler) >= 998
+    assert samplers.max_steps(sampler, noise_schedule(case, sampler)) >= 998
 
 
 @pytest.mark.parametrize("sampler", [*CLASSES, "flow"])
-def test_defaults_are_those_of_their_classes(sampler):
+def test_defaults_match_diffusers_classes(sampler):
     name = FLOW_CLASS if sampler == "flow" else CLASSES[sampler]
-    defaults = FLOW_DEFAULTS if sampler == "flow" else DEFAULTS[sampler]
+    defaults = FLOW_CONFIG if sampler == "flow" else SAMPLERS[sampler].config
     signature = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
     expected = {p.name: p.default for p in signature if p.name != "self"}
     assert expected.keys() - defaults.keys() <= IRRELEVANT
@@ -184,13 +179,13 @@ def test_defaults_are_those_of_their_classes(sampler):
 
 
 @pytest.mark.parametrize("size", [16, 17, 31, 48, 1000, 16384])
-def test_torchs_generator_goes_on_from_draw_to_draw(size):
+def test_torchs_generator_continues_between_draws(size):
     generator = torch.Generator("cpu").manual_seed(SEED)
     expected = [torch.randn(size, generator=generator).numpy() for _ in range(4)]
     np.testing.assert_allclose(noise.torch_normal(SEED, size, draws=4), expected, atol=5e-7)
 
 
-def test_guidance_is_rescaled_as_theirs_is():
+def test_guidance_is_rescaled_as_in_diffusers():
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     pairs = np.random.default_rng(0).standard_normal((6, 8, 8, 4)).astype(np.float32)

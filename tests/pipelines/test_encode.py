@@ -16,15 +16,13 @@ from flax import nnx
 from PIL import Image
 
 from jaxdiff import cli
-from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.errors import InputError
-from jaxdiff.families.networks import read_configs
-from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
-from jaxdiff.models.text import clip
+from jaxdiff.families import open_checkpoint
+from jaxdiff.families.model import networks_of
 from jaxdiff.training.data import batches, buckets, check_encoders, decoding, encoded, open_examples
 from jaxdiff.training.data.encoded import EncodedExamples
 from jaxdiff.training.recipe import Data
-from jaxdiff.weights.load import abstract_network, load_params
+from jaxdiff.weights.load import load_params, places
 from pipelines import jobs
 
 SIZES = [(80, 64), (64, 64), (64, 96), (70, 70)] * 5  # height, width
@@ -78,9 +76,10 @@ def finished(photos, tiny_checkpoint, tmp_path_factory) -> Path:
 
 
 def text_params(checkpoint) -> dict:
-    config = read_configs(checkpoint)["text_encoder"]
-    _, shapes = abstract_network(clip.network(config), config)
-    return {"text_encoder": load_params(shapes, checkpoint.weights("text_encoder"), np.float32)}
+    shapes = networks_of(checkpoint).networks["text_encoder"].shapes
+    return {
+        "text_encoder": load_params(places(shapes, np.float32), checkpoint.weights("text_encoder"))
+    }
 
 
 def test_latents_are_those_of_the_images(finished, photos, tiny_checkpoint):
@@ -89,9 +88,9 @@ def test_latents_are_those_of_the_images(finished, photos, tiny_checkpoint):
     assert isinstance(latents, EncodedExamples)
     assert len(latents) == len(images)
     checkpoint = open_checkpoint(tiny_checkpoint)
-    config = read_configs(checkpoint)["vae"]
-    graph, shapes = abstract_network(AutoencoderKL, config)
-    params = load_params(shapes, checkpoint.weights("vae"), np.float32)
+    model = networks_of(checkpoint)
+    config, (graph, shapes, _) = model.configs["vae"], model.networks["vae"]
+    params = load_params(places(shapes, np.float32), checkpoint.weights("vae"))
     check_encoders(latents, config, {"vae": params} | text_params(checkpoint))
     params["encoder"]["conv_in"]["bias"] += 1
     with pytest.raises(InputError, match="not encoded by the autoencoder of this model"):
@@ -141,7 +140,7 @@ def test_batches_draw_from_the_posterior_by_seed_and_step(finished):
     for drawn, caption in zip(one["latents"], one["captions"], strict=True):
         mean, std = latents.posterior(where[caption])
         assert 0.7 < np.std((drawn - mean) / std) < 1.3
-    with pytest.raises(InputError, match="which is no size of this recipe"):
+    with pytest.raises(InputError, match="which is not a size of this recipe"):
         batches(latents, batch_size=4, seed=1, sizes=[(32, 32)])
     with pytest.raises(InputError, match="cannot be mirrored"):
         batches(latents, batch_size=4, seed=1, sizes=sizes, flip=True)
@@ -162,7 +161,7 @@ def test_a_killed_job_is_continued_to_the_same_bytes(
     assert process.wait() == -signal.SIGKILL
     made = files(tmp_path / "out")
     assert encoded.INDEX not in made
-    with pytest.raises(InputError, match="not encoded to the end"):
+    with pytest.raises(InputError, match="not fully encoded"):
         open_examples(Data(path=str(tmp_path / "out")))
     assert cli.main(arguments) == 0
     assert files(tmp_path / "out") == files(finished)
@@ -215,7 +214,7 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
     for more, said in {
         ("--size=50",): "a size of 50 must be a multiple of 16",
         ("--size=512",): "choose a smaller size",
-        ("--data=/nowhere",): "/nowhere: there is no such folder",
+        ("--data=/nowhere",): "/nowhere: image folder not found",
         ("--captions=title",): "no text in title",
         ("--aspect-ratios=0.5",): "must be 1 or more",
         ("--images-per-shard=0",): "at least 1",
@@ -245,6 +244,6 @@ def test_an_image_that_cannot_be_decoded_stops_the_job_and_is_named(
     code = cli.main(arguments)
     error = capsys.readouterr().err
     assert code in (1, 2)
-    assert "3.png is no image that can be read" in error
+    assert "3.png is not a readable image" in error
     (broken / "3.png").write_bytes(whole)
     assert cli.main(arguments) == 0

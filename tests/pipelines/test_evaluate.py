@@ -133,7 +133,7 @@ def test_the_best_image_of_each_prompt_is_kept_with_all_scores(dataset, tmp_path
 def test_an_image_that_failed_is_wrong_and_no_layout_hides_it(dataset, tmp_path, capsys):
     output = tmp_path / "out"
     assert evaluate(*dataset(shown=[STAR, None, RING, RING, PAIR, PAIR]), output) == 3
-    assert "geneval's layout is not written" in capsys.readouterr().err
+    assert "layout geneval was not written" in capsys.readouterr().err
     assert not (output / "00000").exists()
     results = read_lines(output / "results.jsonl")
     assert [row["reason"] for row in results] == ["", "not made", "", "", "", ""]
@@ -238,15 +238,15 @@ def test_a_layout_made_elsewhere_is_judged(dataset, tmp_path, capsys):
 
 MISTAKES = {
     "": "--output is missing",
-    "--output o": "--benchmark is missing; there are shapes, geneval",
+    "--output o": "--benchmark is missing; choose from shapes, geneval",
     "--benchmark genval --output o": "invalid choice: 'genval'",
     "--benchmark geneval --output o": "--benchmark geneval needs --prompts: prompts/evaluation_",
-    "--benchmark shapes --output o --vary stepps=1,2": "--vary stepps=1,2: say NAME=VALUE,VALUE",
+    "--benchmark shapes --output o --vary stepps=1,2": "--vary stepps=1,2: use NAME=VALUE,VALUE",
     "--benchmark shapes --output o --keep best:clip": "--keep best:clip needs --clip",
     "--benchmark shapes --output o --clip nowhere": "nowhere",
-    "--benchmark shapes --output o --reference nowhere": "nowhere: there is no such folder",
-    "--benchmark shapes --output o --dataset d --model m": "--model and --vary are for making",
-    "--benchmark shapes --output o --dataset nowhere": "nowhere holds no dataset",
+    "--benchmark shapes --output o --reference nowhere": "nowhere: image folder not found",
+    "--benchmark shapes --output o --dataset d --model m": "--model and --vary generate images",
+    "--benchmark shapes --output o --dataset nowhere": "nowhere is not a jaxdiff generate dataset",
     "--benchmark shapes --output o --steps many": "steps",
     "--export geneval --output o": "--export needs --dataset",
     "--benchmark shapes --output o --images 0": "must be a whole number from 1",

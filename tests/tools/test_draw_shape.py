@@ -64,9 +64,9 @@ def test_the_count_tells_hearts_from_what_else_was_made(tiny_checkpoint, tmp_pat
     ledger.settle(directory, plan)
     ledger.finalize(directory, plan, 0.0)
     assert list(draw_shape.score(directory)) == [
-        "pairs it was taught: 19 of 20 images are right",
-        "pairs it has never seen: 3 of 4 images are right",
-        "a heart is seen in 22 of 24",
+        "taught pairs: 19 of 20 images are right",
+        "unseen pairs: 3 of 4 images are right",
+        "22 of 24 images show a heart",
         "  not made: 1",
         "  wrong shape: 1",
     ]

@@ -138,5 +138,5 @@ def test_a_recipe_of_other_data_is_refused_in_one_line(capsys, tmp_path):
 def test_the_committed_recipe_holds_pairs_out():
     held_out = limits.text_to_image_recipe(CONFIGS / "held-out.toml").data.held_out
     assert len(held_out) == 8
-    with pytest.raises(InputError, match="no such recipe"):
+    with pytest.raises(InputError, match="recipe file not found"):
         limits.text_to_image_recipe(CONFIGS / "none.toml")

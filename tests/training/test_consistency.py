@@ -11,7 +11,7 @@ import pytest
 
 import jaxdiff
 from jaxdiff.diffusion import samplers
-from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.errors import InputError
 from jaxdiff.training import consistency
 from jaxdiff.training.recipe import ConsistencyRecipe, Data, Optimizer
@@ -140,7 +140,7 @@ def test_a_teacher_that_knows_the_picture_asks_for_it(sampler, tiny_checkpoint):
 
 def test_a_teacher_walks_by_ddim_on_its_own_schedule(tiny_checkpoint):
     parts = parts_of("ddim", tiny_checkpoint)
-    schedule = NoiseSchedule.from_json(parts.teacher.scheduler, "ddim")
+    schedule = noise_schedule(parts.teacher.scheduler, "ddim")
     table = samplers.sampler_table("ddim", schedule, 4)
     for name, rows in parts.walk.items():
         wanted = table.b[:, 0] if name == "b" else getattr(table, name)
@@ -150,7 +150,7 @@ def test_a_teacher_walks_by_ddim_on_its_own_schedule(tiny_checkpoint):
 def test_before_fresh_noise_a_teacher_walks_on(tiny_checkpoint):
     """From noise per signal r to r'^2 / r, where ancestral sampling comes to r' by fresh noise."""
     parts = parts_of("euler_ancestral", tiny_checkpoint)
-    bars = NoiseSchedule.from_json(parts.teacher.scheduler, "euler_ancestral").alpha_bars()
+    bars = noise_schedule(parts.teacher.scheduler, "euler_ancestral").alpha_bars()
     walk, (first, second) = parts.walk, parts.short.sigma / parts.short.alpha
     np.testing.assert_allclose(walk["alpha"] ** 2 + walk["sigma"] ** 2, 1.0, rtol=1e-6)
     np.testing.assert_allclose(walk["alpha"][:, 1] ** 2, bars[walk["timesteps"][:, 1].astype(int)])

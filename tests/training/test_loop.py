@@ -166,12 +166,12 @@ def test_a_full_disk_is_one_error_that_names_the_checkpoints(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # of a file; a full disk is alike
     try:
-        with pytest.raises(OSError, match="checkpoint could not be written") as caught:
+        with pytest.raises(OSError, match="cannot write a checkpoint") as caught:
             loop.fit(task(), replace(RECIPE, steps=2), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.filename == str(tmp_path / "checkpoints")
-    assert caught.value.strerror == "a checkpoint could not be written: File too large"
+    assert caught.value.strerror == "cannot write a checkpoint: File too large"
     assert steps_kept(tmp_path) == set()
 
 
@@ -181,7 +181,7 @@ def test_what_goes_wrong_with_a_batch_is_told_as_it_is(tmp_path):
             raise InputError("data/7.png: does not decode")
         return draw(1, number)
 
-    message = r"^step 6: data/7\.png: does not decode; .* the same command continues$"
+    message = r"^step 6: data/7\.png: does not decode; .* run the same command again$"
     with pytest.raises(loop.Interrupted, match=message):
         loop.fit(task(batch), RECIPE, tmp_path)
 
@@ -255,7 +255,7 @@ def test_the_command_exports_a_checkpoint_of_an_unfinished_run(stopped, capsys):
 def test_another_recipe_is_refused_and_the_difference_named(old, new, message, stopped, tmp_path):
     folder, _ = stopped
     (tmp_path / "recipe.toml").write_text(CAPTIONS.replace(old, new, 1))
-    with pytest.raises(InputError, match="holds a run of another recipe") as caught:
+    with pytest.raises(InputError, match="contains a run of another recipe") as caught:
         run.train(tmp_path / "recipe.toml", folder / "run")
     assert message in str(caught.value)
 
@@ -311,6 +311,6 @@ def test_two_processes_do_not_train_into_one_directory(stopped):
 def test_exporting_from_nowhere_is_one_line(tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text(CAPTIONS)
     assert command(tmp_path, "--export", "last") == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "contains no run" in capsys.readouterr().err
     assert command(tmp_path, "--to", "there") == 2
     assert not (tmp_path / "run").exists()

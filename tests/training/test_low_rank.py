@@ -6,23 +6,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxdiff.checkpoint.checkpoint import open_checkpoint
-from jaxdiff.families.networks import read_configs
-from jaxdiff.models.text import clip
-from jaxdiff.models.unet import UNet2DConditionModel
+from jaxdiff.families import open_checkpoint
+from jaxdiff.families.model import networks_of
 from jaxdiff.training import low_rank
-from jaxdiff.weights.load import abstract_network
 
 RANK = 3
 
 
 @pytest.fixture(scope="module")
 def shapes() -> dict:
-    configs = read_configs(open_checkpoint("shapes64"))
-    text = configs["text_encoder"]
+    networks = networks_of(open_checkpoint("shapes64")).networks
     return {
-        "unet": abstract_network(UNet2DConditionModel, configs["unet"])[1],
-        "text_encoder": abstract_network(clip.network(text), text)[1],
+        "unet": networks["unet"].shapes,
+        "text_encoder": networks["text_encoder"].shapes,
     }
 
 

@@ -124,7 +124,7 @@ def test_a_finished_run_is_not_trained_further(autoencoder_run):
 
 def test_another_recipe_is_refused_in_the_same_directory(autoencoder_run, tmp_path):
     (tmp_path / "recipe.toml").write_text(AUTOENCODER.replace("1e-3", "2e-3"))
-    with pytest.raises(InputError, match="holds a run of another recipe"):
+    with pytest.raises(InputError, match="contains a run of another recipe"):
         train(tmp_path / "recipe.toml", autoencoder_run)
 
 
@@ -162,7 +162,7 @@ def test_the_autoencoders_latents_are_scaled_to_unit_variance(autoencoder_run):
         ("steps = 6", "", "steps is missing"),
         ("steps = 6", "steps = 0", "steps must be at least 1"),
         ("steps = 6", 'steps = "6"', "steps must be a whole number"),
-        ("steps = 6", "steps = 6\nwarmth = 1", "warmth is not known"),
+        ("steps = 6", "steps = 6\nwarmth = 1", "warmth: unknown key"),
         ("learning_rate = 1e-3", "", "optimizer.learning_rate is missing"),
         ("steps = 6", "steps = ", "not a readable TOML"),
         ('objective = "autoencoder"', 'objective = ["autoencoder"]', "objective = "),
@@ -177,7 +177,7 @@ def test_the_autoencoders_latents_are_scaled_to_unit_variance(autoencoder_run):
         (
             "learning_rate = 1e-3",
             'learning_rate = 1e-3\nschedule = "constant"\nwarmup_steps = 4\ncooldown_steps = 3',
-            "are 7 together, more than steps = 6",
+            "add up to 7, more than steps = 6",
         ),
     ],
 )
@@ -214,7 +214,7 @@ def _numbers(kind, before: str = ""):
     [
         ("in_channels = 4", "in_channels = 8", "vae.latent_channels of 8, but it is 4"),
         ("hidden_size = 32", "hidden_size = 64", "text_encoder.hidden_size of 32, but it is 64"),
-        (str(TOKENIZER), "/nowhere", "/nowhere holds no tokenizer"),
+        (str(TOKENIZER), "/nowhere", "/nowhere contains no tokenizer"),
         ("{autoencoder}", "/nowhere", "/nowhere/config.json is missing"),
         ("rescale_betas", "rescale_beta", "zero_snr is not known; did you mean rescale_betas"),
         ("block_out_channels", "block_out_channel", "did you mean block_out_channels"),
@@ -229,7 +229,7 @@ def test_parts_that_do_not_fit_are_refused(old, new, message, autoencoder_run, t
 
 
 def test_a_missing_recipe_is_named(tmp_path):
-    with pytest.raises(InputError, match="no such recipe"):
+    with pytest.raises(InputError, match="recipe file not found"):
         recipe.read(tmp_path / "none.toml")
 
 

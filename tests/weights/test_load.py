@@ -8,14 +8,17 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.errors import InputError
+from jaxdiff.families import open_checkpoint
+from jaxdiff.families.stable_diffusion import PIPELINE, STABLE_DIFFUSION
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.models.text.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.weights.load import abstract_network, load_params, save_params, save_pipeline
+from jaxdiff.weights.load import abstract_network, load_params, places
+from jaxdiff.weights.save import save_params, save_pipeline
 
+COMPONENTS = STABLE_DIFFUSION.components
 CLASSES = {
     "text_encoder": (CLIPTextModel, CLIPTextConfig),
     "unet": (UNet2DConditionModel, UNetConfig),
@@ -47,16 +50,21 @@ def edit(file, **changes):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_what_is_saved_is_what_is_loaded(tiny_checkpoint, tmp_path, component, dtype):
     _, shapes = config_and_shapes(tiny_checkpoint, component)
-    params = load_params(shapes, open_checkpoint(tiny_checkpoint).weights(component), dtype)
+    params = load_params(places(shapes, dtype), open_checkpoint(tiny_checkpoint).weights(component))
     save_params(params, tmp_path / "again.safetensors", dtype)
-    again = load_params(shapes, read_weights(component, tmp_path / "again.safetensors"), dtype)
+    again = load_params(
+        places(shapes, dtype), read_weights(COMPONENTS[component], tmp_path / "again.safetensors")
+    )
     assert jax.tree.structure(again) == jax.tree.structure(shapes)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_one_rule_turns_kernels_and_renames_leaves(vae):
     shapes, file = vae
-    params, tensors = load_params(shapes, read_weights("vae", file), np.float32), load_file(file)
+    params, tensors = (
+        load_params(places(shapes, np.float32), read_weights(COMPONENTS["vae"], file)),
+        load_file(file),
+    )
     encoder = params["encoder"]
     np.testing.assert_array_equal(
         encoder["conv_in"]["kernel"].transpose(3, 2, 0, 1), tensors["encoder.conv_in.weight"]
@@ -74,7 +82,7 @@ def test_parameters_arrive_in_the_dtype_and_sharding_asked_for(vae):
     mesh = jax.make_mesh((1,), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     for leaf in jax.tree.leaves(
-        load_params(shapes, read_weights("vae", file), jnp.bfloat16, sharding)
+        load_params(places(shapes, jnp.bfloat16, sharding), read_weights(COMPONENTS["vae"], file))
     ):
         assert leaf.dtype == jnp.bfloat16
         assert leaf.sharding == sharding
@@ -92,7 +100,7 @@ def test_every_misfit_is_counted_and_named_in_one_line(vae):
         },
     )
     with pytest.raises(InputError) as caught:
-        load_params(shapes, read_weights("vae", file), np.float32)
+        load_params(places(shapes, np.float32), read_weights(COMPONENTS["vae"], file))
     message = str(caught.value)
     assert "\n" not in message
     assert "2 missing (decoder.conv_in.bias, decoder.conv_norm_out.bias)" in message
@@ -104,7 +112,7 @@ def test_weights_that_are_not_floats_are_refused(vae):
     shapes, file = vae
     edit(file, **{"encoder.conv_in.bias": np.zeros(8, np.int8)})
     with pytest.raises(InputError, match="I8"):
-        load_params(shapes, read_weights("vae", file), np.float32)
+        load_params(places(shapes, np.float32), read_weights(COMPONENTS["vae"], file))
 
 
 def test_old_text_encoders_keys_are_read(tiny_checkpoint, tmp_path):
@@ -117,8 +125,8 @@ def test_old_text_encoders_keys_are_read(tiny_checkpoint, tmp_path):
     save_file(flat | {"embeddings.position_ids": np.arange(24)[None]}, old)
     jax.tree.map(
         np.testing.assert_array_equal,
-        load_params(shapes, read_weights("text_encoder", old), np.float32),
-        load_params(shapes, read_weights("text_encoder", file), np.float32),
+        load_params(places(shapes, np.float32), read_weights(COMPONENTS["text_encoder"], old)),
+        load_params(places(shapes, np.float32), read_weights(COMPONENTS["text_encoder"], file)),
     )
 
 
@@ -135,9 +143,11 @@ def parts(tiny_checkpoint):
     configs, params = {}, {}
     for component in CLASSES:
         configs[component], shapes = config_and_shapes(tiny_checkpoint, component)
-        params[component] = load_params(shapes, checkpoint.weights(component), np.float32)
+        params[component] = load_params(places(shapes, np.float32), checkpoint.weights(component))
     tokenizer = tiny_checkpoint / "tokenizer"
     return dict(
+        components=COMPONENTS,
+        pipeline={"_class_name": PIPELINE, **STABLE_DIFFUSION.absent},
         configs=configs,
         params=params,
         scheduler=checkpoint.config("scheduler"),

@@ -1,4 +1,4 @@
-"""The shapes world's drawing side: scenes, captions, pixels."""
+"""Drawing in the shapes world: scenes, captions and pixels."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ SENTENCE = re.compile(
 
 
 def parse(text: str) -> Caption:
-    """An independent reader of the grammar in the design."""
+    """Parses the grammar in the design, independently of the package."""
     said = SENTENCE.fullmatch(text).groupdict()
     groups = tuple(parse_group(said[part]) for part in ("first", "second") if said[part])
     relation = None if said["joint"] == "and" else said["joint"]
@@ -40,7 +40,7 @@ def scenes(count: int, seed: int) -> list[tuple[Scene, str]]:
     return [shapes.sample(rng) for _ in range(count)]
 
 
-def test_captions_read_as_the_design_spells_them():
+def test_captions_follow_the_design():
     assert PLURALS == {
         "circle": "circles",
         "square": "squares",
@@ -72,7 +72,7 @@ def test_captions_round_trip_through_their_text(template):
             assert parse(caption.text()) == caption
 
 
-def test_every_template_is_drawn_as_often_as_it_says():
+def test_templates_are_drawn_by_their_weights():
     rng = np.random.default_rng(0)
     captions = [shapes.draw_caption(rng) for _ in range(8000)]
 
@@ -90,7 +90,7 @@ def test_every_template_is_drawn_as_often_as_it_says():
     assert sum(c.background is None for c in captions) / 8000 == pytest.approx(0.5, abs=0.02)
 
 
-def test_a_scene_holds_what_its_caption_says_and_nothing_else():
+def test_a_scene_has_exactly_what_its_caption_describes():
     for scene, text in scenes(2000, seed=1):
         caption = parse(text)
         wanted = [(g.shape, g.color) for g in caption.groups for _ in range(g.count)]
@@ -103,7 +103,7 @@ def test_a_scene_holds_what_its_caption_says_and_nothing_else():
             assert holds(caption.relation, *scene.objects, MIN_OFFSET)
 
 
-def test_what_a_caption_leaves_open_takes_every_value():
+def test_unspecified_attributes_take_every_value():
     rng = np.random.default_rng(0)
     drawn = [shapes.scene_for(Caption((Group("star", count=3),)), rng) for _ in range(200)]
     assert {scene.background for scene in drawn} == set(shapes.BACKGROUNDS)
@@ -111,7 +111,7 @@ def test_what_a_caption_leaves_open_takes_every_value():
     assert any(len({thing.color for thing in scene.objects}) == 3 for scene in drawn)
 
 
-def test_objects_lie_inside_the_canvas_and_apart_and_in_their_sizes():
+def test_objects_are_inside_the_canvas_and_of_allowed_sizes():
     for scene, _ in scenes(2000, seed=2):
         for thing in scene.objects:
             left, top, right, bottom = box(thing)
@@ -121,7 +121,7 @@ def test_objects_lie_inside_the_canvas_and_apart_and_in_their_sizes():
 
 
 def outline(thing: Object) -> np.ndarray:
-    """Points a tenth of a pixel or less apart along an object's edge: [n, 2]."""
+    """Returns points along an object's edge, at most a tenth of a pixel apart: [n, 2]."""
     along = np.linspace(0, 1, 320)[:, None]
     if thing.shape in OUTLINES:
         corners = np.array(OUTLINES[thing.shape])
@@ -146,7 +146,7 @@ def test_five_squares_always_find_room():
         assert len(shapes.scene_for(Caption((Group("square", count=5),)), rng).objects) == 5
 
 
-def test_composed_scenes_are_scenes_of_the_world_with_large_objects_spread_evenly():
+def test_composed_scenes_have_large_objects_spread_evenly():
     rng = np.random.default_rng(4)
     for caption in [draw_caption(rng) for _ in range(1000)]:
         things = shapes.scene_for(caption, rng, composed=True).objects
@@ -164,7 +164,7 @@ def test_composed_scenes_are_scenes_of_the_world_with_large_objects_spread_evenl
             assert holds(caption.relation, *things, 2 * MIN_OFFSET)
 
 
-def test_a_composed_pair_without_a_relation_has_any():
+def test_a_composed_pair_without_a_relation_takes_every_relation():
     rng = np.random.default_rng(5)
     pair = Caption((Group("star"), Group("ring")))
     drawn = [shapes.scene_for(pair, rng, composed=True).objects for _ in range(100)]
@@ -181,7 +181,7 @@ def test_the_same_seed_gives_the_same_scenes_and_pixels():
 
 
 @pytest.mark.parametrize("background", shapes.BACKGROUNDS)
-def test_an_image_has_the_palettes_colors_and_only_mixtures_between(background):
+def test_an_image_has_the_palettes_colors(background):
     thing = Object("square", "blue", 32, 32, 20)
     image = shapes.render(Scene(background, (thing,)))
     assert image.shape == (64, 64, 3)
@@ -191,7 +191,7 @@ def test_an_image_has_the_palettes_colors_and_only_mixtures_between(background):
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
-def test_a_shape_is_drawn_where_and_as_large_as_the_scene_says(shape):
+def test_a_shape_has_the_scenes_position_and_size(shape):
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:64, :64] + 0.5
     for _ in range(50):
@@ -203,10 +203,10 @@ def test_a_shape_is_drawn_where_and_as_large_as_the_scene_says(shape):
         assert (alpha * rows).sum() / area == pytest.approx(y, abs=0.2)
         assert area == pytest.approx(AREAS[shape] * size**2, rel=0.07)
         width = (alpha.max(axis=0) > 0).sum()
-        assert size - 1 <= width <= size + 2  # a soft column on each side
+        assert size - 1 <= width <= size + 2  # with an antialiased column on each side
 
 
-def test_the_shapes_point_where_the_design_says():
+def test_shapes_are_oriented_as_in_the_design():
     def alpha(shape):
         return shapes.render(Scene("black", (Object(shape, "cyan", 32, 32, 28),)))[..., 1] > 100
 

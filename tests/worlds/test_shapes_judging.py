@@ -1,4 +1,4 @@
-"""Strict judgement: a scene is right by its own row, and wrong after any corruption."""
+"""A scene is correct by its own row, and wrong after any corruption."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def with_objects(scene: Scene, *objects: Object) -> Scene:
     return replace(scene, objects=objects)
 
 
-def test_every_captions_scene_is_right_by_its_own_row():
+def test_every_captions_scene_is_correct_by_its_own_row():
     for caption, scene in drawn(600, seed=30):
         assert verdict(caption, scene) == shapes.Verdict(True, "")
 
@@ -63,11 +63,11 @@ def test_an_object_of_another_shape_is_wrong():
         first, *rest = scene.objects
         shape = other(rng, shapes.SHAPES, first.shape)
         changed = with_objects(scene, replace(first, shape=shape, size=14.0), *rest)
-        # The larger corners of another shape may touch a neighbour: wrong all the same.
+        # The larger corners of another shape may touch a neighbour, which is also wrong.
         assert kind(caption, changed) in ("wrong shape", "unrecognised object", "too few objects")
 
 
-def test_one_object_more_is_wrong():
+def test_an_extra_object_is_wrong():
     rng, tried = np.random.default_rng(0), 0
     for caption, scene in drawn(400, seed=33):
         x, y = rng.uniform(10, 54, 2)
@@ -78,7 +78,7 @@ def test_one_object_more_is_wrong():
     assert tried > 100
 
 
-def test_one_object_fewer_is_wrong():
+def test_a_missing_object_is_wrong():
     for caption, scene in drawn(300, seed=34):
         assert kind(caption, with_objects(scene, *scene.objects[1:])) == "too few objects"
 
@@ -104,7 +104,7 @@ def test_a_level_pair_is_neither_above_nor_below():
 
 @pytest.mark.parametrize(("offset", "right"), [(8, True), (6, False), (-8, False)])
 @pytest.mark.parametrize("relation", shapes.RELATIONS)
-def test_a_relation_holds_from_eight_pixels_between_the_centres(relation, offset, right):
+def test_a_relation_needs_eight_pixels_between_the_centres(relation, offset, right):
     caption = Caption((Group("star"), Group("ring")), relation)
     across = relation in ("left of", "right of")
     near = 32 + (offset if relation in ("right of", "below") else -offset)
@@ -114,13 +114,13 @@ def test_a_relation_holds_from_eight_pixels_between_the_centres(relation, offset
     assert verdict(caption, Scene("white", (a, b))).correct == right
 
 
-def test_a_relation_between_equals_holds_either_way_round():
+def test_a_relation_between_identical_objects_holds_either_way():
     scene = Scene("gray", (Object("star", "red", 16, 30, 20), Object("star", "red", 48, 33, 20)))
     for relation in ("left of", "right of"):
         assert verdict(Caption((Group("star"), Group("star")), relation), scene).correct
 
 
-def test_another_background_than_the_named_one_is_wrong():
+def test_a_background_other_than_the_named_one_is_wrong():
     scene = Scene("gray", (Object("star", "red", 16, 30, 20),))
     assert verdict(Caption((Group("star"),)), scene).correct
     assert verdict(Caption((Group("star"),), None, "gray"), scene).correct
@@ -157,13 +157,13 @@ def test_rows_follow_genevals_schema():
     }
 
 
-def test_rows_and_captions_are_two_forms_of_one_thing():
+def test_rows_convert_back_to_their_captions():
     for caption, _ in drawn(500, seed=36):
         assert shapes.caption_for(shapes.row_for(caption)) == caption
 
 
 @pytest.mark.parametrize("tag", shapes.TAGS)
-def test_a_tags_rows_are_its_own_distinct_and_drawn_by_the_seed(tag):
+def test_a_tags_rows_are_distinct_and_determined_by_the_seed(tag):
     rows = shapes.benchmark_rows(tag, 24, seed=1)
     assert {row["tag"] for row in rows} == {tag}
     assert len({row["prompt"] for row in rows}) == 24
@@ -199,7 +199,7 @@ def test_a_small_tag_repeats_its_prompts_only_after_all_of_them():
         ({"background": "green"}, "background 'green'"),
     ],
 )
-def test_a_row_of_another_world_is_one_clear_error(change, message):
+def test_a_row_of_another_world_is_rejected_in_one_line(change, message):
     row = {"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a star"}
     with pytest.raises(InputError, match=message) as error:
         shapes.judge(row | change, np.zeros((64, 64, 3), np.uint8))

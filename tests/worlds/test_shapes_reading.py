@@ -1,4 +1,4 @@
-"""The exact scorer's eyes: rendered scenes are read back, and what is no shape is not guessed."""
+"""The exact scorer reads rendered scenes back, and does not guess at unknown shapes."""
 
 import io
 from collections import Counter
@@ -26,7 +26,7 @@ def content(scene: Scene):
 
 
 def read_back(drawn, change) -> float:
-    """The share of scenes whose background and multiset of (shape, color) are read exactly."""
+    """Returns the share of scenes whose background and (shape, color) counts are read exactly."""
     rng = np.random.default_rng(21)
     right = [content(shapes.read(change(image, rng))) == content(scene) for scene, image in drawn]
     return sum(right) / len(right)
@@ -113,7 +113,7 @@ def test_a_foreign_color_and_a_foreign_background_are_not_recognised():
     assert olive.background is None
 
 
-def test_touching_objects_of_two_colors_are_told_apart():
+def test_touching_objects_of_two_colors_are_separated():
     def draw_on(canvas):
         canvas.rectangle((60, 88, 127, 155), shapes.COLORS["red"])
         canvas.rectangle((128, 88, 195, 155), BLUE)
@@ -148,7 +148,7 @@ def test_specks_are_noise_and_larger_spots_are_objects():
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (32, 32, 3), (64, 64, 4)])
-def test_other_arrays_are_refused(shape):
+def test_other_arrays_are_rejected(shape):
     with pytest.raises(ValueError, match=r"expected uint8 \[64, 64, 3\]"):
         shapes.read(np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="float64"):

@@ -1,8 +1,8 @@
-"""jaxdiff against PyTorch diffusers, on this machine and the same checkpoint.
+"""Compares jaxdiff with PyTorch diffusers on this machine with the same checkpoint.
 
     python -m tools.bench --model shapes64 --batch 1,8 --output bench.json
 
-See docs/benchmarks.md. Needs the extra `bench`: pip install -e ".[bench]".
+See docs/benchmarks.md. It needs the extra `bench`: pip install -e ".[bench]".
 """
 
 import argparse
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from jaxdiff.checkpoint.checkpoint import open_checkpoint
 from jaxdiff.errors import InputError
+from jaxdiff.families import open_checkpoint
 from tools.bench import checkpoints, measure, report
 from tools.bench.engine import Column
 from tools.bench.measure import Figure, Plan
@@ -32,12 +32,12 @@ PARTS: dict[str, Callable[[Workload, Plan], Iterator[Figure]]] = {
 DTYPES = ("float32", "bfloat16")
 COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 STEPS = 20
-MEMORY_FRACTION = 0.9  # of an accelerator, for all engines together
+MEMORY_FRACTION = 0.9  # of an accelerator's memory, for all engines together
 NONE = "none"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures, prints the table, writes the files; 2 with one line for what cannot be used."""
+    """Measures, prints the table, writes the files; returns 2 with one line for unusable input."""
     said = _parser().parse_args(arguments)
     try:
         work, plan = _plan(said)
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         for figure in PARTS[part](work, plan):
             figures.append(figure)
             print(report.as_markdown([figure], plan).splitlines()[-1], file=sys.stderr, flush=True)
-            if said.output:  # what has been measured is kept, whatever happens next
+            if said.output:  # written after each figure, so a later failure loses nothing
                 text = json.dumps(report.as_json(figures, work, plan), indent=1)
                 said.output.write_text(text + "\n")
     table = report.as_markdown(figures, plan)
@@ -62,9 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _plan(said: argparse.Namespace) -> tuple[Workload, Plan]:
     model = checkpoints.directory(said.model)
     checkpoint = open_checkpoint(str(model))
-    width, height = (said.size, said.size) if said.size else checkpoint.default_size
-    if width % checkpoint.size_multiple:
-        raise InputError(f"--size {width} must be a multiple of {checkpoint.size_multiple}")
+    width, height = (said.size, said.size) if said.size else checkpoint.defaults.size
+    if width % checkpoint.defaults.size_multiple:
+        raise InputError(
+            f"--size {width} must be a multiple of {checkpoint.defaults.size_multiple}"
+        )
     columns = [Column("jaxdiff", said.dtype)]
     if said.torch_dtype != [NONE]:
         columns += [Column("diffusers", dtype) for dtype in said.torch_dtype or [said.dtype]]
@@ -74,7 +76,7 @@ def _plan(said: argparse.Namespace) -> tuple[Workload, Plan]:
         width=width,
         height=height,
         steps=said.steps,
-        guidance_scale=said.guidance_scale or checkpoint.default_guidance_scale,
+        guidance_scale=said.guidance_scale or checkpoint.defaults.guidance_scale,
         batches_a_turn=said.batches_a_turn,
         turn_seconds=said.turn_seconds,
         memory_fraction=MEMORY_FRACTION / at_once,
@@ -88,22 +90,26 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m tools.bench", description=__doc__.splitlines()[0]
     )
     add = parser.add_argument
-    add("--model", default="shapes64", help="shapes64, a directory; sd15, sdxl: random weights")
-    add("--parts", type=_one_of(PARTS), default=[*PARTS], help=f"of {','.join(PARTS)}")
-    add("--batch", type=_counts, default=[1, 8], help="sizes, such as 1,8")
-    add("--size", type=_count, help="of the images in pixels; by default the model's own")
-    add("--steps", type=_count, default=STEPS, help="of the model's own sampler")
-    add("--guidance-scale", type=float, help="by default the model's own")
-    add("--dtype", choices=DTYPES, default="float32", help="jaxdiff's")
-    add("--torch-dtype", type=_one_of((*DTYPES, NONE)), help="a column each; none: jaxdiff alone")
-    add("--torch-compile", choices=COMPILE_MODES, default="off", help="of U-Net and decoder")
-    add("--rounds", type=_count, default=5, help="A B A B: so many pairs")
-    add("--turn-seconds", type=float, default=1.0, help="what is shorter is repeated for so long")
-    add("--batches-a-turn", type=_count, default=4, help="of images")
-    add("--job-images", type=_count, default=512, help="of the job")
-    add("--one-at-a-time", action="store_true", help="for models that do not fit memory twice")
-    add("--output", type=Path, help="every round, as JSON")
-    add("--markdown", type=Path, help="the table, which is printed too")
+    add(
+        "--model",
+        default="shapes64",
+        help="shapes64, a directory, or sd15 or sdxl (random weights)",
+    )
+    add("--parts", type=_one_of(PARTS), default=[*PARTS], help=f"default: {','.join(PARTS)}")
+    add("--batch", type=_counts, default=[1, 8], help="batch sizes (default: 1,8)")
+    add("--size", type=_count, help="image size in pixels (default: the model's own)")
+    add("--steps", type=_count, default=STEPS, help="steps of the model's own sampler")
+    add("--guidance-scale", type=float, help="default: the model's own")
+    add("--dtype", choices=DTYPES, default="float32", help="jaxdiff's dtype")
+    add("--torch-dtype", type=_one_of((*DTYPES, NONE)), help="one column each; none: only jaxdiff")
+    add("--torch-compile", choices=COMPILE_MODES, default="off", help="mode for U-Net and decoder")
+    add("--rounds", type=_count, default=5, help="pairs of turns (A B A B)")
+    add("--turn-seconds", type=float, default=1.0, help="minimum length of a turn")
+    add("--batches-a-turn", type=_count, default=4, help="batches per turn of the part images")
+    add("--job-images", type=_count, default=512, help="images per job")
+    add("--one-at-a-time", action="store_true", help="run engines one by one, to save memory")
+    add("--output", type=Path, help="file for every round, as JSON")
+    add("--markdown", type=Path, help="file for the printed table")
     return parser
 
 
@@ -120,7 +126,9 @@ def _counts(text: str) -> list[int]:
 def _one_of(names) -> Callable[[str], list[str]]:
     def read(text: str) -> list[str]:
         if unknown := set(text.split(",")) - set(names):
-            raise argparse.ArgumentTypeError(f"{unknown.pop()!r} is none of {', '.join(names)}")
+            raise argparse.ArgumentTypeError(
+                f"unknown value {unknown.pop()!r}; choose from {', '.join(names)}"
+            )
         return text.split(",")
 
     return read

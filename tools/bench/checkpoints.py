@@ -1,8 +1,9 @@
-"""The checkpoints that are measured: a user's, the bundled one, or one of random weights.
+"""The measured checkpoints: a user's, the bundled one, or one with random weights.
 
-    python -m tools.bench.checkpoints sd15|sdxl
+    python -m tools.bench.checkpoints sd15|sdxl DIR
 
-writes the last: the published architecture at full size, a diffusers directory in float16.
+writes one with random weights: the published architecture at full size, in diffusers' layout and
+float16.
 """
 
 import json
@@ -15,30 +16,24 @@ from pathlib import Path
 import numpy as np
 
 from jaxdiff.checkpoint.checkpoint import BUNDLED
-from jaxdiff.checkpoint.components import (
-    CONFIGS,
-    INDEX,
-    NETWORKS,
-    TOKENIZER_FILES,
-    TOKENIZERS,
-    read_json,
-)
-from jaxdiff.checkpoint.single_file_configs import FAMILIES
+from jaxdiff.checkpoint.component import INDEX, TOKENIZER_FILES, config_file
+from jaxdiff.checkpoint.json_files import read_json, write_json
+from jaxdiff.checkpoint.single_file_configs import CONTENTS
 from jaxdiff.checkpoint.sources import cache_directory
-from jaxdiff.checkpoint.weight_files import TEXT_PREFIX
+from jaxdiff.families import FAMILIES
 
-FULL_SIZE = {"sd15": FAMILIES[768], "sdxl": FAMILIES[2048]}
-TOKENS = 77  # of a prompt; the bundled tokenizer itself says 24
+FULL_SIZE = {"sd15": CONTENTS[768], "sdxl": CONTENTS[2048]}
+TOKENS = 77  # per prompt; the bundled tokenizer's own limit is 24
 ROOT = Path(__file__).parents[2]
 
 
 def directory(model: str) -> Path:
-    """The diffusers directory of "shapes64", of a path, or of "sd15" or "sdxl", written if new."""
+    """Returns the diffusers directory of "shapes64", a path, "sd15" or "sdxl" (written if new)."""
     if model not in FULL_SIZE:
         return BUNDLED.get(model) or Path(model)
     cache = cache_directory() / "bench"
     if not (cache / model).exists():
-        # In a process of its own: JAX would keep this one's accelerator.
+        # In a separate process, because JAX would hold the accelerator in this one.
         command = [sys.executable, "-m", "tools.bench.checkpoints", model, str(cache / model)]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         subprocess.run(command, check=True, cwd=ROOT, env=environment)
@@ -46,38 +41,33 @@ def directory(model: str) -> Path:
 
 
 def write(model: str, target: Path) -> None:
-    """Writes a full-size checkpoint, whole or not at all."""
-    from jaxdiff.families.networks import CONFIGS as CONFIG_CLASSES
-    from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
-    from jaxdiff.models.text import clip
-    from jaxdiff.models.unet import UNet2DConditionModel
-    from jaxdiff.weights.load import abstract_network, file_shapes, write_json
+    """Writes a full-size checkpoint atomically."""
+    from jaxdiff.weights.load import file_shapes
 
-    family = FULL_SIZE[model]
+    contents = FULL_SIZE[model]
+    family = FAMILIES[contents.index["_class_name"]]
+    parsed = {name: contents.configs[name] for name in family.components}
+    networks = family.build(family.read_configs(parsed), contents.index).networks
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
-        write_json(new / INDEX, family.index)
-        for component, said in family.configs.items():
-            (new / component).mkdir()
-            write_json(new / component / CONFIGS[component], said)
-            if component not in NETWORKS:
-                continue
-            config = CONFIG_CLASSES[component].from_json(said)
-            classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-            network = classes.get(component) or clip.network(config)
-            shapes = file_shapes(abstract_network(network, config)[1])
-            if component in TOKENIZERS:
-                _write_tokenizer(new / TOKENIZERS[component])
-                shapes = {_text_key(key): shape for key, shape in shapes.items()}
-            _write_weights(new / component / NETWORKS[component][2], shapes)
+        write_json(new / INDEX, contents.index)
+        for name, config in contents.configs.items():
+            (new / name).mkdir()
+            write_json(new / name / config_file(name), config)
+        for name, component in family.components.items():
+            if component.tokenizer:
+                _write_tokenizer(new / component.tokenizer)
+            shapes = file_shapes(networks[name].shapes)
+            shapes = {_key(key, component.prefix): shape for key, shape in shapes.items()}
+            _write_weights(new / name / component.weights_file, shapes)
         new.rename(target)
 
 
-def _text_key(key: str) -> str:
-    """As transformers has it: the projection alone is no part of the "text_model"."""
-    return key if key.startswith("text_projection.") else TEXT_PREFIX + key
+def _key(key: str, prefix: str) -> str:
+    """Returns transformers' key: the text projection alone has no prefix."""
+    return key if key.startswith("text_projection.") else prefix + key
 
 
 def _write_tokenizer(folder: Path) -> None:
@@ -91,16 +81,17 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _write_weights(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Random weights tensor by tensor, as safetensors' own writer cannot: XL's would fill memory.
+    """Writes random weights tensor by tensor, because all of XL's would fill the memory.
 
-    They have the size that keeps activations near 1, so that nothing overflows.
+    The safetensors library cannot do this. The weights are scaled to keep activations near 1, so
+    that nothing overflows.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for key, shape in shapes.items():
         start, end = end, end + int(np.prod(shape)) * np.dtype(np.float16).itemsize
         header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header)
-    text += " " * (-len(text) % 8)  # tensors are read where they lie, so they begin at a word
+    text += " " * (-len(text) % 8)  # aligns the tensors to words, because they are memory-mapped
     random = np.random.default_rng(0)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text.encode())

@@ -1,8 +1,8 @@
-"""An engine in a process of its own, which prepares one part and runs it when asked.
+"""An engine in a separate process, which prepares one part and runs it on request.
 
     python -m tools.bench.engine jaxdiff|diffusers DTYPE PART BATCH
 
-The workload comes as a line of JSON on standard input, then a line for each thing that is asked.
+The workload is a line of JSON on standard input, followed by one line per request.
 """
 
 import json
@@ -22,7 +22,7 @@ import numpy as np
 from tools.bench.checkpoints import ROOT
 from tools.bench.workload import Workload
 
-SAMPLED = 1024  # numbers of an output, by which two engines are compared
+SAMPLED = 1024  # numbers of an output that are compared between two engines
 OUT_OF_MEMORY = re.compile(
     "out of memory|RESOURCE_EXHAUSTED|can't allocate memory|bad_alloc", re.IGNORECASE
 )
@@ -39,22 +39,23 @@ class Column(NamedTuple):
 
 
 class EngineError(Exception):
-    """A part cannot be run; the text says why, "out of memory" or the like."""
+    """Raised if a part cannot be run; the message gives the reason, such as "out of memory"."""
 
 
 class Engine:
     """A running engine; `close` ends it.
 
     Attributes:
-      platform, device: "cpu", "gpu" or "tpu", and the device's name.
-      sample: numbers of the first output.
+      platform: "cpu", "gpu" or "tpu".
+      device: the device's name.
+      sample: a sample of the numbers in the first output.
     """
 
     def __init__(self, column: Column, part: str, batch: int, work: Workload, **environment: str):
         """Starts a process and waits until it has run the part once.
 
         Raises:
-          EngineError: if it cannot.
+          EngineError: if the part cannot be run.
         """
         command = [sys.executable, "-m", "tools.bench.engine", *column, part, str(batch)]
         self._process = subprocess.Popen(
@@ -70,11 +71,11 @@ class Engine:
         self.sample = np.array(ready["sample"])
 
     def seconds(self) -> float:
-        """Runs the part for a turn; the seconds of one run."""
+        """Runs the part for one turn; returns the seconds per run."""
         return self._ask("turn")["seconds"]
 
     def peak_bytes(self) -> int:
-        """The most memory that it has had: the device's, or on a CPU the process's."""
+        """Returns the peak memory: the device's, or on a CPU the process's."""
         return self._ask("peak")["bytes"]
 
     def close(self) -> None:
@@ -90,7 +91,9 @@ class Engine:
             line = ""
         if not line:
             code = self._process.wait()
-            raise EngineError("killed; out of memory?" if code == -9 else f"ended with {code}")
+            raise EngineError(
+                "killed; out of memory?" if code == -9 else f"ended with exit code {code}"
+            )
         answer = json.loads(line)
         if failure := answer.get("failure"):
             self.close()
@@ -99,8 +102,8 @@ class Engine:
 
 
 def environment_of(work: Workload) -> dict[str, str]:
-    """Of every process that is measured: one GPU, a share of its memory for JAX, its own cache."""
-    cache = "JAX_COMPILATION_CACHE_DIR"  # goes before the user's directory, which a part may move
+    """Returns the environment of a measured process: one GPU, JAX's memory share, its own cache."""
+    cache = "JAX_COMPILATION_CACHE_DIR"  # would override XDG_CACHE_HOME, which `start` changes
     inherited = {name: text for name, text in os.environ.items() if name != cache}
     return {
         "CUDA_VISIBLE_DEVICES": "0",
@@ -112,7 +115,7 @@ def environment_of(work: Workload) -> dict[str, str]:
 def main() -> None:
     """Serves one part of one engine until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print belongs elsewhere
+    os.dup2(2, 1)  # libraries print to stderr, so that stdout holds only answers
     name, dtype, part, batch = sys.argv[1:]
     work = Workload(**json.loads(sys.stdin.readline()))
     try:
@@ -146,7 +149,7 @@ def _timed(run: Callable, at_least: float) -> float:
 
 
 def failure_of(problem: Exception) -> str:
-    """What has gone wrong, on one line; the same of every engine that lacks memory."""
+    """Describes a failure on one line; "out of memory" is the same for every engine."""
     if isinstance(problem, MemoryError) or OUT_OF_MEMORY.search(str(problem)):
         return "out of memory"
     first, *_ = str(problem).splitlines() or [""]

@@ -1,4 +1,4 @@
-"""The measurements: each gives figures, in rounds that take the engines in turn, A B A B."""
+"""The measurements: each yields figures from rounds that alternate the engines, A B A B."""
 
 import json
 import subprocess
@@ -23,16 +23,16 @@ OPERATIONS = {"step": workload.step_operations, "decode": workload.decode_operat
 
 @dataclass
 class Figure:
-    """What was measured of one thing.
+    """The results of one measurement.
 
     Attributes:
-      name: of what.
-      batch: of images.
-      unit: of the values; of rates more is better, of the others less.
-      rounds: by column, a value each round.
-      failures: by column, why there are no values.
-      operations: floating-point operations of what took the seconds, where they are known.
-      samples: by column, numbers of the first output, which should not differ much.
+      name: what was measured.
+      batch: the batch size.
+      unit: the unit of the values; higher is better for rates, lower for everything else.
+      rounds: by column, one value per round.
+      failures: by column, the reason if there are no values.
+      operations: floating-point operations of the timed work, if known.
+      samples: by column, a sample of the first output, which should not differ much.
       devices: by column, the device's name.
     """
 
@@ -48,14 +48,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Plan:
-    """How it is measured.
+    """How to measure.
 
     Attributes:
-      columns: the engines, the first of them jaxdiff.
-      batches: sizes, of images.
-      rounds: of every measurement.
-      one_at_a_time: whether an engine is started for its turn only, and has all the memory.
-      job_images: of the job.
+      columns: the engines; the first is jaxdiff.
+      batches: the batch sizes.
+      rounds: the rounds per measurement.
+      one_at_a_time: whether each engine is started only for its turn, with all the memory.
+      job_images: the images per job.
     """
 
     columns: Sequence[Column]
@@ -66,7 +66,7 @@ class Plan:
 
 
 def parts(name: str, work: Workload, plan: Plan) -> Iterator[Figure]:
-    """Seconds of "text", "step" or "decode", or whole "images" a second, for each batch."""
+    """Measures "text", "step" or "decode" in seconds, or "images" per second, for each batch."""
     for batch in plan.batches:
         figure = _paired(name, batch, work, plan)
         if name in OPERATIONS:
@@ -79,7 +79,7 @@ def parts(name: str, work: Workload, plan: Plan) -> Iterator[Figure]:
 
 
 def product(work: Workload, plan: Plan) -> Iterator[Figure]:
-    """Seconds of a large product of matrices: what can be had of a device at most."""
+    """Measures the seconds of a large matrix product, which gives the device's peak."""
     figure = _paired("product", 1, work, plan)
     platform = "cpu" if "cpu" in figure.devices.values() else "gpu"
     figure.operations = workload.product_operations(workload.product_size(platform))
@@ -87,7 +87,7 @@ def product(work: Workload, plan: Plan) -> Iterator[Figure]:
 
 
 def start(work: Workload, plan: Plan) -> Iterator[Figure]:
-    """Seconds from a new process to its first image: with nothing compiled before, and again."""
+    """Measures the seconds from a new process to its first image, with cold and warm caches."""
     work = replace(work, batches_a_turn=1)
     cold, warm = Figure("first image, cold", 1, "s"), Figure("first image, warm", 1, "s")
     share = Figure("first image, warm / cold", 1, "")
@@ -103,7 +103,7 @@ def start(work: Workload, plan: Plan) -> Iterator[Figure]:
 
 
 def memory(work: Workload, plan: Plan) -> Iterator[Figure]:
-    """MiB at most, of a process that loads the model and makes one batch of images."""
+    """Measures the peak MiB of a process that loads the model and makes one batch of images."""
     work = replace(work, batches_a_turn=1)
     for batch in plan.batches:
         figure = Figure("memory", batch, "MiB")
@@ -114,10 +114,10 @@ def memory(work: Workload, plan: Plan) -> Iterator[Figure]:
 
 
 def job(work: Workload, plan: Plan) -> Iterator[Figure]:
-    """Images a second of `jaxdiff generate`, and of a loop over diffusers that writes PNG files.
+    """Measures images/s of `jaxdiff generate`, and of a loop over diffusers that writes PNG files.
 
-    Both without loading and compiling, at the largest batch. The share is of a bare loop over
-    `TextToImage`, which writes nothing. The whole command's rate includes all that it does.
+    Both exclude loading and compiling and use the largest batch size. The share is relative to a
+    bare loop over `TextToImage`, which writes nothing. The whole command's rate covers everything.
     """
     ours, *others = plan.columns
     batch = max(plan.batches)
@@ -144,7 +144,7 @@ def job(work: Workload, plan: Plan) -> Iterator[Figure]:
 
 @contextmanager
 def _noted(figure: Figure, column: Column) -> Iterator[None]:
-    """Keeps an engine's failure in its place in the table; the others go on."""
+    """Records an engine's failure in the table, so that the others continue."""
     try:
         yield
     except EngineError as problem:
@@ -152,7 +152,7 @@ def _noted(figure: Figure, column: Column) -> Iterator[None]:
 
 
 def _paired(part: str, batch: int, work: Workload, plan: Plan) -> Figure:
-    """Seconds of a part, its engines prepared before the first round unless one at a time."""
+    """Measures the seconds of a part; starts its engines first unless they run one at a time."""
     figure, engines = Figure(part, batch, "s"), {}
     with ExitStack() as stack:
         for column in () if plan.one_at_a_time else plan.columns:
@@ -184,7 +184,7 @@ def _first_image_seconds(column: Column, work: Workload, cache: Path) -> float:
 
 
 def _job_rates(column: Column, batch: int, images: int, work: Workload) -> tuple[float, float]:
-    """Images a second of a job: by its own account of its stages, and of the whole command."""
+    """Returns the images/s of a job: from its own stage times, and for the whole command."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prompts = "\n".join(workload.prompts(0, images))
@@ -205,7 +205,7 @@ def _job_rates(column: Column, batch: int, images: int, work: Workload) -> tuple
         began = time.perf_counter()
         job = subprocess.run(command, cwd=ROOT, env=environment_of(work), stdout=sys.stderr)
         if job.returncode:
-            raise EngineError("the job failed")
+            raise EngineError("jaxdiff generate failed")
         elapsed = time.perf_counter() - began
         seconds = json.loads((folder / "out" / "run.json").read_text())["seconds"]
     return images / (seconds["generate"] + seconds["write"]), images / elapsed

@@ -1,11 +1,10 @@
-"""What is measured of jaxdiff, each by a function that prepares it.
+"""The parts measured for jaxdiff; each function prepares one.
 
-A part returns a function without arguments that does the work once, and returns its result when
+A part returns a function without arguments that does the work once and returns the result when
 the device has finished.
 """
 
 from collections.abc import Callable
-from functools import partial
 from itertools import count
 
 import jax
@@ -15,29 +14,23 @@ from flax import nnx
 
 import jaxdiff
 from jaxdiff.devices import compilation, parallel
+from jaxdiff.engine.denoiser import LoadedDenoiser
 from jaxdiff.engine.engine import DTYPES
-from jaxdiff.engine.prompts import PromptEncoder
-from jaxdiff.families.networks import read_configs
-from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
-from jaxdiff.models.unet import UNet2DConditionModel
-from jaxdiff.weights.load import abstract_network, load_params
+from jaxdiff.families.ensemble import Ensemble
+from jaxdiff.families.model import networks_of
+from jaxdiff.request import Options
+from jaxdiff.weights.load import load_params, places
 from tools.bench import workload
 from tools.bench.workload import Workload
 
-ONE_DEVICE = "data=1"  # as the other engine
+ONE_DEVICE = "data=1"  # like the other engine
 
 
 def text(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
-    """Prompts, each met for the first time, to embeddings."""
-    checkpoint = work.checkpoint
-    encode = PromptEncoder(
-        checkpoint,
-        read_configs(checkpoint),
-        DTYPES[dtype],
-        parallel.make_mesh(ONE_DEVICE),
-        clip_skip=0,
-        chunks=1,
-    )
+    """Encodes prompts that are not in the cache to embeddings."""
+    mesh = parallel.make_mesh(ONE_DEVICE)
+    (scheduler,) = Ensemble(work.checkpoint).schedulers("")
+    encode = LoadedDenoiser(work.checkpoint, scheduler, DTYPES[dtype], mesh, Options()).prompts
     encode.load()
     turns = count()
 
@@ -50,33 +43,33 @@ def text(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
 
 
 def step(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
-    """One evaluation of the U-Net for a batch of images, each with its unguided half."""
-    graph, params = _network(work, "unet", UNet2DConditionModel, dtype)
+    """Evaluates the U-Net once for a batch of images, each with its unconditional half."""
+    graph, params = _network(work, "unet", dtype)
     rows = workload.GUIDED_PAIR * batch
     latents = jax.device_put(workload.latents(work, rows).astype(DTYPES[dtype]))
-    told = {
+    conditioning = {
         name: jnp.asarray(array, jnp.float32 if name == "time_ids" else DTYPES[dtype])
         for name, array in workload.conditioning(work, rows).items()
     }
     timesteps = jnp.full(rows, workload.TIMESTEP, jnp.float32)
 
     @compilation.jit
-    def unet(params: dict, latents: jax.Array, told: dict) -> jax.Array:
-        return nnx.merge(graph, params)(latents, timesteps, **told)
+    def unet(params: dict, latents: jax.Array, conditioning: dict) -> jax.Array:
+        return nnx.merge(graph, params)(latents, timesteps, **conditioning)
 
-    return lambda: unet(params, latents, told).block_until_ready()
+    return lambda: unet(params, latents, conditioning).block_until_ready()
 
 
 def decode(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
-    """Latents to images."""
-    graph, params = _network(work, "vae", AutoencoderKL, dtype)
+    """Decodes latents to images."""
+    graph, params = _network(work, "vae", dtype)
     latents = jax.device_put(workload.latents(work, batch).astype(DTYPES[dtype]))
     vae = compilation.jit(lambda params, latents: nnx.merge(graph, params).decode(latents))
     return lambda: vae(params, latents).block_until_ready()
 
 
 def images(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
-    """Prompts to 8-bit pixels."""
+    """Makes 8-bit pixels from prompts."""
     settings = {
         "width": work.width,
         "height": work.height,
@@ -102,7 +95,7 @@ def images(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
 
 
 def product(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
-    """The product of two square matrices, whatever the batch."""
+    """Multiplies two square matrices; the batch size is ignored."""
     size = workload.product_size(platform())
     matrix = jax.device_put(workload.matrix(size).astype(DTYPES[dtype]))
     multiply = compilation.jit(jnp.matmul)
@@ -114,38 +107,38 @@ PARTS = {
     "step": step,
     "decode": decode,
     "images": images,
-    "first": images,  # prepares nothing that a user would not
+    "first": images,  # its preparation is the same as a user's
     "product": product,
 }
 
 
 def device() -> str:
-    """What the device is called."""
+    """Returns the device's name."""
     return jax.devices()[0].device_kind
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu"."""
+    """Returns "cpu", "gpu" or "tpu"."""
     return jax.default_backend()
 
 
 def device_peak_bytes() -> int | None:
-    """The most that has been in use on an accelerator; None on a CPU."""
+    """Returns the peak memory used on an accelerator; None on a CPU."""
     statistics = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     return statistics and statistics["peak_bytes_in_use"]
 
 
 def to_numpy(output: jax.Array | np.ndarray) -> np.ndarray:
-    """An output in float32, images with the channels last."""
+    """Converts an output to float32, with an image's channels last."""
     return np.asarray(output).astype(np.float32)
 
 
 def prepare_process(work: Workload) -> None:
-    """JAX takes what it needs from its environment."""
+    """Does nothing: JAX reads its settings from the environment."""
 
 
-def _network(work: Workload, name: str, model_class: type, dtype: str) -> tuple:
-    checkpoint = work.checkpoint
-    graph, shapes = abstract_network(model_class, read_configs(checkpoint)[name])
-    load = partial(load_params, shapes, checkpoint.weights(name), DTYPES[dtype])
-    return graph, load(jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+def _network(work: Workload, name: str, dtype: str) -> tuple:
+    network = networks_of(work.checkpoint).networks[name]
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = places(network.shapes, DTYPES[dtype], device)
+    return network.graph, load_params(where, work.checkpoint.weights(name))

@@ -1,4 +1,4 @@
-"""Figures as JSON and as a Markdown table: medians, ratios of paired rounds, shares of the peak."""
+"""Reports figures as JSON and Markdown: medians, ratios of paired rounds, shares of the peak."""
 
 import importlib.metadata
 import os
@@ -25,7 +25,7 @@ MACHINE_FACTS = {  # on Linux
 
 
 def machine() -> dict:
-    """This machine's facts, as far as they can be told, and how busy it is."""
+    """Describes this machine, as far as known, and its load average."""
     facts = {"system": platform.platform(), "cores": os.cpu_count()}
     for name, (path, pattern) in MACHINE_FACTS.items():
         if Path(path).exists() and (found := re.search(pattern, Path(path).read_text())):
@@ -34,7 +34,7 @@ def machine() -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages, and the commit that is checked out."""
+    """Returns the versions of the packages and the commit of this checkout."""
     found = {}
     for package in PACKAGES:
         try:
@@ -47,13 +47,13 @@ def versions() -> dict[str, str]:
 
 
 def ratios(figure: Figure, ours: Column, theirs: Column) -> list[float]:
-    """Of each round of both: our value, of theirs."""
+    """Returns our value divided by theirs, for each round of both."""
     pairs = zip(figure.rounds.get(ours, ()), figure.rounds.get(theirs, ()), strict=False)
     return [ours / theirs for ours, theirs in pairs]
 
 
 def peaks(figures: Sequence[Figure]) -> dict[str, float]:
-    """By dtype, the most operations a second that either engine's product of matrices reached."""
+    """Returns, by dtype, the highest operations/s of either engine's matrix product."""
     found: dict[str, float] = {}
     for figure in figures:
         if figure.name == "product":
@@ -64,7 +64,7 @@ def peaks(figures: Sequence[Figure]) -> dict[str, float]:
 
 
 def share_of_peak(figure: Figure, column: Column, peaks: dict[str, float]) -> float | None:
-    """How much of the peak a figure's operations took; None where either is not known."""
+    """Returns the share of the peak that a figure reached; None if either is unknown."""
     if not figure.operations or not figure.rounds.get(column) or column.dtype not in peaks:
         return None
     seconds = statistics.median(figure.rounds[column])
@@ -72,7 +72,7 @@ def share_of_peak(figure: Figure, column: Column, peaks: dict[str, float]) -> fl
 
 
 def difference(figure: Figure, ours: Column, theirs: Column) -> float | None:
-    """Of our output from theirs, relative to its norm."""
+    """Returns the difference of our output from theirs, relative to the norm of theirs."""
     if not {ours, theirs} <= figure.samples.keys():
         return None
     reference = figure.samples[theirs]
@@ -80,7 +80,7 @@ def difference(figure: Figure, ours: Column, theirs: Column) -> float | None:
 
 
 def as_json(figures: Sequence[Figure], work: Workload, plan: Plan) -> dict:
-    """Everything: the machine, the versions, the settings, each round of each figure."""
+    """Returns the machine, the versions, the settings and every round of every figure."""
     settings = asdict(work) | asdict(plan) | {"columns": [str(column) for column in plan.columns]}
     top = peaks(figures)
     return {
@@ -122,7 +122,7 @@ def _figure_as_json(figure: Figure, plan: Plan, top: dict[str, float]) -> dict:
 
 
 def as_markdown(figures: Sequence[Figure], plan: Plan) -> str:
-    """A table with a row for each figure: medians, then ratios with their least and greatest."""
+    """Returns a table with one row per figure: medians, then ratios with minimum and maximum."""
     ours, *others = plan.columns
     top = peaks(figures)
     against = [f"ratio to {theirs}" for theirs in others]

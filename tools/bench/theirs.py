@@ -1,7 +1,7 @@
-"""What is measured of PyTorch diffusers, as `ours` has it, in the fastest form that it offers.
+"""The parts measured for PyTorch diffusers, like those in `ours`, in its fastest configuration.
 
-All threads, fused attention (diffusers' default), inference mode; convolutions with the channels
-last where that is faster; on GPUs the U-Net and the decoder compiled.
+It uses all threads, fused attention (diffusers' default), inference mode, channels-last
+convolutions if they are faster, and on GPUs a compiled U-Net and decoder.
 """
 
 import itertools
@@ -19,13 +19,13 @@ from PIL import Image
 from tools.bench import workload
 from tools.bench.workload import Workload
 
-LAYOUT_STEPS = 2  # of an image suffice to tell which layout is the faster
+LAYOUT_STEPS = 2  # steps of the trial images that choose the faster layout
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def text(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
-    """Prompts to embeddings; nothing is remembered here."""
+    """Encodes prompts to embeddings; there is no cache here."""
     pipeline = _pipeline(work, dtype, unet=None, vae=None)
     turns = itertools.count()
 
@@ -45,19 +45,19 @@ def text(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
 
 
 def step(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
-    """One evaluation of the U-Net for a batch of images, each with its unguided half."""
+    """Evaluates the U-Net once for a batch of images, each with its unconditional half."""
     unet = diffusers.UNet2DConditionModel.from_pretrained(
         work.model, subfolder="unet", dtype=_dtype(dtype)
     ).to(DEVICE)
     rows = workload.GUIDED_PAIR * batch
-    told = workload.conditioning(work, rows)
+    inputs = workload.conditioning(work, rows)
     added = {
-        name: _tensor(told[key], dtype)
+        name: _tensor(inputs[key], dtype)
         for name, key in (("text_embeds", "pooled"), ("time_ids", "time_ids"))
-        if key in told
+        if key in inputs
     }
     latents = _tensor(np.moveaxis(workload.latents(work, rows), -1, 1), dtype)
-    context = _tensor(told["context"], dtype)
+    context = _tensor(inputs["context"], dtype)
     timestep = torch.tensor(float(workload.TIMESTEP), device=DEVICE)
 
     def forward(network: Callable) -> torch.Tensor:
@@ -67,7 +67,7 @@ def step(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
 
 
 def decode(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
-    """Latents to images."""
+    """Decodes latents to images."""
     vae = diffusers.AutoencoderKL.from_pretrained(
         work.model, subfolder="vae", dtype=_dtype(dtype)
     ).to(DEVICE)
@@ -80,7 +80,7 @@ def decode(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]
 
 
 def images(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
-    """Prompts to 8-bit pixels, which are made on the device."""
+    """Makes 8-bit pixels from prompts; the conversion to 8 bits runs on the device."""
     pipeline = _compiled_pipeline(work, dtype)
     few = replace(work, steps=LAYOUT_STEPS)
     _choose_layout((pipeline.unet, pipeline.vae), lambda: _pixels(pipeline, few, 0, batch))
@@ -89,13 +89,13 @@ def images(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
 
 
 def first(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
-    """The same without trying anything before."""
+    """Does the same as `images`, but without layout trials."""
     batches = _batches(_compiled_pipeline(work, dtype), work, batch)
     return lambda: np.concatenate(list(itertools.islice(batches, work.batches_a_turn)))
 
 
 def files(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
-    """Prompts to PNG files: the loop that a user writes in place of a job."""
+    """Makes PNG files from prompts, in the loop that a user would write instead of a job."""
     pipeline = _compiled_pipeline(work, dtype)
     few = replace(work, steps=LAYOUT_STEPS)
     _choose_layout((pipeline.unet, pipeline.vae), lambda: _pixels(pipeline, few, 0, batch))
@@ -113,7 +113,7 @@ def files(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
 
 
 def product(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
-    """The product of two square matrices, whatever the batch."""
+    """Multiplies two square matrices; the batch size is ignored."""
     size = workload.product_size(platform())
     matrix = _tensor(workload.matrix(size), dtype)
 
@@ -138,22 +138,22 @@ PARTS = {
 
 
 def device() -> str:
-    """What the device is called."""
+    """Returns the device's name."""
     return torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
 
 
 def platform() -> str:
-    """ "cpu" or "gpu", as JAX calls them."""
+    """Returns "cpu" or "gpu", as in JAX."""
     return "gpu" if DEVICE == "cuda" else "cpu"
 
 
 def device_peak_bytes() -> int | None:
-    """The most that has been in use on a GPU; None on a CPU."""
+    """Returns the peak memory allocated on a GPU; None on a CPU."""
     return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
 
 
 def to_numpy(output: torch.Tensor | np.ndarray) -> np.ndarray:
-    """An output in float32, images with the channels last."""
+    """Converts an output to float32, with an image's channels last."""
     if isinstance(output, np.ndarray):
         return output.astype(np.float32)
     array = output.float().cpu().numpy()
@@ -161,7 +161,7 @@ def to_numpy(output: torch.Tensor | np.ndarray) -> np.ndarray:
 
 
 def prepare_process(work: Workload) -> None:
-    """All cores; of a GPU its share, and TF32 for float32, as XLA does."""
+    """Sets all cores, the share of a GPU's memory, and TF32 for float32 products, as in XLA."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision("high")
     if DEVICE == "cuda":
@@ -209,7 +209,7 @@ def _compiled_pipeline(work: Workload, dtype: str):
 def _fastest(
     module: torch.nn.Module, function: Callable, forward: Callable, mode: str
 ) -> Callable[[], torch.Tensor]:
-    """A part from `forward(function)`, after the module's layout has been chosen."""
+    """Makes a part from `forward(function)`, after choosing the module's layout."""
     if mode != "off":
         function = torch.compile(function, mode=mode, dynamic=False)
 
@@ -224,15 +224,15 @@ def _fastest(
 
 
 def _choose_layout(modules: tuple[torch.nn.Module, ...], run: Callable) -> None:
-    """Leaves the modules' convolutions in the layout in which `run` is the faster.
+    """Sets the modules' convolutions to the layout in which `run` is faster.
 
-    On GPUs that is known: the channels last.
+    On GPUs that is channels-last, without a trial.
     """
     seconds = {torch.channels_last: 0.0}
     for layout in LAYOUTS if DEVICE == "cpu" else ():
         for module in modules:
             module.to(memory_format=layout)
-        run()  # the first is slower
+        run()  # the first run is slower
         began = time.perf_counter()
         run()
         seconds[layout] = time.perf_counter() - began

@@ -120,7 +120,7 @@ for sample in tars.decode("pil"):
 images[0]["image"], images[0]["prompt"]  # "metadata", a row's other columns, is a JSON text
 """,
     "imagefolder": """\
-images = image_files.sort("key")  # the folders come in any order
+images = images.sort("key")  # the folders come in any order
 # If all ids or prompts of a folder are dates, `datasets` spells them its own way.
 images[0]["image"], images[0]["prompt"]  # "metadata", a row's other columns, is a JSON text
 """,

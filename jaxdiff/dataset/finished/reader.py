@@ -14,11 +14,11 @@ from jaxdiff.dataset import image_files as image_files
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.errors import InputError
+from jaxdiff.request import FIELDS
 
 ROWS_AT_ONCE = 500
 ALWAYS_THERE = (  # of a failed image, too
-    *("key", "id", "image_index", "prompt", "negative_prompt", "seed", "width", "height"),
-    *("steps", "guidance_scale", "sampler", "metadata"),
+    *("key", "id", "image_index", *FIELDS, "metadata"),
 )
 
 

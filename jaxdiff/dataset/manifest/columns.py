@@ -4,12 +4,10 @@ import functools
 from collections.abc import Iterable
 
 from jaxdiff import checks
+from jaxdiff.request import FIELDS
 
 # The columns that mean something; any other is carried through to the image's metadata.
-COLUMNS = (
-    *("prompt", "id", "negative_prompt", "seed", "seeds", "num_images"),
-    *("width", "height", "steps", "guidance_scale", "sampler"),
-)
+COLUMNS = ("id", "seeds", "num_images", *FIELDS)
 # DiffusionDB's metadata.parquet (Wang et al., 2022, arXiv:2210.14896) says by codes, such as
 # sampler 8, how its images were made. How new ones are made is the job's to say.
 DIFFUSIONDB = {"image_name", "prompt", "part_id", "step", "cfg", "sampler"}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxdiff import checks
-from jaxdiff.checks import BadValueError
+from jaxdiff.checks import MAX_SEED, BadValueError
 from jaxdiff.dataset.manifest import columns
 from jaxdiff.dataset.settings import Settings
-from jaxdiff.request import MAX_SEED, Request
+from jaxdiff.request import Request
 
 MAX_ID_CHARACTERS = 500
 JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -39,7 +39,7 @@ def parse(values: dict, row_number: int, settings: Settings, request_checks: dic
       values: by column, as `manifest.Entry` has them; None counts as not said.
       row_number: stands in for a missing id.
       settings: the job's, for what the row does not say.
-      request_checks: as `checks.of_request` gives them.
+      request_checks: as `request.field_checks` gives them.
 
     Raises:
       BadValueError: for a row that cannot be used.

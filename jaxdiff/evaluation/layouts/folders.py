@@ -1,7 +1,8 @@
-"""Folders of images as the benchmarks' own scorers read them, written and read.
+"""Writes and reads image folders in the layouts of the benchmarks' own scorers.
 
-The scorers list their folders: some skip a missing image, some take the next one for it, and some
-stumble over a stranger. So what is written is whole and holds nothing else, or is not there at all.
+The scorers list their folders: some skip a missing image, some use the next image instead, and some
+fail on an unknown file. So an exported folder is complete and holds nothing else, or does not
+exist.
 """
 
 import json
@@ -42,31 +43,31 @@ def export(
     directory: Path,
     beside_others: bool = False,
 ) -> int:
-    """Writes pictures, in any order, in a layout of `LAYOUTS`; returns how many there were.
+    """Writes pictures, in any order, in a layout of `LAYOUTS`; returns their number.
 
-    Only one picture is in memory at a time, or those of one grid.
+    Only one picture, or the pictures of one grid, are in memory at a time.
 
     Args:
-      prompts: of the whole benchmark, in its order.
-      images: of each prompt, that must all be there.
-      directory: must be new or empty, and is written whole or not at all.
-      beside_others: whether it may hold other things, too; folders that are numbers are replaced.
-        Where this is broken off, doing it again mends it.
+      prompts: all prompts of the benchmark, in its order.
+      images: the number of images per prompt; all must be present.
+      directory: must be new or empty; written completely or not at all.
+      beside_others: allow other files in the directory, and replace folders with a number as their
+        name. If this is interrupted, exporting again repairs the directory.
 
     Raises:
-      InputError: for prompts that the layout has no name for, or a picture that is missing, could
-        not be made, is one too many or cannot be read; nothing is left behind.
+      InputError: for a prompt that the layout cannot name, or a picture that is missing, could not
+        be generated, is surplus or cannot be read; leaves nothing behind.
     """
     how, slots = LAYOUTS[layout], _slots(layout, prompts)
     if how.images not in (None, images):
         raise InputError(
-            f"layout {layout} takes {how.images} images of each prompt, not {images}; make it "
+            f"layout {layout} takes {how.images} images of each prompt, not {images}; set "
             f"--images {how.images}"
         )
     if directory.is_file() or (
         not beside_others and directory.is_dir() and any(directory.iterdir())
     ):
-        raise InputError(f"{directory} is there already and not empty; give a new directory")
+        raise InputError(f"{directory} already exists and is not empty; give a new directory")
     parent = directory if beside_others else directory.parent
     unfinished = parent / f".{directory.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -83,12 +84,12 @@ def export(
 
 
 def read_layout(layout: str, directory: Path, prompts: list[Prompt]) -> Iterator[Picture]:
-    """Yields the pictures of a folder in a layout of `LAYOUTS`, prompt by prompt.
+    """Yields the pictures of a folder in a layout of `LAYOUTS`, ordered by prompt.
 
-    Each prompt must have as many as the first one has. A picture's key is its file's path.
+    Each prompt must have as many images as the first one. A picture's key is its file's path.
 
     Raises:
-      InputError: that names a file that is missing, is no image, or is of another prompt.
+      InputError: naming a file that is missing, not an image, or of another prompt.
     """
     how, slots = LAYOUTS[layout], _slots(layout, prompts)
     first = next(iter(slots.values()))
@@ -101,14 +102,15 @@ def read_layout(layout: str, directory: Path, prompts: list[Prompt]) -> Iterator
         for index, (name, content) in enumerate(_files(how, directory, slot, images)):
             yield Picture(name, slot.prompt, index, -1, content, how.extension)
         extra = () if how.images or how is T2I_COMPBENCH else how.names(slot, images, images)
-        if _is_there(directory, extra):  # where numbers run on, the next prompt's will be missing
+        if _is_there(directory, extra):  # with running numbers, the next prompt lacks images
             raise InputError(
-                f"{directory / extra[0]} is one too many: the first prompt has {images} images"
+                f"{directory / extra[0]} is one too many: the first prompt has {images} images; "
+                "give each prompt the same number"
             )
 
 
 def _slots(layout: str, prompts: list[Prompt]) -> dict[str, Slot]:
-    """The prompts' places by their ids; raises InputError for one that the layout cannot name."""
+    """Returns the slots by prompt id; raises InputError if the layout cannot name a prompt."""
     slots, seen = {}, Counter()
     for position, prompt in enumerate(prompts):
         slot = Slot(prompt, position, seen[prompt.category])
@@ -120,10 +122,10 @@ def _slots(layout: str, prompts: list[Prompt]) -> dict[str, Slot]:
                 f"layout {layout} cannot hold prompt {checks.shown(prompt.id)}: {problem}"
             ) from None
         if prompt.id in slots:
-            raise InputError(f"there are two prompts with the id {checks.shown(prompt.id)}")
+            raise InputError(f"two prompts have the id {checks.shown(prompt.id)}; rename one")
         slots[prompt.id] = slot
     if not slots:
-        raise InputError("there are no prompts, so there is no layout")
+        raise InputError("there are no prompts to lay out; give at least one")
     return slots
 
 
@@ -135,20 +137,22 @@ def _write(
         slot, index = slots.get(picture.prompt.id), picture.index
         what = f"image {index} of prompt {checks.shown(picture.prompt.id)}"
         if slot is None:
-            raise InputError(f"{what}: the benchmark has no such prompt")
+            raise InputError(f"{what}: the benchmark does not have this prompt")
         if index >= images:
             raise InputError(f"{what} is one too many: each prompt has {images}")
         if there[slot.position, index]:
-            raise InputError(f"{what} is there twice")
+            raise InputError(f"{what} exists twice")
         if picture.image is None:
-            raise InputError(f"{what} could not be made; a folder with gaps is scored wrongly")
+            raise InputError(
+                f"{what} could not be generated; scorers misread a folder with missing images"
+            )
         try:
             pixels = decode(picture.image)
         except ValueError as problem:
             raise InputError(f"{what}: {problem}") from None
         size = size or pixels.shape
         if how.is_tiled and not pixels.shape[0] == pixels.shape[1] == size[0]:
-            raise InputError(f"{what}: all images must be squares of one size in this layout")
+            raise InputError(f"{what}: in this layout, all images must be squares of one size")
         file = _file(how, folder, slot, index, images)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(_converted(picture.image, pixels, how.extension))
@@ -160,8 +164,8 @@ def _write(
         if not there[slot.position].all():
             missing = np.argmin(there[slot.position])
             raise InputError(
-                f"image {missing} of prompt {checks.shown(slot.prompt.id)} is missing; a folder "
-                "with gaps is scored wrongly"
+                f"image {missing} of prompt {checks.shown(slot.prompt.id)} is missing; scorers "
+                "misread a folder with missing images"
             )
     how.close(folder, list(slots.values()), images)
     return there.size
@@ -174,14 +178,14 @@ def _file(how: Layout, folder: Path, slot: Slot, index: int, images: int) -> Pat
 
 
 def _converted(content: bytes, pixels: np.ndarray, extension: str) -> bytes:
-    """The file as it is if it is of the wanted kind, which loses nothing."""
+    """Returns the file unchanged if it already has the wanted format, which is lossless."""
     if content.startswith(MAGIC[extension]):
         return content
     return encoded(Image.fromarray(pixels), extension)
 
 
 def _replace_numbered(directory: Path, new: Path) -> None:
-    """Moves everything in; a folder that is a number is of an earlier time and goes first."""
+    """Moves the new files in, after removing numbered folders of earlier exports."""
     for old in directory.iterdir():
         if old.is_dir() and old.name.isdigit():
             shutil.rmtree(old)
@@ -190,7 +194,7 @@ def _replace_numbered(directory: Path, new: Path) -> None:
 
 
 def _files(how: Layout, directory: Path, slot: Slot, images: int) -> Iterator[tuple[str, bytes]]:
-    """Yields the names and the bytes of a prompt's images."""
+    """Yields the names and the contents of a prompt's images."""
     if not how.is_tiled:
         for index in range(images):
             yield _read_first(directory, how.names(slot, index, images))
@@ -200,9 +204,10 @@ def _files(how: Layout, directory: Path, slot: Slot, images: int) -> Iterator[tu
     side = grid.width // 2
     if grid.size != (2 * side, 2 * side):
         raise InputError(
-            f"{directory / name} is no grid of 2x2 squares, but {grid.width}x{grid.height} pixels"
+            f"{directory / name} is {grid.width}x{grid.height} pixels, not a 2x2 grid of squares; "
+            "export it again"
         )
-    for index in range(images):  # as compute_dpg_bench.py cuts it
+    for index in range(images):  # the order in which compute_dpg_bench.py cuts it
         left, top = index % 2 * side, index // 2 * side
         tile = grid.crop((left, top, left + side, top + side))
         yield f"{name}#{index}", encoded(tile, "png")
@@ -213,13 +218,13 @@ def _is_there(directory: Path, names: tuple[str, ...]) -> bool:
 
 
 def _read_first(directory: Path, names: tuple[str, ...]) -> tuple[str, bytes]:
-    """The first of the files that is there: its name, and its bytes, which are an image."""
+    """Reads the first file that exists, which must be an image; returns its name and content."""
     name = next((name for name in names if (directory / name).exists()), names[0])
     try:
         with (directory / name).open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
-            raise ValueError(f"more than {MAX_FILE_BYTES // 2**20} MiB")
+            raise ValueError(f"the file has more than {MAX_FILE_BYTES // 2**20} MiB")
         decode(content)
     except FileNotFoundError:
         raise InputError(f"{directory / name} is missing") from None
@@ -229,7 +234,7 @@ def _read_first(directory: Path, names: tuple[str, ...]) -> tuple[str, bytes]:
 
 
 def _check_prompt(directory: Path, slot: Slot) -> None:
-    """Refuses a folder of GenEval's that shows another prompt than its place says."""
+    """Rejects a GenEval folder whose prompt is not the benchmark's prompt at that position."""
     path = directory / f"{slot.position:05d}" / "metadata.jsonl"
     try:
         with path.open("rb") as file:
@@ -237,8 +242,8 @@ def _check_prompt(directory: Path, slot: Slot) -> None:
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (KeyError, OSError, RecursionError, TypeError, ValueError):
-        raise InputError(f"{path} is not one JSON object with a prompt") from None
+        raise InputError(f"{path} is not a JSON object with a prompt") from None
     if said != slot.prompt.text:
         raise InputError(
-            f"{path} is of another prompt than the benchmark's, {checks.shown(slot.prompt.text)}"
+            f"{path} does not have the benchmark's prompt, {checks.shown(slot.prompt.text)}"
         )

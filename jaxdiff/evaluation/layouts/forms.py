@@ -1,6 +1,6 @@
-"""The form of each benchmark's folder of images: names, what else lies there, what cannot.
+"""The layout of each benchmark's image folder: file names, additional files, restrictions.
 
-All of it was read in the benchmarks' own scorers.
+All of it follows the source code of the benchmarks' own scorers.
 """
 
 import csv
@@ -20,21 +20,21 @@ from jaxdiff.dataset.image_files import SAVE, decode
 from jaxdiff.evaluation.benchmarks import STYLES
 from jaxdiff.evaluation.records import Prompt
 
-MAX_NAME_BYTES = 255  # of a file, on the usual file systems
-GRID_IMAGES = 16  # in a GenEval prompt's overview, at most
+MAX_NAME_BYTES = 255  # limit of common file systems
+GRID_IMAGES = 16  # at most, in a GenEval prompt's overview
 RESULTS = "results.csv"
-TABLE = ("file", "id", "prompt", "category", "index")  # its first columns
+TABLE = ("file", "id", "prompt", "category", "index")  # the first columns of RESULTS
 TILES = ".tiles"
 SAVE_JPEG = SAVE["jpeg"] | {"comment": b"JPEG quality 95, 4:4:4"}  # HPSv2 allows no other file
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A prompt's place.
+    """A prompt's position in a benchmark.
 
     Attributes:
       position: among all prompts, from 0.
-      of_category: its position among those of its category.
+      of_category: among the prompts of its category, from 0.
     """
 
     prompt: Prompt
@@ -44,18 +44,18 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the images of a benchmark lie in their folder.
+    """How a benchmark's images are arranged in their folder.
 
     Attributes:
-      names: where image `index` of so many of a prompt may lie: (slot, index, images). It is
-        written to the first of these.
+      names: returns the possible paths of a prompt's image: (slot, index, images). Images are
+        written to the first path.
       extension: of the files, "png" or "jpg".
-      images: of each prompt, if only one number will do.
-      check: raises BadValueError for a prompt that it has no name for.
-      finish: does what is left for a prompt whose images are all there: (folder, slot, files).
-      close: does what is left when all images are there: (folder, slots, images).
-      is_tiled: whether a file is a 2x2 grid of a prompt's images, squares of one size, which wait
-        in the folder `TILES` until they are all there.
+      images: the number of images per prompt, if it is fixed.
+      check: raises BadValueError for a prompt that the layout cannot name.
+      finish: runs when all images of a prompt are written: (folder, slot, files).
+      close: runs when all images are written: (folder, slots, images).
+      is_tiled: whether a file is a 2x2 grid of a prompt's images, squares of one size. They are
+        kept in the folder `TILES` until the grid is complete.
     """
 
     names: Callable[[Slot, int, int], tuple[str, ...]]
@@ -68,7 +68,7 @@ class Layout:
 
 
 def encoded(image: Image.Image, extension: str) -> bytes:
-    """An image's file, a "png" or a "jpg" (quality 95)."""
+    """Encodes an image as "png" or "jpg" (quality 95)."""
     file = io.BytesIO()
     if extension == "png":
         image.save(file, "png")
@@ -79,7 +79,7 @@ def encoded(image: Image.Image, extension: str) -> bytes:
 
 def _of_geneval(slot: Slot, index: int, _images: int) -> tuple[str, ...]:
     samples = f"{slot.position:05d}/samples"
-    return f"{samples}/{index:04d}.png", f"{samples}/{index:05d}.png"  # as its generator names them
+    return f"{samples}/{index:04d}.png", f"{samples}/{index:05d}.png"  # the generator's names
 
 
 def _of_t2i_compbench(slot: Slot, index: int, images: int) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def _of_t2i_compbench(slot: Slot, index: int, images: int) -> tuple[str, ...]:
 
 
 def _of_categories(slot: Slot, index: int, _images: int) -> tuple[str, ...]:
-    """A name that any category gives; results.csv has it as it is."""
+    """Returns a path that is valid for any category; results.csv has the exact category."""
     folder = re.sub(r"[^\w &',+()-]", "-", slot.prompt.category.strip(" ."))
     folder = folder.encode()[:200].decode(errors="ignore")
     name = f"{slot.position:05d}-{index}.png" if index else f"{slot.position:05d}.png"
@@ -99,13 +99,13 @@ def _of_categories(slot: Slot, index: int, _images: int) -> tuple[str, ...]:
 def _check_geneval(prompt: Prompt) -> None:
     missing = [name for name in ("tag", "include", "prompt") if name not in prompt.row]
     if missing:
-        raise BadValueError(f"GenEval's scorer needs its {', '.join(missing)}")
+        raise BadValueError(f"its row lacks {', '.join(missing)}, which GenEval's scorer needs")
 
 
 def _check_t2i_compbench(prompt: Prompt) -> None:
-    """BLIP_vqa.py takes what stands before the first "_" for the prompt."""
+    """Rejects "_" in a prompt: BLIP_vqa.py reads the prompt from the name, up to the first "_"."""
     if "_" in prompt.text:
-        raise BadValueError('the scorer would cut the prompt at its "_"')
+        raise BadValueError('the scorer would cut the prompt at the first "_"')
     _check_name(prompt.text, f"{prompt.text}_000000.png")
     if prompt.category:
         _check_name(prompt.category, prompt.category)
@@ -113,7 +113,7 @@ def _check_t2i_compbench(prompt: Prompt) -> None:
 
 def _check_dpg(prompt: Prompt) -> None:
     if "." in prompt.id:
-        raise BadValueError('the scorer would cut the id at its "."')
+        raise BadValueError('the scorer would cut the id at the first "."')
     _check_name(prompt.id, f"{prompt.id}.png")
 
 
@@ -122,16 +122,16 @@ def _check_hpsv2(prompt: Prompt) -> None:
 
 
 def _check_name(said: str, name: str) -> None:
-    """Refuses what would be no name of a file, or one elsewhere."""
+    """Rejects an invalid file name, or one that is a path to another folder."""
     if not said or {"/", "\\", "\0"} & set(said) or name in (".", ".."):
-        raise BadValueError(f"{checks.shown(said)} cannot be the name of a file")
+        raise BadValueError(f"{checks.shown(said)} cannot be a file name")
     if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
-        raise BadValueError(f"{checks.shown(said)} is too long for the name of a file")
+        raise BadValueError(f"{checks.shown(said)} is too long for a file name")
 
 
 def _finish_geneval(folder: Path, slot: Slot, files: list[Path]) -> None:
     own = folder / f"{slot.position:05d}"
-    (own / "metadata.jsonl").write_text(json.dumps(slot.prompt.row))  # one line, and no other
+    (own / "metadata.jsonl").write_text(json.dumps(slot.prompt.row))  # exactly one line
     shown = files[:GRID_IMAGES]
     (own / "grid.png").write_bytes(encoded(_grid(shown, math.isqrt(len(shown) - 1) + 1), "png"))
 
@@ -143,7 +143,7 @@ def _finish_dpg(folder: Path, slot: Slot, files: list[Path]) -> None:
 
 
 def _grid(files: list[Path], columns: int) -> Image.Image:
-    """Images side by side, in rows from the top; smaller ones at the corner of their cells."""
+    """Arranges images in rows from the top, smaller ones at the top left of their cells."""
     images = [Image.fromarray(decode(file.read_bytes())) for file in files]
     width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
     whole = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
@@ -160,10 +160,10 @@ def _close_categories(folder: Path, slots: Sequence[Slot], images: int) -> None:
         table.writerow([*TABLE, *others])
         for slot in slots:
             prompt = slot.prompt
-            told = [prompt.row.get(name, "") for name in others]
+            extra = [prompt.row.get(name, "") for name in others]
             for index in range(images):
                 (name,) = _of_categories(slot, index, images)
-                table.writerow([name, prompt.id, prompt.text, prompt.category, index, *told])
+                table.writerow([name, prompt.id, prompt.text, prompt.category, index, *extra])
 
 
 GENEVAL = Layout(_of_geneval, check=_check_geneval, finish=_finish_geneval)

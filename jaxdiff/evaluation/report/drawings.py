@@ -1,6 +1,7 @@
-"""What a report's page draws: bars with whiskers, as SVG, and thumbnails.
+"""The graphics of a report's page: bars with whiskers, as SVG, and thumbnails.
 
-Sizes are attributes, not styles, so that the page's policy can forbid styles of unknown origin.
+Sizes are attributes, not styles, so that the page's content security policy can forbid inline
+styles.
 """
 
 import base64
@@ -12,13 +13,13 @@ from PIL import Image
 
 from jaxdiff.dataset import image_files
 
-THUMBNAIL_PX = 128  # the longer side; smaller images are shown as they are
-LARGEST_PIXELS = 64_000_000  # an image that claims more is not decoded
-COLORS = 6  # of the runs, in report.css
+THUMBNAIL_PX = 128  # the longer side; smaller images are not resized
+LARGEST_PIXELS = 64_000_000  # larger images are not decoded
+COLORS = 6  # run colors in report.css
 
 
 def bar(mean: dict, full: float, number: int) -> str:
-    """A bar from 0 to the mean, of which `full` fills the width, and its interval's whiskers."""
+    """Draws a bar from 0 to the mean, with its interval as whiskers; `full` fills the width."""
     if mean["value"] is None or not full:
         return ""
     return _svg(
@@ -30,7 +31,7 @@ def bar(mean: dict, full: float, number: int) -> str:
 
 
 def change_bar(change: dict, full: float, number: int) -> str:
-    """A bar from the middle, which is 0, to the difference; pale if the interval has 0 in it."""
+    """Draws a bar from 0, the middle, to the difference; pale if the interval contains 0."""
     if change["value"] is None:
         return ""
 
@@ -49,10 +50,10 @@ def change_bar(change: dict, full: float, number: int) -> str:
     )
 
 
-def thumbnail(file: bytes | None, told: str) -> str:
-    """The image within THUMBNAIL_PX as a data: URI, or why there is none."""
+def thumbnail(file: bytes | None, description: str) -> str:
+    """Returns an <img> of at most THUMBNAIL_PX with a data: URI, or why there is none."""
     if file is None:
-        return '<div class="none">not made</div>'
+        return '<div class="none">not generated</div>'
     try:
         with Image.open(io.BytesIO(file), formats=tuple(image_files.SAVE)) as image:
             if image.width * image.height > LARGEST_PIXELS:
@@ -62,15 +63,16 @@ def thumbnail(file: bytes | None, told: str) -> str:
             written = io.BytesIO()
             image.convert("RGB").save(written, "webp", lossless=small, quality=85)
     except Exception:  # Pillow's plugins raise errors of many kinds
-        return '<div class="none">cannot be read</div>'
+        return '<div class="none">unreadable</div>'
     return (
-        f'<img class="{"pixels" if small else ""}" alt="{escape(told)}" title="{escape(told)}"'
+        f'<img class="{"pixels" if small else ""}" alt="{escape(description)}"'
+        f' title="{escape(description)}"'
         f' src="data:image/webp;base64,{base64.b64encode(written.getvalue()).decode()}">'
     )
 
 
 def color(number: int) -> str:
-    """The class, in report.css, of a run's color."""
+    """Returns the CSS class of a run's color."""
     return f"r{number % COLORS}"
 
 

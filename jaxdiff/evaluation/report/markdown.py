@@ -1,4 +1,4 @@
-"""report.md: a report's contents as GitHub's Markdown."""
+"""Writes a report's contents as GitHub Markdown, for report.md."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ ADDRESS = re.compile(r"https://[^\s<>|\\]+")
 
 
 def document(contents: dict) -> str:
-    """The report as text, of what `report.contents_of` gives."""
+    """Returns the Markdown of a report's contents, from `report.contents_of`."""
     parts = [
         *_beginning(contents),
         *_categories(contents),
@@ -36,13 +36,13 @@ def _beginning(contents: dict) -> Iterator[str]:
             bounds = wording.interval(means[0], measure["is_share"])
             name = f"{_text(run['name'])}: " if len(contents["runs"]) > 1 else ""
             yield f"{name}**{value} {measure['title']}**" + (
-                f" (95 % interval {bounds})" if bounds else ""
+                f" (95% interval {bounds})" if bounds else ""
             )
     shared, differing = wording.told(contents)
     if shared:
         yield _lines(["", ""], [[name, value] for name, value in shared.items()])
     yield _lines(
-        ["run", "prompts", "images", "not made", *differing],
+        ["run", "prompts", "images", "not generated", *differing],
         [
             [run["name"], run["prompts"], run["images"], run["failed"]]
             + [run["told"].get(name, "") for name in differing]
@@ -52,7 +52,7 @@ def _beginning(contents: dict) -> Iterator[str]:
 
 
 def _categories(contents: dict) -> Iterator[str]:
-    """The measures that say which run is better; of one category only, overall says it all."""
+    """Yields tables of the measures with a better direction, if there are several categories."""
     if len(contents["categories"]) < 2:
         return
     for name, measure in contents["measures"].items():
@@ -72,7 +72,7 @@ def _comparisons(contents: dict) -> Iterator[str]:
     for compared in contents["comparisons"]:
         yield f"## {_text(compared['name'])} compared with {_text(compared['to'])}"
         pairs = wording.plural(compared["pairs"], "pair")
-        yield f"Over {pairs} of images with equal prompt and seed."
+        yield f"Over {pairs} of images with the same prompt and seed."
         rows = []
         for name, changes in compared["measures"].items():
             measure = contents["measures"][name]
@@ -88,7 +88,7 @@ def _comparisons(contents: dict) -> Iterator[str]:
                     ]
                 )
         if rows:
-            heads = ["measure", "category", "pairs", "difference", "95 % interval", "p"]
+            heads = ["measure", "category", "pairs", "difference", "95% interval", "p"]
             yield _lines(heads, rows)
 
 
@@ -118,7 +118,7 @@ def _failures(contents: dict) -> Iterator[str]:
 def _worst(contents: dict) -> Iterator[str]:
     if not any(run["worst"] for run in contents["runs"]):
         return
-    yield "## The worst prompts"
+    yield "## Worst prompts"
     measure = contents["measures"][contents["headline"]]
     rows = []
     for run in contents["runs"]:
@@ -133,8 +133,8 @@ def _worst(contents: dict) -> Iterator[str]:
 
 def _missing(contents: dict) -> Iterator[str]:
     if rows := wording.missing(contents):
-        yield "## What is missing"
-        yield _lines(["measure", "runs", "why"], rows)
+        yield "## Missing measures"
+        yield _lines(["measure", "runs", "why, and how to fix it"], rows)
 
 
 def _tables(contents: dict) -> Iterator[str]:
@@ -147,7 +147,7 @@ def _tables(contents: dict) -> Iterator[str]:
 
 
 def _method(contents: dict) -> Iterator[str]:
-    yield "## How to read it"
+    yield "## How to read this report"
     yield " ".join(wording.method(contents))
 
 
@@ -157,11 +157,11 @@ def _with_interval(mean: dict, is_share: bool) -> str:
 
 
 def _lines(heads: list[str], rows: list[list], sources: list[tuple[str, str]] = ()) -> str:
-    """A table; columns of which every cell is a number, or begins like one, stand to the right."""
+    """Returns a table; right-aligns columns in which every cell is a number or starts with one."""
     texts = [[_text(str(cell)) for cell in row] for row in rows[:MOST_ROWS]]
     columns = zip(*texts, strict=True) if texts else [[] for _ in heads]
     numeric = [
-        all(re.match(rf"([{MINUS}+]?[\d.,]+( %| points)?( \(.*\))?|—|)$", cell) for cell in column)
+        all(re.match(rf"([{MINUS}+]?[\d.,]+(%| points)?( \(.*\))?|—|)$", cell) for cell in column)
         for column in columns
     ]
     heads = [_text(head) for head in heads]
@@ -175,7 +175,7 @@ def _lines(heads: list[str], rows: list[list], sources: list[tuple[str, str]] = 
         *map(_row, texts),
     ]
     left_out = len(rows) - len(texts)
-    more = f"\n\nreport.json has {wording.plural(left_out, 'row')} more." if left_out else ""
+    more = f"\n\nreport.json has {wording.plural(left_out, 'more row')}." if left_out else ""
     return "\n".join(lines) + more
 
 
@@ -188,5 +188,5 @@ def _link(name: str, address: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Text that Markdown takes for nothing else: on one line, its signs escaped."""
+    """Returns text as literal Markdown: on one line, with special characters escaped."""
     return SPECIAL.sub(r"\\\1", " ".join(text.split()))

@@ -1,7 +1,8 @@
-"""report.html: a report's contents as one page that needs nothing else.
+"""Writes a report's contents as one self-contained page, for report.html.
 
-Styles, bars and thumbnails are in the file, there is no script, and every text is escaped: a prompt
-may say anything. Each bar stands in a table beside its number, so the page can be read aloud.
+Styles, bars and thumbnails are inside the file, and there is no script. All text is escaped, since
+a prompt may contain anything. Each bar is in a table next to its number, so screen readers can
+read the page.
 """
 
 import base64
@@ -15,14 +16,14 @@ from jaxdiff.evaluation.report import drawings, wording
 from jaxdiff.evaluation.report.wording import MOST_ROWS
 
 ASSETS = Path(__file__).parents[2] / "assets"
-MOST_IMAGES = 4  # of a prompt
+MOST_IMAGES = 4  # per prompt
 
 
 def page(contents: dict, picture: Callable[[str, str], bytes | None]) -> str:
-    """The page's HTML.
+    """Returns the page's HTML.
 
     Args:
-      contents: as `report.contents_of` gives it.
+      contents: from `report.contents_of`.
       picture: as in `report.write`.
     """
     style = (ASSETS / "report" / "report.css").read_text("utf-8")
@@ -37,7 +38,7 @@ def page(contents: dict, picture: Callable[[str, str], bytes | None]) -> str:
         *_all_measures(contents),
         *_missing(contents),
         *_tables(contents),
-        *_told(contents),
+        *_settings(contents),
         f"<footer><p>{escape(' '.join(wording.method(contents)))}</p></footer>",
     ]
     template = string.Template((ASSETS / "report" / "report.html").read_text("utf-8"))
@@ -51,7 +52,7 @@ def page(contents: dict, picture: Callable[[str, str], bytes | None]) -> str:
 
 
 def _head(contents: dict) -> str:
-    """The title, and each run's number that matters."""
+    """Returns the title and each run's headline number."""
     cards = [_card(contents, number) for number in range(len(contents["runs"]))]
     return (
         f'<header><h1 dir="auto">{escape(contents["benchmark"])}</h1>'
@@ -68,10 +69,10 @@ def _card(contents: dict, number: int) -> str:
         value = escape(wording.number(mean["value"], measure["is_share"]))
         bounds = wording.interval(mean, measure["is_share"])
         said += f'<p class="number">{value}</p><p>{escape(measure["title"])}'
-        said += f"<br><small>95 % interval {bounds}</small></p>" if bounds else "</p>"
+        said += f"<br><small>95% interval {bounds}</small></p>" if bounds else "</p>"
     said += f'<p class="quiet">{counts}</p>'
     if run["failed"]:
-        said += f'<p class="wrong">{wording.plural(run["failed"], "image")} not made</p>'
+        said += f'<p class="wrong">{wording.plural(run["failed"], "image")} not generated</p>'
     return f'<li class="{drawings.color(number)}">{said}</li>'
 
 
@@ -83,7 +84,7 @@ def _headline_bars(contents: dict) -> Iterator[str]:
 
 
 def _bars(contents: dict, name: str) -> str:
-    """A measure's means by category and run, as a table with a bar and whiskers in each row."""
+    """Returns a table of a measure's means by category and run, with a bar in each row."""
     measure = contents["measures"][name]
     shown = [(n, run) for n, run in enumerate(contents["runs"]) if name in run["measures"]]
     means = [run["measures"][name] for _, run in shown]
@@ -118,7 +119,7 @@ def _bars(contents: dict, name: str) -> str:
 def _comparisons(contents: dict) -> Iterator[str]:
     for number, compared in enumerate(contents["comparisons"], 1):
         pairs = wording.plural(compared["pairs"], "pair")
-        parts = [f"<p>Over {pairs} of images with equal prompt and seed.</p>"]
+        parts = [f"<p>Over {pairs} of images with the same prompt and seed.</p>"]
         if contents["headline"] in compared["measures"]:
             parts.append(_changes(contents, compared, number))
         others = [
@@ -127,16 +128,16 @@ def _comparisons(contents: dict) -> Iterator[str]:
             if (changes := compared["measures"].get(name)) and name != contents["headline"]
         ]
         if others:
-            heads = ["measure, overall", "difference", "95 % interval", "p"]
+            heads = ["measure, overall", "difference", "95% interval", "p"]
             parts.append(f"<h3>Other measures</h3>{_table(heads, others, right=range(1, 4))}")
         yield _section(f"{compared['name']} compared with {compared['to']}", "".join(parts))
 
 
 def _changes(contents: dict, compared: dict, number: int) -> str:
-    """The differences of the measure that matters, as bars from the middle."""
+    """Returns the differences of the headline measure, as bars from the middle."""
     measure = contents["measures"][contents["headline"]]
     changes = compared["measures"][contents["headline"]]
-    if len(changes) == 2:  # of one category, which is the whole
+    if len(changes) == 2:  # the only category equals the overall row
         changes = changes[:1]
     full = _largest([changes], ("value", "low", "high"))
     rows = []
@@ -155,7 +156,7 @@ def _changes(contents: dict, compared: dict, number: int) -> str:
 
 
 def _bar_table(title: str, bodies: str) -> str:
-    caption = escape(f"{_capital(title)}, and its 95 % interval")
+    caption = escape(f"{_capital(title)}, with its 95% interval")
     table = f'<table class="bars"><caption>{caption}</caption>{bodies}</table>'
     return f'<div class="scroll">{table}</div>'
 
@@ -169,7 +170,7 @@ def _worst(contents: dict, picture: Callable[[str, str], bytes | None]) -> Itera
             parts.append(name if len(contents["runs"]) > 1 else "")
             parts.append(f'<ul class="prompts">{items}</ul>')
     if parts:
-        yield _section("The worst prompts", "".join(parts))
+        yield _section("Worst prompts", "".join(parts))
 
 
 def _prompt(contents: dict, run: dict, prompt: dict, picture: Callable) -> str:
@@ -184,9 +185,10 @@ def _prompt(contents: dict, run: dict, prompt: dict, picture: Callable) -> str:
         value = wording.number(image["value"], measure["is_share"])
         if contents["headline"] == "correct":
             value = image["reason"] or "correct"
-        told = f"Image {image['key']}" + (f", seed {image['seed']}" if image["seed"] >= 0 else "")
+        description = f"Image {image['key']}"
+        description += f", seed {image['seed']}" if image["seed"] >= 0 else ""
         figures.append(
-            f"<figure>{drawings.thumbnail(picture(run['name'], image['key']), told)}"
+            f"<figure>{drawings.thumbnail(picture(run['name'], image['key']), description)}"
             f"<figcaption>{escape(value)}</figcaption></figure>"
         )
     return (
@@ -205,7 +207,7 @@ def _failures(contents: dict) -> Iterator[str]:
 
 
 def _all_measures(contents: dict) -> Iterator[str]:
-    """Every measure of every run, and its categories folded away."""
+    """Yields a table of all measures of all runs, with the categories in collapsed sections."""
     rows, details = [], []
     for name, measure in contents["measures"].items():
         cells, is_share = [], measure["is_share"]
@@ -233,8 +235,8 @@ def _all_measures(contents: dict) -> Iterator[str]:
 
 def _missing(contents: dict) -> Iterator[str]:
     if rows := wording.missing(contents):
-        heads = ["measure", "runs", "why, and the mend"]
-        yield _section("What is missing", _table(heads, rows, long=(2,)))
+        heads = ["measure", "runs", "why, and how to fix it"]
+        yield _section("Missing measures", _table(heads, rows, long=(2,)))
 
 
 def _tables(contents: dict) -> Iterator[str]:
@@ -250,7 +252,7 @@ def _tables(contents: dict) -> Iterator[str]:
         yield _section(table["title"], note + shown)
 
 
-def _told(contents: dict) -> Iterator[str]:
+def _settings(contents: dict) -> Iterator[str]:
     shared, differing = wording.told(contents)
     terms = "".join(_term(name, value) for name, value in shared.items())
     shown = f'<dl class="told">{terms}</dl>' if shared else ""
@@ -275,7 +277,7 @@ def _table(
     long: Iterable[int] = (),
     sources: list[tuple[str, str]] = (),
 ) -> str:
-    """A table; the columns `right` are numbers, those that are `long` need width."""
+    """Returns a table; columns in `right` are right-aligned numbers, those in `long` are wide."""
     classes = {n: ' class="right"' for n in right} | {n: ' class="long"' for n in long}
     shown = [
         f'<th scope="row"{classes.get(0, "")} dir="auto">{escape(str(row[0]))}</th>'
@@ -310,7 +312,7 @@ def _section(title: str, content: str) -> str:
 
 def _rest(rows: int) -> str:
     left_out = rows - MOST_ROWS
-    return f"<p>report.json has {wording.plural(left_out, 'row')} more.</p>" if left_out > 0 else ""
+    return f"<p>report.json has {wording.plural(left_out, 'more row')}.</p>" if left_out > 0 else ""
 
 
 def _category(name: str | None) -> str:
@@ -331,7 +333,7 @@ def _change_cells(change: dict, is_share: bool) -> list[str]:
 
 
 def _largest(tables: list[list[dict]], names: tuple[str, ...]) -> float:
-    """The largest absolute value under these names."""
+    """Returns the largest absolute value under these names."""
     values = [abs(row[name] or 0) for rows in tables for row in rows for name in names]
     return max(values, default=0.0)
 

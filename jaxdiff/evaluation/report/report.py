@@ -1,6 +1,6 @@
-"""What an evaluation found: report.json has all of it, report.md and report.html show it.
+"""Writes an evaluation's results: report.json in full, report.md and report.html for reading.
 
-No clock and no host is in them: the same scores give the same bytes.
+They have no timestamps or host names: the same scores give the same bytes.
 """
 
 import json
@@ -17,18 +17,18 @@ from jaxdiff.evaluation.report import markdown
 from jaxdiff.evaluation.report import page as pages
 
 SCHEMA = 1
-WORST_PROMPTS, WORST_OF_A_RUN = 12, 4  # of all runs together; of each run at least
+WORST_PROMPTS, WORST_OF_A_RUN = 12, 4  # for all runs together; at least for each run
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a report shows beside its own scores, as published ones or an audit's counts.
+    """An additional table for a report: published scores or an audit's counts.
 
     Attributes:
-      title, note: above it; the note may be "".
-      columns: the first names the rows.
-      rows: a cell for each column, text or a number or None.
-      sources: for each row where it is from, by name and address; none if there is no such thing.
+      title, note: shown above the table; the note may be "".
+      columns: the column names; the first column names the rows.
+      rows: one cell for each column: text, a number, or None.
+      sources: the name and address of each row's source; empty if rows have no sources.
     """
 
     title: str
@@ -41,24 +41,24 @@ class Table:
 def write(
     directory: Path,
     title: str,
-    told: dict[str, str],
+    settings: dict[str, str],
     runs: Sequence[Scores],
     picture: Callable[[str, str], bytes | None],
     tables: Sequence[Table] = (),
 ) -> None:
-    """Writes report.json, report.md and report.html, each whole or not at all.
+    """Writes report.json, report.md and report.html, each atomically.
 
     Args:
-      directory: where they go; there may be other files.
+      directory: the output folder; it may have other files.
       title: the benchmark's.
-      told: what is said of the evaluation as a whole, such as the command.
-      runs: at least one, all over the same prompts; the first is compared with the others.
-      picture: gives the file of an image by its run's name and its key, None if there is none.
-      tables: are shown beside it, such as what others scored.
+      settings: settings of the whole evaluation to show, for example the number of images.
+      runs: at least one, all over the same prompts; the others are compared with the first.
+      picture: returns an image's file by the run's name and the image's key, None if there is none.
+      tables: additional tables, for example published scores.
     """
-    contents = contents_of(title, told, runs, tables)
+    contents = contents_of(title, settings, runs, tables)
     page = pages.page(contents, picture)
-    text = json.dumps(contents, indent=1, allow_nan=False) + "\n"  # ASCII, so any text fits
+    text = json.dumps(contents, indent=1, allow_nan=False) + "\n"  # ASCII, so any text is valid
     _write(directory / "report.json", text)
     _write(directory / "report.md", markdown.document(contents))
     _write(directory / "report.html", page)
@@ -66,18 +66,18 @@ def write(
 
 def contents_of(
     title: str,
-    told: dict[str, str],
+    settings: dict[str, str],
     runs: Sequence[Scores],
     tables: Sequence[Table] = (),
 ) -> dict:
-    """All that is found, as JSON knows it: what is not known is None. Arguments as `write`'s."""
+    """Returns the contents of report.json; unknown values are None. Arguments as for `write`."""
     headline = comparison.headline(runs)
     named = {name for run in runs for name in (*run.values, *run.whole, *run.missing)}
     worst = max(WORST_OF_A_RUN, WORST_PROMPTS // len(runs))
     return {
         "schema": SCHEMA,
         "benchmark": title,
-        "told": told,
+        "told": settings,
         "confidence": comparison.CONFIDENCE,
         "resamples": intervals.RESAMPLES,
         "headline": headline,
@@ -168,7 +168,7 @@ def _known(value: float) -> float | None:
 def _write(path: Path, text: str) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        unfinished.write_text(text, "utf-8", "replace")  # what is half a character becomes "?"
+        unfinished.write_text(text, "utf-8", "replace")  # lone surrogates become "?"
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

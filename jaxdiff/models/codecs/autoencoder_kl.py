@@ -16,9 +16,16 @@ from jaxdiff.models.layers import (
     conv,
     group_norm,
 )
+from jaxdiff.models.sharding import COLUMNS, ROWS
 
 EPSILON = 1e-6
 FIXED = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
+
+
+SHARDING = (
+    (r"\.(to_[qkv]|conv1)\.kernel$", COLUMNS),
+    (r"\.(to_out\.0|conv2|conv_shortcut|\w+samplers\.\d+\.conv)\.kernel$", ROWS),
+)
 
 
 @dataclass(frozen=True)
@@ -53,35 +60,35 @@ class AutoencoderKLConfig:
             raise ValueError("block_out_channels must be multiples of norm_num_groups")
         lengths = {len(self.latents_mean or ()), len(self.latents_std or ())}
         if lengths not in ({0}, {self.latent_channels}):
-            raise ValueError("latents_mean and latents_std must have a number for each channel")
+            raise ValueError("latents_mean and latents_std must have one number per channel")
 
     @property
     def factor(self) -> int:
-        """Pixels per latent, along each side."""
+        """Pixels per latent along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
     def from_json(cls, data: dict) -> "AutoencoderKLConfig":
-        """Reads a parsed `vae/config.json`; raises InputError for what is not built."""
+        """Reads a parsed `vae/config.json`; raises InputError if it is not supported."""
         return config_json.from_json(cls, "vae", data, FIXED)
 
     def to_json(self) -> dict:
-        """What diffusers reads as `vae/config.json`."""
+        """Returns the `vae/config.json` that diffusers reads."""
         return config_json.to_json(self, FIXED)
 
     def scale(self, latents: Array) -> Array:
-        """The encoder's latents, brought to about unit variance for the denoiser."""
+        """Scales the encoder's latents to about unit variance for the denoiser."""
         shift, factor = self._affine
         return (latents - shift) * factor
 
     def unscale(self, latents: Array) -> Array:
-        """The inverse of `scale`."""
+        """Undoes `scale`."""
         shift, factor = self._affine
         return latents / factor + shift
 
     @property
     def _affine(self) -> tuple[float | Array, float | Array]:
-        """Shift and factor, or those of each channel."""
+        """Shift and factor, for all channels or for each."""
         if self.latents_mean is None:
             return self.shift_factor or 0.0, self.scaling_factor
         return jnp.array(self.latents_mean), self.scaling_factor / jnp.array(self.latents_std)
@@ -110,7 +117,7 @@ class _MidBlock(nnx.Module):
 
 
 class _SpatialAttention(Attention):
-    """One head over all positions, normalised before and added back."""
+    """Single-head attention over all positions, with pre-norm and residual."""
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
         super().__init__(channels, 1, qkv_bias=True, rngs=rngs)
@@ -125,7 +132,7 @@ class _DownBlock(nnx.Module):
     def __init__(self, in_channels, out_channels, config, *, downsample: bool, rngs: nnx.Rngs):
         widths = [in_channels] + [out_channels] * config.layers_per_block
         self.resnets = _resnets(widths, config, rngs)
-        # The encoder pads below and to the right only, as the original implementation did.
+        # The encoder pads only at the bottom and the right, as the original implementation does.
         self.downsamplers = nnx.List(
             [Downsample2D(out_channels, (0, 1), rngs=rngs)] if downsample else []
         )
@@ -159,7 +166,7 @@ def _resnets(widths: list[int], config: AutoencoderKLConfig, rngs: nnx.Rngs) -> 
 
 
 class Encoder(nnx.Module):
-    """Pixels to the moments of the latents, before `quant_conv`."""
+    """Maps pixels to the moments of the latents, before `quant_conv`."""
 
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
         channels = config.block_out_channels
@@ -176,7 +183,7 @@ class Encoder(nnx.Module):
         self.conv_out = conv(channels[-1], 2 * config.latent_channels, 3, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """[batch, h, w, 3] to [batch, h / factor, w / factor, 2 * latent channels]."""
+        """Maps [batch, h, w, 3] to [batch, h / factor, w / factor, 2 * latent channels]."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -185,7 +192,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents, after `post_quant_conv`, to pixels. Its blocks run from deep to shallow."""
+    """Maps latents, after `post_quant_conv`, to pixels. Its blocks run from deep to shallow."""
 
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
         channels = config.block_out_channels[::-1]
@@ -202,7 +209,7 @@ class Decoder(nnx.Module):
         self.conv_out = conv(channels[-1], config.out_channels, 3, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """[batch, h, w, latent channels] to [batch, h * factor, w * factor, 3]."""
+        """Maps [batch, h, w, latent channels] to [batch, h * factor, w * factor, 3]."""
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
@@ -210,7 +217,7 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """The autoencoder of latent diffusion; its latents here are unscaled (see `config.scale`)."""
+    """The autoencoder of latent diffusion; its latents are unscaled (see `config.scale`)."""
 
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
         latent = config.latent_channels
@@ -224,7 +231,7 @@ class AutoencoderKL(nnx.Module):
         )
 
     def encode(self, images: Array) -> tuple[Array, Array]:
-        """The posterior of the latents.
+        """Returns the posterior of the latents.
 
         Args:
           images: [batch, height, width, 3], -1 to 1.
@@ -239,7 +246,7 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     def decode(self, latents: Array) -> Array:
-        """[batch, h, w, latent channels] to images [batch, h * factor, w * factor, 3], -1 to 1."""
+        """Decodes [batch, h, w, latent channels] to [batch, h * factor, w * factor, 3], -1 to 1."""
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)

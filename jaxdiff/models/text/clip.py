@@ -1,6 +1,6 @@
-"""CLIP's encoders of text and of images (Radford et al., 2021, arXiv:2103.00020).
+"""CLIP's text and image encoders (Radford et al., 2021, arXiv:2103.00020).
 
-Evaluation takes the two together: `CLIPModel`.
+Evaluation uses both together: `CLIPModel`.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,16 @@ from jax import Array
 
 from jaxdiff.models import config as config_json
 from jaxdiff.models.attention import attention
+from jaxdiff.models.sharding import COLUMNS, ROWS
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
 FIXED = {"model_type": "clip_text_model"}
-# Configs from before transformers 4.31 name this token, whatever the vocabulary's end token is.
+# The end token in configs from before transformers 4.31, even if the vocabulary has another.
 OLD_EOS = 2
-# What transformers writes beside them: none of it changes the hidden states.
+# Keys that transformers also writes, but that do not change the hidden states.
 IGNORED = {
     "attention_dropout",
     "dropout",
@@ -31,6 +32,13 @@ IGNORED = {
     "transformers_version",
     "use_cache",
 }
+
+
+SHARDING = (
+    (r"\.([qkv]_proj|fc1)\.kernel$", COLUMNS),
+    (r"\.(out_proj|fc2)\.kernel$|^text_projection\.kernel$", ROWS),
+    (r"_embedding\.embedding$", COLUMNS),
+)
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,12 @@ class CLIPTextConfig:
 
     @classmethod
     def from_json(cls, data: dict) -> "CLIPTextConfig":
-        """Reads a parsed `text_encoder/config.json`; raises InputError for what is not built."""
+        """Reads a parsed `text_encoder/config.json`; raises InputError if it is not supported."""
         kept = {key: value for key, value in data.items() if key not in IGNORED}
         return config_json.from_json(cls, "text_encoder", kept, FIXED)
 
     def to_json(self) -> dict:
-        """What transformers reads as `text_encoder/config.json`."""
+        """Returns the `text_encoder/config.json` that transformers reads."""
         return config_json.to_json(self, FIXED)
 
 
@@ -97,7 +105,7 @@ class CLIPVisionConfig:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Both encoders, and the width of the space that they share."""
+    """The configs of both encoders and the width of their shared space."""
 
     text: CLIPTextConfig
     vision: CLIPVisionConfig
@@ -120,7 +128,7 @@ class _Embeddings(nnx.Module):
     def __call__(self, token_ids: Array) -> Array:
         positions = jnp.arange(token_ids.shape[1])
         embedded = self.token_embedding(token_ids) + self.position_embedding(positions)
-        # nnx.Embed answers in the dtype that it was built with, not in that of its weights.
+        # nnx.Embed returns the dtype that it was built with, not that of its weights.
         return embedded.astype(self.token_embedding.embedding.dtype)
 
 
@@ -168,7 +176,7 @@ class _Encoder(nnx.Module):
         self.layers = nnx.List([_Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x: Array) -> list[Array]:
-        """Returns what goes into the first layer, and what comes out of each."""
+        """Returns the input of the first layer and the output of every layer."""
         states = [x]
         for layer in self.layers:
             states.append(layer(states[-1]))
@@ -176,7 +184,7 @@ class _Encoder(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-    """A causal transformer over the prompt's tokens; padding tokens are attended like others."""
+    """A causal transformer over the prompt's tokens; padding tokens are attended to like others."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.eos_token_id = config.eos_token_id
@@ -193,19 +201,19 @@ class CLIPTextModel(nnx.Module):
 
         Args:
           token_ids: int32 [batch, tokens].
-          layers_skipped: how many of the last layers the hidden states do without.
-          final_norm: whether the hidden states pass the final layer norm: in Stable Diffusion 1
-            and 2 they do, in XL not.
+          layers_skipped: how many of the last layers the hidden states skip.
+          final_norm: whether to apply the final layer norm to the hidden states: Stable Diffusion 1
+            and 2 do, XL does not.
 
         Returns:
           the hidden states, [batch, tokens, hidden size], and the pooled vector, [batch, hidden
-          size]: that of the end token, always from the last layer and normed.
+          size]: the end token's, always from the last layer and after its norm.
         """
         states = self.encoder(self.embeddings(token_ids))
         hidden = states[-1 - layers_skipped]
         if final_norm:
             hidden = self.final_layer_norm(hidden)
-        # The largest id stands for the end token in old files: it is the last of CLIP's vocabulary.
+        # For old configs, the largest id is the end token: it is the last of CLIP's vocabulary.
         is_end = token_ids == self.eos_token_id
         end = jnp.argmax(token_ids if self.eos_token_id == OLD_EOS else is_end, axis=1)
         last = jnp.take_along_axis(states[-1], end[:, None, None], axis=1)[:, 0]
@@ -213,7 +221,7 @@ class CLIPTextModel(nnx.Module):
 
 
 class CLIPTextModelWithProjection(CLIPTextModel):
-    """The same network, its pooled vector projected into the space shared with images."""
+    """The same network with its pooled vector projected into the space shared with images."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -224,7 +232,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
     def __call__(
         self, token_ids: Array, *, layers_skipped: int = 0, final_norm: bool = True
     ) -> tuple[Array, Array]:
-        """As `CLIPTextModel`, but the pooled vector is [batch, projection dim]."""
+        """Encodes prompts like `CLIPTextModel`, with a pooled vector [batch, projection dim]."""
         hidden, pooled = super().__call__(
             token_ids, layers_skipped=layers_skipped, final_norm=final_norm
         )
@@ -261,20 +269,20 @@ class CLIPVisionModel(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
         width, epsilon = config.hidden_size, config.layer_norm_eps
         self.embeddings = _VisionEmbeddings(config, rngs=rngs)
-        self.pre_layrnorm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)  # so in every file
+        self.pre_layrnorm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)  # the files' spelling
         self.encoder = _Encoder(config, rngs=rngs)
         self.post_layernorm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:
-        """The pooled vector, [batch, hidden size], of normalised images [batch, h, w, 3]."""
+        """Returns the pooled vectors [batch, hidden size] of normalised images [batch, h, w, 3]."""
         states = self.encoder(self.pre_layrnorm(self.embeddings(images)))
         return self.post_layernorm(states[-1][:, 0])
 
 
 class CLIPModel(nnx.Module):
-    """Texts and images as vectors of one space, in which a text is near the images that it tells.
+    """Maps texts and images to one space, in which a text is near the images that it describes.
 
-    The vectors come as the networks give them, of no particular length.
+    The vectors are not normalised.
     """
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
@@ -283,15 +291,15 @@ class CLIPModel(nnx.Module):
         self.vision_model = CLIPVisionModel(vision, rngs=rngs)
         self.text_projection = nnx.Linear(text.hidden_size, shared, use_bias=False, rngs=rngs)
         self.visual_projection = nnx.Linear(vision.hidden_size, shared, use_bias=False, rngs=rngs)
-        # The logarithm of what cosines are multiplied by before a softmax.
+        # The logarithm of the factor by which cosines are multiplied before a softmax.
         self.logit_scale = nnx.Param(jnp.full((), 2.6592))
 
     def text_features(self, token_ids: Array) -> Array:
-        """Vectors [batch, projection dim] of prompts, int32 [batch, tokens]."""
+        """Returns the vectors [batch, projection dim] of prompts, int32 [batch, tokens]."""
         return self.text_projection(self.text_model(token_ids)[1])
 
     def image_features(self, images: Array) -> Array:
-        """Vectors [batch, projection dim] of normalised images, [batch, h, w, 3]."""
+        """Returns the vectors [batch, projection dim] of normalised images [batch, h, w, 3]."""
         return self.visual_projection(self.vision_model(images))
 
 
@@ -302,5 +310,5 @@ NETWORKS = {
 
 
 def network(config: CLIPTextConfig) -> type[CLIPTextModel]:
-    """The class that the config is for: with a projection or without."""
+    """Returns the network class for the config: with or without a projection."""
     return NETWORKS[config.architectures[0]]

@@ -1,4 +1,4 @@
-"""Captioned images for training: opened in any of their forms, and dealt out in batches."""
+"""Captioned images for training: reads all storage formats and forms batches."""
 
 from jaxdiff.training.data.buckets import assign, batches, buckets
 from jaxdiff.training.data.encoded import EncodedExamples, check_encoders, latents_digest

@@ -1,7 +1,7 @@
-"""Which images are in a batch, and how they are cut: a function of the seed and the step alone.
+"""Chooses and crops the images of each batch, as a function of only the seed and the step.
 
-So a run is resumed in the middle of an epoch by the number of its step, on any thread and machine,
-and nothing about the data stands in a checkpoint.
+A run can therefore resume in the middle of an epoch from its step number, on any thread or machine,
+and checkpoints contain no data state.
 """
 
 import bisect
@@ -15,27 +15,29 @@ from jaxdiff.training.data import decoding
 from jaxdiff.training.data.encoded import EncodedExamples
 from jaxdiff.training.data.examples import Examples
 
-IMAGES, ORDER, EPOCH = range(3)  # what is drawn at random, each from its own stream
+IMAGES, ORDER, EPOCH = range(3)  # independent random streams
 
 
 def buckets(size: int, aspect_ratios: float, multiple: int) -> list[tuple[int, int]]:
-    """The sizes that images are brought to: those of about one area.
+    """Returns the sizes that images are resized to, all of about the same area.
 
     Args:
-      size: pixels, the side of the square.
-      aspect_ratios: the largest of longer to shorter side; 1 gives the square alone.
-      multiple: what heights and widths are multiples of.
+      size: the side of the square in pixels.
+      aspect_ratios: the largest ratio of longer to shorter side; 1 gives only the square.
+      multiple: heights and widths are multiples of this.
 
     Returns:
       (height, width) in pixels, the tallest first; none has more pixels than the square.
 
     Raises:
-      InputError: if there are no such sizes.
+      InputError: if `size` or `aspect_ratios` is invalid.
     """
     if size < 1 or size % multiple:
-        raise InputError(f"a size of {size} must be a multiple of {multiple}, as the model asks")
+        raise InputError(
+            f"a size of {size} must be a multiple of {multiple}, as the model requires"
+        )
     if not 1 <= aspect_ratios < float("inf"):
-        raise InputError(f"aspect ratios of up to {aspect_ratios} must be 1 or more")
+        raise InputError(f"the largest aspect ratio must be 1 or more, not {aspect_ratios}")
     found = set()
     for short in range(multiple, size + multiple, multiple):
         long = size * size // short // multiple * multiple
@@ -54,33 +56,36 @@ def batches(
     random_crop: bool = True,
     among: Sequence[int] | None = None,
 ) -> Callable[[int], dict]:
-    """Batches of images of one size each.
+    """Returns a function that makes batches, in each of which all images have the same size.
 
-    An image belongs to the size whose ratio is nearest. Within a size, each epoch is a permutation
-    of its images; what does not fill a batch is carried into the next epoch, so that no image is
-    dropped and all are seen equally often. (NumPy draws the permutations: what `grain` shuffles is
-    a single sequence, and here each size has its own.)
+    Each image is assigned to the size with the nearest aspect ratio. Within a size, each epoch is a
+    permutation of the images; those that do not fill a batch are carried over to the next epoch, so
+    no image is dropped and all are seen equally often. (NumPy draws the permutations because
+    `grain` shuffles a single sequence, and here each size has its own.)
 
     Args:
-      sizes: (height, width) that images are brought to, from `buckets`.
+      sizes: (height, width) to resize images to, from `buckets`.
       flip: mirror half of the images.
-      random_crop: cut what is too long somewhere, else in its middle.
-      among: the indices of the examples that are used; None is all.
+      random_crop: crop at a random position instead of the center.
+      among: the indices of the examples to use; None uses all.
 
     Returns:
-      a step's number to {"pixels": uint8 [batch, h, w, 3], "captions": list of text}. Where images
-      are encoded already, "latents", float32 [batch, h, w, channels], drawn from the posterior,
-      stand in the place of pixels, and the embeddings, if there are any, beside the captions:
-      "context" [batch, tokens, width], "pooled" [batch, width]. It may be called on any thread,
-      and raises InputError for an image that cannot be decoded.
+      a function from a step to {"pixels": uint8 [batch, h, w, 3], "captions": list of str}. For
+      encoded images, "latents", float32 [batch, h, w, channels], drawn from the posterior, replace
+      the pixels, and any embeddings are added: "context" [batch, tokens, width], "pooled"
+      [batch, width]. The function is thread-safe, and raises InputError for an image that cannot be
+      decoded.
 
     Raises:
-      InputError: if images are smaller than what they are to be brought to, or encoded otherwise.
+      InputError: if an image is smaller than its target size, or if encoded images do not match
+        `sizes` or `flip`.
     """
     rows = np.arange(len(examples)) if among is None else np.asarray(among)
     is_encoded = isinstance(examples, EncodedExamples)
     if is_encoded and flip:
-        raise InputError(f"data.flip: latents cannot be mirrored, and {examples.path} holds those")
+        raise InputError(
+            f"data.flip: the latents in {examples.path} cannot be mirrored; set it to false"
+        )
     of_size = (_encoded_sizes if is_encoded else assign)(examples, sizes, rows)
     groups = [rows[of_size == number] for number in range(len(sizes))]
     choose = _choice([len(group) for group in groups], batch_size, seed)
@@ -99,7 +104,11 @@ def batches(
 def assign(
     examples: Examples, sizes: Sequence[tuple[int, int]], among: Sequence[int] | None = None
 ) -> np.ndarray:
-    """For each image (of those in `among`), int [n], the number of the size nearest in its ratio.
+    """Returns the index of the size with the nearest aspect ratio for each image, int [n].
+
+    Args:
+      sizes: (height, width) of each bucket.
+      among: the indices of the examples to assign; None assigns all.
 
     Raises:
       InputError: if an image is smaller than its size.
@@ -112,9 +121,9 @@ def assign(
     if len(small):
         (height, width), needed = found[small[0]], wanted[of_size[small[0]]]
         raise InputError(
-            f"{examples.names[rows[small[0]]]} has {width}x{height} pixels where "
-            f"{needed[1]}x{needed[0]} are needed, as {len(small)} of {len(rows)} images have too "
-            "few; remove them, or choose a smaller size"
+            f"{examples.names[rows[small[0]]]} has {width}x{height} pixels but needs "
+            f"{needed[1]}x{needed[0]}; {len(small)} of {len(rows)} images are too small; remove "
+            "them or choose a smaller size"
         )
     return of_size
 
@@ -147,8 +156,8 @@ def _encoded_sizes(
     if not matches.any(axis=1).all():
         height, width = examples.sizes[rows][~matches.any(axis=1)][0]
         raise InputError(
-            f"{examples.path} holds latents of {width}x{height} pixels, which is no size of this "
-            "recipe; give size and aspect_ratios of the data the values that it was encoded with"
+            f"{examples.path} contains latents for {width}x{height} pixels, which is not a size of "
+            "this recipe; set data.size and data.aspect_ratios to the values used for encoding"
         )
     return matches.argmax(axis=1)
 
@@ -169,14 +178,14 @@ def _encoded_batch(
 def _choice(
     counts: Sequence[int], batch_size: int, seed: int
 ) -> Callable[[int], tuple[int, np.ndarray]]:
-    """Which images are in a step's batch, where group g has `counts[g]` images.
+    """Returns a function that chooses the images of a batch; group g has `counts[g]` images.
 
-    The images of a group are an endless sequence, a permutation after the other, and its batches
-    are consecutive parts of it. After e epochs a group has made floor(e count / batch_size) of
-    them; an epoch's batches, of all groups, come in a random order.
+    Each group is an endless sequence of permutations of its images, and its batches are consecutive
+    parts of the sequence. After e epochs a group has made floor(e * count / batch_size) batches; an
+    epoch's batches, of all groups, are in random order.
 
     Returns:
-      a step's number to the group's and to places in the group, int [batch_size].
+      a function from a step to a group and to positions in that group, int [batch_size].
     """
     counts = np.array(counts)
 

@@ -1,13 +1,15 @@
-"""Images as latents and captions as embeddings, made once by `pipelines.encode`.
+"""The format of encoded datasets: images as latents, captions as embeddings.
 
-    DIR/encoding.json              what is being encoded, and how; written first
-    DIR/data/00000.safetensors     images of one size: mean, std, captions, perhaps embeddings
+`pipelines.encode` writes it:
+
+    DIR/encoding.json              the input and the settings; written first
+    DIR/data/00000.safetensors     images of one size: mean, std, captions, optionally embeddings
     DIR/empty.safetensors          the empty caption's embeddings, if captions are embedded
-    DIR/encoded.json               what made it, and the shards; written last
+    DIR/encoded.json               digests of the encoders and the shards; written last
 
-The posterior of the autoencoder is stored, not a sample: so every epoch draws new latents from it,
-as if images were encoded when they are needed. It is stored as the denoiser knows latents, brought
-to unit variance. Imports no JAX.
+The autoencoder's posterior is stored instead of a sample, so that every epoch draws new latents, as
+if images were encoded on the fly. It is scaled to unit variance, as the denoiser expects. This
+module does not import JAX.
 """
 
 import hashlib
@@ -28,7 +30,7 @@ SETTINGS = "encoding.json"
 EMPTY = "empty.safetensors"
 VERSION = 1
 EMBEDDINGS = ("context", "pooled")
-ENCODER = ("encoder", "quant_conv")  # the parts of an autoencoder that make latents
+ENCODER = ("encoder", "quant_conv")  # the parts of an autoencoder that compute latents
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 DTYPES = {"F16": np.dtype("<f2"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
@@ -36,12 +38,12 @@ DTYPES = {"F16": np.dtype("<f2"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of encoded images of one size.
+    """A file with encoded images of one size.
 
     Attributes:
-      file: its name within the folder.
-      height, width: of the images, in pixels.
-      images: how many.
+      file: its path relative to the folder.
+      height, width: the size of the images in pixels.
+      images: the number of images.
     """
 
     file: str
@@ -52,16 +54,16 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class EncodedExamples:
-    """Encoded images; any of them may be read at any time, on any thread.
+    """Encoded images with random access; thread-safe.
 
     Attributes:
-      path: the folder that they come from.
-      captions: what was said of each.
-      sizes: int32 [n, 2], height and width in pixels of the images that were encoded.
-      made_with: digests of what encoded them: "autoencoder", as `latents_digest` gives it, and, if
-        captions are embedded, "text_encoders": the `weights_digest` of {name: parameters}.
-      empty: the embedding of the empty caption, float32: "context" [tokens, width] and perhaps
-        "pooled" [width]; nothing if captions are not embedded.
+      path: the folder of the dataset.
+      captions: one per image.
+      sizes: int32 [n, 2], height and width in pixels of the images as encoded.
+      made_with: digests of the encoders: "autoencoder", from `latents_digest`, and, if captions are
+        embedded, "text_encoders": the `weights_digest` of {name: parameters}.
+      empty: the embedding of the empty caption, float32: "context" [tokens, width] and, for some
+        models, "pooled" [width]; {} if captions are not embedded.
     """
 
     path: Path
@@ -76,16 +78,16 @@ class EncodedExamples:
         return len(self.sizes)
 
     def caption(self, index: int) -> str:
-        """What was said of an image."""
+        """Returns the caption of an image."""
         return self.captions[index]
 
     def posterior(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of an image's latents, scaled, float32 [h, w, channels]."""
+        """Returns mean and std of an image's scaled latents, each float32 [h, w, channels]."""
         shard, row = self._find(index)
         return shard["mean"][row].astype(np.float32), shard["std"][row].astype(np.float32)
 
     def embedding(self, index: int) -> dict[str, np.ndarray]:
-        """Of a caption, with the keys and shapes of `empty`."""
+        """Returns the embedding of a caption, with the keys and shapes of `empty`."""
         shard, row = self._find(index)
         return {name: shard[name][row].astype(np.float32) for name in self.empty}
 
@@ -95,33 +97,33 @@ class EncodedExamples:
 
 
 def is_encoded(folder: Path) -> bool:
-    """Whether `pipelines.encode` has finished, or begun, to write there."""
+    """Returns whether `pipelines.encode` has started or finished writing to the folder."""
     return (folder / INDEX).is_file() or (folder / SETTINGS).is_file()
 
 
 def open_encoded(folder: Path) -> EncodedExamples:
-    """Opens what `pipelines.encode` has finished; maps its shards into memory.
+    """Opens a dataset from `pipelines.encode` and memory-maps its shards.
 
     Raises:
-      InputError: naming the file, if it is not finished or not as it was written.
+      InputError: naming the file, if the dataset is unfinished or damaged.
     """
     index = folder / INDEX
     if not index.is_file():
-        raise InputError(f"{folder} is not encoded to the end; the same command continues")
+        raise InputError(f"{folder} is not fully encoded; run the same encode command again")
     try:
         said = json.loads(index.read_text("utf-8"))
         if said["version"] != VERSION:
-            raise ValueError("another version of jaxdiff made it")
+            raise ValueError("it was made by another version of jaxdiff")
         shards = [Shard(**shard) for shard in said["shards"]]
         made_with = {str(name): str(value) for name, value in said["made_with"].items()}
         if not shards:
-            raise ValueError("it names no shards")
+            raise ValueError("it lists no shards")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as problem:
-        raise InputError(f"{index} cannot be used ({problem}); encode again elsewhere") from None
+        raise InputError(f"{index} is invalid ({problem}); encode into another folder") from None
     has_embeddings = "text_encoders" in made_with
     empty = _mapped(folder / EMPTY) if has_embeddings else {}
     if has_embeddings != bool(empty) or not set(empty) <= set(EMBEDDINGS):
-        raise InputError(f"{folder / EMPTY} does not hold embeddings; encode again elsewhere")
+        raise InputError(f"{folder / EMPTY} contains no embeddings; encode into another folder")
     empty = {name: array.astype(np.float32) for name, array in empty.items()}
     maps = [_shard(folder, shard, empty) for shard in shards]
     counts = [shard.images for shard in shards]
@@ -134,7 +136,10 @@ def open_encoded(folder: Path) -> EncodedExamples:
 
 def _shard(folder: Path, shard: Shard, empty: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if not re.fullmatch(r"data/[\w-]+\.safetensors", str(shard.file)):
-        raise InputError(f"{folder / INDEX} names {shard.file!r}, which is none of its shards")
+        raise InputError(
+            f"{folder / INDEX} lists {shard.file!r}, which is not a valid shard name; encode into "
+            "another folder"
+        )
     path = folder / shard.file
     arrays = _mapped(path)
     shapes = {name: array.shape for name, array in arrays.items()}
@@ -149,7 +154,7 @@ def _shard(folder: Path, shard: Shard, empty: dict[str, np.ndarray]) -> dict[str
         and all(shapes.get(name) == (shard.images, *empty[name].shape) for name in empty)
     )
     if not sound:
-        raise InputError(f"{path} does not hold what {INDEX} says; encode again elsewhere")
+        raise InputError(f"{path} does not match {INDEX}; encode into another folder")
     return arrays
 
 
@@ -160,7 +165,7 @@ def _captions(arrays: dict[str, np.ndarray]) -> list[str]:
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, on the disk; none that are empty or of other types."""
+    """Memory-maps the arrays of a safetensors file, except empty arrays and other dtypes."""
     return {
         name: np.memmap(path, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
         for name, tensor in read_header(path).items()
@@ -171,12 +176,12 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
 def shard_bytes(
     mean: np.ndarray, std: np.ndarray, captions: Sequence[str], embeddings: dict[str, np.ndarray]
 ) -> bytes:
-    """A shard's file.
+    """Serializes a shard.
 
     Args:
-      mean, std: of the scaled latents, [n, h, w, channels].
-      captions: of the images; none is empty.
-      embeddings: of the captions, [n, ...], by the names of `EMBEDDINGS`.
+      mean, std: mean and standard deviation of the scaled latents, [n, h, w, channels].
+      captions: one per image; must not be empty.
+      embeddings: of the captions, [n, ...], with the keys of `EMBEDDINGS`.
     """
     texts = [caption.encode() for caption in captions]
     tensors = _halves({"mean": mean, "std": std, **embeddings})
@@ -186,7 +191,7 @@ def shard_bytes(
 
 
 def empty_bytes(embeddings: dict[str, np.ndarray]) -> bytes:
-    """The file of the empty caption's embeddings, [...] each."""
+    """Serializes the embeddings of the empty caption, [...] each."""
     return save(_halves(embeddings))
 
 
@@ -195,20 +200,20 @@ def _halves(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def index_text(shards: Sequence[Shard], made_with: dict[str, str]) -> str:
-    """What `encoded.json` says; `made_with` as in `EncodedExamples`."""
+    """Returns the text of `encoded.json`; `made_with` as in `EncodedExamples`."""
     listed = [asdict(shard) for shard in shards]
     return json.dumps({"version": VERSION, "made_with": made_with, "shards": listed}, indent=1)
 
 
 def check_encoders(examples: EncodedExamples, config, params: dict) -> None:
-    """Refuses to train a model on what other networks have encoded.
+    """Checks that the examples were encoded by this model's own networks.
 
     Args:
       config: the `AutoencoderKLConfig` of the model.
-      params: its parameters, by "vae", "text_encoder" and so on, of nested dicts.
+      params: the model's parameters, nested dicts with the keys "vae", "text_encoder" and so on.
 
     Raises:
-      InputError: if its autoencoder or its text encoders are not those that made the examples.
+      InputError: if the autoencoder or the text encoders differ.
     """
     found = {"autoencoder": latents_digest(config, params["vae"])}
     if "text_encoders" in examples.made_with:
@@ -218,16 +223,16 @@ def check_encoders(examples: EncodedExamples, config, params: dict) -> None:
         if digest != examples.made_with.get(name):
             raise InputError(
                 f"{examples.path} was not encoded by the {name.replace('_', ' ')} of this model; "
-                "encode the images again with it"
+                "encode the images again with this model"
             )
 
 
 def latents_digest(config, params: dict) -> str:
-    """SHA-256 (hex) of all that latents depend on; an autoencoder's decoder is not part of it.
+    """Computes a SHA-256 digest (hex) of everything latents depend on, so not of the decoder.
 
     Args:
-      config: its `AutoencoderKLConfig`.
-      params: its parameters, a nested dict.
+      config: the `AutoencoderKLConfig`.
+      params: the autoencoder's parameters, a nested dict.
     """
     scale = {name: getattr(config, name) for name in SCALE}
     parts = {name: params[name] for name in ENCODER if name in params}
@@ -235,7 +240,7 @@ def latents_digest(config, params: dict) -> str:
 
 
 def weights_digest(params: dict, said: str = "") -> str:
-    """SHA-256 (hex) of parameters as float32, with their names, and of a text."""
+    """Computes a SHA-256 digest (hex) of a text and of named parameters as float32."""
     digest = hashlib.sha256(said.encode())
 
     def add(name: str, value) -> None:

@@ -1,4 +1,4 @@
-"""What encodes images and captions once, before a training: a checkpoint's own networks."""
+"""Encodes images and captions once, before training, with a checkpoint's own networks."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,25 +6,23 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.devices import batching, compilation, parallel
 from jaxdiff.engine.program import to_float
 from jaxdiff.engine.prompts import PromptEncoder
-from jaxdiff.families.networks import read_configs
-from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jaxdiff.families.model import Codec, networks_of
 from jaxdiff.training.data.encoded import EMBEDDINGS, latents_digest, weights_digest
-from jaxdiff.weights.load import open_network
+from jaxdiff.weights.load import StoredNetwork, open_network
 
-ACCELERATOR_PX = 1024 * 1024  # encoded at once; the activations are many times the images
+ACCELERATOR_PX = 1024 * 1024  # per batch and device; activations take far more memory than images
 
 
 class Encoder:
     """A checkpoint's autoencoder, and its text encoders if captions are to be embedded.
 
-    An image's latents and a caption's embedding do not depend on what they are encoded with.
+    An image's latents and a caption's embedding do not depend on the rest of the batch.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, embed: bool):
@@ -34,32 +32,42 @@ class Encoder:
           InputError: if they cannot be read.
         """
         self._mesh = parallel.make_mesh()
-        configs = read_configs(checkpoint)
-        config, weights = configs["vae"], checkpoint.weights("vae")
-        vae = open_network(AutoencoderKL, config, weights, jnp.float32, self._mesh)
-        self._params = vae.load()
-        posterior = partial(_posterior, vae.graph, config)
+        model = networks_of(checkpoint)
+
+        def stored(component: str) -> StoredNetwork:
+            network, tensors = model.networks[component], checkpoint.weights(component)
+            rules = network.sharding
+            return open_network(network.shapes, rules, tensors, jnp.float32, self._mesh)
+
+        codec = model.codec
+        self._params = stored(codec.component).load()
         self._posterior = compilation.jit(
-            parallel.over_data(posterior, self._mesh, (None, 0))  # params, pixels
+            parallel.over_data(partial(_posterior, codec), self._mesh, (None, 0))  # params, pixels
         )
+        config = model.configs[codec.component]
         self.made_with = {"autoencoder": latents_digest(config, self._params)}
         self._prompts = None
         if embed:
             self._prompts = PromptEncoder(
-                checkpoint, configs, jnp.float32, self._mesh, clip_skip=0, chunks=1
+                model,
+                {name: checkpoint.tokenizer(name) for name in model.text_encoders},
+                {name: stored(name) for name in model.text_encoders},
+                self._mesh,
+                clip_skip=0,
+                chunks=1,
             )
             self._prompts.load()
             self.made_with["text_encoders"] = weights_digest(self._prompts.params)
 
     def at_once(self, height: int, width: int) -> int:
-        """How many images of a size are encoded at once."""
+        """Returns the batch size for images of a size."""
         if self._mesh.devices.flat[0].platform == "cpu":
             return batching.on_cpu(width, height) * self._mesh.shape["data"]
         most = max(1, ACCELERATOR_PX // (height * width))
         return min(most, batching.MOST) * self._mesh.shape["data"]
 
     def posterior(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of images' scaled latents.
+        """Computes mean and standard deviation of the images' scaled latents.
 
         Args:
           pixels: uint8 [n, height, width, 3], n at most `at_once`.
@@ -75,7 +83,7 @@ class Encoder:
         return np.asarray(mean)[:count], np.asarray(std)[:count]
 
     def embeddings(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """Captions as the denoiser is told them, by name, float32 [n, ...]; {} if none are made."""
+        """Embeds captions for the denoiser: float32 [n, ...] by name, or {} without `embed`."""
         if self._prompts is None:
             return {}
         found = self._prompts(captions)
@@ -86,9 +94,7 @@ class Encoder:
         }
 
 
-def _posterior(
-    graph: nnx.GraphDef, config: AutoencoderKLConfig, params: dict, pixels: Array
-) -> tuple[Array, Array]:
-    mean, log_variance = nnx.merge(graph, params).encode(to_float(pixels))
+def _posterior(codec: Codec, params: dict, pixels: Array) -> tuple[Array, Array]:
+    mean, log_variance = codec.encode(params, to_float(pixels))
     std = jnp.exp(0.5 * log_variance)
-    return config.scale(mean), config.scale(std) - config.scale(jnp.zeros_like(std))
+    return codec.scale(mean), codec.scale(std) - codec.scale(jnp.zeros_like(std))

@@ -1,4 +1,4 @@
-"""Captioned images in any of their forms, with random access."""
+"""Opens captioned images in any storage format, with random access."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from jaxdiff.training.recipe import Data
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Captioned images; any of them may be read at any time, on any thread.
+    """Captioned images with random access; thread-safe.
 
     Attributes:
-      path: the folder that they come from.
-      names: of each image, for people: its file, with the row or the member.
-      captions: what is said of each.
-      sizes: int32 [n, 2], height and width in pixels, as the headers tell.
-      places: where each image file lies.
-      read: the bytes of an image file, by its place.
+      path: the folder of the images.
+      names: one per image, for messages: its file, with the row or the archive member.
+      captions: one per image.
+      sizes: int32 [n, 2], height and width in pixels, from the headers.
+      places: the location of each image file, the argument of `read`.
+      read: returns the bytes of an image file at a place.
     """
 
     path: Path
@@ -41,40 +41,44 @@ class Examples:
         return len(self.names)
 
     def caption(self, index: int) -> str:
-        """What is said of an image."""
+        """Returns the caption of an image."""
         return self.captions[index]
 
     def pixels(self, index: int) -> np.ndarray:
-        """An image, uint8 [height, width, 3]: upright, on white if it is transparent.
+        """Decodes an image to uint8 [height, width, 3], upright and composited on white.
 
         Raises:
-          InputError: naming the image, if it cannot be decoded or is not as it was when opened.
+          InputError: naming the image, if it cannot be decoded or has changed since it was opened.
         """
         name = self.names[index]
         try:
             content = self.read(self.places[index])
         except OSError as problem:
-            raise InputError(f"{name} cannot be read any more ({problem.strerror})") from None
+            raise InputError(
+                f"{name} can no longer be read: {problem.strerror}; restore it"
+            ) from None
         pixels = decoding.decode(content, name)
         if pixels.shape[:2] != tuple(self.sizes[index]):
-            raise InputError(f"{name} has changed since the training began; start it again")
+            raise InputError(
+                f"{name} has changed since it was opened; leave images unchanged during a run"
+            )
         return pixels
 
 
 def open_examples(data: Data) -> Examples | EncodedExamples:
-    """Finds the captioned images of a folder; what lies in it tells their form.
+    """Opens the captioned images in a folder and detects their storage format.
 
-    Every caption and every image's header is read, no pixel.
+    Reads every caption and every image's header, but no pixels.
 
     Args:
-      data: its `path` and `captions` count; the shapes world is no folder.
+      data: only `path` and `captions` are used; `path` must be a folder, not "shapes".
 
     Raises:
-      InputError: naming the file, the row or the key, if it cannot be used.
+      InputError: naming the file, row or key that is invalid.
     """
     folder = Path(data.path)
     if not folder.is_dir():
-        raise InputError(f"{data.path}: there is no such folder of images")
+        raise InputError(f"{data.path}: image folder not found")
     try:
         if encoded.is_encoded(folder):
             return encoded.open_encoded(folder)
@@ -93,33 +97,33 @@ def _open_images(folder: Path, column: str) -> Examples:
         scan = {".tar": files.scan_tar, ".parquet": files.scan_parquet}[paths[0].suffix]
     entries = [entry for path in paths for entry in scan(path, column)]
     if not entries:
-        raise InputError(f"{folder} holds no image; there is nothing to train on")
+        raise InputError(f"{folder} contains no images; add some or choose another folder")
     names, captions, sizes, places = (list(column) for column in zip(*entries, strict=True))
     read = files.parquet_reader(places) if scan is files.scan_parquet else files.read_span
     return Examples(folder, names, captions, np.array(sizes, np.int32), places, read)
 
 
 def _generated(folder: Path) -> list[Path]:
-    """The shards of a dataset that `jaxdiff generate` has finished, as their markers name them."""
+    """Returns the shards that a finished dataset from `jaxdiff generate` lists in its markers."""
     plan = plans.load(folder)
     if plan is None or ledger.finished(folder, plan) is None:
         raise InputError(
-            f"{folder} is not finished, or has lost files: the same generate command finishes it, "
-            f"`jaxdiff verify {folder}` tells more"
+            f"{folder} is not finished or has missing files; run the same generate command again "
+            f"to finish it, or `jaxdiff verify {folder}` for details"
         )
     return [folder / shards.file_names(plan, shard)[0] for shard in range(len(plan.shard_sizes))]
 
 
 def _found(folder: Path) -> list[Path]:
-    """The folder itself, if it tells of images one by one, or its shards in the order of names."""
+    """Returns the folder itself if it has a metadata file, or else its shards sorted by name."""
     if any((folder / name).is_file() for name in files.METADATA):
         return [folder]
     for pattern in ("*.tar", "*.parquet"):
         for place in (folder, folder / "data"):
             if paths := sorted(place.glob(pattern)):
-                # Of a dataset of the Hub with several splits, the one that is for training.
+                # If a dataset from the Hub has several splits, use only the training split.
                 return [path for path in paths if path.name.startswith("train")] or paths
     raise InputError(
-        f"{folder} holds no captioned images: neither {' nor '.join(files.METADATA)} nor shards "
-        "(*.tar, *.parquet), here or in data/; docs/data.md tells of the forms"
+        f"{folder} contains no captioned images: no {' or '.join(files.METADATA)}, and no shards "
+        "(*.tar, *.parquet) here or in data/; see docs/data.md for the supported formats"
     )

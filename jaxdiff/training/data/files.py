@@ -1,8 +1,8 @@
-"""Three ways in which captioned images are stored: a folder, tar shards, Parquet files.
+"""Reads captioned images from a folder, tar shards or Parquet files.
 
-Each is scanned once, when it is opened: what is found is an `Entry` an image, and a function that
-reads an image file by its entry's place, at any time, on any thread. Names that stand in these
-files are never opened unless they lie in the folder.
+A dataset is scanned once, when it is opened. The scan gives one `Entry` per image; a thread-safe
+function reads an image file by its entry's `place`. A file name listed in metadata is opened only
+if it is inside the folder.
 """
 
 import csv
@@ -24,10 +24,10 @@ from jaxdiff.dataset.manifest.readers import MAX_LINE_BYTES, READERS
 from jaxdiff.errors import InputError
 from jaxdiff.training.data import decoding
 
-CAPTIONS = ("text", "caption", "prompt")  # the columns that hold captions, unless one is named
+CAPTIONS = ("text", "caption", "prompt")  # default caption columns
 METADATA = ("metadata.jsonl", "metadata.csv")
 ENDINGS = ("png", "jpg", "jpeg", "webp", "bmp")
-IMAGE_COLUMN = "image"  # of Parquet, as the Hub writes it: a struct of bytes and path
+IMAGE_COLUMN = "image"  # in Parquet files from the Hub: a struct of bytes and path
 CACHE_BYTES = 2**30  # of row groups in memory
 
 
@@ -35,10 +35,10 @@ class Entry(NamedTuple):
     """A captioned image.
 
     Attributes:
-      name: for people: its file, with the row or the member.
-      caption: what is said of it.
+      name: for messages: the file, with the row or the archive member.
+      caption: the caption.
       size: height and width in pixels.
-      place: what its kind's `read` finds the image file by.
+      place: the location of the image file, the argument of the format's read function.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Entry(NamedTuple):
 
 
 def scan_folder(folder: Path, column: str) -> Iterator[Entry]:
-    """Yields the images that a folder's `metadata.jsonl` or `metadata.csv` names, in its order.
+    """Yields the images listed in a folder's `metadata.jsonl` or `metadata.csv`, in order.
 
-    The form is the Hub's imagefolder: `file_name` and a column with the caption.
+    The format is the Hub's imagefolder: `file_name` and a caption column.
 
     Raises:
-      InputError: for a row that cannot be used, or an image file that no row names.
+      InputError: for an invalid row, or an image file without a row.
     """
     metadata = next(folder / name for name in METADATA if (folder / name).is_file())
     rows = _read_csv(metadata) if metadata.suffix == ".csv" else _read_jsonl(metadata)
@@ -68,16 +68,20 @@ def scan_folder(folder: Path, column: str) -> Iterator[Entry]:
                 size = decoding.read_size(file, str(path))
                 yield Entry(str(path), caption, size, (path, 0, file.seek(0, io.SEEK_END)))
         except OSError as problem:
-            raise InputError(f"{where}: {path} cannot be read ({problem.strerror})") from None
+            raise InputError(
+                f"{where}: {path} cannot be read: {problem.strerror}; restore it or remove the row"
+            ) from None
     for path in sorted(folder.iterdir()):
         if path.suffix.lower().lstrip(".") in ENDINGS and path not in named:
-            raise InputError(f"{metadata} has no row for {path.name}; add one or move it away")
+            raise InputError(
+                f"{metadata} has no row for {path.name}; add one or move the image away"
+            )
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     for entry in READERS["jsonl"](path, str(path), None):
         if entry.error:
-            raise InputError(f"{path} line {entry.line}: {entry.error}; mend or remove it")
+            raise InputError(f"{path} line {entry.line}: {entry.error}; fix or remove it")
         if entry.values is not None:
             yield entry.line, entry.values
 
@@ -89,39 +93,39 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
             for row in reader:
                 yield reader.line_num, row
     except (csv.Error, UnicodeDecodeError) as problem:
-        raise InputError(f"{path} is no CSV file in UTF-8 ({problem})") from None
+        raise InputError(f"{path} is not a valid UTF-8 CSV file ({problem}); fix it") from None
 
 
 def _inside(folder: Path, name, where: str) -> Path:
     if not isinstance(name, str) or not name:
-        raise InputError(f"{where} has no file_name; say which image it is about")
+        raise InputError(f"{where} has no file_name; add the name of the image")
     parts = PurePosixPath(name).parts
     leads_out = PureWindowsPath(name).anchor or name.startswith("/") or ".." in parts
     if leads_out or any(character < " " for character in name):
         raise InputError(
-            f"{where}: file_name {checks.shown(name)} is no path within {folder}; move the image "
-            "there"
+            f"{where}: file_name {checks.shown(name)} is not a path inside {folder}; move the "
+            "image there"
         )
     return folder / name
 
 
 def _caption(values: Mapping, column: str, where: str) -> str:
-    """The caption among a row's values; raises InputError if there is none."""
+    """Returns the caption of a row; raises InputError if it has none."""
     names = (column,) if column else CAPTIONS
     caption = next((values[name] for name in names if values.get(name) is not None), None)
     if not isinstance(caption, str) or not caption.strip():
         raise InputError(
-            f"{where} has no caption: no text in {' or '.join(names)}; write one, or "
-            "name the column of captions"
+            f"{where} has no caption: no text in {' or '.join(names)}; add one, or set the caption "
+            "column"
         )
     try:
         return checks.text("its caption", caption)
     except checks.BadValueError as problem:
-        raise InputError(f"{where}: {problem}; mend it") from None
+        raise InputError(f"{where}: {problem}; fix it") from None
 
 
 def read_span(place: tuple[Path, int, int]) -> bytes:
-    """The bytes of an image that lies in a file: (file, offset, bytes)."""
+    """Reads an image's bytes from a file, given as (file, offset, number of bytes)."""
     path, offset, count = place
     with path.open("rb") as file:
         file.seek(offset)
@@ -129,13 +133,14 @@ def read_span(place: tuple[Path, int, int]) -> bytes:
 
 
 def scan_tar(path: Path, column: str) -> Iterator[Entry]:
-    """Yields the samples of a WebDataset shard: neighbours with one name up to the first dot.
+    """Yields the samples of a WebDataset shard.
 
-    Of a sample's files the image is known by its ending; the caption is KEY.txt, a text in
-    KEY.json, or the file with the ending `column`.
+    A sample consists of consecutive files with the same name (KEY) up to the first dot. The image
+    is found by its extension. The caption is KEY.txt, a string in KEY.json, or the file with the
+    extension `column`.
 
     Raises:
-      InputError: for an archive that is not whole, or a sample without an image or a caption.
+      InputError: for a damaged archive, or a sample without an image or a caption.
     """
     sample: dict[str, tarfile.TarInfo] = {}
     key = None
@@ -154,9 +159,7 @@ def scan_tar(path: Path, column: str) -> Iterator[Entry]:
             if sample:
                 yield _sample(path, tar, key, sample, column)
     except (tarfile.TarError, OSError) as problem:
-        raise InputError(
-            f"{path} is no whole tar archive ({problem}); copy or unpack it again"
-        ) from None
+        raise InputError(f"{path} is not a valid tar archive ({problem}); copy it again") from None
 
 
 def _sample(
@@ -170,7 +173,9 @@ def _sample(
     for ending, member in members.items():
         if ending in ("txt", "json", column):
             if member.size > MAX_LINE_BYTES:
-                raise InputError(f"{name}.{ending} has more than 1 MiB; it is no caption")
+                raise InputError(
+                    f"{name}.{ending} exceeds 1 MiB, too much for a caption; replace it"
+                )
             text = tar.extractfile(member).read().decode("utf-8", "replace")
             values |= _parsed(text, name) if ending == "json" else {ending: text}
     if not column and "txt" in values:
@@ -186,12 +191,12 @@ def _parsed(text: str, name: str) -> dict:
     except (RecursionError, ValueError):
         values = None
     if not isinstance(values, dict):
-        raise InputError(f"{name}.json is no JSON object; mend or remove it")
+        raise InputError(f"{name}.json is not a JSON object; fix or remove it")
     return values
 
 
 class Cell(NamedTuple):
-    """Where an image lies in a Parquet file: a row of a row group, and the column of bytes."""
+    """The location of an image in a Parquet file: row group, row and column of bytes."""
 
     path: Path
     group: int
@@ -201,10 +206,10 @@ class Cell(NamedTuple):
 
 
 def scan_parquet(path: Path, column: str) -> Iterator[Entry]:
-    """Yields the rows of a Parquet file with images in it, as the Hub stores them.
+    """Yields the rows of a Parquet file with embedded images, as the Hub stores them.
 
     Raises:
-      InputError: if it is none, or for a row that cannot be used.
+      InputError: if the file or a row of it is invalid.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -214,26 +219,26 @@ def scan_parquet(path: Path, column: str) -> Iterator[Entry]:
                 size = file.metadata.row_group(group).total_byte_size
                 if size > CACHE_BYTES:
                     raise InputError(
-                        f"{path} has a row group of {size / 2**20:.0f} MiB, of which one must fit "
-                        f"{CACHE_BYTES // 2**20} MiB; write it with smaller ones (row_group_size)"
+                        f"{path} has a row group of {size / 2**20:.0f} MiB, over the limit of "
+                        f"{CACHE_BYTES // 2**20} MiB; write it with a smaller row_group_size"
                     )
                 table = file.read_row_group(group, [leaf, caption])
                 cells = zip(_flat(table[IMAGE_COLUMN]), table[caption], strict=True)
                 for index, (image, text) in enumerate(cells):
                     name = f"{path} row {row + 1}"
                     if not image.is_valid:
-                        raise InputError(f"{name} has no image in it; embed its bytes")
+                        raise InputError(f"{name} has no embedded image; embed its bytes")
                     said = _caption({caption: text.as_py()}, caption, name)
                     shape = decoding.read_size(pa.BufferReader(image.as_buffer()), name)
                     yield Entry(name, said, shape, Cell(path, group, index, size, leaf))
                     row += 1
     except (OSError, pa.ArrowException) as problem:
         reason, *_ = str(problem).splitlines() or [type(problem).__name__]
-        raise InputError(f"{path} is no whole Parquet file ({reason}); copy it again") from None
+        raise InputError(f"{path} is not a valid Parquet file ({reason}); copy it again") from None
 
 
 def _columns(path: Path, schema: pa.Schema, column: str) -> tuple[str, str]:
-    """The names of the image's bytes and of the caption."""
+    """Returns the names of the columns with image bytes and captions."""
     kind = schema.field(IMAGE_COLUMN).type if IMAGE_COLUMN in schema.names else None
     is_struct = kind is not None and pa.types.is_struct(kind)
     if is_struct and "bytes" in {field.name for field in kind}:
@@ -242,26 +247,27 @@ def _columns(path: Path, schema: pa.Schema, column: str) -> tuple[str, str]:
         leaf = IMAGE_COLUMN
     else:
         raise InputError(
-            f"{path} has no column {IMAGE_COLUMN} of image files, but "
-            f"{checks.shown(', '.join(schema.names))}; store them as datasets' Image feature does"
+            f"{path} has no {IMAGE_COLUMN} column with image bytes; its columns are "
+            f"{checks.shown(', '.join(schema.names))}; store images as the Image feature of the "
+            "datasets library does"
         )
     names = (column,) if column else CAPTIONS
     caption = next((name for name in names if name in schema.names), None)
     if caption is None:
         raise InputError(
-            f"{path} has no column {' or '.join(names)}, but "
-            f"{checks.shown(', '.join(schema.names))}; name that of captions"
+            f"{path} has no {' or '.join(names)} column; its columns are "
+            f"{checks.shown(', '.join(schema.names))}; set the caption column"
         )
     return leaf, caption
 
 
 def _flat(images: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The images' bytes, null where there are none."""
+    """Returns the images' bytes, null where an image is missing."""
     return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
 
 
 def parquet_reader(places: Sequence[Cell]) -> Callable[[Cell], bytes]:
-    """Reads images from Parquet files; keeps the row groups that were read lately."""
+    """Returns a function that reads images from Parquet files, with an LRU cache of row groups."""
     largest = max(cell.group_bytes for cell in places)
 
     @lru_cache(max(1, CACHE_BYTES // max(1, largest)))
@@ -269,7 +275,7 @@ def parquet_reader(places: Sequence[Cell]) -> Callable[[Cell], bytes]:
         with pq.ParquetFile(path) as file:
             return _flat(file.read_row_group(group, [column])[IMAGE_COLUMN])
 
-    lock = threading.Lock()  # or threads that miss the same group would each hold a copy
+    lock = threading.Lock()  # otherwise threads that miss the same group would each load a copy
 
     def read(cell: Cell) -> bytes:
         with lock:

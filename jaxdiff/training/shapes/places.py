@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
+from jaxdiff.families.model import Denoiser
+from jaxdiff.training.components import Components
 from jaxdiff.training.loop import Params
 from jaxdiff.weights.load import abstract_network
 from jaxdiff.worlds.shapes import SHAPES, Scene
@@ -42,10 +43,19 @@ def maps(scenes: Sequence[Scene], side: int) -> np.ndarray:
     return found
 
 
-def widened_graph(config: UNetConfig, remat: bool) -> nnx.GraphDef:
+def widened_denoiser(parts: Components, remat: bool) -> Denoiser:
     """The U-Net with a channel for every shape beside its own."""
+    component = parts.model.denoiser.component
+    config = parts.model.configs[component]
     wide = replace(config, out_channels=config.out_channels + len(SHAPES))
-    return abstract_network(partial(UNet2DConditionModel, remat=remat), wide)[0]
+    module = partial(parts.family.module(component, wide), remat=remat)
+    graph, _ = abstract_network(module, wide)
+
+    def evaluate(params, latents, timesteps, conditioning, guidance_scale, kept):
+        unet = nnx.merge(graph, params)
+        return unet.evaluate(latents, timesteps, deep=kept, **conditioning._asdict())
+
+    return parts.model.denoiser._replace(evaluate=evaluate)
 
 
 def widened(unet: Params) -> Params:

@@ -1,4 +1,4 @@
-"""The shapes world as training data: its scenes are drawn and encoded once, and kept."""
+"""The shapes world as training data: draws and encodes its scenes once, and caches them."""
 
 import hashlib
 import os
@@ -17,12 +17,13 @@ from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.captions import TEMPLATES, draw_caption
 
 ENCODE_BATCH = 64
-PIXELS = "shapes"  # what `Data.path` says
-VERSION = 2  # of `draw`: raised when the same numbers come to mean other scenes
+PREVIEW_SEED, PREVIEW_IMAGES = 2**31, 48
+PIXELS = "shapes"  # the value of `Data.path` for this data
+VERSION = 2  # of `draw`; raise it when the same indices give other scenes
 
 
 def draw(data: Data, seed: int, index: int) -> tuple[shapes.Scene, str]:
-    """The scene of this number and its caption, as the recipe's templates and pairs allow."""
+    """Draws the scene with this index and its caption, within the recipe's templates and pairs."""
     rng = np.random.default_rng([seed, index])
     while True:
         caption = draw_caption(rng, data.templates or TEMPLATES)
@@ -32,7 +33,7 @@ def draw(data: Data, seed: int, index: int) -> tuple[shapes.Scene, str]:
 
 
 def check(data: Data) -> None:
-    """Raises InputError for a template or a held-out pair that the world does not have."""
+    """Raises InputError for a template or held-out pair that the shapes world does not have."""
     pairs = [f"{color} {shape}" for color in shapes.COLORS for shape in shapes.SHAPES]
     for name, said, known in (
         ("templates", data.templates, tuple(TEMPLATES)),
@@ -40,29 +41,29 @@ def check(data: Data) -> None:
     ):
         for value in said:
             if value not in known:
-                raise InputError(f"data.{name}: {value!r} is none of {', '.join(known)}")
+                raise InputError(f"data.{name}: unknown value {value!r}; known: {', '.join(known)}")
     if not set(pairs) - set(data.held_out):
-        raise InputError("data.held_out: leaves no pair of color and shape to train on")
+        raise InputError("data.held_out excludes every pair of color and shape; remove a pair")
 
 
 def encoded(
     data: Data, seed: int, encode: Callable[[Array], Array], digest: str, output: Path
 ) -> tuple[np.ndarray, list[str]]:
-    """Latents float16 [scenes, h, w, c] and the captions, made once and kept in `output`.
+    """Returns latents, float16 [scenes, h, w, c], and captions; caches them in `output`.
 
     Args:
-      encode: uint8 pixels [batch, 64, 64, 3] to latents.
-      digest: of all that `encode` depends on.
+      encode: maps uint8 pixels [batch, 64, 64, 3] to latents.
+      digest: a digest of everything that `encode` depends on.
 
     Raises:
-      InputError: if `output` holds those of another autoencoder, or of other data.
+      InputError: if `output` contains scenes of another autoencoder or of other data.
     """
     check(data)
     whole = hashlib.sha256(f"{digest} {seed} {data} {VERSION}".encode()).hexdigest()[:16]
     path = output / f"scenes-{whole}.npz"
     if any(other != path for other in output.glob("scenes-*.npz")):
         raise InputError(
-            f"{output} was begun with another autoencoder or other data; name another --output"
+            f"{output} was started with another autoencoder or other data; choose another --output"
         )
     if not path.exists():
         encode = compilation.jit(encode)
@@ -82,3 +83,9 @@ def encoded(
         os.replace(unfinished, path)
     with np.load(path, allow_pickle=False) as scenes:
         return scenes["latents"], scenes["captions"].tolist()
+
+
+def preview_captions() -> list[str]:
+    """Returns the captions of the sample grids, the same at every step of every run."""
+    rng = np.random.default_rng(PREVIEW_SEED)
+    return [shapes.sample(rng)[1] for _ in range(PREVIEW_IMAGES)]

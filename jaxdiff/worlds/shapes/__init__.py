@@ -1,7 +1,7 @@
 """The shapes world, version 1: colored shapes on a plain background, with captions.
 
-Drawn without end for training, and judged exactly in what a model makes of it. NumPy, Pillow and
-SciPy only.
+It supplies unlimited training images and judges a model's images exactly. It needs only NumPy,
+Pillow and SciPy.
 """
 
 from jaxdiff.worlds.shapes.benchmark import TAGS, benchmark_rows, caption_for, row_for

@@ -1,10 +1,10 @@
-"""Benchmark prompts as rows in GenEval's schema, and the way back from a row to its caption.
+"""Converts captions to benchmark rows in GenEval's schema, and rows to captions.
 
 A row is `{"tag", "include", "exclude"?, "background"?, "prompt"}`. `include` is a list of
-`{"class", "count", "color"?, "position"?}` as in GenEval (arXiv 2310.11513): for a relation the
-second entry is the one that is placed, `["above", 0]`, above entry 0, so that "a star above a
-circle" includes a circle and then a star. `exclude` stands in counting rows. `background` is this
-world's own field and is only there where the prompt names a background.
+`{"class", "count", "color"?, "position"?}` as in GenEval (arXiv 2310.11513). For a relation, the
+second entry has a position relative to the first, `["above", 0]` for "above entry 0", so "a star
+above a circle" includes a circle and then a star. `exclude` is only in counting rows. `background`
+is this world's own field, present only if the prompt names a background.
 """
 
 import itertools
@@ -19,10 +19,10 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 
 
 def benchmark_rows(tag: str, count: int, seed: int) -> list[dict]:
-    """`count` rows of one tag of `TAGS`, drawn by `seed`: no prompt twice before each came once.
+    """Draws `count` rows of one tag of `TAGS`; no prompt repeats before all have been used.
 
-    The background is open or named, each of the four as often. The two objects of a pair have
-    different shapes and, in color_attr, different colors, as in GenEval.
+    The background is unspecified or one of the three, all four equally often. The two objects of a
+    pair have different shapes and, in color_attr, different colors, as in GenEval.
     """
     captions = _captions(tag)
     order = np.random.default_rng([seed, TAGS.index(tag)]).permutation(len(captions))
@@ -46,7 +46,7 @@ def _captions(tag: str) -> list[Caption]:
 
 
 def row_for(caption: Caption) -> dict:
-    """The row of any caption of the grammar, with the tag that tests the most of it."""
+    """Returns the row of any caption of the grammar, with the tag that tests most of it."""
     include = [_entry(group) for group in caption.groups]
     if caption.relation:
         include.reverse()
@@ -77,16 +77,19 @@ def _entry(group: Group) -> dict:
 
 
 def caption_for(row: dict) -> Caption:
-    """What a row asks for. Raises InputError for a row that this world has no caption for.
+    """Returns the caption that a row describes.
 
-    Only `include` and `background` are read: `exclude` adds nothing to a strict judgement.
+    Reads only `include` and `background`; `exclude` adds nothing to a strict judgment.
+
+    Raises:
+      InputError: for a row that this world's grammar cannot express.
     """
 
     def require(fine: bool, field: str, value) -> None:
         if not fine:
             name = f"benchmark row {row.get('prompt')!r}"
             raise InputError(
-                f"{name}: {field} {value!r} is not of the shapes world; use one that is"
+                f"{name}: {field} {value!r} is not in the shapes world; use a value that is"
             )
 
     include, background = row.get("include"), row.get("background")

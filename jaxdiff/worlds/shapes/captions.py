@@ -1,4 +1,4 @@
-"""The caption grammar: what a caption says, as a value and as a sentence."""
+"""The caption grammar: captions as data and as sentences."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from jaxdiff.worlds.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
 
-# How often `draw_caption` takes each template. Counts are the hardest to learn and pairs with
-# colors the longest to bind, so they are not rarer than what a single object needs.
+# How often `draw_caption` uses each template. Counts are the hardest to learn, and color binding in
+# pairs takes the longest, so these templates are not rarer than those with a single object.
 TEMPLATES = {
     "a {shape}": 0.10,
     "a {color} {shape}": 0.24,
@@ -27,14 +27,14 @@ BACKGROUND_RATE = 0.5  # of the captions that name the background
 
 @dataclass(frozen=True)
 class Group:
-    """`count` objects of one shape; a color of None leaves each object's color open."""
+    """A group of `count` objects of one shape; a color of None allows any color for each object."""
 
     shape: str
     color: str | None = None
     count: int = 1
 
     def text(self) -> str:
-        """Say it with its article or number: "an orange star", "three rings"."""
+        """Returns the group with its article or number: "an orange star", "three rings"."""
         color = f"{self.color} " if self.color else ""
         if self.count > 1:
             return f"{NUMBERS[self.count]} {color}{PLURALS[self.shape]}"
@@ -46,7 +46,7 @@ class Group:
 class Caption:
     """One or two groups, the first one's relation to the second, and the background.
 
-    None leaves the relation or the background open.
+    None leaves the relation or the background unspecified.
     """
 
     groups: tuple[Group, ...]
@@ -54,7 +54,7 @@ class Caption:
     background: str | None = None
 
     def text(self) -> str:
-        """Say it: "a red star above an orange ring on a black background"."""
+        """Returns the sentence: "a red star above an orange ring on a black background"."""
         joint = f" {self.relation or 'and'} "
         ending = f" on a {self.background} background" if self.background else ""
         return joint.join(group.text() for group in self.groups) + ending
@@ -63,9 +63,9 @@ class Caption:
 def draw_caption(
     rng: np.random.Generator, templates: Collection[str] = tuple(TEMPLATES)
 ) -> Caption:
-    """Draw a caption: one of these templates, each as often as `TEMPLATES` says; words evenly.
+    """Draws a caption: a template with the weights of `TEMPLATES`, and words uniformly.
 
-    A template that is given twice is drawn twice as often.
+    A template that is listed twice is drawn twice as often.
     """
     cumulative = np.cumsum([TEMPLATES[name] for name in templates])
     index = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
@@ -75,7 +75,7 @@ def draw_caption(
 
 
 def fill(template: str, rng: np.random.Generator, background: str | None = None) -> Caption:
-    """Fill a template of `TEMPLATES` with words drawn evenly."""
+    """Fills a template of `TEMPLATES` with uniformly drawn words."""
     colored = "{color}" in template
     count = pick(rng, NUMBERS) if "{number}" in template else 1
     groups = tuple(
@@ -87,5 +87,5 @@ def fill(template: str, rng: np.random.Generator, background: str | None = None)
 
 
 def pick(rng: np.random.Generator, options):
-    """One of `options`, each as likely."""
+    """Draws one of `options` uniformly."""
     return tuple(options)[int(rng.random() * len(options))]

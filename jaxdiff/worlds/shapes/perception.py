@@ -1,9 +1,9 @@
-"""Pixels to scenes: the exact scorer's eyes.
+"""Reads scenes from pixels, for the exact scorer.
 
-Every pixel is taken as background + alpha * (color - background). Objects are connected
-components; alpha is unmixed for each, and its shape is the one whose antialiased template, drawn
-at the same centre with the same area, overlaps alpha best. Hard masks would not do at 64 px: half
-of a 14 px star's pixels lie on its edge.
+Every pixel is modeled as background + alpha * (color - background). Objects are connected
+components. Alpha is unmixed for each, and its shape is the one whose antialiased template, drawn
+with the same center and area, overlaps alpha best. Hard masks would fail at 64 px: half of a 14 px
+star's pixels are on its edge.
 """
 
 import math
@@ -16,17 +16,17 @@ from scipy import ndimage
 from jaxdiff.worlds.shapes.render import SUPERSAMPLING, draw
 from jaxdiff.worlds.shapes.scene import AREAS, BACKGROUNDS, CANVAS, COLORS, SHAPES, Object, Scene
 
-BACKGROUND_TOLERANCE = 60.0  # RGB distance to the palette's background; they lie 194 apart
-COLOR_TOLERANCE = 60.0  # RGB distance to the palette's color; the closest two lie 81 apart
+BACKGROUND_TOLERANCE = 60.0  # RGB distance to the palette's background; they are 194 apart
+COLOR_TOLERANCE = 60.0  # RGB distance to the palette's color; the closest two are 81 apart
 MIN_CONTRAST = 40.0  # RGB distance to the background; the faintest color (purple on gray) has 94
 MIN_AREA = 12  # px: smaller specks are noise; the smallest object (a 14 px star) has 72
-# Soft intersection over union with the template. Measured: 99.6% of scenes keep all their objects
-# above 0.85 in JPEG at quality 90 and 99% after a blur of 1 px with noise of 12/255; a diamond, a
-# tilted square, a 5:4 rectangle, a four-pointed star and a disc cut at a side stay below it.
+# Soft intersection over union with the template. Measured: all objects stay above 0.85 in 99.6% of
+# scenes in JPEG at quality 90, and in 99% after a blur of 1 px with noise of 12/255; a diamond, a
+# tilted square, a 5:4 rectangle, a four-pointed star and a disc cut off at one side stay below it.
 MIN_OVERLAP = 0.85
-SMOOTHING = 0.7  # px (Gaussian sigma) on alpha and templates alike, against noise on the edges
+SMOOTHING = 0.7  # px (Gaussian sigma), of both alpha and templates, against noise on the edges
 SOFT_SMOOTHING = 1.2  # px: a second set of templates, for edges that a codec or decoder softened
-REACH = 2.0  # px around a component in which its soft edge is looked for
+REACH = 2.0  # px around a component in which its soft edge is searched
 
 _BORDER = np.ones((CANVAS, CANVAS), bool)
 _BORDER[2:-2, 2:-2] = False
@@ -39,15 +39,23 @@ _PALETTE = np.array(list(COLORS.values()), np.float32)
 
 
 def read(pixels: np.ndarray, shapes: Sequence[str] = SHAPES) -> Scene:
-    """The scene that an image shows: uint8 [64, 64, 3] -> background, and objects from the top.
+    """Reads the scene of an image, with its objects from top to bottom.
 
-    What cannot be recognised is reported, not guessed: a background, color or shape that is too
-    far from all of the world's is None, and an object without a shape has the width of its
-    bounding box as its size. `shapes` are those that are looked for. Raises ValueError for any
-    other array.
+    Reports what it does not recognize instead of guessing: a background, color or shape too far
+    from all of the world's is None. The size of an object without a shape is the width of its
+    bounding box.
+
+    Args:
+      pixels: uint8 [64, 64, 3].
+      shapes: the shapes to look for.
+
+    Raises:
+      ValueError: for an array of another shape or dtype.
     """
     if pixels.shape != (CANVAS, CANVAS, 3) or pixels.dtype != np.uint8:
-        raise ValueError(f"expected uint8 [{CANVAS}, {CANVAS}, 3]: {pixels.dtype} {pixels.shape}")
+        raise ValueError(
+            f"expected uint8 [{CANVAS}, {CANVAS}, 3], not {pixels.dtype} {pixels.shape}"
+        )
     image = pixels.astype(np.float32)
     ground = np.median(image[_BORDER], axis=0)
     components, count = _components(image, ground)
@@ -69,11 +77,11 @@ def _nearest(color: np.ndarray, palette: dict, tolerance: float) -> str | None:
 
 
 def _components(image: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, int]:
-    """Number the objects' pixels: int [64, 64] with 0 for the background, and how many there are.
+    """Numbers the objects' pixels: int [64, 64] with 0 for the background, and the object count.
 
-    A pixel belongs to an object if alpha is above one half, where the contrast of the place two
-    steps uphill stands for alpha = 1; that place's color, not the edge's own mixture, is the
-    pixel's. Components are 4-connected pixels of one color.
+    A pixel belongs to an object if alpha is above one half, with the contrast of the pixel two
+    steps uphill as alpha = 1. It takes the color of that pixel, not the mixed color of the edge.
+    Components are 4-connected pixels of one color.
     """
     contrast = np.linalg.norm(image - ground, axis=-1)
     peak = _uphill(contrast)
@@ -96,7 +104,7 @@ def _components(image: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, int]
 
 
 def _uphill(contrast: np.ndarray) -> np.ndarray:
-    """For each pixel the flat index of the one of most contrast among itself and its neighbours."""
+    """Returns, for each pixel, the flat index of its neighbor (or itself) with most contrast."""
     padded = np.pad(contrast, 1, constant_values=-1.0)
     steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     views = np.stack(
@@ -114,7 +122,7 @@ def _recognise(
     support: np.ndarray,
     shapes: Sequence[str],
 ) -> Object:
-    """Name one object from its component's pixels and its support, the component with its edge."""
+    """Recognizes an object from its component and its support: the component with its soft edge."""
     colors = image[component]
     contrasts = np.linalg.norm(colors - ground, axis=-1)
     core = np.median(colors[contrasts >= 0.9 * np.quantile(contrasts, 0.75)], axis=0)
@@ -138,12 +146,12 @@ def _recognise(
 
 
 def _overlaps(alpha: np.ndarray, templates: np.ndarray) -> np.ndarray:
-    """Soft intersection over union of [64, 64] with each of [n, 64, 64]: [n]."""
+    """Returns the soft intersection over union of [64, 64] with each of [n, 64, 64]: [n]."""
     return np.minimum(alpha, templates).sum((1, 2)) / np.maximum(alpha, templates).sum((1, 2))
 
 
 def _template(shape: str, x: float, y: float, size: float) -> np.ndarray:
-    """The coverage of one object: float [64, 64] in 0..1."""
+    """Draws the coverage of one object: float [64, 64] in 0..1."""
     side = CANVAS * SUPERSAMPLING
     image = Image.new("L", (side, side))
     draw(ImageDraw.Draw(image), Object(shape, None, x, y, size), 255)

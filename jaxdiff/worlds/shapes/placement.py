@@ -1,4 +1,4 @@
-"""Captions to scenes: what the caption leaves open is drawn at random, and everything fits."""
+"""Draws random scenes for captions, with all objects inside the canvas and apart."""
 
 import numpy as np
 
@@ -20,11 +20,11 @@ from jaxdiff.worlds.shapes.scene import (
     holds,
 )
 
-TRIES = 20  # places tried for an object before the scene is begun again
+TRIES = 20  # positions tried for an object before the scene is started again
 ANYWHERE = (0.0, 0.0, CANVAS, CANVAS)
 
-# Composed scenes. Where the centres of objects lie, in px: two as their relation says, other
-# numbers as the pips of a die, but that three make a triangle.
+# Composed scenes: the centers of objects, in px. Two objects follow their relation, other numbers
+# the pips of a die, except that three make a triangle.
 PAIRS = {
     "left of": ((17, 32), (47, 32)),
     "right of": ((47, 32), (17, 32)),
@@ -37,24 +37,24 @@ PIPS = {
     4: ((17, 17), (47, 17), (17, 47), (47, 47)),
     5: ((14, 14), (50, 14), (32, 32), (14, 50), (50, 50)),
 }
-STRAY = {1: 8, 2: 4, 3: 3, 4: 3, 5: 2}  # px to each side, that centres may lie from there
+STRAY = {1: 8, 2: 4, 3: 3, 4: 3, 5: 2}  # px, the maximum offset of centers to each side
 SIZES = {1: (21, 30), 2: (18, 26), 3: (17, 24), 4: (16, 22), 5: (16, 20)}  # px across
 
 
 def sample(rng: np.random.Generator) -> tuple[Scene, str]:
-    """A random caption of the grammar and a random scene that it describes."""
+    """Draws a random caption of the grammar and a random scene that it describes."""
     caption = draw_caption(rng)
     return scene_for(caption, rng), caption.text()
 
 
 def scene_for(caption: Caption, rng: np.random.Generator, composed: bool = False) -> Scene:
-    """A random scene that the caption describes; objects that it does not mention do not appear.
+    """Draws a random scene with exactly the objects of the caption.
 
-    Objects lie inside the canvas, at least `GAP` px apart; a relation holds by `MIN_OFFSET` px.
-    Crowded scenes whose objects do not fit are drawn again with smaller ones.
+    Objects are inside the canvas and at least `GAP` px apart; a relation holds by `MIN_OFFSET` px.
+    If the objects do not fit, the scene is drawn again with smaller ones.
 
     Args:
-      composed: objects are large and spread evenly, near `PAIRS` and `PIPS`, instead of anywhere.
+      composed: draw large objects near the positions of `PAIRS` and `PIPS`, instead of anywhere.
     """
     background = caption.background or pick(rng, BACKGROUNDS)
     kinds = [
@@ -83,7 +83,7 @@ def _place(
     relation: str | None,
     rng: np.random.Generator,
 ) -> list[Object] | None:
-    """Objects with their centres in the windows (left, top, right, bottom), or None: no room."""
+    """Places objects with centers in windows (left, top, right, bottom); None without room."""
     objects: list[Object] = []
     draws = rng.random((len(kinds), 1 + 2 * TRIES)).tolist()
     for (shape, color), window, (size_draw, *places) in zip(kinds, windows, draws, strict=True):

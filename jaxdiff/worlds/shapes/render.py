@@ -1,4 +1,4 @@
-"""Scenes to pixels: drawn with Pillow at four times the size, then averaged down."""
+"""Renders scenes to pixels: draws with Pillow at four times the size, then averages."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,10 +17,10 @@ SUPERSAMPLING = 4
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Draw a scene with antialiased edges: uint8 [64, 64, 3], sRGB.
+    """Draws a scene with antialiased edges: uint8 [64, 64, 3], sRGB.
 
-    The same scene gives the same pixels. Colors are averaged as they are stored (no gamma), so an
-    edge pixel is background + coverage * (color - background), which is what `read` unmixes.
+    The same scene gives the same pixels. Colors are averaged as stored, without gamma, so an edge
+    pixel is background + coverage * (color - background), which `read` unmixes.
     """
     side = CANVAS * SUPERSAMPLING
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
@@ -31,9 +31,9 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def draw(canvas: ImageDraw.ImageDraw, thing: Object, fill: int | tuple[int, int, int]) -> None:
-    """Draw one object on a canvas that is `SUPERSAMPLING` times as large as the scene."""
-    # Pillow cuts coordinates down to whole pixels, half a pixel on average, and fills the pixels
-    # under both edges: so no half pixel is taken off the centre, but one whole off the size.
+    """Draws one object on a canvas that is `SUPERSAMPLING` times as large as the scene."""
+    # Pillow truncates coordinates to whole pixels, by half a pixel on average, and fills the pixels
+    # under both edges. So the center needs no half-pixel correction, but the size loses one pixel.
     x, y = thing.x * SUPERSAMPLING, thing.y * SUPERSAMPLING
     size = thing.size * SUPERSAMPLING - 1.0
     if thing.shape in OUTLINES:

@@ -1,4 +1,4 @@
-"""What a scene of the shapes world is: its words, its geometry and nothing about pixels."""
+"""The scenes of the shapes world: vocabulary and geometry, independent of pixels."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ CANVAS = 64  # px, width and height
 MIN_SIZE, MAX_SIZE = 14.0, 30.0  # px across
 GAP = 2.0  # px between any two objects
 MARGIN = 1.0  # px between an object and the canvas's edge, so that the border shows the background
-MIN_OFFSET = 8.0  # px between the centres of two objects that a relation names
+MIN_OFFSET = 8.0  # px between the centers of two objects in a relation
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
@@ -25,22 +25,22 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "pink": (245, 130, 190),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring")
-HEART = "heart"  # a seventh, which no caption of the world has: for a model to be taught
+HEART = "heart"  # a seventh shape that no caption has, for teaching a model a new concept
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
 
 RING_HOLE = 0.5  # inner over outer diameter
 CROSS_ARM = 1 / 3  # thickness of an arm over its length
 STAR_WAIST = 0.45  # inner over outer radius; a drawn pentagram has 0.38, too thin at 14 px
-HEART_RISE = 0.0253  # of the heart's centre of area above its curve's origin, over its width
+HEART_RISE = 0.0253  # of the heart's center of area above its curve's origin, over its width
 
 
 @dataclass(frozen=True)
 class Object:
     """One object.
 
-    `x`, `y` (px, right and down from the canvas's top left corner) are its centre of area and
-    `size` (px) is the width of its bounding box. Names that nobody recognised are None: only
-    `read` makes such objects.
+    `x`, `y` (px, right and down from the canvas's top left corner) are its center of area and
+    `size` (px) is the width of its bounding box. A shape or color that `read` did not recognize is
+    None.
     """
 
     shape: str | None
@@ -52,14 +52,14 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background's name (None where `read` recognised none) and the objects on it."""
+    """A background's name (None if `read` did not recognize it) and the objects on it."""
 
     background: str | None
     objects: tuple[Object, ...]
 
 
 def _star() -> tuple[tuple[float, float], ...]:
-    outer = 0.5 / math.sin(math.radians(72))  # the width of 1 lies between two of the points
+    outer = 0.5 / math.sin(math.radians(72))  # so that the star is 1 wide, point to point
     radii = (outer, STAR_WAIST * outer)
     return tuple(
         (radii[i % 2] * math.sin(math.pi * i / 5), -radii[i % 2] * math.cos(math.pi * i / 5))
@@ -77,7 +77,7 @@ def _cross() -> tuple[tuple[float, float], ...]:
 
 
 def _heart() -> tuple[tuple[float, float], ...]:
-    """The curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, 32 units wide."""
+    """Traces x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, scaled from 32 to 1."""
     turns = [2 * math.pi * i / 64 for i in range(64)]
     return tuple(
         (
@@ -90,7 +90,7 @@ def _heart() -> tuple[tuple[float, float], ...]:
 
 
 _HEIGHT = math.sqrt(3) / 2
-# Vertices around the centre of area at size 1, y down. Circle and ring have none.
+# Vertices around the center of area at size 1, y down. Circle and ring have none.
 OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
     "square": ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)),
     "triangle": ((0.0, -_HEIGHT * 2 / 3), (0.5, _HEIGHT / 3), (-0.5, _HEIGHT / 3)),
@@ -115,7 +115,7 @@ def _area(shape: str) -> float:
     return abs(sum(x * v - u * y for (x, y), (u, v) in zip(points, turned, strict=True))) / 2
 
 
-# At size 1, around the centre: area, bounding box (left, top, right, bottom), bounding circle.
+# At size 1, around the center: area, bounding box (left, top, right, bottom), bounding circle.
 _DRAWN = (*SHAPES, HEART)
 AREAS = {shape: _area(shape) for shape in _DRAWN}
 BOUNDS = {shape: _bounds(shape) for shape in _DRAWN}
@@ -123,7 +123,7 @@ RADII = {s: max(math.hypot(*p) for p in OUTLINES[s]) if s in OUTLINES else 0.5 f
 
 
 def box(thing: Object) -> tuple[float, float, float, float]:
-    """The bounding box of an object: left, top, right, bottom in px."""
+    """Returns the bounding box of an object: left, top, right, bottom in px."""
     left, top, right, bottom = BOUNDS[thing.shape]
     size = thing.size
     return (
@@ -135,9 +135,9 @@ def box(thing: Object) -> tuple[float, float, float, float]:
 
 
 def gap(a: Object, b: Object) -> float:
-    """A lower bound (px) of the distance between two outlines.
+    """Returns a lower bound (px) of the distance between two outlines.
 
-    The larger of the distances between the bounding circles and between the bounding boxes.
+    It is the larger of the distances between the bounding circles and between the bounding boxes.
     """
     a_left, a_top, a_right, a_bottom = box(a)
     b_left, b_top, b_right, b_bottom = box(b)
@@ -147,7 +147,7 @@ def gap(a: Object, b: Object) -> float:
 
 
 def holds(relation: str, a: Object, b: Object, offset: float) -> bool:
-    """Whether the centre of `a` lies `relation` ("left of", ...) that of `b` by `offset` px."""
+    """Returns whether `a` is `relation` ("left of", ...) `b` by `offset` px between centers."""
     distance = {
         "left of": b.x - a.x,
         "right of": a.x - b.x,

@@ -1,4 +1,4 @@
-"""Is an image what its benchmark row asks for? Strictly: nothing missing, nothing besides."""
+"""Judges strictly whether an image shows its benchmark row: nothing missing, nothing extra."""
 
 import itertools
 from collections import Counter
@@ -11,17 +11,18 @@ from jaxdiff.worlds.shapes.captions import Caption, Group
 from jaxdiff.worlds.shapes.perception import read
 from jaxdiff.worlds.shapes.scene import MIN_OFFSET, Object, Scene, holds
 
-# px: so that a pair at the world's own limit is right however it is read. Measured: `read` errs by
-# at most 0.3 px between two centres, in JPEG at quality 90 and after a blur of 1 px with noise too.
+# px: so that a pair at the world's minimum offset is judged correct despite reading errors.
+# Measured: `read` errs by at most 0.3 px between two centers, even in JPEG at quality 90 and after
+# a blur of 1 px with noise.
 READING_ERROR = 1.0
 JUDGED_OFFSET = MIN_OFFSET - READING_ERROR
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an image is right, and in a few words why not ("" if it is).
+    """Whether an image is correct, and if not, the reason in a few words ("" if it is).
 
-    What stands before the reason's colon is one of a handful of kinds that can be counted.
+    The part of the reason before the colon is one of a few kinds, for counting.
     """
 
     correct: bool
@@ -29,18 +30,21 @@ class Verdict:
 
 
 def judge(row: dict, pixels: np.ndarray) -> Verdict:
-    """Judge an image, uint8 [64, 64, 3], by its benchmark row.
+    """Judges an image, uint8 [64, 64, 3], by its benchmark row.
 
-    Correct means: the objects are exactly those of the row, by number, shape and color, with no
-    further one and none that is not recognised; the relation holds by `JUDGED_OFFSET` px between
-    the centres; and the background is the one named, or if none is, any of the world's.
-    Raises InputError for a row that cannot be read and ValueError for another array.
+    An image is correct if its objects are exactly those of the row, by number, shape and color,
+    with no extra and no unrecognized object; the relation holds by `JUDGED_OFFSET` px between the
+    centers; and the background is the named one, or any of the world's if none is named.
+
+    Raises:
+      InputError: for an invalid row.
+      ValueError: for an array of another shape or dtype.
     """
     return compare(caption_for(row), read(pixels))
 
 
 def compare(caption: Caption, scene: Scene) -> Verdict:
-    """Judge a scene that was read by the caption it should show."""
+    """Judges a scene by the caption that it should show."""
     wanted = [(g.shape, g.color) for g in caption.groups for _ in range(g.count)]
     found = scene.objects
     if scene.background is None:

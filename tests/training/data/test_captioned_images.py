@@ -143,11 +143,11 @@ def one_image(folder: Path, content: bytes) -> Path:
 
 
 def test_images_that_cannot_be_decoded_are_named(tmp_path):
-    assert "0.png is no image" in refusal(one_image(tmp_path / "text", b"no image"))
-    assert "0.png is no image" in refusal(one_image(tmp_path / "empty", b""))
+    assert "0.png is not a readable image" in refusal(one_image(tmp_path / "text", b"no image"))
+    assert "0.png is not a readable image" in refusal(one_image(tmp_path / "empty", b""))
     whole = encoded(picture(0))
     cut = opened(one_image(tmp_path / "cut", whole[: len(whole) // 2]))
-    with pytest.raises(InputError, match=r"0\.png is no image that can be read"):
+    with pytest.raises(InputError, match=r"0\.png is not a readable image"):
         cut.pixels(0)
     deep = opened(one_image(tmp_path / "deep", encoded(Image.new("I;16", (8, 8), 40000))))
     with pytest.raises(InputError, match="save it with 8 bits"):
@@ -157,7 +157,7 @@ def test_images_that_cannot_be_decoded_are_named(tmp_path):
     with pytest.raises(InputError):
         changed.pixels(0)
     (tmp_path / "changed/0.png").unlink()
-    with pytest.raises(InputError, match="cannot be read any more"):
+    with pytest.raises(InputError, match="can no longer be read"):
         changed.pixels(0)
 
 
@@ -188,13 +188,13 @@ def test_a_damaged_shard_is_named(tmp_path, stored):
     (folder / "00001.tar").write_bytes(whole[: len(whole) // 2])
     assert "00001.tar" in refusal(folder)
     (folder / "00001.tar").write_bytes(b"no archive, but long enough to be one" * 40)
-    assert "00001.tar is no whole tar archive" in refusal(folder)
+    assert "00001.tar is not a valid tar archive" in refusal(folder)
     write_tar(folder / "00001.tar", {"9.txt": b"alone"})
     assert "'9' has no image" in refusal(folder)
     write_tar(folder / "00001.tar", {"9.png": encoded(picture(0))})
     assert "'9' has no caption" in refusal(folder)
     write_tar(folder / "00001.tar", {"9.png": encoded(picture(0)), "9.json": b"[]"})
-    assert "9'.json is no JSON object" in refusal(folder)
+    assert "9'.json is not a JSON object" in refusal(folder)
 
 
 def test_a_parquet_file_that_cannot_be_used_is_named(tmp_path, monkeypatch):
@@ -202,21 +202,21 @@ def test_a_parquet_file_that_cannot_be_used_is_named(tmp_path, monkeypatch):
     assert "train-00001-of-00002.parquet row 2 has no caption" in refusal(tmp_path / "gaps")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/a.parquet").write_bytes(b"PAR1 and nothing more")
-    assert "a.parquet is no whole Parquet file" in refusal(tmp_path / "broken")
+    assert "a.parquet is not a valid Parquet file" in refusal(tmp_path / "broken")
     paths = pa.array(
         [{"bytes": None, "path": "a.png"}], pa.struct({"bytes": pa.binary(), "path": pa.string()})
     )
     pq.write_table(pa.table({"image": paths, "text": ["x"]}), tmp_path / "broken/a.parquet")
-    assert "row 1 has no image in it" in refusal(tmp_path / "broken")
+    assert "row 1 has no embedded image" in refusal(tmp_path / "broken")
     pq.write_table(pa.table({"image": ["a.png"], "text": ["x"]}), tmp_path / "broken/a.parquet")
-    assert "no column image of image files" in refusal(tmp_path / "broken")
+    assert "no image column with image bytes" in refusal(tmp_path / "broken")
     write_parquet(tmp_path / "large")
     monkeypatch.setattr(files, "CACHE_BYTES", 1000)
     assert "row_group_size" in refusal(tmp_path / "large")
 
 
 def test_a_folder_without_captioned_images_is_refused(tmp_path):
-    assert "there is no such folder" in refusal(tmp_path / "nowhere")
+    assert "image folder not found" in refusal(tmp_path / "nowhere")
     assert "docs/data.md" in refusal(tmp_path)
     (tmp_path / "metadata.jsonl").touch()
-    assert "holds no image" in refusal(tmp_path)
+    assert "contains no images" in refusal(tmp_path)

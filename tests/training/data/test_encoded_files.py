@@ -83,27 +83,27 @@ def change(folder: Path, **said) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda f: (f / encoded.INDEX).unlink(), "not encoded to the end"),
-        (lambda f: (f / encoded.INDEX).write_text("{"), "encoded.json cannot be used"),
+        (lambda f: (f / encoded.INDEX).unlink(), "not fully encoded"),
+        (lambda f: (f / encoded.INDEX).write_text("{"), "encoded.json is invalid"),
         (lambda f: (f / encoded.INDEX).write_text('{"version": 2}'), "another version"),
-        (lambda f: change(f, file="../../secret.safetensors"), "none of its shards"),
-        (lambda f: change(f, file="/etc/passwd"), "none of its shards"),
-        (lambda f: change(f, images=10**12), "does not hold what"),
-        (lambda f: change(f, images="3"), "does not hold what"),
-        (lambda f: change(f, height=-1), "does not hold what"),
-        (lambda f: change(f, more=1), "encoded.json cannot be used"),
+        (lambda f: change(f, file="../../secret.safetensors"), "not a valid shard name"),
+        (lambda f: change(f, file="/etc/passwd"), "not a valid shard name"),
+        (lambda f: change(f, images=10**12), "does not match"),
+        (lambda f: change(f, images="3"), "does not match"),
+        (lambda f: change(f, height=-1), "does not match"),
+        (lambda f: change(f, more=1), "encoded.json is invalid"),
         (lambda f: (f / "data/00001.safetensors").unlink(), "00001.safetensors is missing"),
         (lambda f: (f / "data/00001.safetensors").write_bytes(b"cut"), "00001.safetensors"),
         (lambda f: (f / encoded.EMPTY).unlink(), "empty.safetensors is missing"),
         (
             lambda f: (f / encoded.EMPTY).write_bytes(encoded.empty_bytes({"x": np.ones(2)})),
-            "does not hold embeddings",
+            "contains no embeddings",
         ),
         (
             lambda f: (f / "data/00000.safetensors").write_bytes(
                 encoded.shard_bytes(captions=["a", "", "c"], **arrays(3))
             ),
-            "does not hold what",
+            "does not match",
         ),
     ],
 )

@@ -155,5 +155,5 @@ def test_half_of_the_images_are_mirrored_if_it_is_asked_for(examples):
 
 
 def test_images_that_are_too_small_are_counted_and_the_first_is_named(examples):
-    with pytest.raises(InputError, match=r"b/0000' has 16x16 pixels where 32x32 .* 12 of 12"):
+    with pytest.raises(InputError, match=r"b/0000' has 16x16 pixels but needs 32x32; 12 of 12"):
         batches(examples, batch_size=4, seed=0, sizes=[(32, 32)])

@@ -1,0 +1,84 @@
+"""A checkpoint's denoiser on the devices: its weights, its text encoders, its conditioning."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.checkpoint.checkpoint import Checkpoint
+from jaxdiff.diffusion import scheduler_config
+from jaxdiff.engine.program import Denoising
+from jaxdiff.engine.prompts import PromptEncoder
+from jaxdiff.families.model import networks_of
+from jaxdiff.request import Options, Request
+from jaxdiff.weights.load import open_network
+
+
+class LoadedDenoiser:
+    """A denoiser with its text encoders: of the base model or of its refiner.
+
+    Attributes:
+      model: the checkpoint's networks as pure functions.
+      stored: where the denoiser's weights lie.
+      codec: where the autoencoder's weights lie.
+      prompts: the text encoders.
+      denoising: how the program evaluates it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        scheduler: dict,
+        dtype,
+        mesh: jax.sharding.Mesh,
+        options: Options,
+    ):
+        """Finds the networks.
+
+        Args:
+          scheduler: the config of its scheduler, as `Ensemble.schedulers` gives it.
+
+        Raises:
+          InputError: if they are not those of their configs, or do not fit the options.
+        """
+        self.model = model = networks_of(checkpoint)
+
+        def stored(component: str):
+            network, tensors = model.networks[component], checkpoint.weights(component)
+            return open_network(network.shapes, network.sharding, tensors, dtype, mesh)
+
+        self.stored, self.codec = stored(model.denoiser.component), stored(model.codec.component)
+        self.prompts = PromptEncoder(
+            model,
+            {name: checkpoint.tokenizer(name) for name in model.text_encoders},
+            {name: stored(name) for name in model.text_encoders},
+            mesh,
+            clip_skip=options.clip_skip,
+            chunks=options.prompt_chunks,
+        )
+        self.denoising = Denoising(model, scheduler_config.prediction_type(scheduler))
+
+    def conditioning(self, batch: Sequence[Request], *, negative: bool = False):
+        """The denoiser's conditioning for a batch, or for what guidance steers away from."""
+        prompts = [r.negative_prompt if negative else r.prompt for r in batch]
+        texts = self.prompts(prompts, negative=negative)
+        if negative and self.model.zeros_for_empty and "" in texts:
+            texts[""] = jax.tree.map(jnp.zeros_like, texts[""])
+        text = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[texts[p] for p in prompts])
+        sizes = None
+        if self.model.sizes:
+            each = [self.model.sizes(r.height, r.width, negative) for r in batch]
+            sizes = jnp.array(each, jnp.float32)
+        return self.model.condition(text, sizes)
+
+    def abstract_conditioning(self, batch: int, sharding: jax.sharding.Sharding):
+        """The shapes of what `conditioning` gives for so many images, placed by `sharding`."""
+
+        def placed(leaf) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((batch, *leaf.shape), leaf.dtype, sharding=sharding)
+
+        sizes = None
+        if self.model.sizes:
+            count = len(self.model.sizes(0, 0, False))
+            sizes = jax.ShapeDtypeStruct((count,), jnp.float32)
+        return jax.tree.map(placed, self.model.condition(self.prompts.abstract(), sizes))

@@ -1,0 +1,212 @@
+"""The networks of Stable Diffusion 1, 2 and XL as pure functions: the JAX half of its page."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxdiff.errors import InputError
+from jaxdiff.families.model import Codec, Denoiser, Model, Network, Params, Text
+from jaxdiff.models import unet
+from jaxdiff.models.codecs import autoencoder_kl
+from jaxdiff.models.text import clip
+from jaxdiff.weights.load import abstract_network
+
+# The aesthetic scores that XL's refiner takes (diffusers' defaults).
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+XL_LAYERS_SKIPPED = 1  # XL takes the last hidden layer but one (arXiv:2307.01952, 2.1)
+SHARDING = {"unet": unet.SHARDING, "vae": autoencoder_kl.SHARDING}
+CONFIGS = {"unet": unet.UNetConfig, "vae": autoencoder_kl.AutoencoderKLConfig}
+
+
+class Conditioning(NamedTuple):
+    """The U-Net's inputs beside latents and timesteps; what it does not take is None.
+
+    Attributes:
+      context: [batch, tokens, width], the text.
+      pooled: [batch, width], the text in one vector.
+      time_ids: float32 [batch, 5 or 6], sizes and so on of XL's images.
+    """
+
+    context: Array
+    pooled: Array | None = None
+    time_ids: Array | None = None
+
+
+def read_configs(parsed: Mapping[str, dict]) -> dict:
+    """Reads each network's parsed config into its dataclass.
+
+    Raises:
+      InputError: for a value that is not built.
+    """
+    return {
+        name: CONFIGS.get(name, clip.CLIPTextConfig).from_json(config)
+        for name, config in parsed.items()
+    }
+
+
+def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
+    """Makes the networks that the configs describe.
+
+    Args:
+      index: the pipeline's `model_index.json`.
+      remat: whether the U-Net's gradient recomputes activations instead of keeping them.
+
+    Raises:
+      InputError: if the networks do not fit one another.
+    """
+    check_fit(configs, index)
+    networks = {name: _network(name, config, remat) for name, config in configs.items()}
+    encoders = tuple(name for name in configs if name not in CONFIGS)
+    unet_config, vae = configs["unet"], configs["vae"]
+    is_xl = "text_encoder_2" in encoders
+    graphs = {name: networks[name].graph for name in encoders}
+    return Model(
+        configs=configs,
+        networks=networks,
+        text_encoders=encoders,
+        positions={name: configs[name].max_position_embeddings for name in encoders},
+        layers_skipped=XL_LAYERS_SKIPPED * is_xl,
+        encode_text=partial(encode_text, graphs, is_xl=is_xl),
+        zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt")),
+        sizes=partial(_sizes, _takes_score(index)) if _takes_sizes(unet_config) else None,
+        condition=_condition,
+        denoiser=Denoiser(
+            component="unet",
+            guidance_is_input=unet_config.time_cond_proj_dim is not None,
+            sample_size=unet_config.sample_size,
+            size_multiple=unet_config.factor,
+            evaluate=partial(_evaluate, networks["unet"].graph),
+        ),
+        codec=Codec(
+            component="vae",
+            factor=vae.factor,
+            channels=vae.latent_channels,
+            encode=partial(_encode, networks["vae"].graph),
+            scale=vae.scale,
+            decode=partial(_decode, networks["vae"].graph, vae),
+        ),
+    )
+
+
+def check_fit(configs: Mapping, index: Mapping) -> None:
+    """Raises InputError unless the networks fit one another."""
+    encoders = [config for name, config in configs.items() if name not in CONFIGS]
+    unet_config, vae = configs["unet"], configs["vae"]
+    needed = {
+        "in_channels": vae.latent_channels,
+        "out_channels": vae.latent_channels,
+        "cross_attention_dim": sum(encoder.hidden_size for encoder in encoders),
+    }
+    if _takes_sizes(unet_config):
+        count = 5 if _takes_score(index) else 6
+        width = encoders[-1].projection_dim + count * unet_config.addition_time_embed_dim
+        needed["projection_class_embeddings_input_dim"] = width
+    for key, width in needed.items():
+        if getattr(unet_config, key) != width:
+            raise InputError(
+                f"the U-Net's {key} = {getattr(unet_config, key)} does not fit the networks "
+                f"beside it, which need {width}"
+            )
+    if vae.out_channels != 3:
+        raise InputError(f"the autoencoder's out_channels = {vae.out_channels} are no RGB")
+
+
+def with_guidance_input(configs: Mapping, width: int) -> dict:
+    """The configs with a U-Net that embeds the guidance scale in `width` numbers."""
+    return {**configs, "unet": replace(configs["unet"], time_cond_proj_dim=width)}
+
+
+def encode_text(
+    graphs: Mapping[str, nnx.GraphDef],
+    params: Params,
+    token_ids: dict[str, Array],
+    clip_skip: int,
+    *,
+    is_xl: bool,
+) -> Text:
+    """Encodes prompts with all text encoders: `Model.encode_text`.
+
+    Returns:
+      context [batch, chunks * tokens, width], and for XL the last encoder's pooled vector of the
+      first chunk, [batch, width].
+    """
+    contexts = []
+    for name, graph in graphs.items():
+        batch, chunks, tokens = token_ids[name].shape
+        hidden, vector = nnx.merge(graph, params[name])(
+            token_ids[name].reshape(batch * chunks, tokens),
+            layers_skipped=clip_skip + XL_LAYERS_SKIPPED * is_xl,
+            final_norm=not is_xl,
+        )
+        contexts.append(hidden.reshape(batch, chunks * tokens, -1))
+    vector = vector.reshape(batch, chunks, -1)[:, 0]
+    return Text(jnp.concatenate(contexts, axis=-1), vector if is_xl else None)
+
+
+def module(component: str, config) -> type[nnx.Module]:
+    """The class of a component's network."""
+    modules = {"unet": unet.UNet2DConditionModel, "vae": autoencoder_kl.AutoencoderKL}
+    return modules.get(component) or clip.network(config)
+
+
+def _network(component: str, config, remat: bool) -> Network:
+    made = module(component, config)
+    if component == "unet":
+        made = partial(made, remat=remat)
+    graph, shapes = abstract_network(made, config)
+    return Network(graph, shapes, SHARDING.get(component, clip.SHARDING))
+
+
+def _takes_sizes(config: unet.UNetConfig) -> bool:
+    return config.addition_embed_type == "text_time"
+
+
+def _takes_score(index: Mapping) -> bool:
+    return bool(index.get("requires_aesthetics_score"))
+
+
+def _sizes(takes_score: bool, height: int, width: int, negative: bool) -> tuple[float, ...]:
+    """Podell et al., 2023, arXiv:2307.01952, 2.2: as if the image had never been cropped."""
+    size, corner = (height, width), (0, 0)
+    if takes_score:
+        return (*size, *corner, NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE)
+    return (*size, *corner, *size)
+
+
+def _condition(text: Text, sizes: Array | None) -> Conditioning:
+    return Conditioning(text.context, None if sizes is None else text.pooled, sizes)
+
+
+def _evaluate(
+    graph: nnx.GraphDef,
+    params: Params,
+    latents: Array,
+    timesteps: Array,
+    conditioning: Conditioning,
+    guidance_scale: Array | None = None,
+    kept: Array | None = None,
+) -> tuple[Array, Array]:
+    network = nnx.merge(graph, params)
+    return network.evaluate(
+        latents, timesteps, deep=kept, **conditioning._asdict(), guidance_scale=guidance_scale
+    )
+
+
+def _encode(graph: nnx.GraphDef, params: Params, images: Array) -> tuple[Array, Array]:
+    return nnx.merge(graph, params).encode(images)
+
+
+def _decode(
+    graph: nnx.GraphDef,
+    config: autoencoder_kl.AutoencoderKLConfig,
+    params: Params,
+    latents: Array,
+    dtype,
+) -> Array:
+    network = nnx.merge(graph, params)
+    return network.decode(config.unscale(latents).astype(dtype)).astype(jnp.float32)

@@ -1,0 +1,123 @@
+"""Weights and whole checkpoints in the diffusers layout, for PyTorch's libraries and for us."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxdiff.checkpoint.component import (
+    CONFIG,
+    INDEX,
+    SCHEDULER_CONFIG,
+    TOKENIZER_FILES,
+    Component,
+)
+from jaxdiff.checkpoint.json_files import write_json
+from jaxdiff.errors import InputError
+from jaxdiff.weights.load import file_axes, key_of, name_of
+
+UNPREFIXED = "text_projection"  # transformers has it beside the text model, not in it
+
+
+def save_params(params: dict, file: Path, dtype, prefix: str = "") -> None:
+    """Writes one network's parameters as a safetensors file that PyTorch's libraries read.
+
+    Args:
+      params: a nested dict of arrays.
+      file: written over, if it is there.
+      dtype: np.float16 or np.float32, what the tensors are stored as.
+      prefix: goes before each key.
+
+    Raises:
+      ValueError: if a weight does not fit into `dtype`.
+    """
+    tensors = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        tensor = np.asarray(value).transpose(file_axes(path, value.ndim))
+        with np.errstate(over="ignore"):  # said better below
+            tensor = np.ascontiguousarray(tensor, dtype)
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{name_of(path)} is not finite as {np.dtype(dtype)}")
+        key = key_of(path)
+        tensors[key if key.startswith(UNPREFIXED) else prefix + key] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors writes for the owner's eyes only
+
+
+def save_pipeline(
+    directory: Path,
+    *,
+    components: Mapping[str, Component],
+    configs: dict,
+    params: dict[str, dict],
+    scheduler: dict,
+    tokenizers: Mapping[str, Path],
+    pipeline: Mapping,
+    dtype=np.float16,
+) -> None:
+    """Writes a complete diffusers directory, whole or not at all.
+
+    Args:
+      directory: a new one, or a diffusers directory to be replaced.
+      components: the networks, as their family lists them.
+      configs: the config dataclasses of the networks.
+      params: their parameters, a nested dict of arrays each.
+      scheduler: what becomes `scheduler_config.json`, `_class_name` included.
+      tokenizers: for each text encoder a directory in the CLIPTokenizer format; its files are
+        copied.
+      pipeline: what `model_index.json` says beside its components, `_class_name` included.
+      dtype: np.float16 or np.float32, what the weights are stored as.
+
+    Raises:
+      InputError: if `directory` holds anything that this function does not write.
+    """
+    folders = {components[name].tokenizer: folder for name, folder in tokenizers.items()}
+    index = {
+        **pipeline,
+        **{name: [components[name].library, components[name].class_name] for name in configs},
+        **{folder: ["transformers", "CLIPTokenizer"] for folder in folders},
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
+    _refuse_foreign_files(directory, {INDEX, "scheduler", *folders, *configs})
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory.parent) as scratch:
+        new = Path(scratch) / "new"
+        for component in ("scheduler", *configs):
+            (new / component).mkdir(parents=True)
+        write_json(new / INDEX, index)
+        write_json(new / "scheduler" / SCHEDULER_CONFIG, scheduler)
+        for network, config in configs.items():
+            _save_network(
+                new / network, components[network], config.to_json(), params[network], dtype
+            )
+        for folder, source in folders.items():
+            (new / folder).mkdir()
+            for name in TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, new / folder / name)
+        if directory.exists():  # killed right after this, we leave both in `scratch`, whole
+            directory.rename(Path(scratch) / "old")
+        new.rename(directory)
+
+
+def _save_network(folder: Path, component: Component, config: dict, params: dict, dtype) -> None:
+    if component.library == "transformers":
+        # Without it transformers would compute in the dtype that the weights are stored in.
+        config["dtype"] = "float32"
+    write_json(folder / CONFIG, config)
+    save_params(params, folder / component.weights_file, dtype, component.prefix)
+
+
+def _refuse_foreign_files(directory: Path, ours: set[str]) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file: name a new directory")
+    foreign = sorted({path.name for path in directory.glob("*")} - ours)
+    if foreign:
+        raise InputError(
+            f"{directory} holds {foreign[0]}, which is no part of a checkpoint: name a new "
+            "directory, so that nothing is lost"
+        )
