@@ -90,6 +90,11 @@ def field_checks(size_multiple: int, samplers: Sequence[str]) -> dict[str, tuple
     }
 
 
+# The metadata of an option or a setting that came after the first plans of version 5. Identities
+# leave it out where it has its default: `settings.written`.
+LATER = {"later": True}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How a model is loaded and sampled: the same for every image of a run.

@@ -30,8 +30,9 @@ import apache_beam as beam
 import numpy as np
 from tqdm import tqdm
 
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import files, names
 from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset.local import LocalStore
 from jaxdiff.errors import InputError
 from jaxdiff.families import open_checkpoint
 from jaxdiff.families.model import networks_of
@@ -76,7 +77,7 @@ def run(encoding: Encoding, beam_arguments: list[str]) -> int:
     examples, shards, _ = opened(encoding)
     new = not (output / encoded.SETTINGS).exists()
     _begin(encoding, examples, output)
-    layout.sweep(output)
+    LocalStore(output).sweep()
     todo = [n for n, shard in enumerate(shards) if not (output / shard.file).exists()]
     if not todo and (output / encoded.INDEX).exists():
         print(f"{output} is encoded already: {len(examples)} images")
@@ -95,7 +96,7 @@ def run(encoding: Encoding, beam_arguments: list[str]) -> int:
             print(f"jaxdiff: {problem}; {mend}", file=sys.stderr)
             return EXIT_FAILED
         (output / encoded.SETTINGS).unlink()
-        layout.tidy(output)
+        LocalStore(output).tidy()
         raise
     print(f"{len(examples)} images are encoded in {output}")
     return EXIT_OK
@@ -103,7 +104,7 @@ def run(encoding: Encoding, beam_arguments: list[str]) -> int:
 
 def _begin(encoding: Encoding, examples: Examples, output: Path) -> None:
     """Pins what is encoded to the directory; raises InputError if it holds something else."""
-    ours = (encoded.SETTINGS, layout.WORK)  # the first may have come this moment
+    ours = (encoded.SETTINGS, names.WORK)  # the first may have come this moment
     if output.is_file() or (
         output.exists()
         and not (output / encoded.SETTINGS).exists()
@@ -116,7 +117,7 @@ def _begin(encoding: Encoding, examples: Examples, output: Path) -> None:
     }
     del settings["output"]
     output.mkdir(parents=True, exist_ok=True)
-    said = layout.pin(output, encoded.SETTINGS, json.dumps(settings, indent=1))
+    said = LocalStore(output).claim(encoded.SETTINGS, json.dumps(settings, indent=1))
     try:
         old = json.loads(said)
         changed = plans.differences(old, settings)
@@ -243,7 +244,7 @@ def _batches(
 
 def _commit(output: Path, name: str, content: bytes) -> None:
     """Writes a file, which has its name when it is whole and on the disk."""
-    path = layout.temporary(output, "shard")
+    path = LocalStore(output).scratch("shard")
     try:
         with path.open("wb") as file:
             file.write(content)
@@ -251,7 +252,7 @@ def _commit(output: Path, name: str, content: bytes) -> None:
             os.fsync(file.fileno())
         (output / name).parent.mkdir(exist_ok=True)
         os.replace(path, output / name)
-        layout.sync_folder((output / name).parent)
+        files.sync_names((output / name).parent)
     except OSError as problem:
         problem.filename = problem.filename or str(output)  # a full disk names no file
         raise
@@ -267,8 +268,8 @@ def _finish(encoding: Encoding, shards: list[encoded.Shard], output: Path) -> No
     if encoding.embeddings:
         empty = {name: array[0] for name, array in encoder.embeddings([""]).items()}
         _commit(output, encoded.EMPTY, encoded.empty_bytes(empty))
-    layout.write(output, encoded.INDEX, encoded.index_text(shards, encoder.made_with))
-    layout.tidy(output)
+    LocalStore(output).swap(encoded.INDEX, encoded.index_text(shards, encoder.made_with))
+    LocalStore(output).tidy()
     encoded.open_encoded(output)
 
 

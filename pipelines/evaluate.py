@@ -25,9 +25,9 @@ from pathlib import Path
 import apache_beam as beam
 import pyarrow as pa
 
-from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import shard as shards
-from jaxdiff.dataset.plan import Plan
+from jaxdiff.dataset.local import LocalStore
+from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import (
     audits,
@@ -48,7 +48,7 @@ from jaxdiff.evaluation.records import Picture, Prompt, Scores
 from jaxdiff.evaluation.report import report
 from jaxdiff.evaluation.scoring import Scoring
 from pipelines import command_line, evaluate_options, generate, jobs, runners
-from pipelines.evaluate_options import Evaluation, Export, Run
+from pipelines.evaluate_options import Candidate, Evaluation, Export
 from pipelines.jobs import (
     EXIT_OK,
     EXIT_SOME_IMAGES_FAILED,
@@ -83,20 +83,20 @@ class Images:
 
     def parts(self) -> list[int]:
         """Returns the numbers of the parts, which are scored one by one."""
-        return [0] if self.layout else list(range(len(_plan(self.directory).shard_sizes)))
+        return [0] if self.layout else list(_run(self.directory).shards)
 
     def pictures(self, part: int) -> Iterator[Picture]:
         """Yields the pictures of a part; raises InputError for one that cannot be read."""
         folder = Path(self.directory)
         if self.layout:
             return folders.read_layout(self.layout, folder, list(self.prompts))
-        return datasets.of_shard(folder, _plan(self.directory), part)
+        return datasets.of_shard(_run(self.directory), part)
 
     def digest(self, part: int) -> str:
         """Returns a string that identifies a part's pictures."""
         folder = Path(self.directory)
         if not self.layout:
-            marker = shards.read_marker(folder, _plan(self.directory), part)
+            marker = shards.read_marker(_run(self.directory), part)
             return json.dumps(marker.files, sort_keys=True)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         facts = ((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
@@ -104,7 +104,7 @@ class Images:
 
 
 @lru_cache(8)
-def _plan(directory: str) -> Plan:
+def _run(directory: str) -> Run:
     return datasets.open_dataset(Path(directory))
 
 
@@ -144,7 +144,7 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
     """
     if isinstance(asked, Export):
         return _export_dataset(asked)
-    _plan.cache_clear()  # a dataset may have changed since an earlier evaluation
+    _run.cache_clear()  # a dataset may have changed since an earlier evaluation
     prompts = benchmarks.read(
         asked.benchmark, asked.prompts, per_tag=asked.per_tag, seed=asked.prompts_seed
     )
@@ -178,8 +178,8 @@ def _make_images(asked: Evaluation, prompts: list[Prompt], beam_arguments: list[
     if asked.runs[0].job:
         rows = benchmarks.manifest_rows(prompts, asked.images)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        layout.write(asked.output, MANIFEST, text)
-        layout.tidy(asked.output)
+        LocalStore(asked.output).swap(MANIFEST, text)
+        LocalStore(asked.output).tidy()
     for each in asked.runs:
         if each.job and code in (EXIT_OK, EXIT_SOME_IMAGES_FAILED):
             code = max(code, generate.run(each.job, beam_arguments))
@@ -188,7 +188,7 @@ def _make_images(asked: Evaluation, prompts: list[Prompt], beam_arguments: list[
 
 def _judge(
     asked: Evaluation,
-    each: Run,
+    each: Candidate,
     prompts: list[Prompt],
     reference: sets.Summary | None,
     beam_arguments: list[str],
@@ -236,14 +236,14 @@ def _judge(
     return replace(scores, whole=whole, missing=missing), rows
 
 
-def _images(asked: Evaluation, each: Run, prompts: list[Prompt]) -> Images:
+def _images(asked: Evaluation, each: Candidate, prompts: list[Prompt]) -> Images:
     directory = str(each.images.absolute())
     if not asked.is_layout:
         return Images(directory)
     return Images(directory, BENCHMARKS[asked.benchmark].layout, tuple(prompts))
 
 
-def _folder(asked: Evaluation, each: Run) -> Path:
+def _folder(asked: Evaluation, each: Candidate) -> Path:
     """Returns the output folder of a run."""
     return asked.output if len(asked.runs) == 1 else each.images.parent
 
@@ -252,7 +252,7 @@ def _settings(images: Images) -> dict[str, str]:
     """Returns how a run's images were generated, for the report."""
     if images.layout:
         return {"images": Path(images.directory).name}
-    plan = _plan(images.directory)
+    plan = _run(images.directory).plan
     said = {
         "model": plan.model_name,
         "fingerprint": plan.identity["model"][:16],
@@ -278,7 +278,9 @@ def _write_summary(folder: str, summary: sets.Summary) -> None:
     summary.save(Path(folder) / SUMMARY)
 
 
-def _write_images(asked: Evaluation, each: Run, prompts: list[Prompt], rows: pa.Table) -> bool:
+def _write_images(
+    asked: Evaluation, each: Candidate, prompts: list[Prompt], rows: pa.Table
+) -> bool:
     """Writes the files for other programs: results.jsonl, the benchmark's layout, the best images.
 
     Returns:
@@ -291,8 +293,8 @@ def _write_images(asked: Evaluation, each: Run, prompts: list[Prompt], rows: pa.
 
     if asked.benchmark == EXACT:
         text = "".join(line + "\n" for line in results.lines(rows, prompts, folder))
-        layout.write(folder, results.RESULTS, text)
-        layout.tidy(folder)
+        LocalStore(folder).swap(results.RESULTS, text)
+        LocalStore(folder).tidy()
     if asked.keep:
         measured = [measure for measure in OF_IMAGES if rows[measure].null_count < len(rows)]
         kept = best.write(folder / BEST, rows, prompts, every(), asked.keep, measured)

@@ -35,7 +35,7 @@ REFEREES = {"best:clip": "clip_score", "best:shapes": "correct"}
 
 
 @dataclass(frozen=True)
-class Run:
+class Candidate:
     """One run: a model with its settings, or a set of existing images.
 
     Attributes:
@@ -71,7 +71,7 @@ class Evaluation:
     prompts_seed: int
     images: int
     output: Path
-    runs: tuple[Run, ...]
+    runs: tuple[Candidate, ...]
     is_layout: bool = False
     clip: str = ""
     reference: str = ""
@@ -116,7 +116,7 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
     if said.dataset and said.layout:
         parser.error("--dataset and --layout both name the images; use one of them")
     if given:
-        runs, beam_arguments = (Run(given.name, None, given),), rest
+        runs, beam_arguments = (Candidate(given.name, None, given),), rest
     else:
         runs, beam_arguments = _runs(said, rest)
     evaluation = Evaluation(
@@ -140,7 +140,7 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
     return evaluation, beam_arguments
 
 
-def _runs(said, rest: list[str]) -> tuple[tuple[Run, ...], list[str]]:
+def _runs(said, rest: list[str]) -> tuple[tuple[Candidate, ...], list[str]]:
     """Returns a run for each model and each combination of varied settings."""
     models = said.model or ["shapes64"]
     varied = [_varied(text) for text in said.vary]
@@ -151,14 +151,14 @@ def _runs(said, rest: list[str]) -> tuple[tuple[Run, ...], list[str]]:
         common = ["--manifest", str(manifest), "--output", str(said.output), "--model", model]
         job, beam_arguments = generate_options.parse([*rest, *words, *common])
         name = " ".join([Path(model).name, *(f"{name}={value}" for name, value in chosen)])
-        runs.append(Run(name, job, said.output))
+        runs.append(Candidate(name, job, said.output))
     names = [run.name for run in runs]
     for position, run in enumerate(runs):
         earlier = names[:position].count(run.name)
         name = f"{run.name} ({earlier + 1})" if earlier else run.name
         folder = said.output if len(runs) == 1 else said.output / folder_name(name)
         dataset = folder / "dataset"
-        runs[position] = Run(name, replace(run.job, output=dataset), dataset)
+        runs[position] = Candidate(name, replace(run.job, output=dataset), dataset)
     return tuple(runs), beam_arguments
 
 

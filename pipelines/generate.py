@@ -25,12 +25,14 @@ from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult, PipelineRunner
 
-from jaxdiff.dataset import ledger, planning
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import ledger, names, planning
 from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import run as runs
 from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.dataset.plan import Plan
+from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
 from pipelines import (
@@ -65,11 +67,11 @@ class GenerateShard(beam.DoFn):
       mode: as in `worker.Task`.
     """
 
-    def __init__(self, plan: Plan, directory: Path, models: Models, workers: Workers, mode: str):
-        self.directory, self.models = str(directory.absolute()), models
+    def __init__(self, run: Run, models: Models, workers: Workers, mode: str):
+        self.directory, self.models = str(run.directory.absolute()), models
         self.workers, self.mode = workers, mode
-        self.rejected = plan.rows["rejected"]
-        self.last = len(plan.shard_sizes) - 1  # the shard with which they are counted
+        self.rejected = run.plan.rows["rejected"]
+        self.last = run.shards[-1]  # the shard with which they are counted
 
     def process(self, shard: int) -> Iterator[dict]:
         """Yields what `worker.make_shard` returns, and counts it among Beam's metrics."""
@@ -108,11 +110,12 @@ def run(job: Job, beam_arguments: list[str]) -> int:
         settings = job_settings.resolve(job.settings, ensemble)
         manifest = copies.enter_context(inputs.fetched(job.manifest, beam_runner[1]))
         identity = planning.identify(manifest, settings, ensemble)
-    with copies, layout.held(job.output), stopped_by_signals(), _full_disk_named(job.output):
-        plan = _plan(job, manifest, settings, ensemble, identity)
+    store = LocalStore(job.output)
+    with copies, store.held(), stopped_by_signals(), _full_disk_named(job.output):
+        dataset = _planned(job, manifest, settings, ensemble, identity)
         copies.close()
         try:
-            counts = _finish(job, plan, beam_runner, time.monotonic() - began)
+            counts = _finish(job, dataset, beam_runner, time.monotonic() - began)
         except StoppedError:
             _say(f"stopped; the same command continues {job.output}")
             return EXIT_STOPPED
@@ -120,59 +123,59 @@ def run(job: Job, beam_arguments: list[str]) -> int:
             _say(str(problem))
             return EXIT_FAILED
         except InputError as problem:
-            if layout.has_shards(job.output):
+            if store.has_shards():
                 _say(f"{problem}; when that is mended, the same command continues")
                 return EXIT_FAILED
-            layout.clear(job.output)
+            store.clear()
             raise
     return EXIT_SOME_IMAGES_FAILED if counts["failed"] else EXIT_OK
 
 
 def _finish(
     job: Job,
-    plan: Plan,
+    dataset: Run,
     beam_runner: tuple[PipelineRunner, PipelineOptions],
     plan_seconds: float,
 ) -> dict[str, int]:
     """Makes what is not made yet and the reports; returns the counts."""
-    ledger.settle(job.output, plan)
-    counts = ledger.finished(job.output, plan)
+    ledger.settle(dataset)
+    counts = ledger.finished(dataset)
     if counts and not (job.retry_failed and counts["failed"]):
         print(f"{job.output} is finished already: {_count(counts['made'], 'image')}")
         return counts
-    (job.output / layout.SUCCESS).unlink(missing_ok=True)
-    _report_rejected(job, plan)
-    shards = partial(GenerateShard, plan, job.output, job.models.anywhere(), job.workers)
-    make_shards(shards("make"), plan, ledger.todo(job.output, plan), beam_runner)
+    dataset.store.path(names.SUCCESS).unlink(missing_ok=True)
+    _report_rejected(job, dataset)
+    shards = partial(GenerateShard, dataset, job.models.anywhere(), job.workers)
+    make_shards(shards("make"), dataset.plan, ledger.todo(dataset), beam_runner)
     if job.retry_failed:
-        ledger.settle(job.output, plan)
-        failed = ledger.with_failed(job.output, plan)
-        make_shards(shards("retry"), plan, failed, beam_runner)
-    report = ledger.finalize(job.output, plan, plan_seconds)
+        ledger.settle(dataset)
+        failed = ledger.with_failed(dataset)
+        make_shards(shards("retry"), dataset.plan, failed, beam_runner)
+    report = ledger.finalize(dataset, plan_seconds)
     _summarize(job, report)
     return report["counts"]
 
 
-def _plan(
+def _planned(
     job: Job,
     manifest: Manifest,
     settings: job_settings.Settings,
     ensemble: Ensemble,
     identity: dict,
-) -> Plan:
-    """The directory's plan, made now if there is none."""
-    old = _old_plan(job)
-    # The same command continues, even one that says --overwrite, until all is made.
-    goes_on = not job.overwrite or not (job.output / layout.SUCCESS).exists()
-    if old and old.id == plans.digest(identity) and goes_on:
-        _check_strict(job, old, job.output / layout.PLAN)
+) -> Run:
+    """The directory's run, planned now if there is none."""
+    old = _old_run(job)
+    # The same command continues, even one with --overwrite, until all is made.
+    goes_on = not job.overwrite or not (job.output / names.SUCCESS).exists()
+    if old and old.plan.id == plans.digest(identity) and goes_on:
+        _check_strict(job, old.plan, job.output / names.PLAN)
         return old
     if old and not job.overwrite:
-        why = f"holds another run ({plans.differences(old.identity, identity)})"
-        if not planning.can_extend(old.identity, identity):
+        why = f"holds another run ({plans.differences(old.plan.identity, identity)})"
+        if not planning.can_extend(old.plan.identity, identity):
             raise InputError(f"--output {job.output} {why}; {ELSEWHERE}")
         try:
-            return _make_plan(job, manifest, settings, ensemble, identity, (job.output, old))
+            return _make_plan(job, manifest, settings, ensemble, identity, old)
         except InputError as problem:
             raise InputError(
                 f"--output {job.output} {why} and cannot be extended: {problem}; {ELSEWHERE}"
@@ -180,9 +183,9 @@ def _plan(
     return _make_plan(job, manifest, settings, ensemble, identity)
 
 
-def _old_plan(job: Job) -> Plan | None:
+def _old_run(job: Job) -> Run | None:
     try:
-        return plans.load(job.output)
+        return runs.find(job.output)
     except InputError:
         if job.overwrite:
             return None
@@ -195,9 +198,10 @@ def _make_plan(
     settings: job_settings.Settings,
     ensemble: Ensemble,
     identity: dict,
-    extended: tuple[Path, Plan] | None = None,
-) -> Plan:
-    folder = layout.temporary(job.output, "plan")
+    extended: Run | None = None,
+) -> Run:
+    store = LocalStore(job.output)
+    folder = store.scratch("plan")
     models = vars(job.models.anywhere())
     try:
         plan = planning.make(
@@ -205,14 +209,13 @@ def _make_plan(
         )
         _check_strict(job, plan, folder)
         if extended:
-            kept = _count(len(extended[1].shard_sizes), "shard")
+            kept = _count(len(extended.shards), "shard")
             _say(f"{job.output} is extended; the plan of its {kept} stays")
         else:
-            layout.set_aside(job.output)
-        plans.store(folder, job.output)
+            store.set_aside()
+        return runs.begin(folder, store)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return plan
 
 
 def _check_strict(job: Job, plan: Plan, folder: Path) -> None:
@@ -220,10 +223,10 @@ def _check_strict(job: Job, plan: Plan, folder: Path) -> None:
         raise InputError(f"--strict: {_rejections(job, plan, folder)}")
 
 
-def _report_rejected(job: Job, plan: Plan) -> None:
-    if plan.rows["rejected"]:
-        rejections = _rejections(job, plan, job.output / layout.PLAN)
-        _say(f"{rejections}; see {job.output / layout.REJECTED}")
+def _report_rejected(job: Job, dataset: Run) -> None:
+    if dataset.plan.rows["rejected"]:
+        rejections = _rejections(job, dataset.plan, job.output / names.PLAN)
+        _say(f"{rejections}; see {job.output / names.REJECTED}")
 
 
 def _rejections(job: Job, plan: Plan, folder: Path) -> str:
@@ -253,7 +256,7 @@ def make_shards(
     runner, beam_options = beam_runner
     shown, total = contextlib.nullcontext(), len(plan.shard_sizes)
     if generate_shard.mode == "make":
-        shown = progress.shown(Path(generate_shard.directory), plan)
+        shown = progress.shown(Run(LocalStore(Path(generate_shard.directory)), plan))
         made = f", {total - len(todo)} of them made already" if len(todo) < total else ""
         _say(f"{_count(plan.images, 'image')} in {_count(total, 'shard')}{made}")
     else:
@@ -284,9 +287,7 @@ def _summarize(job: Job, report: dict) -> None:
         + ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in stages)
     )
     if counts["failed"]:
-        print(
-            f"{_count(counts['failed'], 'image')} could not be made: {job.output / layout.FAILED}"
-        )
+        print(f"{_count(counts['failed'], 'image')} could not be made: {job.output / names.FAILED}")
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jaxdiff.dataset import local as layout
-from jaxdiff.dataset.plan import Plan
+from jaxdiff.dataset import names
+from jaxdiff.dataset.run import Run
 
 BAR_SECONDS = 0.5
 LINE_SECONDS = 30.0
@@ -19,15 +19,15 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} images, {rate_fmt}, {remaini
 
 
 @contextlib.contextmanager
-def shown(directory: Path, plan: Plan) -> Iterator[None]:
+def shown(run: Run) -> Iterator[None]:
     """Shows progress on stderr meanwhile: a bar on a terminal, else a line every 30 seconds."""
     if sys.stderr is None:  # a service may have none
         yield
         return
     done = threading.Event()
     show = _bar if sys.stderr.isatty() else _lines
-    counter = Counter(directory, plan)
-    thread = threading.Thread(target=show, args=(counter, plan.images, done), daemon=True)
+    counter = Counter(run)
+    thread = threading.Thread(target=show, args=(counter, run.plan.images, done), daemon=True)
     thread.start()
     try:
         yield
@@ -39,8 +39,8 @@ def shown(directory: Path, plan: Plan) -> Iterator[None]:
 class Counter:
     """Counts the images of finished shards and of those that are being made."""
 
-    def __init__(self, directory: Path, plan: Plan):
-        self._directory, self._plan = directory, plan
+    def __init__(self, run: Run):
+        self._run = run
         self._stale = {path.name for path in self._attempts()}  # left by a killed run
 
     def count(self) -> int:
@@ -51,14 +51,14 @@ class Counter:
                 with contextlib.suppress(OSError, ValueError):
                     shard = int(path.name.partition("-")[0])
                     images[shard] = max(images.get(shard, 0), int(path.read_text() or 0))
-        for path in (self._directory / layout.DONE).glob("*.json"):
+        for path in self._run.store.path(names.DONE).glob("*.json"):
             with contextlib.suppress(IndexError, ValueError):  # somebody else's file
                 shard = int(path.stem)
-                images[shard] = self._plan.shard_sizes[shard]
+                images[shard] = self._run.plan.shard_sizes[shard]
         return sum(images.values())
 
     def _attempts(self) -> list[Path]:
-        return list((self._directory / layout.TMP).glob("*.progress"))
+        return list(self._run.store.path(names.TMP).glob("*.progress"))
 
 
 def _bar(counter: Counter, total: int, done: threading.Event) -> None:

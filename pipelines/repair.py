@@ -4,10 +4,8 @@ import contextlib
 from pathlib import Path
 
 from jaxdiff.dataset import ledger
-from jaxdiff.dataset import local as layout
-from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
-from jaxdiff.errors import InputError
+from jaxdiff.dataset.run import open_run
 from pipelines import runners
 from pipelines.generate import GenerateShard, make_shards
 from pipelines.generate_options import Models, Workers
@@ -23,19 +21,18 @@ def repair(directory: Path) -> bool:
     Raises:
       InputError: if there is no run, its plan is damaged or its model cannot be found any more.
     """
-    plan = plans.load(directory)
-    if plan is None:
-        raise InputError(f"{directory} holds no jaxdiff run")
-    with layout.held(directory), stopped_by_signals():
-        work = (plan, directory, Models(**plan.models), Workers())
+    store = open_run(directory).store
+    with store.held(), stopped_by_signals():
+        run = open_run(directory)
+        work = (run, Models(**run.plan.models), Workers())
         runner = runners.choose([], 1)
         try:
-            while broken := ledger.broken(directory, plan):
-                make_shards(GenerateShard(*work, "repair"), plan, broken, runner)
-                broken = ledger.broken(directory, plan)
-                revised = ledger.revised(directory, plan, broken)
+            while broken := ledger.broken(run):
+                make_shards(GenerateShard(*work, "repair"), run.plan, broken, runner)
+                broken = ledger.broken(run)
+                revised = ledger.revised(run, broken)
                 for shard in revised:  # a signature is never the same twice
-                    shards.forget(directory, shard)
+                    shards.forget(run, shard)
                     print(f"shard {shard} is made as it was before it was signed: sign it again")
                 if not revised:
                     break
@@ -43,11 +40,11 @@ def repair(directory: Path) -> bool:
                 print(
                     f"shard {shard} was made again, but not to the bytes that its marker names, as "
                     "other hardware or other versions do; to delete "
-                    f"{shards.marker_path(directory, shard)} lets it be made anew"
+                    f"{store.path(shards.marker_name(shard))} lets it be made anew"
                 )
-            make_shards(GenerateShard(*work, "make"), plan, ledger.todo(directory, plan), runner)
+            make_shards(GenerateShard(*work, "make"), run.plan, ledger.todo(run), runner)
         except StoppedError:
             return False
         with contextlib.suppress(ledger.IncompleteError):  # somebody else's files
-            ledger.finalize(directory, plan, 0.0)
+            ledger.finalize(run, 0.0)
     return True

@@ -21,19 +21,17 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import formats
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import names
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
-from jaxdiff.dataset.formats import Sample
-from jaxdiff.dataset.plan import Plan
+from jaxdiff.dataset.run import Run, open_run
 from jaxdiff.devices import batching
 from jaxdiff.errors import InputError
 from jaxdiff.request import Options, Request
@@ -96,24 +94,23 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
       InputError: if the model is not the plan's or fails on every image, if another kind of device
         has made a shard, or if a shard cannot be repaired.
     """
-    directory = Path(task.directory)
-    plan = _plan(directory, (directory / layout.PLAN / plans.PLAN_JSON).stat().st_mtime_ns)
-    marker = shards.read_marker(directory, plan, task.shard)
+    run = _run(Path(task.directory))
+    marker = shards.read_marker(run, task.shard)
     if marker and (task.mode == "make" or (task.mode == "retry" and not marker.failed)):
         return {"images": 0, "failed": 0, "padded": 0}
     started = time.monotonic()
-    planned = plans.read_shard(directory, plan, task.shard)
-    model = _load(task, directory, plan, planned[0].request, tell)
-    _check_device(directory, model)
+    planned = run.planned(task.shard)
+    model = _load(task, run, planned[0].request, tell)
+    _check_device(run, model)
     is_retry = task.mode == "retry"
-    kept = _kept_keys(directory, marker) if is_retry else set()
+    kept = _kept_keys(run, marker) if is_retry else set()
     revision = marker.revision + 1 if is_retry else 0
-    batch_size = _batch_size(directory, model, plan, planned[0].request)
+    batch_size = _batch_size(run, model, planned[0].request)
     loaded = time.monotonic()
-    with shards.Attempt(directory, plan, task.shard, revision) as attempt:
+    with shards.Attempt(run, task.shard, revision) as attempt:
         work = ShardImages(
             model,
-            plan,
+            run.plan,
             batch_size,
             alone=task.alone,
             deadly=task.deadly,
@@ -121,7 +118,7 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
             is_stopping=stopping.is_set,
             profile=_profile(task.profile),
         )
-        work.fill(attempt, planned, kept, _samples(directory, plan, task.shard))
+        work.fill(attempt, planned, kept, shards.samples(run, task.shard))
         _profile(task.profile).end()
         seconds = {"load": loaded - started} | work.seconds(time.monotonic() - loaded)
         seconds = {stage: round(value, 3) for stage, value in seconds.items()}
@@ -130,7 +127,7 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
             attempt.repair(marker)
         elif work.made or task.mode == "make":
             attempt.commit(facts)
-    layout.forget_old(directory)  # now that this run has a shard
+    run.store.forget_old()  # now that this run has a shard
     return {"images": work.made, "failed": work.failed, "padded": work.padded} | seconds
 
 
@@ -139,48 +136,44 @@ def _profile(directory: str | None) -> Profile:
     return Profile(directory)
 
 
-@functools.lru_cache(maxsize=1)  # that of 100,000 shards takes a while to read
-def _plan(directory: Path, _: int) -> Plan:
-    return plans.load(directory)
+def _run(directory: Path) -> Run:
+    plan_file = directory / names.PLAN / plans.PLAN_JSON
+    return _run_of(directory, plan_file.stat().st_mtime_ns)
 
 
-def _kept_keys(directory: Path, marker: shards.Marker) -> set[str]:
+@functools.lru_cache(maxsize=1)  # a plan of 100,000 shards takes a while to read
+def _run_of(directory: Path, _: int) -> Run:
+    return open_run(directory)
+
+
+def _kept_keys(run: Run, marker: shards.Marker) -> set[str]:
     """The keys of a made shard's images that were made; raises InputError if it is damaged."""
-    shards.check_files(directory, marker)
-    metadata_name = next(name for name in marker.files if name.startswith(layout.METADATA))
-    rows = pq.read_table(directory / metadata_name, columns=["key", "status"]).to_pylist()
+    shards.check_files(run, marker)
+    metadata = run.store.path(run.metadata_name(marker.shard))
+    rows = pq.read_table(metadata, columns=["key", "status"]).to_pylist()
     return {row["key"] for row in rows if row["status"] == "made"}
 
 
-def _samples(directory: Path, plan: Plan, shard: int) -> Iterator[Sample]:
-    """The images of a made shard."""
-    images_name, _ = shards.file_names(plan, shard)
-    _, _, read = formats.FORMATS[plan.settings.format]
-    return read(directory / images_name)
-
-
-def _load(
-    task: Task, directory: Path, plan: Plan, first: Request, tell: Callable[[dict], None]
-) -> "TextToImage":
+def _load(task: Task, run: Run, first: Request, tell: Callable[[dict], None]) -> "TextToImage":
     """The plan's model; the process keeps the last one that it has loaded.
 
     While it reads the weights, it compiles what the plan contains, images like `first` before all.
     """
     global _held
     models = Models(**task.models)
-    options = {field.name: getattr(plan.settings, field.name) for field in fields(Options)}
-    key = (plan.identity["model"], *options.values())
+    options = {field.name: getattr(run.plan.settings, field.name) for field in fields(Options)}
+    key = (run.plan.identity["model"], *options.values())
     if _held is None or _held[0] != key:
         _held = None  # frees the old model's memory first
         import jaxdiff
 
         _check_devices()
-        kinds = [first, *(plans.kinds(directory, plan) if task.mode == "make" else ())]
-        sizes = {kind.bucket: (kind, _known_batch_size(directory, plan, kind)) for kind in kinds}
+        kinds = [first, *(run.kinds() if task.mode == "make" else ())]
+        sizes = {kind.bucket: (kind, _known_batch_size(run, kind)) for kind in kinds}
         expecting = {kind: size for kind, size in sizes.values() if size is not None}
         expecting = dict(itertools.islice(expecting.items(), MOST_COMPILED))
         loaded = jaxdiff.load(**vars(models), **options, expecting=expecting)
-        if loaded.ensemble.fingerprint != plan.identity["model"]:
+        if loaded.ensemble.fingerprint != run.plan.identity["model"]:
             raise InputError(f"model {models.model} is not the one that the job was planned for")
         _held = key, loaded
         tell({"loaded": device_of(loaded)})
@@ -206,43 +199,43 @@ def _check_devices() -> None:
         )
 
 
-def _check_device(directory: Path, model: "TextToImage") -> None:
+def _check_device(run: Run, model: "TextToImage") -> None:
     """Refuses to mix kinds of devices, whose pixels differ, in one dataset."""
     from jaxdiff.devices import parallel
 
     here = parallel.hardware(model.mesh)
-    begun_on = layout.pin(directory, layout.DEVICE, here)
+    begun_on = run.store.claim(names.DEVICE, here)
     if begun_on != here:
         same = "with NPROC set to as many threads" if "threads" in begun_on else "on such hardware"
         raise InputError(
-            f"{directory} was begun on {begun_on}, but here is {here}: continue {same}, or start "
-            "anew with --overwrite"
+            f"{run.directory} was begun on {begun_on}, but here is {here}: continue {same}, or "
+            "start anew with --overwrite"
         )
 
 
-def _batch_size(directory: Path, model: "TextToImage", plan: Plan, request: Request) -> int:
+def _batch_size(run: Run, model: "TextToImage", request: Request) -> int:
     """The run's batch size for images like this one, which all its workers take for good.
 
     An accelerator's kernels depend on it. So what fits is found and tried before anything is made.
     """
-    known = _known_batch_size(directory, plan, request)
+    known = _known_batch_size(run, request)
     if known is not None:
         return known
-    counts = {kind.bucket: count for kind, count in plans.kinds(directory, plan).items()}
-    most = min(counts[request.bucket], max(plan.shard_sizes))
+    counts = {kind.bucket: count for kind, count in run.kinds().items()}
+    most = min(counts[request.bucket], max(run.plan.shard_sizes))
     largest = model.largest_batch_size(request, most)
-    return int(layout.pin(directory, _pin(request), str(largest)))
+    return int(run.store.claim(_pin(request), str(largest)))
 
 
-def _known_batch_size(directory: Path, plan: Plan, request: Request) -> int | None:
+def _known_batch_size(run: Run, request: Request) -> int | None:
     """The batch size, as far as it was said, or found before; a CPU has its own."""
-    if plan.settings.batch_size != batching.AUTO:
-        return plan.settings.batch_size
+    if run.plan.settings.batch_size != batching.AUTO:
+        return run.plan.settings.batch_size
     import jax
 
     if jax.default_backend() == "cpu":
         return batching.on_cpu(request.width, request.height)
-    pinned = directory / _pin(request)
+    pinned = run.store.path(_pin(request))
     if not pinned.exists():
         return None
     text = pinned.read_text("utf-8")
@@ -252,7 +245,7 @@ def _known_batch_size(directory: Path, plan: Plan, request: Request) -> int | No
 
 
 def _pin(request: Request) -> str:
-    return f"{layout.BATCH}/{'-'.join(map(str, request.bucket))}"
+    return f"{names.BATCH}/{'-'.join(map(str, request.bucket))}"
 
 
 def _facts(

@@ -193,7 +193,7 @@ def race(folder: str, checkpoint: str) -> None:
     manifest, directory = Path(folder, "rows.jsonl"), Path(folder, "out")
     manifest.write_text('{"prompt": "a ring", "num_images": 120}\n')
     said = {"batch_size": 2, "images_per_shard": 2}
-    plan = making.make_plan(directory, manifest, Path(checkpoint), **said)
+    run = making.make_plan(directory, manifest, Path(checkpoint), **said)
 
     begun = time.monotonic()
 
@@ -204,7 +204,7 @@ def race(folder: str, checkpoint: str) -> None:
             late = time.monotonic() - begun - RACE_SECONDS * shard
             time.sleep(max(0, -late))
             if late < RACE_SECONDS:
-                making.make_shard(directory, plan, shard, salt=salt)
+                making.make_shard(run, shard, salt=salt)
 
     chance, salts, kills = random.Random(1), itertools.count(), 0
     writers = [started(partial(write, next(salts))) for _ in range(3)]
@@ -215,9 +215,9 @@ def race(folder: str, checkpoint: str) -> None:
         kills += ended(writers[number]) == -signal.SIGKILL
         writers[number] = started(partial(write, next(salts)))
     assert [ended(writer) for writer in writers] == [0, 0, 0]
-    for shard in ledger.todo(directory, plan):
-        making.make_shard(directory, plan, shard)
-    ledger.finalize(directory, plan, 0.0)
+    for shard in ledger.todo(run):
+        making.make_shard(run, shard)
+    ledger.finalize(run, 0.0)
     counts, problems = ledger.verify(directory)
     assert problems == []
     assert counts["made"] == 120

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxdiff.dataset import local as layout
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import planning
+from jaxdiff.dataset import run as runs
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.manifest import manifest as manifests
+from jaxdiff.dataset.run import Run
 from jaxdiff.families.ensemble import open_ensemble
 
 FACTS = {
@@ -26,25 +28,25 @@ def pixels_of(image: plans.PlannedImage, salt: int = 0) -> np.ndarray:
     return random.integers(0, 256, shape, dtype=np.uint8)
 
 
-def make_plan(directory: Path, manifest: Path, checkpoint: Path, **said) -> plans.Plan:
+def make_plan(directory: Path, manifest: Path, checkpoint: Path, **said) -> Run:
     opened = open_ensemble(checkpoint)
     settings = job_settings.resolve({"width": 16, "height": 8, **said}, opened)
     found = manifests.find(manifest)
     identity = planning.identify(found, settings, opened)
-    folder = layout.temporary(directory, "plan")
+    store = LocalStore(directory)
+    folder = store.scratch("plan")
     models = {"model": str(checkpoint), "variant": None, "refiner": None}
-    plan = planning.make(found, settings, opened, identity, folder, models=models)
-    plans.store(folder, directory)
-    return plan
+    planning.make(found, settings, opened, identity, folder, models=models)
+    return runs.begin(folder, store)
 
 
-def make_shard(directory: Path, plan: plans.Plan, shard: int, failing=(), salt: int = 0) -> bool:
-    with shards.Attempt(directory, plan, shard) as attempt:
-        for image in plans.read_shard(directory, plan, shard):
+def make_shard(run: Run, shard: int, failing=(), salt: int = 0) -> bool:
+    with shards.Attempt(run, shard) as attempt:
+        for image in run.planned(shard):
             if image.key in failing:
                 attempt.add_failed(image, "not finite")
             else:
-                attempt.add(shards.encode(image, pixels_of(image, salt), plan))
+                attempt.add(shards.encode(image, pixels_of(image, salt), run.plan))
         return attempt.commit(FACTS)
 
 

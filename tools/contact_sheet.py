@@ -9,8 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from jaxdiff.dataset import formats
-from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import run
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.errors import InputError
@@ -24,14 +23,12 @@ CELL_PX = IMAGE_PX + 2 * MARGIN_PX, IMAGE_PX + 2 * MARGIN_PX + LINES * LINE_PX
 
 def samples(directory: Path) -> Iterator[Sample]:
     """Yields the finished images of a dataset in shard order."""
-    plan = plans.load(directory)
-    if plan is None:
+    found = run.find(directory)
+    if found is None:
         raise InputError(f"{directory} is not a jaxdiff dataset; name the --output of a job")
-    _, _, read = formats.FORMATS[plan.settings.format]
-    for shard in range(len(plan.shard_sizes)):
-        path = directory / shards.file_names(plan, shard)[0]
-        if path.exists():
-            yield from read(path)
+    for shard in found.shards:
+        if found.store.path(found.images_name(shard)).exists():
+            yield from shards.samples(found, shard)
 
 
 def draw(chosen: list[Sample]) -> Image.Image:

@@ -14,10 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxdiff.dataset import local as layout
-from jaxdiff.dataset import plan as plans
-from jaxdiff.dataset import planning
+from jaxdiff.dataset import names, planning
+from jaxdiff.dataset import run as runs
 from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.families.ensemble import open_ensemble
 
@@ -73,21 +73,18 @@ def _plan(path: Path, output: Path, images_per_shard: int | None) -> str:
     settings = job_settings.resolve({"images_per_shard": images_per_shard}, model)
     manifest = manifests.find(path)
     identity = planning.identify(manifest, settings, model)
-    old = plans.load(output)
-    folder = layout.temporary(output, "plan")
-    plan = planning.make(
-        manifest, settings, model, identity, folder, models=MODELS, extended=old and (output, old)
-    )
-    plans.store(folder, output)
-    plans.tidy(output, plan)
-    size = sum(file.stat().st_size for file in (output / layout.PLAN).iterdir())
-    return f"{plan.images} images in {len(plan.shard_sizes)} shards ({size / 1e6:.0f} MB)"
+    old, store = runs.find(output), LocalStore(output)
+    folder = store.scratch("plan")
+    planning.make(manifest, settings, model, identity, folder, models=MODELS, extended=old)
+    run = runs.begin(folder, store)
+    run.tidy()
+    size = sum(file.stat().st_size for file in store.path(names.PLAN).iterdir())
+    return f"{run.plan.images} images in {len(run.shards)} shards ({size / 1e6:.0f} MB)"
 
 
 def _read(output: Path) -> str:
-    plan = plans.load(output)
-    shard = len(plan.shard_sizes) // 2
-    return f"{len(plans.read_shard(output, plan, shard))} images"
+    run = runs.open_run(output)
+    return f"{len(run.planned(len(run.shards) // 2))} images"
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import local as layout
 from jaxdiff.request import FIELDS
 
 ROW_GROUP_IMAGES = 64
@@ -44,6 +44,16 @@ class Sample:
     extension: str
 
 
+class Writer(Protocol):
+    """Writes a shard, an image at a time."""
+
+    def add(self, sample: Sample) -> None:
+        """Appends an image."""
+
+    def close(self) -> None:
+        """Ends the shard. May be called again."""
+
+
 class TarWriter:
     """WebDataset: for each image KEY.json, KEY.png and KEY.txt, which is the prompt."""
 
@@ -65,10 +75,9 @@ class TarWriter:
             self._tar.addfile(member, io.BytesIO(members[extension]))
 
     def close(self) -> None:
-        """Ends the file and waits until it is on the disk."""
+        """Ends the file."""
         with self._file:
             self._tar.close()
-            _sync(self._file)
 
 
 def read_tar(path: Path) -> Iterator[Sample]:
@@ -133,11 +142,10 @@ class ParquetWriter:
             self._flush()
 
     def close(self) -> None:
-        """Ends the file and waits until it is on the disk."""
+        """Ends the file."""
         with self._file:
             self._flush()
             self._parquet.close()
-            _sync(self._file)
 
     def _flush(self) -> None:
         if self._rows:
@@ -177,12 +185,8 @@ class FolderWriter:
         self._records.write(line.encode() + b"\n")
 
     def close(self) -> None:
-        """Ends the folder and waits until it is on the disk."""
+        """Ends the folder."""
         self._records.close()
-        for path in self._path.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        layout.sync_folder(self._path)
 
 
 def read_folder(path: Path) -> Iterator[Sample]:
@@ -204,14 +208,16 @@ def read_folder(path: Path) -> Iterator[Sample]:
         raise ValueError(f"no whole folder of images ({problem})") from problem
 
 
-def _sync(file: io.BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+class Format(NamedTuple):
+    """A form of shards: the ending of their names, their writer and their reader."""
+
+    ending: str
+    writer: Callable[[Path], Writer]
+    read: Callable[[Path], Iterator[Sample]]
 
 
-# For each format its file ending, its writer and its reader.
 FORMATS = {
-    "webdataset": ("tar", TarWriter, read_tar),
-    "parquet": ("parquet", ParquetWriter, read_parquet),
-    "imagefolder": ("", FolderWriter, read_folder),  # a folder has none
+    "webdataset": Format("tar", TarWriter, read_tar),
+    "parquet": Format("parquet", ParquetWriter, read_parquet),
+    "imagefolder": Format("", FolderWriter, read_folder),  # a folder has no ending
 }

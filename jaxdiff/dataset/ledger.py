@@ -17,17 +17,17 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import formats, image_files
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import files, formats, image_files, names
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.finished import card
 from jaxdiff.dataset.plan import Plan
+from jaxdiff.dataset.run import Run, open_run
 from jaxdiff.errors import InputError
 
 REPORTS = (
-    *(layout.SUCCESS, layout.CARD, layout.CROISSANT),
-    *(layout.RUN, layout.REJECTED, layout.FAILED),
+    *(names.SUCCESS, names.CARD, names.CROISSANT),
+    *(names.REPORT, names.REJECTED, names.FAILED),
 )
 
 
@@ -35,61 +35,61 @@ class IncompleteError(Exception):
     """The dataset cannot be finished; the message says what is wrong, on one line."""
 
 
-def todo(directory: Path, plan: Plan) -> list[int]:
+def todo(run: Run) -> list[int]:
     """The shards that are not made yet; raises InputError if a done-marker is damaged."""
-    return [shard for shard, marker in enumerate(_markers(directory, plan)) if marker is None]
+    return [shard for shard, marker in enumerate(_markers(run)) if marker is None]
 
 
-def with_failed(directory: Path, plan: Plan) -> list[int]:
+def with_failed(run: Run) -> list[int]:
     """The shards of which an image has failed; raises InputError if a done-marker is damaged."""
-    markers = _markers(directory, plan)
+    markers = _markers(run)
     return [shard for shard, marker in enumerate(markers) if marker and marker.failed]
 
 
-def revised(directory: Path, plan: Plan, some: list[int]) -> list[int]:
+def revised(run: Run, some: list[int]) -> list[int]:
     """Those of some made shards that are revisions."""
-    return [shard for shard in some if shards.read_marker(directory, plan, shard).revision]
+    return [shard for shard in some if shards.read_marker(run, shard).revision]
 
 
-def settle(directory: Path, plan: Plan) -> None:
+def settle(run: Run) -> None:
     """Ends what a dead job was doing: gives what it has made its final names, deletes the rest.
 
     Raises:
       InputError: if a done-marker is damaged, or the plan, which no other file could mend.
     """
-    if problem := next(_check_plan(directory, plan), None):
-        raise InputError(f"{directory}: {problem}; that cannot be mended: start anew elsewhere")
-    for marker in filter(None, _markers(directory, plan)):
-        shards.publish(directory, marker)
-    layout.sweep(directory)
+    if problem := next(_check_plan(run), None):
+        raise InputError(f"{run.directory}: {problem}; that cannot be mended: start anew elsewhere")
+    for marker in filter(None, _markers(run)):
+        shards.publish(run, marker)
+    run.store.sweep()
 
 
-def _markers(directory: Path, plan: Plan) -> list[shards.Marker | None]:
+def _markers(run: Run) -> list[shards.Marker | None]:
     try:
-        return [shards.read_marker(directory, plan, n) for n in range(len(plan.shard_sizes))]
+        return [shards.read_marker(run, n) for n in run.shards]
     except ValueError as problem:
-        mend = f"`jaxdiff verify {directory} --repair` makes its shard again"
-        raise InputError(f"{directory}: {problem}; {mend}") from None
+        mend = f"`jaxdiff verify {run.directory} --repair` makes its shard again"
+        raise InputError(f"{run.directory}: {problem}; {mend}") from None
 
 
-def finished(directory: Path, plan: Plan) -> dict[str, int] | None:
+def finished(run: Run) -> dict[str, int] | None:
     """The counts of a finished dataset that has all its files, by name and size; else None.
 
     Raises:
       InputError: if a done-marker is damaged.
     """
-    markers = _markers(directory, plan)
-    if None in markers or not all((directory / name).is_file() for name in REPORTS):
+    markers = _markers(run)
+    if None in markers or not all((run.store.path(name)).is_file() for name in REPORTS):
         return None
     for marker in markers:
         for name, file in marker.files.items():
-            path = directory / name
-            if not path.exists() or layout.size(path) != file["bytes"]:
+            path = run.store.path(name)
+            if not path.exists() or files.size(path) != file["bytes"]:
                 return None
-    return _counts(plan, markers)
+    return _counts(run.plan, markers)
 
 
-def finalize(directory: Path, plan: Plan, plan_seconds: float) -> dict:
+def finalize(run: Run, plan_seconds: float) -> dict:
     """Checks the shards, writes the card and the reports, and `_SUCCESS` last; may be repeated.
 
     Args:
@@ -102,26 +102,26 @@ def finalize(directory: Path, plan: Plan, plan_seconds: float) -> dict:
       IncompleteError: if a shard is missing or not what its marker says.
     """
     began = time.monotonic()
-    settle(directory, plan)
-    markers = _markers(directory, plan)
-    if problems := list(_check_files(directory, plan)):
+    settle(run)
+    markers = _markers(run)
+    if problems := list(_check_files(run)):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise IncompleteError(f"{directory}: {problems[0]}{more}")
-    counts = _counts(plan, markers)
-    layout.write(directory, layout.REJECTED, _rejected(directory, plan))
-    layout.write(directory, layout.FAILED, _failed(directory, plan, markers))
-    layout.write(directory, layout.CARD, card.readme(plan, counts))
-    layout.write(directory, layout.CROISSANT, card.croissant(plan))
-    report = _report(plan, markers, counts)
+        raise IncompleteError(f"{run.directory}: {problems[0]}{more}")
+    counts = _counts(run.plan, markers)
+    run.store.swap(names.REJECTED, _rejected(run))
+    run.store.swap(names.FAILED, _failed(run, markers))
+    run.store.swap(names.CARD, card.readme(run.plan, counts))
+    run.store.swap(names.CROISSANT, card.croissant(run.plan))
+    report = _report(run.plan, markers, counts)
     seconds = report["seconds"] | {"plan": plan_seconds, "finalize": time.monotonic() - began}
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
-    layout.write(directory, layout.RUN, _dump(report))
-    plans.tidy(directory, plan)
+    run.store.swap(names.REPORT, _dump(report))
+    run.tidy()
     # A process that was lost on another host may be writing there yet.
-    shutil.rmtree(directory / layout.TMP, ignore_errors=True)
-    layout.write(directory, layout.SUCCESS, _success(plan, markers, counts))
+    shutil.rmtree(run.store.path(names.TMP), ignore_errors=True)
+    run.store.swap(names.SUCCESS, _success(run.plan, markers, counts))
     with contextlib.suppress(OSError):
-        (directory / layout.TMP).rmdir()
+        (run.store.path(names.TMP)).rmdir()
     return report
 
 
@@ -134,28 +134,26 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
     Raises:
       InputError: if there is no jaxdiff run in the directory.
     """
-    plan = plans.load(directory)
-    if plan is None:
-        raise InputError(f"{directory} holds no jaxdiff run")
-    problems = list(_check_plan(directory, plan))
+    run = open_run(directory)
+    problems = list(_check_plan(run))
     if problems:
         return {}, problems
-    problems = list(_check_files(directory, plan))
-    for shard in range(len(plan.shard_sizes)):
-        problems += _check_content(directory, plan, shard)
+    problems = list(_check_files(run))
+    for shard in run.shards:
+        problems += _check_content(run, shard)
     if problems:
         return {}, problems
-    markers = _markers(directory, plan)
-    counts = _counts(plan, markers)
+    markers = _markers(run)
+    counts = _counts(run.plan, markers)
     expected = {
-        layout.REJECTED: _rejected(directory, plan),
-        layout.FAILED: _failed(directory, plan, markers),
-        layout.CARD: card.readme(plan, counts),
-        layout.CROISSANT: card.croissant(plan),
-        layout.SUCCESS: _success(plan, markers, counts),
+        names.REJECTED: _rejected(run),
+        names.FAILED: _failed(run, markers),
+        names.CARD: card.readme(run.plan, counts),
+        names.CROISSANT: card.croissant(run.plan),
+        names.SUCCESS: _success(run.plan, markers, counts),
     }
     for name, content in expected.items():
-        path = directory / name
+        path = run.store.path(name)
         if not path.is_file():
             problems.append(f"{name} is missing; the same generate command writes it")
         elif path.read_bytes() != content.encode():
@@ -163,7 +161,7 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
     return counts, problems
 
 
-def broken(directory: Path, plan: Plan) -> list[int]:
+def broken(run: Run) -> list[int]:
     """The shards that are made, but not as their markers and the plan say.
 
     Deletes markers that say nothing, and ends what a dead job was doing.
@@ -171,80 +169,76 @@ def broken(directory: Path, plan: Plan) -> list[int]:
     Raises:
       InputError: if the plan is damaged.
     """
-    for shard in range(len(plan.shard_sizes)):
+    for shard in run.shards:
         while True:
             try:
-                shards.read_marker(directory, plan, shard)
+                shards.read_marker(run, shard)
             except ValueError:
-                shards.forget(directory, shard)
+                shards.forget(run, shard)
             else:
                 break
-    settle(directory, plan)
+    settle(run)
     return [
         shard
-        for shard, marker in enumerate(_markers(directory, plan))
-        if marker
-        and (
-            any(_check_shard(directory, plan, shard)) or any(_check_content(directory, plan, shard))
-        )
+        for shard, marker in enumerate(_markers(run))
+        if marker and (any(_check_shard(run, shard)) or any(_check_content(run, shard)))
     ]
 
 
-def _check_plan(directory: Path, plan: Plan) -> Iterator[str]:
-    for name, digest in plan.sha256.items():
-        path = directory / layout.PLAN / name
+def _check_plan(run: Run) -> Iterator[str]:
+    for name, digest in run.plan.sha256.items():
+        path = run.store.path(names.PLAN) / name
         if not path.is_file():
-            yield f"{layout.PLAN}/{name} is missing"
-        elif layout.digest(path) != digest:
-            yield f"{layout.PLAN}/{name} has changed since the job was planned"
+            yield f"{names.PLAN}/{name} is missing"
+        elif files.digest(path) != digest:
+            yield f"{names.PLAN}/{name} has changed since the job was planned"
 
 
-def _check_files(directory: Path, plan: Plan) -> Iterator[str]:
+def _check_files(run: Run) -> Iterator[str]:
     """Whether every shard is there with the bytes that its marker names, and nothing else."""
     expected = set()
-    for shard in range(len(plan.shard_sizes)):
-        expected.update(shards.file_names(plan, shard))
-        expected.update(path.name for path in shards.marker_paths(directory, shard))
-        yield from _check_shard(directory, plan, shard)
-    for folder in (layout.DATA, layout.METADATA, layout.DONE):
-        for path in sorted((directory / folder).glob("*")):
-            name = path.relative_to(directory).as_posix()
-            if name not in expected and not (folder == layout.DONE and path.name in expected):
+    for shard in run.shards:
+        expected.update(run.file_names(shard))
+        expected.update(path.name for path in shards.marker_paths(run, shard))
+        yield from _check_shard(run, shard)
+    for folder in (names.DATA, names.METADATA, names.DONE):
+        for path in sorted((run.store.path(folder)).glob("*")):
+            name = path.relative_to(run.directory).as_posix()
+            if name not in expected and not (folder == names.DONE and path.name in expected):
                 yield f"{name} does not belong to the run; move it away"
 
 
-def _check_shard(directory: Path, plan: Plan, shard: int) -> Iterator[str]:
+def _check_shard(run: Run, shard: int) -> Iterator[str]:
     """Whether a shard is there with the bytes that its marker names."""
-    mend = f"`jaxdiff verify {directory} --repair` makes it again"
+    mend = f"`jaxdiff verify {run.directory} --repair` makes it again"
     try:
-        marker = shards.read_marker(directory, plan, shard)
+        marker = shards.read_marker(run, shard)
     except ValueError as problem:
         yield f"{problem}; {mend}"
         return
     if marker is None:
-        made = f"shard {shard} of {len(plan.shard_sizes)} is not made yet"
+        made = f"shard {shard} of {len(run.shards)} is not made yet"
         yield f"{made}; the same generate command makes it"
         return
     for name, file in marker.files.items():
-        path = directory / name
+        path = run.store.path(name)
         if not path.exists():
             yield f"{name} is missing; {mend}"
-        elif (size := layout.size(path)) != file["bytes"]:
+        elif (size := files.size(path)) != file["bytes"]:
             yield f"{name} has {size} bytes instead of {file['bytes']}; {mend}"
-        elif layout.digest(path) != file["sha256"]:
+        elif files.digest(path) != file["sha256"]:
             yield f"{name} has changed: its SHA-256 is not {file['sha256']}; {mend}"
 
 
-def _check_content(directory: Path, plan: Plan, shard: int) -> Iterator[str]:
+def _check_content(run: Run, shard: int) -> Iterator[str]:
     """Whether a shard's images and metadata are those that were planned."""
-    images_name, metadata_name = shards.file_names(plan, shard)
-    if not all((directory / name).exists() for name in (images_name, metadata_name)):
+    images_name, metadata_name = run.file_names(shard)
+    if not all(run.store.path(name).exists() for name in (images_name, metadata_name)):
         return  # said already
-    _, _, read = formats.FORMATS[plan.settings.format]
-    samples = read(directory / images_name)
+    samples = shards.samples(run, shard)
     try:
-        metadata = pq.read_table(directory / metadata_name).to_pylist()
-        planned = plans.read_shard(directory, plan, shard)
+        metadata = pq.read_table(run.store.path(metadata_name)).to_pylist()
+        planned = run.planned(shard)
         if len(metadata) != len(planned):
             yield f"{metadata_name} has {len(metadata)} rows instead of {len(planned)}"
             return
@@ -253,7 +247,7 @@ def _check_content(directory: Path, plan: Plan, shard: int) -> Iterator[str]:
             if any(row[name] != wanted[name] for name in plans.SCHEMA.names if name in row):
                 yield f"{metadata_name}: the row of image {image.key} is not as planned"
             if row["status"] == "made":
-                problem = _check_sample(next(samples, None), row, plan.settings.image_format)
+                problem = _check_sample(next(samples, None), row, run.plan.settings.image_format)
                 if problem:
                     yield f"{images_name}: image {image.key} {problem}"
         if next(samples, None) is not None:
@@ -285,20 +279,18 @@ def _counts(plan: Plan, markers: list[shards.Marker]) -> dict[str, int]:
     }
 
 
-def _rejected(directory: Path, plan: Plan) -> str:
-    return (directory / layout.PLAN / plan.rejected_file).read_text("utf-8")
+def _rejected(run: Run) -> str:
+    return (run.store.path(names.PLAN) / run.plan.rejected_file).read_text("utf-8")
 
 
-def _failed(directory: Path, plan: Plan, markers: list[shards.Marker]) -> str:
+def _failed(run: Run, markers: list[shards.Marker]) -> str:
     """The lines of `failed.jsonl`: every image that could not be made, and why."""
     lines = []
     for marker in markers:
         if marker.failed:
-            _, metadata_name = shards.file_names(plan, marker.shard)
-            rows = pq.read_table(directory / metadata_name).to_pylist()
-            for image, row in zip(
-                plans.read_shard(directory, plan, marker.shard), rows, strict=True
-            ):
+            metadata_name = run.metadata_name(marker.shard)
+            rows = pq.read_table(run.store.path(metadata_name)).to_pylist()
+            for image, row in zip(run.planned(marker.shard), rows, strict=True):
                 if row["status"] == "failed":
                     what = {"file": image.source, "line": image.line, "reason": row["error"]}
                     names = ("key", "id", "image_index", "prompt", "seed")

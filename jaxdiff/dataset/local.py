@@ -1,169 +1,209 @@
-"""The output directory: what lies where in it, who may write to it, how a file appears whole."""
+"""A dataset in a directory of a local disk: how a file appears whole, and who may write."""
 
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import shutil
 import socket
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from jaxdiff.dataset import files, names
 from jaxdiff.errors import InputError
 
-WORK = "_jaxdiff"
-PLAN = f"{WORK}/plan"
-DONE = f"{WORK}/done"
-TMP = f"{WORK}/tmp"
-LOCK = f"{WORK}/lock"
-DEVICE = f"{WORK}/device"  # the kind that makes the run's images
-BATCH = f"{WORK}/batch"  # for each bucket, how many images an accelerator takes at once
-OLD = f"{WORK}/old"  # the run that --overwrite replaces, until the new one has made a shard
-DATA = "data"
-METADATA = "metadata"
-SUCCESS = "_SUCCESS"
-REJECTED = "rejected.jsonl"
-FAILED = "failed.jsonl"
-RUN = "run.json"
-CARD = "README.md"
-CROISSANT = "croissant.json"
-# All that a run leaves, in the order in which it is deleted: what has lost a file must not look
-# finished, and while the plan is there the directory is known as ours.
-OURS = (SUCCESS, DONE, DEVICE, BATCH, DATA, METADATA, CARD, CROISSANT, RUN, REJECTED, FAILED, PLAN)
 
+@dataclass(frozen=True)
+class LocalStore:
+    """`store.Store` in a directory of a file system with hard links.
 
-@contextlib.contextmanager
-def held(directory: Path) -> Iterator[None]:
-    """Makes the directory and holds it for this process; while it is unplanned, leaves no trace.
-
-    The lock is the kernel's, so that a process that dies gives it back. A run that was set aside is
-    settled at the beginning and at the end.
-
-    Raises:
-      InputError: if the directory holds other files, or another process holds it.
+    Attributes:
+      root: the directory.
     """
-    _check_ours(directory)
-    created = [path for path in (directory, *directory.parents) if not path.exists()]
-    (directory / WORK).mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("a+") as lock:
+
+    root: Path
+
+    def path(self, name: str) -> Path:
+        """Where the file or folder of this name lies."""
+        return self.root / name
+
+    def scratch(self, name: str) -> Path:
+        """A new path for a file or folder; nobody else gets the same."""
+        folder = self.path(names.TMP)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+    def staging(self, attempt: str, name: str) -> Path:
+        """The path to which an attempt writes what is to be published as `name`."""
+        return self.path(names.TMP) / f"{attempt}-{Path(name).parent}{Path(name).suffix}"
+
+    def stage(self, attempt: str, name: str) -> None:
+        """Waits until what was written to `staging` is on the disk."""
+        files.sync(self.staging(attempt, name))
+
+    def claim(self, name: str, content: str) -> str:
+        """Creates a small file unless it is there; returns its content, which never changes.
+
+        A link is atomic and fails where there is one already.
+        """
+        body, final = self.scratch("claim"), self.path(name)
+        final.parent.mkdir(exist_ok=True)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise InputError(
-                f"{directory}: {lock.read(200) or 'another job'} is writing here; wait for it, or "
-                "choose another --output"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        try:
-            settle(directory)
-            if not (directory / PLAN).exists():
-                _check_links(directory)
-            yield
+            body.write_text(content, "utf-8")
+            files.sync(body)
+            with contextlib.suppress(FileExistsError):
+                os.link(body, final)
+            files.sync_names(final.parent)
         finally:
-            settle(directory)
-            if not (directory / PLAN).exists():
-                shutil.rmtree(directory / WORK)
-                for path in created:
-                    with contextlib.suppress(OSError):
-                        path.rmdir()
+            body.unlink(missing_ok=True)
+        return final.read_text("utf-8")
 
+    def publish(self, attempt: str, name: str) -> None:
+        """Gives what was staged its name; may be repeated."""
+        final = self.path(name)
+        final.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # it has its name already
+            files.replace(self.staging(attempt, name), final)
+            files.sync_names(final.parent)
 
-def _check_links(directory: Path) -> None:
-    """Refuses a file system on which no shard could be committed."""
-    probe = temporary(directory, "probe")
-    try:
-        os.link(directory / LOCK, probe)
-        probe.unlink()
-    except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(
-            f"--output {directory} is on a file system without hard links ({problem.strerror}), "
-            "which mark a shard as made; mounted buckets have none"
-        ) from None
+    def swap(self, name: str, content: str) -> None:
+        """Replaces a small file: its readers see the old content or the new one."""
+        path = self.scratch(name)
+        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            file.write(content)
+        files.sync(path)
+        os.replace(path, self.path(name))
+        files.sync_names(self.root)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the directory and holds it for this process; while unplanned, leaves no trace.
 
-def _check_ours(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"--output {directory} is a file; name a directory")
-    has_run = (directory / PLAN).is_dir() or (directory / OLD / Path(PLAN).name).is_dir()
-    ours = has_run or not directory.exists()
-    if not ours and any(path.name != WORK for path in directory.iterdir()):
-        raise InputError(
-            f"--output {directory} holds other files and no jaxdiff run; name a new directory"
-        )
+        The lock is the kernel's, so that a process that dies gives it back. A run that was set
+        aside is settled at the beginning and at the end.
 
+        Raises:
+          InputError: if the directory holds other files, or another process holds it.
+        """
+        self._check_ours()
+        created = [path for path in (self.root, *self.root.parents) if not path.exists()]
+        self.path(names.WORK).mkdir(parents=True, exist_ok=True)
+        with self.path(names.LOCK).open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise InputError(
+                    f"{self.root}: {lock.read(200) or 'another job'} is writing here; wait for "
+                    "it, or choose another --output"
+                ) from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            try:
+                self.settle()
+                if not self.path(names.PLAN).exists():
+                    self._check_links()
+                yield
+            finally:
+                self.settle()
+                if not self.path(names.PLAN).exists():
+                    shutil.rmtree(self.path(names.WORK))
+                    for path in created:
+                        with contextlib.suppress(OSError):
+                            path.rmdir()
 
-def clear(directory: Path) -> None:
-    """Deletes the run that is there, if there is one, and nothing else."""
-    if not (directory / PLAN).is_dir():
-        return
-    *names, plan = OURS
-    for name in names:
-        delete(directory / name)
-    gone = temporary(directory, "plan")
-    os.rename(directory / plan, gone)  # at once: what is left of a plan might be taken for one
-    delete(gone)
+    def _check_links(self) -> None:
+        """Rejects a file system on which nothing could be claimed."""
+        probe = self.scratch("probe")
+        try:
+            os.link(self.path(names.LOCK), probe)
+            probe.unlink()
+        except OSError as problem:
+            if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(
+                f"--output {self.root} is on a file system without hard links "
+                f"({problem.strerror}), which mark a shard as made; mounted buckets have none"
+            ) from None
 
+    def _check_ours(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise InputError(f"--output {self.root} is a file; name a directory")
+        has_run = self.path(names.PLAN).is_dir() or self._old(names.PLAN).is_dir()
+        ours = has_run or not self.root.exists()
+        if not ours and any(path.name != names.WORK for path in self.root.iterdir()):
+            raise InputError(
+                f"--output {self.root} holds other files and no jaxdiff run; name a new directory"
+            )
 
-def set_aside(directory: Path) -> None:
-    """Keeps the run that is there in `OLD`, until `settle` or `forget_old`."""
-    if (directory / PLAN).is_dir():
-        (directory / OLD).mkdir()
-        for name in reversed(OURS):  # the plan first: while it lies there, nothing has been moved
-            if os.path.lexists(directory / name):
-                os.rename(directory / name, _old(directory, name))
+    def has_shards(self) -> bool:
+        """Whether a shard of the run is made."""
+        return any(self.path(names.DONE).glob("*.json"))
 
+    def sweep(self) -> None:
+        """Deletes what dead processes of this host have left unfinished.
 
-def settle(directory: Path) -> None:
-    """Puts a run that was set aside back, unless the new one has made a shard.
+        Call `shard.publish` for all that is made first: its files may still have temporary names.
+        """
+        for path in self.path(names.TMP).glob("*"):
+            match = re.search(r"-(.*)-([0-9]+)-[0-9a-f]{8}", path.name)
+            if match and match[1] == socket.gethostname() and not _is_alive(int(match[2])):
+                files.delete(path)
 
-    It decides by the files alone and may be repeated, after a kill at any moment too.
-    """
-    if not (directory / OLD).is_dir():
-        return
-    if (directory / PLAN).is_dir():
-        if has_shards(directory) or not _old(directory, PLAN).is_dir():
-            forget_old(directory)  # or what is left of its folder: the plan is the old one
+    def tidy(self) -> None:
+        """Removes the folder of unfinished files, and the directory if that was all in it."""
+        for folder in (self.path(names.TMP), self.path(names.WORK), self.root):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def clear(self) -> None:
+        """Deletes the run that is there, if there is one, and nothing else."""
+        if not self.path(names.PLAN).is_dir():
             return
-        (directory / DEVICE).unlink(missing_ok=True)
-        shutil.rmtree(directory / BATCH, ignore_errors=True)
-        shutil.rmtree(directory / PLAN)
-    for name in OURS:  # the plan last; of the new run there are at most empty folders
-        if os.path.lexists(_old(directory, name)):
-            os.replace(_old(directory, name), directory / name)
-    (directory / OLD).rmdir()
+        *others, plan = names.OURS
+        for name in others:
+            files.delete(self.path(name))
+        gone = self.scratch("plan")
+        os.rename(self.path(plan), gone)  # at once: a part of a plan might be taken for one
+        files.delete(gone)
 
+    def set_aside(self) -> None:
+        """Keeps the run that is there in `names.OLD`, until `settle` or `forget_old`."""
+        if self.path(names.PLAN).is_dir():
+            self.path(names.OLD).mkdir()
+            for name in reversed(names.OURS):  # the plan first: it stands for what was moved
+                if os.path.lexists(self.path(name)):
+                    os.rename(self.path(name), self._old(name))
 
-def forget_old(directory: Path) -> None:
-    """Deletes the run that was set aside, if there is one; processes may do so at once."""
-    shutil.rmtree(directory / OLD, ignore_errors=True)
+    def settle(self) -> None:
+        """Puts a run that was set aside back, unless the new one has made a shard.
 
+        It decides by the files alone and may be repeated, after a kill at any moment too.
+        """
+        if not self.path(names.OLD).is_dir():
+            return
+        if self.path(names.PLAN).is_dir():
+            if self.has_shards() or not self._old(names.PLAN).is_dir():
+                self.forget_old()  # or what is left of its folder: the plan is the old one
+                return
+            self.path(names.DEVICE).unlink(missing_ok=True)
+            shutil.rmtree(self.path(names.BATCH), ignore_errors=True)
+            shutil.rmtree(self.path(names.PLAN))
+        for name in names.OURS:  # the plan last; of the new run there are at most empty folders
+            if os.path.lexists(self._old(name)):
+                os.replace(self._old(name), self.path(name))
+        self.path(names.OLD).rmdir()
 
-def has_shards(directory: Path) -> bool:
-    """Whether a shard of the run is made."""
-    return any((directory / DONE).glob("*.json"))
+    def forget_old(self) -> None:
+        """Deletes the run that was set aside, if there is one; processes may do so at once."""
+        shutil.rmtree(self.path(names.OLD), ignore_errors=True)
 
-
-def _old(directory: Path, name: str) -> Path:
-    return directory / OLD / Path(name).name
-
-
-def sweep(directory: Path) -> None:
-    """Deletes what dead processes of this host have left unfinished.
-
-    Call `shard.publish` for all that is made first: its files may still have temporary names.
-    """
-    for path in (directory / TMP).glob("*"):
-        match = re.search(r"-(.*)-([0-9]+)-[0-9a-f]{8}", path.name)
-        if match and match[1] == socket.gethostname() and not _is_alive(int(match[2])):
-            delete(path)
+    def _old(self, name: str) -> Path:
+        return self.path(names.OLD) / Path(name).name
 
 
 def _is_alive(process: int) -> bool:
@@ -171,100 +211,6 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's, so it is none of a run of ours
+    except PermissionError:  # another user's, so it is not of a run of ours
         return False
     return True
-
-
-def temporary(directory: Path, name: str) -> Path:
-    """A path for a file or folder that is not finished; nobody else gets the same."""
-    folder = directory / TMP
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{name}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-
-
-def pin(directory: Path, name: str, content: str) -> str:
-    """Writes a small file unless it is there; returns what it says, which never changes."""
-    path = temporary(directory, "pin")
-    path.write_text(content, "utf-8")
-    (directory / name).parent.mkdir(exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        os.link(path, directory / name)
-    path.unlink()
-    return (directory / name).read_text("utf-8")
-
-
-def write(directory: Path, name: str, content: str) -> None:
-    """Writes a small file of the directory: its readers see the old content or the new one."""
-    path = temporary(directory, name)
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path, directory / name)
-    sync_folder(directory)
-
-
-def tidy(directory: Path) -> None:
-    """Removes the folder of unfinished files, and the directory if that was all in it."""
-    for folder in (directory / TMP, directory / WORK, directory):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def replace(source: Path, target: Path) -> None:
-    """`os.replace`, for a shard that is a folder as well.
-
-    Raises:
-      FileNotFoundError: if there is no source; then nothing has happened.
-      OSError: naming the target, which somebody's file or folder of another kind may occupy.
-    """
-    try:
-        os.replace(source, target)
-    except OSError as problem:
-        if problem.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise OSError(problem.errno, problem.strerror, str(target)) from None
-        old = source.with_name(f"{source.name}.old")
-        os.rename(target, old)
-        os.rename(source, target)
-        delete(old)
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the folder's names would survive a power cut."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    except OSError as problem:
-        if problem.errno != errno.EINVAL:  # some network file systems cannot
-            raise
-    finally:
-        os.close(file)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 (hex) of a file; of a folder, of the sorted lines "SHA-256  name" of its entries.
-
-    Raises:
-      OSError: if it cannot be read.
-    """
-    if not path.is_dir():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    lines = sorted(os.fsencode(f"{digest(entry)}  {entry.name}\n") for entry in path.iterdir())
-    return hashlib.sha256(b"".join(lines)).hexdigest()
-
-
-def size(path: Path) -> int:
-    """The bytes of a file, or of all files in a folder; raises OSError if it cannot be read."""
-    if not path.is_dir():
-        return path.stat().st_size
-    return sum(size(entry) for entry in path.iterdir())
-
-
-def delete(path: Path) -> None:
-    """Deletes a file, or a folder with all in it, or nothing if nothing is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

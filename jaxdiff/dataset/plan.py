@@ -9,20 +9,14 @@ are.
 
 import hashlib
 import json
-import os
-import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from jaxdiff.checkpoint import lora
-from jaxdiff.dataset import formats
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import formats, names
+from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
 from jaxdiff.request import FIELDS, Options, Request
@@ -106,8 +100,9 @@ class Plan:
 
     @property
     def settings(self) -> Settings:
-        """The settings that it was made with."""
-        return Settings(**{field.name: self.identity[field.name] for field in fields(Settings)})
+        """The settings that it was made with; an option that it does not name has its default."""
+        known = {field.name for field in fields(Settings)}
+        return Settings(**{name: self.identity[name] for name in known & self.identity.keys()})
 
     @property
     def options(self) -> str:
@@ -132,13 +127,13 @@ def digest(identity: dict) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def load(directory: Path) -> Plan | None:
-    """The directory's plan, None where there is none.
+def load(store: LocalStore) -> Plan | None:
+    """The plan of a dataset, None where there is none.
 
     Raises:
       InputError: if it cannot be read, or not by this version.
     """
-    path = directory / layout.PLAN / PLAN_JSON
+    path = store.path(f"{names.PLAN}/{PLAN_JSON}")
     if not path.exists():
         return None
     try:
@@ -162,62 +157,11 @@ def differences(old: dict, new: dict) -> str:
     )
 
 
-def read_shard(directory: Path, plan: Plan, shard: int) -> list[PlannedImage]:
-    """The images of one shard, in the order of their keys."""
-    start = sum(plan.shard_sizes[:shard])  # in the row group that is looked at
-    with pq.ParquetFile(directory / layout.PLAN / plan.images_file) as file:
-        group = 0
-        while start >= (rows := file.metadata.row_group(group).num_rows):
-            start, group = start - rows, group + 1
-        return planned_images(file.read_row_group(group).slice(start, plan.shard_sizes[shard]))
-
-
-def kinds(directory: Path, plan: Plan) -> dict[Request, int]:
-    """A request for nothing in particular of each bucket, and how many images it has."""
-    names = ["width", "height", "steps", "sampler", "guidance_scale"]
-    counts: Counter[Request] = Counter()
-    with pq.ParquetFile(directory / layout.PLAN / plan.images_file) as file:
-        for batch in file.iter_batches(columns=names):
-            guided = pc.greater(batch["guidance_scale"], 1.0)
-            part = pa.Table.from_batches([batch]).drop_columns("guidance_scale")
-            part = part.append_column("guided", guided)
-            for row in part.group_by(part.column_names).aggregate([([], "count_all")]).to_pylist():
-                count, scale = row.pop("count_all"), 2.0 if row.pop("guided") else 1.0
-                counts[Request(prompt="", guidance_scale=scale, **row)] += count
-    return dict(counts.most_common())
-
-
 def planned_images(table: pa.Table) -> list[PlannedImage]:
     """The rows of a plan's Parquet file as images."""
     return [
-        PlannedImage(request=Request(**{name: row.pop(name) for name in FIELDS}), **row)
+        PlannedImage(
+            request=Request(**{name: row.pop(name) for name in FIELDS if name in row}), **row
+        )
         for row in table.to_pylist()
     ]
-
-
-def store(folder: Path, directory: Path) -> None:
-    """Makes the plan in `folder` the directory's own, in the place of the one it extends, if any.
-
-    From the moment when `plan.json` lies there, it holds; a kill leaves the old plan or the new.
-    """
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    target = directory / layout.PLAN
-    if not target.exists():
-        os.rename(folder, target)
-        layout.sync_folder(directory / layout.WORK)
-    else:
-        (directory / layout.SUCCESS).unlink(missing_ok=True)  # it tells of the old plan
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == PLAN_JSON):
-            os.replace(path, target / path.name)  # plan.json last
-            layout.sync_folder(target)
-    plan = load(directory)
-    shutil.copyfile(target / plan.rejected_file, directory / layout.REJECTED)
-
-
-def tidy(directory: Path, plan: Plan) -> None:
-    """Deletes what is left of plans that this one has extended."""
-    for path in (directory / layout.PLAN).iterdir():
-        if path.name != PLAN_JSON and path.name not in plan.sha256:
-            path.unlink()

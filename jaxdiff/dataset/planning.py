@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import files
 from jaxdiff.dataset.manifest import columns, rows
 from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.manifest.manifest import Manifest
@@ -29,7 +29,8 @@ from jaxdiff.dataset.plan import (
     digest,
     planned_images,
 )
-from jaxdiff.dataset.settings import Settings
+from jaxdiff.dataset.run import Run
+from jaxdiff.dataset.settings import Settings, written
 from jaxdiff.devices import batching
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.diffusion.samplers import SAMPLERS
@@ -53,7 +54,7 @@ def identify(manifest: Manifest, settings: Settings, model: Ensemble) -> dict:
         "manifest_sha256": manifests.digest(manifest),
         "manifest_kind": manifests.kinds(manifest),
         "model": model.fingerprint,
-        **asdict(settings),
+        **written(settings),
     }
 
 
@@ -65,14 +66,14 @@ def make(
     folder: Path,
     *,
     models: dict[str, str | Sequence[str] | None],
-    extended: tuple[Path, Plan] | None = None,
+    extended: Run | None = None,
 ) -> Plan:
     """Plans a manifest into a new folder. Afterwards nothing reads the manifest again.
 
     Args:
       identity: as `identify` gives it.
       models: as in `Plan`.
-      extended: a directory and its plan, whose every shard the new plan begins with.
+      extended: a run with whose shards, all of them, the new plan begins.
 
     Raises:
       InputError: if the manifest cannot be read, changes meanwhile, has no row that can be used, or
@@ -82,20 +83,20 @@ def make(
     plan_id = digest(identity)
     plan = Plan(plan_id, identity, manifest.name, model.name, models, {}, [], [], {})
     if extended:
-        old = extended[1]
+        old = extended.plan
         plan = replace(plan, shard_sizes=[*old.shard_sizes], shard_ids=[*old.shard_ids])
     how = {"encoding": "utf-8", "errors": "backslashreplace"}  # the path may be no UTF-8
     with (
         (folder / plan.rejected_file).open("w", **how) as rejected,
         pq.ParquetWriter(folder / plan.images_file, SCHEMA, write_statistics=False) as writer,
     ):
-        known = _copy_shards(*extended, writer) if extended else {}
+        known = _copy_shards(extended, writer) if extended else {}
         reader = _Reader(manifest, settings, model, rejected, known)
         tables = map(_table, _shards(reader.images(), settings))
         for table in _row_groups(_noted(tables, plan)):
             writer.write_table(table, row_group_size=len(table))
     _check(manifest, settings, plan, reader)
-    sha256 = {file.name: layout.digest(file) for file in sorted(folder.iterdir())}
+    sha256 = {file.name: files.digest(file) for file in sorted(folder.iterdir())}
     plan = replace(plan, rows=reader.counts, sha256=sha256)
     (folder / PLAN_JSON).write_text(json.dumps(asdict(plan), indent=2) + "\n", "utf-8")
     return plan
@@ -126,10 +127,10 @@ def can_extend(old: dict, new: dict) -> bool:
     return all(old.get(name) == new.get(name) for name in (old.keys() | new.keys()) - EXTENDABLE)
 
 
-def _copy_shards(directory: Path, old: Plan, writer: pq.ParquetWriter) -> dict:
+def _copy_shards(run: Run, writer: pq.ParquetWriter) -> dict:
     """Copies a plan's shards; returns the digest of each image, by its row's id and its index."""
     known = {}
-    with pq.ParquetFile(directory / layout.PLAN / old.images_file) as file:
+    with pq.ParquetFile(run.images_file) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
             writer.write_table(table, row_group_size=len(table))

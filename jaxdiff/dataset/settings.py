@@ -10,7 +10,7 @@ from jaxdiff.diffusion.samplers import SAMPLERS
 from jaxdiff.diffusion.scheduler_config import check_steps
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
-from jaxdiff.request import OPTION_CHECKS, Options, Request, field_checks
+from jaxdiff.request import LATER, OPTION_CHECKS, Options, Request, field_checks
 
 FORMATS = tuple(formats.FORMATS)
 IMAGE_FORMATS = tuple(image_files.EXTENSIONS)
@@ -38,6 +38,19 @@ class Settings(Options):
     image_format: str = "png"
     images_per_shard: int | None = None
     batch_size: int | Literal["auto"] = "auto"
+
+
+def written(settings: Settings) -> dict:
+    """The settings as identities hold them.
+
+    An option that is `LATER` is left out where it has its default, so that plans from before it
+    keep their ids.
+    """
+    return {
+        field.name: getattr(settings, field.name)
+        for field in fields(settings)
+        if field.metadata != LATER or getattr(settings, field.name) != field.default
+    }
 
 
 # How each setting is checked that is no request's, with the arguments of the check.

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,10 +24,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import formats, image_files
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import files, formats, image_files, names
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.plan import Plan, PlannedImage
+from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
 
 METADATA_SCHEMA = pa.schema(
@@ -63,81 +64,73 @@ class Marker:
     facts: dict
 
 
-def file_names(plan: Plan, shard: int) -> tuple[str, str]:
-    """The final names of the shard's images and of its metadata."""
-    ending, _, _ = formats.FORMATS[plan.settings.format]
-    name = f"train-{shard:05d}"
-    return f"{layout.DATA}/{name}{'.' * bool(ending)}{ending}", f"{layout.METADATA}/{name}.parquet"
-
-
-def marker_path(directory: Path, shard: int, revision: int = 0) -> Path:
-    """Where the shard's done-marker lies once it is made."""
+def marker_name(shard: int, revision: int = 0) -> str:
+    """The name of the shard's done-marker."""
     ending = f".r{revision}.json" if revision else ".json"
-    return directory / layout.DONE / f"{shard:05d}{ending}"
+    return f"{names.DONE}/{shard:05d}{ending}"
 
 
-def marker_paths(directory: Path, shard: int) -> list[Path]:
+def marker_paths(run: Run, shard: int) -> list[Path]:
     """The shard's done-markers, the one that holds last; revisions without a gap."""
     paths = []
-    while (path := marker_path(directory, shard, len(paths))).exists():
+    while (path := run.store.path(marker_name(shard, len(paths)))).exists():
         paths.append(path)
     return paths
 
 
-def forget(directory: Path, shard: int) -> None:
+def forget(run: Run, shard: int) -> None:
     """Deletes the shard's last done-marker, so that the one before it holds, if there is one."""
-    marker_paths(directory, shard)[-1].unlink()
+    marker_paths(run, shard)[-1].unlink()
 
 
-def read_marker(directory: Path, plan: Plan, shard: int) -> Marker | None:
+def read_marker(run: Run, shard: int) -> Marker | None:
     """The shard's last done-marker, None where it is not made yet.
 
     Raises:
       ValueError: if it is damaged or another plan's.
     """
-    paths = marker_paths(directory, shard)
+    paths = marker_paths(run, shard)
     if not paths:
         return None
     revision, path = len(paths) - 1, paths[-1]
     try:
         marker = Marker(**json.loads(path.read_text("utf-8")))
-        identity = (plan.shard_ids[shard], shard, revision)
+        identity = (run.plan.shard_ids[shard], shard, revision)
         sound = (
             (marker.shard_id, marker.shard, marker.revision) == identity
-            and sorted(marker.files) == sorted(file_names(plan, shard))
+            and sorted(marker.files) == sorted(run.file_names(shard))
             and re.fullmatch(r"[\w.-]+", marker.attempt)
-            and marker.made + marker.failed == plan.shard_sizes[shard]
+            and marker.made + marker.failed == run.plan.shard_sizes[shard]
             and all(set(file) == {"sha256", "bytes"} for file in marker.files.values())
         )
     except (TypeError, ValueError):
         sound = False
     if not sound:
-        raise ValueError(f"{path.relative_to(directory)} is damaged or another plan's")
+        raise ValueError(f"{path.relative_to(run.directory)} is damaged or another plan's")
     return marker
 
 
-def check_files(directory: Path, marker: Marker) -> None:
+def check_files(run: Run, marker: Marker) -> None:
     """Raises InputError unless a made shard's files are as its marker says."""
     for name, file in marker.files.items():
-        path = directory / name
-        if not path.exists() or layout.digest(path) != file["sha256"]:
+        path = run.store.path(name)
+        if not path.exists() or files.digest(path) != file["sha256"]:
             raise InputError(
-                f"{directory}: {name} is not as it was made; `jaxdiff verify {directory} --repair` "
-                "makes it again"
+                f"{run.directory}: {name} is not as it was made; `jaxdiff verify {run.directory} "
+                "--repair` makes it again"
             )
 
 
-def publish(directory: Path, marker: Marker) -> None:
+def publish(run: Run, marker: Marker) -> None:
     """Gives a made shard's files their final names; may be repeated."""
     for name in marker.files:
-        (directory / name).parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # it has its final name already
-            layout.replace(_temporary_path(directory, marker.attempt, name), directory / name)
-            layout.sync_folder((directory / name).parent)
+        run.store.publish(marker.attempt, name)
 
 
-def _temporary_path(directory: Path, attempt: str, name: str) -> Path:
-    return directory / layout.TMP / f"{attempt}-{Path(name).parent}{Path(name).suffix}"
+def samples(run: Run, shard: int) -> Iterator[Sample]:
+    """Yields the images of a made shard; raises ValueError where it is not one of ours."""
+    read = formats.FORMATS[run.plan.settings.format].read
+    return read(run.store.path(run.images_name(shard)))
 
 
 def encode(planned: PlannedImage, pixels: np.ndarray, plan: Plan) -> Sample:
@@ -169,14 +162,13 @@ class Attempt:
       revision: 0 to make it, one more than its last marker's to revise it.
     """
 
-    def __init__(self, directory: Path, plan: Plan, shard: int, revision: int = 0):
-        self._directory, self._plan, self._shard = directory, plan, shard
-        self._revision = revision
-        self._name = layout.temporary(directory, f"{shard:05d}").name
-        self._images_name, self._metadata_name = file_names(plan, shard)
-        _, writer, _ = formats.FORMATS[plan.settings.format]
+    def __init__(self, run: Run, shard: int, revision: int = 0):
+        self._run, self._shard, self._revision = run, shard, revision
+        self._name = run.store.scratch(f"{shard:05d}").name
+        self._images_name, self._metadata_name = run.file_names(shard)
+        writer = formats.FORMATS[run.plan.settings.format].writer
         self._writer = writer(self._path(self._images_name))
-        self._progress_path = directory / layout.TMP / f"{self._name}.progress"
+        self._progress_path = run.store.path(f"{names.TMP}/{self._name}.progress")
         self._progress = self._progress_path.open("wb", buffering=0)
         self._rows: list[dict] = []
         self._failed = 0
@@ -189,7 +181,7 @@ class Attempt:
             self._writer.close()
         if not self._committed():
             for name in (self._images_name, self._metadata_name):
-                layout.delete(self._path(name))
+                files.delete(self._path(name))
         self._progress.close()
         self._progress_path.unlink(missing_ok=True)
 
@@ -203,13 +195,13 @@ class Attempt:
     def add_failed(self, planned: PlannedImage, error: str) -> None:
         """Notes an image that could not be made."""
         self._failed += 1
-        self._rows.append({**_record(planned, self._plan), "status": "failed", "error": error})
+        self._rows.append({**_record(planned, self._run.plan), "status": "failed", "error": error})
         self._report()
 
     def commit(self, facts: dict) -> bool:
         """Makes the shard final, unless another attempt was first: then False."""
         marker = Marker(
-            shard_id=self._plan.shard_ids[self._shard],
+            shard_id=self._run.plan.shard_ids[self._shard],
             shard=self._shard,
             revision=self._revision,
             attempt=self._name,
@@ -218,9 +210,10 @@ class Attempt:
             failed=self._failed,
             facts=facts,
         )
-        self._link(marker)
+        body = json.dumps(asdict(marker), indent=2) + "\n"
+        self._run.store.claim(marker_name(self._shard, self._revision), body)
         if self._committed():
-            publish(self._directory, marker)
+            publish(self._run, marker)
         return self._committed()
 
     def repair(self, marker: Marker) -> None:
@@ -231,48 +224,29 @@ class Attempt:
         if self._finish() != marker.files:
             return
         for name, file in marker.files.items():
-            final = self._directory / name
-            if not final.exists() or layout.digest(final) != file["sha256"]:
-                layout.replace(self._path(name), final)
-                layout.sync_folder(final.parent)
+            final = self._run.store.path(name)
+            if not final.exists() or files.digest(final) != file["sha256"]:
+                self._run.store.publish(self._name, name)
 
     def _finish(self) -> dict[str, dict]:
         """Ends the files; returns what a marker says of them."""
         self._writer.close()
-        metadata = self._path(self._metadata_name)
-        with metadata.open("wb") as file:
-            pq.write_table(pa.Table.from_pylist(self._rows, METADATA_SCHEMA), file)
-            file.flush()
-            os.fsync(file.fileno())
-        return {
-            name: {"sha256": layout.digest(path), "bytes": layout.size(path)}
-            for name in (self._images_name, self._metadata_name)
-            for path in [self._path(name)]
-        }
-
-    def _link(self, marker: Marker) -> None:
-        body = self._directory / layout.TMP / f"{self._name}.json"
-        final = marker_path(self._directory, self._shard, self._revision)
-        final.parent.mkdir(exist_ok=True)
-        try:
-            with body.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(marker), indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            layout.sync_folder(body.parent)
-            with contextlib.suppress(FileExistsError):
-                os.link(body, final)
-            layout.sync_folder(final.parent)
-        finally:
-            body.unlink(missing_ok=True)
+        metadata = pa.Table.from_pylist(self._rows, METADATA_SCHEMA)
+        pq.write_table(metadata, self._path(self._metadata_name))
+        facts = {}
+        for name in (self._images_name, self._metadata_name):
+            self._run.store.stage(self._name, name)
+            path = self._path(name)
+            facts[name] = {"sha256": files.digest(path), "bytes": files.size(path)}
+        return facts
 
     def _committed(self) -> bool:
         """Whether the shard's marker is this attempt's (an NFS server may answer a link twice)."""
-        marker = read_marker(self._directory, self._plan, self._shard)
+        marker = read_marker(self._run, self._shard)
         return marker is not None and marker.attempt == self._name
 
     def _path(self, name: str) -> Path:
-        return _temporary_path(self._directory, self._name, name)
+        return self._run.store.staging(self._name, name)
 
     def _report(self) -> None:
         os.pwrite(self._progress.fileno(), b"%d" % len(self._rows), 0)

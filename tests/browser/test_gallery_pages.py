@@ -52,9 +52,9 @@ def few(tmp_path_factory, tiny_checkpoint) -> str:
     ]
     folder = tmp_path_factory.mktemp("few")
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    plan = make_plan(folder / "few <b>", folder / "rows.jsonl", tiny_checkpoint)
-    for shard in range(len(plan.shard_sizes)):
-        make_shard(folder / "few <b>", plan, shard, failing=["000000006", "000000007"])
+    run = make_plan(folder / "few <b>", folder / "rows.jsonl", tiny_checkpoint)
+    for shard in run.shards:
+        make_shard(run, shard, failing=["000000006", "000000007"])
     return gallery.write(folder / "few <b>").as_uri()
 
 
@@ -66,9 +66,9 @@ def many(tmp_path_factory) -> str:
         for n in range(MANY):
             row = {"prompt": f"number {n} of many", "seed": 0, "rest": n % 10}
             file.write(json.dumps(row) + "\n")
-    plan = make_plan(folder / "many", folder / "rows.jsonl", "shapes64", width=64, height=64)
-    for shard in range(len(plan.shard_sizes)):
-        make_shard(folder / "many", plan, shard)
+    run = make_plan(folder / "many", folder / "rows.jsonl", "shapes64", width=64, height=64)
+    for shard in run.shards:
+        make_shard(run, shard)
     return gallery.write(folder / "many").as_uri()
 
 
@@ -173,11 +173,11 @@ def test_an_address_opens_what_it_says(page, few):
 def test_an_unfinished_dataset_says_so(page, tmp_path, tiny_checkpoint):
     (tmp_path / "prompts.txt").write_text("a ring\n" * 6)
     said = {"images_per_shard": 4, "batch_size": 2}
-    plan = make_plan(tmp_path / "out", tmp_path / "prompts.txt", tiny_checkpoint, **said)
+    run = make_plan(tmp_path / "out", tmp_path / "prompts.txt", tiny_checkpoint, **said)
     page.open(gallery.write(tmp_path / "out").as_uri())
     assert text(page, "count") == "0 images so far, of 6 planned"
     assert text(page, "message") == "No image has been made yet."
-    make_shard(tmp_path / "out", plan, 0)
+    make_shard(run, 0)
     page.open(gallery.write(tmp_path / "out").as_uri())
     assert text(page, "count") == "4 images so far, of 6 planned"
     assert len(shown(page)) == 4

@@ -31,10 +31,10 @@ def finished(tmp_path, manifest, tiny_checkpoint):
     def finish(name: str = "dataset", failing=(), **said) -> Path:
         directory = tmp_path / name
         said = {"images_per_shard": 4, "batch_size": 2, **said}
-        plan = make_plan(directory, manifest, tiny_checkpoint, **said)
-        for shard in range(len(plan.shard_sizes)):
-            make_shard(directory, plan, shard, failing)
-        ledger.finalize(directory, plan, 0.0)
+        run = make_plan(directory, manifest, tiny_checkpoint, **said)
+        for shard in run.shards:
+            make_shard(run, shard, failing)
+        ledger.finalize(run, 0.0)
         return directory
 
     return finish

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from making import make_plan
 
-from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.manifest import manifest as manifests
+from jaxdiff.dataset.run import open_run
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import open_ensemble
 
@@ -26,13 +26,13 @@ def planned(tmp_path, tiny_checkpoint):
     def planned(where: str | Path, content: bytes | None = None, **said):
         if content is not None:
             (tmp_path / where).write_bytes(content)
-        plan = make_plan(tmp_path / "out", tmp_path / where, tiny_checkpoint, **said)
-        shards = range(len(plan.shard_sizes))
-        images = [i for n in shards for i in plans.read_shard(tmp_path / "out", plan, n)]
+        run = make_plan(tmp_path / "out", tmp_path / where, tiny_checkpoint, **said)
+        shards = run.shards
+        images = [i for n in shards for i in run.planned(n)]
         assert all(image.key.isdecimal() for image in images)
         rejected = (tmp_path / "out" / "rejected.jsonl").read_bytes().splitlines()
-        assert plan.rows["accepted"] == len(images)
-        assert plan.rows["rejected"] == len(rejected)
+        assert run.plan.rows["accepted"] == len(images)
+        assert run.plan.rows["rejected"] == len(rejected)
         return [image.id for image in images], [json.loads(line) for line in rejected]
 
     return planned
@@ -98,8 +98,8 @@ def test_rows_without_an_id_are_numbered_through_all_files(planned, tmp_path):
     (tmp_path / "b.txt").write_text("three\n")
     ids, _ = planned("*.txt")
     assert ids == ["0", "1", "2"]
-    plan = plans.load(tmp_path / "out")
-    images = plans.read_shard(tmp_path / "out", plan, 0)
+    run = open_run(tmp_path / "out")
+    images = run.planned(0)
     names = [Path(image.source).name for image in images]
     assert list(zip(names, [image.line for image in images], strict=True)) == [
         ("a.txt", 1),
@@ -152,9 +152,9 @@ def test_a_manifest_that_changes_while_it_is_read_is_refused(tmp_path, tiny_chec
 
 def test_a_plan_outlives_its_manifest(planned, tmp_path):
     planned("p.jsonl", GOOD)
-    plan = plans.load(tmp_path / "out")
+    run = open_run(tmp_path / "out")
     (tmp_path / "p.jsonl").unlink()
-    (image,) = plans.read_shard(tmp_path / "out", plan, 0)
+    (image,) = run.planned(0)
     assert image.request.prompt == "a red circle"
 
 
@@ -173,9 +173,7 @@ def test_a_shard_is_the_same_wherever_its_manifest_lies(tmp_path, tiny_checkpoin
 def test_shards_of_a_few_images_share_row_groups(tmp_path, tiny_checkpoint):
     path = tmp_path / "p.txt"
     path.write_text("".join(f"prompt {n}\n" for n in range(10_000)))
-    plan = make_plan(tmp_path / "out", path, tiny_checkpoint, images_per_shard=8)
-    file = tmp_path / "out" / "_jaxdiff" / "plan" / plan.images_file
-    assert (len(plan.shard_sizes), pq.ParquetFile(file).num_row_groups) == (1250, 3)
-    assert [i.key for i in plans.read_shard(tmp_path / "out", plan, 1249)] == [
-        f"{key:09d}" for key in range(9992, 10_000)
-    ]
+    run = make_plan(tmp_path / "out", path, tiny_checkpoint, images_per_shard=8)
+    file = tmp_path / "out" / "_jaxdiff" / "plan" / run.plan.images_file
+    assert (len(run.shards), pq.ParquetFile(file).num_row_groups) == (1250, 3)
+    assert [i.key for i in run.planned(1249)] == [f"{key:09d}" for key in range(9992, 10_000)]

@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 from making import make_plan
 
-from jaxdiff.dataset import plan as plans
 from jaxdiff.errors import InputError
 
 
@@ -21,12 +20,12 @@ def planned(tmp_path, tiny_checkpoint):
         if content is not None:
             path.write_bytes(content)
         directory = tmp_path / "out"
-        plan = make_plan(directory, path, tiny_checkpoint, **said)
-        shards = range(len(plan.shard_sizes))
-        images = [image for n in shards for image in plans.read_shard(directory, plan, n)]
+        run = make_plan(directory, path, tiny_checkpoint, **said)
+        shards = run.shards
+        images = [image for n in shards for image in run.planned(n)]
         images.sort(key=lambda image: image.key)
         rejected = (directory / "rejected.jsonl").read_text().splitlines()
-        return plan, images, [json.loads(line) for line in rejected]
+        return run.plan, images, [json.loads(line) for line in rejected]
 
     return planned
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from jaxdiff.dataset import formats
-from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset.finished import card
+from jaxdiff.dataset.run import open_run
 
 MISSING_DATE = '"https://schema.org/datePublished" is recommended'
 HOSTILE = '`a|b`` --- "c": {d} <script>\n---\n\x07\x85\u2028\udcff\ufffe💥 [x](y)'
@@ -24,13 +24,13 @@ def front_matter(text: str) -> dict:
 def test_the_card_says_what_there_is(finished):
     directory = finished(failing=["000000001", "000000005"])
     text = (directory / "README.md").read_text()
-    plan = plans.load(directory)
+    run = open_run(directory)
     for said in (
         "| images | 7 |",
         "| images that failed | 2, see `failed.jsonl` |",
         "| rejected rows | 1, see `rejected.jsonl` |",
-        f"| its fingerprint | `{plan.identity['model']}` |",
-        f"| steps | `{plan.settings.steps}` |",
+        f"| its fingerprint | `{run.plan.identity['model']}` |",
+        f"| steps | `{run.plan.settings.steps}` |",
     ):
         assert said in text
     assert front_matter(text)["pretty_name"] == "7 images by tiny"
@@ -50,24 +50,26 @@ def test_the_card_says_how_its_own_format_is_loaded(finished, format_):
 
 def test_a_licence_is_stated_only_where_it_is_known(finished):
     directory = finished()
-    plan = plans.load(directory)
+    run = open_run(directory)
     counts = {"made": 9, "failed": 0, "accepted": 5, "rejected": 1}
     bundled = {"model": "shapes64", "variant": None, "refiner": None}
     for models, license in (
-        (plan.models, "unknown"),
+        (run.plan.models, "unknown"),
         (bundled, "apache-2.0"),
         ({**bundled, "refiner": "another"}, "unknown"),
     ):
-        text = card.readme(replace(plan, models=models), counts)
+        text = card.readme(replace(run.plan, models=models), counts)
         assert front_matter(text)["license"] == license
         assert ("knows none for these images" in text) == (license == "unknown")
-        described = json.loads(card.croissant(replace(plan, models=models)))["license"]
+        described = json.loads(card.croissant(replace(run.plan, models=models)))["license"]
         assert ("apache.org" in described) == (license == "apache-2.0")
 
 
 def test_no_name_or_setting_breaks_the_card(finished):
-    plan = plans.load(finished())
-    plan = replace(plan, model_name=HOSTILE, identity={**plan.identity, "negative_prompt": HOSTILE})
+    run = open_run(finished())
+    plan = replace(
+        run.plan, model_name=HOSTILE, identity={**run.plan.identity, "negative_prompt": HOSTILE}
+    )
     text = card.readme(plan, {"made": 9, "failed": 0, "accepted": 5, "rejected": 1})
     shown = '`a|b`` --- "c": {d} <script>�---������💥 [x](y)'
     assert front_matter(text)["pretty_name"] == f"9 images by {shown}"

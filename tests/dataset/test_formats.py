@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxdiff.dataset import formats
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import files, formats
 from jaxdiff.dataset.formats import FORMATS, Sample
 
 
@@ -22,7 +21,7 @@ def sample(key: int, prompt: str = "ein Stern 🌟\nund mehr") -> Sample:
 
 
 def write(path: Path, format_: str, samples: list[Sample]) -> Path:
-    _, writer, _ = FORMATS[format_]
+    writer = FORMATS[format_].writer
     file = writer(path)
     for one in samples:
         file.add(one)
@@ -33,7 +32,7 @@ def write(path: Path, format_: str, samples: list[Sample]) -> Path:
 @pytest.mark.parametrize("format_", FORMATS)
 def test_what_was_written_is_read(tmp_path, format_):
     samples = [sample(key) for key in range(70)]  # two row groups
-    read = FORMATS[format_][2]
+    read = FORMATS[format_].read
     assert list(read(write(tmp_path / "shard", format_, samples))) == samples
     assert list(read(write(tmp_path / "empty", format_, []))) == []
 
@@ -42,8 +41,7 @@ def test_what_was_written_is_read(tmp_path, format_):
 def test_equal_images_make_an_equal_digest_and_others_another(tmp_path, format_):
     shards = [[sample(0), sample(1)]] * 2 + [[sample(0), sample(2)], [sample(0)]]
     digests = [
-        layout.digest(write(tmp_path / str(n), format_, samples))
-        for n, samples in enumerate(shards)
+        files.digest(write(tmp_path / str(n), format_, samples)) for n, samples in enumerate(shards)
     ]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
@@ -57,7 +55,7 @@ def test_a_shard_that_is_not_whole_is_named_as_such(tmp_path, format_):
     else:
         path.write_bytes(path.read_bytes()[:1500])
     with pytest.raises(ValueError, match="whole"):
-        list(FORMATS[format_][2](path))
+        list(FORMATS[format_].read(path))
 
 
 @pytest.mark.parametrize(
@@ -99,22 +97,22 @@ def test_the_digest_and_size_of_a_folder_are_those_of_its_files(tmp_path):
     contents = {"b.png": b"bb", "a.png": b"a", "metadata.jsonl": b"{}\n"}
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-        assert layout.digest(folder / name) == hashlib.sha256(content).hexdigest()
+        assert files.digest(folder / name) == hashlib.sha256(content).hexdigest()
     lines = sorted(
         f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items()
     )
-    assert layout.digest(folder) == hashlib.sha256("".join(lines).encode()).hexdigest()
-    assert layout.size(folder) == 6
-    assert layout.size(folder / "b.png") == 2
+    assert files.digest(folder) == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert files.size(folder) == 6
+    assert files.size(folder / "b.png") == 2
 
 
 def test_what_is_deleted_may_be_a_file_a_folder_or_missing(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "kept").touch()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
-    layout.delete(tmp_path / "link")
+    files.delete(tmp_path / "link")
     assert (tmp_path / "folder" / "kept").exists()
     for _ in range(2):
-        layout.delete(tmp_path / "folder" / "kept")
-        layout.delete(tmp_path / "folder")
+        files.delete(tmp_path / "folder" / "kept")
+        files.delete(tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []

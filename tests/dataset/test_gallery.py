@@ -16,9 +16,9 @@ from PIL import Image
 
 from jaxdiff import cli
 from jaxdiff.dataset import formats, ledger
-from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.finished import gallery
+from jaxdiff.dataset.run import open_run
 from jaxdiff.errors import InputError
 
 FORMATS = list(formats.FORMATS)
@@ -44,9 +44,9 @@ def read(index: Path) -> tuple[dict, list[dict], Path]:
 def many(tmp_path: Path, checkpoint: Path, name: str, count: int, **said) -> Path:
     path = tmp_path / f"{name}.jsonl"
     path.write_text("".join(f'{{"prompt": "number {n}"}}\n' for n in range(count)))
-    plan = make_plan(tmp_path / name, path, checkpoint, **said)
-    for shard in range(len(plan.shard_sizes)):
-        make_shard(tmp_path / name, plan, shard)
+    run = make_plan(tmp_path / name, path, checkpoint, **said)
+    for shard in run.shards:
+        make_shard(run, shard)
     return tmp_path / name
 
 
@@ -60,10 +60,10 @@ def test_a_gallery_has_every_image_as_it_was_made(finished, format_, image_forma
     assert sorted(records, key=lambda record: record["key"]) == [
         {name: row[name] for name in gallery.COLUMNS} for row in rows
     ]
-    plan = plans.load(directory)
-    _, _, read_samples = formats.FORMATS[format_]
-    for shard in range(len(plan.shard_sizes)):
-        for sample in read_samples(directory / shards.file_names(plan, shard)[0]):
+    run = open_run(directory)
+    read_samples = formats.FORMATS[format_].read
+    for shard in run.shards:
+        for sample in read_samples(directory / run.file_names(shard)[0]):
             path = f"images/000000/{sample.record['key']}.{job['extension']}"
             assert (files / path).read_bytes() == sample.image
     assert not (files / "thumbnails").exists()
@@ -93,10 +93,10 @@ def test_failed_images_come_with_their_reason(finished):
 
 def test_an_unfinished_dataset_shows_what_is_made(tmp_path, manifest, tiny_checkpoint):
     directory = tmp_path / "dataset"
-    plan = make_plan(directory, manifest, tiny_checkpoint, images_per_shard=4, batch_size=2)
+    run = make_plan(directory, manifest, tiny_checkpoint, images_per_shard=4, batch_size=2)
     job, records, _ = read(gallery.write(directory))
     assert (job["planned"], job["made"], records) == (9, 0, [])
-    make_shard(directory, plan, 1)
+    make_shard(run, 1)
     job, records, _ = read(gallery.write(directory))
     assert (job["planned"], job["made"]) == (9, 4)
     assert [r["key"] for r in records] == [f"00000000{n}" for n in (4, 5, 6, 7)]
@@ -109,9 +109,9 @@ def test_only_what_is_larger_gets_a_thumbnail(tmp_path, tiny_checkpoint):
     path.write_text("\n".join(lines))
     for image_format in ("png", "jpeg"):
         directory = tmp_path / image_format
-        plan = make_plan(directory, path, tiny_checkpoint, image_format=image_format)
+        run = make_plan(directory, path, tiny_checkpoint, image_format=image_format)
         for shard in range(3):
-            make_shard(directory, plan, shard)
+            make_shard(run, shard)
         _, _, files = read(gallery.write(directory))
         thumbnails = {}
         for path_ in (files / "thumbnails").rglob("*.webp"):

@@ -9,6 +9,7 @@ import pytest
 from making import make_plan, make_shard
 
 from jaxdiff.dataset import ledger
+from jaxdiff.dataset.run import open_run
 from jaxdiff.errors import InputError
 
 
@@ -169,16 +170,16 @@ def test_verify_looks_at_the_pixels_even_with_a_forged_marker(finished):
 
 def test_finalize_refuses_an_incomplete_dataset(tmp_path, manifest, tiny_checkpoint):
     directory = tmp_path / "out"
-    plan = make_plan(directory, manifest, tiny_checkpoint, images_per_shard=4, batch_size=2)
-    make_shard(directory, plan, 0)
-    assert ledger.todo(directory, plan) == [1, 2]
+    run = make_plan(directory, manifest, tiny_checkpoint, images_per_shard=4, batch_size=2)
+    make_shard(run, 0)
+    assert ledger.todo(run) == [1, 2]
     with pytest.raises(ledger.IncompleteError, match="shard 1 of 3 is not made yet"):
-        ledger.finalize(directory, plan, 0.0)
-    make_shard(directory, plan, 1)
-    make_shard(directory, plan, 2)
+        ledger.finalize(run, 0.0)
+    make_shard(run, 1)
+    make_shard(run, 2)
     flip(directory / "data" / "train-00001.tar")
     with pytest.raises(ledger.IncompleteError, match=r"data/train-00001\.tar has changed"):
-        ledger.finalize(directory, plan, 0.0)
+        ledger.finalize(run, 0.0)
     assert not (directory / "_SUCCESS").exists()
 
 
@@ -186,7 +187,7 @@ def test_finalize_may_be_repeated(finished):
     directory = finished()
     before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
     (directory / "_SUCCESS").unlink()
-    ledger.finalize(directory, ledger.plans.load(directory), 0.0)
+    ledger.finalize(open_run(directory), 0.0)
     after = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
     before.pop(directory / "run.json")
     after.pop(directory / "run.json")

@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when datasets is imported
 import datasets
 
 from jaxdiff.dataset import ledger
-from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset.run import open_run
 
 IMAGE_COLUMNS = {"webdataset": "png", "parquet": "image", "imagefolder": "image"}
 
@@ -40,12 +40,12 @@ def records_of(rows: list[dict], format_: str) -> list[dict]:
 
 def test_shards_open_with_webdataset(finished):
     directory = finished()
-    plan = plans.load(directory)
+    run = open_run(directory)
     urls = [str(path) for path in sorted((directory / "data").iterdir())]
     pipeline = webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8")
     samples = list(pipeline)
     assert [sample["__key__"] for sample in samples] == [f"{key:09d}" for key in range(9)]
-    planned = plans.read_shard(directory, plan, 1)
+    planned = run.planned(1)
     for sample, image in zip(samples[4:8], planned, strict=True):
         assert (sample["png"] == pixels_of(image)).all()
         assert sample["txt"] == sample["json"]["prompt"] == image.request.prompt
@@ -74,8 +74,8 @@ def test_load_dataset_finds_images_and_metadata(finished, load, format_, image_f
     assert len(rows) == 9
     column = "jpg" if (format_, image_format) == ("webdataset", "jpeg") else IMAGE_COLUMNS[format_]
     records = records_of(rows, format_)
-    plan = plans.load(directory)
-    planned = [image for s in range(3) for image in plans.read_shard(directory, plan, s)]
+    run = open_run(directory)
+    planned = [image for s in range(3) for image in run.planned(s)]
     for row, record, image in zip(rows, records, planned, strict=True):
         assert (record["key"], record["prompt"]) == (image.key, image.request.prompt)
         assert row[column].size == (16, 8)
@@ -140,8 +140,8 @@ def test_the_card_s_example_runs(finished, tmp_path, monkeypatch, format_, image
 
 
 def make_dataset(directory: Path, manifest: Path, checkpoint: Path, **said) -> Path:
-    plan = make_plan(directory, manifest, checkpoint, **said)
-    for shard in range(len(plan.shard_sizes)):
-        make_shard(directory, plan, shard)
-    ledger.finalize(directory, plan, 0.0)
+    run = make_plan(directory, manifest, checkpoint, **said)
+    for shard in run.shards:
+        make_shard(run, shard)
+    ledger.finalize(run, 0.0)
     return directory

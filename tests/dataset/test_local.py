@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import names
+from jaxdiff.dataset.local import LocalStore
 
 
 class Killed(BaseException):
@@ -16,9 +17,9 @@ class Killed(BaseException):
 @pytest.fixture
 def old(tmp_path) -> Path:
     """A directory with all that a run leaves, and a file of somebody else's."""
-    for name in layout.OURS:
+    for name in names.OURS:
         path = tmp_path / name
-        if "." in name or name == layout.SUCCESS:
+        if "." in name or name == names.SUCCESS:
             path.write_text("old")
         else:
             path.mkdir(parents=True)
@@ -33,14 +34,14 @@ def contents(directory: Path) -> dict[str, str]:
 
 
 def overwrite(directory: Path, made: bool) -> None:
-    with layout.held(directory):
-        layout.set_aside(directory)
-        for name in (layout.PLAN, layout.DONE, layout.DATA):
+    with LocalStore(directory).held():
+        LocalStore(directory).set_aside()
+        for name in (names.PLAN, names.DONE, names.DATA):
             (directory / name).mkdir()
-        (directory / layout.PLAN / "plan.json").write_text("new")
-        (directory / layout.REJECTED).write_text("new")
+        (directory / names.PLAN / "plan.json").write_text("new")
+        (directory / names.REJECTED).write_text("new")
         if made:
-            (directory / layout.DONE / "00000.json").write_text("new")
+            (directory / names.DONE / "00000.json").write_text("new")
 
 
 def test_a_run_that_made_no_shard_gives_the_old_one_back(old):
@@ -56,7 +57,7 @@ def test_a_run_that_made_a_shard_replaces_the_old_one(old):
     assert (old / "notes.txt").exists()
 
 
-@pytest.mark.parametrize("renames", range(2 * len(layout.OURS)))
+@pytest.mark.parametrize("renames", range(2 * len(names.OURS)))
 def test_a_kill_at_any_rename_loses_nothing(old, monkeypatch, renames):
     """First while the old run is set aside, then while it is put back."""
     before, left = contents(old), renames
@@ -76,15 +77,15 @@ def test_a_kill_at_any_rename_loses_nothing(old, monkeypatch, renames):
             patch.setattr(os, name, counted(getattr(os, name)))
         with pytest.raises(Killed):
             overwrite(old, made=False)
-    with layout.held(old):
+    with LocalStore(old).held():
         assert contents(old) == before
 
 
 def test_a_plan_without_shards_outlives_a_kill_before_it_is_set_aside(old):
-    (old / layout.DONE / "00000.json").unlink()
+    (old / names.DONE / "00000.json").unlink()
     before = contents(old)
-    (old / layout.OLD).mkdir()  # the first step
-    with layout.held(old):
+    (old / names.OLD).mkdir()  # the first step
+    with LocalStore(old).held():
         assert contents(old) == before
 
 
@@ -102,10 +103,10 @@ def test_a_run_that_is_deleted_loses_its_plan_at_once(old, monkeypatch, steps):
 
         return step
 
-    (old / layout.PLAN / "plan.json").write_text("old")
+    (old / names.PLAN / "plan.json").write_text("old")
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         for name in ("unlink", "rename"):
             patch.setattr(os, name, counted(getattr(os, name)))
-        layout.clear(old)
-    plan = old / layout.PLAN
+        LocalStore(old).clear()
+    plan = old / names.PLAN
     assert not plan.exists() or len(list(plan.iterdir())) == 2

@@ -13,6 +13,7 @@ from jaxdiff import checks, cli
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset.run import open_run
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import open_ensemble
@@ -28,9 +29,9 @@ def plan(tmp_path, tiny_checkpoint):
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         path.write_text("".join(line + "\n" for line in lines))
         made = make_plan(directory, path, tiny_checkpoint, **said)
-        shards = [plans.read_shard(directory, made, n) for n in range(len(made.shard_sizes))]
+        shards = [made.planned(shard) for shard in made.shards]
         rejected = (directory / "rejected.jsonl").read_text().splitlines()
-        return made, shards, [json.loads(line) for line in rejected]
+        return made.plan, shards, [json.loads(line) for line in rejected]
 
     return plan
 
@@ -161,13 +162,13 @@ def test_shards_lie_one_after_the_other_whole_in_few_row_groups(tmp_path, tiny_c
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "num_images": 9001}\n')
     made = make_plan(tmp_path / "out", path, tiny_checkpoint, images_per_shard=1000)
-    file = pq.ParquetFile(tmp_path / "out" / "_jaxdiff" / "plan" / made.images_file)
+    file = pq.ParquetFile(made.images_file)
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     assert sizes == [5000, 4001]
-    assert made.shard_sizes == [*[1000] * 9, 1]
-    keys = [i.key for n in range(10) for i in plans.read_shard(tmp_path / "out", made, n)]
+    assert made.plan.shard_sizes == [*[1000] * 9, 1]
+    keys = [i.key for n in range(10) for i in made.planned(n)]
     assert keys == [f"{index:09d}" for index in range(9001)]
-    assert plans.load(tmp_path / "out") == made
+    assert open_run(tmp_path / "out") == made
 
 
 def test_a_damaged_plan_is_refused(tmp_path, manifest, tiny_checkpoint):
@@ -177,7 +178,7 @@ def test_a_damaged_plan_is_refused(tmp_path, manifest, tiny_checkpoint):
     for damaged in ("", "[]", "{}", whole.replace('"steps": 50', '"steps": 51')):
         path.write_text(damaged)
         with pytest.raises(InputError, match=r"plan\.json cannot be used .* --overwrite"):
-            plans.load(tmp_path / "out")
+            open_run(tmp_path / "out")
 
 
 def test_a_plan_of_another_version_is_refused_whatever_it_holds(
@@ -198,13 +199,14 @@ def test_planning_and_verifying_import_no_jax(tmp_path, manifest, tiny_checkpoin
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(os.path.dirname(os.path.dirname(__file__)))!r})
-from jaxdiff.dataset import card, images, ledger, shard
-from pipelines import options
+from jaxdiff.dataset import image_files, ledger, shard
+from jaxdiff.dataset.finished import card
+from pipelines import generate_options
 from making import make_plan, make_shard
 out = Path({str(tmp_path / "out")!r})
-plan = make_plan(out, Path({str(manifest)!r}), Path({str(tiny_checkpoint)!r}))
-make_shard(out, plan, 0)
-ledger.finalize(out, plan, 0.0)
+run = make_plan(out, Path({str(manifest)!r}), Path({str(tiny_checkpoint)!r}))
+make_shard(run, 0)
+ledger.finalize(run, 0.0)
 counts, problems = ledger.verify(out)
 assert counts["made"] == 9 and not problems
 heavy = {{"jax", "flax", "torch", "transformers", "apache_beam"}} & set(sys.modules)

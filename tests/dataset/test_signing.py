@@ -17,11 +17,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from making import make_plan, make_shard
 
 from jaxdiff import cli
-from jaxdiff.dataset import formats, image_files, ledger
-from jaxdiff.dataset import local as layout
-from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import formats, image_files, ledger, names
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.finished import signing
+from jaxdiff.dataset.run import open_run
 from jaxdiff.errors import InputError
 
 PEM = serialization.Encoding.PEM
@@ -95,8 +94,8 @@ def manifest_of(image: bytes, image_format: str) -> tuple[str, dict]:
 
 
 def samples(directory: Path) -> list[formats.Sample]:
-    plan = plans.load(directory)
-    read = formats.FORMATS[plan.settings.format][2]
+    run = open_run(directory)
+    read = formats.FORMATS[run.plan.settings.format].read
     return [one for path in sorted((directory / "data").iterdir()) for one in read(path)]
 
 
@@ -161,7 +160,7 @@ def test_a_signed_dataset_is_whole(finished, signer, format_, image_format):
         assert new.record["sha256"] != old.record["sha256"]
         unsigned = {**new.record, "sha256": old.record["sha256"]}
         assert unsigned == old.record
-    assert not (directory / layout.TMP).exists()
+    assert not (directory / names.TMP).exists()
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -181,13 +180,13 @@ def test_only_what_is_not_signed_is_signed(finished, signer):
     directory = finished()
     opened = signing.open_signer(*signer())
     first = samples(directory)[0]
-    plan = plans.load(directory)
-    marker = shards.read_marker(directory, plan, 0)
-    with shards.Attempt(directory, plan, 0, marker.revision + 1) as attempt:
+    run = open_run(directory)
+    marker = shards.read_marker(run, 0)
+    with shards.Attempt(run, 0, marker.revision + 1) as attempt:
         for sample in samples(directory)[:4]:
             attempt.add(signing._signed(sample, "png", opened) if sample == first else sample)
         attempt.commit(marker.facts)
-    ledger.finalize(directory, plan, 0.0)
+    ledger.finalize(run, 0.0)
     kept = samples(directory)[0]
     assert signing.sign_dataset(directory, *signer()) == 8
     assert samples(directory)[0] == kept
@@ -233,7 +232,7 @@ def test_a_signing_that_was_killed_goes_on(finished, signer, name, last, left, f
     assert signing.sign_dataset(directory, *signer()) == left
     assert ledger.verify(directory)[1] == []
     assert all(signing.is_signed(sample.image, "png") for sample in samples(directory))
-    assert not (directory / layout.TMP).exists()
+    assert not (directory / names.TMP).exists()
 
 
 def test_what_has_been_changed_is_not_signed(finished, signer):
@@ -246,8 +245,8 @@ def test_what_has_been_changed_is_not_signed(finished, signer):
 
 def test_an_unfinished_dataset_is_refused(tmp_path, manifest, tiny_checkpoint, signer):
     directory = tmp_path / "out"
-    plan = make_plan(directory, manifest, tiny_checkpoint, images_per_shard=4, batch_size=2)
-    make_shard(directory, plan, 0)
+    run = make_plan(directory, manifest, tiny_checkpoint, images_per_shard=4, batch_size=2)
+    make_shard(run, 0)
     before = contents(directory)
     with pytest.raises(InputError, match="2 of 3 shards are not made yet; the same generate"):
         signing.sign_dataset(directory, *signer())
@@ -257,9 +256,10 @@ def test_an_unfinished_dataset_is_refused(tmp_path, manifest, tiny_checkpoint, s
 def test_a_directory_that_another_process_holds_is_refused(finished, signer):
     directory = finished()
     hold = f"""
-import sys, jaxdiff.dataset.local as layout
+import sys
 from pathlib import Path
-with layout.held(Path({str(directory)!r})):
+from jaxdiff.dataset.local import LocalStore
+with LocalStore(Path({str(directory)!r})).held():
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -11,7 +11,7 @@ import pytest
 from jaxdiff.devices import compilation
 
 KEEP = (
-    "import jax, logging; logging.basicConfig(); from jaxdiff import compilation; "
+    "import jax, logging; logging.basicConfig(); from jaxdiff.devices import compilation; "
     "compilation.keep_programs(); print(jax.config.jax_compilation_cache_dir); "
     "compilation.jit(lambda x: x * 2)(1.0)"
 )

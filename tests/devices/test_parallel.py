@@ -43,7 +43,7 @@ def test_more_devices_than_available_are_rejected():
 def test_virtual_devices_without_spare_threads_cause_a_warning(threads, warned):
     flags = "--xla_force_host_platform_device_count=2"
     said = subprocess.run(
-        [sys.executable, "-c", "from jaxdiff import parallel; parallel.make_mesh()"],
+        [sys.executable, "-c", "from jaxdiff.devices import parallel; parallel.make_mesh()"],
         env={**os.environ, "XLA_FLAGS": flags, "NPROC": threads},
         capture_output=True,
         text=True,
@@ -101,7 +101,7 @@ REQUESTS = [  # one image per device at a time; enough tokens for attention in b
 ON_EIGHT_DEVICES = """
 import json, os, sys
 import jax, numpy as np, jaxdiff
-import tests.test_parallel as t
+import tests.devices.test_parallel as t
 checkpoint, directory = sys.argv[1:]
 made, programs = {}, {}
 for mesh in t.MESHES:
@@ -181,7 +181,7 @@ coordinator, host, checkpoint, file = sys.argv[1:]
 jax.distributed.initialize(coordinator, num_processes=2, process_id=int(host))
 assert len(jax.devices()) == 2
 import jaxdiff
-import tests.test_parallel as t
+import tests.devices.test_parallel as t
 model = jaxdiff.load(checkpoint)
 assert [*model.mesh.devices.flat] == jax.local_devices()
 np.save(file, model.generate(t.REQUESTS[:1])[0].pixels)

@@ -123,7 +123,7 @@ def test_a_hub_id_in_the_cache_is_opened_without_a_network(directory, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     code = (
-        "from jaxdiff.checkpoint import clip_weights\n"
+        "from jaxdiff.evaluation import clip_checkpoint\n"
         "found = clip_checkpoint.find('someone/clip')\n"
         "print(found.name, found.fingerprint)"
     )

@@ -59,9 +59,9 @@ class Recorder(PipelineRunner):
 
 @pytest.fixture
 def generate_shard(tmp_path, manifest, tiny_checkpoint) -> tuple[GenerateShard, Plan, list[int]]:
-    plan = make_plan(tmp_path, manifest, tiny_checkpoint, images_per_shard=8)
-    made = GenerateShard(plan, tmp_path, MODELS, generate_options.Workers(), "make")
-    return made, plan, list(range(len(plan.shard_sizes)))
+    run = make_plan(tmp_path, manifest, tiny_checkpoint, images_per_shard=8)
+    made = GenerateShard(run, MODELS, generate_options.Workers(), "make")
+    return made, run.plan, list(run.shards)
 
 
 def test_the_graph_is_one_line(generate_shard):

@@ -16,9 +16,10 @@ import pytest
 from making import files
 
 from jaxdiff import cli
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import names
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.run import open_run
 from jaxdiff.errors import InputError
 from pipelines import worker
 from pipelines.worker import Task
@@ -72,7 +73,7 @@ def test_an_interrupted_job_continues_to_the_same_bytes(
     directory = tmp_path / "out"
     arguments = [sys.executable, "-m", "jaxdiff", *command(directory, "--num-images=40")]
     with on_terminal(arguments, environment) as (process, output):
-        wait_for(lambda: (directory / layout.DONE / "00001.json").exists(), process)
+        wait_for(lambda: (directory / names.DONE / "00001.json").exists(), process)
         process.send_signal(number)
         assert process.wait() == (75 if number == signal.SIGTERM else -number)
     said = b"".join(output).decode()
@@ -81,7 +82,7 @@ def test_an_interrupted_job_continues_to_the_same_bytes(
         assert "stopped; the same command continues" in said
     assert not (directory / "_SUCCESS").exists()
     assert cli.main(["verify", str(directory)]) == 1
-    kept = sorted((directory / layout.DONE).iterdir())
+    kept = sorted((directory / names.DONE).iterdir())
     marked = {path: path.read_bytes() for path in kept}
 
     assert cli.main(command(directory, "--num-images=40")) == 0
@@ -103,7 +104,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(
     assert ended.stderr.splitlines()[-1] == (
         f"jaxdiff: {directory}: File too large; when that is mended, the same command continues"
     )
-    assert not list((directory / layout.TMP).iterdir())
+    assert not list((directory / names.TMP).iterdir())
     assert cli.main(command(directory)) == 0
     assert cli.main(["verify", str(directory)]) == 0
 
@@ -124,17 +125,17 @@ def test_a_disk_that_is_full_at_planning_leaves_nothing(tmp_path, command, envir
 def test_a_model_that_changes_between_plan_and_work_is_refused(tmp_path, finish, tiny_checkpoint):
     directory = tmp_path / "out"
     finish(directory, "--limit=4")
-    plan = plans.load(directory)
-    shutil.rmtree(directory / layout.DONE)
-    changed = plan.identity | {"model": "0" * 64}
-    body = json.loads((directory / layout.PLAN / "plan.json").read_text())
+    run = open_run(directory)
+    shutil.rmtree(directory / names.DONE)
+    changed = run.plan.identity | {"model": "0" * 64}
+    body = json.loads((directory / names.PLAN / "plan.json").read_text())
     body |= {"identity": changed, "id": plans.digest(changed)}
-    (directory / layout.PLAN / "plan.json").write_text(json.dumps(body))
-    images = plans.load(directory).images_file
-    os.rename(directory / layout.PLAN / plan.images_file, directory / layout.PLAN / images)
+    (directory / names.PLAN / "plan.json").write_text(json.dumps(body))
+    images = open_run(directory).plan.images_file
+    os.rename(directory / names.PLAN / run.plan.images_file, directory / names.PLAN / images)
     with pytest.raises(InputError, match="is not the one that the job was planned"):
         worker.make_shard(Task(str(directory), {"model": str(tiny_checkpoint)}, 0), lambda _: None)
-    assert shards.read_marker(directory, plans.load(directory), 0) is None
+    assert shards.read_marker(open_run(directory), 0) is None
 
 
 def test_strict_holds_for_a_plan_that_is_there_already(tmp_path, command, capsys, finish):
@@ -155,7 +156,7 @@ def test_a_finished_job_restores_what_was_deleted(tmp_path, command, capsys, fin
     capsys.readouterr()
     assert cli.main(command(directory)) == 1
     assert "train-00001.tar is missing; `jaxdiff verify" in capsys.readouterr().err
-    (directory / layout.DONE / "00001.json").unlink()
+    (directory / names.DONE / "00001.json").unlink()
     assert cli.main(command(directory)) == 0
     assert files(directory) == before
 
@@ -163,8 +164,8 @@ def test_a_finished_job_restores_what_was_deleted(tmp_path, command, capsys, fin
 def test_another_kind_of_device_does_not_continue_a_job(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
     finish(directory)
-    (directory / layout.DEVICE).write_text("TPU v5e")
-    (directory / layout.DONE / "00001.json").unlink()
+    (directory / names.DEVICE).write_text("TPU v5e")
+    (directory / names.DONE / "00001.json").unlink()
     capsys.readouterr()
     assert cli.main(command(directory)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -175,8 +176,8 @@ def test_another_kind_of_device_does_not_continue_a_job(tmp_path, command, capsy
 def test_a_plan_that_has_changed_is_not_followed(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
     finish(directory)
-    (directory / layout.DONE / "00001.json").unlink()
-    (path,) = (directory / layout.PLAN).glob("images-*")
+    (directory / names.DONE / "00001.json").unlink()
+    (path,) = (directory / names.PLAN).glob("images-*")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -192,7 +193,7 @@ def test_the_same_command_continues_even_where_it_says_overwrite(tmp_path, comma
     anew = command(directory, "--seed=1", "--overwrite")
     cli.main(anew)
     (directory / "_SUCCESS").unlink()  # as if it had been interrupted
-    (directory / layout.DONE / "00002.json").unlink()
+    (directory / names.DONE / "00002.json").unlink()
     capsys.readouterr()
     assert cli.main(anew) == 0
     assert "24 images in 6 shards, 5 of them made already" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 from making import files
 
 from jaxdiff import cli
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import names
 
 SECONDS = 120  # before a test gives up
 SHARDS = 12
@@ -72,7 +72,7 @@ def children(pid: int) -> set[int]:
 
 
 def done(directory: Path) -> int:
-    return len(list((directory / layout.DONE).glob("*.json")))
+    return len(list((directory / names.DONE).glob("*.json")))
 
 
 def test_a_killed_worker_changes_nothing(tmp_path, command, environment, cluster):

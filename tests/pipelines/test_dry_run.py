@@ -4,8 +4,8 @@ import tempfile
 from pathlib import Path
 
 from jaxdiff import cli
-from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.run import open_run
 
 ROWS = """\
 {"prompt": "a", "num_images": 5}
@@ -58,9 +58,9 @@ def test_the_job_makes_what_the_dry_run_says(tmp_path, command, capsys, finish):
     assert cli.main([*arguments, "--dry-run"]) == 0
     said = lines(capsys)
     finish(directory)
-    plan = plans.load(directory)
-    made = sum(shards.read_marker(directory, plan, n).made for n in range(len(plan.shard_sizes)))
-    assert said[1].startswith(f"images: {made}, by tiny; shards: {len(plan.shard_sizes)};")
+    run = open_run(directory)
+    made = sum(shards.read_marker(run, n).made for n in run.shards)
+    assert said[1].startswith(f"images: {made}, by tiny; shards: {len(run.shards)};")
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     assert cli.main([*arguments, "--dry-run", "--steps=3"]) == 0
     assert {path: path.stat().st_mtime_ns for path in Path(directory).rglob("*")} == before

@@ -11,7 +11,6 @@ from PIL import Image
 
 from jaxdiff import cli
 from jaxdiff.dataset import ledger
-from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.evaluation import benchmarks
 from jaxdiff.worlds import shapes
@@ -37,19 +36,19 @@ def dataset(tmp_path, tiny_checkpoint):
         manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
         said = {"width": 64, "height": 64, "images_per_shard": 4, "batch_size": 1, **said}
         directory = tmp_path / "dataset"
-        plan = make_plan(directory, manifest, tiny_checkpoint, **said)
-        for shard in range(len(plan.shard_sizes)):
-            with shards.Attempt(directory, plan, shard) as attempt:
-                for image in plans.read_shard(directory, plan, shard):
+        run = make_plan(directory, manifest, tiny_checkpoint, **said)
+        for shard in run.shards:
+            with shards.Attempt(run, shard) as attempt:
+                for image in run.planned(shard):
                     caption = shown[int(image.key)]
                     if caption is None:
                         attempt.add_failed(image, "not finite")
                         continue
                     random = np.random.default_rng(int(image.key))
                     pixels = shapes.render(shapes.scene_for(caption, random))
-                    attempt.add(shards.encode(image, pixels, plan))
+                    attempt.add(shards.encode(image, pixels, run.plan))
                 attempt.commit(FACTS)
-        ledger.finalize(directory, plan, 0.0)
+        ledger.finalize(run, 0.0)
         return directory, asked
 
     return make

@@ -6,8 +6,8 @@ import pytest
 from making import files
 
 from jaxdiff import cli
-from jaxdiff.dataset import local as layout
-from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import names
+from jaxdiff.dataset.run import open_run
 
 FIRST = [{"prompt": "a red circle", "id": "a"}, {"prompt": "a star", "id": "b", "num_images": 3}]
 MORE = [*FIRST, {"prompt": "a blue square", "id": "c"}, "broken"]
@@ -40,7 +40,7 @@ def test_a_longer_manifest_adds_its_images_and_keeps_what_is_made(
 ):
     directory = tmp_path / "out"
     finish(directory, manifest=text(FIRST))
-    first = plans.load(directory)
+    first = open_run(directory).plan
     before = {path: path.read_bytes() for path in directory.glob("data/*")}
     write(MORE)
     assert cli.main(command(directory)) == 0
@@ -48,12 +48,12 @@ def test_a_longer_manifest_adds_its_images_and_keeps_what_is_made(
     assert "is extended; the plan of its 1 shard stays" in said
     assert "1 of 4 rows of" in said
     assert {path: path.read_bytes() for path in before} == before
-    extended = plans.load(directory)
+    extended = open_run(directory).plan
     assert extended.shard_ids[:1] == first.shard_ids
     assert extended.shard_sizes == [4, 1]
     assert extended.rows == {"blank": 0, "rejected": 1, "accepted": 3}
     assert len((directory / "rejected.jsonl").read_text().splitlines()) == 1
-    assert sorted(path.name for path in (directory / layout.PLAN).iterdir()) == sorted(
+    assert sorted(path.name for path in (directory / names.PLAN).iterdir()) == sorted(
         ["plan.json", *extended.sha256]
     )
     assert cli.main(["verify", str(directory)]) == 0

@@ -14,7 +14,7 @@ from injected import at
 from making import files
 
 from jaxdiff import cli
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import names
 
 STAR_KEYS = ["000000003", "000000004", "000000005"]
 
@@ -105,7 +105,7 @@ TextToImage._dispatch = lambda *_: os.kill(os.getpid(), 9)
     assert cli.main(command(directory)) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == "jaxdiff: a worker died of SIGKILL while it made nothing"
-    assert not list((directory / layout.DONE).glob("*"))
+    assert not list((directory / names.DONE).glob("*"))
     faulty(None)
     assert cli.main(command(directory)) == 0
 
@@ -168,7 +168,7 @@ def test_a_worker_that_is_lost_costs_nothing(tmp_path, command, capsys, finished
     directory = tmp_path / "out"
 
     def kill() -> None:
-        while not (directory / layout.DONE / "00001.json").exists():
+        while not (directory / names.DONE / "00001.json").exists():
             time.sleep(0.002)
         for child in children():
             os.kill(child, signal.SIGKILL)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import jaxdiff
 from jaxdiff import cli
 from jaxdiff.dataset import image_files
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset.local import LocalStore
 
 
 def records(directory: Path) -> list[dict]:
@@ -146,7 +146,7 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path, command, capsys):
 def test_a_second_job_in_the_same_directory_is_refused(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
     finish(directory, "--limit=4")
-    with layout.held(directory):
+    with LocalStore(directory).held():
         assert cli.main(command(directory, "--limit=4")) == 2
     assert f"process {os.getpid()} on" in capsys.readouterr().err
     assert cli.main(command(directory, "--limit=4")) == 0

@@ -19,9 +19,9 @@ import pytest
 from making import files
 
 from jaxdiff import cli
-from jaxdiff.dataset import ledger
-from jaxdiff.dataset import local as layout
-from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset import files as dataset_files
+from jaxdiff.dataset import ledger, names
+from jaxdiff.dataset.local import LocalStore
 
 DYING = Path(__file__).parents[1] / "dying.py"
 ORPHANS_SECONDS = 10.0
@@ -77,21 +77,21 @@ def test_a_writer_that_was_thought_dead_does_not_disturb_the_end(
     tmp_path, manifest, tiny_checkpoint
 ):
     directory, ended = tmp_path / "out", threading.Event()
-    plan = making.make_plan(directory, manifest, tiny_checkpoint)
-    for shard in range(len(plan.shard_sizes)):
-        making.make_shard(directory, plan, shard)
+    run = making.make_plan(directory, manifest, tiny_checkpoint)
+    for shard in run.shards:
+        making.make_shard(run, shard)
 
     def write() -> None:
         while not ended.is_set():
             time.sleep(PAUSE_SECONDS)
             with contextlib.suppress(OSError):
-                layout.temporary(directory, "late").write_text("late")
+                LocalStore(directory).scratch("late").write_text("late")
 
     with ThreadPoolExecutor() as pool:
         late = pool.submit(write)
         try:
             for _ in range(20):
-                ledger.finalize(directory, plan, 0.0)
+                ledger.finalize(run, 0.0)
         finally:
             ended.set()
         late.result()
@@ -101,18 +101,18 @@ def test_a_writer_that_was_thought_dead_does_not_disturb_the_end(
 @pytest.mark.parametrize("format_", ["webdataset", "imagefolder"])
 def test_what_occupies_a_shards_name_is_named(tmp_path, manifest, tiny_checkpoint, format_):
     directory = tmp_path / "out"
-    plan = making.make_plan(directory, manifest, tiny_checkpoint, format=format_)
-    name, _ = shards.file_names(plan, 0)
+    run = making.make_plan(directory, manifest, tiny_checkpoint, format=format_)
+    name, _ = run.file_names(0)
     occupied = directory / name
     occupied.parent.mkdir()
     occupied.write_text("") if format_ == "imagefolder" else occupied.mkdir()
     with pytest.raises(OSError, match="a directory") as refused:
-        making.make_shard(directory, plan, 0)
+        making.make_shard(run, 0)
     assert refused.value.filename == str(occupied)
-    layout.delete(occupied)
-    for shard in ledger.todo(directory, plan):
-        making.make_shard(directory, plan, shard)
-    ledger.finalize(directory, plan, 0.0)
+    dataset_files.delete(occupied)
+    for shard in ledger.todo(run):
+        making.make_shard(run, shard)
+    ledger.finalize(run, 0.0)
     assert ledger.verify(directory)[1] == []
 
 
@@ -132,7 +132,7 @@ def is_alive(process: int) -> bool:
 
 def markers(directory: Path) -> dict[str, tuple[int, int]]:
     """When each done-marker was made."""
-    stats = {path.name: path.stat() for path in (directory / layout.DONE).glob("*")}
+    stats = {path.name: path.stat() for path in (directory / names.DONE).glob("*")}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
@@ -175,11 +175,11 @@ def test_a_second_job_waits_for_nobody_and_a_dead_ones_lock_is_taken_over(
 def moment(directory: Path) -> str:
     """What a job was doing, by its files."""
     made = len(markers(directory))
-    if not (directory / layout.PLAN).exists():
+    if not (directory / names.PLAN).exists():
         return "not planned"
-    if (directory / layout.SUCCESS).exists():
+    if (directory / names.SUCCESS).exists():
         return "finished"
-    if (directory / layout.CARD).exists():
+    if (directory / names.CARD).exists():
         return "finalizing"
     return f"{made} made"
 
@@ -222,7 +222,7 @@ def test_kills_at_random_moments_change_no_byte(tmp_path, command, environment):
         assert_ended(workers)
         if len(moments) == KILLS:
             break
-        if (directory / layout.SUCCESS).exists():
+        if (directory / names.SUCCESS).exists():
             assert files(directory) == files(whole)
             shutil.rmtree(directory)
     run()

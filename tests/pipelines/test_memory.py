@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import names
 
 SHARDS, IMAGES_PER_SHARD = 52, 32
 # Resident memory moves by a few MB with the allocator and with the moment when it is looked at (5
@@ -31,7 +31,7 @@ def test_memory_is_flat_from_the_fifth_shard_to_the_fiftieth(tmp_path, command, 
     job = [sys.executable, "-m", "jaxdiff", *command(directory, *more, manifest=manifest)]
     at_5 = None
     with subprocess.Popen(job, env=environment, stderr=subprocess.DEVNULL) as driver:
-        while (made := len(list((directory / layout.DONE).glob("*.json")))) < 50:
+        while (made := len(list((directory / names.DONE).glob("*.json")))) < 50:
             assert driver.poll() is None
             if made >= 5 and at_5 is None:
                 at_5 = memory(driver.pid)

@@ -6,8 +6,8 @@ from apache_beam.metrics import MetricsFilter
 from injected import at
 
 from jaxdiff import cli
-from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.run import open_run
 from pipelines import generate
 
 
@@ -33,8 +33,8 @@ def test_the_counters_of_a_job_are_the_sums_of_its_markers(tmp_path, command, mo
     assert set(stages) == {f"{s}_ms" for s in ("load", "compile", "generate", "encode", "write")}
     assert stages == {name: round(1000 * value) for name, value in seconds.items()}
 
-    plan = plans.load(directory)
-    markers = [shards.read_marker(directory, plan, shard) for shard in range(6)]
+    run = open_run(directory)
+    markers = [shards.read_marker(run, shard) for shard in range(6)]
     assert counted["images"] == sum(marker.made for marker in markers)
     assert counted["failed"] == sum(marker.failed for marker in markers)
     assert counted["padded"] == sum(marker.facts["padded"] for marker in markers)

@@ -3,8 +3,8 @@
 import re
 
 from jaxdiff import cli
-from jaxdiff.dataset import local as layout
-from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import names
+from jaxdiff.dataset.run import open_run
 from pipelines import progress
 
 
@@ -25,8 +25,8 @@ def test_progress_is_told_in_the_middle_of_a_shard(tmp_path, command, capsys, mo
 def test_progress_passes_over_files_with_odd_names(tmp_path, finish):
     directory = tmp_path / "out"
     finish(directory)
-    counter = progress.Counter(directory, plans.load(directory))
-    (directory / layout.TMP).mkdir()
-    for name in (f"{layout.DONE}/x.json", f"{layout.DONE}/99999.json", f"{layout.TMP}/x.progress"):
+    counter = progress.Counter(open_run(directory))
+    (directory / names.TMP).mkdir()
+    for name in (f"{names.DONE}/x.json", f"{names.DONE}/99999.json", f"{names.TMP}/x.progress"):
         (directory / name).write_text("")
     assert counter.count() == 24

@@ -12,10 +12,9 @@ import pytest
 from making import files
 
 from jaxdiff import cli
-from jaxdiff.dataset import formats, ledger
-from jaxdiff.dataset import local as layout
-from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import formats, ledger, names
 from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.run import open_run
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +94,7 @@ def test_a_stray_file_is_named_and_left_alone(tmp_path, made, capsys):
 def test_a_damaged_plan_cannot_be_repaired(tmp_path, made, capsys):
     directory = tmp_path / "out"
     shutil.copytree(made, directory)
-    (path,) = directory.glob(f"{layout.PLAN}/images-*")
+    (path,) = directory.glob(f"{names.PLAN}/images-*")
     flip(path)
     before = files(directory)
     assert cli.main(["verify", str(directory), "--repair"]) == 2
@@ -120,16 +119,16 @@ def test_a_repair_that_gives_other_bytes_changes_nothing(tmp_path, made, capsys)
 def test_a_signed_shard_is_made_as_it_was_before(tmp_path, made, capsys):
     directory = tmp_path / "out"
     shutil.copytree(made, directory)
-    plan = plans.load(directory)
+    run = open_run(directory)
     path = directory / "data" / "train-00001.tar"
     samples = list(formats.read_tar(path))
-    with shards.Attempt(directory, plan, 1, revision=1) as attempt:
+    with shards.Attempt(run, 1, revision=1) as attempt:
         for sample in samples:
             image = sample.image + b"a signature, never the same twice"
             sha256 = hashlib.sha256(image).hexdigest()
             attempt.add(replace(sample, image=image, record={**sample.record, "sha256": sha256}))
-        attempt.commit(shards.read_marker(directory, plan, 1).facts)
-    ledger.finalize(directory, plan, 0.0)
+        attempt.commit(shards.read_marker(run, 1).facts)
+    ledger.finalize(run, 0.0)
     assert cli.main(["verify", str(directory)]) == 0
     path.unlink()
     (directory / "data" / "train-00002.tar").unlink()

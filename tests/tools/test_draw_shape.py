@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jaxdiff.dataset import ledger
-from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.training import data
 from jaxdiff.training.recipe import Data
@@ -48,10 +47,10 @@ def test_the_count_tells_hearts_from_what_else_was_made(tiny_checkpoint, tmp_pat
     manifest, directory = tmp_path / "rows.jsonl", tmp_path / "made"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in draw_shape.manifest_rows(1)))
     directory.mkdir()
-    plan = making.make_plan(directory, manifest, tiny_checkpoint, width=64, height=64)
+    run = making.make_plan(directory, manifest, tiny_checkpoint, width=64, height=64)
     rng = np.random.default_rng(0)
-    with shards.Attempt(directory, plan, 0) as attempt:
-        for number, image in enumerate(plans.read_shard(directory, plan, 0)):
+    with shards.Attempt(run, 0) as attempt:
+        for number, image in enumerate(run.planned(0)):
             said = draw_shape.caption(*draw_shape.pairs()[number])
             if number == 0:
                 attempt.add_failed(image, "not finite")
@@ -59,10 +58,10 @@ def test_the_count_tells_hearts_from_what_else_was_made(tiny_checkpoint, tmp_pat
             if number == 23:  # of those it was never taught
                 said = shapes.Caption((shapes.Group("circle", "red"),))
             pixels = shapes.render(shapes.scene_for(said, rng))
-            attempt.add(shards.encode(image, pixels, plan))
+            attempt.add(shards.encode(image, pixels, run.plan))
         attempt.commit(making.FACTS)
-    ledger.settle(directory, plan)
-    ledger.finalize(directory, plan, 0.0)
+    ledger.settle(run)
+    ledger.finalize(run, 0.0)
     assert list(draw_shape.score(directory)) == [
         "taught pairs: 19 of 20 images are right",
         "unseen pairs: 3 of 4 images are right",

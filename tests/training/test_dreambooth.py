@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from jaxdiff.dataset import ledger
-from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset.run import open_run
 from jaxdiff.errors import InputError
 from jaxdiff.training import batches, data, text_to_image
 from jaxdiff.training.recipe import Data, Optimizer, Prior, TextToImageRecipe
@@ -18,7 +18,7 @@ def test_class_images_are_made_once_and_can_be_trained_on(tiny_checkpoint, tmp_p
     prior = Prior(prompt="a shape", images=3, weight=0.5)
     class_images.class_images(str(tiny_checkpoint), prior, tmp_path / "prior")
     directory = tmp_path / "prior" / batches.IMAGES
-    assert ledger.finished(directory, plans.load(directory))["made"] == 3
+    assert ledger.finished(open_run(directory))["made"] == 3
     examples = data.open_examples(Data(path=str(directory)))
     assert [examples.captions[i] for i in range(len(examples))] == ["a shape"] * 3
     capsys.readouterr()

@@ -147,10 +147,13 @@ def test_the_autoencoders_latents_are_scaled_to_unit_variance(autoencoder_run):
     from flax import nnx
 
     from jaxdiff.engine.program import to_float
+    from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION
     from jaxdiff.training.autoencoder import render_batch
     from jaxdiff.training.components import component
 
-    config, graph, params = component("vae", str(autoencoder_run / "model"), nnx.Rngs(0))
+    config, graph, params = component(
+        STABLE_DIFFUSION, "vae", str(autoencoder_run / "model"), nnx.Rngs(0)
+    )
     mean, _ = nnx.merge(graph, params).encode(to_float(render_batch(1, 1, 64)))
     assert float(config.scale(mean).std()) == pytest.approx(1.0, rel=0.1)
 

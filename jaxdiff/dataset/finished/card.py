@@ -3,8 +3,7 @@
 import json
 import re
 
-from jaxdiff.dataset import formats, image_files
-from jaxdiff.dataset import local as layout
+from jaxdiff.dataset import formats, image_files, names
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.plan import Plan
 
@@ -157,7 +156,7 @@ def readme(plan: Plan, counts: dict[str, int]) -> str:
             f"{counts['made']} images by {_printable(plan.model_name)}", ensure_ascii=False
         ),
         license=license[0] if license else UNKNOWN_LICENSE,
-        files=_files(plan) if settings.format != "imagefolder" else f"{layout.DATA}/*/*",
+        files=_files(plan) if settings.format != "imagefolder" else f"{names.DATA}/*/*",
         features=_features(plan),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         example=EXAMPLES[settings.format].format(
@@ -196,8 +195,8 @@ def _cell(value) -> str:
 def _files(plan: Plan) -> str:
     """Where the image shards lie, or in imagefolders the images, as a pattern of file names."""
     if plan.settings.format == "imagefolder":
-        return f"{layout.DATA}/*/*.{image_files.EXTENSIONS[plan.settings.image_format]}"
-    return f"{layout.DATA}/*.{formats.FORMATS[plan.settings.format][0]}"
+        return f"{names.DATA}/*/*.{image_files.EXTENSIONS[plan.settings.image_format]}"
+    return f"{names.DATA}/*.{formats.FORMATS[plan.settings.format].ending}"
 
 
 def _features(plan: Plan) -> str:
@@ -230,10 +229,10 @@ def croissant(plan: Plan) -> str:
     it: equal jobs make equal files.
     """
     format_, image_format = plan.settings.format, plan.settings.image_format
-    media_type = MEDIA_TYPES.get(formats.FORMATS[format_][0], f"image/{image_format}")
+    media_type = MEDIA_TYPES.get(formats.FORMATS[format_].ending, f"image/{image_format}")
     files = [
-        _file_set(layout.DATA, media_type, _files(plan)),
-        _file_set(layout.METADATA, MEDIA_TYPES["parquet"], f"{layout.METADATA}/*.parquet"),
+        _file_set(names.DATA, media_type, _files(plan)),
+        _file_set(names.METADATA, MEDIA_TYPES["parquet"], f"{names.METADATA}/*.parquet"),
     ]
     fields = [
         {
@@ -241,7 +240,7 @@ def croissant(plan: Plan) -> str:
             "@id": f"images/{field.name}",
             "name": f"images/{field.name}",
             "dataType": CROISSANT_TYPES.get(str(field.type), "sc:Integer"),
-            "source": {"fileSet": {"@id": layout.METADATA}, "extract": {"column": field.name}},
+            "source": {"fileSet": {"@id": names.METADATA}, "extract": {"column": field.name}},
         }
         for field in shards.METADATA_SCHEMA
     ]

@@ -24,12 +24,12 @@ from pathlib import Path
 from PIL import Image
 
 from jaxdiff.dataset import image_files
-from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset.finished import reader
 from jaxdiff.dataset.plan import Plan
+from jaxdiff.dataset.run import Run, open_run
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
-from jaxdiff.request import Options
+from jaxdiff.request import FIELDS, Options
 
 ASSETS = Path(__file__).parents[2] / "assets" / "gallery"
 INDEX = "index.html"
@@ -40,8 +40,8 @@ CHUNK_IMAGES, CHUNK_CHARACTERS = 500, 2**20
 WAITING_IMAGES = 16  # read, but not written yet
 # Of an image, in the order in which its record is written.
 COLUMNS = (
-    *("key", "id", "image_index", "prompt", "negative_prompt", "seed", "width", "height"),
-    *("steps", "guidance_scale", "sampler", "metadata", "sha256", "pixel_sha256", "error"),
+    *("key", "id", "image_index", *FIELDS),
+    *("metadata", "sha256", "pixel_sha256", "error"),
 )
 # The job's settings that decide an image's file, beside its own.
 ALWAYS_SAID = ("noise", "dtype", "batch_size")
@@ -61,14 +61,12 @@ def write(directory: Path, target: Path | None = None) -> Path:
       InputError: if there is no dataset, if one of its files is damaged, or if `target` holds
         something else than a gallery.
     """
-    plan = plans.load(directory)
-    if plan is None:
-        raise InputError(f"{directory} holds no jaxdiff run")
+    run = open_run(directory)
     target = target or directory / "gallery"
     with _held(target):
         folder = target / f"files-{uuid.uuid4().hex[:8]}"
         try:
-            _fill(folder, directory, plan)
+            _fill(folder, run)
             index = (ASSETS / INDEX).read_text("utf-8").replace("FILES", folder.name)
             (folder / INDEX).write_text(index, "utf-8")
             os.replace(folder / INDEX, target / INDEX)
@@ -113,15 +111,15 @@ def _check_ours(target: Path) -> None:
         raise InputError(f"{target} holds other files; name a new folder with --output")
 
 
-def _fill(folder: Path, directory: Path, plan: Plan) -> None:
+def _fill(folder: Path, run: Run) -> None:
     """Writes all that `index.html` needs, in memory that does not grow with the dataset."""
     shutil.copytree(ASSETS, folder, ignore=shutil.ignore_patterns(INDEX))
-    extension = image_files.EXTENSIONS[plan.settings.image_format]
+    extension = image_files.EXTENSIONS[run.plan.settings.image_format]
     counts = {"made": 0, "failed": 0}
     chunks = _Chunks(folder / "data")
     waiting = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow computes outside of Python's lock
-        for row, image in reader.images(directory, plan):
+        for row, image in reader.images(run):
             counts["failed" if image is None else "made"] += 1
             chunks.add([row[name] for name in COLUMNS])
             if image is not None:
@@ -131,7 +129,7 @@ def _fill(folder: Path, directory: Path, plan: Plan) -> None:
         for stored in waiting:
             stored.result()
     chunks.close()
-    job = _job(directory, plan) | counts | {"chunks": chunks.count}
+    job = _job(run) | counts | {"chunks": chunks.count}
     _write_script(folder / "data" / "job.js", "open", job)
 
 
@@ -164,24 +162,24 @@ def _write_script(path: Path, function: str, value: list | dict) -> None:
     path.write_text(f"gallery.{function}({text});\n", "ascii")
 
 
-def _job(directory: Path, plan: Plan) -> dict:
+def _job(run: Run) -> dict:
     """What all images have in common."""
-    settings = plan.settings
+    settings = run.plan.settings
     return {
-        "name": directory.resolve().name,
-        "planned": plan.images,
+        "name": run.directory.resolve().name,
+        "planned": run.plan.images,
         "columns": COLUMNS,
         "extension": image_files.EXTENSIONS[settings.image_format],
         "thumbnail_px": THUMBNAIL_PX,
         "aspect": settings.width / settings.height,
         "shared": {
-            "model": plan.model_name,
+            "model": run.plan.model_name,
             "noise": settings.noise,
             "dtype": settings.dtype,
-            "options": plan.options,
+            "options": run.plan.options,
         },
-        "fingerprint": plan.identity["model"],
-        "options": _options(plan),
+        "fingerprint": run.plan.identity["model"],
+        "options": _options(run.plan),
     }
 
 

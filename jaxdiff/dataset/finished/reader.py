@@ -9,10 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import formats
 from jaxdiff.dataset import image_files as image_files
 from jaxdiff.dataset import shard as shards
-from jaxdiff.dataset.plan import Plan
+from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
 from jaxdiff.request import FIELDS
 
@@ -22,7 +21,7 @@ ALWAYS_THERE = (  # of a failed image, too
 )
 
 
-def images(directory: Path, plan: Plan) -> Iterator[tuple[dict, bytes | None]]:
+def images(run: Run) -> Iterator[tuple[dict, bytes | None]]:
     """Yields the metadata row and the file of each image; no file for one that failed.
 
     Shards that are not made yet are left out.
@@ -30,21 +29,20 @@ def images(directory: Path, plan: Plan) -> Iterator[tuple[dict, bytes | None]]:
     Raises:
       InputError: at the first file or row that is not as it was made.
     """
-    for shard in range(len(plan.shard_sizes)):
-        yield from images_of(directory, plan, shard)
+    for shard in run.shards:
+        yield from images_of(run, shard)
 
 
-def images_of(directory: Path, plan: Plan, shard: int) -> Iterator[tuple[dict, bytes | None]]:
+def images_of(run: Run, shard: int) -> Iterator[tuple[dict, bytes | None]]:
     """`images` of one shard."""
-    _, _, read = formats.FORMATS[plan.settings.format]
-    extension = image_files.EXTENSIONS[plan.settings.image_format]
-    name, metadata_name = shards.file_names(plan, shard)
+    extension = image_files.EXTENSIONS[run.plan.settings.image_format]
+    name, metadata_name = run.file_names(shard)
     try:
-        made = shards.read_marker(directory, plan, shard) is not None
-        if not made or not (directory / name).exists():
+        made = shards.read_marker(run, shard) is not None
+        if not made or not (run.directory / name).exists():
             return
-        samples = read(directory / name)
-        for row in _rows(directory / metadata_name):
+        samples = shards.samples(run, shard)
+        for row in _rows(run.directory / metadata_name):
             if row["status"] != "made":
                 yield row, None
                 continue
@@ -56,16 +54,21 @@ def images_of(directory: Path, plan: Plan, shard: int) -> Iterator[tuple[dict, b
             yield row, sample.image
     except (OSError, RecursionError, ValueError, pa.ArrowException) as problem:
         raise InputError(
-            f"{directory / name} cannot be read: {problem} (jaxdiff verify {directory} says more)"
+            f"{run.directory / name} cannot be read: {problem} (jaxdiff verify {run.directory} "
+            "says more)"
         ) from None
 
 
 def _rows(path: Path) -> Iterator[dict]:
     with pq.ParquetFile(path) as file:
-        if not file.schema_arrow.equals(shards.METADATA_SCHEMA):
+        columns = list(file.schema_arrow)
+        if not {*ALWAYS_THERE, "status"} <= {column.name for column in columns} or any(
+            column not in shards.METADATA_SCHEMA for column in columns
+        ):
             raise ValueError(f"{path.name} has other columns than jaxdiff writes")
+        absent = dict.fromkeys(shards.METADATA_SCHEMA.names)  # of a column that came later
         for batch in file.iter_batches(ROWS_AT_ONCE):
-            for row in batch.to_pylist():
+            for row in (absent | row for row in batch.to_pylist()):
                 if any(row[name] is None for name in ALWAYS_THERE):
                     raise ValueError(f"{path.name} has a row with gaps")
                 if not re.fullmatch(r"[0-9]{9}", row["key"]):

@@ -18,12 +18,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from jaxdiff.dataset import formats, image_files, ledger
-from jaxdiff.dataset import local as layout
-from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import image_files, ledger, names
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
-from jaxdiff.dataset.plan import Plan
+from jaxdiff.dataset.run import Run, open_run
 from jaxdiff.errors import InputError
 
 try:
@@ -58,21 +56,19 @@ def sign_dataset(directory: Path, certificate: Path, key: Path) -> int:
       InputError: if there is no finished dataset, another process writes to it, a file in it is not
         what its marker says, or the certificate and the key cannot sign.
     """
-    if plans.load(directory) is None:
-        raise InputError(f"{directory} holds no jaxdiff run")
+    store = open_run(directory).store
     signer = open_signer(certificate, key)
-    with layout.held(directory):
-        plan = plans.load(directory)
-        if missing := ledger.todo(directory, plan):
+    with store.held():
+        run = open_run(directory)
+        if missing := ledger.todo(run):
             raise InputError(
-                f"{directory} is not finished: {len(missing)} of {len(plan.shard_sizes)} shards "
+                f"{directory} is not finished: {len(missing)} of {len(run.shards)} shards "
                 "are not made yet; the same generate command makes them"
             )
-        numbers = range(len(plan.shard_sizes))
-        progress = tqdm(numbers, "signing", unit=" shards", disable=None)
-        signed = sum(_sign_shard(directory, plan, shard, signer) for shard in progress)
-        if signed or not (directory / layout.SUCCESS).exists():
-            ledger.finalize(directory, plan, _plan_seconds(directory))
+        progress = tqdm(run.shards, "signing", unit=" shards", disable=None)
+        signed = sum(_sign_shard(run, shard, signer) for shard in progress)
+        if signed or not store.path(names.SUCCESS).exists():
+            ledger.finalize(run, _plan_seconds(run))
     return signed
 
 
@@ -150,24 +146,20 @@ def is_signed(image: bytes, image_format: str) -> bool:
         return reader is not None
 
 
-def _sign_shard(directory: Path, plan: Plan, shard: int, signer: "c2pa.Context") -> int:
+def _sign_shard(run: Run, shard: int, signer: "c2pa.Context") -> int:
     """Commits the shard with its images signed, unless all are; returns how many it has signed."""
-    marker = shards.read_marker(directory, plan, shard)
-    shards.publish(directory, marker)  # for one that was killed in between
-    shards.check_files(directory, marker)
-    images_name, metadata_name = shards.file_names(plan, shard)
-    _, _, read = formats.FORMATS[plan.settings.format]
-    image_format = plan.settings.image_format
-    todo = sum(
-        not is_signed(sample.image, image_format) for sample in read(directory / images_name)
-    )
+    marker = shards.read_marker(run, shard)
+    shards.publish(run, marker)  # for one that was killed in between
+    shards.check_files(run, marker)
+    image_format = run.plan.settings.image_format
+    todo = sum(not is_signed(sample.image, image_format) for sample in shards.samples(run, shard))
     if not todo:
         return 0
-    (directory / layout.SUCCESS).unlink(missing_ok=True)  # it tells of the old files
-    samples = read(directory / images_name)
-    rows = pq.read_table(directory / metadata_name).to_pylist()
-    with shards.Attempt(directory, plan, shard, marker.revision + 1) as attempt:
-        for image, row in zip(plans.read_shard(directory, plan, shard), rows, strict=True):
+    run.store.path(names.SUCCESS).unlink(missing_ok=True)  # it is of the old files
+    samples = shards.samples(run, shard)
+    rows = pq.read_table(run.store.path(run.metadata_name(shard))).to_pylist()
+    with shards.Attempt(run, shard, marker.revision + 1) as attempt:
+        for image, row in zip(run.planned(shard), rows, strict=True):
             if row["status"] == "made":
                 attempt.add(_signed(next(samples), image_format, signer))
             else:
@@ -184,10 +176,10 @@ def _signed(sample: Sample, image_format: str, signer: "c2pa.Context") -> Sample
     return replace(sample, record=record, image=content)
 
 
-def _plan_seconds(directory: Path) -> float:
+def _plan_seconds(run: Run) -> float:
     """What the last report says of how long planning took."""
     try:
-        return float(json.loads((directory / layout.RUN).read_text("utf-8"))["seconds"]["plan"])
+        return float(json.loads(run.store.path(names.REPORT).read_text("utf-8"))["seconds"]["plan"])
     except (KeyError, OSError, TypeError, ValueError):
         return 0.0
 

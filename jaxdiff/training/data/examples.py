@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxdiff.dataset import ledger
-from jaxdiff.dataset import local as layout
-from jaxdiff.dataset import plan as plans
-from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset import ledger, run
+from jaxdiff.dataset.names import PLAN
 from jaxdiff.errors import InputError
 from jaxdiff.training.data import decoding, encoded, files
 from jaxdiff.training.data.encoded import EncodedExamples
@@ -90,7 +88,7 @@ def open_examples(data: Data) -> Examples | EncodedExamples:
 
 
 def _open_images(folder: Path, column: str) -> Examples:
-    paths = _generated(folder) if (folder / layout.PLAN).is_dir() else _found(folder)
+    paths = _generated(folder) if (folder / PLAN).is_dir() else _found(folder)
     if paths[0].is_dir():
         scan = files.scan_folder
     else:
@@ -105,13 +103,13 @@ def _open_images(folder: Path, column: str) -> Examples:
 
 def _generated(folder: Path) -> list[Path]:
     """Returns the shards that a finished dataset from `jaxdiff generate` lists in its markers."""
-    plan = plans.load(folder)
-    if plan is None or ledger.finished(folder, plan) is None:
+    dataset = run.find(folder)
+    if dataset is None or ledger.finished(dataset) is None:
         raise InputError(
             f"{folder} is not finished or has missing files; run the same generate command again "
             f"to finish it, or `jaxdiff verify {folder}` for details"
         )
-    return [folder / shards.file_names(plan, shard)[0] for shard in range(len(plan.shard_sizes))]
+    return [dataset.store.path(dataset.images_name(shard)) for shard in dataset.shards]
 
 
 def _found(folder: Path) -> list[Path]:

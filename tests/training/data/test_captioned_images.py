@@ -24,8 +24,7 @@ from making import make_plan, make_shard, pixels_of
 from PIL import Image
 
 from jaxdiff.dataset import ledger
-from jaxdiff.dataset import local as layout
-from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset.files import delete
 from jaxdiff.errors import InputError
 from jaxdiff.training.data import decoding, files, open_examples
 from jaxdiff.training.recipe import Data
@@ -62,26 +61,23 @@ def test_a_generated_dataset_is_read_in_each_of_its_formats(tmp_path, tiny_check
     manifest.write_text("a red circle\na star\ntwo rings\n", "utf-8")
     directory = tmp_path / "dataset"
     said = {"format": format_, "images_per_shard": 2, "batch_size": 2, "num_images": 2}
-    plan = make_plan(directory, manifest, tiny_checkpoint, **said)
-    make_shard(directory, plan, 0)
+    run = make_plan(directory, manifest, tiny_checkpoint, **said)
+    make_shard(run, 0)
     assert "is not finished" in refusal(directory)
     for shard in (1, 2):
-        make_shard(directory, plan, shard, failing=("000000003",))
-    ledger.finalize(directory, plan, 0.0)
+        make_shard(run, shard, failing=("000000003",))
+    ledger.finalize(run, 0.0)
     stray = directory / "data/train-00009.tar"
     stray.write_bytes(b"no marker names it")
     examples = opened(directory)
     planned = [
-        image
-        for shard in range(3)
-        for image in plans.read_shard(directory, plan, shard)
-        if image.key != "000000003"
+        image for shard in range(3) for image in run.planned(shard) if image.key != "000000003"
     ]
     assert len(examples) == len(planned) == 5
     for number, image in enumerate(planned):
         np.testing.assert_array_equal(examples.pixels(number), pixels_of(image))
         assert examples.caption(number) == image.request.prompt
-    layout.delete(
+    delete(
         directory / "data/train-00001"
         if format_ == "imagefolder"
         else next((directory / "data").glob("train-00001.*"))

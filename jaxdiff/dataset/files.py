@@ -1,0 +1,76 @@
+"""Files, and folders that stand for one: an imagefolder's shard is a folder."""
+
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+
+def digest(path: Path) -> str:
+    """SHA-256 (hex) of a file; of a folder, of the sorted lines "SHA-256  name" of its entries.
+
+    Raises:
+      OSError: if it cannot be read.
+    """
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    lines = sorted(os.fsencode(f"{digest(entry)}  {entry.name}\n") for entry in path.iterdir())
+    return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def size(path: Path) -> int:
+    """The bytes of a file, or of all files in a folder; raises OSError if it cannot be read."""
+    if not path.is_dir():
+        return path.stat().st_size
+    return sum(size(entry) for entry in path.iterdir())
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, or a folder with all in it, or nothing if nothing is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """`os.replace`, for a folder as well.
+
+    Raises:
+      FileNotFoundError: if there is no source; then nothing has happened.
+      OSError: naming the target, where a file or folder of another kind may be in the way.
+    """
+    try:
+        os.replace(source, target)
+    except OSError as problem:
+        if problem.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise OSError(problem.errno, problem.strerror, str(target)) from None
+        old = source.with_name(f"{source.name}.old")
+        os.rename(target, old)
+        os.rename(source, target)
+        delete(old)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder with its files and their names, would survive a power cut."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return
+    for entry in path.iterdir():
+        sync(entry)
+    sync_names(path)
+
+
+def sync_names(folder: Path) -> None:
+    """Waits until the names in a folder would survive a power cut."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:  # some network file systems cannot
+            raise
+    finally:
+        os.close(file)
