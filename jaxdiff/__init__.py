@@ -11,7 +11,7 @@ __all__ = ["Request", "TextToImage", "load"]
 
 
 def __getattr__(name: str):
-    # Late, so that jaxdiff.dataset can be imported on a machine without JAX.
+    # Imported on demand, so that jaxdiff.dataset can be used on a machine without JAX.
     if name in ("TextToImage", "load"):
         from jaxdiff.engine import engine
 

@@ -1,6 +1,7 @@
-"""Checks of single values, whether a manifest's row or the command line says them.
+"""Checks of single values from a manifest row or the command line.
 
-Each takes the value's name for its message and gives the value in its own type, or raises.
+Each check takes the value's name for its message and returns the value in its own type, or raises
+BadValueError.
 """
 
 import json
@@ -12,9 +13,9 @@ from collections.abc import Sequence
 MAX_SEED = 2**32 - 1
 MAX_TEXT_CHARACTERS = 4000
 MAX_SIDE_PX = 8192
-MAX_IMAGES = 1_000_000  # of one row
+MAX_IMAGES = 1_000_000  # per row
 MAX_GUIDANCE_SCALE = 1000
-MAX_STEPS = 100_000  # `steps_of` knows better, once the sampler is known
+MAX_STEPS = 100_000  # `scheduler_config.check_steps` applies the sampler's limit
 MAX_CLIP_SKIP = 100
 MAX_PROMPT_CHUNKS = 16
 MAX_DEEP_CACHE = 100
@@ -23,23 +24,23 @@ NOISES = ("jax", "torch")
 
 
 class BadValueError(ValueError):
-    """A value that cannot be used; the message names it and says what would do."""
+    """A value that cannot be used; the message names it and the allowed values."""
 
 
 def text(name: str, value) -> str:
-    """A string that can be stored and tokenised, byte for byte as it came."""
+    """Returns a string unchanged if it can be stored and tokenised."""
     if not isinstance(value, str):
         raise BadValueError(f"{name} must be text, not {shown(value)}")
     if len(value) > MAX_TEXT_CHARACTERS:
         raise BadValueError(f"{name} has {len(value)} characters; at most {MAX_TEXT_CHARACTERS}")
     if "\0" in value:
-        raise BadValueError(f"{name} holds a NUL character")
+        raise BadValueError(f"{name} contains a NUL character")
     unicode(name, value)
     return value
 
 
 def unicode(name: str, value: str) -> None:
-    """Refuses what UTF-8 cannot hold."""
+    """Rejects text that UTF-8 cannot encode."""
     try:
         value.encode()
     except UnicodeEncodeError as problem:
@@ -48,11 +49,11 @@ def unicode(name: str, value: str) -> None:
             wrong = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8"
         else:
             wrong = f"the lone surrogate U+{code:04X}"
-        raise BadValueError(f"{name} holds {wrong}") from None
+        raise BadValueError(f"{name} contains {wrong}") from None
 
 
 def integer(name: str, value, low: int, high: int) -> int:
-    """A whole number: 7, "7", and 7.0 too, which pandas makes of a column with gaps."""
+    """Returns a whole number from 7, "7" or 7.0 (as pandas stores it in a column with gaps)."""
     number = value
     if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}(\.0*)?", value.strip()):
         number = int(value.strip().partition(".")[0])
@@ -66,7 +67,7 @@ def integer(name: str, value, low: int, high: int) -> int:
 
 
 def integer_or(name: str, value, word: str, low: int, high: int) -> int | str:
-    """A whole number, or the word instead of one."""
+    """Returns a whole number, or `word` if the value is that word."""
     if value == word:
         return word
     try:
@@ -78,19 +79,19 @@ def integer_or(name: str, value, word: str, low: int, high: int) -> int | str:
 
 
 def side(name: str, value, multiple: int) -> int:
-    """A width or height in pixels."""
+    """Returns a width or height in pixels."""
     px = integer(name, value, multiple, MAX_SIDE_PX)
     if px % multiple:
         nearest = multiple * max(1, round(px / multiple))
         raise BadValueError(
             f"{name} must be a multiple of {multiple} for this model, not {px}; "
-            f"{nearest} would be the nearest"
+            f"the nearest is {nearest}"
         )
     return px
 
 
 def number(name: str, value, low: float, high: float) -> float:
-    """A number between two others, or one of them."""
+    """Returns a number from `low` to `high`, inclusive."""
     number = math.nan
     if isinstance(value, numbers.Real | str) and not isinstance(value, bool):
         try:
@@ -103,21 +104,22 @@ def number(name: str, value, low: float, high: float) -> float:
 
 
 def scheduler(name: str, value) -> str:
-    """Changes to a scheduler's config, sorted: "timestep_spacing=trailing, use_karras_sigmas=true".
+    """Returns changes to a scheduler's config as text, sorted by key.
 
-    Comes as text in this form, or as a dictionary (a table in TOML).
+    Accepts text like "timestep_spacing=trailing, use_karras_sigmas=true" or a dictionary (a table
+    in TOML).
     """
     changes = key_values(value) if isinstance(value, str) else value
     plain = {}
     for key, said in changes.items() if isinstance(changes, dict) else [("", value)]:
         plain[key] = said if isinstance(said, str) else json.dumps(said, default=repr)
         if not re.fullmatch(r"[a-z_]+", str(key)) or not re.fullmatch(r"[\w.+-]+", plain[key]):
-            raise BadValueError(f'{name} must be like "key=value, key=value", not {shown(value)}')
+            raise BadValueError(f'{name} must have the form "key=value, key=value", not {shown(value)}')
     return ", ".join(f"{key}={said}" for key, said in sorted(plain.items()))
 
 
 def key_values(text: str) -> dict:
-    """What a text in the form of `scheduler` says, by key."""
+    """Parses text in the form of `scheduler` into a dictionary."""
     parts = (part.partition("=") for part in text.split(",") if part.strip())
     return {key.strip(): _json_or_text(said.strip()) for key, _, said in parts}
 
@@ -130,13 +132,13 @@ def _json_or_text(said: str):
 
 
 def choice(name: str, value, choices: Sequence[str]) -> str:
-    """One of `choices`."""
+    """Returns the value if it is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise BadValueError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}")
     return value
 
 
 def shown(value) -> str:
-    """The value as a message may quote it."""
+    """Returns the value for a message: quoted, in ASCII, at most 60 characters."""
     quoted = ascii(value)
     return quoted if len(quoted) <= 60 else f"{quoted[:57]}..."

@@ -1,4 +1,4 @@
-"""The command line. What a command needs is imported when it runs, so that help comes at once."""
+"""The `jaxdiff` command. Imports a subcommand's modules only when it runs, so help is instant."""
 
 import importlib.metadata
 import sys
@@ -15,27 +15,27 @@ usage: jaxdiff COMMAND [option ...]
 Prompt manifests in, verifiable image datasets out: batch text-to-image generation in JAX.
 
 commands:
-  generate   make an image for every prompt of a manifest
-  inspect    say what is in a model, and whether it can be used
-  verify     prove from its files that a dataset is complete and unchanged
-  view       write a gallery of a dataset: pages for a browser, without a server
+  generate   generate an image for every prompt in a manifest
+  inspect    show what a model contains, and whether it can be used
+  verify     check, from its files alone, that a dataset is complete and unchanged
+  view       write a gallery of a dataset: web pages that need no server
   sign       add a C2PA manifest (Content Credentials) to every image of a dataset
   train      train a model from a recipe
-  encode     encode images to latents once, before a training
-  evaluate   judge models over a prompt benchmark, and write a report
+  encode     encode images to latents once, before training
+  evaluate   evaluate models on a prompt benchmark, and write a report
 
-start with:
+to get started:
   echo "a red circle above a blue square" > prompts.txt
   jaxdiff generate --manifest prompts.txt --output out/first
 
 `jaxdiff COMMAND --help` lists a command's options. Every command takes --debug, which shows
-tracebacks and the libraries' own messages. `jaxdiff --version` says which version this is.
+tracebacks and the libraries' own messages. `jaxdiff --version` prints the version.
 """
 SHOWN_PROBLEMS = 20
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code. Mistakes are told on one line of stderr."""
+    """Runs a command; returns its exit code. An error is printed as one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(OVERVIEW, end="")
@@ -81,11 +81,11 @@ def _generate(arguments: list[str]) -> int:
 def _inspect(arguments: list[str]) -> int:
     parser = Parser(
         "inspect",
-        description="Say what is in a model: its family, its networks, what it prefers, and the "
-        "fingerprint that datasets name it by.",
+        description="Show what a model contains: its family, its networks, its default settings, "
+        "and the fingerprint that identifies it in datasets.",
     )
     parser.add_argument("model", metavar="MODEL", help="as for jaxdiff generate --model")
-    parser.add_argument("--variant", metavar="NAME", help="which of its files, such as fp16")
+    parser.add_argument("--variant", metavar="NAME", help="a variant of its files, such as fp16")
     said = parser.parse_args(arguments)
     from jaxdiff.families import inspect, open_checkpoint
 
@@ -96,15 +96,13 @@ def _inspect(arguments: list[str]) -> int:
 def _verify(arguments: list[str]) -> int:
     parser = Parser(
         "verify",
-        description="Check a finished dataset from its files alone: that every planned image is "
-        "accounted for, and every file, every record and, in lossless formats, every pixel is as "
-        "it was made. Exit codes: 0 all is right; 1 something is wrong; 2 there is nothing to "
-        "check, or its plan is damaged; 75 a repair was stopped.",
+        description="Check a finished dataset from its files alone: every planned image must be "
+        "accounted for, and every file, every record and, in lossless formats, every pixel must be "
+        "unchanged. Exit codes: 0 everything is correct; 1 something is wrong; 2 there is nothing "
+        "to check, or the plan is damaged; 75 a repair was stopped.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset's directory")
-    parser.add_argument(
-        "--repair", action="store_true", help="make what is wrong again, to the same bytes"
-    )
+    parser.add_argument("--repair", action="store_true", help="remake what is wrong, byte for byte")
     said = parser.parse_args(arguments)
     directory = said.directory
     from jaxdiff.dataset import ledger
@@ -129,8 +127,8 @@ def _view(arguments: list[str]) -> int:
     parser = Parser(
         "view",
         description="Write a gallery of a dataset, finished or not: thumbnails, search, and each "
-        "image with its settings and the command that makes it again. It opens in any browser, "
-        "needs no server and no network, and replaces the gallery that is there.",
+        "image with its settings and the command that reproduces it. It opens in any browser, "
+        "needs no server and no network, and replaces an existing gallery.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset's directory")
     parser.add_argument(
@@ -147,10 +145,10 @@ def _sign(arguments: list[str]) -> int:
     parser = Parser(
         "sign",
         description="Add a C2PA manifest (Content Credentials) to every image of a finished "
-        "dataset: that jaxdiff made it, with a trained model, signed with your certificate. Pixels "
-        "and settings stay as they are. What is signed already is left alone, so an interrupted "
-        "signing goes on. Nothing is asked of the network, a timestamp neither: the signatures "
-        "count while the certificate is in force.",
+        "dataset. It states that jaxdiff made the image with a trained model, and is signed with "
+        "your certificate. Pixels and settings stay the same. Signed images are skipped: if "
+        "interrupted, run the same command again. No network is used, not even for a timestamp, so "
+        "the signatures are valid only as long as the certificate is.",
         epilog="example:\n  pip install jaxdiff[c2pa]\n"
         "  jaxdiff sign out/first --certificate chain.pem --key key.pem",
     )
@@ -160,16 +158,16 @@ def _sign(arguments: list[str]) -> int:
         metavar="CHAIN.pem",
         type=Path,
         required=True,
-        help="your certificate, then those of its issuers",
+        help="your certificate, followed by its issuers' certificates",
     )
     parser.add_argument(
-        "--key", metavar="KEY.pem", type=Path, required=True, help="its private key, not encrypted"
+        "--key", metavar="KEY.pem", type=Path, required=True, help="its private key, unencrypted"
     )
     said = parser.parse_args(arguments)
     from jaxdiff.dataset.finished import signing
 
     signed = signing.sign_dataset(said.directory, said.certificate, said.key)
-    what = f"signed {signed} images" if signed else "every image is signed already"
+    what = f"signed {signed} images" if signed else "every image is already signed"
     print(f"{said.directory}: {what}")
     return 0
 
@@ -177,40 +175,40 @@ def _sign(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     parser = Parser(
         "train",
-        description="Train a model from a recipe, or continue a training that was interrupted. "
-        "Exit codes: 0 it is finished; 1 it failed or its loss was no number, and the last "
-        "checkpoint is kept; 2 the recipe or the directory cannot be used; 75 SIGTERM came, all is "
-        "saved, and the same command continues.",
+        description="Train a model from a recipe, or continue an interrupted training. Exit codes: "
+        "0 finished; 1 failed, or the loss was not a number (the last checkpoint is kept); 2 the "
+        "recipe or the directory cannot be used; 75 stopped by SIGTERM after saving everything, "
+        "run the same command to continue.",
         epilog="example:\n  jaxdiff train configs/train/shapes64.toml --output runs/shapes64\n"
         "  jaxdiff train configs/train/shapes64.toml --output runs/shapes64 --export best",
     )
-    parser.add_argument("recipe", metavar="RECIPE.toml", type=Path, help="what to train, and how")
+    parser.add_argument("recipe", metavar="RECIPE.toml", type=Path, help="what to train and how")
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, required=True, help="for all it makes"
+        "--output", metavar="DIR", type=Path, required=True, help="directory for all results"
     )
     parser.add_argument(
         "--export",
         metavar="WHICH",
-        help="train nothing; write the model of a checkpoint: best (by validation loss), last, or "
-        "its step's number",
+        help="do not train; write the model of a checkpoint: best (by validation loss), last, or "
+        "a step number",
     )
     parser.add_argument(
         "--to",
         metavar="DIR",
         type=Path,
-        help="with --export: the model's directory (default: OUTPUT/model-STEP)",
+        help="with --export: the directory for the model (default: OUTPUT/model-STEP)",
     )
     said = parser.parse_args(arguments)
     if said.to and not said.export:
-        raise InputError("--to: is for --export; --output says where a training goes")
-    from jaxdiff.training import loop, run
+        raise InputError("--to works only with --export; use --output for a training's directory")
+    from jaxdiff.training import loop, train
     from pipelines.class_images import class_images
 
     if said.export:
-        print(run.export(said.recipe, said.output, said.export, said.to, class_images))
+        print(train.export(said.recipe, said.output, said.export, said.to, class_images))
         return 0
     try:
-        return 0 if run.train(said.recipe, said.output, class_images) else 75
+        return 0 if train.train(said.recipe, said.output, class_images) else 75
     except loop.Interrupted as problem:
         print(f"jaxdiff: {problem}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""What one image is asked to be, and what all images of a run share. Imports no JAX."""
+"""The request for one image, and the options that all images of a run share. Imports no JAX."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from jaxdiff import checks
 
 
 class Bucket(NamedTuple):
-    """What the images of one batch have in common: it decides the compiled program and its tables.
+    """What all images of a batch share: it determines the compiled program and its tables.
 
-    Prompts, seeds and guidance scales differ freely within a batch.
+    Prompts, seeds and guidance scales may differ within a batch.
     """
 
     width: int
@@ -22,16 +22,16 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One image to make. `None` means what the model prefers.
+    """A request for one image. `None` selects the model's default.
 
     Attributes:
-      prompt: what the image shows.
+      prompt: describes the image.
       negative_prompt: what classifier-free guidance steers away from.
-      seed: 0 to 2**32 - 1; with the same model and settings it fixes every pixel.
+      seed: 0 to 2**32 - 1; with the same model and settings, it determines every pixel.
       width, height: pixels, multiples of the autoencoder's factor (8 for Stable Diffusion).
-      steps: of the sampler, at least 1.
+      steps: sampling steps, at least 1.
       guidance_scale: w in uncond + w (cond - uncond); guidance is off at 1 and below.
-      sampler: one of `samplers.SAMPLERS`; `None` takes the one the model's scheduler names.
+      sampler: one of `samplers.SAMPLERS`; `None` selects the one in the model's scheduler.
     """
 
     prompt: str
@@ -45,17 +45,17 @@ class Request:
 
     @property
     def bucket(self) -> Bucket:
-        """The batches that this image may be part of, once nothing is None."""
+        """The bucket of this image, whose fields must all be resolved (not None)."""
         return Bucket(self.width, self.height, self.steps, self.guidance_scale > 1, self.sampler)
 
 
 class Field(NamedTuple):
-    """A value of a `Request`: what it must be, and how it is stored.
+    """How a field of `Request` is checked and stored.
 
     Attributes:
-      check: one of `checks`.
-      arguments: of the check, as far as they do not depend on the model.
-      column: the type of its column in Parquet, by Arrow's name.
+      check: a function of `checks`.
+      arguments: the check's arguments that do not depend on the model.
+      column: the Arrow name of its column type in Parquet.
     """
 
     check: Callable
@@ -63,7 +63,7 @@ class Field(NamedTuple):
     column: str
 
 
-# The one table of a request's fields, in the order in which they are written.
+# All fields of a request, in the order in which they are written.
 FIELDS = {
     "prompt": Field(checks.text, (), "string"),
     "negative_prompt": Field(checks.text, (), "string"),
@@ -77,11 +77,11 @@ FIELDS = {
 
 
 def field_checks(size_multiple: int, samplers: Sequence[str]) -> dict[str, tuple]:
-    """How each value of a `Request` is checked for a model: by name, the check and its arguments.
+    """Returns the checks of a `Request` for a model: by field name, the check and its arguments.
 
     Args:
-      size_multiple: of width and height, in pixels.
-      samplers: the names of those that the model can take.
+      size_multiple: width and height must be multiples of it, in pixels.
+      samplers: the names of the samplers that the model supports.
     """
     of_model = {"width": (size_multiple,), "height": (size_multiple,), "sampler": (samplers,)}
     return {
@@ -90,8 +90,8 @@ def field_checks(size_multiple: int, samplers: Sequence[str]) -> dict[str, tuple
     }
 
 
-# The metadata of an option or a setting that came after the first plans of version 5. Identities
-# leave it out where it has its default: `settings.written`.
+# Marks an option or setting that was added after the first plans of version 5. Plan identities
+# omit it while it has its default: see `settings.written`.
 LATER = {"later": True}
 
 
@@ -100,20 +100,20 @@ class Options:
     """How a model is loaded and sampled: the same for every image of a run.
 
     Attributes:
-      dtype: "float32" or "bfloat16", of the weights and of the networks' arithmetic.
+      dtype: "float32" or "bfloat16", for the weights and the networks' arithmetic.
       noise: "jax", or "torch" for the noise that PyTorch's CPU generator draws.
-      mesh: such as "data=4,model=2"; None lets every device take its part of each batch.
-      scheduler: changes to `scheduler_config.json`, by diffusers' names, such as
+      mesh: for instance "data=4,model=2"; None splits each batch over all devices.
+      scheduler: changes to `scheduler_config.json`, by diffusers' names, for instance
         "use_karras_sigmas=true, timestep_spacing=trailing".
-      eta: how much of DDIM's noise is drawn anew, 0 to 1 (arXiv:2010.02502, equation 16).
+      eta: how much new noise DDIM adds at each step, 0 to 1 (arXiv:2010.02502, equation 16).
       guidance_rescale: phi, 0 to 1, against overexposure (Lin et al., 2024, arXiv:2305.08891, 3.4).
-      guidance_start, guidance_stop: the stretch of the steps that is guided, as fractions from 0
-        to 1 (Kynkäänniemi et al., 2024, arXiv:2404.07724); the others cost half as much.
-      clip_skip: how many of the text encoder's last layers are left out.
-      prompt_chunks: how many stretches of 75 tokens a prompt may have; what is longer is cut.
-      refiner_start: the share of the noise levels after which a refiner takes over, 0 to 1.
-      deep_cache: of so many evaluations of the U-Net in turn only the first is computed whole; the
-        others take what its deep layers made (Ma et al., 2023, arXiv:2312.00858). 1: all whole.
+      guidance_start, guidance_stop: the range of steps that is guided, as fractions from 0 to 1
+        (Kynkäänniemi et al., 2024, arXiv:2404.07724); unguided steps cost half as much.
+      clip_skip: how many of the text encoder's last layers are skipped.
+      prompt_chunks: the maximum number of 75-token chunks per prompt; longer prompts are truncated.
+      refiner_start: the fraction of the noise levels after which a refiner takes over, 0 to 1.
+      deep_cache: of this many consecutive U-Net evaluations, only the first is computed in full; the
+        others reuse its deep features (Ma et al., 2023, arXiv:2312.00858). 1 disables reuse.
     """
 
     dtype: str = "float32"
@@ -131,7 +131,7 @@ class Options:
 
 
 FRACTION = (checks.number, 0, 1)
-# How each of `Options` is checked, likewise.
+# The checks of `Options`, in the same form.
 OPTION_CHECKS = {
     "dtype": (checks.choice, checks.DTYPES),
     "noise": (checks.choice, checks.NOISES),

@@ -1,1 +1,1 @@
-"""The Apache Beam jobs, a short linear graph each."""
+"""The Apache Beam jobs. Each is a short linear graph."""

@@ -1,7 +1,7 @@
-"""DreamBooth's class images (Ruiz et al., 2023, arXiv:2208.12242, 3.3): what a model knows already.
+"""DreamBooth's class images (Ruiz et al., 2023, arXiv:2208.12242, 3.3), which preserve the class.
 
-They are made before training starts, by the job behind `jaxdiff generate`, so they are a dataset
-like others: resumable, and complete when its files prove it.
+`jaxdiff generate`'s job makes them before training starts, so they form a dataset like any other:
+resumable, and complete when its files prove it.
 """
 
 import json
@@ -15,26 +15,25 @@ from pipelines.jobs import EXIT_OK, EXIT_SOME_IMAGES_FAILED
 
 
 def class_images(model: str, prior: Prior, folder: Path) -> None:
-    """Makes images of the class, or those that are still to be made.
+    """Generates the missing images of the class, as a dataset in `folder / IMAGES`.
 
-    Call it before this process holds an accelerator: other processes make the images.
+    Call it before this process holds an accelerator: other processes make the images. Images that
+    could not be made are missing from the dataset.
 
     Args:
-      model: as for `jaxdiff generate --model`, which decides size, steps and guidance.
-      prior: what the images show, and how many there are.
-      folder: the run's own place for them.
-
-    They are a dataset in its `IMAGES`; those that could not be made are missing there.
+      model: as for `jaxdiff generate --model`; its defaults set the size, steps and guidance.
+      prior: the prompt and the number of images.
+      folder: the training run's folder for class images.
 
     Raises:
-      InputError: if there is no such model, or nothing can be made of the prompt.
-      SystemExit: with the job's exit code, if it failed part-way or was stopped by a signal, which
-        it has said; the next call continues.
+      InputError: if the model does not exist, or the prompt cannot be used.
+      SystemExit: with the job's exit code, if the job failed part-way or was stopped by a signal;
+        the job has printed the reason, and the next call continues.
     """
-    from pipelines import generate  # late: only here does training need Beam
+    from pipelines import generate  # imported late: only here does training need Beam
 
     if not model:
-        raise InputError("prior: the recipe names no model that could make the class's images")
+        raise InputError("prior: the recipe has no model to generate the class images with")
     folder.mkdir(parents=True, exist_ok=True)
     manifest, images = folder / "prompts.jsonl", folder / IMAGES
     row = {"prompt": prior.prompt, "num_images": prior.images}

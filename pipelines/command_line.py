@@ -1,4 +1,4 @@
-"""What every command shares: its parser, and how an error becomes a line and an exit code."""
+"""What all commands share: the parser, and errors as one line and an exit code."""
 
 import argparse
 import difflib
@@ -13,7 +13,7 @@ from jaxdiff.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes --debug, no abbreviations, and says what is wrong on one line."""
+    """A parser with --debug, without abbreviations, that reports errors as InputError."""
 
     def __init__(self, command: str, **texts: str):
         super().__init__(
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help lists the options)")
 
     def missing(self, option: str, rest: Sequence[str], hint: str = ""):
-        """Raises InputError for a needed option, or for its misspelling among the unknown ones."""
+        """Raises InputError for a missing option, or for its misspelling among the unknown ones."""
         unknown = [word.partition("=")[0] for word in rest]
         for near in difflib.get_close_matches(option, unknown, n=1):
             self.error(f"unknown option {near}; did you mean {option}?")
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Runs a command; returns its exit code, after an error with one line on stderr."""
+    """Runs a command; returns its exit code. An error is printed as one line on stderr."""
     debug = "--debug" in arguments
     _set_logging(debug)
     try:
@@ -53,20 +53,20 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
 
 
 def _explain(problem: BaseException) -> tuple[str, int]:
-    """One line for people, and the exit code."""
+    """Returns a one-line message and the exit code."""
     if isinstance(problem, InputError):
         return str(problem), 2
     if isinstance(problem, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(problem, OSError):
         what = f"{problem.filename}: {problem.strerror or problem}"
-        return f"{what}; when that is mended, the same command continues", 1
+        return f"{what}; fix this, then run the same command again", 1
     first, *_ = str(problem).splitlines() or [""]
     return f"{type(problem).__name__}: {first} (--debug shows where)", 1
 
 
 def _set_logging(debug: bool) -> None:
-    """Without --debug, keeps quiet what the libraries say on every healthy run."""
+    """Sets the log levels; without --debug, silences the libraries' routine messages."""
     if debug:
         logging.basicConfig(level=logging.INFO)
         return

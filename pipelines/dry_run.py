@@ -1,4 +1,4 @@
-"""`jaxdiff generate --dry-run`: what a job would do, before anything is made."""
+"""`jaxdiff generate --dry-run`: what a job would do. Generates nothing."""
 
 import json
 import tempfile
@@ -19,13 +19,13 @@ from pipelines.generate_options import Job
 
 BUCKET_COLUMNS = ["width", "height", "steps", "guidance_scale", "sampler"]
 HEADINGS = ("size", "steps", "sampler", "guided", "images", "batches", "padded slots", "shards")
-# Operations per second; the first as shapes64 was measured, two cores shared with other work.
+# Operations per second. The first was measured with shapes64 on two cores shared with other work.
 SPEEDS = ((0.1e12, "two CPU cores"), (100e12, "a fast accelerator"))
 
 
 @dataclass
 class Share:
-    """What of a plan falls to one bucket, on one device."""
+    """A bucket's share of a plan, on one device."""
 
     images: int = 0
     batches: int = 0
@@ -34,13 +34,13 @@ class Share:
 
 
 def report(job: Job, options: PipelineOptions) -> str:
-    """Plans into a temporary folder and says what was planned, as lines of text.
+    """Plans in a temporary folder and describes the plan, as lines of text.
 
     Args:
-      options: Beam's, by which the manifest may be reached.
+      options: Beam's options, which may be needed to read the manifest.
 
     Raises:
-      InputError: as the job itself would.
+      InputError: in the same cases as the job itself.
     """
     ensemble = job.models.open()
     settings = job_settings.resolve(job.settings, ensemble)
@@ -61,8 +61,8 @@ def report(job: Job, options: PipelineOptions) -> str:
     return "\n".join(
         [
             rows,
-            f"images: {plan.images}, by {plan.model_name}; shards: {len(plan.shard_sizes)}; "
-            f"batches: of {_batch_size(plan)} on one device{_may_differ(plan)}",
+            f"images: {plan.images}; model: {plan.model_name}; shards: {len(plan.shard_sizes)}; "
+            f"batch size: {_batch_size(plan)} per device{_may_differ(plan)}",
             "",
             *_table(shares),
             "",
@@ -77,7 +77,7 @@ def _rows(folder: Path, plan: Plan) -> str:
     if plan.rows["rejected"]:
         with (folder / plan.rejected_file).open(encoding="utf-8") as file:
             first = json.loads(file.readline())
-        said += f"; the first rejected is {first['file']}, line {first['line']}: {first['reason']}"
+        said += f"; first rejected: {first['file']}, line {first['line']}: {first['reason']}"
     return said
 
 
@@ -105,8 +105,8 @@ def _batch_size(plan: Plan) -> int:
 
 def _may_differ(plan: Plan) -> str:
     if plan.settings.batch_size == batching.AUTO:
-        return ", or as large as fits (a CPU takes what suits it)"
-    return " (a CPU takes what suits it)"
+        return ", or as many as fit (a CPU uses its own)"
+    return " (a CPU uses its own)"
 
 
 def _table(shares: dict[Bucket, Share]) -> list[str]:
@@ -135,7 +135,7 @@ def _time(work: int) -> str:
     times = ", ".join(
         f"{_duration(work / speed)} at {speed / 1e12:g} TFLOP/s ({what})" for speed, what in SPEEDS
     )
-    return f"about {work:.1e} operations: {times}; loading, compiling and files come on top"
+    return f"about {work:.1e} operations: {times}, plus loading, compilation and writing"
 
 
 def _duration(seconds: float) -> str:

@@ -1,14 +1,14 @@
 """The Beam job behind `jaxdiff encode`: images to latents, captions to embeddings, once.
 
     plan      sizes of the images -> buckets -> shards
-    encode    Create(shards that are not there) | Reshuffle | ParDo(EncodeShard)
-    finish    all shards are there -> encoded.json
+    encode    Create(missing shards) | Reshuffle | ParDo(EncodeShard)
+    finish    all shards exist -> encoded.json
 
-As in `generate`, the graph is linear, its element is the number of a shard, and files alone prove
-what is done. A shard is one file here, so it is committed by its renaming: it is there whole or not
-at all, and attempts write equal bytes on equal hardware. Unlike there, the model is in Beam's own
-process, one behind a lock: nothing that a stranger has written runs in it but image decoding, so
-there is no row to find guilty when it dies, and the same command continues.
+As in `generate`, the graph is linear, its elements are shard numbers, and only files prove what is
+done. A shard is one file here, so renaming the file commits it: it exists whole or not at all, and
+attempts on equal hardware write equal bytes. Unlike in `generate`, the model runs in Beam's own
+process, as one instance behind a lock. Image decoding is the only risk that the input brings, so
+when the process dies there is no row to single out: run the same command to continue.
 
     python -m pipelines.encode --data photos --model shapes64 --output out/encoded
 """
@@ -30,7 +30,7 @@ import apache_beam as beam
 import numpy as np
 from tqdm import tqdm
 
-from jaxdiff.dataset import files, names
+from jaxdiff.dataset import names, paths
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.errors import InputError
@@ -43,44 +43,44 @@ from pipelines import command_line, encode_options, jobs, runners
 from pipelines.encode_options import Encoding
 from pipelines.jobs import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, StoppedError, stopped_by_signals
 
-DECODERS = 4  # threads that decode images
-AHEAD = 2  # batches that are decoded while one is encoded
+DECODERS = 4  # threads for image decoding
+AHEAD = 2  # batches decoded while one is encoded
 
 
 class EncodeShard(beam.DoFn):
-    """Encodes the shards whose numbers it is given."""
+    """Encodes shards by their numbers."""
 
     def __init__(self, encoding: Encoding):
         self.encoding = encoding
 
     def process(self, number: int) -> Iterator[int]:
-        """Yields the number again."""
+        """Encodes a shard; yields its number."""
         with jobs.failures_kept(), _lock:
             if not jobs.has_failed():
                 encode_shard(self.encoding, number)
         yield number
 
 
-_lock = threading.Lock()  # one model a process, and device calls one at a time
+_lock = threading.Lock()  # one model per process, and one device call at a time
 
 
 def run(encoding: Encoding, beam_arguments: list[str]) -> int:
-    """Encodes, or continues to; returns the exit code.
+    """Encodes the images, or continues an encoding; returns the exit code.
 
     Raises:
-      InputError: if the command or its input cannot be used; nothing has been written then.
-      OSError: if the disk is full or refuses; the same command continues the job.
+      InputError: if the command or its input cannot be used; nothing has been written.
+      OSError: if the disk is full or a write fails; running the same command again continues.
     """
     beam_runner = runners.choose(beam_arguments, 1)
     output = Path(encoding.output)
-    opened.cache_clear()  # the images may have changed since a job before
+    opened.cache_clear()  # the images may have changed since an earlier job
     examples, shards, _ = opened(encoding)
     new = not (output / encoded.SETTINGS).exists()
     _begin(encoding, examples, output)
     LocalStore(output).sweep()
     todo = [n for n, shard in enumerate(shards) if not (output / shard.file).exists()]
     if not todo and (output / encoded.INDEX).exists():
-        print(f"{output} is encoded already: {len(examples)} images")
+        print(f"{output} is already encoded: {len(examples)} images")
         return EXIT_OK
     print(f"jaxdiff: {len(todo)} of {len(shards)} shards to encode", file=sys.stderr)
     try:
@@ -88,23 +88,23 @@ def run(encoding: Encoding, beam_arguments: list[str]) -> int:
             _encode(encoding, todo, beam_runner)
             _finish(encoding, shards, output)
     except StoppedError:
-        print(f"jaxdiff: stopped; the same command continues {output}", file=sys.stderr)
+        print(f"jaxdiff: stopped; run the same command to continue {output}", file=sys.stderr)
         return EXIT_STOPPED
     except InputError as problem:
         if not new or any(output.glob("data/*")):
-            mend = "when that is mended, the same command continues"
+            mend = "fix this, then run the same command again"
             print(f"jaxdiff: {problem}; {mend}", file=sys.stderr)
             return EXIT_FAILED
         (output / encoded.SETTINGS).unlink()
         LocalStore(output).tidy()
         raise
-    print(f"{len(examples)} images are encoded in {output}")
+    print(f"encoded {len(examples)} images in {output}")
     return EXIT_OK
 
 
 def _begin(encoding: Encoding, examples: Examples, output: Path) -> None:
-    """Pins what is encoded to the directory; raises InputError if it holds something else."""
-    ours = (encoded.SETTINGS, names.WORK)  # the first may have come this moment
+    """Records the settings in the directory; raises InputError if it holds something else."""
+    ours = (encoded.SETTINGS, names.WORK)  # another process may have just written the first
     if output.is_file() or (
         output.exists()
         and not (output / encoded.SETTINGS).exists()
@@ -130,7 +130,7 @@ def _begin(encoding: Encoding, examples: Examples, output: Path) -> None:
 
 
 def _digest(examples: Examples) -> str:
-    """SHA-256 (hex) of the images' sizes and captions, in their order."""
+    """Returns the SHA-256 (hex) of the images' sizes and captions, in order."""
     digest = hashlib.sha256(examples.sizes.astype("<i4").tobytes())
     for caption in examples.captions:
         digest.update(caption.encode() + b"\0")
@@ -138,7 +138,7 @@ def _digest(examples: Examples) -> str:
 
 
 def _encode(encoding: Encoding, todo: list[int], beam_runner: tuple) -> None:
-    """Runs the Beam job; raises the first error of its shards."""
+    """Runs the Beam job; raises its first error."""
     if not todo:
         return
     runner, options = beam_runner
@@ -148,7 +148,7 @@ def _encode(encoding: Encoding, todo: list[int], beam_runner: tuple) -> None:
 
 
 class Work(NamedTuple):
-    """What there is to do: the images, the shards, and which images each of those holds."""
+    """The work to do: the images, the shards, and the indices of each shard's images."""
 
     examples: Examples
     shards: list[encoded.Shard]
@@ -157,7 +157,7 @@ class Work(NamedTuple):
 
 @lru_cache(1)
 def opened(encoding: Encoding) -> Work:
-    """Finds the images, and makes shards of them: those of a size together, in their order.
+    """Finds the images and groups them into shards, each of one size, in the images' order.
 
     Raises:
       InputError: if they cannot be used.
@@ -169,7 +169,7 @@ def opened(encoding: Encoding) -> Work:
     sizes = buckets(size, encoding.aspect_ratios, multiple)
     examples = open_examples(Data(path=encoding.data, captions=encoding.captions))
     if not isinstance(examples, Examples):
-        raise InputError(f"--data {encoding.data} is encoded already")
+        raise InputError(f"--data {encoding.data} is already encoded; name a folder of images")
     of_size, step = assign(examples, sizes), encoding.images_per_shard
     shards, rows = [], []
     for number, (height, width) in enumerate(sizes):
@@ -187,7 +187,7 @@ def _encoder(model: str, embed: bool) -> Encoder:
 
 
 def encode_shard(encoding: Encoding, number: int) -> None:
-    """Writes one shard, unless it is there.
+    """Writes one shard, unless it exists.
 
     Raises:
       InputError: for an image that cannot be decoded, or whose latents are not finite.
@@ -225,7 +225,7 @@ def _batches(
     at_once: int,
     threads: ThreadPoolExecutor,
 ) -> Iterator[np.ndarray]:
-    """Yields the images in the shard's size, uint8 [n, h, w, 3], decoded a little ahead."""
+    """Yields batches of images in the shard's size, uint8 [n, h, w, 3], decoded ahead of use."""
 
     def decoded(index: int) -> np.ndarray:
         return decoding.fitted(examples.pixels(index), shard.height, shard.width)
@@ -243,7 +243,7 @@ def _batches(
 
 
 def _commit(output: Path, name: str, content: bytes) -> None:
-    """Writes a file, which has its name when it is whole and on the disk."""
+    """Writes a file atomically: it gets its name once it is complete and on disk."""
     path = LocalStore(output).scratch("shard")
     try:
         with path.open("wb") as file:
@@ -252,7 +252,7 @@ def _commit(output: Path, name: str, content: bytes) -> None:
             os.fsync(file.fileno())
         (output / name).parent.mkdir(exist_ok=True)
         os.replace(path, output / name)
-        files.sync_names((output / name).parent)
+        paths.sync_names((output / name).parent)
     except OSError as problem:
         problem.filename = problem.filename or str(output)  # a full disk names no file
         raise
@@ -261,9 +261,11 @@ def _commit(output: Path, name: str, content: bytes) -> None:
 
 
 def _finish(encoding: Encoding, shards: list[encoded.Shard], output: Path) -> None:
-    """Writes the index, which makes the encoding whole, and reads all of it once."""
+    """Writes the index, which completes the encoding, and opens it once as a check."""
     if missing := [shard.file for shard in shards if not (output / shard.file).exists()]:
-        raise InputError(f"{output}: {missing[0]} is not made, whatever the runner says")
+        raise InputError(
+            f"{output}: {missing[0]} was not written, although the runner reported success"
+        )
     encoder = _encoder(encoding.model, encoding.embeddings)
     if encoding.embeddings:
         empty = {name: array[0] for name, array in encoder.embeddings([""]).items()}

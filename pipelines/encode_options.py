@@ -1,4 +1,4 @@
-"""The options of `jaxdiff encode`. Imports no Beam."""
+"""The options of `jaxdiff encode`. Does not import Beam."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +9,16 @@ from pipelines.generate_options import Models
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is to be encoded.
+    """A parsed command.
 
     Attributes:
-      data: a folder of captioned images, in a form that `open_examples` knows.
-      captions: the column of captions; "" finds it.
+      data: a folder of captioned images, in a layout that `open_examples` reads.
+      captions: the column of captions; "" to detect it.
       model: as for `jaxdiff generate --model`.
-      output: the folder that is written.
-      size, aspect_ratios: as in `recipe.Data`; a size of 0 is the model's.
-      embeddings: whether captions are embedded.
-      images_per_shard: at most.
+      output: the folder to write.
+      size, aspect_ratios: as in `recipe.Data`; a size of 0 means the model's.
+      embeddings: whether to encode the captions too.
+      images_per_shard: the maximum number.
     """
 
     data: str
@@ -32,45 +32,54 @@ class Encoding:
 
 
 def parse(arguments: list[str]) -> tuple[Encoding, list[str]]:
-    """Reads the command line; returns the job and the arguments that are left for Beam.
+    """Reads the command line; returns the job and the remaining arguments for Beam.
 
     Raises:
       InputError: for an option that cannot be used.
     """
     parser = Parser(
         "encode",
-        description="Encode captioned images to a model's latents once, so that trainings need not "
-        "do it at every step. What is written is named by data.path of a recipe. Exit codes: 0 "
-        "done; 1 failed part-way, the same command continues; 2 the command or its input cannot be "
-        "used; 75 stopped by a signal, the same command continues.",
+        description="Encode captioned images to a model's latents once, so that training does not "
+        "encode them at every step. Set data.path in a recipe to the output directory. Exit codes: "
+        "0 success; 1 failed part-way, run the same command to continue; 2 the command or its "
+        "input cannot be used; 75 stopped by a signal, run the same command to continue.",
         epilog="example:\n  jaxdiff encode --data photos --model shapes64 --output out/encoded\n\n"
-        "Options that are not listed here go to Apache Beam.",
+        "Options not listed here are passed to Apache Beam.",
     )
     parser.add_argument("--data", metavar="DIR", required=True, help="the images (docs/data.md)")
-    parser.add_argument("--output", metavar="DIR", required=True, help="for what is encoded")
+    parser.add_argument(
+        "--output", metavar="DIR", required=True, help="a new directory or one to continue"
+    )
     parser.add_argument(
         "--model", metavar="MODEL", default="shapes64", help="as for jaxdiff generate --model"
     )
     parser.add_argument(
-        "--captions", metavar="COLUMN", default="", help="of the captions (default: found)"
+        "--captions",
+        metavar="COLUMN",
+        default="",
+        help="the captions' column (default: detected)",
     )
     parser.add_argument(
         "--size",
         metavar="PX",
         type=int,
         default=0,
-        help="side of the square whose area images are brought to (default: the model's)",
+        help="images are scaled to the area of a PX x PX square (default: the model's size)",
     )
     parser.add_argument(
         "--aspect-ratios",
         metavar="RATIO",
         type=float,
         default=1.0,
-        help="widest and, inverted, tallest of the images (default: 1, squares)",
+        help="widest aspect ratio; its inverse is the tallest (default: 1, squares only)",
     )
-    parser.add_argument("--embed", action="store_true", help="encode the captions as well")
+    parser.add_argument("--embed", action="store_true", help="also encode the captions")
     parser.add_argument(
-        "--images-per-shard", metavar="N", type=int, default=1000, help="at most (default: 1000)"
+        "--images-per-shard",
+        metavar="N",
+        type=int,
+        default=1000,
+        help="maximum images per shard (default: 1000)",
     )
     said, beam_arguments = parser.parse_known_args(arguments)
     if beam_arguments and not beam_arguments[0].startswith("-"):

@@ -186,95 +186,10 @@ def _parser() -> Parser:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    what = parser.add_argument_group("what to evaluate")
-    what.add_argument("--benchmark", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
-    what.add_argument(
-        "--prompts",
-        metavar="FILE",
-        type=Path,
-        help="the benchmark's official prompt file (optional for shapes)",
-    )
-    what.add_argument(
-        "--model",
-        metavar="MODEL",
-        action="append",
-        help="as for jaxdiff generate (default: shapes64); repeat it to compare models",
-    )
-    what.add_argument(
-        "--vary",
-        metavar="NAME=V,V",
-        action="append",
-        default=[],
-        help="compare values of an option of jaxdiff generate; may be repeated",
-    )
-    what.add_argument(
-        "--images",
-        metavar="N",
-        type=_number,
-        help="images per prompt (default: the benchmark's number)",
-    )
-    what.add_argument(
-        "--per-tag",
-        metavar="N",
-        type=_number,
-        default=50,
-        help="shapes only: at most N of its own prompts per tag (default: 50)",
-    )
-    what.add_argument(
-        "--prompts-seed",
-        metavar="N",
-        type=int,
-        default=6,
-        help="shapes only: the seed that draws its own prompts (default: 6)",
-    )
-    what.add_argument(
-        "--dataset",
-        metavar="DIR",
-        type=Path,
-        help="evaluate an existing dataset; generate no images",
-    )
-    what.add_argument(
-        "--layout",
-        metavar="DIR",
-        type=Path,
-        help="evaluate existing images in the benchmark's layout",
-    )
-    how = parser.add_argument_group("additional measures")
-    how.add_argument(
-        "--clip",
-        metavar="DIR",
-        default="",
-        help="CLIP weights, a transformers or OpenCLIP directory or a Hub id: adds CLIPScore, "
-        "diversity and zero-shot labels",
-    )
-    how.add_argument(
-        "--reference",
-        metavar="DIR",
-        default="",
-        help="captioned images, or features (.npz): adds distances, precision and recall",
-    )
-    how.add_argument(
-        "--training",
-        metavar="DIR",
-        default="",
-        help="captioned images: adds the shares of copies of them",
-    )
-    where = parser.add_argument_group("output")
-    where.add_argument(
-        "--output", metavar="DIR", type=Path, help="a new directory, or one to continue"
-    )
-    where.add_argument(
-        "--keep",
-        choices=REFEREES,
-        metavar="best:WHO",
-        help="also write the best image of each prompt: " + ", ".join(REFEREES),
-    )
-    where.add_argument(
-        "--export",
-        choices=LAYOUTS,
-        metavar="LAYOUT",
-        help="only write the images of --dataset in a layout: " + ", ".join(LAYOUTS),
-    )
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for flag, how in options.items():
+            group.add_argument(flag, **how)
     return parser
 
 
@@ -282,3 +197,84 @@ def _number(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 100_000:
         raise InputError(f"{text!r} must be a whole number from 1 to 100000")
     return int(text)
+
+
+PATH = {"metavar": "DIR", "type": Path}
+# By group: each option and its arguments for `argparse`.
+OPTIONS = {
+    "what to evaluate": {
+        "--benchmark": {"choices": BENCHMARKS, "metavar": "NAME", "help": ", ".join(BENCHMARKS)},
+        "--prompts": {
+            **PATH,
+            "metavar": "FILE",
+            "help": "the benchmark's official prompt file (optional for shapes)",
+        },
+        "--model": {
+            "metavar": "MODEL",
+            "action": "append",
+            "help": "as for jaxdiff generate (default: shapes64); repeat it to compare models",
+        },
+        "--vary": {
+            "metavar": "NAME=V,V",
+            "action": "append",
+            "default": [],
+            "help": "compare values of an option of jaxdiff generate; may be repeated",
+        },
+        "--images": {
+            "metavar": "N",
+            "type": _number,
+            "help": "images per prompt (default: the benchmark's number)",
+        },
+        "--per-tag": {
+            "metavar": "N",
+            "type": _number,
+            "default": 50,
+            "help": "shapes only: at most N of its own prompts per tag (default: 50)",
+        },
+        "--prompts-seed": {
+            "metavar": "N",
+            "type": int,
+            "default": 6,
+            "help": "shapes only: the seed that draws its own prompts (default: 6)",
+        },
+        "--dataset": {
+            **PATH,
+            "help": "evaluate an existing dataset; generate no images",
+        },
+        "--layout": {
+            **PATH,
+            "help": "evaluate existing images in the benchmark's layout",
+        },
+    },
+    "additional measures": {
+        "--clip": {
+            "metavar": "DIR",
+            "default": "",
+            "help": "CLIP weights, a transformers or OpenCLIP directory or a Hub id: adds "
+            "CLIPScore, diversity and zero-shot labels",
+        },
+        "--reference": {
+            "metavar": "DIR",
+            "default": "",
+            "help": "captioned images, or features (.npz): adds distances, precision and recall",
+        },
+        "--training": {
+            "metavar": "DIR",
+            "default": "",
+            "help": "captioned images: adds the shares of copies of them",
+        },
+    },
+    "output": {
+        "--output": {**PATH, "help": "a new directory, or one to continue"},
+        "--keep": {
+            "choices": REFEREES,
+            "metavar": "best:WHO",
+            "help": "also write the best image of each prompt: " + ", ".join(REFEREES),
+        },
+        "--export": {
+            "choices": LAYOUTS,
+            "metavar": "LAYOUT",
+            "help": "only write the images of --dataset in a layout: " + ", ".join(LAYOUTS),
+        },
+    },
+}

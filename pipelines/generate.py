@@ -1,11 +1,11 @@
 """The Beam job behind `jaxdiff generate`: from a manifest to a finished dataset.
 
     plan      manifest -> _jaxdiff/plan
-    generate  Create(shards that are not made) | Reshuffle | ParDo(GenerateShard)
+    generate  Create(missing shards) | Reshuffle | ParDo(GenerateShard)
     finalize  done-markers -> ledger -> card, reports, _SUCCESS
 
-The graph is linear and its element is the number of a shard: no pixel crosses a shuffle, and no
-runner is trusted with completeness. A job is complete when its files prove it.
+The graph is linear and its elements are shard numbers: no pixel crosses a shuffle, and no runner is
+trusted with completeness. A job is complete when its files prove it.
 
     python -m pipelines.generate --manifest prompts.txt --output out/first
 """
@@ -56,7 +56,7 @@ from pipelines.jobs import (
 )
 from pipelines.worker import Task
 
-ELSEWHERE = "name another directory, or start anew with --overwrite"
+ELSEWHERE = "name another directory, or start over with --overwrite"
 NAMESPACE = "jaxdiff"  # of the metrics
 
 
@@ -71,10 +71,10 @@ class GenerateShard(beam.DoFn):
         self.directory, self.models = str(run.directory.absolute()), models
         self.workers, self.mode = workers, mode
         self.rejected = run.plan.rows["rejected"]
-        self.last = run.shards[-1]  # the shard with which they are counted
+        self.last = run.shards[-1]  # rejected rows are counted with this shard
 
     def process(self, shard: int) -> Iterator[dict]:
-        """Yields what `worker.make_shard` returns, and counts it among Beam's metrics."""
+        """Yields the result of `worker.make_shard`, and adds it to Beam's metrics."""
         task = Task(
             self.directory, vars(self.models), shard, self.mode, profile=self.workers.profile
         )
@@ -93,12 +93,12 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     """Runs a job, or continues it; returns the exit code.
 
     Raises:
-      InputError: if the command or its input cannot be used; nothing has been written then.
-      OSError: if the disk is full or refuses; the same command continues the job.
+      InputError: if the command or its input cannot be used; nothing has been written.
+      OSError: if the disk is full or a write fails; running the same command again continues.
     """
     began = time.monotonic()
     beam_runner = runners.choose(beam_arguments, job.workers.count)
-    supervisor.device_share(0, job.workers.count, os.environ)  # refused before anything is written
+    supervisor.device_share(0, job.workers.count, os.environ)  # fails before anything is written
     copies = contextlib.ExitStack()
     if job.dry_run:
         with _unreadable_named():
@@ -117,14 +117,14 @@ def run(job: Job, beam_arguments: list[str]) -> int:
         try:
             counts = _finish(job, dataset, beam_runner, time.monotonic() - began)
         except StoppedError:
-            _say(f"stopped; the same command continues {job.output}")
+            _say(f"stopped; run the same command to continue {job.output}")
             return EXIT_STOPPED
         except (ledger.IncompleteError, supervisor.WorkerError) as problem:
             _say(str(problem))
             return EXIT_FAILED
         except InputError as problem:
             if store.has_shards():
-                _say(f"{problem}; when that is mended, the same command continues")
+                _say(f"{problem}; fix this, then run the same command again")
                 return EXIT_FAILED
             store.clear()
             raise
@@ -137,11 +137,11 @@ def _finish(
     beam_runner: tuple[PipelineRunner, PipelineOptions],
     plan_seconds: float,
 ) -> dict[str, int]:
-    """Makes what is not made yet and the reports; returns the counts."""
+    """Generates what is missing and writes the reports; returns the counts."""
     ledger.settle(dataset)
     counts = ledger.finished(dataset)
     if counts and not (job.retry_failed and counts["failed"]):
-        print(f"{job.output} is finished already: {_count(counts['made'], 'image')}")
+        print(f"{job.output} is already finished: {_count(counts['made'], 'image')}")
         return counts
     dataset.store.path(names.SUCCESS).unlink(missing_ok=True)
     _report_rejected(job, dataset)
@@ -163,9 +163,9 @@ def _planned(
     ensemble: Ensemble,
     identity: dict,
 ) -> Run:
-    """The directory's run, planned now if there is none."""
+    """Returns the directory's run; plans it if there is none."""
     old = _old_run(job)
-    # The same command continues, even one with --overwrite, until all is made.
+    # Even with --overwrite, the same command continues until the job is finished.
     goes_on = not job.overwrite or not (job.output / names.SUCCESS).exists()
     if old and old.plan.id == plans.digest(identity) and goes_on:
         _check_strict(job, old.plan, job.output / names.PLAN)
@@ -210,7 +210,7 @@ def _make_plan(
         _check_strict(job, plan, folder)
         if extended:
             kept = _count(len(extended.shards), "shard")
-            _say(f"{job.output} is extended; the plan of its {kept} stays")
+            _say(f"{job.output} is extended; its {kept} will not change")
         else:
             store.set_aside()
         return runs.begin(folder, store)
@@ -235,8 +235,8 @@ def _rejections(job: Job, plan: Plan, folder: Path) -> str:
         first = json.loads(file.readline())
     where = f" of {first['file']}" if first["file"] != job.manifest else ""
     return (
-        f"{count} of {count + plan.rows['accepted']} rows of {job.manifest} cannot be used; the "
-        f"first is line {first['line']}{where}: {first['reason']}"
+        f"{count} of {count + plan.rows['accepted']} rows of {job.manifest} cannot be used; "
+        f"first: line {first['line']}{where}: {first['reason']}"
     )
 
 
@@ -246,10 +246,10 @@ def make_shards(
     todo: list[int],
     beam_runner: tuple[PipelineRunner, PipelineOptions],
 ) -> PipelineResult | None:
-    """Runs the Beam job over the shards in `todo`; returns its result, with the metrics.
+    """Runs the Beam job for the shards in `todo`; returns its result, with the metrics.
 
     Raises:
-      StoppedError, InputError, OSError, WorkerError: as `supervisor.make_shard` does.
+      StoppedError, InputError, OSError, WorkerError: as in `supervisor.make_shard`.
     """
     if not todo:
         return None
@@ -257,7 +257,7 @@ def make_shards(
     shown, total = contextlib.nullcontext(), len(plan.shard_sizes)
     if generate_shard.mode == "make":
         shown = progress.shown(Run(LocalStore(Path(generate_shard.directory)), plan))
-        made = f", {total - len(todo)} of them made already" if len(todo) < total else ""
+        made = f", {total - len(todo)} of them already made" if len(todo) < total else ""
         _say(f"{_count(plan.images, 'image')} in {_count(total, 'shard')}{made}")
     else:
         _say(f"{_count(len(todo), 'shard')} of {total} to {generate_shard.mode}")
@@ -273,7 +273,7 @@ def make_shards(
         return pipeline.result
     except (StoppedError, InputError, OSError, supervisor.WorkerError):
         raise
-    except Exception as failure:  # a cluster's, in which a worker's error is text
+    except Exception as failure:  # on a cluster, which reports a worker's error as text
         *_, last = str(failure).splitlines() or [type(failure).__name__]
         raise supervisor.WorkerError(last.partition(" [while running")[0]) from failure
 
@@ -283,11 +283,14 @@ def _summarize(job: Job, report: dict) -> None:
     stages = ("plan", "load", "compile", "generate", "finalize")
     print(
         f"{_count(counts['made'], 'image')} in {job.output} on {', '.join(report['devices'])}: "
-        f"{report['images_per_worker_second'] or 0:.2f} images/s a worker\n"
+        f"{report['images_per_worker_second'] or 0:.2f} images/s per worker\n"
         + ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in stages)
     )
     if counts["failed"]:
-        print(f"{_count(counts['failed'], 'image')} could not be made: {job.output / names.FAILED}")
+        print(
+            f"{_count(counts['failed'], 'image')} could not be generated; see "
+            f"{job.output / names.FAILED}"
+        )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What `jaxdiff generate` can be told, on the command line or in a TOML file. Imports no Beam."""
+"""The options of `jaxdiff generate`, from the command line or a TOML file. Does not import Beam."""
 
 import difflib
 import tomllib
@@ -16,32 +16,33 @@ from jaxdiff.families.ensemble import Ensemble, open_ensemble
 from pipelines.command_line import Parser
 
 DESCRIPTION = """\
-Make an image for every prompt in a manifest and leave a finished dataset in a directory. When it is
-interrupted, the same command continues where it was.
+Generate an image for every prompt in a manifest, and write a finished dataset to a directory. If it
+is interrupted, run the same command again to continue.
 
-A manifest is a text file with a prompt a line, or JSON Lines, CSV, TSV, Parquet or a JSON list
-(each also .gz) with a column `prompt` and, as you like, id, negative_prompt, seed or seeds,
-num_images, width, height, steps, guidance_scale, sampler; other columns are carried through to the
-images' metadata. It may be several files, as a glob, and a folder of text files of one prompt each.
+A manifest is a text file with one prompt per line, or JSON Lines, CSV, TSV, Parquet or a JSON list
+(each may be gzipped). It has a column `prompt` and, optionally, id, negative_prompt, seed or seeds,
+num_images, width, height, steps, guidance_scale, sampler. Other columns are copied to the images'
+metadata. A manifest can also be several files, as a glob, or a folder of text files with one prompt
+each.
 """
 EPILOG = """\
 example:
   echo "a red circle above a blue square" > prompts.txt
   jaxdiff generate --manifest prompts.txt --output out/first --num-images 4
 
-The options may stand in a TOML file instead (`steps = 30`): jaxdiff generate JOB.toml; what the
-command line says goes first. Options that are not listed here go to Apache Beam, such as
+You can also put options in a TOML file (`steps = 30`): jaxdiff generate JOB.toml. Command-line
+options override the file. Options not listed here are passed to Apache Beam, such as
 --runner FlinkRunner --flink_master host:8081.
 
-exit codes: 0 every valid row has its images; 1 failed part-way, the same command continues;
-2 the command or its input cannot be used, nothing was written; 3 finished, but images in
-failed.jsonl could not be made; 75 stopped by a signal, the same command continues
+exit codes: 0 success, every valid row has its images; 1 failed part-way, run the same command to
+continue; 2 the command or its input cannot be used, nothing was written; 3 finished, but the images
+in failed.jsonl could not be generated; 75 stopped by a signal, run the same command to continue
 """
 
 
 @dataclass(frozen=True)
 class Models:
-    """What makes the images, by the names that `jaxdiff.load` takes."""
+    """The model and its additions, as arguments of `jaxdiff.load`."""
 
     model: str
     variant: str | None = None
@@ -49,11 +50,11 @@ class Models:
     lora: tuple[str, ...] = ()
 
     def open(self) -> Ensemble:
-        """Finds them, and checks that they are complete; raises InputError."""
+        """Opens the models; raises InputError if one is missing or incomplete."""
         return open_ensemble(self.model, self.variant, self.refiner, self.lora)
 
     def anywhere(self) -> "Models":
-        """The same for a process with another working directory."""
+        """Returns the same models with absolute paths, for other working directories."""
         files = tuple(
             f"{_absolute(file)}:{weight!r}" for file, weight in map(lora.parse, self.lora)
         )
@@ -62,17 +63,17 @@ class Models:
 
 
 def _absolute(model: str) -> str:
-    # A bundled model may lie elsewhere there; a directory must be there by the same path.
+    # On another host, a bundled model may have another path; a directory must have the same one.
     return str(Path(model).absolute()) if Path(model).exists() and model not in BUNDLED else model
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that make images on a host, and how they are watched.
+    """The processes that generate images on a host.
 
     Attributes:
-      count: each has its share of the host's GPUs; CPU cores are shared.
-      patience: seconds that a batch may take, loading and compilation included.
+      count: their number. Each has its share of the host's GPUs; they share the CPU cores.
+      patience: the seconds a batch may take, including loading and compilation.
       profile: a folder for traces of a few batches of each process, or None.
     """
 
@@ -83,7 +84,7 @@ class Workers:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A parsed command. `settings` has only what was said, unchecked, by `Settings`' names."""
+    """A parsed command. `settings` has the given values only, unchecked, by `Settings`' names."""
 
     manifest: str
     output: Path
@@ -97,13 +98,13 @@ class Job:
 
 
 def parse(arguments: list[str]) -> tuple[Job, list[str]]:
-    """Reads the command line and the job file that it may name.
+    """Reads the command line and the job file, if it names one.
 
     Returns:
-      The job, and the arguments that are left for Beam.
+      The job, and the remaining arguments for Beam.
 
     Raises:
-      InputError: for a job file that cannot be used, or a missing option.
+      InputError: if the job file cannot be used or an option is missing.
     """
     parser = _parser()
     said, rest = parser.parse_known_args([_with_hyphens(word) for word in arguments])
@@ -128,7 +129,7 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
 
 
 def _with_hyphens(word: str) -> str:
-    """An option of ours as it is documented, if it was written with underscores."""
+    """Replaces the underscores in the name of one of our options with hyphens."""
     name, equals, value = word.partition("=")
     is_ours = name.startswith("--") and name[2:] in OPTIONS
     return name.replace("_", "-") + equals + value if is_ours else word
@@ -158,7 +159,7 @@ def _workers(said: dict) -> Workers:
 
 def _read_job(path: Path) -> dict:
     if path.suffix != ".toml":
-        raise InputError(f"unexpected {str(path)!r}: a manifest is named by --manifest")
+        raise InputError(f"unexpected {str(path)!r}: use --manifest FILE for a manifest")
     try:
         said = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as problem:
@@ -177,7 +178,7 @@ def _read_job(path: Path) -> dict:
 
 
 def suggest(name: str) -> str:
-    """What a misspelt option may have meant, as the end of a message."""
+    """Returns the end of a message: a suggestion for a misspelled option, or nothing."""
     names = [option.replace("_", "-") for option in OPTIONS]
     close = difflib.get_close_matches(name.replace("_", "-"), names, n=1)
     return f"; did you mean --{close[0]}?" if close else ""
@@ -203,95 +204,114 @@ def _parser() -> Parser:
 
 
 MODEL = (
-    "a bundled model, a diffusers directory, a .safetensors file, a Hub id or a URL (gs://, s3://) "
-    "(default: shapes64)"
+    "a bundled model, a diffusers directory, a .safetensors file, a Hub id, or a gs:// or s3:// "
+    "URL (default: shapes64)"
 )
-# By group: the option's name, what it takes (None: nothing), and what it does.
+# For each group: an option's name, its metavar (None: a flag), and its help text.
 HELP = {
-    "what and where": {
+    "input and output": {
         "manifest": (
             "FILE",
-            "the prompts: .txt, .jsonl, .json, .csv, .tsv or .parquet, each also .gz; a folder of "
-            ".txt files, a prompt each; a quoted glob; each also at gs:// or s3://",
+            "the prompts: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, optionally .gz; a "
+            "folder of .txt files with one prompt each; or a quoted glob; local, gs:// or s3://",
         ),
-        "prompt_column": ("NAME", "which of its columns holds the prompts (default: prompt)"),
-        "output": ("DIR", "the dataset's directory: new, or that of the run to be continued"),
+        "prompt_column": ("NAME", "the manifest's column of prompts (default: prompt)"),
+        "output": ("DIR", "the dataset's directory: a new one, or one to continue"),
         "model": ("MODEL", MODEL),
-        "variant": ("NAME", "which of a model's files, such as fp16 (default: the full ones)"),
-        "refiner": ("MODEL", "a second model that takes the last steps, such as SD XL's refiner"),
+        "variant": (
+            "NAME",
+            "the weights to use, such as fp16 (default: the full weights)",
+        ),
+        "refiner": ("MODEL", "a second model for the last steps, such as the SDXL refiner"),
         "lora": (
             "FILE[:WEIGHT]",
-            "a LoRA (.safetensors) to add to the model's weights; --lora may be said again",
+            "a LoRA (.safetensors) to add to the model's weights; may be repeated",
         ),
-        "limit": ("N", "stop after the first N images of the manifest"),
-        "overwrite": (None, "start anew: the old run is deleted when the first new shard is made"),
-        "strict": (None, "make nothing if a row of the manifest cannot be used"),
-        "retry_failed": (None, "try the images of failed.jsonl again"),
-        "dry_run": (None, "make nothing: say what would be made, and how long it may take"),
+        "limit": ("N", "generate only the first N images of the manifest"),
+        "overwrite": (
+            None,
+            "start over; the old run is deleted once the first new shard is made",
+        ),
+        "strict": (None, "generate nothing if a row of the manifest cannot be used"),
+        "retry_failed": (None, "retry the images in failed.jsonl"),
+        "dry_run": (
+            None,
+            "generate nothing; print the plan and the estimated time",
+        ),
     },
-    "for rows that do not say": {
-        "num_images": ("N", f"images of each prompt (default: {Settings.num_images})"),
-        "seed": ("N", "what the images' own seeds are derived from (default: 0)"),
-        "width": ("PX", "of the images (default: what the model was trained for)"),
-        "height": ("PX", "of the images (default: what the model was trained for)"),
-        "steps": ("N", "denoising steps (default: the model's; shapes64: 20)"),
+    "defaults for rows that do not set them": {
+        "num_images": ("N", f"images per prompt (default: {Settings.num_images})"),
+        "seed": ("N", "job seed; each image's seed is derived from it (default: 0)"),
+        "width": ("PX", "image width (default: the size that the model was trained for)"),
+        "height": ("PX", "image height (default: the size that the model was trained for)"),
+        "steps": ("N", "denoising steps (default: the model's; 20 for shapes64)"),
         "guidance_scale": (
             "W",
-            "how closely to follow the prompt; off up to 1 (default: the model's; shapes64: 1.5)",
+            "how closely to follow the prompt; 1 or less is off (default: the model's; 1.5 for "
+            "shapes64)",
         ),
         "sampler": ("NAME", f"{', '.join(SAMPLERS)} (default: the model's)"),
-        "negative_prompt": ("TEXT", "what to steer away from (default: nothing)"),
+        "negative_prompt": ("TEXT", "what to avoid in the image (default: nothing)"),
     },
-    "files": {
-        "format": ("NAME", f"of the shards: {' or '.join(settings.FORMATS)} (default: webdataset)"),
+    "output files": {
+        "format": ("NAME", f"{' or '.join(settings.FORMATS)} (default: webdataset)"),
         "image_format": ("NAME", "png, webp (lossless) or jpeg (default: png)"),
-        "images_per_shard": ("N", "rounded to full batches (default: 1000, fewer if over 512x512)"),
+        "images_per_shard": (
+            "N",
+            "images per shard, rounded to full batches (default: 1000; fewer above 512x512)",
+        ),
     },
-    "sampling, of all images": {
+    "sampling, for all images": {
         "scheduler": (
             "KEY=VALUE,...",
-            "changes to scheduler_config.json, such as "
+            "overrides for scheduler_config.json, such as "
             "use_karras_sigmas=true,timestep_spacing=trailing",
         ),
-        "noise": ("NAME", "jax, or torch for the noise of PyTorch's generator (default: jax)"),
-        "eta": ("ETA", "how much of ddim's noise is drawn anew, 0 to 1 (default: 0)"),
-        "guidance_rescale": ("PHI", "against overexposure, 0 to 1 (default: 0)"),
-        "guidance_start": ("SHARE", "of the steps that come before guidance (default: 0)"),
-        "guidance_stop": ("SHARE", "of the steps after which guidance ends (default: 1)"),
-        "clip_skip": ("N", "how many of the text encoder's last layers to leave out (default: 0)"),
+        "noise": ("NAME", "jax, or torch to draw the same noise as PyTorch (default: jax)"),
+        "eta": ("ETA", "ddim only: how much of the noise is drawn anew, 0 to 1 (default: 0)"),
+        "guidance_rescale": ("PHI", "reduce overexposure by guidance, 0 to 1 (default: 0, off)"),
+        "guidance_start": (
+            "SHARE",
+            "fraction of the steps before guidance starts (default: 0)",
+        ),
+        "guidance_stop": ("SHARE", "fraction of the steps after which guidance stops (default: 1)"),
+        "clip_skip": ("N", "number of the text encoder's last layers to skip (default: 0)"),
         "prompt_chunks": (
             "N",
-            "chunks of 75 tokens a prompt may have, else it is cut (default: 1)",
+            "maximum chunks of 75 tokens per prompt; longer prompts are cut (default: 1)",
         ),
-        "refiner_start": ("SHARE", "of the noise levels that precede the refiner (default: 0.8)"),
+        "refiner_start": (
+            "SHARE",
+            "fraction of the noise schedule done before the refiner takes over (default: 0.8)",
+        ),
         "deep_cache": (
             "N",
-            "compute the U-Net whole at every Nth evaluation only, its outermost layers at the "
-            "others: faster, a little worse (default: 1, whole at all)",
+            "run the whole U-Net only at every Nth evaluation, and its outermost layers at the "
+            "others: faster, slightly worse images (default: 1, off)",
         ),
     },
-    "computing": {
+    "performance": {
         "batch_size": (
             "N",
-            "images computed at once on each device, or auto: the most that fit, up to 64; a CPU "
-            f"has its own number (default: {Settings.batch_size})",
+            "images computed at once on each device, or auto: as many as fit, up to 64; a CPU uses "
+            f"its own number (default: {Settings.batch_size})",
         ),
         "dtype": ("NAME", "float32 or bfloat16 (default: float32)"),
-        "mesh": ("AXES", "devices, such as data=4,model=2 (default: all for data)"),
-        "workers": ("N", "processes, each with its share of the GPUs (default: 1)"),
+        "mesh": ("AXES", "device mesh, such as data=4,model=2 (default: all devices for data)"),
+        "workers": ("N", "number of processes, each with its share of the GPUs (default: 1)"),
         "patience": (
             "SECONDS",
-            "what a batch may take before its process is restarted, loading and compiling included "
-            f"(default: {Workers.patience:g})",
+            "time limit for a batch, including loading and compilation; then its process is "
+            f"restarted (default: {Workers.patience:g})",
         ),
         "profile": (
             "DIR",
-            "where to write a trace of some batches, for TensorBoard or Perfetto",
+            "folder for a trace of a few batches, for TensorBoard or Perfetto",
         ),
     },
 }
 OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
-NAMES = (  # text, whatever it looks like
+NAMES = (  # always text, even if it looks like a number
     *("manifest", "prompt_column", "output", "model", "variant", "refiner", "lora", "profile"),
 )
 REPEATED = ("lora",)

@@ -1,9 +1,9 @@
-"""For pipelines of one's own: jaxdiff as a model of Beam's `RunInference`.
+"""jaxdiff as a model handler for Beam's `RunInference`, for your own pipelines.
 
     requests | RunInference(TextToImageModelHandler("shapes64", batch_size=8))
 
-`jaxdiff generate` does not use it. What RunInference makes is not stored, not counted and not
-resumed: a failed bundle is made again, and nothing tells whether all images are there.
+`jaxdiff generate` does not use it. RunInference does not store, account for or resume images: a
+failed bundle is made again, and nothing checks that all images exist.
 """
 
 import threading
@@ -23,45 +23,45 @@ if TYPE_CHECKING:
 
 NAMESPACE = "jaxdiff"
 NOT_FINITE = "the model's values were not finite"
-_device = threading.Lock()  # a runner's threads share the model and the memory it computes in
+_device = threading.Lock()  # a runner's threads share the model and its device memory
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Stands where an image would, so that one bad request does not lose its batch.
+    """Replaces the image of a bad request, so that the rest of its batch is not lost.
 
     Attributes:
-      reason: one line for people.
+      reason: one line of text.
     """
 
     reason: str
 
 
 class TextToImageModelHandler(ModelHandler[Request, PredictionResult, "TextToImage"]):
-    """Makes a `jaxdiff.engine.engine.Image`, or a `Failure`, of each `jaxdiff.Request`.
+    """Generates a `jaxdiff.engine.engine.Image`, or a `Failure`, for each `jaxdiff.Request`.
 
-    The results are Beam's `PredictionResult`s: the request as it came, the image, and the model's
-    fingerprint. Batches have one size: short ones, of which each bundle ends with one, are filled
-    with copies, so that nothing is compiled anew. Requests of different sizes, steps or samplers
-    are computed apart, each group filled: give a pipeline of mixed sizes several handlers.
+    The results are Beam's `PredictionResult`s: the unchanged request, the image, and the model's
+    fingerprint. All batches have the same size: short ones, such as the last of a bundle, are
+    padded with copies, so that nothing is recompiled. Requests of different sizes, steps or
+    samplers are computed separately, with each group padded: for mixed sizes, use several handlers.
 
-    The metrics of RunInference stand in the namespace "jaxdiff", and with them the counters
-    `images`, `failed` and `padded_slots`.
+    RunInference's metrics are in the namespace "jaxdiff", and so are the counters `images`,
+    `failed` and `padded_slots`.
     """
 
     def __init__(self, model: str, *, batch_size: int = 8, **options: Any):
-        """Loads nothing yet: a handler is sent to the workers by pickle.
+        """Does not load the model: a handler is pickled and sent to the workers.
 
         Args:
-          model: as for `jaxdiff.load`, found by the same name on every worker.
-          batch_size: requests of a batch; a worker's devices share them.
+          model: as for `jaxdiff.load`; it must exist under the same name on every worker.
+          batch_size: requests per batch; a worker's devices share them.
           **options: as for `jaxdiff.load`.
         """
         super().__init__(min_batch_size=batch_size, max_batch_size=batch_size)
         self._model, self._batch_size, self._options = model, batch_size, options
 
     def load_model(self) -> "TextToImage":
-        """Raises InputError, if the model or an option cannot be used."""
+        """Loads the model; raises InputError if it or an option cannot be used."""
         import jaxdiff
 
         return jaxdiff.load(self._model, **self._options)
@@ -72,7 +72,7 @@ class TextToImageModelHandler(ModelHandler[Request, PredictionResult, "TextToIma
         model: "TextToImage",
         inference_args: dict[str, Any] | None = None,
     ) -> list[PredictionResult]:
-        """Returns a result for each request, in their order."""
+        """Returns a result for each request, in order."""
         found = [_resolve(model, request) for request in batch]
         good = [request for request in found if isinstance(request, Request)]
         on_each = -(-self._batch_size // model.mesh.shape["data"])
@@ -92,26 +92,29 @@ class TextToImageModelHandler(ModelHandler[Request, PredictionResult, "TextToIma
         return [PredictionResult(*pair, fingerprint) for pair in zip(batch, results, strict=True)]
 
     def validate_inference_args(self, inference_args: dict[str, Any] | None) -> None:
-        """Raises InputError: all that can be said of an image is in its request."""
+        """Raises InputError for any argument: each request holds all options of its image."""
         if inference_args:
-            raise InputError(f"inference_args are not taken: {', '.join(inference_args)}")
+            raise InputError(
+                "inference_args are not supported; set these options in each Request: "
+                f"{', '.join(inference_args)}"
+            )
 
     def get_num_bytes(self, batch: Sequence[Request]) -> int:
-        """The size of the requests as text, which is about that of their prompts."""
+        """Returns the size of the requests as text, roughly that of their prompts."""
         return sum(len(str(request).encode("utf-8", "surrogatepass")) for request in batch)
 
     def get_metrics_namespace(self) -> str:
-        """Where RunInference's own metrics stand."""
+        """Returns the namespace of RunInference's own metrics."""
         return NAMESPACE
 
     def share_model_across_processes(self) -> bool:
-        """Never: each process has devices of its own, and an array is not sent between them."""
+        """Returns False: each process has its own devices, and arrays are not sent between them."""
         return False
 
 
 def _resolve(model: "TextToImage", request: Request) -> Request | Failure:
     if not isinstance(request, Request):
-        return Failure(f"not a jaxdiff.Request but {type(request).__name__}")
+        return Failure(f"expected a jaxdiff.Request, not {type(request).__name__}")
     try:
         return model.resolve(request)
     except InputError as problem:

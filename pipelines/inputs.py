@@ -1,4 +1,4 @@
-"""Manifests that lie elsewhere (gs://, s3://), copied here through Beam's file systems."""
+"""Remote manifests (gs://, s3://), copied to a local folder through Beam's file systems."""
 
 import contextlib
 import importlib.util
@@ -15,20 +15,20 @@ from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.errors import InputError
 
-EXTRAS = {"gs": ("google.cloud.storage", "gcp"), "s3": ("boto3", "aws")}  # a module of each
+EXTRAS = {"gs": ("google.cloud.storage", "gcp"), "s3": ("boto3", "aws")}  # a module and its extra
 
 
 @contextlib.contextmanager
 def fetched(where: str, options: PipelineOptions) -> Iterator[Manifest]:
-    """The manifest at a path, a glob or an address, with its files here until the context ends.
+    """Yields the manifest at a path, glob or URL; its files are local until the context ends.
 
     Args:
-      where: as `manifest.find` takes it, or an address of a file, of a folder of one-prompt text
-        files, or with a glob.
-      options: Beam's, which may say how to reach it.
+      where: as for `manifest.find`, or the URL of a file, of a folder of text files with one prompt
+        each, or of a glob.
+      options: Beam's options, which may be needed to reach it.
 
     Raises:
-      InputError: if there is none, or it cannot be reached.
+      InputError: if it does not exist or cannot be read.
     """
     if "://" not in where:
         yield manifests.find(where)
@@ -55,7 +55,7 @@ def _copied(where: str, folder: Path, options: PipelineOptions) -> Manifest:
                 shutil.copyfileobj(source, target, 2**20)
     except InputError:
         raise
-    except Exception as problem:  # the clients' own, of many kinds
+    except Exception as problem:  # each client has its own types
         reason = " ".join(str(problem).split())[:300]
         raise InputError(f"manifest {where} cannot be read ({reason})") from problem
     return manifests.of_names(where, paths, are_items)
@@ -70,7 +70,7 @@ def _check_extra(where: str) -> None:
     module, extra = EXTRAS.get(where.partition("://")[0], (None, None))
     try:
         missing = module and importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:  # of the package that holds it
+    except ModuleNotFoundError:  # the parent package is missing
         missing = True
     if missing:
         raise InputError(f"manifest {where} needs: pip install 'apache-beam[{extra}]'")

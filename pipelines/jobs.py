@@ -1,4 +1,4 @@
-"""What all jobs share: exit codes, the end by a signal, and errors that keep their type."""
+"""What all jobs share: exit codes, stopping by signals, and errors that keep their type."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 EXIT_OK, EXIT_FAILED, EXIT_SOME_IMAGES_FAILED, EXIT_STOPPED = 0, 1, 3, 75
 
 stopping = threading.Event()  # set by a signal
-_failures: list[Exception] | None = None  # of the job that this process runs, if it runs one
+_failures: list[Exception] | None = None  # of the job in this process; None if there is no job
 
 
 class StoppedError(Exception):
@@ -18,7 +18,7 @@ class StoppedError(Exception):
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """The first SIGTERM or Ctrl-C ends the job after the current batch, the second at once."""
+    """Lets the first SIGTERM or Ctrl-C stop the job after its current batch, the second at once."""
     stopping.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -43,7 +43,7 @@ def stopped_by_signals() -> Iterator[None]:
 def failures_raised() -> Iterator[None]:
     """Runs a Beam job and raises the first error that `failures_kept` kept, with its own type.
 
-    Left to itself, Beam prints the error and raises another one that holds it as text.
+    Without this, Beam prints the error and raises a different one that contains it as text.
     """
     global _failures
     _failures = []
@@ -57,9 +57,9 @@ def failures_raised() -> Iterator[None]:
 
 @contextlib.contextmanager
 def failures_kept() -> Iterator[None]:
-    """Runs the work of a DoFn; keeps its error for `failures_raised`, if that is in this process.
+    """Runs a DoFn's work and keeps its error for `failures_raised`, if that is in this process.
 
-    On a cluster the error is raised, for the runner to report.
+    On a cluster, the error is raised, and the runner reports it.
     """
     try:
         yield
@@ -70,5 +70,5 @@ def failures_kept() -> Iterator[None]:
 
 
 def has_failed() -> bool:
-    """Whether an error has been kept, so that what is left of the job need not be done."""
+    """Returns whether an error has been kept; the rest of the job can then be skipped."""
     return bool(_failures)

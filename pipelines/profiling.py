@@ -1,13 +1,13 @@
-"""A trace of a few batches, once in a process, for `--profile`."""
+"""Traces a few batches, once per process, for `--profile`."""
 
 import os
 from pathlib import Path
 
-FIRST, LAST = 1, 5  # batches, counted from 0: the first is slower than the others
+FIRST, LAST = 1, 5  # batches, counted from 0; batch 0 is slower than the others
 
 
 class Profile:
-    """Counts batches and traces some, by `jax.profiler`, for TensorBoard, Perfetto or xprof."""
+    """Counts batches and traces some with `jax.profiler`, for TensorBoard, Perfetto or xprof."""
 
     def __init__(self, directory: str | None):
         self._folder = directory and Path(directory) / f"worker-{os.getpid()}"
@@ -15,7 +15,7 @@ class Profile:
         self._running = False
 
     def batch(self, *, only: bool) -> None:
-        """Says that a batch begins, and whether it is the only one of its shard."""
+        """Notes the start of a batch, and whether it is the only one of its shard."""
         if self._folder is None or self._batches > LAST:
             return
         import jax
@@ -28,7 +28,7 @@ class Profile:
         self._batches += 1
 
     def end(self) -> None:
-        """Writes the trace, if one is being taken."""
+        """Ends and writes the trace, if one is running."""
         if self._running:
             import jax
 

@@ -1,4 +1,4 @@
-"""How far the job is, read from its files, so that it does not matter which process makes what."""
+"""Shows a job's progress. Reads it from the files, so any number of processes may do the work."""
 
 import contextlib
 import shutil
@@ -20,8 +20,8 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} images, {rate_fmt}, {remaini
 
 @contextlib.contextmanager
 def shown(run: Run) -> Iterator[None]:
-    """Shows progress on stderr meanwhile: a bar on a terminal, else a line every 30 seconds."""
-    if sys.stderr is None:  # a service may have none
+    """Shows progress on stderr: a bar on a terminal, otherwise a line every 30 seconds."""
+    if sys.stderr is None:  # as in some services
         yield
         return
     done = threading.Event()
@@ -37,14 +37,14 @@ def shown(run: Run) -> Iterator[None]:
 
 
 class Counter:
-    """Counts the images of finished shards and of those that are being made."""
+    """Counts the images of finished shards and of shards in progress."""
 
     def __init__(self, run: Run):
         self._run = run
         self._stale = {path.name for path in self._attempts()}  # left by a killed run
 
     def count(self) -> int:
-        """Images that are made or have failed by now."""
+        """Returns the number of images made or failed so far."""
         images = {}
         for path in self._attempts():
             if path.name not in self._stale:
@@ -52,7 +52,7 @@ class Counter:
                     shard = int(path.name.partition("-")[0])
                     images[shard] = max(images.get(shard, 0), int(path.read_text() or 0))
         for path in self._run.store.path(names.DONE).glob("*.json"):
-            with contextlib.suppress(IndexError, ValueError):  # somebody else's file
+            with contextlib.suppress(IndexError, ValueError):  # not one of our files
                 shard = int(path.stem)
                 images[shard] = self._run.plan.shard_sizes[shard]
         return sum(images.values())
@@ -63,14 +63,14 @@ class Counter:
 
 def _bar(counter: Counter, total: int, done: threading.Event) -> None:
     start = counter.count()
-    columns, lines = shutil.get_terminal_size()  # tqdm draws nothing where it cannot tell
+    columns, lines = shutil.get_terminal_size()  # tqdm draws nothing if it cannot detect the size
     how = {"unit": " images", "bar_format": BAR, "ncols": columns, "nrows": lines}
     with tqdm(total=total, initial=start, desc="compiling", **how) as bar:
         while True:
             last = done.wait(BAR_SECONDS)
             if new := counter.count() - bar.n:
                 if bar.n == start:
-                    bar.unpause()  # the rate shall not count the compilation
+                    bar.unpause()  # leaves compilation out of the rate
                     bar.set_description_str("generating", refresh=False)
                 bar.update(new)
             bar.refresh()

@@ -1,4 +1,4 @@
-"""Making a damaged dataset's shards again, each to the bytes that it had: `verify --repair`."""
+"""`jaxdiff verify --repair`: remakes a damaged dataset's shards with identical bytes."""
 
 import contextlib
 from pathlib import Path
@@ -13,13 +13,13 @@ from pipelines.jobs import StoppedError, stopped_by_signals
 
 
 def repair(directory: Path) -> bool:
-    """Makes what is damaged or missing again, and writes the reports anew.
+    """Remakes damaged and missing shards, and rewrites the reports.
 
     Returns:
-      False if a signal stopped it; what is right then is for `ledger.verify` to say.
+      False if a signal stopped it. `ledger.verify` reports what is still wrong.
 
     Raises:
-      InputError: if there is no run, its plan is damaged or its model cannot be found any more.
+      InputError: if there is no run, its plan is damaged or its model can no longer be found.
     """
     store = open_run(directory).store
     with store.held(), stopped_by_signals():
@@ -31,20 +31,20 @@ def repair(directory: Path) -> bool:
                 make_shards(GenerateShard(*work, "repair"), run.plan, broken, runner)
                 broken = ledger.broken(run)
                 revised = ledger.revised(run, broken)
-                for shard in revised:  # a signature is never the same twice
+                for shard in revised:  # a signature differs every time
                     shards.forget(run, shard)
-                    print(f"shard {shard} is made as it was before it was signed: sign it again")
+                    print(f"shard {shard} is remade as it was before signing: sign it again")
                 if not revised:
                     break
             for shard in broken:
                 print(
-                    f"shard {shard} was made again, but not to the bytes that its marker names, as "
-                    "other hardware or other versions do; to delete "
-                    f"{store.path(shards.marker_name(shard))} lets it be made anew"
+                    f"shard {shard} was remade, but its bytes differ from what its marker records "
+                    "(perhaps because of other hardware or versions); to accept the new bytes, "
+                    f"delete {store.path(shards.marker_name(shard))} and repair again"
                 )
             make_shards(GenerateShard(*work, "make"), run.plan, ledger.todo(run), runner)
         except StoppedError:
             return False
-        with contextlib.suppress(ledger.IncompleteError):  # somebody else's files
+        with contextlib.suppress(ledger.IncompleteError):  # for instance, because of foreign files
             ledger.finalize(run, 0.0)
     return True

@@ -1,7 +1,7 @@
-"""Which of Beam's runners a job has, and with what options: from the arguments left for Beam.
+"""Chooses a job's Beam runner and its options from the arguments left for Beam.
 
-A job at home is always the `FnApiRunner`. The `DirectRunner` that Beam takes when it is told
-nothing downloads another runner if it can, so the same command would run differently offline.
+A local job always uses the `FnApiRunner`. Beam's default, the `DirectRunner`, downloads another
+runner if it can, so the same command would behave differently offline.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from apache_beam.runners.runner import PipelineRunner
 from jaxdiff.errors import InputError
 from pipelines import generate_options as job_options
 
-THREADS = 8  # of Beam's a worker: it deals shards out beforehand, one by one to each
+THREADS = 8  # Beam threads per worker; Beam deals the shards out to them in advance, in turn
 AT_HOME = ("DirectRunner", "SwitchingDirectRunner", "FnApiRunner")
-DASK = "apache_beam.runners.dask.dask_runner.DaskRunner"  # Beam does not know it by its short name
-# What a runner needs that is not in every installation: a module of it, and the extra with it.
+DASK = "apache_beam.runners.dask.dask_runner.DaskRunner"  # Beam does not know its short name
+# Runners that need an optional extra: a module to look for, and the extra that installs it.
 EXTRAS = {"DaskRunner": ("distributed", "dask"), "DataflowRunner": ("apitools", "gcp")}
-# Options that mean nothing at home, and the runner that they are meant for.
+# Options that have no effect on a local job, and the runner that uses them.
 OWNERS = {
     beam_options.FlinkRunnerOptions: "FlinkRunner",
     beam_options.SparkRunnerOptions: "SparkRunner",
@@ -36,23 +36,23 @@ OWNERS = {
     beam_options.PortableOptions: "PortableRunner",
     beam_options.JobServerOptions: "PortableRunner",
 }
-FOR_FILES = ("project", "no_auth", "impersonate_service_account", "gcp_oauth_scopes")  # at gs://
+FOR_FILES = ("project", "no_auth", "impersonate_service_account", "gcp_oauth_scopes")  # of gs://
 
 
 def choose(arguments: list[str], workers: int) -> tuple[PipelineRunner, PipelineOptions]:
-    """Reads what `options.parse` has left for Beam.
+    """Reads the arguments that `generate_options.parse` leaves for Beam.
 
     Args:
-      arguments: such as ["--runner=FlinkRunner", "--flink_master=host:8081"].
-      workers: processes that make images, in each process of Beam's.
+      arguments: for example, ["--runner=FlinkRunner", "--flink_master=host:8081"].
+      workers: the number of image-making processes for each Beam process.
 
     Returns:
-      The runner, which is the `FnApiRunner` unless another is named, and its options. At home it
-      has some threads for each worker to wait in.
+      The runner, by default the `FnApiRunner`, and its options. A local job has several threads
+      per worker, which wait for the worker.
 
     Raises:
-      InputError: for an option or a runner that is unknown, that does not belong to the other or
-        cannot be trusted with a job, or that is not installed.
+      InputError: if an option or the runner is unknown, unreliable for a job or not installed, or
+        if the option belongs to another runner.
     """
     name = _runner_name(arguments)
     if name in (None, *AT_HOME):
@@ -65,11 +65,11 @@ def choose(arguments: list[str], workers: int) -> tuple[PipelineRunner, Pipeline
         runner = create_runner(DASK if name == "DaskRunner" else name)
     except ValueError:
         known = ", ".join(["FnApiRunner", "DaskRunner", *sorted({*OWNERS.values()})])
-        raise InputError(f"unknown --runner {name}; Beam's are {known}") from None
+        raise InputError(f"unknown --runner {name}; known runners: {known}") from None
     except (AttributeError, ImportError, TypeError) as problem:
         raise InputError(f"--runner {name}: {problem}") from None
     if not isinstance(runner, PipelineRunner):
-        raise InputError(f"--runner {name} is not a runner of Beam's")
+        raise InputError(f"--runner {name} is not a Beam runner")
     arguments = [*_defaults(name, arguments, workers), *arguments]
     options = PipelineOptions(arguments)
     _refuse_unknown(options, with_runner=runner)
@@ -80,7 +80,7 @@ def choose(arguments: list[str], workers: int) -> tuple[PipelineRunner, Pipeline
 
 
 def _runner_name(arguments: list[str]) -> str | None:
-    """As Beam spells it, where the name is one that needs care: `dask` is the DaskRunner."""
+    """Returns the runner's name; normalizes special ones, such as `dask`, to Beam's spelling."""
     options = PipelineOptions(arguments)
     _parse(options)
     said = options.view_as(beam_options.StandardOptions).runner
@@ -101,13 +101,13 @@ def _options_at_home(arguments: list[str], workers: int) -> PipelineOptions:
         said = options.view_as(owned).get_all_options(drop_default=True, current_only=True)
         for name in said.keys() - FOR_FILES:
             ours = name.removeprefix("num_")
-            meant = f", or say --{ours.replace('_', '-')}" * (ours in job_options.OPTIONS)
-            raise InputError(f"--{name} is an option of {owner}: add --runner {owner}{meant}")
+            hint = f", or use --{ours.replace('_', '-')}" * (ours in job_options.OPTIONS)
+            raise InputError(f"--{name} is an option of {owner}: add --runner {owner}{hint}")
     direct = options.view_as(beam_options.DirectOptions)
     if direct.direct_running_mode == "multi_processing":
         raise InputError(
-            "--direct_running_mode multi_processing waits for ever when a process dies: "
-            "say --workers N instead"
+            "--direct_running_mode multi_processing hangs forever when a process dies: "
+            "use --workers N instead"
         )
     if workers > 1:
         direct.direct_running_mode, direct.direct_num_workers = "multi_threading", THREADS * workers
@@ -115,30 +115,30 @@ def _options_at_home(arguments: list[str], workers: int) -> PipelineOptions:
 
 
 def _defaults(name: str, arguments: list[str], workers: int) -> list[str]:
-    """What a runner must be told for shards to be spread evenly, and a device to be held once."""
+    """Returns a runner's options that spread shards evenly and load the model once per device."""
     said = {argument.partition("=")[0] for argument in arguments}
     if name == "DaskRunner" and not said & {"--dask_partition_size", "--dask_npartitions"}:
         return ["--dask_partition_size=1"]
-    if name == "DataflowRunner":  # else a process for each core, each with the model
+    if name == "DataflowRunner":  # by default, one process per core, each with the model
         threads = f"--number_of_worker_harness_threads={workers}"
         return ["--experiments=no_use_multiple_sdk_containers", threads]
     return []
 
 
 def _refuse_unknown(options: PipelineOptions, with_runner: PipelineRunner | None = None) -> None:
-    """A runner on the JVM may have options of its own, but a misspelt one of ours is no such."""
+    """Raises InputError for unknown options; a JVM runner may have some, but no misspelled ones."""
     known, every = _parse(options)
     for name in every:
-        meant = job_options.suggest(name)
-        if name not in known and (meant or not isinstance(with_runner, PortableRunner)):
+        suggestion = job_options.suggest(name)
+        if name not in known and (suggestion or not isinstance(with_runner, PortableRunner)):
             said = f"--{name.replace('_', '-')}"
-            if meant.endswith(f"{said}?"):  # this command is another
-                raise InputError(f"{said} is an option of jaxdiff generate alone")
-            raise InputError(f"unknown option {said}{meant}")
+            if suggestion.endswith(f"{said}?"):  # correct, but for another command
+                raise InputError(f"{said} is an option of jaxdiff generate only")
+            raise InputError(f"unknown option {said}{suggestion}")
 
 
 def _parse(options: PipelineOptions) -> tuple[dict, dict]:
-    """The options that Beam knows, and those with what it does not know."""
+    """Returns the options that Beam knows, and all options, including unknown ones."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -149,7 +149,7 @@ def _parse(options: PipelineOptions) -> tuple[dict, dict]:
 
 
 def _need_java(name: str, options: PipelineOptions) -> None:
-    """Flink's and Spark's jobs are handed in by a server on the JVM, which Beam starts here."""
+    """Raises InputError if Beam must start Flink's or Spark's job server and Java is missing."""
     uber_jar = {"FlinkRunner": "flink_submit_uber_jar", "SparkRunner": "spark_submit_uber_jar"}
     said = options.get_all_options()
     if name not in uber_jar or said[uber_jar[name]] or said["job_endpoint"]:
@@ -158,5 +158,5 @@ def _need_java(name: str, options: PipelineOptions) -> None:
     if not shutil.which(java):
         raise InputError(
             f"--runner {name} needs {java} to start its job server: install a Java runtime, "
-            f"name a running one with --job_endpoint HOST:PORT, or say --{uber_jar[name]}"
+            f"name a running server with --job_endpoint HOST:PORT, or use --{uber_jar[name]}"
         )

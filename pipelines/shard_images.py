@@ -1,6 +1,7 @@
-"""The images of one shard: batches on the device, encoding on threads, files in an attempt.
+"""Makes the images of one shard: batches on the device, encoding on threads, files in an attempt.
 
-What makes the model fail is found by halving its batch at the same size, and stands alone.
+If the model fails on a batch, the guilty images are found by halving it (the compiled batch size
+stays the same), so only they fail.
 """
 
 import os
@@ -27,24 +28,24 @@ MAX_REASON_CHARACTERS = 300
 
 
 def device_of(model: "TextToImage") -> str:
-    """What a model runs on, such as "4 x NVIDIA H200"."""
+    """Returns the name of a model's devices, such as "4 x NVIDIA H200"."""
     devices = model.mesh.devices
     return f"{devices.size} x {devices.flat[0].device_kind}"
 
 
 class ShardImages:
-    """Generates, encodes and stores the images of a shard, and counts.
+    """Generates, encodes, stores and counts the images of a shard.
 
     Args:
       batch_size: images computed at once on each device.
-      alone: the keys of images that a batch shall hold nothing but copies of.
-      deadly: the keys of images that shall not be tried, each with the reason.
-      tell: is given {"running": [key, ...]} whenever other images are under way.
-      is_stopping: whether to give up.
-      profile: is told of every batch.
+      alone: the keys of images to compute in batches of their own, padded with copies.
+      deadly: the keys of images to skip, each with the reason.
+      tell: called with {"running": [key, ...]} whenever the images being computed change.
+      is_stopping: returns whether to give up.
+      profile: notified of every batch.
 
     Attributes:
-      made, failed, padded: images that were made, that have failed; slots of batches left over.
+      made, failed, padded: the numbers of images made, of images failed, and of padded batch slots.
     """
 
     def __init__(
@@ -81,11 +82,11 @@ class ShardImages:
         """Adds all images to the attempt.
 
         Args:
-          kept: the keys of those that are there already, in `made`.
+          kept: the keys of the images that exist already; `made` yields them in order.
 
         Raises:
-          StoppedError: if it is to give up.
-          InputError: if the model fails whatever it is asked, or its memory does not suffice.
+          StoppedError: if `is_stopping` returns true.
+          InputError: if the model fails on every image, or runs out of memory.
         """
         wanted = [i for i in planned if i.key not in kept and i.key not in self._deadly]
         with ThreadPoolExecutor(ENCODING_THREADS) as pool:
@@ -111,7 +112,7 @@ class ShardImages:
                 self._write_seconds += time.monotonic() - began
 
     def seconds(self, all_seconds: float) -> dict[str, float]:
-        """The seconds of the work by stage; encoding goes on beside generating."""
+        """Returns the seconds per stage; encoding overlaps with generating."""
         compiling = self._waited() - self._waited_before
         generating = all_seconds - compiling - self._write_seconds
         return {
@@ -122,9 +123,9 @@ class ShardImages:
         }
 
     def _images(self, planned: list[PlannedImage]) -> Iterator[tuple[PlannedImage, "Image | str"]]:
-        """Yields each image with its pixels, or with the reason why it cannot be made, in order."""
+        """Yields each image with its pixels, or with the reason for its failure, in order."""
         if self._alone:
-            self._works(planned[0])  # a process that dies of this accuses no row
+            self._works(planned[0])  # if the process dies here, no row is to blame
         rest = deque(planned)
         while rest:
             together = [rest.popleft()]
@@ -148,7 +149,7 @@ class ShardImages:
     def _made_alone(
         self, planned: list[PlannedImage]
     ) -> Iterator[tuple[PlannedImage, "Image | str"]]:
-        """As `_images`, of images that may make the model fail, by halving what is together."""
+        """Yields as `_images` does, but isolates failing images by halving the batch."""
         try:
             yield from list(self._stream(planned))
         except Exception as problem:
@@ -161,12 +162,12 @@ class ShardImages:
                 return
             if not self._works(planned[0]):
                 raise InputError(
-                    f"the model fails whatever it is asked: {reason_of(problem)}"
+                    f"the model fails on every image: {reason_of(problem)}"
                 ) from problem
             yield planned[0], reason_of(problem)
 
     def _stream(self, planned: list[PlannedImage]) -> Iterator[tuple[PlannedImage, "Image"]]:
-        """Yields images as the model makes them, and tells which are under way."""
+        """Yields images as the model makes them, and reports which are being computed."""
         self._running = {}
         requests = self._announced(planned)
         images = self._model.stream(requests, self._batch_size)
@@ -176,7 +177,7 @@ class ShardImages:
         self._tell({"running": []})
 
     def _announced(self, planned: list[PlannedImage]) -> Iterator:
-        """Yields the images' requests, each batch announced before its first is taken."""
+        """Yields the images' requests, and announces each batch before its first request."""
         slots = self._model.slots(planned[0].request, self._batch_size)
         for start in range(0, len(planned), slots):
             if self._is_stopping():
@@ -189,7 +190,7 @@ class ShardImages:
             yield from (image.request for image in batch)
 
     def _works(self, image: PlannedImage) -> bool:
-        """Whether the model makes an image of nothing in particular, in its own size."""
+        """Returns whether the model can make an image of an empty prompt, in its own size."""
         width, height = self._model.checkpoint.defaults.size
         nothing = {"prompt": "", "negative_prompt": "", "seed": 0}
         plain = replace(image.request, **nothing, width=width, height=height)
@@ -206,13 +207,13 @@ class ShardImages:
         size = f"{image.request.width}x{image.request.height}"
         less = "a smaller --batch-size" if self._batch_size > 1 else "bfloat16 or smaller images"
         return InputError(
-            f"{slots} images of {size} at once do not fit the memory of "
-            f"{device_of(self._model)}; free it for the same command, or start anew, in another "
-            f"directory, with {less}"
+            f"a batch of {slots} images of {size} does not fit in the memory of "
+            f"{device_of(self._model)}; free some memory, or start over in another directory with "
+            f"{less}"
         )
 
     def _encode(self, pair: tuple[PlannedImage, "Image | str"]) -> tuple[Sample | str, float]:
-        """The stored form of an image, or the reason why there is none; and the seconds it took."""
+        """Returns an image's stored form or the reason for its failure, and the seconds taken."""
         planned, image = pair
         if isinstance(image, str):
             return image, 0.0
@@ -223,20 +224,20 @@ class ShardImages:
 
 
 def _is_fatal(problem: Exception) -> bool:
-    """Whether no row can be the cause."""
+    """Returns whether the cause cannot be a single row."""
     return isinstance(
         problem, StoppedError | InputError | OSError | MemoryError
     ) or "RESOURCE_EXHAUSTED" in str(problem)
 
 
 def reason_of(problem: Exception) -> str:
-    """What has gone wrong, on one short line."""
+    """Returns the error as one short line."""
     first, *_ = str(problem).splitlines() or [""]
     return f"{type(problem).__name__}: {first}"[:MAX_REASON_CHARACTERS]
 
 
 def _ahead(function: Callable, items: Iterable, pool: ThreadPoolExecutor, depth: int) -> Iterator:
-    """Maps on the pool, in order, at most `depth` items ahead of the consumer."""
+    """Maps in the pool, keeping the order, at most `depth` items ahead of the consumer."""
     pending = deque()
     for item in items:
         pending.append(pool.submit(function, item))

@@ -1,8 +1,8 @@
-"""Keeps the processes that make shards: starts them, gives them work, watches and restarts them.
+"""Manages the processes that make shards: starts, monitors and restarts them.
 
 The process that runs Beam never imports JAX. Its children hold the models and the devices, so a
-crash or a hung device call ends one child, not the job, on any runner. A child that dies tells by
-its death which images it was making: after three deaths an image is given up, not the job.
+crash or a hung device call ends one child, not the job, on any runner. When a child dies, the
+images it was making are known: after three deaths, that image is given up, not the job.
 """
 
 import contextlib
@@ -29,24 +29,24 @@ from pipelines.jobs import StoppedError
 from pipelines.worker import DEBUG, Task
 
 MOST_DEATHS = 3
-PACKAGES = Path(__file__).parents[1]  # where this one lies
+PACKAGES = Path(__file__).parents[1]  # the folder of this package
 TPU = Path("/dev/accel0")
-LOOK_SECONDS = 0.5  # how often to look whether the job is to be stopped
+LOOK_SECONDS = 0.5  # how often to check whether the job is stopping
 
 
 class WorkerError(Exception):
-    """The processes that make images cannot work; the message says why."""
+    """The image-making processes cannot work; the message gives the reason."""
 
 
 class _DeathError(Exception):
-    """A worker died while it was making the images of these keys."""
+    """A worker died while making the images with these keys."""
 
     def __init__(self, how: str, running: list[str]):
         super().__init__(how)
         self.how, self.running = how, running
 
 
-# The host's workers, and those of them that make nothing at the moment; made when first needed.
+# The host's workers, and the idle ones among them; created when first needed.
 _workers: list["_Worker"] = []
 _free: queue.LifoQueue | None = None
 _lock = threading.Lock()
@@ -54,7 +54,7 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def closed_afterwards() -> Iterator[None]:
-    """Runs a job and ends its workers, however the job ends."""
+    """Ends the workers when the job ends, even if it fails."""
     try:
         yield
     finally:
@@ -65,12 +65,12 @@ def make_shard(task: Task, workers: Workers) -> dict:
     """Asks one of this host's workers to make a shard; waits until one is free.
 
     Returns:
-      What `worker.make_shard` returns; nothing if a job in this process has failed.
+      What `worker.make_shard` returns; an empty dict if the job in this process has failed.
 
     Raises:
       StoppedError: if `jobs.stopping` is set.
-      InputError, OSError: as `worker.make_shard` does.
-      WorkerError: if the worker cannot be kept alive, or fails in another way.
+      InputError, OSError: as in `worker.make_shard`.
+      WorkerError: if the worker keeps dying, or fails in another way.
     """
     with jobs.failures_kept(), _free_worker(workers) as worker:
         if not jobs.has_failed():
@@ -87,11 +87,11 @@ def _make_shard(worker: "_Worker", task: Task, workers: Workers) -> dict:
             if worker.is_closed or jobs.stopping.is_set():
                 raise StoppedError from None
             worker.end()
-            tqdm.write(f"jaxdiff: a worker {death.how} and is restarted", sys.stderr)
+            tqdm.write(f"jaxdiff: a worker {death.how}; restarting it", sys.stderr)
             if not death.running:
                 idle_deaths += 1
                 if idle_deaths == MOST_DEATHS:
-                    raise WorkerError(f"a worker {death.how} while it made nothing") from None
+                    raise WorkerError(f"a worker {death.how} while making no image") from None
             deaths.update(death.running)
             deadly = dict(task.deadly or {})
             if len(death.running) == 1 and deaths[death.running[0]] >= MOST_DEATHS:
@@ -100,7 +100,7 @@ def _make_shard(worker: "_Worker", task: Task, workers: Workers) -> dict:
 
 
 def close() -> None:
-    """Ends the workers, whatever they are doing."""
+    """Ends the workers at once."""
     global _workers, _free
     with _lock:
         for worker in _workers:
@@ -127,7 +127,7 @@ def _free_worker(workers: Workers) -> Iterator["_Worker"]:
 
 
 class _Worker:
-    """One child process, started when it is first asked for something."""
+    """One child process, started at its first task."""
 
     def __init__(self, environment: dict[str, str]):
         self.is_closed = False
@@ -135,18 +135,18 @@ class _Worker:
         self._process: subprocess.Popen | None = None
 
     def ask(self, task: Task, patience: float) -> dict:
-        """Has the process do a task; raises what it raises, or `_DeathError`."""
+        """Runs a task in the process; raises the task's error, or `_DeathError`."""
         if self._process is None:
             self._start()
         process, running = self._process, []
-        heard, told_to_stop = time.monotonic(), False
+        heard, stop_sent = time.monotonic(), False
         try:
             self._say(asdict(task))
             while True:
-                if (jobs.stopping.is_set() or jobs.has_failed()) and not told_to_stop:
-                    told_to_stop = True
+                if (jobs.stopping.is_set() or jobs.has_failed()) and not stop_sent:
+                    stop_sent = True
                     self._say("stop")
-                if told_to_stop and not self._has_model:  # which may take minutes to load
+                if stop_sent and not self._has_model:  # loading it may take minutes
                     self.end()
                     raise StoppedError
                 try:
@@ -176,11 +176,11 @@ class _Worker:
         if process is not None:
             process.kill()
             process.wait()
-            with contextlib.suppress(BrokenPipeError):  # of what it was to be told
+            with contextlib.suppress(BrokenPipeError):  # unsent messages
                 process.stdin.close()
 
     def _start(self) -> None:
-        # Not from where the user happens to be: -P leaves that out.
+        # -P keeps the user's working directory off the import path.
         paths = [*filter(None, [self._environment.get("PYTHONPATH")]), str(PACKAGES)]
         self._has_model = False
         self._process = subprocess.Popen(
@@ -189,7 +189,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             encoding="utf-8",
             env={**self._environment, "PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,  # a terminal's Ctrl-C is for the supervisor
+            start_new_session=True,  # only the supervisor gets the terminal's Ctrl-C
         )
         self._answers: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
         threading.Thread(
@@ -232,14 +232,14 @@ def _how(code: int) -> str:
 
 
 def device_share(index: int, count: int, environment: dict[str, str]) -> dict[str, str]:
-    """The environment in which one of several workers sees its own devices only.
+    """Returns an environment in which one of several workers sees only its own devices.
 
-    NVIDIA GPUs are dealt out, those of CUDA_VISIBLE_DEVICES or all; CPU cores are shared, so that
-    what a worker computes does not depend on how many there are.
+    NVIDIA GPUs (those in CUDA_VISIBLE_DEVICES, or all) are divided among the workers. CPU cores are
+    shared, so that results do not depend on the number of workers.
 
     Raises:
-      InputError: if there are GPUs, but not as many for each worker; or TPUs, which one process
-        takes as a whole.
+      InputError: if the GPUs cannot be divided evenly, or there are TPUs, of which one process
+        takes all.
     """
     platforms = environment.get("JAX_PLATFORMS", "")
     if count > 1 and ("tpu" in platforms or (not platforms and TPU.exists())):
@@ -251,7 +251,7 @@ def device_share(index: int, count: int, environment: dict[str, str]) -> dict[st
     if count == 1 or not gpus or platforms == "cpu":
         return dict(environment)
     if len(gpus) % count:
-        raise InputError(f"--workers {count}: {len(gpus)} GPUs cannot be shared out evenly")
+        raise InputError(f"--workers {count}: {len(gpus)} GPUs cannot be divided evenly")
     own = gpus[index * len(gpus) // count : (index + 1) * len(gpus) // count]
     return {**environment, "CUDA_VISIBLE_DEVICES": ",".join(own)}
 

@@ -1,9 +1,9 @@
-"""The process that makes shards: the model, the encoding threads, the commit.
+"""The process that makes shards: it holds the model, encodes images on threads, commits shards.
 
     python -m pipelines.worker
 
-A supervisor writes its tasks to standard input and reads what happens from standard output, a line
-of JSON each. The process ends when its input does, so it cannot outlive its supervisor.
+Its supervisor writes tasks to standard input and reads events from standard output, one line of
+JSON each. The process ends when its input does, so it cannot outlive its supervisor.
 """
 
 import functools
@@ -43,12 +43,12 @@ from pipelines.shard_images import ShardImages, device_of, reason_of
 if TYPE_CHECKING:
     from jaxdiff.engine.engine import TextToImage
 
-MOST_COMPILED = 16  # programs, ahead of their use
+MOST_COMPILED = 16  # programs compiled ahead of use
 PACKAGES = ("jaxdiff", "apache-beam", "flax", "jax", "jaxlib", "numpy", "pillow", "pyarrow")
-DEBUG = "--debug"  # shows where something went wrong
-NVIDIA = Path("/proc/driver/nvidia/version")  # lies there where NVIDIA's driver is loaded
+DEBUG = "--debug"  # shows tracebacks
+NVIDIA = Path("/proc/driver/nvidia/version")  # exists where NVIDIA's driver is loaded
 
-stopping = threading.Event()  # the running shard is given up
+stopping = threading.Event()  # abandons the current shard
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Task:
     """One shard to make.
 
     Attributes:
-      directory: of the dataset, absolute.
-      models: the arguments of `options.Models`.
-      mode: "make" what is not made; "retry" the images of a made shard that have failed; "repair"
-        a made shard's files, which must come out with the bytes that its marker names.
-      alone: the keys of images that a batch shall hold nothing but copies of, because they were
-        being made when the process died.
-      deadly: the keys of images that have killed the process too often, each with its reason.
-      profile: where a trace of a few batches shall lie, if anywhere.
+      directory: the dataset's, absolute.
+      models: the arguments of `generate_options.Models`.
+      mode: "make" makes a missing shard; "retry" retries the failed images of a finished shard;
+        "repair" remakes a finished shard's files, with the same bytes as in its marker.
+      alone: the keys of images to compute in batches of their own, padded with copies, because they
+        were being made when the process died.
+      deadly: the keys of images that have killed the process too often, each with the reason.
+      profile: the folder for a trace of a few batches, or None.
     """
 
     directory: str
@@ -75,22 +75,22 @@ class Task:
     profile: str | None = None
 
 
-_held: tuple[tuple, "TextToImage"] | None = None  # the model, and what it was loaded for
+_held: tuple[tuple, "TextToImage"] | None = None  # the model, and the key it was loaded for
 
 
 def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
-    """Makes and commits one shard of a directory's plan, unless that has been done.
+    """Makes and commits one shard of a directory's plan, unless it is done.
 
     Args:
-      tell: is given {"running": [key, ...]}, the images that are being made, whenever they change,
-        and {"loaded": "the device"}.
+      tell: called with {"running": [key, ...]} whenever the images being made change, and with
+        {"loaded": "the device"}.
 
     Returns:
-      What was done: "images" that were made, "failed" ones, "padded" slots of batches, and seconds
-      by stage, as the marker names them.
+      The numbers of "images" made, "failed" images and "padded" batch slots, and the seconds per
+      stage, with the names that the marker uses.
 
     Raises:
-      StoppedError: if `stopping` was set meanwhile; nothing of the shard is left.
+      StoppedError: if `stopping` was set; nothing of the shard is kept.
       InputError: if the model is not the plan's or fails on every image, if another kind of device
         has made a shard, or if a shard cannot be repaired.
     """
@@ -131,7 +131,7 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
     return {"images": work.made, "failed": work.failed, "padded": work.padded} | seconds
 
 
-@functools.cache  # one in a process
+@functools.cache  # one per process
 def _profile(directory: str | None) -> Profile:
     return Profile(directory)
 
@@ -147,7 +147,7 @@ def _run_of(directory: Path, _: int) -> Run:
 
 
 def _kept_keys(run: Run, marker: shards.Marker) -> set[str]:
-    """The keys of a made shard's images that were made; raises InputError if it is damaged."""
+    """Returns the keys of a shard's successful images; raises InputError if it is damaged."""
     shards.check_files(run, marker)
     metadata = run.store.path(run.metadata_name(marker.shard))
     rows = pq.read_table(metadata, columns=["key", "status"]).to_pylist()
@@ -155,9 +155,9 @@ def _kept_keys(run: Run, marker: shards.Marker) -> set[str]:
 
 
 def _load(task: Task, run: Run, first: Request, tell: Callable[[dict], None]) -> "TextToImage":
-    """The plan's model; the process keeps the last one that it has loaded.
+    """Returns the plan's model; the process keeps the last one that it loaded.
 
-    While it reads the weights, it compiles what the plan contains, images like `first` before all.
+    While reading the weights, it compiles the plan's programs, the one for `first` before others.
     """
     global _held
     models = Models(**task.models)
@@ -181,13 +181,13 @@ def _load(task: Task, run: Run, first: Request, tell: Callable[[dict], None]) ->
 
 
 def _check_devices() -> None:
-    """Refuses a platform that is not there, and one that JAX has given up without a word."""
+    """Raises InputError if the platform is missing, or if JAX silently fell back to the CPU."""
     import jax
 
     wanted = os.environ.get("JAX_PLATFORMS", "")
     try:
         platform = jax.local_devices()[0].platform
-    except (AssertionError, RuntimeError) as problem:  # for CUDA the assertion is a blank
+    except (AssertionError, RuntimeError) as problem:  # for CUDA, the assertion has no text
         first, *_ = str(problem).splitlines() or [""]
         raise InputError(
             f"JAX_PLATFORMS={wanted}: JAX finds no such device here {f'({first})' if first else ''}"
@@ -195,28 +195,29 @@ def _check_devices() -> None:
     if platform == "cpu" and not wanted and NVIDIA.exists():
         raise InputError(
             "this host has an NVIDIA GPU that JAX does not see: pip install 'jax[cuda12]', or set "
-            "JAX_PLATFORMS=cpu to compute without it"
+            "JAX_PLATFORMS=cpu to run without it"
         )
 
 
 def _check_device(run: Run, model: "TextToImage") -> None:
-    """Refuses to mix kinds of devices, whose pixels differ, in one dataset."""
+    """Raises InputError if another kind of device, whose pixels differ, began the dataset."""
     from jaxdiff.devices import parallel
 
     here = parallel.hardware(model.mesh)
     begun_on = run.store.claim(names.DEVICE, here)
     if begun_on != here:
-        same = "with NPROC set to as many threads" if "threads" in begun_on else "on such hardware"
+        same = "with NPROC set to that number" if "threads" in begun_on else "on the same hardware"
         raise InputError(
-            f"{run.directory} was begun on {begun_on}, but here is {here}: continue {same}, or "
-            "start anew with --overwrite"
+            f"{run.directory} was begun on {begun_on}, but this is {here}: continue {same}, or "
+            "start over with --overwrite"
         )
 
 
 def _batch_size(run: Run, model: "TextToImage", request: Request) -> int:
-    """The run's batch size for images like this one, which all its workers take for good.
+    """Returns the run's batch size for images like this one; it never changes within the run.
 
-    An accelerator's kernels depend on it. So what fits is found and tried before anything is made.
+    An accelerator's kernels depend on it, so the largest that fits is found before any image is
+    made, and recorded for all workers.
     """
     known = _known_batch_size(run, request)
     if known is not None:
@@ -228,7 +229,7 @@ def _batch_size(run: Run, model: "TextToImage", request: Request) -> int:
 
 
 def _known_batch_size(run: Run, request: Request) -> int | None:
-    """The batch size, as far as it was said, or found before; a CPU has its own."""
+    """Returns the batch size that was given or found before, or a CPU's own; None if unknown."""
     if run.plan.settings.batch_size != batching.AUTO:
         return run.plan.settings.batch_size
     import jax
@@ -240,7 +241,7 @@ def _known_batch_size(run: Run, request: Request) -> int | None:
         return None
     text = pinned.read_text("utf-8")
     if not re.fullmatch(r"[1-9][0-9]?", text):
-        raise InputError(f"{pinned} is damaged: start anew with --overwrite")
+        raise InputError(f"{pinned} is damaged: start over with --overwrite")
     return int(text)
 
 
@@ -255,7 +256,7 @@ def _facts(
     seconds: dict[str, float],
     before: dict | None,
 ) -> dict:
-    """What a marker reports; of a revision, with what the shard has cost before."""
+    """Returns a marker's facts; for a revision, they include the shard's earlier costs."""
     before = before or {"padded": 0, "seconds": {}}
     return {
         "device": device_of(model),
@@ -272,12 +273,12 @@ def _facts(
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # jaxdiff in a checkout
+    except importlib.metadata.PackageNotFoundError:  # jaxdiff, in a checkout
         return "not installed"
 
 
 def main(tasks: TextIO, answers: TextIO, debug: bool) -> None:
-    """Makes shards until there are no more tasks; a line each, and a last line for each task."""
+    """Makes shards until the input ends; answers each task with its events and a final line."""
     todo: queue.SimpleQueue[dict] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(tasks, todo), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
@@ -297,7 +298,7 @@ def main(tasks: TextIO, answers: TextIO, debug: bool) -> None:
 
 
 def _described(problem: Exception) -> dict:
-    """As the supervisor raises it again."""
+    """Returns an error in the form from which the supervisor raises it again."""
     if isinstance(problem, StoppedError):
         return {"stopped": True}
     if isinstance(problem, InputError):
@@ -309,7 +310,7 @@ def _described(problem: Exception) -> dict:
 
 
 def _listen(tasks: TextIO, todo: queue.SimpleQueue) -> None:
-    """Takes what the supervisor says; when it is gone, so is the process, whatever it is doing."""
+    """Reads the supervisor's messages; exits the process at once when the supervisor is gone."""
     for line in tasks:
         message = json.loads(line)
         if message == "stop":
@@ -320,7 +321,7 @@ def _listen(tasks: TextIO, todo: queue.SimpleQueue) -> None:
 
 
 if __name__ == "__main__":
-    # What libraries print must not stand among the answers.
+    # Keeps the libraries' prints out of the answers.
     own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     debug = DEBUG in sys.argv

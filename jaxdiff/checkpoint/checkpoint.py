@@ -1,7 +1,7 @@
-"""A checkpoint: its configs, the places of its weights, its tokenizers. Imports no JAX.
+"""Opens checkpoints: their configs, tokenizers and the location of each weight. Imports no JAX.
 
-A diffusers directory and a single file in the original naming are the same thing to their users.
-What the weights are for is the affair of `families`, whose pages this module is given.
+A diffusers directory and a single file in the original naming give the same kind of `Checkpoint`.
+What the networks are used for is defined in `families`, which are passed to this module.
 """
 
 import re
@@ -25,14 +25,14 @@ BUNDLED = {file.parent.name: file.parent for file in sorted(ASSETS.glob(f"*/{IND
 
 
 class Family(Protocol):
-    """What this module asks of a page of `families`.
+    """The part of a model family that this module uses.
 
     Attributes:
-      components: the networks of its pipelines, by their folders.
-      defaults: what a checkpoint of it makes when nothing else is asked for.
+      components: the networks of its pipelines, by folder.
+      defaults: returns a checkpoint's properties and default settings.
       check_files: raises InputError for a checkpoint whose configs it cannot use.
-      kohya_names: the names by which kohya's LoRA files call a network's layers, as far as they are
-        not ours, and our keys: (checkpoint, component) to a dictionary.
+      kohya_names: maps (checkpoint, component) to our keys by the names of layers in kohya's LoRA
+        files, for the layers whose names differ from ours.
     """
 
     components: Mapping[str, Component]
@@ -47,13 +47,13 @@ class Checkpoint:
 
     Attributes:
       path: the diffusers directory, or the single file.
-      name: "shapes64" for the bundled model, a Hub id, or the directory's or file's own name.
-      family: the page of `families` that reads it.
+      name: "shapes64" for the bundled model, a Hub id, or the name of the directory or file.
+      family: its model family.
       index: the parsed `model_index.json`.
-      configs: the parsed configs, by component: the networks, and "scheduler".
-      tensors: by network, where each weight lies.
-      tokenizers: by text encoder, the folder of the tokenizer that feeds it.
-      files: every file that decides pixels, by its name within the checkpoint.
+      configs: the parsed config of each network, and of "scheduler".
+      tensors: for each network, the location of each weight by its key.
+      tokenizers: the tokenizer folder of each text encoder.
+      files: every file that affects the pixels, by its name within the checkpoint.
     """
 
     path: Path
@@ -66,66 +66,66 @@ class Checkpoint:
     files: dict[str, Path]
 
     def config(self, component: str) -> dict:
-        """The parsed config of a network or of "scheduler", as the file says it."""
+        """Returns the parsed config of a network or of "scheduler", as in the file."""
         return self.configs[component]
 
     def weights(self, network: str) -> dict[str, StoredTensor]:
-        """Where each weight of a network lies, by diffusers' or transformers' key.
+        """Returns the location of each weight of a network by its diffusers or transformers key.
 
-        Keys are without their component's prefix.
+        The keys do not have the component's prefix.
         """
         return self.tensors[network]
 
     def tokenizer(self, text_encoder: str) -> Path:
-        """The folder of the tokenizer that feeds a text encoder."""
+        """Returns a text encoder's tokenizer folder."""
         return self.tokenizers[text_encoder]
 
     @property
     def pipeline(self) -> str:
-        """The class of the pipeline in diffusers."""
+        """The pipeline's class in diffusers."""
         return self.index["_class_name"]
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The names of its networks, which are those of their folders."""
+        """The names of its networks, which are also their folders."""
         return tuple(self.tensors)
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        """Of the networks those that encode text."""
+        """The names of the networks that encode text."""
         return tuple(self.tokenizers)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over every file that decides pixels, whatever the checkpoint is called."""
+        """SHA-256 (hex) of every file that affects the pixels, independent of the path."""
         return fingerprint(self.files)
 
     @cached_property
     def defaults(self):
-        """Its size, steps, sampler and so on: see `families.family.Defaults`."""
+        """Its default size, steps, sampler and so on; see `families.family.Defaults`."""
         return self.family.defaults(self)
 
     def place(self, component: str) -> Path:
-        """The file of a component's config, for messages."""
+        """Returns the file of a component's config, for messages."""
         return self.files.get(f"{component}/{config_file(component)}", self.path)
 
 
 def open_checkpoint(
     model: str | Path, variant: str | None, families: Mapping[str, Family]
 ) -> Checkpoint:
-    """Finds a checkpoint, fetches it if it is elsewhere, and checks that it is complete.
+    """Opens a checkpoint, downloads it if necessary, and checks that it is complete.
 
     Args:
       model: a bundled model's name, such as "shapes64"; the path of a diffusers directory or of a
         single .safetensors file; a Hub id, "owner/name" or "owner/name@revision"; or a URL that
-        fsspec opens, such as "gs://bucket/name".
-      variant: which weights, such as "fp16". A network without them gives its full ones; without
-        a variant asked for, a network without full ones gives its fp16 or bf16 ones.
-      families: by the pipelines' classes.
+        fsspec can open, such as "gs://bucket/name".
+      variant: which weights to use, such as "fp16"; networks without this variant use their full
+        weights. With None, networks without full weights use their fp16 or bf16 variant.
+      families: the model families by the class of their pipelines in diffusers.
 
     Raises:
-      InputError: for a pipeline of no family, or a file that is missing, cut short
-        or not what it should be; NoVariantError, which is one, where nothing has the variant.
+      InputError: if the pipeline's family is unknown, or a file is missing, truncated or invalid.
+      NoVariantError: if no network has the variant; it is an InputError.
     """
     if variant is not None and not re.fullmatch(r"[\w-]+", variant):
         raise InputError(f'variant {variant!r} must be a word like "fp16"')
@@ -145,21 +145,22 @@ def _open(model: str | Path, variant: str | None, families: Mapping[str, Family]
         return _open_directory(path, _name(str(model), path), variant, families)
     if path.is_file() and path.suffix != ".safetensors":
         raise InputError(
-            f"{path} is no .safetensors file, and nothing else is safe to read; convert it with "
-            "PyTorch diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
+            f"{path} is not a .safetensors file, and other formats are not safe to read; convert "
+            "it with PyTorch diffusers: "
+            "StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
         )
     if path.is_file() and variant is not None:
-        raise NoVariantError(f"{path} is a single file and has no variants; ask for none")
+        raise NoVariantError(f"{path} is a single file and has no variants; leave out --variant")
     if path.is_file():
         return _open_single_file(path, families)
     raise InputError(
-        f"model {str(model)!r} is neither a diffusers directory, nor a .safetensors file, nor a "
-        f'Hub id ("owner/name"), nor bundled ({", ".join(BUNDLED)})'
+        f"model {str(model)!r} is neither a diffusers directory, a .safetensors file, a Hub id "
+        f'("owner/name") nor a bundled model ({", ".join(BUNDLED)})'
     )
 
 
 def _name(model: str, path: Path) -> str:
-    """What people call a directory that they asked for as `model`."""
+    """Returns the name to show for a directory that was opened as `model`."""
     if sources.URL.match(model):
         return model.rstrip("/").rpartition("/")[2]
     return path.resolve().name if Path(model).exists() else model
@@ -170,7 +171,10 @@ def _open_directory(
 ) -> Checkpoint:
     if not (path / INDEX).exists():
         if (path.absolute().parent / INDEX).is_file():
-            raise InputError(f"{path} holds no {INDEX}: it is a part of a model; name its parent")
+            raise InputError(
+                f"{path} contains no {INDEX} because it is a part of a model; use its parent "
+                "directory"
+            )
         raise InputError(no_index(str(path), "directory", _listing(path)))
     index = read_json(path / INDEX)
     family = _family(path / INDEX, index, families)
@@ -231,8 +235,8 @@ def _hub_tokenizer(
         return sources.hub_tokenizer(*found.tokenizers[text_encoder])
     except InputError as error:
         raise InputError(
-            f"{path} holds no tokenizer: put the folder {folder!r} of a diffusers directory of the "
-            f"same family beside it; or from the Hub: {error}"
+            f"{path} contains no tokenizer, and none could be fetched from the Hub ({error}); put "
+            f"the folder {folder!r} of a diffusers directory of the same family next to the file"
         ) from error
 
 
@@ -244,21 +248,23 @@ def _family(path: Path, index: dict, families: Mapping[str, Family]) -> Family:
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in families:
         raise InputError(
-            f"{path}: {pipeline} is not supported; name a checkpoint of {', '.join(families)}"
+            f"{path}: {pipeline} is not supported; use a checkpoint of {', '.join(families)}"
         )
     return families[pipeline]
 
 
 def _networks(path: Path, index: dict, family: Family) -> dict[str, Component]:
-    """The networks that a `model_index.json` lists, if they are a pipeline that can be run."""
+    """Returns the networks in a `model_index.json`; raises InputError if one is not supported."""
     networks = {}
     for name, component in family.components.items():
-        said = index.get(name)
-        if component.optional and said in (None, [None, None]):
+        found = index.get(name)
+        if component.optional and found in (None, [None, None]):
             continue
         wanted = [component.library, component.class_name]
-        if said != wanted:
-            raise InputError(f"{path}: {name} is {said}, only {wanted} is supported")
+        if found != wanted:
+            raise InputError(
+                f"{path}: {name} is {found}, but only {wanted} is supported; use another model"
+            )
         networks[name] = component
     return networks
 
@@ -266,14 +272,14 @@ def _networks(path: Path, index: dict, family: Family) -> dict[str, Component]:
 def _tokenizers(
     networks: Mapping[str, Component], place: Callable[[str, str], Path]
 ) -> dict[str, Path]:
-    """The folder of each text encoder's tokenizer; `place` finds it by the encoder and its name."""
+    """Returns each text encoder's tokenizer folder; `place` maps (encoder, folder name) to it."""
     return {name: place(name, it.tokenizer) for name, it in networks.items() if it.tokenizer}
 
 
 def _tokenizer_files(
     networks: Mapping[str, Component], tokenizers: dict[str, Path]
 ) -> dict[str, Path]:
-    """The tokenizers' files by their names in a checkpoint, if they are whole."""
+    """Returns the tokenizers' files by their names in a checkpoint, after checking them."""
     files = {}
     for network, folder in tokenizers.items():
         check_tokenizer(folder)

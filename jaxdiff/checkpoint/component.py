@@ -1,4 +1,4 @@
-"""The networks of a pipeline: in which folders and files they lie, and under which keys."""
+"""Describes how a pipeline's networks are stored: their folders, files and keys."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +18,12 @@ class Component:
     """A network of a pipeline in the diffusers layout.
 
     Attributes:
-      library, class_name: as `model_index.json` gives them.
-      tokenizer: the folder of the tokenizer that feeds it; None for a network that reads no text.
-      optional: whether a pipeline can do without it.
-      prefix: what most files put before each key; our keys are without it.
-      plain_key: turns a key of an older or another dialect into today's; None drops a buffer.
+      library, class_name: as in `model_index.json`.
+      tokenizer: the folder of its tokenizer; None for a network that reads no text.
+      optional: whether a pipeline may lack it.
+      prefix: the prefix of the keys in most files, which our keys do not have.
+      plain_key: converts a key in an older naming to the current one; returns None for a buffer,
+        which is ignored.
     """
 
     library: Literal["diffusers", "transformers"]
@@ -34,15 +35,15 @@ class Component:
 
     @property
     def stem(self) -> str:
-        """The name of its file of weights, without its ending and its variant."""
+        """The name of its weights file, without the variant and the suffix."""
         return STEMS[self.library]
 
     @property
     def weights_file(self) -> str:
-        """The name of its one file of weights."""
+        """The name of its weights file, if it has only one and no variant."""
         return f"{self.stem}.safetensors"
 
 
 def config_file(component: str) -> str:
-    """The name of a component's config within its folder."""
+    """Returns the name of a component's config file within its folder."""
     return SCHEDULER_CONFIG if component == "scheduler" else CONFIG

@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint."""
+"""Reads and writes the JSON files of a checkpoint."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ MAX_JSON_BYTES = 64_000_000
 
 
 def read_json(path: Path) -> dict:
-    """Reads the JSON object in a file; raises InputError if there is none."""
+    """Reads the JSON object in a file; raises InputError if it does not contain one."""
     try:
         with path.open("rb") as file:
             value = json.loads(file.read(MAX_JSON_BYTES))
@@ -18,10 +18,10 @@ def read_json(path: Path) -> dict:
     except (OSError, RecursionError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); copy it again") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object; copy it again")
+        raise InputError(f"{path} is not a JSON object; copy it again")
     return value
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes a JSON object as diffusers does: indented, its keys sorted."""
+    """Writes a JSON object as diffusers does: indented and with sorted keys."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere: Hub ids and URLs become local paths. Imports no JAX."""
+"""Resolves Hub ids and URLs of checkpoints to local paths. Imports no JAX."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 URL = re.compile(r"[a-z][a-z0-9+.-]+://.+")
 HUB_TIMEOUT_SECONDS = 10
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
-# What tells an object's versions apart, as far as its file system knows it.
+# The metadata that distinguish the versions of a file; each file system has only some of them.
 STAMPS = (
     *("ETag", "etag", "blob_id", "sha", "md5Hash", "Content-MD5", "checksum", "generation"),
     *("mtime", "modified", "modifiedTime", "modificationTime", "created"),
@@ -24,21 +24,21 @@ STAMPS = (
 
 
 def cache_directory() -> Path:
-    """Where jaxdiff keeps what it can make or fetch again."""
+    """Returns jaxdiff's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxdiff"
 
 
 def local_path(model: str, variant: str | None, components: Mapping[str, Component]) -> Path:
-    """The directory or file that `model` names, fetched first if it is elsewhere.
+    """Returns the local path of a model, after downloading it if necessary.
 
     Args:
       model: a path, a Hub id "owner/name" or "owner/name@revision", or a URL such as "gs://...".
-        A path that exists goes before a Hub id.
-      variant: such as "fp16": which weights are fetched, where there are several.
-      components: the networks that a model may have, by their folders.
+        A path that exists takes precedence over a Hub id.
+      variant: which weights to fetch, such as "fp16", if there are several variants.
+      components: the networks that a model may have, by folder.
 
     Raises:
-      InputError: if there is nothing there, or it cannot be reached.
+      InputError: if there is no model, or it cannot be reached.
     """
     if URL.fullmatch(model):
         return _from_url(model.rstrip("/"), variant, components)
@@ -65,7 +65,7 @@ def _wanted(
 
 
 def hub_tokenizer(model: str, folder: str) -> Path:
-    """Fetches a tokenizer from a folder of a Hub repository, "" for its root."""
+    """Fetches a tokenizer from a folder of a Hub repository; "" means its root."""
     wanted = [f"{folder}/{name}" if folder else name for name in TOKENIZER_FILES]
     snapshot = from_hub(
         model,
@@ -76,9 +76,9 @@ def hub_tokenizer(model: str, folder: str) -> Path:
 
 
 def from_hub(model: str, choose: Callable[[Collection[str]], list[str]], probe: str) -> Path:
-    """A snapshot of a Hub repository with at least the chosen files.
+    """Returns a local snapshot of a Hub repository with at least the chosen files.
 
-    Where the Hub cannot be asked, it is what the cache has, if `probe` is in it.
+    If the Hub cannot be reached, returns the cached snapshot, provided that it contains `probe`.
     """
     from huggingface_hub import HfApi, errors, snapshot_download, try_to_load_from_cache, utils
 
@@ -86,7 +86,7 @@ def from_hub(model: str, choose: Callable[[Collection[str]], list[str]], probe: 
     try:
         utils.validate_repo_id(repository)
     except errors.HFValidationError:
-        raise InputError(f"model {model!r} is neither a path here nor a Hub id") from None
+        raise InputError(f"model {model!r} is neither a local path nor a Hub id") from None
     try:
         info = HfApi().model_info(
             repository, revision=revision or None, timeout=HUB_TIMEOUT_SECONDS
@@ -97,10 +97,10 @@ def from_hub(model: str, choose: Callable[[Collection[str]], list[str]], probe: 
         )
     except InputError:
         raise
-    except Exception as error:  # what the network library raises differs between its versions
+    except Exception as error:  # the network library's exceptions differ between its versions
         if _is_local(error):
             raise InputError(
-                f"model {model!r} cannot be kept in the Hugging Face cache ({error})"
+                f"model {model!r} cannot be written to the Hugging Face cache ({error})"
             ) from error
         problem = error
     cached = try_to_load_from_cache(repository, probe, revision=revision or None)
@@ -110,7 +110,7 @@ def from_hub(model: str, choose: Callable[[Collection[str]], list[str]], probe: 
 
 
 def _is_local(error: Exception) -> bool:
-    """Whether it is this machine's fault, such as a full disk; the network's have no number."""
+    """Whether this machine caused the error, such as a full disk; network errors have no errno."""
     network = ConnectionError, TimeoutError
     return isinstance(error, OSError) and bool(error.errno) and not isinstance(error, network)
 
@@ -118,26 +118,29 @@ def _is_local(error: Exception) -> bool:
 def _why_not(problem: Exception) -> str:
     from huggingface_hub import errors
 
-    absent = "is neither a path here nor in the Hugging Face cache"
+    absent = "is neither a local path nor in the Hugging Face cache"
     if isinstance(problem, errors.GatedRepoError):
-        return "is gated on the Hugging Face Hub: accept its terms there, then `hf auth login`"
+        return "is gated on the Hugging Face Hub; accept its terms there, then run `hf auth login`"
     if isinstance(problem, errors.RevisionNotFoundError):
         return "has no such revision on the Hugging Face Hub"
     if isinstance(problem, errors.RepositoryNotFoundError):
-        return f"{absent}, and the Hub has none of this name, or only for those who are logged in"
+        return (
+            f"{absent}, and the Hub has no public model of this name; check the name, or run "
+            "`hf auth login` if it is private"
+        )
     if isinstance(problem, errors.OfflineModeIsEnabled):
-        return f"{absent}, and HF_HUB_OFFLINE forbids to ask the Hub; unset it, or name a directory"
+        return f"{absent}, and HF_HUB_OFFLINE forbids downloads; unset it, or use a local directory"
     return (
-        f"{absent}, and the Hub cannot be reached ({type(problem).__name__}); name a directory, or "
-        "run this once with network"
+        f"{absent}, and the Hub cannot be reached ({type(problem).__name__}); use a local "
+        "directory, or run this once while online"
     )
 
 
 def _from_url(url: str, variant: str | None, components: Mapping[str, Component]) -> Path:
-    """A copy in the cache directory of the checkpoint at `url`: of its directory, or its one file.
+    """Copies the directory or file at `url` to the cache directory; returns the copy's path.
 
-    A file that has not changed since it was fetched is not fetched again. One whose file system
-    does not tell whether it has is fetched each time.
+    Files that have not changed since they were fetched are not fetched again. If the file system
+    does not reveal whether a file has changed, it is fetched each time.
     """
     import fsspec
 
@@ -145,15 +148,17 @@ def _from_url(url: str, variant: str | None, components: Mapping[str, Component]
         system, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         protocol = url.partition("://")[0]
-        mend = f"pip install {PACKAGES[protocol]}" if protocol in PACKAGES else str(error)
-        raise InputError(f"model {url!r} cannot be read without a package: {mend}") from error
+        remedy = f"pip install {PACKAGES[protocol]}" if protocol in PACKAGES else str(error)
+        raise InputError(
+            f"model {url!r} cannot be read because a package is missing: {remedy}"
+        ) from error
     try:
         return _fetch(system, root.rstrip("/"), url, variant, components)
     except InputError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"model {url!r}: there is no {error}") from error
-    except Exception as error:  # what a file system raises is its own affair
+        raise InputError(f"model {url!r} does not exist ({error}); check the URL") from error
+    except Exception as error:  # file systems raise all kinds of exceptions
         reason = " ".join(str(error).split())
         raise InputError(
             f"model {url!r} cannot be read ({type(error).__name__}: {reason})"
@@ -186,13 +191,13 @@ def _fetch(
         link = directory / path
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
-            link.unlink(missing_ok=True)  # a link to what was cleared away
+            link.unlink(missing_ok=True)  # a link to a deleted file
             link.symlink_to(os.path.relpath(copy, link.parent))
     return directory / name
 
 
 def _listing(system, base: str, folders: Collection[str]) -> dict[str, dict]:
-    """What the file system says about each file in some folders, by its path below `base`."""
+    """Returns the file system's entry for each file in the folders, by its path below `base`."""
     found = {}
     for folder in folders:
         try:
@@ -207,9 +212,9 @@ def _listing(system, base: str, folders: Collection[str]) -> dict[str, dict]:
 
 
 def _stored(system, source: str, url: str, entry: dict, files: Path) -> Path:
-    """The copy in the cache of a file: fetched, whole or not at all, unless it is there."""
+    """Returns a file's copy in the cache, after fetching it atomically if it is not there."""
     if not _stamps(entry):
-        entry = entry | system.info(source)  # which some know more of than their listing tells
+        entry = entry | system.info(source)  # on some file systems, more detailed than `ls`
     size, stamps = entry.get("size"), _stamps(entry)
     stored = files / _digest(" ".join([url, str(size), *stamps]))
     if stamps and stored.exists():
@@ -219,8 +224,8 @@ def _stored(system, source: str, url: str, entry: dict, files: Path) -> Path:
         new = Path(scratch) / "new"
         system.get_file(source, str(new))
         if size is not None and new.stat().st_size != size:
-            raise InputError(f"{source} has changed while it was fetched; run this again")
-        if not stamps:  # nothing but its contents tells it from another version
+            raise InputError(f"{source} changed while it was fetched; run the same command again")
+        if not stamps:  # only its contents distinguish it from other versions
             with new.open("rb") as file:
                 stored = files / hashlib.file_digest(file, "sha256").hexdigest()
         return new.replace(stored)

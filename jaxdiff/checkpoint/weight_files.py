@@ -1,7 +1,7 @@
-"""Which safetensors files hold a network's weights, and each weight's place. Imports no JAX.
+"""Finds the safetensors files of each network and the location of each weight. Imports no JAX.
 
-The names are those that diffusers and transformers write: one file, or shards with an index, and of
-either a variant such as "fp16".
+File names are those of diffusers and transformers: one file, or shards with an index, either of
+which may be of a variant such as "fp16".
 """
 
 import re
@@ -14,12 +14,12 @@ from jaxdiff.checkpoint.safetensors_header import ITEM_BYTES, read_header
 from jaxdiff.checkpoint.tensors import FLOATS, SHOWN, StoredTensor
 from jaxdiff.errors import InputError
 
-OTHER_VARIANTS = ("fp16", "bf16")  # taken in this order where there is no full file
+OTHER_VARIANTS = ("fp16", "bf16")  # used in this order if there are no full weights
 UNREADABLE = (".bin", ".bin.index.json", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5")
 
 
 class NoVariantError(InputError):
-    """A checkpoint has no weights of the variant that was asked for."""
+    """No network of a checkpoint has the requested variant."""
 
 
 def choose(
@@ -28,18 +28,18 @@ def choose(
     where: str | Path,
     components: Mapping[str, Component],
 ) -> dict[str, str]:
-    """Picks each network's weights: the name of its one file, or of its shards' index.
+    """Chooses each network's weights: the name of its weights file, or of its shards' index.
 
     Args:
       folders: for each network, the names of the files in its folder.
-      components: the networks, by their folders.
-      variant: such as "fp16", taken wherever it is; None takes the full weights, and only where
-        there are none the float16 or the bfloat16 ones.
-      where: the folders' parent, for the messages.
+      variant: such as "fp16", which networks without it replace by their full weights; None uses
+        full weights or, if a network has none, its float16 or bfloat16 variant.
+      where: the folders' parent, for messages.
+      components: the networks, by folder.
 
     Raises:
-      InputError: if a network has no weights to read.
-      NoVariantError: if none has the variant.
+      InputError: if a network has no readable weights.
+      NoVariantError: if no network has the variant.
     """
     stems = {network: components[network].stem for network in folders}
     if variant and not any(
@@ -47,7 +47,9 @@ def choose(
         for network, stem in stems.items()
         for name in (_single(stem, variant), _index(stem, variant))
     ):
-        raise NoVariantError(f"{where} has no weights of the variant {variant!r}; ask for none")
+        raise NoVariantError(
+            f"{where} has no weights of the variant {variant!r}; leave out --variant"
+        )
     chosen = {}
     for network, names in folders.items():
         stem = stems[network]
@@ -63,7 +65,7 @@ def choose(
 def wanted_files(
     names: Collection[str], variant: str | None, where: str, components: Mapping[str, Component]
 ) -> list[str]:
-    """Of the files of a checkpoint that is elsewhere, by relative name, those that are needed."""
+    """Returns those of a remote checkpoint's files (relative names) that have to be fetched."""
     folders: dict[str, list[str]] = {}
     for name in names:
         folder, _, plain = name.rpartition("/")
@@ -80,28 +82,31 @@ def wanted_files(
 
 
 def tokenizers(components: Mapping[str, Component]) -> list[str]:
-    """The folders of the components' tokenizers."""
+    """Returns the components' tokenizer folders."""
     return [each.tokenizer for each in components.values() if each.tokenizer]
 
 
 def no_index(where: str, kind: str, names: Collection[str]) -> str:
-    """Why a "directory" or a "repository" with these files cannot be opened without `INDEX`."""
-    said = f"{where} holds no {INDEX}: it is no diffusers {kind}"
+    """Explains why a "directory" or "repository" without `INDEX` cannot be opened."""
+    problem = f"{where} contains no {INDEX}, so it is not a diffusers {kind}"
     if "config.json" in names:
-        return f"{said} but one network alone; name a whole model"
+        return f"{problem} but a single network; use a whole model"
     single = sorted(name for name in names if name.endswith(".safetensors"))
     if single:
-        return (
-            f"{said}; of single files it holds {', '.join(single[:SHOWN])}: download and name one"
-        )
-    return f"{said}; name another"
+        return f"{problem}; use a local copy of a single file: {', '.join(single[:SHOWN])}"
+    return f"{problem}; use another one"
 
 
 def read_weights(component: Component, path: Path) -> dict[str, StoredTensor]:
-    """Finds the weights of a network by their plain keys, from its one file or its index.
+    """Returns the location of each weight of a network, by its plain key.
+
+    Args:
+      component: the network.
+      path: its weights file, or the index of its shards.
 
     Raises:
-      InputError: for files that are missing, cut short, at odds with their index or not floats.
+      InputError: if a file is missing, truncated or contradicts the index, or a weight is not
+        stored as floating-point numbers.
     """
     stored = read_header(path) if path.suffix == ".safetensors" else _read_shards(path)
     weights = {}
@@ -110,15 +115,15 @@ def read_weights(component: Component, path: Path) -> dict[str, StoredTensor]:
         if plain is None:
             continue
         if plain in weights:
-            raise InputError(f"{tensor.file}: {key} is there twice")
+            raise InputError(f"{tensor.file} contains {key} twice; copy the checkpoint again")
         if tensor.dtype not in FLOATS:
             raise InputError(
                 f"{tensor.file}: {key} is stored as {tensor.dtype}; only {', '.join(FLOATS)} "
-                "are read"
+                "are supported"
             )
         weights[plain] = tensor
     if not weights:
-        raise InputError(f"{path} holds no weights; copy the checkpoint again")
+        raise InputError(f"{path} contains no weights; copy the checkpoint again")
     return weights
 
 
@@ -130,26 +135,32 @@ def _read_shards(path: Path) -> dict[str, StoredTensor]:
     for name in places.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise InputError(
-                f"{path} names {name!r}, which is no safetensors file of its folder; "
-                "do not use this checkpoint"
+                f"{path} names {name!r}, which is not a safetensors file in the same folder; do "
+                "not use this checkpoint"
             )
     stored: dict[str, StoredTensor] = {}
     for name in sorted(set(places.values())):
         for key, tensor in read_header(path.with_name(name)).items():
             if key in stored:
-                raise InputError(f"{tensor.file}: {key} is in {stored[key].file.name} too")
+                raise InputError(
+                    f"{tensor.file}: {key} is also in {stored[key].file.name}; copy the checkpoint "
+                    "again"
+                )
             stored[key] = tensor
     for key in [*places, *stored]:
         if key not in stored or stored[key].file.name != places.get(key):
-            says = f"in {places[key]}" if key in places else "nowhere"
-            found = f"in {stored[key].file.name}" if key in stored else "not there"
-            raise InputError(f"{path}: {key} should be {says} and is {found}; copy it again")
+            listed = f"in {places[key]}" if key in places else "in no file"
+            found = f"in {stored[key].file.name}" if key in stored else "missing"
+            raise InputError(
+                f"{path}: {key} should be {listed} but is {found}; copy the checkpoint again"
+            )
     metadata = index.get("metadata")
-    promised = metadata.get("total_size") if isinstance(metadata, dict) else None
+    expected = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(tensor.size * ITEM_BYTES[tensor.dtype] for tensor in stored.values())
-    if promised is not None and promised != total:
+    if expected is not None and expected != total:
         raise InputError(
-            f"{path} promises {promised} bytes of weights where there are {total}; copy it again"
+            f"{path}: the weights should have {expected} bytes but have {total}; copy the "
+            "checkpoint again"
         )
     return stored
 
@@ -163,10 +174,10 @@ def _index(stem: str, variant: str | None) -> str:
 
 
 def _is_shard(name: str, index: str) -> bool:
-    """Whether a file's name is one of those that this index may list."""
+    """Whether the index could list a file of this name."""
     stem, variant = re.fullmatch(r"(.+)\.safetensors\.index(\..+)?\.json", index).groups("")
     part = r"-\d+-of-\d+"
-    orders = variant + part, part + variant  # the first is today's
+    orders = variant + part, part + variant  # current and older order
     return any(re.fullmatch(rf"{re.escape(stem)}{o}\.safetensors", name) for o in orders)
 
 
@@ -177,12 +188,12 @@ def _no_weights(folder: str, stem: str, names: Collection[str]) -> str:
         if (found := re.fullmatch(rf"{stem}\.(\w+)(-\d+-of-\d+)?\.safetensors", name))
     }
     if variants:
-        return f"{folder} has only the variants {', '.join(sorted(variants))}; ask for one of them"
+        return f"{folder} has only the variants {', '.join(sorted(variants))}; choose a --variant"
     others = sorted(name for name in names if name.endswith(UNREADABLE))
     if others:
         return (
-            f"{folder} holds {others[0]} and no safetensors file, and nothing else is safe to "
-            "read; convert the checkpoint with PyTorch diffusers: "
+            f"{folder} contains {others[0]} but no safetensors file, and other formats are not "
+            "safe to read; convert the checkpoint with PyTorch diffusers: "
             "pipeline.save_pretrained(DIRECTORY, safe_serialization=True)"
         )
     return f"{folder}/{stem}.safetensors is missing; copy the checkpoint again"

@@ -1,7 +1,7 @@
-"""From a prompt manifest to a finished, verifiable dataset on disk. Imports no JAX.
+"""Turns a prompt manifest into a finished, verifiable dataset on disk. Imports no JAX.
 
-The data flows through the files in this order: manifest and manifest_readers (bytes to raw rows),
-columns and rows (validation), planning and plan (images, batches, shards), images (encoding),
-formats and shard (writing and commit), ledger (is it complete?), card (what people read). Then, if
-somebody asks: signing and gallery.
+Data flows through the modules in this order: manifest.manifest and manifest.readers (bytes to raw
+rows), manifest.columns and manifest.rows (validation), planning and plan (images, batches, shards),
+image_files (encoding), formats and shard (writing and commit), ledger (verification), finished.card
+(README and Croissant). finished.signing and finished.gallery are optional.
 """

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import files, formats, image_files, names
+from jaxdiff.dataset import formats, image_files, names, paths
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.finished import card
@@ -84,7 +84,7 @@ def finished(run: Run) -> dict[str, int] | None:
     for marker in markers:
         for name, file in marker.files.items():
             path = run.store.path(name)
-            if not path.exists() or files.size(path) != file["bytes"]:
+            if not path.exists() or paths.size(path) != file["bytes"]:
                 return None
     return _counts(run.plan, markers)
 
@@ -190,7 +190,7 @@ def _check_plan(run: Run) -> Iterator[str]:
         path = run.store.path(names.PLAN) / name
         if not path.is_file():
             yield f"{names.PLAN}/{name} is missing"
-        elif files.digest(path) != digest:
+        elif paths.digest(path) != digest:
             yield f"{names.PLAN}/{name} has changed since the job was planned"
 
 
@@ -224,9 +224,9 @@ def _check_shard(run: Run, shard: int) -> Iterator[str]:
         path = run.store.path(name)
         if not path.exists():
             yield f"{name} is missing; {mend}"
-        elif (size := files.size(path)) != file["bytes"]:
+        elif (size := paths.size(path)) != file["bytes"]:
             yield f"{name} has {size} bytes instead of {file['bytes']}; {mend}"
-        elif files.digest(path) != file["sha256"]:
+        elif paths.digest(path) != file["sha256"]:
             yield f"{name} has changed: its SHA-256 is not {file['sha256']}; {mend}"
 
 

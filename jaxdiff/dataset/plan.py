@@ -1,10 +1,9 @@
-"""The plan: which image stands in which batch of which shard, fixed before anything is made.
+"""The plan: which image is in which batch of which shard, fixed before generation starts.
 
-A plan is a Parquet file with a row an image, shard after shard, and `plan.json`, which names it.
-Shards are pure: all their images can run through one compiled program. The plan's id is the digest
-of everything that decides the dataset's bytes; each shard has an id of its own, because a plan that
-asks for more images of the same kind may take the place of a smaller one, whose shards stay as they
-are.
+A plan is a Parquet file with one row per image, shard after shard, and `plan.json`, which names it.
+All images of a shard belong to one bucket, so they run through one compiled program. The plan's id
+is the digest of everything that determines the dataset's bytes. Each shard has its own id because a
+plan may be extended: a plan for more images of the same kind replaces it and keeps its shards.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from jaxdiff.request import FIELDS, Options, Request
 
 VERSION = 5
 PLAN_JSON = "plan.json"
-# The job's own, or not known yet.
+# Shared by the whole job, or not known yet.
 NOT_PLANNED = ("noise", "dtype", "options", "model", "sha256", "pixel_sha256")
 SCHEMA = pa.schema(
     [
@@ -32,21 +31,21 @@ SCHEMA = pa.schema(
         ("line", pa.int64()),
     ]
 )
-ROW_GROUP_IMAGES = 4096  # at least, in whole shards: the files say a little about every row group
+ROW_GROUP_IMAGES = 4096  # at least, in whole shards; each row group adds metadata
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """One image to make.
+    """One image to generate.
 
     Attributes:
-      key: 9 digits, in the manifest's order; what extends a plan comes after it.
-      id: its row's.
-      image_index: which of its row's images it is.
-      request: resolved; nothing is left to the model.
-      metadata: its row's other columns, a JSON object.
-      source: the file of the manifest that its row stands in.
-      line: of its row there.
+      key: 9 digits, in the manifest's order; the images of an extension come last.
+      id: the id of its row.
+      image_index: its index among the images of its row.
+      request: with every field resolved (not None).
+      metadata: the other columns of its row, as a JSON object.
+      source: the manifest file that contains its row.
+      line: the line of its row in that file.
     """
 
     key: str
@@ -58,24 +57,24 @@ class PlannedImage:
     line: int
 
     def columns(self) -> dict:
-        """The image as a row of the plan."""
+        """Returns the image as a row of the plan."""
         own = {name: getattr(self, name) for name in self.__slots__}
         return own | vars(own.pop("request"))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan.json` says.
+    """The content of `plan.json`.
 
     Attributes:
-      identity: all that decides the dataset's bytes; `id` is its digest.
-      manifest: the path that it was made from.
-      model_name: the model's name; its fingerprint stands in `identity`.
-      models: the arguments with which `jaxdiff.load` finds the model again.
-      rows: how many of the manifest's rows are blank, rejected and accepted.
-      shard_sizes: images in each shard.
-      shard_ids: the digest of all that decides each shard's bytes.
-      sha256: of the plan's other files, by name.
+      identity: everything that determines the dataset's bytes; `id` is its digest.
+      manifest: the path of the manifest.
+      model_name: the model's name; its fingerprint is in `identity`.
+      models: the arguments of `jaxdiff.load` that load the model again.
+      rows: the numbers of blank, rejected and accepted rows in the manifest.
+      shard_sizes: the number of images in each shard.
+      shard_ids: for each shard, the digest of everything that determines its bytes.
+      sha256: the SHA-256 of the plan's other files, by name.
     """
 
     id: str
@@ -90,23 +89,23 @@ class Plan:
 
     @property
     def images_file(self) -> str:
-        """The name of its Parquet file."""
+        """The name of the plan's Parquet file."""
         return f"images-{self.id[:16]}.parquet"
 
     @property
     def rejected_file(self) -> str:
-        """The name of the file of the rows that it rejects."""
+        """The name of the file that lists the rejected rows."""
         return f"rejected-{self.id[:16]}.jsonl"
 
     @property
     def settings(self) -> Settings:
-        """The settings that it was made with; an option that it does not name has its default."""
+        """The settings of the plan; an option missing from it has its default."""
         known = {field.name for field in fields(Settings)}
         return Settings(**{name: self.identity[name] for name in known & self.identity.keys()})
 
     @property
     def options(self) -> str:
-        """The model's options that are not as usual, and its LoRAs: "name=value, name=value"."""
+        """The model's non-default options and its LoRAs: "name=value, name=value"."""
         settings, elsewhere = self.settings, ("noise", "dtype", "mesh", "scheduler")
         changed = [
             f"{field.name}={getattr(settings, field.name)}"
@@ -118,20 +117,20 @@ class Plan:
 
     @property
     def images(self) -> int:
-        """How many images are planned."""
+        """The number of planned images."""
         return sum(self.shard_sizes)
 
 
 def digest(identity: dict) -> str:
-    """The plan's id: SHA-256 (hex) of `identity`."""
+    """Returns the plan's id: the SHA-256 (hex) of `identity`."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def load(store: LocalStore) -> Plan | None:
-    """The plan of a dataset, None where there is none.
+    """Returns the plan of a dataset, or None if there is none.
 
     Raises:
-      InputError: if it cannot be read, or not by this version.
+      InputError: if it cannot be read by this version.
     """
     path = store.path(f"{names.PLAN}/{PLAN_JSON}")
     if not path.exists():
@@ -139,17 +138,19 @@ def load(store: LocalStore) -> Plan | None:
     try:
         said = json.loads(path.read_text("utf-8"))
         if said["identity"]["plan_version"] != VERSION:
-            raise ValueError("another version of jaxdiff made it")
+            raise ValueError("it was written by another version of jaxdiff")
         plan = Plan(**said)
         if plan.id != digest(plan.identity):
-            raise ValueError("its settings do not have its id")
+            raise ValueError("its id does not match its settings")
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
-        raise InputError(f"{path} cannot be used ({problem}); --overwrite starts anew") from None
+        raise InputError(
+            f"{path} cannot be used ({problem}); start a new run with --overwrite"
+        ) from None
     return plan
 
 
 def differences(old: dict, new: dict) -> str:
-    """What changed from one identity to the next, on one line."""
+    """Returns the differences between two identities, on one line."""
     return ", ".join(
         f"{name} {old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -158,7 +159,7 @@ def differences(old: dict, new: dict) -> str:
 
 
 def planned_images(table: pa.Table) -> list[PlannedImage]:
-    """The rows of a plan's Parquet file as images."""
+    """Returns the rows of a plan's Parquet file as images."""
     return [
         PlannedImage(
             request=Request(**{name: row.pop(name) for name in FIELDS if name in row}), **row

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
-from jaxdiff.dataset import files
+from jaxdiff.dataset import paths
 from jaxdiff.dataset.manifest import columns, rows
 from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.manifest.manifest import Manifest
@@ -96,7 +96,7 @@ def make(
         for table in _row_groups(_noted(tables, plan)):
             writer.write_table(table, row_group_size=len(table))
     _check(manifest, settings, plan, reader)
-    sha256 = {file.name: files.digest(file) for file in sorted(folder.iterdir())}
+    sha256 = {file.name: paths.digest(file) for file in sorted(folder.iterdir())}
     plan = replace(plan, rows=reader.counts, sha256=sha256)
     (folder / PLAN_JSON).write_text(json.dumps(asdict(plan), indent=2) + "\n", "utf-8")
     return plan

@@ -1,4 +1,4 @@
-"""A run: a plan and where its dataset is stored."""
+"""A run: a plan and the store of its dataset."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import files, formats, names
+from jaxdiff.dataset import formats, names, paths
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.plan import PLAN_JSON, Plan, PlannedImage
@@ -27,38 +27,38 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        """Where the dataset lies."""
+        """The directory of the dataset."""
         return self.store.root
 
     @property
     def shards(self) -> range:
-        """The numbers of its shards."""
+        """The numbers of the shards."""
         return range(len(self.plan.shard_sizes))
 
     def images_name(self, shard: int) -> str:
-        """The name of a shard's images, a file or a folder."""
+        """Returns the name of a shard's image file or folder."""
         ending = formats.FORMATS[self.plan.settings.format].ending
         return f"{names.DATA}/train-{shard:05d}{'.' * bool(ending)}{ending}"
 
     def metadata_name(self, shard: int) -> str:
-        """The name of a shard's metadata."""
+        """Returns the name of a shard's metadata file."""
         return f"{names.METADATA}/train-{shard:05d}.parquet"
 
     def file_names(self, shard: int) -> tuple[str, str]:
-        """The names of a shard's images and of its metadata."""
+        """Returns the names of a shard's images and of its metadata."""
         return self.images_name(shard), self.metadata_name(shard)
 
     def planned(self, shard: int) -> list[PlannedImage]:
-        """The images of a shard, in the order of their keys."""
+        """Returns the images of a shard, in the order of their keys."""
         sizes = self.plan.shard_sizes
-        start, group = sum(sizes[:shard]), 0  # in the row group that is looked at
+        start, group = sum(sizes[:shard]), 0  # `start` is relative to the row group
         with pq.ParquetFile(self.images_file) as file:
             while start >= (rows := file.metadata.row_group(group).num_rows):
                 start, group = start - rows, group + 1
             return plans.planned_images(file.read_row_group(group).slice(start, sizes[shard]))
 
     def kinds(self) -> dict[Request, int]:
-        """A request with an empty prompt for each bucket, and how many images the bucket has."""
+        """Returns a request with an empty prompt for each bucket, and its number of images."""
         columns = ["width", "height", "steps", "sampler", "guidance_scale"]
         counts: Counter[Request] = Counter()
         with pq.ParquetFile(self.images_file) as file:
@@ -74,42 +74,42 @@ class Run:
 
     @property
     def images_file(self) -> Path:
-        """Where the planned images are listed."""
+        """The path of the file that lists the planned images."""
         return self.store.path(f"{names.PLAN}/{self.plan.images_file}")
 
     def tidy(self) -> None:
-        """Deletes what is left of plans that this one has extended."""
+        """Deletes the files of earlier plans that this plan extends."""
         for path in self.store.path(names.PLAN).iterdir():
             if path.name != PLAN_JSON and path.name not in self.plan.sha256:
                 path.unlink()
 
 
 def begin(folder: Path, store: LocalStore) -> Run:
-    """Makes the plan in a folder the dataset's own, in the place of the one it extends, if any.
+    """Moves a plan from a folder into the dataset, replacing the plan that it extends, if any.
 
-    From the moment when `plan.json` lies there, it holds; a kill leaves the old plan or the new.
+    The plan is valid once its `plan.json` is in place; a kill leaves the old plan or the new.
     """
     for path in folder.iterdir():
-        files.sync(path)
+        paths.sync(path)
     target = store.path(names.PLAN)
     if not target.exists():
         os.rename(folder, target)
-        files.sync_names(store.path(names.WORK))
+        paths.sync_names(store.path(names.WORK))
     else:
-        store.path(names.SUCCESS).unlink(missing_ok=True)  # it is of the old plan
+        store.path(names.SUCCESS).unlink(missing_ok=True)  # it belongs to the old plan
         for path in sorted(folder.iterdir(), key=lambda path: path.name == PLAN_JSON):
             os.replace(path, target / path.name)  # plan.json last
-            files.sync_names(target)
+            paths.sync_names(target)
     run = open_run(store.root)
     shutil.copyfile(target / run.plan.rejected_file, store.path(names.REJECTED))
     return run
 
 
 def find(directory: Path) -> Run | None:
-    """The run in a directory, None where there is none.
+    """Returns the run in a directory, or None if there is none.
 
     Raises:
-      InputError: if its plan cannot be read, or not by this version.
+      InputError: if its plan cannot be read by this version.
     """
     store = LocalStore(directory)
     plan = plans.load(store)
@@ -117,7 +117,7 @@ def find(directory: Path) -> Run | None:
 
 
 def open_run(directory: Path) -> Run:
-    """The run in a directory; raises InputError if there is none, or as `find` does."""
+    """Returns the run in a directory like `find`, but raises InputError if there is none."""
     run = find(directory)
     if run is None:
         raise InputError(f"{directory} holds no jaxdiff run")

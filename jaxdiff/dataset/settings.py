@@ -1,4 +1,4 @@
-"""What decides a dataset's bytes, next to its manifest and its model."""
+"""The settings that determine a dataset's bytes, along with its manifest and its model."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -18,10 +18,10 @@ IMAGE_FORMATS = tuple(image_files.EXTENSIONS)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Options):
-    """The job's settings, all filled in: the model's options, and what else decides its bytes.
+    """The job's resolved settings: the model's options and all else that determines its bytes.
 
-    Those from `num_images` to `negative_prompt` stand in for what a row does not say; `seed` is
-    what such rows' seeds are derived from. The rest holds for the whole dataset.
+    Those from `num_images` to `negative_prompt` are the defaults of rows that do not set them; the
+    seeds of rows without a seed are derived from `seed`. The rest apply to the whole dataset.
     """
 
     num_images: int = 1
@@ -41,10 +41,9 @@ class Settings(Options):
 
 
 def written(settings: Settings) -> dict:
-    """The settings as identities hold them.
+    """Returns the settings as plan identities store them.
 
-    An option that is `LATER` is left out where it has its default, so that plans from before it
-    keep their ids.
+    A `LATER` option is omitted while it has its default, so that older plans keep their ids.
     """
     return {
         field.name: getattr(settings, field.name)
@@ -53,7 +52,7 @@ def written(settings: Settings) -> dict:
     }
 
 
-# How each setting is checked that is no request's, with the arguments of the check.
+# The checks of the settings that are not fields of `Request`, with their arguments.
 CHECKS = {
     "num_images": (checks.integer, 1, checks.MAX_IMAGES),
     "limit": (checks.integer, 1, 10**9),
@@ -67,18 +66,18 @@ NAMES = tuple(field.name for field in fields(Settings))
 
 
 def resolve(said: dict, model: Ensemble) -> Settings:
-    """Checks the settings that were said and takes the others from the model or the defaults.
+    """Checks the given settings and takes the others from the model or the defaults.
 
     Args:
-      said: by name (of `NAMES`), as text or in their own type; None counts as not said.
+      said: by name (of `NAMES`), as text or in their own type; None counts as not given.
       model: with the refiner, if there is one.
 
     Raises:
-      InputError: names the option and what it may be.
+      InputError: names the option and its allowed values.
     """
     defaults = model.base.defaults
     said = {name: value for name, value in said.items() if value is not None}
-    said.setdefault("steps", defaults.steps)  # which may be too many for the sampler
+    said.setdefault("steps", defaults.steps)  # may be too many for the sampler
     every = CHECKS | field_checks(defaults.size_multiple, tuple(SAMPLERS)) | OPTION_CHECKS
     settings = {"guidance_scale": defaults.guidance_scale}
     for name, value in said.items():

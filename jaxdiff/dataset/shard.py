@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import files, formats, image_files, names
+from jaxdiff.dataset import formats, image_files, names, paths
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.plan import Plan, PlannedImage
 from jaxdiff.dataset.run import Run
@@ -114,7 +114,7 @@ def check_files(run: Run, marker: Marker) -> None:
     """Raises InputError unless a made shard's files are as its marker says."""
     for name, file in marker.files.items():
         path = run.store.path(name)
-        if not path.exists() or files.digest(path) != file["sha256"]:
+        if not path.exists() or paths.digest(path) != file["sha256"]:
             raise InputError(
                 f"{run.directory}: {name} is not as it was made; `jaxdiff verify {run.directory} "
                 "--repair` makes it again"
@@ -181,7 +181,7 @@ class Attempt:
             self._writer.close()
         if not self._committed():
             for name in (self._images_name, self._metadata_name):
-                files.delete(self._path(name))
+                paths.delete(self._path(name))
         self._progress.close()
         self._progress_path.unlink(missing_ok=True)
 
@@ -225,7 +225,7 @@ class Attempt:
             return
         for name, file in marker.files.items():
             final = self._run.store.path(name)
-            if not final.exists() or files.digest(final) != file["sha256"]:
+            if not final.exists() or paths.digest(final) != file["sha256"]:
                 self._run.store.publish(self._name, name)
 
     def _finish(self) -> dict[str, dict]:
@@ -237,7 +237,7 @@ class Attempt:
         for name in (self._images_name, self._metadata_name):
             self._run.store.stage(self._name, name)
             path = self._path(name)
-            facts[name] = {"sha256": files.digest(path), "bytes": files.size(path)}
+            facts[name] = {"sha256": paths.digest(path), "bytes": paths.size(path)}
         return facts
 
     def _committed(self) -> bool:

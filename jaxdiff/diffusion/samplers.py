@@ -1,12 +1,12 @@
-"""Samplers, a row each: a table of coefficients, which `sampling.sample` runs. Imports no JAX.
+"""The samplers as tables of coefficients, which `sampling.sample` runs. Imports no JAX.
 
 Every sampler here is linear in its state x, in the denoiser's estimates D of x_0 and in noise z. It
 remembers h = p x + q D of its last evaluations and steps by
 
     x' = a x + b_0 h + b_1 h_previous + ... + s z
 
-so it is a function from the noise schedule and the number of steps to a table. Where the papers go
-back to an earlier x, that x is itself a combination of the present one and of what is remembered.
+so it is a function from the noise schedule and the number of steps to a table. If a paper goes back
+to an earlier x, that x is written as a combination of the current x and the remembered h.
 """
 
 import math
@@ -26,14 +26,14 @@ FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """All that is known of a sampler.
+    """A sampler and its properties.
 
     Attributes:
-      solver: the function from the schedule and the steps to its table.
+      solver: the function from the schedule and the number of steps to its table.
       scheduler: its class in diffusers.
-      config: the keys of `scheduler_config.json` that this class knows, with its defaults.
-      built: the values that are built, of keys for which it has others than most.
+      config: the keys of `scheduler_config.json` that this class reads, with its defaults.
       title: its name in AUTOMATIC1111's web UI.
+      built: the supported values of the keys for which they differ from `scheduler_config.BUILT`.
       multistep: whether it uses the estimates of earlier steps.
       one_more_timestep: as in `NoiseSchedule`.
     """
@@ -87,7 +87,7 @@ _DPM_SOLVER = {
     "use_lu_lambdas": False,
     "variance_type": None,
 }
-SOLVER_TYPES = ("midpoint", "bh1", "bh2", "logrho")  # diffusers' classes take each other's
+SOLVER_TYPES = ("midpoint", "bh1", "bh2", "logrho")  # diffusers' classes accept each other's
 SAMPLERS = {
     "ddim": Sampler(
         solver=solvers.ddim,
@@ -99,14 +99,14 @@ SAMPLERS = {
         solver=solvers.ddpm,
         scheduler="DDPMScheduler",
         config={**_LEADING, **_ZERO_SNR, **_CLIPPED, "variance_type": "fixed_small"},
-        # None is what files of DPM-Solver carry; diffusers then takes the usual one.
+        # Configs of DPM-Solver have None, for which diffusers uses the default.
         built={"variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large")},
         title="DDPM",
     ),
     "pndm": Sampler(
         solver=solvers.pndm,
         scheduler="PNDMScheduler",
-        # The class's own default of skip_prk_steps is false; only a file that has it is rejected.
+        # The class's default of skip_prk_steps is false, but only an explicit false is rejected.
         config={**_LEADING, "set_alpha_to_one": False, "skip_prk_steps": True},
         built={"prediction_type": ("epsilon", "v_prediction")},
         title="PLMS",
@@ -193,13 +193,13 @@ SAMPLERS = {
         title="LCM",
     ),
 }
-# The sampler of each scheduler class of diffusers; several samplers may share a class.
+# The sampler of each diffusers scheduler class; if several samplers share a class, the first one.
 OF_SCHEDULER = {row.scheduler: name for name, row in reversed(SAMPLERS.items())}
 OF_SCHEDULER[FLOW_CLASS] = "euler"
 
 
 def of_config(config: dict) -> str | None:
-    """The sampler that a `scheduler_config.json` names; None if it is not built."""
+    """Returns the sampler that a `scheduler_config.json` names; None if it is not supported."""
     scheduler = config.get("_class_name")
     sampler = OF_SCHEDULER.get(scheduler) if isinstance(scheduler, str) else None
     if sampler == "dpmpp_2m" and config.get("algorithm_type") == "sde-dpmsolver++":
@@ -208,26 +208,26 @@ def of_config(config: dict) -> str | None:
 
 
 def max_steps(name: str, schedule: NoiseSchedule) -> int:
-    """The most steps that a sampler can take with a schedule."""
+    """Returns the largest number of steps that a sampler can take with a schedule."""
     return schedule.original_inference_steps if name == "lcm" else schedule.max_steps()
 
 
 def sampler_table(
     name: str, schedule: NoiseSchedule, steps: int, *, eta: float = 0.0, begin: int = 0
 ) -> SamplerTable:
-    """The table of the sampler called `name`, one of `SAMPLERS`.
+    """Returns a sampler's table.
 
     Args:
-      name: of the sampler.
-      schedule: read for this sampler.
-      steps: at least 1.
-      eta: how much of DDIM's noise is drawn anew, 0 to 1; the others have none to set.
-      begin: the rows before it belong to another network, whose estimates a sampler with a memory
-        must not use: it starts anew there.
+      name: the sampler's name in `SAMPLERS`.
+      schedule: the noise schedule, read for this sampler.
+      steps: the number of steps, at least 1.
+      eta: the share of fresh noise in DDIM, 0 to 1; the other samplers ignore it.
+      begin: the first row of this network; the rows before it belong to another network, whose
+        estimates a multistep sampler does not use.
 
     Raises:
-      InputError: if the schedule has too few timesteps for `steps`, or the steps are not finite, as
-        where the network's output says nothing about x_0.
+      InputError: if the schedule has too few timesteps for `steps`, or the coefficients are not
+        finite, or x_0 cannot be computed from the network's output.
     """
     most = max_steps(name, schedule)
     if not 1 <= steps <= most:
@@ -243,8 +243,8 @@ def sampler_table(
         finite = False
     if not finite:
         raise InputError(
-            f"{WHERE}: {name} divides by zero in {steps} steps; set lower_order_final to true, or "
-            "ask for another number of steps"
+            f"{WHERE}: {name} divides by zero with {steps} steps; set lower_order_final to true or "
+            "choose another number of steps"
         )
     if schedule.prediction_type == "epsilon" and not table.alpha[begin:].all():
         raise InputError(

@@ -1,28 +1,28 @@
-"""How much signal and noise there is at each timestep.
+"""The noise schedule: how much signal and noise there is at each timestep. Imports no JAX.
 
-Tables are NumPy float64, computed on the host: rounding belongs to the denoiser, not to them.
-Imports no JAX.
+The tables are computed on the host in NumPy float64, so that rounding errors come only from the
+denoiser.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-NEARLY_ZERO_SNR = 2.0**-24  # diffusers' stand-in for 0 where a sampler divides by alpha
+NEARLY_ZERO_SNR = 2.0**-24  # replaces 0 where a sampler divides by alpha, as in diffusers
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The fields of a scheduler config that decide the steps of a sampler, by diffusers' names.
+    """The fields of a scheduler config that affect a sampler's steps, by diffusers' names.
 
     Attributes:
-      prediction_type: what the network predicts, as in `objective.to_x0`; "flow" is the schedule
-        of flow matching, in which alpha = 1 - sigma and the betas play no part.
-      set_alpha_to_one: whether the last step of DDIM and PNDM ends without noise, or at timestep
-        0's.
-      shift: of a flow schedule (Esser et al., 2024, arXiv:2403.03206, equation 23).
-      one_more_timestep: whether one timestep more than the steps is placed and the last, nearly
-        noiseless one is left out, as diffusers' multistep solvers do.
+      prediction_type: what the network predicts, as in `objective.to_x0`; with "flow" the schedule
+        is that of flow matching, where alpha = 1 - sigma and the betas have no effect.
+      set_alpha_to_one: whether the last step of DDIM and PNDM ends without noise rather than with
+        the noise of timestep 0.
+      shift: the shift of a flow schedule (Esser et al., 2024, arXiv:2403.03206, equation 23).
+      one_more_timestep: whether to space one more timestep than steps and to drop the last, nearly
+        noiseless one, as diffusers' multistep solvers do.
     """
 
     num_train_timesteps: int = 1000
@@ -51,7 +51,7 @@ class NoiseSchedule:
     one_more_timestep: bool = False
 
     def alpha_bars(self) -> np.ndarray:
-        """The share of the signal's variance at each training timestep, float64 [timesteps]."""
+        """Returns the signal's share of the variance at each training timestep, float64."""
         alpha_bars = np.cumprod(1.0 - self._betas())
         if self.rescale_betas_zero_snr:
             # Lin et al., 2024, arXiv:2305.08891, algorithm 1: the last timestep is pure noise.
@@ -63,7 +63,7 @@ class NoiseSchedule:
         count, start, end = self.num_train_timesteps, self.beta_start, self.beta_end
         if self.beta_schedule == "linear":  # Ho et al., 2020, arXiv:2006.11239, section 4
             return np.linspace(start, end, count)
-        if self.beta_schedule == "scaled_linear":  # Stable Diffusion's: linear in beta's root
+        if self.beta_schedule == "scaled_linear":  # Stable Diffusion's: linear in sqrt(beta)
             return np.linspace(start**0.5, end**0.5, count) ** 2
         # Nichol and Dhariwal, 2021, arXiv:2102.09672, equation 17
         times = np.linspace(0.0, 1.0, count + 1)
@@ -72,11 +72,11 @@ class NoiseSchedule:
 
     @property
     def is_flow(self) -> bool:
-        """Whether it is that of flow matching."""
+        """Whether this is a schedule of flow matching."""
         return self.prediction_type == "flow"
 
     def max_steps(self) -> int:
-        """The most steps that a sampler can take; it can take any number from 1 to this."""
+        """Returns the largest number of steps that a sampler can take; the smallest is 1."""
         train_steps, one_more = self.num_train_timesteps, self.one_more_timestep
         if self.is_flow or self.timestep_spacing == "trailing":
             return train_steps

@@ -1,7 +1,7 @@
-"""Reading `scheduler_config.json`, and the changes that a job makes to it. Imports no JAX.
+"""Reads `scheduler_config.json` and applies a job's changes to it. Imports no JAX.
 
-A config is read as diffusers' `X.from_config` reads it, where X is the scheduler class of the
-sampler: what X does not know is dropped, and what the file leaves out has X's default.
+A config is read as by diffusers' `X.from_config`, where X is the sampler's scheduler class: keys
+that X does not have are dropped, and keys that the file lacks get X's default.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ FLOW_CONFIG = {
     "stochastic_sampling": False,
     "use_dynamic_shifting": False,
 }
-# Every key that means something to one of them.
+# All keys that affect at least one sampler.
 KEYS = frozenset(FLOW_CONFIG).union(*(row.config for row in SAMPLERS.values()))
 _EITHER = (False, True)
-# The values that are built, of keys whose other values would change the result.
+# The supported values of keys whose other values would change the result.
 BUILT: dict[str, tuple] = {
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),  # the sampler's name decides
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -65,7 +65,7 @@ BUILT: dict[str, tuple] = {
     "use_lu_lambdas": (False,),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
-# The other keys are numbers: their type, and the least and the largest.
+# The other keys are numbers: their type, minimum and maximum.
 NUMBERS: dict[str, tuple] = {
     "num_train_timesteps": (int, 2, 100_000),
     "beta_start": (float, 0.0, 1.0),
@@ -80,21 +80,21 @@ NUMBERS: dict[str, tuple] = {
 
 
 def prediction_type(config: dict) -> str:
-    """What a model with this scheduler predicts, as in `objective.to_x0`."""
+    """Returns what a model with this scheduler predicts, as in `objective.to_x0`."""
     is_flow = config.get("_class_name") == FLOW_CLASS
     return "flow" if is_flow else config.get("prediction_type", "epsilon")
 
 
 def train_steps(config: dict) -> int:
-    """How many timesteps a model with this scheduler was trained with."""
+    """Returns the number of timesteps that a model with this scheduler was trained with."""
     return config.get("num_train_timesteps", 1000)
 
 
 def noise_schedule(config: dict, sampler: str) -> NoiseSchedule:
-    """Reads a parsed `scheduler_config.json`, of any class, for a sampler.
+    """Converts a parsed `scheduler_config.json` of any class to the noise schedule of a sampler.
 
     Raises:
-      InputError: for a value that would change the result and is not built.
+      InputError: if a value that would change the result is not supported.
     """
     values = _values(config, sampler)
     chosen = [key for key in samplers.SIGMAS if values.get(key) is True]
@@ -108,12 +108,12 @@ def noise_schedule(config: dict, sampler: str) -> NoiseSchedule:
 
 
 def _check(schedule: NoiseSchedule, sampler: str) -> None:
-    """Raises InputError where numbers that are good alone do not fit together."""
+    """Raises InputError if numbers that are valid by themselves do not fit together."""
     train_steps = schedule.num_train_timesteps
     if schedule.steps_offset >= train_steps // 2:
         raise InputError(
-            f"{WHERE}: steps_offset = {schedule.steps_offset} leaves no room in num_train_timesteps"
-            f" = {train_steps}; 0 and 1 are usual"
+            f"{WHERE}: steps_offset = {schedule.steps_offset} must be less than half of "
+            f"num_train_timesteps = {train_steps}; common values are 0 and 1"
         )
     if sampler == "lcm" and schedule.original_inference_steps > train_steps:
         raise InputError(
@@ -125,42 +125,43 @@ def _check(schedule: NoiseSchedule, sampler: str) -> None:
     bars = dataclasses.replace(schedule, rescale_betas_zero_snr=False).alpha_bars()
     if not (np.diff(bars, prepend=1.0) < 0).all() or bars[-1] < NEARLY_ZERO_SNR**2:
         raise InputError(
-            f"{WHERE}: beta_start = {schedule.beta_start} and beta_end = {schedule.beta_end} give "
-            "no signal that falls at every timestep; 0.00085 and 0.012 are Stable Diffusion's"
+            f"{WHERE}: with beta_start = {schedule.beta_start} and beta_end = {schedule.beta_end}, "
+            "the signal does not decrease at every timestep; Stable Diffusion uses 0.00085 and "
+            "0.012"
         )
 
 
 def reads(sampler: str, config: dict, key: str) -> bool:
-    """Whether a key of a scheduler's config means something to a sampler."""
+    """Whether a key of a scheduler's config affects a sampler."""
     is_flow = config.get("_class_name") == FLOW_CLASS
     return key in (FLOW_CONFIG if is_flow else SAMPLERS[sampler].config)
 
 
 def _values(data: dict, sampler: str) -> dict:
-    """The config's values for a sampler, by key, checked one by one."""
+    """Returns the config's values for a sampler, each of them checked, by key."""
     is_flow = data.get("_class_name") == FLOW_CLASS
     if is_flow and sampler != "euler":
         raise InputError(
-            f"{WHERE}: the model is trained by flow matching, which {sampler} does not sample; "
-            "ask for euler"
+            f"{WHERE}: {sampler} does not support models trained by flow matching; choose the "
+            "sampler euler"
         )
     defaults = FLOW_CONFIG if is_flow else SAMPLERS[sampler].config
-    # What the file left out is another class's default there, and not this one's.
+    # A value listed here is another class's default, which this class replaces by its own.
     left_out = data.get("_use_default_values")
     is_own = data.get("_class_name") == SAMPLERS[sampler].scheduler
     left_out = left_out if isinstance(left_out, list) and not is_own else ()
-    said = {key: value for key, value in data.items() if key in defaults and key not in left_out}
-    values = {**defaults, **said}
+    given = {key: value for key, value in data.items() if key in defaults and key not in left_out}
+    values = {**defaults, **given}
     for key, value in values.items():
         built = SAMPLERS[sampler].built.get(key, BUILT.get(key))
         if built is None:
             values[key] = _number(key, value)
         elif value not in built:
             known = " or ".join(json.dumps(choice) for choice in built)
-            silent = "" if key in said else ", the default,"
+            silent = "" if key in given else ", the default,"
             raise InputError(
-                f"{WHERE}: {key} = {_shown(value)}{silent} is not built for {sampler}; "
-                f"set it to {known}, or ask for another sampler"
+                f"{WHERE}: {key} = {_shown(value)}{silent} is not supported by {sampler}; "
+                f"set it to {known}, or choose another sampler"
             )
     return {**values, "prediction_type": "flow"} if is_flow else values
 
@@ -182,25 +183,29 @@ def _shown(value) -> str:
 
 
 def changed(config: dict, changes: str) -> dict:
-    """A scheduler's config after changes in the form of `checks.scheduler`.
+    """Returns a scheduler's config after changes in the form of `checks.scheduler`.
 
-    diffusers lists what a file leaves out under "_use_default_values".
+    A changed key is no longer a default, so it is removed from diffusers' "_use_default_values".
     """
-    said = key_values(changes)
-    for key in said.keys() - KEYS:
+    changed_values = key_values(changes)
+    for key in changed_values.keys() - KEYS:
         hint = suggestion(key, KEYS)
-        raise InputError(f"--scheduler: {key} is no key of a scheduler's config{hint}")
+        raise InputError(f"--scheduler: {key} is not a key of any scheduler's config{hint}")
     left_out = config.get("_use_default_values")
-    left_out = left_out if isinstance(left_out, list) else []  # of whatever a file may hold
-    left_out = [key for key in left_out if isinstance(key, str) and key not in said]
-    return config | said | {"_use_default_values": left_out}
+    left_out = left_out if isinstance(left_out, list) else []  # the file may contain anything
+    left_out = [key for key in left_out if isinstance(key, str) and key not in changed_values]
+    return config | changed_values | {"_use_default_values": left_out}
 
 
 def check_steps(sampler: str, steps: int, schedulers: Sequence[dict], eta: float = 0.0) -> None:
-    """Refuses a sampler that cannot follow the model's schedulers, or not in so many steps.
+    """Raises BadValueError if a sampler does not support the schedulers or the number of steps.
 
     Args:
-      schedulers: the config of each expert's, as `changed` gives it.
+      sampler: the sampler's name.
+      steps: the number of steps.
+      schedulers: the scheduler config of the base model and of its refiner, if there is one, as
+        `changed` returns it.
+      eta: as in `samplers.sampler_table`.
     """
     try:
         for config in schedulers:
@@ -216,29 +221,32 @@ def check_steps(sampler: str, steps: int, schedulers: Sequence[dict], eta: float
 def check_options(
     options: Options, samplers_used: Collection[str], schedulers: Sequence[dict]
 ) -> None:
-    """Refuses options that would do nothing, but stand in every image's record.
+    """Raises BadValueError for options that have no effect but would be in every image's record.
 
     Args:
-      samplers_used: of the run's images.
-      schedulers: the config of each expert's; the second is a refiner's.
+      options: the options of the run.
+      samplers_used: the samplers of the run's images.
+      schedulers: the scheduler config of the base model and of its refiner, if there is one.
     """
     usual = Options()
     if options.eta != usual.eta and "ddim" not in samplers_used:
-        raise BadValueError("--eta is for the sampler ddim alone; leave it out")
+        raise BadValueError("--eta only affects the sampler ddim; leave it out")
     if options.refiner_start != usual.refiner_start and len(schedulers) == 1:
-        raise BadValueError("--refiner-start does nothing without a --refiner; leave it out")
+        raise BadValueError("--refiner-start has no effect without --refiner; leave it out")
     if options.guidance_start >= options.guidance_stop:
         raise BadValueError(
-            f"--guidance-start {options.guidance_start} must come before --guidance-stop "
-            f"{options.guidance_stop}; --guidance-scale 1 leaves guidance off"
+            f"--guidance-start {options.guidance_start} must be less than --guidance-stop "
+            f"{options.guidance_stop}; to turn guidance off, use --guidance-scale 1"
         )
     for change in filter(None, options.scheduler.split(", ")):
         key = change.partition("=")[0]
         if key == "algorithm_type":
-            raise BadValueError(f"--scheduler {key}: ask for --sampler dpmpp_2m or dpmpp_2m_sde")
+            raise BadValueError(
+                f"--scheduler {key} has no effect; use --sampler dpmpp_2m or dpmpp_2m_sde instead"
+            )
         every = itertools.product(samplers_used, schedulers)
         if not any(reads(sampler, config, key) for sampler, config in every):
             raise BadValueError(
-                f"--scheduler {change} means nothing to {', '.join(sorted(samplers_used))}; "
-                "leave it out, or ask for another --sampler"
+                f"--scheduler {change} has no effect on {', '.join(sorted(samplers_used))}; leave "
+                "it out, or choose another --sampler"
             )

@@ -1,7 +1,7 @@
 """The solvers, each a function from the noise schedule and the number of steps to a table.
 
-What an equation calls x_t is alpha x_0 + sigma eps here, whatever its paper writes. diffusers'
-choices at the ends of a trajectory are kept, because people know their images by them.
+x_t is alpha x_0 + sigma eps here, whatever the notation of the paper. At the ends of a trajectory,
+the solvers make the same choices as diffusers, so that they give the same images.
 """
 
 from dataclasses import dataclass
@@ -12,20 +12,22 @@ from jaxdiff.diffusion import levels
 from jaxdiff.diffusion.levels import Levels
 from jaxdiff.diffusion.schedule import NoiseSchedule
 
-REMEMBERED = 5  # evaluations: PLMS uses four, and among them it leaves one out
+REMEMBERED = 5  # evaluations: PLMS uses four of the last five
 
 
 @dataclass(frozen=True)
 class SamplerTable:
-    """The rows of a sampler, one for each evaluation of the network; arrays are float64 [rows].
+    """A sampler's table, with a row for each evaluation of the network; arrays are float64 [rows].
 
     Attributes:
-      timesteps: what the network is told.
-      alpha, sigma: signal and noise in its input.
-      p, q: what is remembered of an evaluation is h = p x + q D, D being the estimate of x_0.
-      a, b: x' = a x + b[0] h + b[1] h_previous + ... + s z; b is [rows, REMEMBERED].
-      s: the scale of fresh noise.
-      initial_scale: what the starting noise is multiplied by.
+      timesteps: the timestep that the network gets.
+      alpha, sigma: signal and noise in the network's input.
+      p, q: the coefficients of h = p x + q D, the remembered value of an evaluation, where D is the
+        estimate of x_0.
+      a, b: the coefficients of x' = a x + b[0] h + b[1] h_previous + ... + s z; b is [rows,
+        REMEMBERED].
+      s: the scale of the fresh noise z.
+      initial_scale: the factor that turns standard normal noise into the starting point.
     """
 
     timesteps: np.ndarray
@@ -40,17 +42,17 @@ class SamplerTable:
 
     @property
     def draws(self) -> int:
-        """How many rows draw fresh noise, from the first on: up to the last whose `s` is not 0."""
+        """The number of rows up to the last one with fresh noise, that is, with nonzero `s`."""
         return int(np.flatnonzero(self.s).max(initial=-1)) + 1
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The arrays as float32, for the scan."""
+        """Returns the arrays as float32, for the scan."""
         names = ("timesteps", "alpha", "sigma", "p", "q", "a", "b", "s")
         return {name: getattr(self, name).astype(np.float32) for name in names}
 
 
 def _table(timesteps, alpha, sigma, a, b, *, p=0.0, q=1.0, s=0.0, initial_scale=1.0):
-    """A table from columns [rows] or numbers; `b` may have fewer columns, or be one."""
+    """Makes a table from columns [rows] or numbers; `b` may be [rows] or have fewer columns."""
     rows = len(timesteps)
     b = np.asarray(b, np.float64).reshape(rows, -1)
     return SamplerTable(
@@ -72,13 +74,13 @@ def _from_levels(at: Levels, a, b, *, s=0.0) -> SamplerTable:
     )
 
 
-# Samplers of one evaluation a step, which remember nothing.
+# Samplers with one evaluation per step and no history.
 
 
 def ddim(schedule: NoiseSchedule, steps: int, *, eta: float = 0.0) -> SamplerTable:
     """Song et al., 2021, arXiv:2010.02502, equations 12 and 16."""
     timesteps, bars = levels.trained(schedule, steps), schedule.alpha_bars()
-    previous = timesteps - schedule.num_train_timesteps // steps  # also where that is uneven
+    previous = timesteps - schedule.num_train_timesteps // steps  # rounded down, as in diffusers
     bar, next_bar = bars[timesteps], _or_final(schedule, bars, previous)
     alpha, sigma, next_alpha = np.sqrt(bar), np.sqrt(1.0 - bar), np.sqrt(next_bar)
     variance = eta**2 * (1.0 - next_bar) / (1.0 - bar) * (1.0 - bar / next_bar)
@@ -87,9 +89,9 @@ def ddim(schedule: NoiseSchedule, steps: int, *, eta: float = 0.0) -> SamplerTab
 
 
 def ddpm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
-    """Ho et al., 2020, arXiv:2006.11239, equations 6 and 7, between the timesteps that are taken.
+    """Ho et al., 2020, arXiv:2006.11239, equations 6 and 7, between the chosen timesteps.
 
-    The variance is that of equation 7 or, "fixed_large", the step's beta.
+    The variance is that of equation 7 or, with "fixed_large", the step's beta.
     """
     timesteps = levels.trained(schedule, steps)
     bar = schedule.alpha_bars()[timesteps]
@@ -107,10 +109,10 @@ def ddpm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
 
 
 def lcm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
-    """Luo et al., 2023, arXiv:2310.04378, algorithm 3: estimate x_0, and make it noisy again.
+    """Luo et al., 2023, arXiv:2310.04378, algorithm 3: estimates x_0 and adds noise again.
 
-    The estimate is mixed with x so that at timestep 0 it would be x (Song et al., 2023,
-    arXiv:2303.01469, equation 5); the timesteps are some of those of the distillation.
+    The estimate is mixed with x so that it equals x at timestep 0 (Song et al., 2023,
+    arXiv:2303.01469, equation 5). The timesteps are a subset of those used in distillation.
     """
     originally = schedule.original_inference_steps
     trained = np.arange(originally, 0, -1) * (schedule.num_train_timesteps // originally) - 1
@@ -131,17 +133,17 @@ def lcm(schedule: NoiseSchedule, steps: int) -> SamplerTable:
 
 
 def euler(schedule: NoiseSchedule, steps: int) -> SamplerTable:
-    """Karras et al., 2022, arXiv:2206.00364, algorithm 1 without line 8; of flow matching too."""
+    """Karras et al., 2022, arXiv:2206.00364, algorithm 1 without line 8; also for flow matching."""
     at = levels.continuous(schedule, steps)
     a = at.sigma[1:] / at.sigma[:-1]
     return _from_levels(at, a, at.alpha[1:] - at.alpha[:-1] * a)
 
 
 def euler_ancestral(schedule: NoiseSchedule, steps: int) -> SamplerTable:
-    """Song et al., 2021, arXiv:2011.13456, appendix F: Euler's step to less noise, and fresh noise.
+    """Song et al., 2021, arXiv:2011.13456, appendix F: an Euler step, then fresh noise.
 
-    Euler's method goes down so far that the fresh noise, as much as DDPM would draw, makes up for
-    it.
+    The Euler step goes below the next noise level, which the fresh noise, as much as DDPM would
+    draw, then restores.
     """
     at = levels.continuous(schedule, steps)
     now, after = at.ratio[:-1], at.ratio[1:]
@@ -153,19 +155,19 @@ def euler_ancestral(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     )
 
 
-# Heun's method: two evaluations a step.
+# Heun's method: two evaluations per step.
 
 
 def heun(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     """Karras et al., 2022, arXiv:2206.00364, algorithm 1; it has 2 steps - 1 rows.
 
-    After Euler's step from noise per signal r to r', and with the estimates D and D' at both, the
-    correction of the algorithm's line 8 comes to x' + alpha' (1 - r / r') (D - D') / 2.
+    After an Euler step from the noise-to-signal ratio r to r', with the estimates D and D' at both
+    ends, the corrected state of the algorithm's line 8 is x' + alpha' (1 - r / r') (D - D') / 2.
     """
     predictor = euler(schedule, steps)
     at = levels.continuous(schedule, steps)
     rows = 2 * steps - 1
-    place = (np.arange(rows) + 1) // 2  # each level but the first is evaluated twice
+    place = (np.arange(rows) + 1) // 2  # all levels except the first are evaluated twice
     a, b = np.ones(rows), np.zeros((rows, 2))
     a[::2], b[::2] = predictor.a, predictor.b[:, :2]
     half = at.alpha[1:-1] * (1.0 - at.ratio[:-2] / at.ratio[1:-1]) / 2.0
@@ -179,10 +181,10 @@ def heun(schedule: NoiseSchedule, steps: int) -> SamplerTable:
 
 
 def pndm(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTable:
-    """PLMS: Liu et al., 2022, arXiv:2202.09778, equations 11 and 12, after a start of diffusers'.
+    """PLMS: Liu et al., 2022, arXiv:2202.09778, equations 11 and 12, started as in diffusers.
 
     The first step is taken twice, the second time with the mean of the outputs at both its ends, so
-    there is a row more than steps. What is combined is the network's own output, epsilon or v.
+    there is one more row than steps. The method combines the network's own outputs, epsilon or v.
     """
     stride, bars = schedule.num_train_timesteps // steps, schedule.alpha_bars()
     timesteps = levels.trained(schedule, steps)
@@ -196,7 +198,7 @@ def pndm(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTable
     a, b = x_weight.copy(), np.zeros((len(timesteps), REMEMBERED))
     for row in range(len(timesteps)):
         b[row] = output_weight[row] * _adams_bashforth(max(row - begin, 0))
-    if begin + 1 < len(a):  # from the x before the first step, got back from x and its output
+    if begin + 1 < len(a):  # from the x before the first step, recovered from x and the output
         a[begin + 1] /= x_weight[begin]
         b[begin + 1, 1] -= a[begin + 1] * output_weight[begin]
     p, q = (1.0 / sigma, -alpha / sigma)  # x = alpha D + sigma epsilon
@@ -206,7 +208,7 @@ def pndm(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTable
 
 
 def _plms_transfer(schedule: NoiseSchedule, bar, next_bar) -> tuple[np.ndarray, np.ndarray]:
-    """The weights of x and of the output in a step of DDIM (equation 11 of arXiv:2202.09778)."""
+    """Returns the weights of x and the output in a DDIM step (arXiv:2202.09778, equation 11)."""
     alpha, sigma = np.sqrt(bar), np.sqrt(1.0 - bar)
     next_alpha, next_sigma = np.sqrt(next_bar), np.sqrt(1.0 - next_bar)
     if schedule.prediction_type == "v_prediction":
@@ -215,7 +217,7 @@ def _plms_transfer(schedule: NoiseSchedule, bar, next_bar) -> tuple[np.ndarray, 
 
 
 def _adams_bashforth(evaluation: int) -> np.ndarray:
-    """The weights of the last outputs, the newest first; evaluation 1 is used only by itself."""
+    """Returns the weights of the last outputs, newest first; later steps skip evaluation 1."""
     weights = np.zeros(REMEMBERED)
     if evaluation == 1:
         weights[:2] = 0.5
@@ -252,10 +254,10 @@ def dpmpp_2m_sde(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> Samp
 
 
 def _extrapolation(schedule: NoiseSchedule, at: Levels, begin: int) -> np.ndarray:
-    """How far each step goes beyond the last two estimates: 1 / (2 r), 0 in a first-order step.
+    """Returns how far each step extrapolates the last two estimates: 1 / (2 r), 0 for first order.
 
-    The first step has no history, and with no noise at its end the last one would go infinitely
-    far; a short trajectory's last step is of first order too.
+    The first step is of first order because it has no history. So is the last one if no noise is
+    left at its end, where the factor would be infinite, or if the trajectory is short.
     """
     steps = len(at.timesteps)
     h = np.diff(_half_log_snr(at))
@@ -268,7 +270,7 @@ def _extrapolation(schedule: NoiseSchedule, at: Levels, begin: int) -> np.ndarra
 
 
 def _half_log_snr(at: Levels) -> np.ndarray:
-    """The papers' lambda, log(alpha / sigma); infinite where there is no noise."""
+    """Returns the papers' lambda, log(alpha / sigma); infinite where there is no noise."""
     with np.errstate(divide="ignore"):
         return -np.log(at.ratio)
 
@@ -276,8 +278,8 @@ def _half_log_snr(at: Levels) -> np.ndarray:
 def unipc(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTable:
     """UniPC: Zhao et al., 2023, arXiv:2302.04867, algorithms 1 and 2, with estimates of x_0.
 
-    x is the prediction. Its correction only adds a combination of estimates to it, the one at x
-    among them, so it is made at the head of the step that follows.
+    x is the predictor's result. The corrector adds a combination of estimates to it, including the
+    estimate at x itself, so the correction is part of the next step.
     """
     at = levels.continuous(schedule, steps, ends_at_last=True)
     half_log_snr = _half_log_snr(at)
@@ -285,7 +287,7 @@ def unipc(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTabl
     b = np.zeros((steps, REMEMBERED))
     bh1, order = schedule.solver_type == "bh1", 0
     for row in range(steps):
-        if row > begin:  # `order` is that of the step that led here
+        if row > begin:  # `order` is still that of the previous step
             weights = _unipc_correction(half_log_snr[: row + 1], order, bh1)
             b[row, : order + 1] += a[row] * at.alpha[row] * weights
         order = min(schedule.solver_order, max(row - begin, 0) + 1)
@@ -297,11 +299,11 @@ def unipc(schedule: NoiseSchedule, steps: int, *, begin: int = 0) -> SamplerTabl
 
 
 def _unipc_prediction(half_log_snr: np.ndarray, order: int, bh1: bool) -> np.ndarray:
-    """The weights of the last estimates in UniP's step: [order], the newest first, over alpha.
+    """Returns the weights of the last estimates in UniP's step: [order], newest first, over alpha.
 
     Args:
-      half_log_snr: up to the step's end.
-      order: how many estimates are used.
+      half_log_snr: the values up to the step's end.
+      order: the number of estimates used.
       bh1: whether B(h) is h rather than e^h - 1.
     """
     h = half_log_snr[-1] - half_log_snr[-2]
@@ -314,7 +316,7 @@ def _unipc_prediction(half_log_snr: np.ndarray, order: int, bh1: bool) -> np.nda
 
 
 def _unipc_correction(half_log_snr: np.ndarray, order: int, bh1: bool) -> np.ndarray:
-    """The weights of what UniC adds to UniP's x: [order + 1], that of the estimate at x first."""
+    """Returns the weights of UniC's correction: [order + 1], first that of the estimate at x."""
     places, scale, predicted, corrected = _unipc_terms(half_log_snr, order, bh1)
     weights = scale * (predicted - corrected[:-1]) / places
     newest = scale * corrected[-1]
@@ -322,7 +324,7 @@ def _unipc_correction(half_log_snr: np.ndarray, order: int, bh1: bool) -> np.nda
 
 
 def _unipc_terms(half_log_snr: np.ndarray, order: int, bh1: bool):
-    """The r_m of the earlier estimates, B(-h), and the a_m of UniP and UniC (theorem 3.1)."""
+    """Returns the r_m of the earlier estimates, B(-h), and UniP's and UniC's a_m (theorem 3.1)."""
     h = half_log_snr[-1] - half_log_snr[-2]
     places = (half_log_snr[-3 : -order - 2 : -1] - half_log_snr[-2]) / h
     scale = -h if bh1 else np.expm1(-h)
@@ -341,6 +343,6 @@ def _unipc_terms(half_log_snr: np.ndarray, order: int, bh1: bool):
 
 
 def _or_final(schedule: NoiseSchedule, bars: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
-    """`bars` at `timesteps`, and what stands after timestep 0 where they are negative."""
+    """Returns `bars` at `timesteps`, with the final value where a timestep is negative."""
     final = 1.0 if schedule.set_alpha_to_one else bars[0]
     return np.where(timesteps >= 0, bars[np.maximum(timesteps, 0)], final)

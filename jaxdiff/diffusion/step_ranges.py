@@ -1,4 +1,4 @@
-"""Which steps of an image fall to which denoiser, and which of them are guided. Imports no JAX."""
+"""Divides an image's steps between the denoisers and into guided and unguided. Imports no JAX."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from jaxdiff.request import Options
 
 
 class StepRange(NamedTuple):
-    """Rows of a sampler's table that one denoiser takes, guided or not.
+    """Consecutive rows of a sampler's table with the same denoiser and guidance.
 
     Attributes:
       denoiser: 0, or 1 for the refiner.
-      rows: how many, in turn; each is an evaluation of the denoiser, of two batches if guided.
-      guided: whether classifier-free guidance holds.
+      rows: the number of rows; each is an evaluation of the denoiser, on two batches if guided.
+      guided: whether classifier-free guidance is on.
     """
 
     denoiser: int
@@ -31,15 +31,15 @@ def step_ranges(
     guidance_is_input: Sequence[bool],
     train_steps: int,
 ) -> tuple[StepRange, ...]:
-    """The ranges of a table, which cover its rows.
+    """Returns the ranges of a table, which cover all its rows.
 
     Args:
       timesteps: [rows], of the base model's `SamplerTable`.
-      options: say when guidance begins and ends, and when a refiner takes over.
+      options: when guidance begins and ends, and when a refiner takes over.
       guided: whether the image is guided at all.
-      guidance_is_input: for each denoiser, whether it takes the guidance scale as an input and
-        so is evaluated once a step: of one, or of two with a refiner.
-      train_steps: how many timesteps the base model was trained with.
+      guidance_is_input: for each denoiser (one, or two with a refiner), whether it takes the
+        guidance scale as an input and so is evaluated only once per step.
+      train_steps: the number of timesteps that the base model was trained with.
     """
     rows = refined_from = len(timesteps)
     if len(guidance_is_input) > 1:

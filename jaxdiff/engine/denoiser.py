@@ -1,4 +1,4 @@
-"""A checkpoint's denoiser on the devices: its weights, its text encoders, its conditioning."""
+"""A checkpoint's denoiser on the devices: its weights, text encoders and conditioning."""
 
 from collections.abc import Sequence
 
@@ -15,14 +15,14 @@ from jaxdiff.weights.load import open_network
 
 
 class LoadedDenoiser:
-    """A denoiser with its text encoders: of the base model or of its refiner.
+    """The denoiser of a base model or of a refiner, with its text encoders.
 
     Attributes:
       model: the checkpoint's networks as pure functions.
-      stored: where the denoiser's weights lie.
-      codec: where the autoencoder's weights lie.
+      stored: the denoiser's weights in their files.
+      codec: the autoencoder's weights in their files.
       prompts: the text encoders.
-      denoising: how the program evaluates it.
+      denoising: how the program evaluates the denoiser.
     """
 
     def __init__(
@@ -33,13 +33,18 @@ class LoadedDenoiser:
         mesh: jax.sharding.Mesh,
         options: Options,
     ):
-        """Finds the networks.
+        """Locates the weights of the networks; reads none of them.
 
         Args:
-          scheduler: the config of its scheduler, as `Ensemble.schedulers` gives it.
+          checkpoint: the base model or the refiner.
+          scheduler: the checkpoint's scheduler config, as `Ensemble.schedulers` returns it.
+          dtype: of the weights and the arithmetic.
+          mesh: the devices.
+          options: how the model is loaded and sampled.
 
         Raises:
-          InputError: if they are not those of their configs, or do not fit the options.
+          InputError: if the weights do not match the configs, or the networks do not fit the
+            options.
         """
         self.model = model = networks_of(checkpoint)
 
@@ -59,7 +64,7 @@ class LoadedDenoiser:
         self.denoising = Denoising(model, scheduler_config.prediction_type(scheduler))
 
     def conditioning(self, batch: Sequence[Request], *, negative: bool = False):
-        """The denoiser's conditioning for a batch, or for what guidance steers away from."""
+        """Returns the denoiser's conditioning for a batch's prompts or negative prompts."""
         prompts = [r.negative_prompt if negative else r.prompt for r in batch]
         texts = self.prompts(prompts, negative=negative)
         if negative and self.model.zeros_for_empty and "" in texts:
@@ -72,7 +77,7 @@ class LoadedDenoiser:
         return self.model.condition(text, sizes)
 
     def abstract_conditioning(self, batch: int, sharding: jax.sharding.Sharding):
-        """The shapes of what `conditioning` gives for so many images, placed by `sharding`."""
+        """Returns the shapes of the conditioning of `batch` images, with the given sharding."""
 
         def placed(leaf) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((batch, *leaf.shape), leaf.dtype, sharding=sharding)

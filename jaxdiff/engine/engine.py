@@ -1,4 +1,4 @@
-"""The one path from requests to images: batches, their programs, and what goes into them."""
+"""Generates images from requests: forms batches, compiles their programs and runs them."""
 
 import itertools
 import sys
@@ -27,7 +27,7 @@ from jaxdiff.families.ensemble import Ensemble, Steps, open_ensemble
 from jaxdiff.request import OPTION_CHECKS, Bucket, Options, Request, field_checks
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# An autoencoder's activations are many times an image: so few pixels are decoded at once.
+# The most pixels to decode at once: an autoencoder's activations are many times as large as them.
 DECODED_PX = 1024 * 1024
 
 
@@ -37,8 +37,8 @@ class Image:
 
     Attributes:
       pixels: uint8 [height, width, 3], sRGB.
-      request: what was asked for, with every default filled in.
-      finite: False if the network's values overflowed; the pixels then mean nothing.
+      request: the request, with every default filled in.
+      finite: False if the network's values overflowed, which makes the pixels meaningless.
     """
 
     pixels: np.ndarray
@@ -60,16 +60,16 @@ def load(
     Args:
       model: "shapes64", the bundled model; a directory in the diffusers layout; a single
         .safetensors file; a Hub id; or a URL such as gs://bucket/model.
-      variant: "fp16" or the like, where the model has several files of the same weights.
-      refiner: a second model that makes the last steps, as Stable Diffusion XL's does.
-      lora: a LoRA, "FILE.safetensors" or "FILE.safetensors:WEIGHT", or several, which are added to
-        the model's weights.
-      expecting: a request of each kind that will be made, with its batch size as in
-        `TextToImage.generate`: their programs are compiled while the weights are read.
+      variant: which weights to load, for example "fp16", if the model has several variants.
+      refiner: a second model that takes the last steps, such as Stable Diffusion XL's refiner.
+      lora: one or several LoRAs, "FILE.safetensors" or "FILE.safetensors:WEIGHT", to add to the
+        model's weights.
+      expecting: an example of each kind of request to come, with its batch size as in
+        `TextToImage.generate`; their programs are compiled while the weights are read.
       **options: the fields of `Options`.
 
     Raises:
-      InputError: if a model cannot be read, or an option cannot be what it is.
+      InputError: if a model cannot be read, or an option is invalid.
     """
     for name, (check, *arguments) in OPTION_CHECKS.items():
         if options.get(name) is not None:
@@ -91,13 +91,14 @@ def load(
 
 
 class TextToImage:
-    """A model. An image is a function of its request, whatever it is batched with."""
+    """A loaded model; an image depends only on its request, not on the others in its batch."""
 
     def __init__(self, ensemble: Ensemble, options: Options):
-        """Finds the networks; `load_weights` reads them.
+        """Locates the weights of the networks; `load_weights` reads them.
 
         Raises:
-          InputError: if they are not those that their configs tell of, or do not fit the options.
+          InputError: if the weights do not match the configs, or the networks do not fit the
+            options.
         """
         self.ensemble, self.checkpoint = ensemble, ensemble.base
         self.options = options
@@ -120,7 +121,7 @@ class TextToImage:
             deep_cache=options.deep_cache,
         )
         self._sample = compilation.jit(
-            # params, inputs, initial scale, columns: the sampler's table is the same for all
+            # weights, inputs, initial scale, columns: only the inputs have a batch axis
             lambda *arrays, **static: parallel.over_data(
                 partial(pixels, **static), self.mesh, (None, AXES, None, None)
             )(*arrays),
@@ -128,7 +129,7 @@ class TextToImage:
         )
 
     def load_weights(self) -> None:
-        """Reads the weights onto the devices, after which images can be made."""
+        """Reads the weights onto the devices; after that, images can be generated."""
         for denoiser in self._denoisers:
             denoiser.prompts.load()
         self._weights = Weights(
@@ -137,10 +138,10 @@ class TextToImage:
         )
 
     def resolve(self, request: Request) -> Request:
-        """Fills in the model's own size, sampler and so on where the request leaves them open.
+        """Fills in the model's defaults for the fields of a request that are None.
 
         Raises:
-          InputError: naming the value that cannot be used or that this model cannot make.
+          InputError: naming the value that is invalid or that this model does not support.
         """
         default = self.checkpoint.defaults
         width, height = default.size
@@ -151,8 +152,8 @@ class TextToImage:
             "guidance_scale": default.guidance_scale,
             "sampler": default.sampler if request.sampler is None else None,
         }
-        said = {name: value for name, value in asdict(request).items() if value is not None}
-        values = {**defaults, **said}
+        given = {name: value for name, value in asdict(request).items() if value is not None}
+        values = {**defaults, **given}
         rules = field_checks(default.size_multiple, tuple(SAMPLERS))
         try:
             for name, (check, *arguments) in rules.items():
@@ -165,15 +166,16 @@ class TextToImage:
         return Request(**values)
 
     def generate(self, requests: Sequence[Request], batch_size: int = 8) -> list[Image]:
-        """Makes one image for each request, in their order.
+        """Generates one image for each request, in the same order.
 
         Args:
-          requests: of any sizes and settings; those alike enough are batched together.
-          batch_size: images computed at once on each device of the mesh's `data` axis; a CPU has
-            its own.
+          requests: any sizes and settings; requests with the same `Request.bucket` are batched
+            together.
+          batch_size: the number of images computed at once on each device of the mesh's `data`
+            axis; on a CPU it is chosen by image size instead.
 
         Raises:
-          InputError: if a request cannot be made by this model.
+          InputError: if this model cannot fulfil a request.
         """
         resolved = [self.resolve(request) for request in requests]
         buckets: dict[tuple, list[int]] = {}
@@ -187,11 +189,11 @@ class TextToImage:
         return images
 
     def stream(self, requests: Iterable[Request], batch_size: int) -> Iterator[Image]:
-        """Makes images of one bucket, one batch ahead of what the caller has taken.
+        """Generates images of one bucket, computing one batch ahead of the caller.
 
         Args:
-          requests: resolved, all with the same `Request.bucket`; taken as they are needed.
-          batch_size: as in `generate`; a last short batch is filled with copies.
+          requests: resolved requests with the same `Request.bucket`; consumed as needed.
+          batch_size: as in `generate`; a short last batch is filled up with copies.
         """
         requests, running = iter(requests), deque()
         ahead = 1 if parallel.may_run_ahead(self.mesh) else 0
@@ -205,15 +207,17 @@ class TextToImage:
             yield from _fetch(*running.popleft())
 
     def slots(self, request: Request, batch_size: int) -> int:
-        """How many images like a resolved request are computed at once on all devices together."""
+        """Returns how many images like a resolved request all devices compute at once."""
         if self._on_cpu:
             batch_size = batching.on_cpu(request.width, request.height)
         return batch_size * self.mesh.shape["data"]
 
     def largest_batch_size(self, request: Request, most: int = batching.MOST) -> int:
-        """The most images like a resolved request that fit each device, and no more than `most`.
+        """Returns the largest batch of images like a resolved request that fits on each device.
 
-        A power of two, or what a CPU takes. Found by the compiler's account of memory, then tried.
+        It is a power of two, no larger than `most` images on all devices require; on a CPU it
+        depends only on the image size. The compiler's memory analysis gives candidates, which are
+        then run.
         """
         if self._on_cpu:
             return batching.on_cpu(request.width, request.height)
@@ -248,7 +252,7 @@ class TextToImage:
         return size
 
     def compile(self, request: Request, batch_size: int) -> None:
-        """Begins to compile what images like a resolved request need; returns at once."""
+        """Starts compiling the programs for images like a resolved request; returns at once."""
         for denoiser in self._denoisers:
             denoiser.prompts.compile()
         self._program(request, self.slots(request, batch_size))
@@ -262,10 +266,10 @@ class TextToImage:
         return self.mesh.devices.flat[0]
 
     def _program(self, request: Request, slots: int) -> tuple:
-        """The key of the program for such batches; it is begun to be compiled if it is new.
+        """Returns the key of the program for these batches; starts compiling it if it is new.
 
-        Seeds, prompts and guidance scales are its arguments; so are samplers, as far as they draw
-        noise equally often in equally many rows.
+        Seeds, prompts and guidance scales are arguments of the program, and so is the sampler's
+        table: samplers with equally many rows and draws of noise share a program.
         """
         steps = self._steps_of(request.bucket)
         key = (request.width, request.height, slots, steps.ranges, steps.draws)
@@ -285,7 +289,7 @@ class TextToImage:
         return key
 
     def _abstract_inputs(self, request: Request, slots: int, steps: Steps) -> Inputs:
-        """The shapes of what `_inputs` gives."""
+        """Returns the shapes and shardings of the arrays that `_inputs` returns."""
         first, second = (parallel.batch_sharding(self.mesh, axis) for axis in (0, 1))
         struct = jax.ShapeDtypeStruct
         shape = (slots, *self._latent_shape(request))
@@ -301,7 +305,7 @@ class TextToImage:
         )
 
     def _inputs(self, batch: list[Request], steps: Steps) -> Inputs:
-        """What a full batch brings, on the devices."""
+        """Puts the inputs of a full batch on the devices."""
         place = partial(jax.device_put, device=parallel.batch_sharding(self.mesh))
         noise, fresh_noise = random_noise.draw(
             np.array([request.seed for request in batch], np.uint32),
@@ -332,7 +336,7 @@ class TextToImage:
         return request.height // factor, request.width // factor, self._codec.channels
 
     def _dispatch(self, batch: list[Request], slots: int) -> tuple[Array, Array]:
-        """Starts a batch on the device; returns pixels and finiteness, perhaps not computed yet."""
+        """Starts computing a batch; returns pixels and finiteness, which may not be ready yet."""
         batch = batch + batch[-1:] * (slots - len(batch))
         steps = self._steps_of(batch[0].bucket)
         program = self._program(batch[0], slots)
@@ -347,7 +351,7 @@ class TextToImage:
         return self._steps[bucket]
 
     def _decoded_at_once(self, request: Request, batch_size: int) -> int:
-        """How many of a device's images its autoencoder decodes at once: a divisor of all."""
+        """Returns how many images each device decodes at once, a divisor of those it computes."""
         most = max(1, DECODED_PX // (request.width * request.height))
         on_device = batch_size // self.mesh.shape["data"]
         return max(n for n in range(1, on_device + 1) if on_device % n == 0 and n <= most)
@@ -360,7 +364,7 @@ def _fetch(batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]
 
 
 def _without_memory(problem: jax.errors.JaxRuntimeError) -> int:
-    """As many bytes as no device has, if that is the problem; else raises it again."""
+    """Returns more bytes than any device has if memory ran out; else raises the error again."""
     if "RESOURCE_EXHAUSTED" not in str(problem):
         raise problem
     return sys.maxsize

@@ -1,4 +1,4 @@
-"""The one compiled program: sample latents, decode, round to 8 bits."""
+"""The program that is compiled: samples latents, decodes them and rounds to 8 bits."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,13 +13,13 @@ from jaxdiff.families.model import Codec, Model
 
 
 class Inputs(NamedTuple):
-    """All that a batch brings: the program's arguments beside weights and sampler table.
+    """The program's arguments that depend on the batch.
 
     Attributes:
       noise: float32 [batch, h, w, latent channels].
-      fresh_noise: float32 [draws, batch, h, w, latent channels], None for a deterministic sampler.
-      positive, negative: for each denoiser, its conditioning: a tree of arrays [batch, ...]; the
-        latter None where nothing is guided.
+      fresh_noise: float32 [draws, batch, h, w, latent channels]; None for a deterministic sampler.
+      positive, negative: the conditioning of each denoiser, a tree of arrays [batch, ...]; the
+        negative one is None if no step is guided.
       guidance_scale: float32 [batch].
     """
 
@@ -31,25 +31,26 @@ class Inputs(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The parameters of the networks, or their places.
+    """The parameters of the networks, or their shapes and shardings.
 
     Attributes:
-      denoisers: a tree for each.
-      codec: the autoencoder's.
+      denoisers: one tree for each denoiser.
+      codec: the autoencoder's tree.
     """
 
     denoisers: Sequence[dict]
     codec: dict
 
 
-AXES = Inputs(noise=0, fresh_noise=1, positive=0, negative=0, guidance_scale=0)  # of the batch
+# The batch axis of each input.
+AXES = Inputs(noise=0, fresh_noise=1, positive=0, negative=0, guidance_scale=0)
 
 
 class Denoising(NamedTuple):
     """How a denoiser is evaluated; static under `jax.jit`.
 
     Attributes:
-      model: its family's networks.
+      model: its checkpoint's networks.
       prediction_type: as in `objective.to_x0`.
     """
 
@@ -71,21 +72,21 @@ def sample_pixels(
     guidance_rescale: float = 0.0,
     deep_cache: int = 1,
 ) -> tuple[Array, Array]:
-    """The pure function from noise to pixels, for `jax.jit`.
+    """Samples pixels from noise; a pure function, for `jax.jit`.
 
     Args:
-      denoisers: of the base model, or of it and its refiner.
+      denoisers: that of the base model and, if there is one, of its refiner.
       codec: the autoencoder.
-      dtype: of the networks' arithmetic; the sampler's own is float32.
-      weights: of the denoisers and of the codec.
-      inputs: of the batch.
+      dtype: of the networks' arithmetic; the sampler computes in float32.
+      weights: the parameters of the denoisers and of the codec.
+      inputs: the batch's inputs.
       initial_scale, columns: of a `SamplerTable`.
-      step_ranges: cover the rows of the table.
-      decoded_at_once: so many images, a divisor of the batch.
+      step_ranges: which denoiser evaluates which rows of the table; they cover all rows.
+      decoded_at_once: the number of images to decode at once, a divisor of the batch size.
       guidance_rescale, deep_cache: as in `Options`.
 
     Returns:
-      pixels uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
+      pixels, uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
     """
     walk = [
         (
@@ -125,9 +126,9 @@ def denoiser(
     guidance_scale: Array,
     guidance_rescale: float,
 ) -> sampling.Denoiser:
-    """Makes what `sampling.sample` takes: guided, if there is something to steer away from.
+    """Makes a denoiser for `sampling.sample`; it is guided if `negative` is not None.
 
-    Args: as in `sample_pixels`, of one denoiser.
+    The arguments are those of `sample_pixels`, for one denoiser.
     """
     network, guided = denoising.model.denoiser, negative is not None
     conditioning = jax.tree.map(guidance.paired, negative, positive) if guided else positive
@@ -153,10 +154,10 @@ def denoiser(
 
 
 def to_pixels(images: Array) -> Array:
-    """Images in -1..1 to uint8, rounded to the nearest."""
+    """Converts images in -1..1 to uint8, rounding to the nearest."""
     return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
 def to_float(pixels: Array) -> Array:
-    """uint8 pixels to the networks' -1..1, float32."""
+    """Converts uint8 pixels to float32 in -1..1, the range of the networks."""
     return pixels.astype(jnp.float32) / 127.5 - 1.0

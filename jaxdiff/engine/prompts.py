@@ -1,4 +1,4 @@
-"""Prompts on the devices: their tokens, their encoding, and an LRU cache of what was encoded."""
+"""Tokenizes and encodes prompts on the devices, with an LRU cache of embeddings."""
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
@@ -14,17 +14,17 @@ from jaxdiff.families.model import Model, Text
 from jaxdiff.families.tokens import Tokenizer
 from jaxdiff.weights.load import StoredNetwork
 
-# Text is encoded in batches of this size whatever the size of the image batches, so that a prompt's
-# embedding never depends on it.
+# Prompts are encoded in batches of this size, independent of the size of the image batches, so that
+# a prompt's embedding never depends on it.
 TEXT_BATCH = 8
-CACHED_BYTES = 2**28  # of embeddings, on every device
+CACHED_BYTES = 2**28  # of embeddings, on each device
 
 
 class PromptEncoder:
     """A checkpoint's tokenizers and text encoders, with an LRU cache of embeddings.
 
     Attributes:
-      params: of the text encoders, once `load` has read them.
+      params: the text encoders' parameters, once `load` has read them.
     """
 
     def __init__(
@@ -40,12 +40,15 @@ class PromptEncoder:
         """Reads the tokenizers; `load` reads the text encoders' weights.
 
         Args:
-          folders: of the tokenizers, by text encoder.
-          stored: where the text encoders' weights lie.
-          clip_skip, chunks: as `clip_skip` and `prompt_chunks` in `Options`.
+          model: the checkpoint's networks.
+          folders: each text encoder's tokenizer folder.
+          stored: each text encoder's weights in their files.
+          mesh: the devices.
+          clip_skip, chunks: `clip_skip` and `prompt_chunks` of `Options`.
 
         Raises:
-          InputError: if a tokenizer does not fit its encoder, or that has too few layers.
+          InputError: if a tokenizer does not fit its text encoder, or a text encoder has too few
+            layers for `clip_skip`.
         """
         self.mesh, self.chunks = mesh, chunks
         self._stored = stored
@@ -56,13 +59,15 @@ class PromptEncoder:
             words, layers = config.vocab_size, config.num_hidden_layers
             if len(tokenizer) > words:
                 raise InputError(
-                    f"{folders[name]} has {len(tokenizer)} tokens, but {name} knows {words}: it is "
-                    "another model's; copy the checkpoint again"
+                    f"{folders[name]} has {len(tokenizer)} tokens, but {name} has only {words}; it "
+                    "belongs to another model; copy the checkpoint again"
                 )
             if clip_skip + model.layers_skipped > layers:
-                raise InputError(f"--clip-skip {clip_skip}: {name} has only {layers} layers")
+                raise InputError(
+                    f"--clip-skip {clip_skip}: {name} has only {layers} layers; skip fewer"
+                )
             self._tokenizers[name] = tokenizer
-        # By how many layers are skipped: a negative prompt skips none.
+        # By the number of layers skipped; negative prompts skip none.
         self._encode = {
             skip: compilation.jit(
                 parallel.over_data(partial(model.encode_text, clip_skip=skip), mesh, (None, None)),
@@ -74,18 +79,18 @@ class PromptEncoder:
         self._programs: dict[int, Future[jax.stages.Compiled]] = {}
 
     def load(self) -> None:
-        """Reads the weights, after which prompts can be encoded."""
+        """Reads the weights; after that, prompts can be encoded."""
         self.params = {name: stored.load() for name, stored in self._stored.items()}
 
     def compile(self) -> None:
-        """Begins to compile the encoder, for all prompts; returns at once."""
+        """Starts compiling the encoders for all prompts; returns at once."""
         for clip_skip in self._encode.keys() - self._programs.keys():
             self._programs[clip_skip] = compilation.ahead(
                 self._encode[clip_skip], *self._abstract_arguments()
             )
 
     def abstract(self) -> Text:
-        """The shapes of one prompt's vectors."""
+        """Returns the shapes of one prompt's embedding."""
         batch = jax.eval_shape(self._encode[0], *self._abstract_arguments())
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
 
@@ -98,7 +103,7 @@ class PromptEncoder:
         return params, ids
 
     def __call__(self, prompts: Iterable[str], *, negative: bool = False) -> dict[str, Text]:
-        """The embedding of each prompt; `clip_skip` is not for negative ones, as in diffusers."""
+        """Returns each prompt's embedding; as in diffusers, negative ones ignore `clip_skip`."""
         self.compile()
         clip_skip = 0 if negative else self._clip_skip
         cached = self._cache[clip_skip]

@@ -1,6 +1,6 @@
-"""Model families, a page each: what their checkpoints are made of, and how they make images.
+"""The model families: what their checkpoints consist of, and how they make images.
 
-Imports no JAX: planning asks the pages for defaults and sizes.
+Imports no JAX, because planning needs the families' defaults and sizes.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from jaxdiff.families.stable_diffusion import (
     XL_PIPELINES,
 )
 
-FAMILIES: dict[str, Family] = {  # by the class of the pipeline in diffusers
+FAMILIES: dict[str, Family] = {  # by the pipeline's class in diffusers
     PIPELINE: STABLE_DIFFUSION,
     LCM_PIPELINE: STABLE_DIFFUSION,
     **dict.fromkeys(XL_PIPELINES, STABLE_DIFFUSION_XL),
@@ -24,5 +24,5 @@ FAMILIES: dict[str, Family] = {  # by the class of the pipeline in diffusers
 
 
 def open_checkpoint(model: str | Path, variant: str | None = None) -> Checkpoint:
-    """Opens a checkpoint of any family: see `checkpoint.open_checkpoint`."""
+    """Opens a checkpoint of any family; see `checkpoint.open_checkpoint`."""
     return checkpoint.open_checkpoint(model, variant, FAMILIES)

@@ -1,4 +1,4 @@
-"""Which checkpoints make an image together: one, or a base and its refiner. Imports no JAX."""
+"""The checkpoints that make an image together: a base and perhaps a refiner. Imports no JAX."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from jaxdiff.request import Bucket, Options
 
 
 class Steps(NamedTuple):
-    """How the images of a bucket are walked from noise to latents.
+    """The sampling steps of a bucket's images.
 
     Attributes:
-      tables: each denoiser's.
-      ranges: which denoiser takes which rows, guided or not.
+      tables: the sampler's table for each denoiser.
+      ranges: which denoiser evaluates which rows, and whether they are guided.
     """
 
     tables: Sequence[SamplerTable]
@@ -32,7 +32,7 @@ class Steps(NamedTuple):
 
     @property
     def draws(self) -> int:
-        """How often fresh noise is drawn."""
+        """The number of times that fresh noise is drawn."""
         return max(table.draws for table in self.tables)
 
     @property
@@ -41,7 +41,7 @@ class Steps(NamedTuple):
         return any(part.guided for part in self.ranges)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The columns of the table whose every row is its denoiser's."""
+        """Returns the columns of one table that takes each row from its denoiser's table."""
         owner = np.repeat([r.denoiser for r in self.ranges], [r.rows for r in self.ranges])
         columns = [table.columns() for table in self.tables]
         return {
@@ -52,41 +52,41 @@ class Steps(NamedTuple):
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The checkpoint that begins an image, and the one, if any, that takes its last steps."""
+    """The checkpoint that starts an image, and the refiner, if any, that takes the last steps."""
 
     base: Checkpoint
     refiner: Checkpoint | None = None
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Those there are, in the order of their steps."""
+        """The base and the refiner, if there is one, in the order of their steps."""
         return (self.base,) if self.refiner is None else (self.base, self.refiner)
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name to show."""
         return " + ".join(checkpoint.name for checkpoint in self.checkpoints)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all that decides pixels; a lone checkpoint's own."""
+        """SHA-256 (hex) of all files that affect the pixels; without a refiner, the base's own."""
         if self.refiner is None:
             return self.base.fingerprint
         parts = " ".join(checkpoint.fingerprint for checkpoint in self.checkpoints)
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def schedulers(self, changes: str) -> list[dict]:
-        """Each checkpoint's scheduler config after the changes of `Options.scheduler`."""
+        """Returns each checkpoint's scheduler config with the changes in `Options.scheduler`."""
         return [
             scheduler_config.changed(checkpoint.defaults.scheduler, changes)
             for checkpoint in self.checkpoints
         ]
 
     def steps(self, options: Options, bucket: Bucket) -> Steps:
-        """The sampler's tables for a bucket, and which denoiser takes which of their rows.
+        """Returns the sampler's tables for a bucket, and which denoiser takes which of their rows.
 
         Raises:
-          InputError: if a scheduler's config asks for what the sampler cannot do.
+          InputError: if the sampler does not support a scheduler's config.
         """
         configs = self.schedulers(options.scheduler)
 
@@ -115,22 +115,22 @@ def open_ensemble(
     refiner: str | Path | None = None,
     lora: Sequence[str] = (),
 ) -> Ensemble:
-    """Opens a model and, if they are named, its refiner and its LoRAs.
+    """Opens a model and, if given, its refiner and LoRAs.
 
     Args:
       model, variant: as in `open_checkpoint`. The model must have the variant; a refiner without it
-        gives the weights that it gives without a variant.
-      refiner: a second model over the same latents, the last of the paper's experts (Podell et al.,
-        2023, arXiv:2307.01952, 2.5).
-      lora: files to add to the model's weights, as in `lora.adapted`; a refiner has none.
+        uses its default weights.
+      refiner: a second model for the same latents, which takes the last steps (Podell et al., 2023,
+        arXiv:2307.01952, 2.5).
+      lora: LoRAs to add to the base model's weights, as in `lora.adapted`.
 
     Raises:
-      InputError: if one cannot be read, or they do not work together.
+      InputError: if one of them cannot be read, or they do not fit together.
     """
     base = open_checkpoint(model, variant)
     if base.defaults.base_needed:
         raise InputError(
-            f"model {str(model)!r} is a refiner: name a base model, and this one as --refiner"
+            f"model {str(model)!r} is a refiner; use a base model, and this one as --refiner"
         )
     base = loras.adapted(base, lora)
     if refiner is None:
@@ -143,7 +143,7 @@ def open_ensemble(
     for what in ours:
         if ours[what] != theirs.get(what):
             raise InputError(
-                f"--refiner {str(refiner)!r} has other latents than the model "
-                f"({what} {theirs.get(what)}, not {ours[what]}); name the refiner of this model"
+                f"--refiner {str(refiner)!r} has different latents from the model "
+                f"({what} {theirs.get(what)}, not {ours[what]}); use the refiner of this model"
             )
     return Ensemble(base, last)

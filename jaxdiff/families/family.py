@@ -1,4 +1,4 @@
-"""What a model family is: the one place that knows what its checkpoints are for. Imports no JAX."""
+"""The interface of a model family. Imports no JAX."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,22 +14,24 @@ if TYPE_CHECKING:
 
 
 class Defaults(Protocol):
-    """What a checkpoint is and makes when nothing else is asked for: `Checkpoint.defaults`.
+    """A checkpoint's properties and default settings: `Checkpoint.defaults`.
 
-    Each may raise InputError when it is asked for: not every checkpoint has every default.
+    Any attribute may raise InputError when it is read, because not every checkpoint has every
+    default.
 
     Attributes:
-      name: of its family, such as "Stable Diffusion XL".
-      base_needed: whether it only takes the last steps of another model's images: a refiner.
+      name: the family's name, for example "Stable Diffusion XL".
+      base_needed: whether the model is a refiner, which only takes the last steps of another
+        model's images.
       size: (width, height) in pixels.
-      size_multiple: what width and height must be multiples of.
-      latent_channels: the channels of the autoencoder's latents.
-      latents: all that distinguishes its latents from those of another autoencoder.
+      size_multiple: the number of pixels that width and height must be multiples of.
+      latent_channels: the number of channels of the autoencoder's latents.
+      latents: everything that distinguishes its latents from those of another autoencoder.
       steps, guidance_scale, sampler: as in `Request`.
       guidance_is_input: whether the denoiser takes the guidance scale as an input instead of being
         evaluated twice (Meng et al., 2023, arXiv:2210.03142).
-      tokens: positions of the text encoder.
-      scheduler: the config of its scheduler as the pipeline of diffusers uses it.
+      tokens: the number of tokens that the text encoder takes.
+      scheduler: the scheduler's config as the diffusers pipeline uses it.
     """
 
     name: str
@@ -48,27 +50,29 @@ class Defaults(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """The page of a family. A new family is one such value and a line in `FAMILIES`.
+    """A model family. To add a family, define one of these and list it in `FAMILIES`.
 
     Attributes:
-      components: the networks of its pipelines, by their folders, in the order of their use.
-      denoiser, codec: which of these denoises, and which turns latents into pixels.
-      absent: what `model_index.json` says of parts of the pipeline that are never there.
-      check_files: raises InputError for a checkpoint that it cannot use, from its configs alone.
-      defaults: see `Defaults`.
-      schedule: (the scheduler's config, bucket) to the noise schedule. It sees the size: dynamic
-        shifts belong to the pipeline, not to the scheduler's file.
-      operations: floating-point operations of one evaluation of the denoiser for one image:
-        (checkpoint, height, width of the latents, tokens) to those of a whole evaluation and those
-        of one that takes its deep features from an earlier one.
-      decoder_operations: those of decoding: (checkpoint, height, width of the latents).
-      kohya_names: as `checkpoint.Family` has it.
-      read_configs: (component to parsed config) to the config dataclasses, read strictly; loads
+      components: the networks of its pipelines, by folder, in the order of their use.
+      denoiser, codec: the components that remove noise and that turn latents into pixels.
+      absent: the `model_index.json` entries of components that its pipelines never contain.
+      check_files: raises InputError for a checkpoint that it cannot use, from the configs alone.
+      defaults: returns a checkpoint's `Defaults`.
+      schedule: maps (the scheduler's config, bucket) to the noise schedule. It gets the image size
+        because dynamic shifts belong to the pipeline, not to the scheduler's file.
+      operations: maps (checkpoint, height and width of the latents, tokens) to the floating-point
+        operations of one evaluation of the denoiser for one image: of a full evaluation, and of one
+        that reuses the deep features of an earlier one.
+      decoder_operations: maps (checkpoint, height and width of the latents) to the floating-point
+        operations of decoding one image.
+      kohya_names: as in `checkpoint.Family`.
+      read_configs: maps (component to parsed config) to the config dataclasses, read strictly;
+        imports JAX.
+      module: maps (component, config dataclass) to the class of the Flax module; imports JAX.
+      build: maps (configs, `model_index.json`) to the family's networks as pure functions; imports
         JAX.
-      module: (component, config dataclass) to the Flax module's class; loads JAX.
-      build: (configs, `model_index.json`) to the family's networks as pure functions; loads JAX.
-      with_guidance_input: (configs, width) to those of a denoiser that embeds the guidance scale in
-        so many numbers; None for a family that is not distilled here.
+      with_guidance_input: maps (configs, width) to the configs with a denoiser that embeds the
+        guidance scale in `width` numbers; None for a family that cannot be distilled here.
     """
 
     components: Mapping[str, Component]

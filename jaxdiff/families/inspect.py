@@ -1,4 +1,4 @@
-"""What is in a checkpoint, for people: from configs and headers alone."""
+"""The report of `jaxdiff inspect`, from a checkpoint's configs and headers alone."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -14,21 +14,21 @@ SIGMAS = ("Karras", "exponential", "beta")
 
 
 def report(checkpoint: Checkpoint) -> str:
-    """A checkpoint's family, networks, defaults and fingerprint, as aligned lines of text.
+    """Returns a checkpoint's family, networks, defaults and fingerprint as aligned lines of text.
 
-    The last says whether its networks can be built. Nothing is read but configs and headers, and
-    for the fingerprint every byte once.
+    The last line tells whether the networks can be built. Only configs and headers are read, except
+    for the fingerprint, which reads every byte once.
 
     Raises:
-      InputError: if a value that a checkpoint must have is none. A default that it may lack is
-        told in its line.
+      InputError: if a required value is not valid. An optional default that is missing is reported
+        in its own line instead.
     """
     weights = [(network, checkpoint.weights(network)) for network in checkpoint.networks]
     every = [tensor for _, tensors in weights for tensor in tensors.values()]
     networks = [
         HEADINGS,
         *(_network(checkpoint, network, tensors) for network, tensors in weights),
-        ("together", "", _parameters(every), _dtypes(every), _size(every), ""),
+        ("total", "", _parameters(every), _dtypes(every), _size(every), ""),
     ]
     return "\n".join(
         [
@@ -68,7 +68,7 @@ def _facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("latent channels", f"{checkpoint.defaults.latent_channels}"),
         *(_tokenizer(checkpoint, encoder) for encoder in checkpoint.text_encoders),
         ("fingerprint", checkpoint.fingerprint),
-        ("can be used", _usable(checkpoint)),
+        ("usable", _usable(checkpoint)),
     ]
 
 
@@ -79,11 +79,14 @@ def _prediction(scheduler: dict) -> str:
 
 
 def _scheduler(scheduler: dict) -> str:
-    said = [scheduler.get("_class_name"), f"{scheduler.get('num_train_timesteps', 1000)} timesteps"]
+    parts = [
+        scheduler.get("_class_name"),
+        f"{scheduler.get('num_train_timesteps', 1000)} timesteps",
+    ]
     if "timestep_spacing" in scheduler:
-        said.append(f"{scheduler['timestep_spacing']} spacing")
-    said += [f"{kind} sigmas" for kind in SIGMAS if scheduler.get(f"use_{kind.lower()}_sigmas")]
-    return ", ".join(map(str, said))
+        parts.append(f"{scheduler['timestep_spacing']} spacing")
+    parts += [f"{kind} sigmas" for kind in SIGMAS if scheduler.get(f"use_{kind.lower()}_sigmas")]
+    return ", ".join(map(str, parts))
 
 
 def _sampler(checkpoint: Checkpoint) -> str:
@@ -93,7 +96,7 @@ def _sampler(checkpoint: Checkpoint) -> str:
 
 
 def _usable(checkpoint: Checkpoint) -> str:
-    from jaxdiff.families.model import networks_of  # imports JAX: a second
+    from jaxdiff.families.model import networks_of  # imports JAX, which takes a second
     from jaxdiff.weights.load import refuse_misfits
 
     try:
@@ -113,23 +116,23 @@ def _guidance(checkpoint: Checkpoint) -> str:
 def _default_size(checkpoint: Checkpoint) -> str:
     width, height = checkpoint.defaults.size
     multiple = checkpoint.defaults.size_multiple
-    return f"{width} x {height} px, or any multiples of {multiple} px"
+    return f"{width} x {height} px, or other multiples of {multiple} px"
 
 
 def _tokenizer(checkpoint: Checkpoint, encoder: str) -> tuple[str, str]:
     folder, config = checkpoint.tokenizer(encoder), checkpoint.config(encoder)
-    said = folder / "tokenizer_config.json"
+    file = folder / "tokenizer_config.json"
     lengths = [
-        read_json(said).get("model_max_length") if said.is_file() else None,
+        read_json(file).get("model_max_length") if file.is_file() else None,
         config.get("max_position_embeddings"),
     ]
     length = min((n for n in lengths if isinstance(n, int)), default="any number of")
     name = encoder.replace("text_encoder", "tokenizer")
-    return name, f"{length} tokens, of a vocabulary of {config.get('vocab_size')}"
+    return name, f"{length} tokens, vocabulary of {config.get('vocab_size')}"
 
 
 def _or_reason(value: Callable[[], str]) -> str:
-    """A value that a checkpoint may lack, or why it does."""
+    """Returns an optional value, or the reason why the checkpoint has none."""
     try:
         return value()
     except InputError as error:
@@ -151,7 +154,7 @@ def _dtypes(tensors: Iterable[StoredTensor]) -> str:
 
 
 def _short(number: float, units: dict[float, str], unit: str) -> str:
-    """For instance 859.5M; the units go from large to small."""
+    """Abbreviates a number, for example to 859.5M; the units are ordered from large to small."""
     for factor, name in units.items():
         if number >= factor:
             return f"{number / factor:.1f}{name}"
@@ -159,7 +162,7 @@ def _short(number: float, units: dict[float, str], unit: str) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """The rows as lines, each column as wide as its widest cell; those in `right` end together."""
+    """Formats rows as lines of aligned columns; the columns in `right` are right-aligned."""
     rows = [[cell if cell.isprintable() else ascii(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

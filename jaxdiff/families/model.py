@@ -14,11 +14,11 @@ Params = dict  # nested, of arrays
 
 
 class Text(NamedTuple):
-    """Encoded prompts, with a leading batch axis or without.
+    """Encoded prompts, with or without a leading batch axis.
 
     Attributes:
-      context: [tokens, width], the hidden states of all text encoders side by side.
-      pooled: [width], the whole prompt in one vector; None where the denoiser takes none.
+      context: [tokens, width], the concatenated hidden states of all text encoders.
+      pooled: [width], one vector for the whole prompt; None if the denoiser takes none.
     """
 
     context: Array
@@ -29,9 +29,9 @@ class Network(NamedTuple):
     """A network without its weights; static under `jax.jit`.
 
     Attributes:
-      graph: `nnx.merge(graph, params)` is the module.
+      graph: the module's graph definition; `nnx.merge(graph, params)` is the module.
       shapes: a `jax.ShapeDtypeStruct` for each parameter, as a nested dict.
-      sharding: how its parameters are split over a mesh.
+      sharding: the rules that split its parameters over a mesh.
     """
 
     graph: nnx.GraphDef
@@ -45,11 +45,11 @@ class Denoiser(NamedTuple):
     Attributes:
       component: its folder in a checkpoint.
       guidance_is_input: as in `family.Defaults`.
-      sample_size: height and width, in latents, that it was trained for.
-      size_multiple: what height and width must be multiples of in training, in latents.
-      evaluate: (params, latents [b, h, w, c], timesteps [b], conditioning, guidance scale [b] or
-        None, kept) to the output, of the latents' shape, and to what later evaluations of near
-        timesteps may be given as `kept`; None computes everything.
+      sample_size: the height and width that it was trained for, in latents.
+      size_multiple: the number of latents that height and width must be multiples of in training.
+      evaluate: maps (params, latents [b, h, w, c], timesteps [b], conditioning, guidance scale [b]
+        or None, kept) to the output, in the latents' shape, and to the features that a later
+        evaluation at a nearby timestep may reuse as `kept`; with None, everything is computed.
     """
 
     component: str
@@ -60,16 +60,17 @@ class Denoiser(NamedTuple):
 
 
 class Codec(NamedTuple):
-    """The autoencoder. Latents here are as the denoiser sees them, of about unit variance.
+    """The autoencoder. Its latents are scaled for the denoiser, to about unit variance.
 
     Attributes:
       component: its folder in a checkpoint.
-      factor: pixels per latent, along each side.
-      channels: of the latents.
-      encode: (params, images in -1..1 [b, h, w, 3]) to the mean and the log variance of latents
-        that are not scaled yet.
-      scale: brings such latents to about unit variance.
-      decode: (params, latents [b, h, w, c], dtype of the arithmetic) to float32 images in -1..1.
+      factor: the number of pixels per latent along each side.
+      channels: the number of channels of the latents.
+      encode: maps (params, images in -1..1 [b, h, w, 3]) to the mean and the log variance of
+        unscaled latents.
+      scale: scales unscaled latents to about unit variance.
+      decode: maps (params, scaled latents [b, h, w, c], dtype of the arithmetic) to float32 images
+        in -1..1.
     """
 
     component: str
@@ -86,16 +87,18 @@ class Model(NamedTuple):
     Attributes:
       configs: the networks' config dataclasses, by component.
       networks: the networks, by component.
-      text_encoders: the components that read prompts, in the order of their vectors.
-      positions: for each of them, the tokens that it takes at most.
+      text_encoders: the components that encode prompts, in the order of their vectors.
+      positions: the maximum number of tokens of each text encoder.
       layers_skipped: how many of the text encoders' last layers are never used.
-      encode_text: (params by text encoder, int32 token ids [b, chunks, tokens] by text encoder,
-        clip_skip) to `Text`.
+      encode_text: maps (params by text encoder, int32 token ids [b, chunks, tokens] by text
+        encoder, clip_skip) to `Text`.
       zeros_for_empty: whether an empty negative prompt becomes zeros instead of its encoding.
-      sizes: what the denoiser takes of an image's size: (height, width in pixels, negative) to
-        numbers; None for a family whose denoiser takes nothing of it.
-      condition: (Text, sizes [b, numbers] or None) to the denoiser's conditioning, a tree of arrays
-        [b, ...].
+      sizes: maps (height and width in pixels, negative) to the numbers of the denoiser's size
+        conditioning; None if the denoiser has none.
+      condition: maps (Text, sizes [b, numbers] or None) to the denoiser's conditioning, a tree of
+        arrays [b, ...].
+      denoiser: the network that removes noise.
+      codec: the autoencoder.
     """
 
     configs: Mapping[str, Any]
@@ -115,8 +118,8 @@ def networks_of(checkpoint: Checkpoint) -> Model:
     """Builds the networks that a checkpoint's configs describe; reads no weights.
 
     Raises:
-      InputError: naming the checkpoint, for a value that is not built, or networks that do not fit
-        one another.
+      InputError: naming the checkpoint, if a config value is not supported or the networks do not
+        fit together.
     """
     family = checkpoint.family
     try:

@@ -1,7 +1,8 @@
-"""How many floating-point operations an image takes, from the shapes of the weights alone.
+"""Counts the floating-point operations of an image from the shapes of the weights alone.
 
-Counted are the multiplications and additions (2 for each pair) of convolutions, linear layers and
-attention, which are nearly all; not normalizations, not the text encoders. Imports no JAX.
+Counts the multiplications and additions (2 for each pair) of convolutions, linear layers and
+attention, which are nearly all of them, but not normalizations or the text encoders. Imports no
+JAX.
 """
 
 from jaxdiff.families.ensemble import Ensemble
@@ -9,7 +10,7 @@ from jaxdiff.request import Bucket, Options
 
 
 def of_image(ensemble: Ensemble, options: Options, bucket: Bucket) -> int:
-    """Those of one image of a bucket: every evaluation of the denoisers, and the decoder."""
+    """Counts the operations of one image of a bucket: all denoiser evaluations and the decoder."""
     base = ensemble.base
     multiple = base.defaults.size_multiple
     height, width = bucket.height // multiple, bucket.width // multiple
@@ -23,9 +24,9 @@ def of_image(ensemble: Ensemble, options: Options, bucket: Bucket) -> int:
 
 
 def evaluations(ensemble: Ensemble, options: Options, bucket: Bucket) -> list[tuple[int, int]]:
-    """Of each denoiser for one image: the whole evaluations, and those of its outermost layers.
+    """Counts each denoiser's full evaluations for one image, and those of its outermost layers.
 
-    A guided step takes two.
+    A guided step takes two evaluations.
     """
     counts = [(0, 0)] * len(ensemble.checkpoints)
     for part in ensemble.steps(options, bucket).ranges:

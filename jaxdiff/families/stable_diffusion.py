@@ -1,6 +1,6 @@
-"""Stable Diffusion 1, 2 and XL with its refiner, Turbo and LCM: a U-Net over CLIP's text.
+"""Stable Diffusion 1, 2 and XL with its refiner, Turbo and LCM: a U-Net with CLIP text encoders.
 
-Rombach et al., 2022, arXiv:2112.10752; Podell et al., 2023, arXiv:2307.01952.
+See Rombach et al., 2022, arXiv:2112.10752, and Podell et al., 2023, arXiv:2307.01952.
 """
 
 import re
@@ -20,18 +20,18 @@ from jaxdiff.families.family import Family
 PIPELINE = "StableDiffusionPipeline"
 LCM_PIPELINE = "LatentConsistencyModelPipeline"
 XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
-STEPS_AND_GUIDANCE = {  # of each pipeline's __call__ in diffusers
+STEPS_AND_GUIDANCE = {  # the defaults of each pipeline's __call__ in diffusers
     PIPELINE: (50, 7.5),
     LCM_PIPELINE: (4, 8.5),
     **dict.fromkeys(XL_PIPELINES, (50, 5.0)),
 }
-# Our own entry of `model_index.json`: the {"steps", "guidance_scale"} that a model is made for.
+# Our own entry in `model_index.json`: the {"steps", "guidance_scale"} that a model was trained for.
 # diffusers ignores entries that begin with an underscore.
 OWN_DEFAULTS = "_defaults"
-OTHER_NOISE_LEVELS = ("EDM", "FlowMatch")  # how the names of schedulers with these begin
+OTHER_NOISE_LEVELS = ("EDM", "FlowMatch")  # prefixes of schedulers with other noise levels
 CLIP_SAMPLE_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
 BEFORE_0_9 = re.compile(r"0\.[0-8](\.|$)")  # a version of diffusers
-# What turns the autoencoder's latents into the U-Net's, and the class's defaults.
+# The keys that scale the autoencoder's latents for the U-Net, and the class's defaults.
 LATENTS = {
     "scaling_factor": 0.18215,
     "shift_factor": None,
@@ -39,7 +39,7 @@ LATENTS = {
     "latents_std": None,
 }
 TEXT_PREFIX = "text_model."
-BUFFER = "embeddings.position_ids"  # 0, 1, 2, ...: old CLIP files carry it
+BUFFER = "embeddings.position_ids"  # 0, 1, 2, ...: in old CLIP files
 OLD_ATTENTION = re.compile(r"\b(attentions\.\d+)\.(query|key|value|proj_attn)\.")
 NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -60,7 +60,7 @@ VAE = Component(library="diffusers", class_name="AutoencoderKL", plain_key=_new_
 
 
 class Defaults:
-    """`family.Defaults` of a checkpoint."""
+    """A checkpoint's properties and default settings; see `family.Defaults`."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
@@ -68,73 +68,77 @@ class Defaults:
 
     @property
     def name(self) -> str:
-        """Of its family, such as "Stable Diffusion XL"."""
+        """The family's name, for example "Stable Diffusion XL"."""
         if self._checkpoint.pipeline in XL_PIPELINES:
             return "Stable Diffusion XL" + " refiner" * self.base_needed
         return f"Stable Diffusion {2 if self._unet.get('use_linear_projection') else 1}"
 
     @property
     def base_needed(self) -> bool:
-        """Whether it is a refiner, which has no text encoder of CLIP-L."""
+        """Whether the model is a refiner, which lacks the CLIP-L text encoder."""
         return "text_encoder" not in self._checkpoint.networks
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """The size that the U-Net was trained for."""
+        """The (width, height) that the U-Net was trained for, in pixels."""
         size = self._unet.get("sample_size")
         if self._checkpoint.pipeline == PIPELINE and type(size) is int and 0 < size < 64:
-            # As the pipeline does: early files of Stable Diffusion 1 have 32.
+            # As in the diffusers pipeline: early files of Stable Diffusion 1 have 32.
             early = BEFORE_0_9.match(str(self._unet.get("_diffusers_version", "")))
             size = 64 if early else size
         latents = size if isinstance(size, list | tuple) else [size, size]  # height, width
         if len(latents) != 2 or not all(type(side) is int and side > 0 for side in latents):
             raise InputError(
                 f"{self._checkpoint.place('unet')}: sample_size = {size!r} gives no default size; "
-                "ask for a --width and a --height"
+                "set --width and --height"
             )
         return latents[1] * self.size_multiple, latents[0] * self.size_multiple
 
     @cached_property
     def size_multiple(self) -> int:
-        """The autoencoder's factor alone.
+        """The autoencoder's factor, in pixels.
 
-        Where a U-Net halves an odd number of latents, it crops on the way up, as diffusers does.
+        The U-Net needs no larger one: if it halves an odd number of latents, it crops on the way
+        up, as in diffusers.
         """
         channels = self._vae.get("block_out_channels", ())
         if not isinstance(channels, list | tuple) or not 1 <= len(channels) <= 16:
-            raise InputError(f"{self._checkpoint.place('vae')}: no usable block_out_channels")
+            raise InputError(
+                f"{self._checkpoint.place('vae')}: block_out_channels must be a list of 1 to 16 "
+                "numbers"
+            )
         return 2 ** (len(channels) - 1)
 
     @cached_property
     def latent_channels(self) -> int:
-        """The channels of the autoencoder's latents."""
+        """The number of channels of the autoencoder's latents."""
         channels = self._vae.get("latent_channels", 4)
         if type(channels) is not int or channels < 1:
             raise InputError(
                 f"{self._checkpoint.place('vae')}: latent_channels = {channels!r} must be a "
-                "positive number"
+                "positive whole number"
             )
         return channels
 
     @property
     def latents(self) -> Mapping:
-        """All that distinguishes its latents from another autoencoder's."""
+        """Everything that distinguishes its latents from another autoencoder's."""
         shape = {"size_multiple": self.size_multiple, "channels": self.latent_channels}
         return shape | {key: self._vae.get(key, default) for key, default in LATENTS.items()}
 
     @property
     def steps(self) -> int:
-        """Sampling steps."""
+        """The number of sampling steps."""
         return self._steps_and_guidance[0]
 
     @property
     def guidance_scale(self) -> float:
-        """As in `Request`."""
+        """The scale of classifier-free guidance, as in `Request`."""
         return self._steps_and_guidance[1]
 
     @property
     def _steps_and_guidance(self) -> tuple[int, float]:
-        """Those that the model names in its index, or its pipeline takes in diffusers."""
+        """The values in the model's index, or else the defaults of its diffusers pipeline."""
         steps, guidance_scale = STEPS_AND_GUIDANCE[self._checkpoint.pipeline]
         own = self._checkpoint.index.get(OWN_DEFAULTS)
         own = own if isinstance(own, dict) else {}
@@ -147,29 +151,30 @@ class Defaults:
         sampler = samplers.of_config(config)
         if sampler is None:
             raise InputError(
-                f"{self._checkpoint.place('scheduler')} names {config.get('_class_name')}, which "
-                f"is not built; ask for a --sampler: {', '.join(sorted(samplers.SAMPLERS))}"
+                f"{self._checkpoint.place('scheduler')}: {config.get('_class_name')} is not "
+                f"supported; choose a --sampler: {', '.join(sorted(samplers.SAMPLERS))}"
             )
         return sampler
 
     @property
     def guidance_is_input(self) -> bool:
-        """Whether it is distilled, as LCM is."""
+        """Whether the U-Net takes the guidance scale as an input, as LCM's does."""
         return self._unet.get("time_cond_proj_dim") is not None
 
     @property
     def tokens(self) -> int:
-        """Positions of the text encoder."""
+        """The number of tokens that the text encoder takes."""
         encoders = [self._checkpoint.config(name) for name in self._checkpoint.tokenizers]
         found = (config.get("max_position_embeddings") for config in encoders)
         return next((tokens for tokens in found if isinstance(tokens, int)), unet_operations.TOKENS)
 
     @cached_property
     def scheduler(self) -> dict:
-        """`StableDiffusionPipeline` corrects two values that early files have wrong or leave out.
+        """The scheduler's config, corrected as in diffusers' `StableDiffusionPipeline`.
 
-        Where the file leaves one out, it is listed, as in diffusers, in "_use_default_values": a
-        scheduler of another class that is made from this config takes its own default instead.
+        The pipeline corrects two values that are wrong or missing in early files. As in diffusers,
+        a value that is missing in the file is listed in "_use_default_values": a scheduler of
+        another class that is made from this config uses its own default instead.
         """
         config = self._checkpoint.config("scheduler")
         if self._checkpoint.pipeline != PIPELINE:
@@ -181,18 +186,17 @@ class Defaults:
 
 
 def check_files(checkpoint: Checkpoint) -> None:
-    """Rejects EDM schedulers: no sampler here has their noise levels."""
+    """Rejects EDM schedulers, whose noise levels no sampler here supports."""
     scheduler = str(checkpoint.config("scheduler").get("_class_name"))
     if scheduler not in samplers.OF_SCHEDULER and scheduler.startswith(OTHER_NOISE_LEVELS):
         raise InputError(
-            f"{checkpoint.place('scheduler')}: {scheduler} has other noise levels than Stable "
-            "Diffusion, which no sampler here takes (Playground 2.5 and CosXL have EDM's); name "
-            "another model"
+            f"{checkpoint.place('scheduler')}: {scheduler} has noise levels that no sampler here "
+            "supports (Playground 2.5 and CosXL use EDM's); use another model"
         )
 
 
 def kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, str]:
-    """kohya's files for XL call the U-Net's layers by the names of the original code."""
+    """Returns the original names of XL's U-Net layers, which kohya's files use, with our keys."""
     if component != "unet" or checkpoint.pipeline not in XL_PIPELINES:
         return {}
     return {original: key for key, original, _ in unet_names(checkpoint.config("unet"))}
@@ -243,7 +247,7 @@ STABLE_DIFFUSION = Family(
     components={"text_encoder": TEXT_ENCODER, "unet": UNET, "vae": VAE},
     denoiser="unet",
     codec="vae",
-    absent={  # no network looks over what these pipelines make
+    absent={  # no network checks the images
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
@@ -259,7 +263,7 @@ STABLE_DIFFUSION = Family(
     build=_build,
     with_guidance_input=_with_guidance_input,
 )
-# The refiner has the second text encoder alone.
+# The refiner has only the second text encoder.
 STABLE_DIFFUSION_XL = replace(
     STABLE_DIFFUSION,
     absent={},

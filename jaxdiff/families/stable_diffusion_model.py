@@ -1,4 +1,4 @@
-"""The networks of Stable Diffusion 1, 2 and XL as pure functions: the JAX half of its page."""
+"""The networks of Stable Diffusion 1, 2 and XL as pure functions: the part that imports JAX."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,20 +16,20 @@ from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.text import clip
 from jaxdiff.weights.load import abstract_network
 
-# The aesthetic scores that XL's refiner takes (diffusers' defaults).
+# The aesthetic scores that XL's refiner is conditioned on (diffusers' defaults).
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-XL_LAYERS_SKIPPED = 1  # XL takes the last hidden layer but one (arXiv:2307.01952, 2.1)
+XL_LAYERS_SKIPPED = 1  # XL uses the penultimate hidden layer (arXiv:2307.01952, 2.1)
 SHARDING = {"unet": unet.SHARDING, "vae": autoencoder_kl.SHARDING}
 CONFIGS = {"unet": unet.UNetConfig, "vae": autoencoder_kl.AutoencoderKLConfig}
 
 
 class Conditioning(NamedTuple):
-    """The U-Net's inputs beside latents and timesteps; what it does not take is None.
+    """The U-Net's inputs besides latents and timesteps; None for inputs that it does not take.
 
     Attributes:
-      context: [batch, tokens, width], the text.
-      pooled: [batch, width], the text in one vector.
-      time_ids: float32 [batch, 5 or 6], sizes and so on of XL's images.
+      context: [batch, tokens, width], the encoded text.
+      pooled: [batch, width], one vector for the whole text.
+      time_ids: float32 [batch, 5 or 6], XL's size conditioning.
     """
 
     context: Array
@@ -38,10 +38,10 @@ class Conditioning(NamedTuple):
 
 
 def read_configs(parsed: Mapping[str, dict]) -> dict:
-    """Reads each network's parsed config into its dataclass.
+    """Converts each network's parsed config to its dataclass.
 
     Raises:
-      InputError: for a value that is not built.
+      InputError: if a value is not supported.
     """
     return {
         name: CONFIGS.get(name, clip.CLIPTextConfig).from_json(config)
@@ -50,14 +50,15 @@ def read_configs(parsed: Mapping[str, dict]) -> dict:
 
 
 def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
-    """Makes the networks that the configs describe.
+    """Builds the networks that the configs describe.
 
     Args:
+      configs: the config dataclass of each network.
       index: the pipeline's `model_index.json`.
-      remat: whether the U-Net's gradient recomputes activations instead of keeping them.
+      remat: whether the U-Net recomputes activations for the gradient instead of storing them.
 
     Raises:
-      InputError: if the networks do not fit one another.
+      InputError: if the networks do not fit together.
     """
     check_fit(configs, index)
     networks = {name: _network(name, config, remat) for name, config in configs.items()}
@@ -94,7 +95,7 @@ def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
 
 
 def check_fit(configs: Mapping, index: Mapping) -> None:
-    """Raises InputError unless the networks fit one another."""
+    """Raises InputError unless the networks fit together."""
     encoders = [config for name, config in configs.items() if name not in CONFIGS]
     unet_config, vae = configs["unet"], configs["vae"]
     needed = {
@@ -109,15 +110,15 @@ def check_fit(configs: Mapping, index: Mapping) -> None:
     for key, width in needed.items():
         if getattr(unet_config, key) != width:
             raise InputError(
-                f"the U-Net's {key} = {getattr(unet_config, key)} does not fit the networks "
-                f"beside it, which need {width}"
+                f"the U-Net's {key} = {getattr(unet_config, key)} does not fit the other networks, "
+                f"which need {width}"
             )
     if vae.out_channels != 3:
-        raise InputError(f"the autoencoder's out_channels = {vae.out_channels} are no RGB")
+        raise InputError(f"the autoencoder's out_channels = {vae.out_channels} must be 3 (RGB)")
 
 
 def with_guidance_input(configs: Mapping, width: int) -> dict:
-    """The configs with a U-Net that embeds the guidance scale in `width` numbers."""
+    """Returns the configs with a U-Net that embeds the guidance scale in `width` numbers."""
     return {**configs, "unet": replace(configs["unet"], time_cond_proj_dim=width)}
 
 
@@ -129,11 +130,11 @@ def encode_text(
     *,
     is_xl: bool,
 ) -> Text:
-    """Encodes prompts with all text encoders: `Model.encode_text`.
+    """Encodes prompts with all text encoders; see `Model.encode_text`.
 
     Returns:
-      context [batch, chunks * tokens, width], and for XL the last encoder's pooled vector of the
-      first chunk, [batch, width].
+      the context [batch, chunks * tokens, width], and for XL the last encoder's pooled vector of
+      the first chunk, [batch, width].
     """
     contexts = []
     for name, graph in graphs.items():
@@ -149,7 +150,7 @@ def encode_text(
 
 
 def module(component: str, config) -> type[nnx.Module]:
-    """The class of a component's network."""
+    """Returns the class of a component's network."""
     modules = {"unet": unet.UNet2DConditionModel, "vae": autoencoder_kl.AutoencoderKL}
     return modules.get(component) or clip.network(config)
 
@@ -171,7 +172,10 @@ def _takes_score(index: Mapping) -> bool:
 
 
 def _sizes(takes_score: bool, height: int, width: int, negative: bool) -> tuple[float, ...]:
-    """Podell et al., 2023, arXiv:2307.01952, 2.2: as if the image had never been cropped."""
+    """Returns the size conditioning of an uncropped image.
+
+    See Podell et al., 2023, arXiv:2307.01952, 2.2.
+    """
     size, corner = (height, width), (0, 0)
     if takes_score:
         return (*size, *corner, NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE)

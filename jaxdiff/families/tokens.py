@@ -1,4 +1,4 @@
-"""Prompts as token ids, for CLIP's text encoders."""
+"""Converts prompts to token ids for CLIP's text encoders."""
 
 import threading
 from collections.abc import Sequence
@@ -11,31 +11,37 @@ from jaxdiff.errors import InputError
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer, for any thread.
+    """A checkpoint's tokenizer; thread-safe.
 
     Attributes:
-      tokens: of a chunk, its start and its end among them.
+      tokens: the number of tokens of a chunk, including its start and end tokens.
     """
 
     def __init__(self, directory: Path, positions: int):
-        """Reads a directory in the `CLIPTokenizer` format, for an encoder of so many positions.
+        """Reads a directory in the `CLIPTokenizer` format.
+
+        Args:
+          directory: the tokenizer's directory.
+          positions: the maximum number of tokens of the text encoder.
 
         Raises:
-          InputError: if there is none.
+          InputError: if the directory contains no tokenizer.
         """
         # Without this check transformers would look for the name on the Hub.
         if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-            raise InputError(f"{directory} contains no tokenizer (vocab.json or tokenizer.json)")
+            raise InputError(
+                f"{directory} contains no tokenizer (vocab.json or tokenizer.json); copy it again"
+            )
         self._tokenizer = CLIPTokenizer.from_pretrained(directory)
         self.tokens = min(self._tokenizer.model_max_length, positions)
-        self._lock = threading.Lock()  # truncation is a state of the tokenizer
+        self._lock = threading.Lock()  # the tokenizer's truncation setting is mutable state
 
     def __len__(self) -> int:
         """The size of the vocabulary."""
         return len(self._tokenizer)
 
     def __call__(self, texts: Sequence[str], chunks: int = 1) -> np.ndarray:
-        """Token ids, int32 [texts, chunks, tokens]; see `chunked_tokens`."""
+        """Returns token ids, int32 [texts, chunks, tokens]; see `chunked_tokens`."""
         with self._lock:
             return chunked_tokens(self._tokenizer, texts, self.tokens, chunks)
 
@@ -43,13 +49,13 @@ class Tokenizer:
 def chunked_tokens(
     tokenizer: CLIPTokenizer, texts: Sequence[str], tokens: int, chunks: int
 ) -> np.ndarray:
-    """Token ids, int32 [texts, chunks, tokens]; what does not fit is cut.
+    """Returns token ids, int32 [texts, chunks, tokens]; truncates texts that are too long.
 
-    Each chunk has its own start and end, as if it were a prompt by itself, so that prompts may be
-    longer than the encoder's positions. Each prompt has all its chunks, the last perhaps empty: its
-    embedding does not depend on the prompts beside it.
+    Each chunk has its own start and end tokens, like a prompt of its own, so that prompts may be
+    longer than the encoder's maximum. Every prompt gets all chunks, even empty ones, so that its
+    embedding does not depend on the other prompts in the batch.
     """
-    room = tokens - 2  # beside start and end
+    room = tokens - 2  # without start and end
     most = chunks * room
     ids = np.full((len(texts), chunks, tokens), tokenizer.pad_token_id, np.int32)
     ids[:, :, 0] = tokenizer.bos_token_id

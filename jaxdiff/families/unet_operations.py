@@ -1,6 +1,6 @@
-"""Counts the operations of a U-Net and of an autoencoder's decoder, from their weights' shapes.
+"""Counts the operations of a U-Net or an autoencoder's decoder from the shapes of its weights.
 
-As `operations` counts them. Imports no JAX.
+Which operations count is described in `operations`. Imports no JAX.
 """
 
 import re
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from jaxdiff.checkpoint.tensors import StoredTensor
 
-TOKENS = 77  # of a prompt, where the text encoder does not say
+TOKENS = 77  # of a prompt, if the text encoder's config gives no number
 BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.")
 RESAMPLED = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(down|up)samplers\.")
 LAYER = re.compile(r"up_blocks\.(\d+)\.resnets\.(\d+)\.")
@@ -19,12 +19,12 @@ ONCE_AN_IMAGE = re.compile(r"\b(time_embedding|add_embedding|time_emb_proj)\.")
 def of_network(
     weights: Mapping[str, StoredTensor], height: int, width: int, tokens: int = TOKENS
 ) -> int:
-    """Those of one evaluation of a U-Net or of an autoencoder's decoder for one image.
+    """Counts the operations of one evaluation of a U-Net or a decoder for one image.
 
     Args:
-      weights: by diffusers' keys, a decoder's without "decoder.".
-      height, width: of the latents.
-      tokens: of the text that cross-attention sees.
+      weights: the weights by diffusers' keys; a decoder's keys without "decoder.".
+      height, width: the size in latents.
+      tokens: the number of text tokens that cross-attention sees.
     """
     resampled = {found[0] for key in weights if (found := RESAMPLED.match(key))}
     total = 0
@@ -39,13 +39,13 @@ def of_network(
         if key.endswith(("to_k.weight", "to_v.weight")):
             positions = seen
         elif key.endswith("to_q.weight"):
-            total += 2 * 2 * positions * seen * tensor.shape[0]  # scores, and sums of the values
+            total += 2 * 2 * positions * seen * tensor.shape[0]  # scores, and weighted values
         total += 2 * tensor.size * positions
     return total
 
 
 def _level(key: str, resampled: set[str]) -> int:
-    """How often a layer's input has been halved; below 0, doubled."""
+    """Returns how many times a layer's input has been halved; negative if it has been doubled."""
     steps = {"down": 1, "up": -1}
     found = BLOCK.match(key)
     if key.startswith("conv_out"):
@@ -72,7 +72,7 @@ def _scaled(side: int, level: int) -> int:
 
 
 def outermost(weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """What of a U-Net is computed at every evaluation, whatever `Options.deep_cache` says."""
+    """Returns the weights of the U-Net's layers that no evaluation skips under `deep_cache`."""
     layers = {found[0] for key in weights if (found := LAYER.match(key))}
     block, layer = max(tuple(map(int, LAYER.match(each).groups())) for each in layers)
     last = tuple(f"up_blocks.{block}.{kind}.{layer}." for kind in ("resnets", "attentions"))

@@ -1,8 +1,8 @@
-"""Weights from the files of a checkpoint onto the devices, each straight to its place.
+"""Loads weights from a checkpoint's files onto the devices, one tensor at a time.
 
-The modules' attribute names are the files' key names, so one rule turns a parameter into a tensor
-of the file and back: kernels are transposed, and `kernel`, `scale` and `embedding` are all called
-`weight` there. The public name of a parameter is its dotted path in the dict.
+The modules' attributes have the same names as the files' keys, so one rule converts between the
+parameters and the tensors of a file: kernels are transposed, and `kernel`, `scale` and `embedding`
+are all called `weight` in the file. A parameter's public name is its dotted path in the dict.
 """
 
 import re
@@ -19,20 +19,21 @@ from jaxdiff.checkpoint.tensors import StoredTensor, describe_misfits
 from jaxdiff.devices import parallel
 from jaxdiff.errors import InputError
 
-READERS = 4  # threads, which hold a tensor or two each
+READERS = 4  # threads, each of which holds one or two tensors
 
 
 def abstract_network(model_class, config) -> tuple[nnx.GraphDef, dict]:
-    """A network without weights, at no cost but the tracing.
+    """Makes a network without weights, which costs only the tracing.
 
     Args:
-      model_class: an `nnx.Module` that is made as `model_class(config, rngs=...)`.
+      model_class: an `nnx.Module` that can be called as `model_class(config, rngs=...)`.
+      config: the network's config dataclass.
 
     Returns:
-      its graph, and the shapes of its parameters as a nested dict: `load_params` fills it, and
-      `nnx.merge(graph, params)` is the network.
+      the network's graph definition, and the shapes of its parameters as a nested dict;
+      `load_params` turns the shapes into arrays, and `nnx.merge(graph, params)` is the network.
     """
-    # No weight is drawn, so one key does for all; `nnx.Rngs` would count the keys in the traced
+    # No weights are drawn, so one key is enough; `nnx.Rngs` would count the keys in the traced
     # program, which takes ten times as long (9 s for Stable Diffusion's U-Net).
     rngs = SimpleNamespace(params=lambda: jax.random.key(0))
     graph, state = nnx.split(nnx.eval_shape(lambda: model_class(config, rngs=rngs)))
@@ -40,12 +41,13 @@ def abstract_network(model_class, config) -> tuple[nnx.GraphDef, dict]:
 
 
 def places(shapes: dict, dtype, shardings=None) -> dict:
-    """Where each parameter goes: a `jax.ShapeDtypeStruct` with its sharding.
+    """Returns each parameter's shape, dtype and sharding as a `jax.ShapeDtypeStruct`.
 
     Args:
-      shapes: nested dict of anything with a `.shape`, such as `abstract_network` gives.
-      dtype: what the parameters are turned into.
-      shardings: one for all, or a tree of them like `shapes`, or None for the default device.
+      shapes: a nested dict of leaves with a `.shape`, for example from `abstract_network`.
+      dtype: the dtype of the parameters on the devices.
+      shardings: one sharding for all, a tree of shardings like `shapes`, or None for the default
+        device.
     """
     shardings = jax.tree.broadcast(shardings, shapes, is_leaf=lambda leaf: leaf is None)
     leaves, structure = jax.tree.flatten(shapes)
@@ -57,18 +59,18 @@ def places(shapes: dict, dtype, shardings=None) -> dict:
 
 
 class StoredNetwork(NamedTuple):
-    """A network whose weights still lie in their files.
+    """A network whose weights have not been read yet.
 
     Attributes:
-      places: as `places` gives them; each parameter has a dtype and a sharding of its own.
-      tensors: the weights, by key.
+      places: each parameter's shape, dtype and sharding, as `places` returns them.
+      tensors: the weights in their files, by key.
     """
 
     places: dict
     tensors: Mapping[str, StoredTensor]
 
     def load(self) -> dict:
-        """The parameters on their devices, as `load_params` gives them."""
+        """Reads the parameters onto their devices, as `load_params` does."""
         return load_params(self.places, self.tensors)
 
 
@@ -79,14 +81,17 @@ def open_network(
     dtype,
     mesh: jax.sharding.Mesh,
 ) -> StoredNetwork:
-    """Finds a network's weights and their places on `mesh`; reads none of them.
+    """Checks a network's weights and chooses their shardings on `mesh`; reads no weights.
 
     Args:
-      shapes: of its parameters, as `abstract_network` gives them.
-      rules: by which they are split, as in `parallel.parameter_shardings`.
+      shapes: the shapes of its parameters, as `abstract_network` returns them.
+      rules: how to split the parameters, as in `parallel.parameter_shardings`.
+      tensors: the weights in their files, by key.
+      dtype: the dtype of the parameters on the devices.
+      mesh: the devices.
 
     Raises:
-      InputError: as `load_params`, and if the mesh splits none of the parameters.
+      InputError: as in `load_params`, or if the mesh splits none of the parameters.
     """
     refuse_misfits(shapes, tensors)
     shardings = parallel.parameter_shardings(mesh, shapes, rules)
@@ -94,17 +99,17 @@ def open_network(
 
 
 def load_params(places: dict, tensors: Mapping[str, StoredTensor]) -> dict:
-    """Reads one network's weights, tensor by tensor, each straight to its device.
+    """Reads one network's weights tensor by tensor, each straight to its device.
 
     Args:
-      places: as the function of this name gives them.
-      tensors: exactly these weights, by key: `Checkpoint.weights` of the network.
+      places: each parameter's shape, dtype and sharding, as the function `places` returns them.
+      tensors: exactly these weights by key, as `Checkpoint.weights` returns them.
 
     Returns:
-      `places` with a jax array at each leaf.
+      `places` with a JAX array at each leaf.
 
     Raises:
-      InputError: listing the weights that are missing, not known, or not of the right shape.
+      InputError: listing the weights that are missing, unknown or of the wrong shape.
     """
     refuse_misfits(places, tensors)
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(places), strict=True)
@@ -112,8 +117,8 @@ def load_params(places: dict, tensors: Mapping[str, StoredTensor]) -> dict:
     def load(path, place: jax.ShapeDtypeStruct) -> jax.Array:
         tensor = tensors[key_of(path)].read().astype(place.dtype, copy=False)
         turned = tensor.transpose(np.argsort(file_axes(path, tensor.ndim)))
-        # The transfer makes it contiguous, faster than NumPy does. Waiting for it keeps tensors
-        # that are still being transferred from piling up in memory.
+        # The transfer makes the array contiguous, faster than NumPy. Waiting for it keeps tensors
+        # in transfer from piling up in memory.
         return jax.device_put(turned, place.sharding).block_until_ready()
 
     with ThreadPoolExecutor(READERS) as readers:
@@ -122,24 +127,27 @@ def load_params(places: dict, tensors: Mapping[str, StoredTensor]) -> dict:
 
 
 def refuse_misfits(shapes: dict, found: Mapping[str, StoredTensor]) -> None:
-    """Raises InputError unless the weights found are those of a network, `shapes` as above."""
+    """Raises InputError unless the weights found are exactly those of a network with `shapes`."""
     wanted = file_shapes(shapes)
     faults = {
         "missing": [key for key in wanted if key not in found],
         "unknown": [key for key in found if key not in wanted],
-        "of another shape": [
-            f"{key} {list(found[key].shape)} for {list(shape)}"
+        "of the wrong shape": [
+            f"{key} {list(found[key].shape)} instead of {list(shape)}"
             for key, shape in wanted.items()
             if key in found and found[key].shape != shape
         ],
     }
     if misfits := describe_misfits(faults):
         file = min((str(tensor.file) for tensor in found.values()), default="an empty file")
-        raise InputError(f"{file} does not fit its config: of the weights, {misfits}")
+        raise InputError(
+            f"{file} does not match its config: of its weights, {misfits}; copy the checkpoint "
+            "again"
+        )
 
 
 def file_shapes(shapes: dict) -> dict[str, tuple[int, ...]]:
-    """The keys and the shapes that a network's parameters have in a file, without a prefix."""
+    """Returns the keys, without a prefix, and shapes of a network's parameters in a file."""
     return {
         key_of(path): tuple(leaf.shape[axis] for axis in file_axes(path, len(leaf.shape)))
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
@@ -147,17 +155,17 @@ def file_shapes(shapes: dict) -> dict[str, tuple[int, ...]]:
 
 
 def name_of(path) -> str:
-    """The public name of a parameter, for instance "down_blocks.0.resnets.1.conv1.kernel"."""
+    """Returns a parameter's public name, such as "down_blocks.0.resnets.1.conv1.kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def key_of(path) -> str:
-    """The tensor's key in the file, for instance "down_blocks.0.resnets.1.conv1.weight"."""
+    """Returns the tensor's key in the file, such as "down_blocks.0.resnets.1.conv1.weight"."""
     return re.sub(r"\b(kernel|scale|embedding)$", "weight", name_of(path))
 
 
 def file_axes(path, ndim: int) -> tuple[int, ...]:
-    """The parameter's axes in the order of the file."""
+    """Returns the parameter's axes in the order that they have in the file."""
     if not name_of(path).endswith(".kernel"):
         return tuple(range(ndim))
-    return ndim - 1, ndim - 2, *range(ndim - 2)  # [out, in, ...], ours [..., in, out]
+    return ndim - 1, ndim - 2, *range(ndim - 2)  # file: [out, in, ...]; ours: [..., in, out]

@@ -1,4 +1,4 @@
-"""Weights and whole checkpoints in the diffusers layout, for PyTorch's libraries and for us."""
+"""Saves weights and whole checkpoints in the diffusers layout, readable by PyTorch's libraries."""
 
 import shutil
 import tempfile
@@ -20,32 +20,32 @@ from jaxdiff.checkpoint.json_files import write_json
 from jaxdiff.errors import InputError
 from jaxdiff.weights.load import file_axes, key_of, name_of
 
-UNPREFIXED = "text_projection"  # transformers has it beside the text model, not in it
+UNPREFIXED = "text_projection"  # in transformers, it is not a part of the text model
 
 
 def save_params(params: dict, file: Path, dtype, prefix: str = "") -> None:
-    """Writes one network's parameters as a safetensors file that PyTorch's libraries read.
+    """Writes one network's parameters to a safetensors file that PyTorch's libraries can read.
 
     Args:
       params: a nested dict of arrays.
-      file: written over, if it is there.
-      dtype: np.float16 or np.float32, what the tensors are stored as.
-      prefix: goes before each key.
+      file: the file, which is overwritten if it exists.
+      dtype: the dtype of the stored tensors, np.float16 or np.float32.
+      prefix: the prefix of each key.
 
     Raises:
-      ValueError: if a weight does not fit into `dtype`.
+      ValueError: if a weight overflows `dtype`.
     """
     tensors = {}
     for path, value in jax.tree_util.tree_leaves_with_path(params):
         tensor = np.asarray(value).transpose(file_axes(path, value.ndim))
-        with np.errstate(over="ignore"):  # said better below
+        with np.errstate(over="ignore"):  # checked below
             tensor = np.ascontiguousarray(tensor, dtype)
         if not np.isfinite(tensor).all():
             raise ValueError(f"{name_of(path)} is not finite as {np.dtype(dtype)}")
         key = key_of(path)
         tensors[key if key.startswith(UNPREFIXED) else prefix + key] = tensor
     save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors writes for the owner's eyes only
+    file.chmod(0o644)  # safetensors makes it readable by the owner only
 
 
 def save_pipeline(
@@ -59,21 +59,21 @@ def save_pipeline(
     pipeline: Mapping,
     dtype=np.float16,
 ) -> None:
-    """Writes a complete diffusers directory, whole or not at all.
+    """Writes a complete diffusers directory atomically.
 
     Args:
-      directory: a new one, or a diffusers directory to be replaced.
-      components: the networks, as their family lists them.
-      configs: the config dataclasses of the networks.
-      params: their parameters, a nested dict of arrays each.
-      scheduler: what becomes `scheduler_config.json`, `_class_name` included.
-      tokenizers: for each text encoder a directory in the CLIPTokenizer format; its files are
-        copied.
-      pipeline: what `model_index.json` says beside its components, `_class_name` included.
-      dtype: np.float16 or np.float32, what the weights are stored as.
+      directory: a new directory, or a diffusers directory to replace.
+      components: the networks' components, as their family lists them.
+      configs: the networks' config dataclasses.
+      params: the networks' parameters, a nested dict of arrays for each.
+      scheduler: the contents of `scheduler_config.json`, including `_class_name`.
+      tokenizers: each text encoder's tokenizer directory in the CLIPTokenizer format, whose files
+        are copied.
+      pipeline: the entries of `model_index.json` other than components, including `_class_name`.
+      dtype: the dtype of the stored weights, np.float16 or np.float32.
 
     Raises:
-      InputError: if `directory` holds anything that this function does not write.
+      InputError: if `directory` contains anything that this function does not write.
     """
     folders = {components[name].tokenizer: folder for name, folder in tokenizers.items()}
     index = {
@@ -99,14 +99,14 @@ def save_pipeline(
             for name in TOKENIZER_FILES:
                 if (source / name).is_file():
                     shutil.copyfile(source / name, new / folder / name)
-        if directory.exists():  # killed right after this, we leave both in `scratch`, whole
+        if directory.exists():  # if killed right after this, both are in `scratch`, complete
             directory.rename(Path(scratch) / "old")
         new.rename(directory)
 
 
 def _save_network(folder: Path, component: Component, config: dict, params: dict, dtype) -> None:
     if component.library == "transformers":
-        # Without it transformers would compute in the dtype that the weights are stored in.
+        # Without this, transformers would compute in the dtype of the stored weights.
         config["dtype"] = "float32"
     write_json(folder / CONFIG, config)
     save_params(params, folder / component.weights_file, dtype, component.prefix)
@@ -114,10 +114,10 @@ def _save_network(folder: Path, component: Component, config: dict, params: dict
 
 def _refuse_foreign_files(directory: Path, ours: set[str]) -> None:
     if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory} is a file: name a new directory")
+        raise InputError(f"{directory} is a file; choose a new directory")
     foreign = sorted({path.name for path in directory.glob("*")} - ours)
     if foreign:
         raise InputError(
-            f"{directory} holds {foreign[0]}, which is no part of a checkpoint: name a new "
-            "directory, so that nothing is lost"
+            f"{directory} contains {foreign[0]}, which is not part of a checkpoint and would be "
+            "lost; choose a new directory"
         )

@@ -201,18 +201,18 @@ def test_another_network_is_refused(checkpoint):
 
 def test_what_is_neither_bundled_nor_a_directory_is_refused(tmp_path):
     assert "neither a diffusers directory" in refusal("no-such-model")
-    none = f"{tmp_path} holds no model_index.json: it is no diffusers directory"
+    none = f"{tmp_path} contains no model_index.json, so it is not a diffusers directory"
     assert refusal(tmp_path).startswith(none)
     (tmp_path / "merged.safetensors").touch()
     assert "merged.safetensors" in refusal(tmp_path)
 
 
 def test_one_networks_folder_is_told_to_name_its_parent(checkpoint, monkeypatch):
-    assert "holds no model_index.json: it is a part of a model" in refusal(checkpoint / "unet")
+    assert "no model_index.json because it is a part of a model" in refusal(checkpoint / "unet")
     monkeypatch.chdir(checkpoint / "unet")
-    assert "name its parent" in refusal(".")
+    assert "use its parent directory" in refusal(".")
     (checkpoint / "model_index.json").unlink()
-    assert "no diffusers directory but one network alone" in refusal(".")
+    assert "not a diffusers directory but a single network" in refusal(".")
 
 
 def test_a_name_that_no_file_can_have_is_one_clear_line():

@@ -145,9 +145,9 @@ def test_one_file_is_fetched_with_the_tokenizers_beside_it(bucket, cache):
 
 
 URL_FAULTS = {
-    "memory://bucket/models": "holds no model_index.json",
-    "memory://bucket/nothing": "holds no model_index.json",
-    "memory://bucket/nothing.safetensors": "there is no",
+    "memory://bucket/models": "contains no model_index.json",
+    "memory://bucket/nothing": "contains no model_index.json",
+    "memory://bucket/nothing.safetensors": "does not exist",
     "s3://bucket/model": "pip install s3fs",
     "gs://bucket/model": "pip install gcsfs",
     "abc://bucket/model": "abc",

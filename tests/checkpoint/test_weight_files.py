@@ -91,7 +91,7 @@ INDEX_FAULTS = {
     "no name": (lambda index: index["weight_map"].update({"conv_in.bias": 7}), "names 7"),
     "another file": (
         lambda index: index["weight_map"].update({"conv_in.bias": SECOND}),
-        f"conv_in.bias should be in {SECOND} and is in {FIRST}",
+        f"conv_in.bias should be in {SECOND} but is in {FIRST}",
     ),
     "a key too many": (
         lambda index: index["weight_map"].update({"extra": FIRST}),
@@ -99,9 +99,9 @@ INDEX_FAULTS = {
     ),
     "a key too few": (
         lambda index: index["weight_map"].pop("conv_in.bias"),
-        "conv_in.bias should be nowhere",
+        "conv_in.bias should be in no file",
     ),
-    "another size": (lambda index: index["metadata"].update(total_size=1), "promises 1 bytes"),
+    "another size": (lambda index: index["metadata"].update(total_size=1), "should have 1 bytes"),
 }
 
 
@@ -133,7 +133,7 @@ def test_a_key_in_two_shards_is_named(checkpoint):
     folder = checkpoint / "unet"
     both = load_file(folder / SECOND) | {"conv_in.bias": load_file(folder / FIRST)["conv_in.bias"]}
     save_file(both, folder / SECOND)
-    assert f"{folder / SECOND}: conv_in.bias is in {FIRST} too" in refusal(checkpoint)
+    assert f"{folder / SECOND}: conv_in.bias is also in {FIRST}" in refusal(checkpoint)
 
 
 def test_a_variant_is_taken_where_it_is_and_the_full_weights_elsewhere(checkpoint):
@@ -184,7 +184,7 @@ def test_weights_in_another_format_are_refused_with_the_mend(checkpoint, name):
     folder = checkpoint / "unet"
     (folder / f"{UNET}.safetensors").rename(folder / name)
     said = refusal(checkpoint)
-    assert f"{folder} holds {name}" in said
+    assert f"{folder} contains {name}" in said
     assert "save_pretrained(DIRECTORY, safe_serialization=True)" in said
 
 
@@ -209,14 +209,14 @@ def test_a_weight_in_two_dialects_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     zeros = np.zeros(3, np.float32)
     save_file({"final_layer_norm.bias": zeros, "text_model.final_layer_norm.bias": zeros}, path)
-    with pytest.raises(InputError, match=r"model\.safetensors: \S+ is there twice"):
+    with pytest.raises(InputError, match=r"model\.safetensors contains \S+ twice"):
         read_weights(COMPONENTS["text_encoder"], path)
 
 
 def test_a_file_without_weights_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"text_model.embeddings.position_ids": np.arange(77)[None]}, path)
-    with pytest.raises(InputError, match="holds no weights"):
+    with pytest.raises(InputError, match="contains no weights"):
         read_weights(COMPONENTS["text_encoder"], path)
 
 
@@ -258,5 +258,5 @@ def test_only_what_is_needed_is_fetched(tmp_path):
 
 def test_nothing_is_fetched_of_what_cannot_be_read():
     names = [name for name in HUB_FILES if not name.startswith("unet/diff")] + ["unet/model.bin"]
-    with pytest.raises(InputError, match=r"owner/name/unet holds model\.bin"):
+    with pytest.raises(InputError, match=r"owner/name/unet contains model\.bin"):
         wanted_files(names, None, "owner/name", COMPONENTS)

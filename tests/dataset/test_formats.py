@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxdiff.dataset import files, formats
+from jaxdiff.dataset import formats, paths
 from jaxdiff.dataset.formats import FORMATS, Sample
 
 
@@ -41,7 +41,7 @@ def test_what_was_written_is_read(tmp_path, format_):
 def test_equal_images_make_an_equal_digest_and_others_another(tmp_path, format_):
     shards = [[sample(0), sample(1)]] * 2 + [[sample(0), sample(2)], [sample(0)]]
     digests = [
-        files.digest(write(tmp_path / str(n), format_, samples)) for n, samples in enumerate(shards)
+        paths.digest(write(tmp_path / str(n), format_, samples)) for n, samples in enumerate(shards)
     ]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
@@ -97,22 +97,22 @@ def test_the_digest_and_size_of_a_folder_are_those_of_its_files(tmp_path):
     contents = {"b.png": b"bb", "a.png": b"a", "metadata.jsonl": b"{}\n"}
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-        assert files.digest(folder / name) == hashlib.sha256(content).hexdigest()
+        assert paths.digest(folder / name) == hashlib.sha256(content).hexdigest()
     lines = sorted(
         f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items()
     )
-    assert files.digest(folder) == hashlib.sha256("".join(lines).encode()).hexdigest()
-    assert files.size(folder) == 6
-    assert files.size(folder / "b.png") == 2
+    assert paths.digest(folder) == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert paths.size(folder) == 6
+    assert paths.size(folder / "b.png") == 2
 
 
 def test_what_is_deleted_may_be_a_file_a_folder_or_missing(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "kept").touch()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
-    files.delete(tmp_path / "link")
+    paths.delete(tmp_path / "link")
     assert (tmp_path / "folder" / "kept").exists()
     for _ in range(2):
-        files.delete(tmp_path / "folder" / "kept")
-        files.delete(tmp_path / "folder")
+        paths.delete(tmp_path / "folder" / "kept")
+        paths.delete(tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []

@@ -251,7 +251,7 @@ def test_a_sampler_that_the_refiners_scheduler_does_not_fit_is_refused(tiny_chec
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
     model = open_ensemble(tiny_checkpoint, refiner=refiner)
     assert job_settings.resolve({"sampler": "ddim"}, model).sampler == "ddim"
-    with pytest.raises(InputError, match='prediction_type = "sample" is not built for pndm'):
+    with pytest.raises(InputError, match='prediction_type = "sample" is not supported by pndm'):
         job_settings.resolve({"sampler": "pndm"}, model)
 
 
@@ -289,7 +289,7 @@ def test_what_a_user_changes_is_no_default_of_the_file():
     [
         ({"sampler": "unipc"}, {"scheduler": "lower_order_final=false"}, "unipc divides by zero"),
         ({"sampler": "lcm", "steps": 60}, {}, "steps must be at most 50 for lcm, not 60"),
-        ({"sampler": "pndm"}, {"scheduler": "prediction_type=sample"}, "is not built for pndm"),
+        ({"sampler": "pndm"}, {"scheduler": "prediction_type=sample"}, "is not supported by pndm"),
     ],
     ids=str,
 )
@@ -304,14 +304,14 @@ def test_a_row_that_its_sampler_cannot_make_is_rejected_alone(plan, row, said, r
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"eta": 0.5, "sampler": "euler"}, "--eta is for the sampler ddim alone"),
-        ({"refiner_start": 0.5}, "--refiner-start does nothing without a --refiner"),
-        ({"guidance_start": 0.8, "guidance_stop": 0.2}, "must come before --guidance-stop 0.2"),
-        ({"scheduler": "use_karras_sigmas=true"}, "use_karras_sigmas=true means nothing to ddim"),
-        ({"scheduler": "shift=3", "sampler": "euler"}, "shift=3 means nothing to euler"),
+        ({"eta": 0.5, "sampler": "euler"}, "--eta only affects the sampler ddim"),
+        ({"refiner_start": 0.5}, "--refiner-start has no effect without --refiner"),
+        ({"guidance_start": 0.8, "guidance_stop": 0.2}, "must be less than --guidance-stop 0.2"),
+        ({"scheduler": "use_karras_sigmas=true"}, "use_karras_sigmas=true has no effect on ddim"),
+        ({"scheduler": "shift=3", "sampler": "euler"}, "shift=3 has no effect on euler"),
         (
             {"scheduler": "algorithm_type=sde-dpmsolver++", "sampler": "dpmpp_2m"},
-            "ask for --sampler dpmpp_2m or dpmpp_2m_sde",
+            "use --sampler dpmpp_2m or dpmpp_2m_sde",
         ),
     ],
     ids=str,

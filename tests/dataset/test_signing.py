@@ -313,7 +313,7 @@ def test_the_command_signs_and_says_so(finished, signer, capsys):
     assert cli.main(command) == 0
     assert capsys.readouterr().out == f"{directory}: signed 9 images\n"
     assert cli.main(command) == 0
-    assert capsys.readouterr().out == f"{directory}: every image is signed already\n"
+    assert capsys.readouterr().out == f"{directory}: every image is already signed\n"
     assert cli.main(["verify", str(directory)]) == 0
     shutil.rmtree(directory)
     assert cli.main(command) == 2

@@ -99,7 +99,7 @@ def test_unsupported_keys_are_rejected_by_name(sampler, config):
 
 
 def test_an_unsupported_default_is_reported_as_a_default():
-    with pytest.raises(InputError, match="clip_sample = true, the default, is not built for ddim"):
+    with pytest.raises(InputError, match="clip_sample = true, the default, is not supported by ddim"):
         noise_schedule({}, "ddim")
 
 
@@ -139,7 +139,7 @@ def test_only_euler_supports_a_flow_schedule():
     np.testing.assert_allclose(table.alpha + table.sigma, 1.0)
     assert table.sigma[0] == 1
     assert (np.diff(table.sigma) < 0).all()
-    with pytest.raises(InputError, match="ask for euler"):
+    with pytest.raises(InputError, match="choose the sampler euler"):
         noise_schedule(config, "dpmpp_2m")
 
 

@@ -215,7 +215,7 @@ BROKEN = {
     ),
     "another width": (
         edit(CONFIG, projection_dim=25),
-        "of another shape .*text_projection.weight .24, 32. for .25, 32.",
+        "of the wrong shape .*text_projection.weight .24, 32. instead of .25, 32.",
     ),
     "too many layers": (
         edit(CONFIG, text_config={"num_hidden_layers": 10**9}),

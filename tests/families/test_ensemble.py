@@ -38,7 +38,7 @@ def edit_vae(directory: Path, **changes) -> None:
 )
 def test_a_refiner_of_other_latents_is_refused(tiny_checkpoint, refiner, changes):
     edit_vae(refiner, **changes)
-    with pytest.raises(InputError, match=r"--refiner .* has other latents than the model"):
+    with pytest.raises(InputError, match=r"--refiner .* has different latents from the model"):
         open_ensemble(tiny_checkpoint, refiner=refiner)
 
 

@@ -158,7 +158,7 @@ def test_each_scheduler_names_its_sampler(checkpoint):
 )
 def test_other_noise_levels_are_refused_whatever_the_sampler(xl, scheduler):
     edit_json(xl / "scheduler" / "scheduler_config.json", _class_name=scheduler)
-    with pytest.raises(InputError, match=rf"scheduler_config\.json: {scheduler} has other noise"):
+    with pytest.raises(InputError, match=rf"scheduler_config\.json: {scheduler} has noise levels"):
         open_checkpoint(xl)
 
 

@@ -19,8 +19,7 @@ import pytest
 from making import files
 
 from jaxdiff import cli
-from jaxdiff.dataset import files as dataset_files
-from jaxdiff.dataset import ledger, names
+from jaxdiff.dataset import ledger, names, paths
 from jaxdiff.dataset.local import LocalStore
 
 DYING = Path(__file__).parents[1] / "dying.py"
@@ -109,7 +108,7 @@ def test_what_occupies_a_shards_name_is_named(tmp_path, manifest, tiny_checkpoin
     with pytest.raises(OSError, match="a directory") as refused:
         making.make_shard(run, 0)
     assert refused.value.filename == str(occupied)
-    dataset_files.delete(occupied)
+    paths.delete(occupied)
     for shard in ledger.todo(run):
         making.make_shard(run, shard)
     ledger.finalize(run, 0.0)

@@ -15,7 +15,7 @@ from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.errors import InputError
 from jaxdiff.training import consistency
 from jaxdiff.training.recipe import ConsistencyRecipe, Data, Optimizer
-from jaxdiff.training.run import train
+from jaxdiff.training.train import train
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 

@@ -20,7 +20,7 @@ import jaxdiff
 from jaxdiff import cli
 from jaxdiff.devices import parallel
 from jaxdiff.errors import InputError
-from jaxdiff.training import loop, run
+from jaxdiff.training import loop, train
 from jaxdiff.training.recipe import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -256,7 +256,7 @@ def test_another_recipe_is_refused_and_the_difference_named(old, new, message, s
     folder, _ = stopped
     (tmp_path / "recipe.toml").write_text(CAPTIONS.replace(old, new, 1))
     with pytest.raises(InputError, match="contains a run of another recipe") as caught:
-        run.train(tmp_path / "recipe.toml", folder / "run")
+        train.train(tmp_path / "recipe.toml", folder / "run")
     assert message in str(caught.value)
 
 
@@ -305,7 +305,7 @@ def test_two_processes_do_not_train_into_one_directory(stopped):
     with (folder / "run" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is training here"):
-            run.train(folder / "recipe.toml", folder / "run")
+            train.train(folder / "recipe.toml", folder / "run")
 
 
 def test_exporting_from_nowhere_is_one_line(tmp_path, capsys):

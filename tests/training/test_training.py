@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 import jaxdiff
 from jaxdiff.errors import InputError
 from jaxdiff.training import recipe
-from jaxdiff.training.run import train
+from jaxdiff.training.train import train
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 

@@ -105,7 +105,7 @@ def test_every_misfit_is_counted_and_named_in_one_line(vae):
     assert "\n" not in message
     assert "2 missing (decoder.conv_in.bias, decoder.conv_norm_out.bias)" in message
     assert "1 not known (decoder.extra.weight)" in message
-    assert "1 of another shape (encoder.conv_in.weight [8, 3, 1, 1] for [8, 3, 3, 3])" in message
+    assert "1 of the wrong shape (encoder.conv_in.weight [8, 3, 1, 1] instead of [8, 3, 3, 3])" in message
 
 
 def test_weights_that_are_not_floats_are_refused(vae):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxdiff.dataset import files
+from jaxdiff.dataset import paths
 from jaxdiff.dataset.manifest.readers import READERS, Entry, read_item
 from jaxdiff.errors import InputError
 
@@ -99,11 +99,11 @@ def digest(manifest: Manifest) -> str:
     """SHA-256 (hex) of its file; of several, of the lines "SHA-256  name" of each in its folder."""
     sources = manifest.sources
     if len(sources) == 1 and not sources[0].is_item:
-        return files.digest(sources[0].path)
+        return paths.digest(sources[0].path)
     whole = hashlib.sha256()
     for source in sources:
         name = source.name.rsplit("/", 1)[-1].encode("utf-8", "surrogateescape")
-        whole.update(files.digest(source.path).encode() + b"  " + name + b"\n")
+        whole.update(paths.digest(source.path).encode() + b"  " + name + b"\n")
     return whole.hexdigest()
 
 

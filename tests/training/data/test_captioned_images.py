@@ -24,7 +24,7 @@ from making import make_plan, make_shard, pixels_of
 from PIL import Image
 
 from jaxdiff.dataset import ledger
-from jaxdiff.dataset.files import delete
+from jaxdiff.dataset.paths import delete
 from jaxdiff.errors import InputError
 from jaxdiff.training.data import decoding, files, open_examples
 from jaxdiff.training.recipe import Data

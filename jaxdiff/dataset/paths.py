@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def digest(path: Path) -> str:
-    """SHA-256 (hex) of a file; of a folder, of the sorted lines "SHA-256  name" of its entries.
+    """Returns the SHA-256 (hex) of a file, or of a folder's sorted lines "SHA-256  name".
 
     Raises:
       OSError: if it cannot be read.
@@ -21,14 +21,14 @@ def digest(path: Path) -> str:
 
 
 def size(path: Path) -> int:
-    """The bytes of a file, or of all files in a folder; raises OSError if it cannot be read."""
+    """Returns the bytes of a file or of all files in a folder; raises OSError if unreadable."""
     if not path.is_dir():
         return path.stat().st_size
     return sum(size(entry) for entry in path.iterdir())
 
 
 def delete(path: Path) -> None:
-    """Deletes a file, or a folder with all in it, or nothing if nothing is there."""
+    """Deletes a file or a folder with its contents; does nothing if the path does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -36,11 +36,11 @@ def delete(path: Path) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """`os.replace`, for a folder as well.
+    """Like `os.replace`, but also replaces folders.
 
     Raises:
-      FileNotFoundError: if there is no source; then nothing has happened.
-      OSError: naming the target, where a file or folder of another kind may be in the way.
+      FileNotFoundError: if the source does not exist; nothing is changed then.
+      OSError: names the target, which may be a file where a folder is expected, or vice versa.
     """
     try:
         os.replace(source, target)
@@ -54,7 +54,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder with its files and their names, would survive a power cut."""
+    """Flushes a file, or a folder with its files and their names, to survive a power cut."""
     if not path.is_dir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -65,12 +65,12 @@ def sync(path: Path) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Waits until the names in a folder would survive a power cut."""
+    """Flushes the names in a folder to survive a power cut."""
     file = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(file)
     except OSError as problem:
-        if problem.errno != errno.EINVAL:  # some network file systems cannot
+        if problem.errno != errno.EINVAL:  # unsupported by some network file systems
             raise
     finally:
         os.close(file)
