@@ -112,8 +112,8 @@ class Options:
       clip_skip: how many of the text encoder's last layers are skipped.
       prompt_chunks: the maximum number of 75-token chunks per prompt; longer prompts are truncated.
       refiner_start: the fraction of the noise levels after which a refiner takes over, 0 to 1.
-      deep_cache: of this many consecutive U-Net evaluations, only the first is computed in full; the
-        others reuse its deep features (Ma et al., 2023, arXiv:2312.00858). 1 disables reuse.
+      deep_cache: of this many consecutive U-Net evaluations, only the first is complete; the others
+        reuse its deep features (Ma et al., 2023, arXiv:2312.00858). 1 disables reuse.
     """
 
     dtype: str = "float32"

@@ -1,4 +1,4 @@
-"""A complete checkpoint that is small enough for every test: real structure, random weights."""
+"""A complete checkpoint, small enough for every test: real architecture, random weights."""
 
 import atexit
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# One CPU device, whatever the machine has: the tests compare bits. Before JAX is imported.
+# Always one CPU device, because the tests compare bits. Must be set before JAX is imported.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("XLA_FLAGS", None)
-# Models that differ in weights or options only are the same program: compile it once in a run, for
-# all the processes that the tests start, and that pytest-xdist starts for the tests.
+# Models that differ only in weights or options share a program: it is compiled once per test run,
+# for all processes that pytest-xdist and the tests start.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     COMPILED = tempfile.mkdtemp(prefix="jaxdiff-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
@@ -38,9 +38,9 @@ SCHEDULER = {
 
 @pytest.fixture(scope="module")
 def compiled_fast():
-    """For modules that compile much and ask for no bits that users get: in 0.6 of the time.
+    """Speeds up modules that compile a lot and need no exact bits, to 0.6 of the time.
 
-    For the processes that they start as well.
+    The processes that they start inherit it.
     """
     import jax
 
@@ -49,12 +49,12 @@ def compiled_fast():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
-        jax.clear_caches()  # whose keys know nothing of it
+        jax.clear_caches()  # their keys do not include the option
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
-    """A diffusers directory: 64x64 pixels, 8x8 latents, about 0.4 million random weights."""
+    """Returns a diffusers directory: 64x64 pixels, 8x8 latents, about 0.4 million weights."""
     from jaxdiff.families.stable_diffusion import PIPELINE, STABLE_DIFFUSION
     from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
     from jaxdiff.models.text.clip import CLIPTextConfig, CLIPTextModel
@@ -118,7 +118,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 
 def random_params(model_class, config, seed: int) -> dict:
-    """Weights of about the size that training ends at, drawn without compiling anything."""
+    """Returns random weights of the magnitude of trained ones, without compiling anything."""
     import jax
 
     from jaxdiff.weights.load import abstract_network

@@ -1,18 +1,18 @@
-"""Processes that are killed while they write a dataset. Imports no JAX, so that they may fork.
+"""Kills processes while they write a dataset. Does not import JAX, so that it can fork.
 
     python tests/dying.py tell STORY FOLDER CHECKPOINT before|after [generate's arguments]
 
-tells a story of `STORIES` once for every operation on files of its last command, kills the command
-there, runs it again and compares the dataset with that of a command that was left alone. All is the
-real command, but the model's images are noise, a loop takes the place of Beam, and nothing waits
-for the disk: what dies is the process, not the power.
+runs a scenario of `STORIES` once for every file operation of its last command. Each time it kills
+the command at that operation, runs it again and compares the dataset with an uninterrupted one. It
+runs the real command, except that the model's images are noise, a loop replaces Beam, and fsync
+does nothing: the test simulates the death of a process, not a power failure.
 
     python tests/dying.py race FOLDER CHECKPOINT
 
-lets three writers, each with images of its own, race for the shards of one plan and kills them at
+lets three writers, each with different images, race for the shards of one plan and kills them at
 random.
 
-Both print how many processes were killed.
+Both print the number of killed processes.
 """
 
 import contextlib
@@ -42,19 +42,19 @@ from pipelines.worker import Task
 OPERATIONS = ("link", "replace", "rename", "fsync", "unlink", "mkdir", "rmdir", "sendfile")
 FEW = [{"prompt": "a ring", "num_images": 3}, "broken", {"prompt": "a star", "seeds": [3, 4]}]
 MORE = [*FEW, {"prompt": "a square", "id": "new", "num_images": 2}]
-# What has been done before, with the exit code, and then what is killed: rows and arguments each.
-# The model cannot make stars until --retry-failed is said.
+# The commands of each scenario, as rows and arguments; the last command is the one that is killed.
+# The model cannot make stars unless a command has --retry-failed.
 STORIES = {
     "make": [(FEW, [])],
     "retry": [(FEW, []), (FEW, ["--retry-failed"])],
     "extend": [(FEW, []), (MORE, [])],
     "overwrite": [(FEW, ["--seed=1"]), (FEW, ["--overwrite"])],
 }
-RACE_SECONDS = 0.06  # for each shard
+RACE_SECONDS = 0.06  # per shard
 
 
 class NoiseModel:
-    """What a worker needs of a model."""
+    """The parts of a model that a worker uses."""
 
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind="test", platform="test")]))
 
@@ -72,7 +72,7 @@ class NoiseModel:
 
 
 def make_shards(generate_shard, plan, todo: list[int], beam_runner) -> None:
-    """In the place of `generate.make_shards`."""
+    """Replaces `generate.make_shards`."""
     for shard in todo:
         models = vars(generate_shard.models)
         task = Task(generate_shard.directory, models, shard, generate_shard.mode)
@@ -80,7 +80,7 @@ def make_shards(generate_shard, plan, todo: list[int], beam_runner) -> None:
 
 
 def started(function: Callable[[], object]) -> int:
-    """Runs a function in a process of its own; returns its id."""
+    """Starts a function in a process of its own; returns the process id."""
     process = os.fork()
     if process == 0:
         try:
@@ -98,12 +98,12 @@ def ended(process: int) -> int:
 
 
 def forked(function: Callable[[], object]) -> int:
-    """Runs a function in a process of its own; returns its exit code."""
+    """Runs a function in a process of its own; returns the exit code."""
     return ended(started(function))
 
 
 def dies_at(number: int, after: bool) -> None:
-    """Lets this process kill itself before, or after, its operation of this number from now on."""
+    """Makes this process kill itself before, or after, its file operation of this number."""
     numbers = itertools.count()
 
     def deadly(operation: Callable) -> Callable:
@@ -124,7 +124,7 @@ def dies_at(number: int, after: bool) -> None:
 
 
 def imitate() -> None:
-    """Lets this process run commands without a model, without Beam and without waiting."""
+    """Makes this process run commands without a model, without Beam and without fsync."""
     worker._load = lambda *_: NoiseModel()
     worker._version = lambda package: ""
     generate.make_shards = make_shards
@@ -133,7 +133,7 @@ def imitate() -> None:
 
 
 class Story:
-    """A directory for the commands, and the state that all but the last of them leave."""
+    """A scenario: a directory for its commands, and the state before the last of them."""
 
     def __init__(self, name: str, folder: Path, checkpoint: Path, more: list[str]):
         *before, self._last = STORIES[name]
@@ -173,7 +173,7 @@ def tell(name: str, folder: str, checkpoint: str, when: str, *more: str) -> None
     imitate()
     story = Story(name, Path(folder), Path(checkpoint), list(more))
     story.begin()
-    story.end()  # here, so that what is forked has imported all
+    story.end()  # in this process, so that forked ones have all imports
     expected = making.files(story.directory)
     assert ledger.verify(story.directory)[1] == []
     for number in itertools.count():
@@ -199,8 +199,8 @@ def race(folder: str, checkpoint: str) -> None:
 
     def write(salt: int) -> None:
         chance = random.Random(salt)
-        os.fsync = lambda _: time.sleep(chance.choice([0, 0, 0.005]))  # a busy disk
-        for shard in range(60):  # all at the same one
+        os.fsync = lambda _: time.sleep(chance.choice([0, 0, 0.005]))  # simulates a busy disk
+        for shard in range(60):  # all writers at the same shard
             late = time.monotonic() - begun - RACE_SECONDS * shard
             time.sleep(max(0, -late))
             if late < RACE_SECONDS:

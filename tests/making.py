@@ -1,4 +1,4 @@
-"""Datasets made of pixels drawn from the images' seeds: every file is real, no model is needed."""
+"""Makes datasets without a model: real files, with pixels drawn from the images' seeds."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def make_shard(run: Run, shard: int, failing=(), salt: int = 0) -> bool:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    """The dataset's files, without the report that has a clock in it."""
+    """Returns the contents of the dataset's files, except those that contain times."""
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for path in sorted(directory.rglob("*"))

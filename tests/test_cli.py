@@ -64,7 +64,7 @@ def test_the_version_is_that_of_the_installed_package(capsys):
         (["train"], "the following arguments are required: RECIPE.toml, --output"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, message):
+def test_an_error_is_one_line_and_exit_code_2(capsys, arguments, message):
     assert cli.main(arguments) == 2
     said = capsys.readouterr()
     assert said.err.startswith(f"jaxdiff: {message}")
@@ -72,7 +72,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, message):
     assert said.out == ""
 
 
-def test_debug_shows_where(capsys):
+def test_debug_shows_a_traceback(capsys):
     assert cli.main(["verify", "/nowhere", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
@@ -88,7 +88,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
     assert python("-c", code).returncode == 0
 
 
-def test_the_pipeline_takes_the_same_options():
+def test_the_pipeline_module_takes_the_same_options():
     ended = python("-m", "pipelines.generate", "--manifest=no.txt", "--output=/nowhere/x")
     same = python("-m", "jaxdiff", "generate", "--manifest=no.txt", "--output=/nowhere/x")
     assert ended.returncode == same.returncode == 2
@@ -105,7 +105,7 @@ def job_file(tmp_path):
     return write
 
 
-def test_the_command_line_goes_before_the_job_file(job_file):
+def test_command_line_options_override_the_job_file(job_file):
     path = job_file(
         'manifest = "a.txt"\noutput = "out"\nsteps = 30\nguidance-scale = 2\nstrict = true\n'
     )
@@ -125,7 +125,7 @@ def test_the_command_line_goes_before_the_job_file(job_file):
         ('strict = "yes"', "strict must be true or false, not 'yes'"),
     ],
 )
-def test_a_job_file_that_cannot_be_used_is_named(job_file, text, message):
+def test_an_error_in_a_job_file_names_the_file(job_file, text, message):
     with pytest.raises(InputError, match=r"^job file .*job\.toml") as caught:
         generate_options.parse([job_file(text)])
     assert message in str(caught.value)

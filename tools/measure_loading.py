@@ -33,8 +33,9 @@ MIB = 2**20
 
 def all_shapes() -> dict[str, dict]:
     """Returns the shapes of the parameters of Stable Diffusion 1.5, by network."""
+    networks = STABLE_DIFFUSION.networks()
     parsed = {name: CONTENT.configs[name] for name in COMPONENTS}
-    model = STABLE_DIFFUSION.build(STABLE_DIFFUSION.read_configs(parsed), CONTENT.index)
+    model = networks.build(networks.read_configs(parsed), CONTENT.index)
     return {name: network.shapes for name, network in model.networks.items()}
 
 

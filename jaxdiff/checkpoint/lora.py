@@ -51,6 +51,11 @@ FIRST_NAMES = {
     **{"v_proj": "to_v", "out_proj": "to_out"},
 }
 PEFT_PREFIX = "base_model.model."
+MAX_PATTERN_CHARACTERS = 200  # of a key of PEFT's alpha_pattern
+# A repeated group, or many repetitions: Python's regular expressions may take exponential time.
+SLOW_PATTERN = re.compile(r"\)[*+?{]|([*+}].*){6}|\\[1-9]|\(\?")
+# Ways of PEFT to begin a training that change the base model's weights too.
+CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "eva")
 TEXT_PREFIX = "text_model."  # prefix of CLIP's layers in most files, but not in ours
 PEFT_CONFIG = "adapter_config.json"  # next to PEFT's own files, which lack the alpha
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # the same inside a file written by diffusers
@@ -143,6 +148,7 @@ def adapted(checkpoint: Checkpoint, loras: Sequence[str]) -> Checkpoint:
         path = _local(lora.file)
         stored = read_header(path)
         configs = _configs(path, stored)
+        _reject_changed_base(path, configs)
         tensors = {network: dict(weights) for network, weights in checkpoint.tensors.items()}
         for (network, key), parts in _layers(path, stored, checkpoint).items():
             tensor = tensors[network][key]
@@ -270,21 +276,55 @@ def _configs(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, dict]:
     }
 
 
+def _reject_changed_base(path: Path, configs: Mapping[str, dict]) -> None:
+    """Rejects LoRAs whose training began by changing the base model's weights as well."""
+    for config in configs.values():
+        start = config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().partition("_")[0] in CHANGED_BASE:
+            raise InputError(
+                f"lora {path} was trained with init_lora_weights {start!r}, which changes the base "
+                "model's weights as well; convert it with PEFT: save_pretrained(..., "
+                "path_initial_model_for_weight_conversion=...)"
+            )
+
+
 def _scale(path: Path, key: str, parts: Mapping[str, StoredTensor], config: dict) -> float:
     """Returns the factor of the product: alpha / rank, or 1 if no alpha is given."""
     rank = parts["down"].shape[0] if "down" in parts and parts["down"].shape else 1
-    pattern = config.get("alpha_pattern") or {}
-    said = [config.get("lora_alpha")]
-    if isinstance(pattern, dict):
-        ours = "." + key.removesuffix(".weight")
-        theirs = {name: f".{name.removeprefix(TEXT_PREFIX)}" for name in pattern}
-        said += [pattern[name] for name in pattern if ours.endswith(theirs[name])]
-    alpha = rank if said[-1] is None else said[-1]
+    alpha = _alpha(path, key.removesuffix(".weight"), config)
+    alpha = rank if alpha is None else alpha
     if "alpha" in parts:
         alpha = parts["alpha"].read().item() if parts["alpha"].size == 1 else None
     if type(alpha) not in (int, float) or not math.isfinite(alpha) or not rank:
         raise InputError(f"lora {path}: the alpha of {key} is not a number; copy it again")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+
+
+def _alpha(path: Path, layer: str, config: dict):
+    """Returns a layer's alpha by PEFT's config, None if it has none.
+
+    As in PEFT, a key of `alpha_pattern` is a regular expression for the end of the layer's name,
+    from the start or from a dot on, and the first key that matches applies.
+    """
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"lora {path}: alpha_pattern is not a table; copy the file again")
+    for pattern, alpha in patterns.items():
+        if len(pattern) > MAX_PATTERN_CHARACTERS or SLOW_PATTERN.search(pattern):
+            raise InputError(
+                f"lora {path}: alpha_pattern has {pattern[:40]!r}, which could take forever to "
+                "match; write it without repeated groups"
+            )
+        try:
+            matches = re.compile(rf"(.*\.)?({pattern})$").match
+        except re.error as problem:
+            raise InputError(
+                f"lora {path}: alpha_pattern has {pattern!r}, which is not a regular expression "
+                f"({problem})"
+            ) from None
+        if matches(layer) or matches(TEXT_PREFIX + layer):
+            return alpha
+    return config.get("lora_alpha")
 
 
 def _update(

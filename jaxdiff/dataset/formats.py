@@ -1,7 +1,7 @@
-"""The three forms in which a shard's images are stored, each with its writer and its reader.
+"""The three storage formats of shards, each with its writer and its reader.
 
-A writer takes images one at a time, keeps none of them, and gives equal bytes for equal images:
-fixed times and owners, no name of a host. A reader yields what a writer was given.
+A writer takes one image at a time, streams it to disk, and writes equal bytes for equal images:
+times and owners are fixed, and there is no host name. A reader yields the images of a writer.
 """
 
 import io
@@ -19,15 +19,15 @@ import pyarrow.parquet as pq
 from jaxdiff.request import FIELDS
 
 ROW_GROUP_IMAGES = 64
-RECORDS = "metadata.jsonl"  # of an imagefolder; the Hub knows it by this name
-RECORD_FIELDS = (  # of an image, in the order in which they are written
+RECORDS = "metadata.jsonl"  # of an imagefolder; the Hub requires this name
+RECORD_FIELDS = (  # of an image's record, in the order in which they are written
     ("key", pa.string()),
     ("id", pa.string()),
     ("image_index", pa.int32()),
     *((name, pa.type_for_alias(field.column)) for name, field in FIELDS.items()),
     ("noise", pa.string()),
     ("dtype", pa.string()),
-    ("options", pa.string()),  # the run's that are not as usual, "name=value, name=value"
+    ("options", pa.string()),  # the run's non-default options, "name=value, name=value"
     ("model", pa.string()),
     ("sha256", pa.string()),
     ("pixel_sha256", pa.string()),
@@ -37,7 +37,7 @@ RECORD_FIELDS = (  # of an image, in the order in which they are written
 
 @dataclass(frozen=True)
 class Sample:
-    """A stored image: its record by `RECORD_FIELDS`, its file's bytes and its file's extension."""
+    """A stored image: its record (of `RECORD_FIELDS`), and its file's bytes and extension."""
 
     record: dict
     image: bytes
@@ -45,17 +45,17 @@ class Sample:
 
 
 class Writer(Protocol):
-    """Writes a shard, an image at a time."""
+    """Writes a shard, one image at a time."""
 
     def add(self, sample: Sample) -> None:
         """Appends an image."""
 
     def close(self) -> None:
-        """Ends the shard. May be called again."""
+        """Finishes the shard; may be called again."""
 
 
 class TarWriter:
-    """WebDataset: for each image KEY.json, KEY.png and KEY.txt, which is the prompt."""
+    """Writes WebDataset: KEY.json, KEY.png and KEY.txt (the prompt) for each image."""
 
     def __init__(self, path: Path):
         self._file = path.open("wb")
@@ -69,34 +69,34 @@ class TarWriter:
             "txt": sample.record["prompt"].encode(),
             sample.extension: sample.image,
         }
-        for extension in sorted(members):  # TarInfo's own times and owners are all 0
+        for extension in sorted(members):  # TarInfo's default times and owners are 0
             member = tarfile.TarInfo(f"{sample.record['key']}.{extension}")
             member.size = len(members[extension])
             self._tar.addfile(member, io.BytesIO(members[extension]))
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         with self._file:
             self._tar.close()
 
 
 def read_tar(path: Path) -> Iterator[Sample]:
-    """Yields the images of a WebDataset shard; raises ValueError where it is not one of ours."""
+    """Yields the images of a WebDataset shard; raises ValueError if it is invalid."""
     members: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 if member.type != tarfile.REGTYPE or extension in members:
-                    raise ValueError(f"{member.name} does not belong there")
+                    raise ValueError(f"{member.name} is an unexpected file")
                 members[extension] = tar.extractfile(member).read()
                 if len(members) == 3:
                     yield _sample(key, members)
                     members = {}
     except tarfile.TarError as problem:
-        raise ValueError(f"no whole tar archive ({problem})") from problem
+        raise ValueError(f"not a complete tar archive ({problem})") from problem
     if members:
-        raise ValueError("its last image is not whole")
+        raise ValueError("its last image is incomplete")
 
 
 def _sample(key: str, members: dict[str, bytes]) -> Sample:
@@ -108,17 +108,17 @@ def _sample(key: str, members: dict[str, bytes]) -> Sample:
             raise ValueError("its files differ in key or prompt")
         record["metadata"] = dump_metadata(record["metadata"])
     except (KeyError, TypeError, ValueError) as problem:
-        raise ValueError(f"{key}: no whole image ({problem!r})") from problem
+        raise ValueError(f"{key}: not a complete image ({problem!r})") from problem
     return Sample(record, image, extension)
 
 
 def dump_metadata(metadata: dict) -> str:
-    """The JSON text of a row's other columns."""
+    """Returns the JSON text of a row's other columns."""
     return json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
 
 
 class ParquetWriter:
-    """Parquet with the Hugging Face Hub's Image feature: a row an image, its file inside."""
+    """Writes Parquet with the Hugging Face Hub's Image feature: one row per image and file."""
 
     SCHEMA = pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), *RECORD_FIELDS],
@@ -142,7 +142,7 @@ class ParquetWriter:
             self._flush()
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         with self._file:
             self._flush()
             self._parquet.close()
@@ -154,7 +154,7 @@ class ParquetWriter:
 
 
 def read_parquet(path: Path) -> Iterator[Sample]:
-    """Yields the images of a Parquet shard; raises ValueError where it is not one of ours."""
+    """Yields the images of a Parquet shard; raises ValueError if it is invalid."""
     try:
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
@@ -162,14 +162,14 @@ def read_parquet(path: Path) -> Iterator[Sample]:
                     image = row.pop("image")
                     yield Sample(row, image["bytes"], image["path"].partition(".")[2])
     except (AttributeError, KeyError, OSError, TypeError, pa.ArrowException) as problem:
-        raise ValueError(f"no whole Parquet file ({problem})") from problem
+        raise ValueError(f"not a complete Parquet file ({problem})") from problem
 
 
 class FolderWriter:
-    """The Hugging Face Hub's imagefolder: a folder of image files, and the records beside them.
+    """Writes the Hugging Face Hub's imagefolder: a folder of image files and their records.
 
-    `metadata.jsonl` has a line an image: `file_name` and the record, in which the row's other
-    columns are a JSON text, as a column of `datasets` can have one type only.
+    `metadata.jsonl` has one line per image: `file_name` and the record. In it, the row's other
+    columns are JSON text, because a column of `datasets` can have only one type.
     """
 
     def __init__(self, path: Path):
@@ -185,12 +185,12 @@ class FolderWriter:
         self._records.write(line.encode() + b"\n")
 
     def close(self) -> None:
-        """Ends the folder."""
+        """Closes the file of records."""
         self._records.close()
 
 
 def read_folder(path: Path) -> Iterator[Sample]:
-    """Yields the images of an imagefolder shard; raises ValueError where it is not one of ours."""
+    """Yields the images of an imagefolder shard; raises ValueError if it is invalid."""
     expected = {RECORDS}
     try:
         with (path / RECORDS).open("rb") as lines:
@@ -203,13 +203,13 @@ def read_folder(path: Path) -> Iterator[Sample]:
                 yield Sample(record, (path / name).read_bytes(), extension)
                 expected.add(name)
         for name in sorted(set(os.listdir(path)) - expected):
-            raise ValueError(f"{name} does not belong there")
+            raise ValueError(f"{name} is an unexpected file")
     except (AttributeError, KeyError, OSError, TypeError) as problem:
-        raise ValueError(f"no whole folder of images ({problem})") from problem
+        raise ValueError(f"not a complete folder of images ({problem})") from problem
 
 
 class Format(NamedTuple):
-    """A form of shards: the ending of their names, their writer and their reader."""
+    """A storage format: the ending of its shards' names, its writer and its reader."""
 
     ending: str
     writer: Callable[[Path], Writer]

@@ -1,10 +1,10 @@
-"""Image files that say how they were made, in the places where other programs look.
+"""Encodes images with their generation settings, in metadata that other programs read.
 
-The file's own metadata hold the prompt, the line of settings that AUTOMATIC1111's web UI writes
-(`parameters`; most viewers of generated images read it), XMP with IPTC's digital source type for
-AI-made media, and every setting as JSON: in PNG the text `jaxdiff`, elsewhere the XMP property
-`jaxdiff:settings`. Equal pixels and settings give equal bytes under one version of Pillow: no
-clock, no host.
+The metadata contain the prompt, the settings line of AUTOMATIC1111's web UI (`parameters`, which
+most viewers of generated images read), XMP with IPTC's digital source type for AI-generated media,
+and every setting as JSON: in PNG the text `jaxdiff`, elsewhere the XMP property `jaxdiff:settings`.
+Equal pixels and settings give equal bytes with the same version of Pillow: there is no time or host
+name in a file.
 """
 
 import hashlib
@@ -37,18 +37,18 @@ XMP = (
     "{settings}</rdf:Description></rdf:RDF></x:xmpmeta>"
     '<?xpacket end="r"?>'
 )
-XMP_SETTINGS = (  # not in EXIF, whose 64 KiB in JPEG are too few for the longest prompts
+XMP_SETTINGS = (  # not in EXIF: its 64 KiB in JPEG are too few for the longest prompts
     '<jaxdiff:settings xmlns:jaxdiff="urn:jaxdiff">{}</jaxdiff:settings>'
 )
-NOT_IN_XML = re.compile("[\ufffe\uffff]")  # the others are escaped by JSON or refused in a prompt
+NOT_IN_XML = re.compile("[\ufffe\uffff]")  # the others are escaped by JSON or rejected in prompts
 
 
 def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
-    """Encodes an image with its settings in the file.
+    """Encodes an image with its settings in the file's metadata.
 
     Args:
       pixels: uint8 [height, width, 3], sRGB.
-      settings: the image's record, of `prompt`, `negative_prompt`, `seed`, `steps` and so on.
+      settings: the image's record: `prompt`, `negative_prompt`, `seed`, `steps` and so on.
       image_format: "png", "webp" (lossless) or "jpeg" (quality 95).
     """
     arguments = dict(SAVE[image_format])
@@ -78,7 +78,7 @@ def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
 
 
 def parameters(settings: dict) -> str:
-    """The settings as AUTOMATIC1111's web UI writes them."""
+    """Formats the settings as AUTOMATIC1111's web UI does."""
     lines = [settings["prompt"]]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
@@ -91,19 +91,19 @@ def parameters(settings: dict) -> str:
 
 
 def pixel_sha256(pixels: np.ndarray) -> str:
-    """An image's identity: SHA-256 (hex) of its RGB bytes, row by row from the top."""
+    """Returns the SHA-256 (hex) of an image's RGB bytes, row by row from the top."""
     return hashlib.sha256(np.ascontiguousarray(pixels, dtype=np.uint8).tobytes()).hexdigest()
 
 
 def decode(content: bytes) -> np.ndarray:
-    """The pixels of an encoded image, uint8 [height, width, 3].
+    """Decodes an image to pixels, uint8 [height, width, 3].
 
     Raises:
-      ValueError: if it is no whole image of a format that is written here, or a huge one.
+      ValueError: if it is damaged, huge, or not in a format that `encode` writes.
     """
     try:
         with Image.open(io.BytesIO(content), formats=tuple(SAVE)) as image:
             return np.asarray(image.convert("RGB"))
     except Exception as problem:  # Pillow's plugins raise errors of many kinds
         reason, *_ = str(problem).splitlines() or [type(problem).__name__]
-        raise ValueError(f"no image that can be read ({reason})") from problem
+        raise ValueError(f"not a readable image ({reason})") from problem

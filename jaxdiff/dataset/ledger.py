@@ -1,8 +1,7 @@
-"""Is the dataset complete and right? The answer comes from its files alone.
+"""Checks from its files alone whether a dataset is complete and correct.
 
-The books balance when: rows = blank + rejected + accepted; planned images = made + failed; made =
-images in the shards = rows marked "made" in the metadata; every hash is right; no file lies there
-that no done-marker names.
+It is if: rows = blank + rejected + accepted; planned images = made + failed; made = images in the
+shards = rows marked "made" in the metadata; every hash matches; and a done-marker names every file.
 """
 
 import contextlib
@@ -32,33 +31,36 @@ REPORTS = (
 
 
 class IncompleteError(Exception):
-    """The dataset cannot be finished; the message says what is wrong, on one line."""
+    """The dataset cannot be finished; the message gives the reason, on one line."""
 
 
 def todo(run: Run) -> list[int]:
-    """The shards that are not made yet; raises InputError if a done-marker is damaged."""
+    """Returns the unfinished shards; raises InputError if a done-marker is damaged."""
     return [shard for shard, marker in enumerate(_markers(run)) if marker is None]
 
 
 def with_failed(run: Run) -> list[int]:
-    """The shards of which an image has failed; raises InputError if a done-marker is damaged."""
+    """Returns the shards with failed images; raises InputError if a done-marker is damaged."""
     markers = _markers(run)
     return [shard for shard, marker in enumerate(markers) if marker and marker.failed]
 
 
 def revised(run: Run, some: list[int]) -> list[int]:
-    """Those of some made shards that are revisions."""
+    """Returns those of some finished shards that are revisions."""
     return [shard for shard in some if shards.read_marker(run, shard).revision]
 
 
 def settle(run: Run) -> None:
-    """Ends what a dead job was doing: gives what it has made its final names, deletes the rest.
+    """Cleans up after a dead job: publishes its finished shards and deletes its other files.
 
     Raises:
-      InputError: if a done-marker is damaged, or the plan, which no other file could mend.
+      InputError: if a done-marker is damaged, or the plan, which cannot be repaired.
     """
     if problem := next(_check_plan(run), None):
-        raise InputError(f"{run.directory}: {problem}; that cannot be mended: start anew elsewhere")
+        raise InputError(
+            f"{run.directory}: {problem}; this cannot be repaired: start a new run in another "
+            "directory"
+        )
     for marker in filter(None, _markers(run)):
         shards.publish(run, marker)
     run.store.sweep()
@@ -68,12 +70,12 @@ def _markers(run: Run) -> list[shards.Marker | None]:
     try:
         return [shards.read_marker(run, n) for n in run.shards]
     except ValueError as problem:
-        mend = f"`jaxdiff verify {run.directory} --repair` makes its shard again"
+        mend = f"run `jaxdiff verify {run.directory} --repair` to generate its shard again"
         raise InputError(f"{run.directory}: {problem}; {mend}") from None
 
 
 def finished(run: Run) -> dict[str, int] | None:
-    """The counts of a finished dataset that has all its files, by name and size; else None.
+    """Returns the counts of a finished dataset whose files all exist with their size, else None.
 
     Raises:
       InputError: if a done-marker is damaged.
@@ -96,10 +98,10 @@ def finalize(run: Run, plan_seconds: float) -> dict:
       plan_seconds: how long planning took, for the report.
 
     Returns:
-      What `run.json` says.
+      The content of `run.json`.
 
     Raises:
-      IncompleteError: if a shard is missing or not what its marker says.
+      IncompleteError: if a shard is missing or does not match its marker.
     """
     began = time.monotonic()
     settle(run)
@@ -117,7 +119,7 @@ def finalize(run: Run, plan_seconds: float) -> dict:
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
     run.store.swap(names.REPORT, _dump(report))
     run.tidy()
-    # A process that was lost on another host may be writing there yet.
+    # A lost process on another host may still be writing there.
     shutil.rmtree(run.store.path(names.TMP), ignore_errors=True)
     run.store.swap(names.SUCCESS, _success(run.plan, markers, counts))
     with contextlib.suppress(OSError):
@@ -126,10 +128,10 @@ def finalize(run: Run, plan_seconds: float) -> dict:
 
 
 def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
-    """Checks a finished dataset from its files alone; every pixel too where the format is lossless.
+    """Checks a finished dataset from its files alone, with every pixel in lossless formats.
 
     Returns:
-      The counts, and what is wrong, a line each: empty if all is right.
+      The counts, and the problems, one line each; empty if there are none.
 
     Raises:
       InputError: if there is no jaxdiff run in the directory.
@@ -155,16 +157,16 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
     for name, content in expected.items():
         path = run.store.path(name)
         if not path.is_file():
-            problems.append(f"{name} is missing; the same generate command writes it")
+            problems.append(f"{name} is missing; run the same generate command to write it")
         elif path.read_bytes() != content.encode():
-            problems.append(f"{name} is not what the run has written")
+            problems.append(f"{name} differs from what the run wrote")
     return counts, problems
 
 
 def broken(run: Run) -> list[int]:
-    """The shards that are made, but not as their markers and the plan say.
+    """Returns the finished shards that do not match their markers or the plan.
 
-    Deletes markers that say nothing, and ends what a dead job was doing.
+    Deletes damaged markers, and cleans up after a dead job.
 
     Raises:
       InputError: if the plan is damaged.
@@ -195,7 +197,7 @@ def _check_plan(run: Run) -> Iterator[str]:
 
 
 def _check_files(run: Run) -> Iterator[str]:
-    """Whether every shard is there with the bytes that its marker names, and nothing else."""
+    """Checks that every shard has the bytes that its marker names, and that no file is extra."""
     expected = set()
     for shard in run.shards:
         expected.update(run.file_names(shard))
@@ -205,20 +207,20 @@ def _check_files(run: Run) -> Iterator[str]:
         for path in sorted((run.store.path(folder)).glob("*")):
             name = path.relative_to(run.directory).as_posix()
             if name not in expected and not (folder == names.DONE and path.name in expected):
-                yield f"{name} does not belong to the run; move it away"
+                yield f"{name} does not belong to the run; move it elsewhere"
 
 
 def _check_shard(run: Run, shard: int) -> Iterator[str]:
-    """Whether a shard is there with the bytes that its marker names."""
-    mend = f"`jaxdiff verify {run.directory} --repair` makes it again"
+    """Checks that a shard has the bytes that its marker names."""
+    mend = f"run `jaxdiff verify {run.directory} --repair` to generate it again"
     try:
         marker = shards.read_marker(run, shard)
     except ValueError as problem:
         yield f"{problem}; {mend}"
         return
     if marker is None:
-        made = f"shard {shard} of {len(run.shards)} is not made yet"
-        yield f"{made}; the same generate command makes it"
+        made = f"shard {shard} of {len(run.shards)} is not finished"
+        yield f"{made}; run the same generate command to finish it"
         return
     for name, file in marker.files.items():
         path = run.store.path(name)
@@ -231,10 +233,10 @@ def _check_shard(run: Run, shard: int) -> Iterator[str]:
 
 
 def _check_content(run: Run, shard: int) -> Iterator[str]:
-    """Whether a shard's images and metadata are those that were planned."""
+    """Checks that a shard's images and metadata match the plan."""
     images_name, metadata_name = run.file_names(shard)
     if not all(run.store.path(name).exists() for name in (images_name, metadata_name)):
-        return  # said already
+        return  # already reported
     samples = shards.samples(run, shard)
     try:
         metadata = pq.read_table(run.store.path(metadata_name)).to_pylist()
@@ -245,7 +247,7 @@ def _check_content(run: Run, shard: int) -> Iterator[str]:
         for image, row in zip(planned, metadata, strict=True):
             wanted = image.columns()
             if any(row[name] != wanted[name] for name in plans.SCHEMA.names if name in row):
-                yield f"{metadata_name}: the row of image {image.key} is not as planned"
+                yield f"{metadata_name}: the row of image {image.key} does not match the plan"
             if row["status"] == "made":
                 problem = _check_sample(next(samples, None), row, run.plan.settings.image_format)
                 if problem:
@@ -262,11 +264,11 @@ def _check_sample(sample: formats.Sample | None, row: dict, image_format: str) -
     if any(sample.record.get(name) != row[name] for name, _ in formats.RECORD_FIELDS):
         return "has a record that differs from its row in the metadata"
     if hashlib.sha256(sample.image).hexdigest() != row["sha256"]:
-        return "has a file that its sha256 does not fit"
+        return "has a file that does not match its sha256"
     if image_format not in image_files.LOSSLESS:
         return None
     if image_files.pixel_sha256(image_files.decode(sample.image)) != row["pixel_sha256"]:
-        return "has pixels that its pixel_sha256 does not fit"
+        return "has pixels that do not match its pixel_sha256"
     return None
 
 
@@ -284,7 +286,7 @@ def _rejected(run: Run) -> str:
 
 
 def _failed(run: Run, markers: list[shards.Marker]) -> str:
-    """The lines of `failed.jsonl`: every image that could not be made, and why."""
+    """Returns the lines of `failed.jsonl`: every failed image, with the reason."""
     lines = []
     for marker in markers:
         if marker.failed:
@@ -310,7 +312,7 @@ def _success(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) -
 
 
 def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) -> dict:
-    """What the plan and the markers say of the run; the seconds are sums over the shards."""
+    """Returns the run's report from its plan and markers; seconds are sums over the shards."""
     facts = [marker.facts for marker in markers]
     seconds = {
         stage: sum(fact["seconds"][stage] for fact in facts) for stage in facts[0]["seconds"]

@@ -1,4 +1,4 @@
-"""Files, and folders that stand for one: an imagefolder's shard is a folder."""
+"""Operations on a file or a folder alike: an imagefolder shard is a folder."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""From a manifest to a plan: rows checked, images numbered, shards filled. Imports no JAX."""
+"""Plans a manifest: checks rows, numbers images and fills shards. Imports no JAX."""
 
 import hashlib
 import json
@@ -39,16 +39,16 @@ from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.request import FIELDS, Bucket, Request, field_checks
 
 MAX_IMAGES = 10**9  # keys have 9 digits
-MIN_TORCH_VALUES = 16  # of one image; PyTorch draws fewer in another way
+MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algorithm
 OWN_COLUMNS = [name for name in SCHEMA.names if name not in FIELDS]
-DEFAULT_SHARD_IMAGES = 960  # full batches of any power of two up to 64
-DEFAULT_SHARD_PX = 2**28  # 1000 images of 512x512, fewer when they are larger
-# What of an identity may change when a plan is extended: whatever lets it ask for more images.
+DEFAULT_SHARD_IMAGES = 960  # full batches for any power of two up to 64
+DEFAULT_SHARD_PX = 2**28  # 1024 images of 512x512, fewer if they are larger
+# The parts of an identity that may change when a plan is extended, because they add images.
 EXTENDABLE = {"manifest_sha256", "manifest_kind", "num_images", "limit"}
 
 
 def identify(manifest: Manifest, settings: Settings, model: Ensemble) -> dict:
-    """All that decides the dataset's bytes; raises OSError for a manifest that cannot be read."""
+    """Returns what determines the dataset's bytes; raises OSError for an unreadable manifest."""
     return {
         "plan_version": VERSION,
         "manifest_sha256": manifests.digest(manifest),
@@ -68,16 +68,16 @@ def make(
     models: dict[str, str | Sequence[str] | None],
     extended: Run | None = None,
 ) -> Plan:
-    """Plans a manifest into a new folder. Afterwards nothing reads the manifest again.
+    """Plans a manifest into a new folder; the manifest is not needed afterwards.
 
     Args:
-      identity: as `identify` gives it.
+      identity: as `identify` returns it.
       models: as in `Plan`.
-      extended: a run with whose shards, all of them, the new plan begins.
+      extended: the run to extend; the new plan begins with all its shards.
 
     Raises:
-      InputError: if the manifest cannot be read, changes meanwhile, has no row that can be used, or
-        asks for less or for others than the plan that is to be extended.
+      InputError: if the manifest cannot be read, changes meanwhile, has no usable row, or does not
+        ask for all images of the run to extend.
     """
     folder.mkdir()
     plan_id = digest(identity)
@@ -85,7 +85,7 @@ def make(
     if extended:
         old = extended.plan
         plan = replace(plan, shard_sizes=[*old.shard_sizes], shard_ids=[*old.shard_ids])
-    how = {"encoding": "utf-8", "errors": "backslashreplace"}  # the path may be no UTF-8
+    how = {"encoding": "utf-8", "errors": "backslashreplace"}  # the path might not be UTF-8
     with (
         (folder / plan.rejected_file).open("w", **how) as rejected,
         pq.ParquetWriter(folder / plan.images_file, SCHEMA, write_statistics=False) as writer,
@@ -103,7 +103,7 @@ def make(
 
 
 def _check(manifest: Manifest, settings: Settings, plan: Plan, reader: "_Reader") -> None:
-    """Refuses what cannot be made of a manifest, once it is read."""
+    """Raises InputError if a manifest, once it is read, cannot be planned."""
     if manifests.digest(manifest) != plan.identity["manifest_sha256"]:
         raise InputError(
             f"manifest {manifest.name} changed while it was read; run the command again"
@@ -113,8 +113,8 @@ def _check(manifest: Manifest, settings: Settings, plan: Plan, reader: "_Reader"
     if reader.known:
         row_id, index = next(iter(reader.known))
         raise InputError(
-            f"manifest {manifest.name} does not ask for image {index} of row "
-            f"{checks.shown(row_id)} any more"
+            f"manifest {manifest.name} no longer asks for image {index} of row "
+            f"{checks.shown(row_id)}"
         )
     try:
         scheduler_config.check_options(settings, reader.samplers, reader.schedulers)
@@ -123,12 +123,12 @@ def _check(manifest: Manifest, settings: Settings, plan: Plan, reader: "_Reader"
 
 
 def can_extend(old: dict, new: dict) -> bool:
-    """Whether a plan's identity differs from another's only in how much is asked for."""
+    """Returns whether two plan identities differ only in how many images they ask for."""
     return all(old.get(name) == new.get(name) for name in (old.keys() | new.keys()) - EXTENDABLE)
 
 
 def _copy_shards(run: Run, writer: pq.ParquetWriter) -> dict:
-    """Copies a plan's shards; returns the digest of each image, by its row's id and its index."""
+    """Copies a plan's shards; returns the digest of each image by row id and image index."""
     known = {}
     with pq.ParquetFile(run.images_file) as file:
         for group in range(file.num_row_groups):
@@ -140,13 +140,13 @@ def _copy_shards(run: Run, writer: pq.ParquetWriter) -> dict:
 
 
 def _image_digest(image: PlannedImage) -> bytes:
-    """Of all that decides an image's record, but for its key; good in this process alone."""
+    """Returns the digest of an image's record without its key; valid in this process only."""
     decides = (image.id, image.image_index, image.request, image.metadata)
     return hashlib.blake2b(repr(decides).encode(), digest_size=16).digest()
 
 
 def _table(images: list[PlannedImage]) -> pa.Table:
-    """A shard's images as rows of the plan."""
+    """Returns a shard's images as rows of the plan."""
     requests = [image.request for image in images]
     own = {name: list(map(attrgetter(name), images)) for name in OWN_COLUMNS}
     asked = {name: list(map(attrgetter(name), requests)) for name in FIELDS}
@@ -154,7 +154,7 @@ def _table(images: list[PlannedImage]) -> pa.Table:
 
 
 def _noted(shards: Iterable[pa.Table], plan: Plan) -> Iterator[pa.Table]:
-    """Notes each shard's size and id in the plan on its way."""
+    """Yields each shard after adding its size and id to the plan."""
     for table in shards:
         plan.shard_sizes.append(len(table))
         plan.shard_ids.append(_shard_id(plan.identity, table))
@@ -162,7 +162,7 @@ def _noted(shards: Iterable[pa.Table], plan: Plan) -> Iterator[pa.Table]:
 
 
 def _row_groups(shards: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Puts whole shards together until they have `ROW_GROUP_IMAGES`."""
+    """Combines whole shards into row groups of at least `ROW_GROUP_IMAGES`."""
     group, images = [], 0
     for table in shards:
         group.append(table)
@@ -175,7 +175,7 @@ def _row_groups(shards: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _shard_id(identity: dict, table: pa.Table) -> str:
-    """The digest of the shard's images and of all else that decides its bytes."""
+    """Returns the digest of the shard's images and all else that determines its bytes."""
     kept = {name: value for name, value in identity.items() if name not in EXTENDABLE}
     table = table.drop_columns(["source", "line"])
     sink = pa.BufferOutputStream()
@@ -187,13 +187,13 @@ def _shard_id(identity: dict, table: pa.Table) -> str:
 
 
 def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
-    """The seed of an image whose row has none; the same wherever the row stands."""
+    """Returns the seed of an image whose row has none, independent of the row's position."""
     text = f"{job_seed}|{row_id}|{image_index}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 class _Reader:
-    """Turns a manifest into planned images, and writes down what it has to reject."""
+    """Turns a manifest into planned images and lists the rows that it rejects."""
 
     def __init__(
         self, manifest: Manifest, settings: Settings, model: Ensemble, rejected, known: dict
@@ -208,10 +208,10 @@ class _Reader:
         self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
         self.first_reason = ""
         self.place_of_id: dict[str, tuple[str, int]] = {}
-        self.prompt_of_item: dict[str, str] = {}  # of manifests with a row a question
+        self.prompt_of_item: dict[str, str] = {}  # of manifests with one row per question
 
     def images(self) -> Iterator[PlannedImage]:
-        """Yields the images that are not known yet in the manifest's order, `limit` at most."""
+        """Yields the images of the first `limit` that are not planned yet, in manifest order."""
         index = 0
         limit = self.settings.limit or MAX_IMAGES + 1
         for place, row in self._rows():
@@ -239,20 +239,20 @@ class _Reader:
         )
 
     def _is_known(self, image: PlannedImage) -> bool:
-        """Whether the plan that is extended has the image; raises InputError if it has another."""
+        """Returns whether the extended plan has the image; raises InputError if it differs."""
         digest = self.known.pop((image.id, image.image_index), None)
         if digest not in (None, _image_digest(image)):
             raise InputError(
-                f"line {image.line} of manifest {image.source} asks for another image "
-                f"{image.image_index} of row {checks.shown(image.id)} than before"
+                f"line {image.line} of manifest {image.source} changes image "
+                f"{image.image_index} of row {checks.shown(image.id)}, which is already planned"
             )
         return digest is not None
 
     def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row]]:
-        """Yields each accepted row and its place: its file and its line."""
+        """Yields each accepted row and its place (file and line)."""
         number = -1
         for source in self.manifest.sources:
-            # A name may be no UTF-8.
+            # A name might not be UTF-8.
             name = os.fsencode(source.name).decode("utf-8", "backslashreplace")
             for entry in manifests.read(source, self.settings.prompt_column):
                 if entry.values is None and entry.error is None:
@@ -270,7 +270,7 @@ class _Reader:
                         yield place, row
 
     def _accept(self, entry: Entry, place: tuple[str, int], number: int) -> rows.Row | None:
-        """The row; None for one that repeats the item of an accepted row."""
+        """Returns the row, or None if it repeats the item of an accepted row."""
         if entry.error is not None:
             raise BadValueError(entry.error)
         row = rows.parse(entry.values, number, self.settings, self.checks)
@@ -289,10 +289,10 @@ class _Reader:
         return row
 
     def _why_not_again(self, row_id: str, number: int, first: tuple, place: tuple) -> str:
-        is_number = " (the row's number from 0, its id unless it says another)"
+        is_number = " (the row's number from 0, which is its default id)"
         which = checks.shown(row_id) + (is_number if row_id == str(number) else "")
         where = f" of {first[0]}" if first[0] != place[0] else ""
-        return f"id {which} is that of line {first[1]}{where} already"
+        return f"id {which} is already used on line {first[1]}{where}"
 
     def _check_size(self, request: Request) -> None:
         latents_px = request.width * request.height // self.defaults.size_multiple**2
@@ -322,7 +322,7 @@ class _Reader:
 
 
 def _why_not(sampler: str, steps: int, **model) -> str:
-    """What `check_steps` refuses; empty if nothing. A refusal is cached, too."""
+    """Returns the error message of `check_steps`, or ""; unlike an error, it can be cached."""
     try:
         scheduler_config.check_steps(sampler, steps, **model)
     except BadValueError as problem:
@@ -331,7 +331,7 @@ def _why_not(sampler: str, steps: int, **model) -> str:
 
 
 def _shards(images: Iterator[PlannedImage], settings: Settings) -> Iterator[list[PlannedImage]]:
-    """Groups images into shards of one bucket each, full batches but for a bucket's last."""
+    """Groups images into shards of one bucket; all batches but a bucket's last are full."""
     filling: dict[Bucket, list[PlannedImage]] = {}
     for image in images:
         bucket = image.request.bucket

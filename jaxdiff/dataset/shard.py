@@ -1,14 +1,14 @@
-"""Writing one shard so that it is there whole, or not at all, and never twice.
+"""Writes a shard atomically: it appears complete or not at all, and only once.
 
 An attempt writes under temporary names. Then it creates the shard's done-marker with `os.link`,
-which is atomic and fails where there is one already: whoever links first has made the shard, and
-only then are its files renamed to their final names, which anyone may do again. Two attempts need
-not write equal bytes (GPUs choose kernels by timing), so replacing files could leave one attempt's
-images beside another's marker; linking cannot.
+which is atomic and fails if the marker exists. The first attempt to link wins; only then are its
+files renamed to their final names, and anyone may repeat this step. Two attempts need not write
+equal bytes (GPUs choose kernels by timing), so replacing files could combine one attempt's images
+with another's marker; linking cannot.
 
-A made shard is never changed, but it may be revised, by images that had failed and by signatures:
-the revision has a done-marker of its own (`00007.r1.json`), made in the same way, and the last one
-holds.
+A finished shard is never changed, but it may be revised, to add images that had failed or to sign
+images. A revision has its own done-marker (`00007.r1.json`), created in the same way; the last
+marker is the valid one.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ METADATA_SCHEMA = pa.schema(
         *formats.RECORD_FIELDS,
         ("status", pa.string()),  # "made" or "failed"
         ("error", pa.string()),
-        ("file", pa.string()),  # the shard that holds the image
+        ("file", pa.string()),  # the shard that contains the image
         ("bytes", pa.int64()),
     ]
 )
@@ -43,15 +43,15 @@ METADATA_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Marker:
-    """What a done-marker says: this attempt made the shard.
+    """The content of a done-marker, which names the attempt that wrote the shard.
 
     Attributes:
-      shard_id: the plan's digest of the shard.
-      revision: 0 for the first attempt that succeeded.
+      shard_id: the shard's id in the plan.
+      revision: 0 for the first version of the shard.
       attempt: the temporary name of its files, without their endings.
       files: their final names, each with its `sha256` and `bytes`.
-      made, failed: how many of the shard's images.
-      facts: what the run reports: device, versions, padded slots of batches, seconds by stage.
+      made, failed: the numbers of generated and failed images.
+      facts: data for the run's report: device, versions, padded batch slots, seconds per stage.
     """
 
     shard_id: str
@@ -65,13 +65,13 @@ class Marker:
 
 
 def marker_name(shard: int, revision: int = 0) -> str:
-    """The name of the shard's done-marker."""
+    """Returns the name of the shard's done-marker."""
     ending = f".r{revision}.json" if revision else ".json"
     return f"{names.DONE}/{shard:05d}{ending}"
 
 
 def marker_paths(run: Run, shard: int) -> list[Path]:
-    """The shard's done-markers, the one that holds last; revisions without a gap."""
+    """Returns the shard's done-markers without gaps in their revisions, the valid one last."""
     paths = []
     while (path := run.store.path(marker_name(shard, len(paths)))).exists():
         paths.append(path)
@@ -79,15 +79,15 @@ def marker_paths(run: Run, shard: int) -> list[Path]:
 
 
 def forget(run: Run, shard: int) -> None:
-    """Deletes the shard's last done-marker, so that the one before it holds, if there is one."""
+    """Deletes the shard's last done-marker, so that the previous one, if any, becomes valid."""
     marker_paths(run, shard)[-1].unlink()
 
 
 def read_marker(run: Run, shard: int) -> Marker | None:
-    """The shard's last done-marker, None where it is not made yet.
+    """Returns the shard's last done-marker, or None if the shard is not finished.
 
     Raises:
-      ValueError: if it is damaged or another plan's.
+      ValueError: if it is damaged or belongs to another plan.
     """
     paths = marker_paths(run, shard)
     if not paths:
@@ -106,35 +106,35 @@ def read_marker(run: Run, shard: int) -> Marker | None:
     except (TypeError, ValueError):
         sound = False
     if not sound:
-        raise ValueError(f"{path.relative_to(run.directory)} is damaged or another plan's")
+        raise ValueError(f"{path.relative_to(run.directory)} is damaged or belongs to another plan")
     return marker
 
 
 def check_files(run: Run, marker: Marker) -> None:
-    """Raises InputError unless a made shard's files are as its marker says."""
+    """Raises InputError unless a finished shard's files match its marker."""
     for name, file in marker.files.items():
         path = run.store.path(name)
         if not path.exists() or paths.digest(path) != file["sha256"]:
             raise InputError(
-                f"{run.directory}: {name} is not as it was made; `jaxdiff verify {run.directory} "
-                "--repair` makes it again"
+                f"{run.directory}: {name} is missing or has changed; run `jaxdiff verify "
+                f"{run.directory} --repair` to generate it again"
             )
 
 
 def publish(run: Run, marker: Marker) -> None:
-    """Gives a made shard's files their final names; may be repeated."""
+    """Gives a finished shard's files their final names; may be repeated."""
     for name in marker.files:
         run.store.publish(marker.attempt, name)
 
 
 def samples(run: Run, shard: int) -> Iterator[Sample]:
-    """Yields the images of a made shard; raises ValueError where it is not one of ours."""
+    """Yields the images of a finished shard; raises ValueError if it is invalid."""
     read = formats.FORMATS[run.plan.settings.format].read
     return read(run.store.path(run.images_name(shard)))
 
 
 def encode(planned: PlannedImage, pixels: np.ndarray, plan: Plan) -> Sample:
-    """Makes the image file and the record of one image, from pixels of uint8 [h, w, 3]."""
+    """Returns the file and record of one image, from pixels of uint8 [height, width, 3]."""
     settings = plan.settings
     record = _record(planned, plan)
     shown = {name: value for name, value in record.items() if name != "metadata"}
@@ -143,23 +143,23 @@ def encode(planned: PlannedImage, pixels: np.ndarray, plan: Plan) -> Sample:
         "sha256": hashlib.sha256(content).hexdigest(),
         "pixel_sha256": image_files.pixel_sha256(pixels),
     }
-    # In the order of the fields, which is the order in the JSON file.
+    # In the order of the fields, which is also the order in the JSON file.
     record = {name: {**record, **hashes}[name] for name, _ in formats.RECORD_FIELDS}
     return Sample(record, content, image_files.EXTENSIONS[settings.image_format])
 
 
 def _record(planned: PlannedImage, plan: Plan) -> dict:
-    """The fields that are known before the image is made."""
+    """Returns the fields that are known before the image is generated."""
     known = planned.columns() | {name: plan.identity[name] for name in ("noise", "dtype", "model")}
     known["options"] = plan.options
     return {name: known[name] for name, _ in formats.RECORD_FIELDS if name in known}
 
 
 class Attempt:
-    """One attempt at a shard: a context that leaves nothing behind unless it is committed.
+    """One attempt to write a shard: a context manager that leaves no files unless committed.
 
     Args:
-      revision: 0 to make it, one more than its last marker's to revise it.
+      revision: 0 for a new shard; to revise one, its last marker's revision plus 1.
     """
 
     def __init__(self, run: Run, shard: int, revision: int = 0):
@@ -186,20 +186,20 @@ class Attempt:
         self._progress_path.unlink(missing_ok=True)
 
     def add(self, sample: Sample) -> None:
-        """Appends an image that was made."""
+        """Appends a generated image."""
         self._writer.add(sample)
         outcome = {"status": "made", "file": self._images_name, "bytes": len(sample.image)}
         self._rows.append({**sample.record, **outcome})
         self._report()
 
     def add_failed(self, planned: PlannedImage, error: str) -> None:
-        """Notes an image that could not be made."""
+        """Records an image that failed."""
         self._failed += 1
         self._rows.append({**_record(planned, self._run.plan), "status": "failed", "error": error})
         self._report()
 
     def commit(self, facts: dict) -> bool:
-        """Makes the shard final, unless another attempt was first: then False."""
+        """Makes the shard final; returns False if another attempt was first."""
         marker = Marker(
             shard_id=self._run.plan.shard_ids[self._shard],
             shard=self._shard,
@@ -217,9 +217,9 @@ class Attempt:
         return self._committed()
 
     def repair(self, marker: Marker) -> None:
-        """Puts the files in the places of those that a marker names and that are not as it says.
+        """Replaces the missing or changed files of a marker with the files of this attempt.
 
-        Where they are not as it says either, nothing changes.
+        If these do not match the marker either, nothing changes.
         """
         if self._finish() != marker.files:
             return
@@ -229,7 +229,7 @@ class Attempt:
                 self._run.store.publish(self._name, name)
 
     def _finish(self) -> dict[str, dict]:
-        """Ends the files; returns what a marker says of them."""
+        """Closes the files; returns their entries for a marker."""
         self._writer.close()
         metadata = pa.Table.from_pylist(self._rows, METADATA_SCHEMA)
         pq.write_table(metadata, self._path(self._metadata_name))
@@ -241,7 +241,7 @@ class Attempt:
         return facts
 
     def _committed(self) -> bool:
-        """Whether the shard's marker is this attempt's (an NFS server may answer a link twice)."""
+        """Returns whether the marker is this attempt's (NFS may report a link twice)."""
         marker = read_marker(self._run, self._shard)
         return marker is not None and marker.attempt == self._name
 

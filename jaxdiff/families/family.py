@@ -48,13 +48,32 @@ class Defaults(Protocol):
     scheduler: dict
 
 
+class Networks(Protocol):
+    """The part of a family that imports JAX; a module."""
+
+    def read_configs(self, parsed: Mapping[str, dict]) -> dict:
+        """Reads each network's parsed config strictly into its dataclass."""
+
+    def module(self, component: str, config: Any) -> Callable:
+        """Returns the Flax module's class for a component."""
+
+    def build(self, configs: Mapping, index: Mapping, *, remat: bool = False) -> "Model":
+        """Builds the networks, as pure functions, from configs and `model_index.json`."""
+
+    def with_guidance_input(self, configs: Mapping, width: int) -> dict:
+        """Returns the configs with a denoiser that embeds the guidance scale in `width` numbers.
+
+        Raises:
+          InputError: if no model of this family can be distilled.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family. To add a family, define one of these and list it in `FAMILIES`.
 
     Attributes:
       components: the networks of its pipelines, by folder, in the order of their use.
-      denoiser, codec: the components that remove noise and that turn latents into pixels.
       absent: the `model_index.json` entries of components that its pipelines never contain.
       check_files: raises InputError for a checkpoint that it cannot use, from the configs alone.
       defaults: returns a checkpoint's `Defaults`.
@@ -66,18 +85,10 @@ class Family:
       decoder_operations: maps (checkpoint, height and width of the latents) to the floating-point
         operations of decoding one image.
       kohya_names: as in `checkpoint.Family`.
-      read_configs: maps (component to parsed config) to the config dataclasses, read strictly;
-        imports JAX.
-      module: maps (component, config dataclass) to the class of the Flax module; imports JAX.
-      build: maps (configs, `model_index.json`) to the family's networks as pure functions; imports
-        JAX.
-      with_guidance_input: maps (configs, width) to the configs with a denoiser that embeds the
-        guidance scale in `width` numbers; None for a family that cannot be distilled here.
+      networks: imports JAX and returns the module with the family's networks.
     """
 
     components: Mapping[str, Component]
-    denoiser: str
-    codec: str
     absent: Mapping[str, Any]
     check_files: Callable[[Checkpoint], None]
     defaults: Callable[[Checkpoint], Defaults]
@@ -85,7 +96,4 @@ class Family:
     operations: Callable[[Checkpoint, int, int, int], tuple[int, int]]
     decoder_operations: Callable[[Checkpoint, int, int], int]
     kohya_names: Callable[[Checkpoint, str], Mapping[str, str]]
-    read_configs: Callable[[Mapping[str, dict]], dict]
-    module: Callable[[str, Any], Callable]
-    build: Callable[..., "Model"]
-    with_guidance_input: Callable[[Mapping, int], dict] | None = None
+    networks: Callable[[], Networks]

@@ -121,12 +121,12 @@ def networks_of(checkpoint: Checkpoint) -> Model:
       InputError: naming the checkpoint, if a config value is not supported or the networks do not
         fit together.
     """
-    family = checkpoint.family
+    networks = checkpoint.family.networks()
     try:
-        configs = family.read_configs({n: checkpoint.config(n) for n in checkpoint.networks})
+        configs = networks.read_configs({n: checkpoint.config(n) for n in checkpoint.networks})
     except InputError as problem:
         raise InputError(f"{checkpoint.path}: {problem}") from problem
     try:
-        return family.build(configs, checkpoint.index)
+        return networks.build(configs, checkpoint.index)
     except InputError as problem:
         raise InputError(f"{checkpoint.path}: {problem}; copy the checkpoint again") from problem

@@ -219,34 +219,14 @@ def _decoder_operations(checkpoint: Checkpoint, height: int, width: int) -> int:
     return unet_operations.of_network(decoder, height, width)
 
 
-def _read_configs(parsed: Mapping[str, dict]) -> dict:
+def _networks():
     from jaxdiff.families import stable_diffusion_model
 
-    return stable_diffusion_model.read_configs(parsed)
-
-
-def _module(component: str, config):
-    from jaxdiff.families import stable_diffusion_model
-
-    return stable_diffusion_model.module(component, config)
-
-
-def _build(configs: Mapping, index: Mapping, **how):
-    from jaxdiff.families import stable_diffusion_model
-
-    return stable_diffusion_model.build(configs, index, **how)
-
-
-def _with_guidance_input(configs: Mapping, width: int) -> dict:
-    from jaxdiff.families import stable_diffusion_model
-
-    return stable_diffusion_model.with_guidance_input(configs, width)
+    return stable_diffusion_model
 
 
 STABLE_DIFFUSION = Family(
     components={"text_encoder": TEXT_ENCODER, "unet": UNET, "vae": VAE},
-    denoiser="unet",
-    codec="vae",
     absent={  # no network checks the images
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
@@ -258,10 +238,7 @@ STABLE_DIFFUSION = Family(
     operations=_operations,
     decoder_operations=_decoder_operations,
     kohya_names=kohya_names,
-    read_configs=_read_configs,
-    module=_module,
-    build=_build,
-    with_guidance_input=_with_guidance_input,
+    networks=_networks,
 )
 # The refiner has only the second text encoder.
 STABLE_DIFFUSION_XL = replace(

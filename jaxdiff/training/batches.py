@@ -1,4 +1,4 @@
-"""What the denoiser learns from at each step: captioned images, from wherever they come."""
+"""Makes the denoiser's training batches from captioned images of any source."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ from jaxdiff.training.recipe import Data, Lora, Prior, TextToImageRecipe
 from jaxdiff.training.shapes import places, scenes
 
 VALIDATION_BATCHES = 4
-PRIOR = "prior"  # the folder of the class images within a run's
-IMAGES = "images"  # and their dataset within that
+PRIOR = "prior"  # the folder of the class images in a run's directory
+IMAGES = "images"  # the folder of their dataset in that folder
 ClassImages = Callable[[str, Prior, Path], None]  # makes them: (model, prior, folder)
-# Beside the seed, so that captions are dropped, and examples held out, by other numbers than those
-# that rows are drawn by.
+# Combined with the seed, so that dropping captions and holding out examples use other random
+# numbers than drawing rows does.
 DROPOUT, HELD_OUT = 1, 2
-ONLY_SCENES = ("scenes", "composed", "templates", "held_out")  # what other data have no use for
-ONLY_IMAGES = ("captions", "size", "aspect_ratios", "flip")
+ONLY_SCENES = ("scenes", "composed", "templates", "held_out")  # settings of the shapes world only
+ONLY_IMAGES = ("captions", "size", "aspect_ratios", "flip")  # settings of other data only
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Batches:
     """The data of a run.
 
     Attributes:
-      batch: a batch's number to "latents" [b, h, w, c] or "pixels" uint8 [b, h, w, 3]; "token_ids"
-        int32 [b, tokens] by text encoder, or "context" [b, tokens, width] and perhaps "pooled"; and
-        perhaps "weights" [b], or "places" as in `places.maps`. On any thread.
-      validation: such batches of what is never trained on, none of whose captions is dropped.
-      captions: for the sample grids.
+      batch: maps a batch's number to "latents" [b, h, w, c] or "pixels" uint8 [b, h, w, 3];
+        "token_ids" int32 [b, tokens] by text encoder, or "context" [b, tokens, width] and perhaps
+        "pooled"; and perhaps "weights" [b], or "places" as in `places.maps`. Thread-safe.
+      validation: batches of held-out examples, without caption dropout.
+      captions: the captions for the sample grids.
     """
 
     batch: Callable[[int], dict]
@@ -45,7 +45,13 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Source:
-    """Functions from a number to a batch with "captions"; and the empty one's embedding, if any."""
+    """Batches with captions instead of conditioning.
+
+    Attributes:
+      train, held_out: map a number to a batch with "captions"; the latter may be None.
+      captions: the captions for the sample grids.
+      empty: the embedding of the empty caption if the captions are embedded.
+    """
 
     train: Callable[[int], dict]
     held_out: Callable[[int], dict] | None
@@ -54,29 +60,34 @@ class _Source:
 
 
 def prepare(recipe: TextToImageRecipe, output: Path, class_images: ClassImages | None) -> None:
-    """Makes what other processes make, before this one takes the accelerator's memory.
+    """Checks the data settings and generates the class images of the recipe's prior.
+
+    This must happen before this process takes the accelerator's memory, because other processes
+    generate the images.
 
     Args:
-      class_images: makes the images of the recipe's prior; None where they are made already.
+      recipe: the recipe.
+      output: the run's directory.
+      class_images: generates the class images; None if they exist already.
 
     Raises:
-      InputError: if it cannot be made, or does not fit the recipe's data.
+      InputError: if the settings do not fit the data, or the images cannot be generated.
     """
     if recipe.loss.places and recipe.data.path != scenes.PIXELS:
-        raise InputError("loss.places: is known of the shapes world only; leave it out")
+        raise InputError("loss.places requires the shapes world as data; leave it out")
     _refuse_unused(recipe)
     if not recipe.prior:
         return
     if recipe.data.path == scenes.PIXELS or recipe.data.aspect_ratios > 1:
-        raise InputError("prior: needs a folder of images, and data.aspect_ratios = 1")
+        raise InputError("prior requires a folder of images and data.aspect_ratios = 1")
     if isinstance(data.open_examples(recipe.data), data.EncodedExamples):
-        raise InputError(f"{recipe.data.path} holds latents; prior needs the images themselves")
+        raise InputError(f"{recipe.data.path} contains latents, but prior requires images")
     if class_images:
         class_images(recipe.model, recipe.prior, output / PRIOR)
 
 
 def _refuse_unused(recipe: TextToImageRecipe) -> None:
-    """Raises InputError for a setting that says nothing in such a recipe."""
+    """Raises InputError for a setting that has no effect in this recipe."""
     lora, of_scenes = recipe.method == "lora", recipe.data.path == scenes.PIXELS
     unused = {
         "train": lora and recipe.train != ("unet",),
@@ -84,21 +95,21 @@ def _refuse_unused(recipe: TextToImageRecipe) -> None:
     }
     for name in ONLY_IMAGES if of_scenes else ONLY_SCENES:
         unused[f"data.{name}"] = getattr(recipe.data, name) != getattr(Data(), name)
-    for name, said in unused.items():
-        if said:
+    for name, is_set in unused.items():
+        if is_set:
             where = f'method = "{recipe.method}"'
             if name.startswith("data."):
                 where = f'data.path = "{recipe.data.path}"'
-            raise InputError(f"{name}: says nothing where {where}; leave it out")
+            raise InputError(f"{name} has no effect with {where}; leave it out")
     if not recipe.train:
-        raise InputError("train: names nothing that learns")
+        raise InputError("train is empty; list at least one component")
 
 
 def of(parts: Components, recipe: TextToImageRecipe, output: Path) -> Batches:
-    """The batches of a recipe, `prepare`d; scenes are encoded once and kept in `output`.
+    """Makes the batches of a recipe, after `prepare`; encoded scenes are cached in `output`.
 
     Raises:
-      InputError: if the data cannot be read, or do not fit the recipe.
+      InputError: if the data cannot be read or do not fit the recipe.
     """
     if recipe.data.path == scenes.PIXELS:
         source = _of_scenes(parts, recipe, output)
@@ -107,7 +118,7 @@ def of(parts: Components, recipe: TextToImageRecipe, output: Path) -> Batches:
     train = _with_prior(source, parts, recipe, output) if recipe.prior else source.train
     empty = {name: tokenize([""])[0, 0] for name, tokenize in parts.tokenizers.items()}
 
-    def told(number: int, make: Callable[[int], dict], dropout: float) -> dict:
+    def conditioned(number: int, make: Callable[[int], dict], dropout: float) -> dict:
         made = make(number)
         captions = made.pop("captions")
         rng = np.random.default_rng([recipe.seed, DROPOUT, number])
@@ -123,14 +134,14 @@ def of(parts: Components, recipe: TextToImageRecipe, output: Path) -> Batches:
 
     validation = range(VALIDATION_BATCHES) if source.held_out else ()
     return Batches(
-        batch=partial(told, make=train, dropout=recipe.caption_dropout),
-        validation=[told(number, source.held_out, 0.0) for number in validation],
+        batch=partial(conditioned, make=train, dropout=recipe.caption_dropout),
+        validation=[conditioned(number, source.held_out, 0.0) for number in validation],
         captions=source.captions,
     )
 
 
 def size_of(parts: Components, source: Data) -> int:
-    """The side of the square whose area images are brought to, in pixels."""
+    """Returns the side in pixels of a square that has the area to which images are scaled."""
     return source.size or parts.model.denoiser.sample_size * parts.model.codec.factor
 
 
@@ -150,7 +161,7 @@ def _of_scenes(parts: Components, recipe: TextToImageRecipe, output: Path) -> _S
         rng = np.random.default_rng([recipe.seed, number])
         rows = rng.integers(first, stop, size=recipe.batch_size)
         made = {"latents": latents[rows], "captions": [captions[row] for row in rows]}
-        if recipe.loss.places:  # drawn again: quicker than a step by far, and small
+        if recipe.loss.places:  # drawing scenes again is much faster than a step, and saves memory
             drawn = [scenes.draw(recipe.data, recipe.seed, row)[0] for row in rows]
             made["places"] = places.maps(drawn, latents.shape[1])
         return made
@@ -165,7 +176,7 @@ def _of_scenes(parts: Components, recipe: TextToImageRecipe, output: Path) -> _S
 
 
 def _of_examples(parts: Components, recipe: TextToImageRecipe) -> _Source:
-    """The user's images. A fiftieth, drawn by the seed, is held out if that is a batch at least."""
+    """Makes batches of the user's images; holds out a random fiftieth if it fills a batch."""
     examples = data.open_examples(recipe.data)
     is_encoded = isinstance(examples, data.EncodedExamples)
     if is_encoded:
@@ -178,12 +189,12 @@ def _of_examples(parts: Components, recipe: TextToImageRecipe) -> _Source:
     )
     count = len(examples) // 50
     order = np.random.default_rng([recipe.seed, HELD_OUT]).permutation(len(examples))
-    rest, taught = np.split(order, [count if count >= recipe.batch_size else 0])
-    taught.sort()
+    held_out, trained = np.split(order, [count if count >= recipe.batch_size else 0])
+    trained.sort()
     return _Source(
-        train=make(flip=recipe.data.flip, among=taught),
-        held_out=make(random_crop=False, among=np.sort(rest)) if len(rest) else None,
-        captions=[examples.captions[i] for i in taught[: scenes.PREVIEW_IMAGES]],
+        train=make(flip=recipe.data.flip, among=trained),
+        held_out=make(random_crop=False, among=np.sort(held_out)) if len(held_out) else None,
+        captions=[examples.captions[i] for i in trained[: scenes.PREVIEW_IMAGES]],
         empty=examples.empty if is_encoded else {},
     )
 
@@ -191,21 +202,21 @@ def _of_examples(parts: Components, recipe: TextToImageRecipe) -> _Source:
 def _refuse_encoded(
     examples: data.EncodedExamples, parts: Components, recipe: TextToImageRecipe
 ) -> None:
-    """Raises InputError where latents or embeddings cannot be what this recipe learns from."""
+    """Raises InputError if the latents or embeddings do not fit the recipe."""
     config = parts.model.configs[parts.model.codec.component]
     data.check_encoders(examples, config, parts.params)
     learns = recipe.lora.text_encoder if recipe.method == "lora" else recipe.train != ("unet",)
     if examples.empty and learns:
         raise InputError(
-            f"{examples.path} holds embedded captions, from which a text encoder cannot learn; "
-            "encode without --embed"
+            f"{examples.path} contains embedded captions, on which a text encoder cannot be "
+            "trained; encode without --embed"
         )
 
 
 def _with_prior(
     source: _Source, parts: Components, recipe: TextToImageRecipe, output: Path
 ) -> Callable[[int], dict]:
-    """Beside each batch one of as many images that the model itself made of the class."""
+    """Doubles each batch with images of the class that the model itself has generated."""
     size = size_of(parts, recipe.data)
     prior = data.batches(
         data.open_examples(Data(path=str(output / PRIOR / IMAGES))),

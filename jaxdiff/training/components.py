@@ -1,4 +1,4 @@
-"""The model that a recipe trains: made anew, loaded from folders, or taken from a checkpoint."""
+"""The model that a recipe trains: new, loaded from folders, or taken from a checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,15 +25,15 @@ from jaxdiff.weights.save import save_pipeline
 
 @dataclass(frozen=True)
 class Components:
-    """A whole text-to-image model.
+    """A complete text-to-image model.
 
     Attributes:
       model: its networks as pure functions.
-      params: of each network, by component; float32.
-      tokenizers: of each text encoder.
-      tokenizer_folders: where those were read.
-      scheduler: the keys of `scheduler_config.json`.
-      pipeline: the entries of `model_index.json` beside its components.
+      params: the float32 parameters of each network, by component.
+      tokenizers: the tokenizer of each text encoder.
+      tokenizer_folders: the folders that the tokenizers were read from.
+      scheduler: the contents of `scheduler_config.json`.
+      pipeline: the entries of `model_index.json` other than components.
     """
 
     model: Model
@@ -45,21 +45,21 @@ class Components:
 
     @property
     def family(self) -> Family:
-        """The page of its family."""
+        """Its model family."""
         return FAMILIES[self.pipeline["_class_name"]]
 
     @property
     def prediction_type(self) -> str:
-        """As in `objective.target`."""
+        """The denoiser's prediction type, as in `objective.target`."""
         return scheduler_config.prediction_type(self.scheduler)
 
     @property
     def size_multiple(self) -> int:
-        """What heights and widths are multiples of in training, in pixels."""
+        """The number of pixels that height and width must be multiples of in training."""
         return self.model.codec.factor * self.model.denoiser.size_multiple
 
     def save(self, directory: Path, params: Mapping[str, Params], dtype) -> None:
-        """Writes the model with these parameters in place of its own, as a diffusers directory."""
+        """Writes the model as a diffusers directory, with `params` in place of its own."""
         save_pipeline(
             directory,
             components=self.family.components,
@@ -73,7 +73,7 @@ class Components:
 
 
 def load_model(model: str) -> Components:
-    """Loads a checkpoint that `jaxdiff generate` could use, its weights in float32.
+    """Loads a checkpoint, of any kind that `jaxdiff generate` supports, with float32 weights.
 
     Raises:
       InputError: if it cannot be read.
@@ -99,10 +99,10 @@ def load_model(model: str) -> Components:
 
 
 def from_recipe(recipe: TextToImageRecipe) -> Components:
-    """Makes the model that the recipe names; what it leaves out comes from its `model`.
+    """Makes the model that a recipe describes; missing parts come from the recipe's `model`.
 
     Raises:
-      InputError: naming what is missing, cannot be read, or does not fit.
+      InputError: if a part is missing or cannot be read, or the parts do not fit together.
     """
     configs, params, tokenizers, folders, scheduler = {}, {}, {}, {}, {}
     pipeline = {"_class_name": PIPELINE}
@@ -118,7 +118,7 @@ def from_recipe(recipe: TextToImageRecipe) -> Components:
         if given:
             configs[name], _, params[name] = component(family, name, given, rngs)
         elif name not in configs:
-            raise InputError(f"the recipe names no {name}, and no model to take it from")
+            raise InputError(f"the recipe sets neither {name} nor model; add one of them")
     if recipe.tokenizer:
         positions = configs["text_encoder"].max_position_embeddings
         tokenizers = {"text_encoder": Tokenizer(Path(recipe.tokenizer), positions)}
@@ -126,41 +126,47 @@ def from_recipe(recipe: TextToImageRecipe) -> Components:
     known = scheduler_config.KEYS
     for key in recipe.scheduler.keys() - known - {"_class_name"}:
         hint = suggestion(key, known) or f"; known keys: {', '.join(sorted(known))}"
-        raise InputError(f"the recipe's scheduler.{key} is not known{hint}")
+        raise InputError(f"the recipe's scheduler.{key}: unknown key{hint}")
     scheduler = scheduler | recipe.scheduler
     for name, value in (("tokenizer", tokenizers), ("scheduler", scheduler)):
         if not value:
-            raise InputError(f"the recipe names no {name}, and no model to take it from")
+            raise InputError(f"the recipe sets neither {name} nor model; add one of them")
     try:
         configs = {name: configs[name] for name in family.components if name in configs}
-        model = family.build(configs, pipeline, remat=recipe.computing.remat)
+        model = family.networks().build(configs, pipeline, remat=recipe.computing.remat)
     except InputError as problem:
-        raise InputError(f"the recipe's networks do not fit one another: {problem}") from None
+        raise InputError(f"the recipe's networks do not fit together: {problem}") from None
     return Components(model, params, tokenizers, folders, scheduler, pipeline)
 
 
 def component(family: Family, name: str, given: dict | str, rngs: nnx.Rngs) -> tuple:
-    """Makes a component anew from a table, or loads it from a folder.
+    """Makes a component from a config, or loads it from a folder.
+
+    Args:
+      family: the model family.
+      name: the component's name.
+      given: a parsed config for a new, untrained component, or the folder of a trained one.
+      rngs: the random numbers for a new component.
 
     Returns:
-      its config, its graph and its float32 parameters.
+      the config dataclass, the graph definition and the float32 parameters.
 
     Raises:
-      InputError: naming what is missing, cannot be read, or does not fit.
+      InputError: if a file is missing or cannot be read, or the weights do not match the config.
     """
     if isinstance(given, str):
         return _read(family, name, Path(given))
-    config = family.read_configs({name: given})[name]
-    graph, state = nnx.split(family.module(name, config)(config, rngs=rngs))
+    config = family.networks().read_configs({name: given})[name]
+    graph, state = nnx.split(family.networks().module(name, config)(config, rngs=rngs))
     return config, graph, nnx.to_pure_dict(state)
 
 
 def _read(family: Family, name: str, folder: Path) -> tuple:
     path = folder / CONFIG
     if not path.is_file():
-        raise InputError(f"{path} is missing: name the folder of a trained {name}")
-    config = family.read_configs({name: read_json(path)})[name]
-    graph, shapes = abstract_network(family.module(name, config), config)
+        raise InputError(f"{path} is missing; set {name} to the folder of a trained {name}")
+    config = family.networks().read_configs({name: read_json(path)})[name]
+    graph, shapes = abstract_network(family.networks().module(name, config), config)
     files = family.components[name]
     weights = read_weights(files, folder / files.weights_file)
     return config, graph, load_params(places(shapes, jnp.float32), weights)

@@ -1,16 +1,17 @@
-"""Distillation: a student that makes in few steps what its guided teacher makes in many.
+"""Distills a guided model into a student that needs only a few steps.
 
-A multistep consistency model (Heek et al., 2024, arXiv:2403.06807): the teacher's trajectory is cut
-into as many parts as the student has steps, and from where a part begins, the student's one step
-must reach its end. Where that is the teacher tells by walking there with DDIM (Salimans and Ho,
-2022, arXiv:2202.00512, with all halvings at once), so that the target stands still while the
-student learns. It is told the guidance scale instead of being evaluated twice (Meng et al., 2023,
-arXiv:2210.03142), and it learns at the points that it comes to by itself from noise, so that it
-mends its own errors. That takes captions, but no images.
+The student is a multistep consistency model (Heek et al., 2024, arXiv:2403.06807): the teacher's
+trajectory is divided into as many parts as the student has steps, and one step of the student must
+lead from the start of a part to its end. The target is computed with several DDIM steps of the
+teacher (Salimans and Ho, 2022, arXiv:2202.00512, with all halvings at once), so that it stays fixed
+while the student learns. The student takes the guidance scale as an input instead of being
+evaluated twice (Meng et al., 2023, arXiv:2210.03142). It is trained at the points that it reaches
+itself from noise, so that it learns to correct its own errors. Training needs captions, but no
+images.
 
-The student of a teacher that samples by ancestral Euler does so too: a part then goes on to where
-there is less noise than the next one begins at, and noise drawn anew leads back (Kim et al., 2024,
-arXiv:2310.02279, algorithm 3, with a γ for each step), which hides what a step has got wrong.
+If the teacher samples with ancestral Euler, so does the student: a part then ends at less noise
+than the next one begins with, and fresh noise makes up the difference (Kim et al., 2024,
+arXiv:2310.02279, algorithm 3, with a γ for each step), which hides the errors of a step.
 """
 
 from collections.abc import Callable
@@ -40,22 +41,23 @@ from jaxdiff.training.text_to_image import DTYPES, conditioning, in_dtype, token
 
 ANCESTRAL = "EulerAncestralDiscreteScheduler"
 RESCALED = "rescale_betas_zero_snr"
-GUIDANCE_WIDTH = 256  # of the guidance scale's sinusoids, as in Luo et al., 2023, arXiv:2310.04378
+GUIDANCE_WIDTH = 256  # of the guidance scale's embedding, as in Luo et al., 2023, arXiv:2310.04378
 VALIDATION_BATCHES = 4
-# An image's error counts by its length, not squared: else the first step, whose errors are the
-# greatest, drowns the last. This little is added to the squares, for the gradient at none (pseudo-
-# Huber: Song and Dhariwal, 2023, arXiv:2310.14189, 3.3).
+# The loss is the norm of an image's error, not its square; otherwise the first step, which has the
+# largest errors, would dominate the last. This constant is added to the squares so that the
+# gradient exists at zero (pseudo-Huber: Song and Dhariwal, 2023, arXiv:2310.14189, 3.3).
 HUBER = 0.00054
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the objective is made of, but for the weights that it trains.
+    """The parts of the task other than the trained weights.
 
     Attributes:
-      teacher, student: whole models; but for the U-Net they are one.
-      short: the sampler's table of the student.
-      walk: of the teacher, from each of the student's levels on: `_walk`.
+      recipe: the recipe.
+      teacher, student: complete models, which differ only in the U-Net.
+      short: the student's sampler table.
+      walk: the teacher's steps from each of the student's noise levels, as `_walk` returns them.
     """
 
     recipe: ConsistencyRecipe
@@ -66,30 +68,33 @@ class _Parts:
 
 
 def task(recipe: ConsistencyRecipe) -> Task:
-    """The objective of `recipe`, ready for `loop.fit`.
+    """Makes the training task of a recipe, for `loop.fit`.
 
     Raises:
-      InputError: if the teacher cannot be read or is of a kind that is not built, if the recipe's
-        numbers do not fit each other, or if the captions cannot be read.
+      InputError: if the teacher or the captions cannot be read, the teacher is of an unsupported
+        kind, or the recipe's numbers do not fit together.
     """
     teacher = load_model(recipe.model)
     for bad, what in (
-        (teacher.model.denoiser.guidance_is_input, "is distilled already"),
-        (teacher.family.with_guidance_input is None, "is of a family that is not distilled here"),
-        (teacher.prediction_type == "flow", "is trained by flow matching, which has no DDIM"),
+        (teacher.model.denoiser.guidance_is_input, "is already distilled"),
+        (
+            teacher.prediction_type == "flow",
+            "is trained by flow matching, which DDIM cannot sample",
+        ),
     ):
         if bad:
-            raise InputError(f"model {recipe.model!r} {what}; name another teacher")
+            raise InputError(f"model {recipe.model!r} {what}; use another teacher")
     _refuse_misfits(recipe, teacher)
     scheduler, short, walk = _tables(recipe, teacher.scheduler)
-    configs = teacher.family.with_guidance_input(teacher.model.configs, GUIDANCE_WIDTH)
+    networks = teacher.family.networks()
+    configs = networks.with_guidance_input(teacher.model.configs, GUIDANCE_WIDTH)
     made_for = {
         "steps": recipe.student_steps,
         "guidance_scale": sum(recipe.guidance_scale) / 2,
     }
     student = replace(
         teacher,
-        model=teacher.family.build(configs, teacher.pipeline, remat=recipe.computing.remat),
+        model=networks.build(configs, teacher.pipeline, remat=recipe.computing.remat),
         scheduler=scheduler,
         pipeline={**teacher.pipeline, OWN_DEFAULTS: made_for},
     )
@@ -119,14 +124,16 @@ def _refuse_misfits(recipe: ConsistencyRecipe, teacher: Components) -> None:
     scales, steps = recipe.guidance_scale, recipe.student_steps
     if len(scales) != 2 or not 1.0 <= scales[0] <= scales[1] <= 100.0:
         raise InputError(
-            f"guidance_scale = {list(scales)} must be the lowest and the highest, 1 to 100"
+            f"guidance_scale = {list(scales)} must be the lowest and the highest scale, 1 to 100"
         )
     if steps < 1 or recipe.solver_steps < steps or recipe.solver_steps % steps:
         raise InputError(
             f"solver_steps = {recipe.solver_steps} must be a multiple of student_steps = {steps}"
         )
     if recipe.solver_steps > teacher.scheduler.get("num_train_timesteps", 1000):
-        raise InputError(f"solver_steps = {recipe.solver_steps}: the teacher has fewer timesteps")
+        raise InputError(
+            f"solver_steps = {recipe.solver_steps}: the teacher has fewer timesteps; reduce it"
+        )
     if recipe.data.size % teacher.size_multiple:
         raise InputError(
             f"data.size = {recipe.data.size} must be a multiple of {teacher.size_multiple}"
@@ -136,7 +143,12 @@ def _refuse_misfits(recipe: ConsistencyRecipe, teacher: Components) -> None:
 def _tables(
     recipe: ConsistencyRecipe, config: dict
 ) -> tuple[dict, SamplerTable, dict[str, np.ndarray]]:
-    """The student's scheduler and its table, and the walk of a teacher that has `config`."""
+    """Returns the student's scheduler config and sampler table, and the teacher's steps.
+
+    Args:
+      recipe: the recipe.
+      config: the teacher's scheduler config.
+    """
     scheduler = _scheduler(config)
     sampler = samplers.of_config(scheduler)
     schedule = noise_schedule(scheduler, sampler)
@@ -147,16 +159,17 @@ def _tables(
 
 
 def _scheduler(config: dict) -> dict:
-    """The student's scheduler: ancestral Euler if it is a teacher's, or DDIM, from pure noise.
+    """Returns the student's scheduler config: ancestral Euler if the teacher's is, else DDIM.
 
-    Ancestral Euler goes on to a noise that is the less, the more it begins with: from one without
-    any signal, to none. To make the picture in its first step is more than a student can learn, so
-    its pure noise counts as the levels' highest before that was put to zero signal.
+    The noisier the start of an ancestral Euler step, the less noise is left before fresh noise is
+    added; a start without any signal leaves none. The student would have to make the image in its
+    first step, which is more than it can learn. So its pure noise is treated as the highest noise
+    level without the rescaling to zero SNR.
     """
     if config.get("_class_name") == ANCESTRAL:
         return config | {"timestep_spacing": "trailing", RESCALED: False}
-    said = {key: value for key, value in config.items() if key in samplers.SAMPLERS["ddim"].config}
-    return said | {
+    known = {key: value for key, value in config.items() if key in samplers.SAMPLERS["ddim"].config}
+    return known | {
         "_class_name": "DDIMScheduler",
         "clip_sample": False,
         "set_alpha_to_one": True,
@@ -165,25 +178,25 @@ def _scheduler(config: dict) -> dict:
 
 
 def _walk(bars: np.ndarray, short: SamplerTable, substeps: int) -> dict[str, np.ndarray]:
-    """A teacher's DDIM from each level of the student to where its step ends before fresh noise.
+    """Returns the teacher's DDIM steps along each of the student's steps, without fresh noise.
 
     Args:
-      bars: the teacher's signal in variance, by timestep.
-      short: the sampler's table of the student.
-      substeps: the teacher's, in each of the student's.
+      bars: the signal's share of the variance by the teacher's timestep.
+      short: the student's sampler table.
+      substeps: the number of teacher steps in each student step.
 
     Returns:
       "timesteps", "alpha", "sigma" and the "a" and "b" of x' = a x + b x_0, float32 [student's
-      steps, substeps]. The last of each step also scales x to the signal at the student's next one.
+      steps, substeps]. The last substep also scales x to the signal of the student's next step.
     """
     next_alpha, rest = short.a * short.alpha + short.b[:, 0], short.a * short.sigma
 
-    def timestep_of(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:  # -1 is without noise
+    def timestep_of(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:  # -1: no noise
         levels = alpha**2 / (alpha**2 + sigma**2)
         return np.interp(-levels, -np.append(1.0, bars), np.arange(-1.0, len(bars)))
 
     begins, ends = timestep_of(short.alpha, short.sigma), timestep_of(next_alpha, rest)
-    begins[0] = len(bars) - 1  # what the student begins with is pure noise, whatever it counts as
+    begins[0] = len(bars) - 1  # the student starts from pure noise, whatever its nominal level
     shares = np.arange(substeps) / substeps
     timesteps = begins[:, None] + (ends - begins)[:, None] * shares
     timesteps = timesteps.round().astype(np.int64)
@@ -196,7 +209,7 @@ def _walk(bars: np.ndarray, short: SamplerTable, substeps: int) -> dict[str, np.
 
 
 def _begun(teacher: Params, student_shapes: dict) -> Params:
-    """The teacher's parameters; those that listen to the guidance scale are 0 and say nothing."""
+    """Returns the teacher's parameters, with zeros for those that embed the guidance scale."""
     known = dict(jax.tree_util.tree_leaves_with_path(teacher))
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.array(known.get(path, np.zeros(leaf.shape, np.float32))),
@@ -205,7 +218,7 @@ def _begun(teacher: Params, student_shapes: dict) -> Params:
 
 
 def _earlier(path: str, student: Components) -> Params:
-    """The denoiser of an earlier student; raises InputError if it is another model's."""
+    """Returns an earlier student's parameters; raises InputError if its config is different."""
     earlier, component = load_model(path), student.model.denoiser.component
     if earlier.model.configs.get(component) != student.model.configs[component]:
         raise InputError(f"student {path!r} is not a student of this model; leave it out")
@@ -213,7 +226,10 @@ def _earlier(path: str, student: Components) -> Params:
 
 
 def _batches(parts: _Parts) -> tuple[Callable[[int], dict], list[dict]]:
-    """The batch of each step, of captions, noise and guidance scales, and some for validation."""
+    """Returns a function that makes the batch of each step, and the validation batches.
+
+    A batch has captions, noise and guidance scales.
+    """
     recipe, caption = parts.recipe, _captions(parts.recipe.data)
     shape = recipe.batch_size, *_latent_shape(parts.teacher, recipe)
 
@@ -230,7 +246,7 @@ def _batches(parts: _Parts) -> tuple[Callable[[int], dict], list[dict]]:
 
 
 def _captions(source: Data) -> Callable[[np.random.Generator], str]:
-    """A function that draws one caption of the data."""
+    """Returns a function that draws a caption from the data."""
     if source.path == scenes.PIXELS:
         scenes.check(source)
         return lambda rng: scenes.draw(source, int(rng.integers(2**32)), 0)[1]
@@ -266,7 +282,7 @@ def _loss(parts: _Parts) -> Callable[[Params, Params, dict, Array], tuple[Array,
             jax.random.normal(key, (steps, *noise.shape)),
         )
         # The student's steps are evaluated again, all in one batch: gradients through a scan take
-        # ten times as long on a CPU. An image's steps stand side by side, so on its device.
+        # ten times as long on a CPU. An image's steps are adjacent, so they stay on one device.
         conditions, scale = jax.tree.map(
             lambda leaf: jnp.repeat(leaf, steps, axis=0), (conditions, scale)
         )
@@ -277,7 +293,7 @@ def _loss(parts: _Parts) -> Callable[[Params, Params, dict, Array], tuple[Array,
         alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
         student = _denoiser(parts.student, params, conditions, None, scale)
         x0, _ = student(x, timesteps, alpha, sigma, None)
-        # As an error of v, which weighs that of x_0 by 1 / sigma^2.
+        # The error of v, in which the squared error of x_0 has the weight 1 / sigma^2.
         errors = (((x0 - wanted) / sigma) ** 2).reshape(count, steps, -1).mean(axis=2)
         lengths = jnp.mean(jnp.sqrt(errors + HUBER**2) - HUBER, axis=0)
         return jnp.mean(lengths), {f"loss_of_step_{i + 1}": loss for i, loss in enumerate(lengths)}
@@ -292,15 +308,17 @@ def _walked(
     noise: Array,
     fresh_noise: Array,
 ) -> tuple[Array, Array]:
-    """Where the student comes to from noise, and what it should take for x_0 there.
+    """Returns the student's trajectory from noise, and the x_0 that it should predict there.
 
     Args:
+      parts: the parts of the task.
+      student, teacher: the denoisers.
       noise: standard normal, [batch, ...].
-      fresh_noise: the same, [steps, batch, ...].
+      fresh_noise: standard normal, [steps, batch, ...].
 
     Returns:
-      two arrays [steps, batch, ...]: what each step begins at, and the x_0 with which it would end
-      where the teacher does.
+      two arrays [steps, batch, ...]: the x at the start of each step, and the x_0 with which the
+      step would end where the teacher's does.
     """
 
     def walk(x: Array, row: dict) -> tuple[Array, None]:
@@ -321,7 +339,7 @@ def _walked(
 def _denoiser(
     model: Components, params: Params, conditions, empty, scale: Array
 ) -> sampling.Denoiser:
-    """Makes a model's denoiser: guided, given the empty caption's conditioning; else not."""
+    """Makes a model's denoiser; it is guided if `empty`, the conditioning of "", is not None."""
     denoising = Denoising(model.model, model.prediction_type)
     dtype = jax.tree.leaves(params)[0].dtype
     return denoiser(denoising, params, dtype, conditions, empty, scale, guidance_rescale=0.0)
@@ -334,7 +352,7 @@ def _latent_shape(model: Components, recipe: ConsistencyRecipe) -> tuple[int, in
 
 
 def _preview(parts: _Parts) -> Callable[[Params, Params], np.ndarray]:
-    """What the student makes of the captions of the sample grids."""
+    """Returns a function that draws the student's sample grid."""
     student, shape = parts.student, _latent_shape(parts.student, parts.recipe)
     captions, table = scenes.preview_captions(), parts.short
     token_ids, codec = tokenized(student, captions), student.model.codec

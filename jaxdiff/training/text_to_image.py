@@ -1,4 +1,4 @@
-"""The denoiser's objective: a U-Net, and perhaps its text encoders, on captioned images."""
+"""Trains a denoiser, and perhaps its text encoders, on captioned images."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,21 +24,23 @@ from jaxdiff.training.recipe import TextToImageRecipe
 from jaxdiff.training.shapes import places
 
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 20, 3.0
-PREVIEW_PX = 48 * 64 * 64  # so many in a sample grid, but at least four images
-DECODED_ALONE_PX = 256  # images with longer sides are decoded one after the other
+PREVIEW_PX = 48 * 64 * 64  # the most pixels of a sample grid, unless it has only four images
+DECODED_ALONE_PX = 256  # images with longer sides are decoded one by one
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def task(
     recipe: TextToImageRecipe, output: Path, class_images: batches.ClassImages | None = None
 ) -> Task:
-    """The objective of `recipe`, ready for `loop.fit`; what is made once goes into `output`.
+    """Makes the training task of a recipe, for `loop.fit`.
 
     Args:
+      recipe: the recipe.
+      output: the run's directory, which caches prepared data.
       class_images: as in `batches.prepare`.
 
     Raises:
-      InputError: if a component or the data cannot be read, or if they do not fit.
+      InputError: if a component or the data cannot be read, or they do not fit together.
     """
     batches.prepare(recipe, output, class_images)
     parts = from_recipe(recipe)
@@ -47,38 +49,40 @@ def task(
     for name in recipe.train:
         if name not in (denoiser.component, *encoders):
             known = ", ".join((denoiser.component, *encoders))
-            raise InputError(f"train: {name!r} is none of {known}")
+            raise InputError(f"train: {name!r} must be one of {known}")
     if denoiser.guidance_is_input:
         raise InputError(
-            "the denoiser is distilled: the guidance scale is an input; train its teacher"
+            "the denoiser is distilled: it takes the guidance scale as an input; train its teacher"
         )
     if recipe.loss.places and (recipe.method == "lora" or denoiser.component not in recipe.train):
-        raise InputError('loss.places: is for a whole U-Net: method = "full", and train it')
+        raise InputError('loss.places requires method = "full" and the denoiser in train')
     if recipe.method == "lora":
-        taught = (denoiser.component, *(encoders if recipe.lora.text_encoder else ()))
-        taught = {name: parts.params[name] for name in taught}
-        params = low_rank.init(taught, recipe.lora.rank, jax.random.key(recipe.seed))
+        adapted = (denoiser.component, *(encoders if recipe.lora.text_encoder else ()))
+        adapted = {name: parts.params[name] for name in adapted}
+        params = low_rank.init(adapted, recipe.lora.rank, jax.random.key(recipe.seed))
         frozen = parts.params
     else:
         params = {name: parts.params[name] for name in recipe.train}
         if recipe.loss.places:
             params[denoiser.component] = places.widened(params[denoiser.component])
         frozen = {name: tree for name, tree in parts.params.items() if name not in params}
-    whole = partial(_whole, recipe, denoiser.component)
+    all_params = partial(_all_params, recipe, denoiser.component)
     made = batches.of(parts, recipe, output)
     return Task(
         params=params,
         frozen=frozen,
-        loss=_loss(parts, recipe, schedule, whole),
+        loss=_loss(parts, recipe, schedule, all_params),
         batch=made.batch,
         validation=made.validation,
-        preview=preview(parts, schedule, whole, made.captions, batches.size_of(parts, recipe.data)),
+        preview=preview(
+            parts, schedule, all_params, made.captions, batches.size_of(parts, recipe.data)
+        ),
         export=partial(_export, parts, recipe),
     )
 
 
-def _whole(recipe: TextToImageRecipe, denoiser: str, params: Params, frozen: Params) -> Params:
-    """The parameters of every component, by name, as they are used and exported."""
+def _all_params(recipe: TextToImageRecipe, denoiser: str, params: Params, frozen: Params) -> Params:
+    """Returns the parameters of every component by name, as they are used and exported."""
     if recipe.method == "lora":
         return low_rank.merged(frozen, params, recipe.lora.alpha)
     if recipe.loss.places:
@@ -94,11 +98,11 @@ def _export(
         low_rank.save_lora(params, recipe.lora.alpha, directory / low_rank.FILE)
     else:
         denoiser = parts.model.denoiser.component
-        parts.save(directory, _whole(recipe, denoiser, params, frozen), np.float16)
+        parts.save(directory, _all_params(recipe, denoiser, params, frozen), np.float16)
 
 
 def _loss(
-    parts: Components, recipe: TextToImageRecipe, schedule: NoiseSchedule, whole: Callable
+    parts: Components, recipe: TextToImageRecipe, schedule: NoiseSchedule, all_params: Callable
 ) -> Callable[[Params, Params, dict, Array], tuple[Array, dict]]:
     dtype, settings = DTYPES[recipe.computing.dtype], recipe.loss
     denoiser = parts.model.denoiser
@@ -107,7 +111,7 @@ def _loss(
 
     def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
         time_key, noise_key, offset_key, latent_key = jax.random.split(key, 4)
-        networks = in_dtype(whole(params, frozen), dtype)
+        networks = in_dtype(all_params(params, frozen), dtype)
         x0 = clean_latents(parts, networks, batch, latent_key)
         noise = jax.random.normal(noise_key, x0.shape)
         if settings.offset_noise:
@@ -141,12 +145,12 @@ def _loss(
 
 
 def in_dtype(params: Params, dtype) -> Params:
-    """The parameters as they are computed with."""
+    """Casts parameters to the dtype of the computation."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def clean_latents(parts: Components, networks: Params, batch: dict, key: Array) -> Array:
-    """The batch's scaled latents, float32 [batch, h, w, c]: given, or sampled by the encoder."""
+    """Returns scaled latents, float32 [batch, h, w, c]: the batch's, or sampled from its images."""
     if "latents" in batch:
         return batch["latents"].astype(jnp.float32)
     codec = parts.model.codec
@@ -158,7 +162,7 @@ def clean_latents(parts: Components, networks: Params, batch: dict, key: Array) 
 
 
 def conditioning(parts: Components, networks: Params, batch: dict, size: tuple[int, int]):
-    """The denoiser's conditioning for a batch: its captions, and the latents' size (h, w)."""
+    """Returns the denoiser's conditioning for a batch's captions and the latents' size (h, w)."""
     model = parts.model
     if "context" in batch:
         context, pooled = batch["context"], batch.get("pooled")
@@ -181,15 +185,18 @@ def conditioning(parts: Components, networks: Params, batch: dict, size: tuple[i
 def preview(
     parts: Components,
     schedule: NoiseSchedule,
-    whole: Callable[[Params, Params], Params],
+    all_params: Callable[[Params, Params], Params],
     captions: Sequence[str],
     size: int,
 ) -> Callable[[Params, Params], np.ndarray]:
-    """The function that draws a sample grid: the same captions and seeds each time.
+    """Returns a function that draws a sample grid with the same captions and seeds each time.
 
     Args:
-      whole: (trained, frozen) to the parameters of every component.
-      size: pixels, of a square image.
+      parts: the model.
+      schedule: the noise schedule.
+      all_params: maps (trained, frozen) parameters to the parameters of every component.
+      captions: the captions to choose from; the first ones are used.
+      size: the side of the square images, in pixels.
     """
     codec = parts.model.codec
     count = min(len(captions), max(4, PREVIEW_PX // size**2))
@@ -203,7 +210,7 @@ def preview(
 
     @compilation.jit
     def sample(params: Params, frozen: Params, noise: Array, fresh_noise: Array | None) -> Array:
-        networks = whole(params, frozen)
+        networks = all_params(params, frozen)
         positive, negative = (
             [conditioning(parts, networks, batch, (side, side))] for batch in tokens.values()
         )
@@ -230,7 +237,7 @@ def preview(
 
 
 def tokenized(parts: Components, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Texts as token ids for each text encoder, int32 [texts, tokens]."""
+    """Returns the token ids of texts for each text encoder, int32 [texts, tokens]."""
     return {name: tokenize(texts)[:, 0] for name, tokenize in parts.tokenizers.items()}
 
 

@@ -176,7 +176,7 @@ def test_an_unfinished_dataset_says_so(page, tmp_path, tiny_checkpoint):
     run = make_plan(tmp_path / "out", tmp_path / "prompts.txt", tiny_checkpoint, **said)
     page.open(gallery.write(tmp_path / "out").as_uri())
     assert text(page, "count") == "0 images so far, of 6 planned"
-    assert text(page, "message") == "No image has been made yet."
+    assert text(page, "message") == "No images have been generated yet."
     make_shard(run, 0)
     page.open(gallery.write(tmp_path / "out").as_uri())
     assert text(page, "count") == "4 images so far, of 6 planned"
@@ -214,7 +214,7 @@ def test_a_failed_image_says_why(page, few):
     assert page.run("document.querySelector('#grid .failed').textContent") == "failednot finite"
     page.click("#grid > a")
     page.wait("element('view').open")
-    assert text(page, "failure") == "This image could not be made: not finite"
+    assert text(page, "failure") == "This image could not be generated: not finite"
     assert page.run("element('original').hidden")
     assert '"prompt":"a lost ring"' in text(page, "command")
 

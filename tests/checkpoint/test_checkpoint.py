@@ -15,7 +15,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint, tmp_path) -> Path:
-    """A copy that a test may break."""
+    """A copy that a test may modify."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
 
 
@@ -24,7 +24,7 @@ def edit_json(path: Path, **changes) -> None:
 
 
 def refusal(directory: Path) -> str:
-    """The one line that opening this directory ends in."""
+    """Returns the one-line error of opening a directory."""
     with pytest.raises(InputError) as caught:
         open_checkpoint(directory)
     message = str(caught.value)
@@ -32,7 +32,7 @@ def refusal(directory: Path) -> str:
     return message
 
 
-def test_a_whole_directory_opens_and_says_what_it_makes(tiny_checkpoint):
+def test_a_complete_directory_opens_with_its_defaults(tiny_checkpoint):
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     assert checkpoint.name == "tiny"
     assert checkpoint.defaults.size == (64, 64)
@@ -52,7 +52,7 @@ def test_the_layout_needs_no_jax():
 
 def test_the_fingerprint_depends_on_contents_only(tiny_checkpoint, checkpoint):
     fingerprint = open_checkpoint(tiny_checkpoint).fingerprint
-    (checkpoint / "README.md").write_text("A card decides no pixel.")
+    (checkpoint / "README.md").write_text("A card affects no pixel.")
     assert len(fingerprint) == 64
     assert open_checkpoint(checkpoint).fingerprint == fingerprint
 
@@ -61,7 +61,7 @@ def test_the_fingerprint_depends_on_contents_only(tiny_checkpoint, checkpoint):
     "name",
     ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", UNET],
 )
-def test_any_byte_that_decides_pixels_changes_the_fingerprint(checkpoint, name):
+def test_any_byte_that_affects_pixels_changes_the_fingerprint(checkpoint, name):
     before = open_checkpoint(checkpoint).fingerprint
     content = (checkpoint / name).read_bytes()
     changed = content[:-1] + bytes([content[-1] ^ 1]) if name == UNET else content + b" "
@@ -96,10 +96,10 @@ def test_a_truncated_tokenizer_is_named(checkpoint, name, share):
     assert str(path) in refusal(checkpoint)
 
 
-def test_merges_cut_anywhere_are_refused(checkpoint):
+def test_merges_truncated_anywhere_are_rejected(checkpoint):
     path = checkpoint / "tokenizer" / "merges.txt"
     content = path.read_bytes()
-    assert content.endswith(b"\n")  # which may go: some of CLIP's own copies lack it
+    assert content.endswith(b"\n")  # optional: some of CLIP's own copies lack it
     for kept in range(len(content) - 2, 0, -11):
         path.write_bytes(content[:kept])
         assert str(path) in refusal(checkpoint)
@@ -132,7 +132,7 @@ def test_a_broken_tokenizer_is_named(checkpoint, name, content):
 
 
 @pytest.mark.parametrize("length", [77, 3, None, 10**30, 1e30])
-def test_a_tokenizer_may_say_that_it_has_no_limit(checkpoint, length):
+def test_a_tokenizer_may_have_no_length_limit(checkpoint, length):
     edit_json(checkpoint / "tokenizer" / "tokenizer_config.json", model_max_length=length)
     open_checkpoint(checkpoint)
 
@@ -167,13 +167,13 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
-def test_a_broken_header_is_one_clear_line(checkpoint, header):
+def test_a_broken_header_gives_a_one_line_error(checkpoint, header):
     content = len(header).to_bytes(8, "little") + header + bytes(8)
     (checkpoint / UNET).write_bytes(content)
     assert str(checkpoint / UNET) in refusal(checkpoint)
 
 
-def test_a_header_that_claims_to_be_huge_is_not_read(checkpoint):
+def test_a_huge_header_is_not_read(checkpoint):
     (checkpoint / UNET).write_bytes((2**62).to_bytes(8, "little") + bytes(100))
     assert "not a safetensors file" in refusal(checkpoint)
 
@@ -184,22 +184,22 @@ def test_a_broken_config_is_named(checkpoint, content):
     assert str(checkpoint / "vae" / "config.json") in refusal(checkpoint)
 
 
-def test_pickled_weights_are_refused_with_the_way_to_convert_them(checkpoint):
+def test_the_error_for_pickled_weights_tells_how_to_convert_them(checkpoint):
     (checkpoint / UNET).rename(checkpoint / "unet" / "diffusion_pytorch_model.bin")
     assert "save_pretrained" in refusal(checkpoint)
 
 
-def test_another_pipeline_is_refused(checkpoint):
+def test_an_unsupported_pipeline_is_rejected(checkpoint):
     edit_json(checkpoint / "model_index.json", _class_name="FluxPipeline")
     assert "FluxPipeline is not supported" in refusal(checkpoint)
 
 
-def test_another_network_is_refused(checkpoint):
+def test_an_unsupported_network_is_rejected(checkpoint):
     edit_json(checkpoint / "model_index.json", unet=["diffusers", "UNet3DConditionModel"])
     assert "UNet3DConditionModel" in refusal(checkpoint)
 
 
-def test_what_is_neither_bundled_nor_a_directory_is_refused(tmp_path):
+def test_a_name_that_is_neither_bundled_nor_a_directory_is_rejected(tmp_path):
     assert "neither a diffusers directory" in refusal("no-such-model")
     none = f"{tmp_path} contains no model_index.json, so it is not a diffusers directory"
     assert refusal(tmp_path).startswith(none)
@@ -207,7 +207,7 @@ def test_what_is_neither_bundled_nor_a_directory_is_refused(tmp_path):
     assert "merged.safetensors" in refusal(tmp_path)
 
 
-def test_one_networks_folder_is_told_to_name_its_parent(checkpoint, monkeypatch):
+def test_the_error_for_a_networks_folder_suggests_its_parent(checkpoint, monkeypatch):
     assert "no model_index.json because it is a part of a model" in refusal(checkpoint / "unet")
     monkeypatch.chdir(checkpoint / "unet")
     assert "use its parent directory" in refusal(".")
@@ -215,12 +215,12 @@ def test_one_networks_folder_is_told_to_name_its_parent(checkpoint, monkeypatch)
     assert "not a diffusers directory but a single network" in refusal(".")
 
 
-def test_a_name_that_no_file_can_have_is_one_clear_line():
+def test_an_overlong_name_gives_a_one_line_error():
     model = "a" * 300
     assert refusal(model) == f"model {model!r} cannot be read (File name too long)"
 
 
-def test_a_scheduler_that_is_not_built_is_an_error_only_when_it_is_needed(checkpoint):
+def test_an_unsupported_scheduler_is_an_error_only_when_it_is_needed(checkpoint):
     edit_json(
         checkpoint / "scheduler" / "scheduler_config.json", _class_name="KDPM2DiscreteScheduler"
     )
@@ -229,7 +229,7 @@ def test_a_scheduler_that_is_not_built_is_an_error_only_when_it_is_needed(checkp
         _ = opened.defaults.sampler
 
 
-def test_the_size_that_a_config_does_not_give_must_be_asked_for(checkpoint):
+def test_a_size_missing_in_the_config_must_be_given(checkpoint):
     edit_json(checkpoint / "unet" / "config.json", sample_size=None)
     with pytest.raises(InputError, match="--width"):
         _ = open_checkpoint(checkpoint).defaults.size

@@ -17,7 +17,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    """A file that is large enough to be remembered, and has been there for long."""
+    """A file that is large and old enough for its hash to be cached."""
     path = tmp_path / "large.safetensors"
     path.write_bytes(b"a" * REMEMBERED_BYTES)
     now = time.time
@@ -25,7 +25,7 @@ def large(tmp_path, monkeypatch):
     return path
 
 
-def test_it_is_the_hash_of_the_contents_under_their_names(tmp_path):
+def test_the_fingerprint_hashes_contents_and_names(tmp_path):
     (tmp_path / "one").write_bytes(b"1")
     (tmp_path / "two").write_bytes(b"2")
     lines = [f"{hashlib.sha256(c).hexdigest()}  {n}\n" for n, c in (("a/x", b"2"), ("b", b"1"))]
@@ -33,13 +33,13 @@ def test_it_is_the_hash_of_the_contents_under_their_names(tmp_path):
     assert fingerprint({"b": tmp_path / "one", "a/x": tmp_path / "two"}) == expected
 
 
-def test_a_large_files_hash_is_remembered(large, cache):
+def test_a_large_files_hash_is_cached(large, cache):
     expected = hashlib.sha256(large.read_bytes()).hexdigest()
     assert file_sha256(large) == expected
     (memory,) = cache.iterdir()
     assert file_sha256(large) == expected
     memory.write_text("0" * 64)
-    assert file_sha256(large) == "0" * 64  # so it was not read again
+    assert file_sha256(large) == "0" * 64  # from the cache
     memory.write_text("0" * 12)
     assert file_sha256(large) == expected
 
@@ -58,14 +58,14 @@ def test_a_changed_file_is_hashed_again_even_with_its_old_size_and_time(large):
     assert file_sha256(large) == hashlib.sha256(large.read_bytes()).hexdigest()
 
 
-def test_what_has_just_changed_or_is_small_is_not_remembered(tmp_path, cache):
+def test_recently_changed_and_small_files_are_not_cached(tmp_path, cache):
     for size in (10, REMEMBERED_BYTES):
         (tmp_path / "file").write_bytes(b"a" * size)
         file_sha256(tmp_path / "file")
     assert not cache.exists()
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(large, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_ignored(large, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert file_sha256(large) == hashlib.sha256(large.read_bytes()).hexdigest()

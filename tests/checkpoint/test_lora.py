@@ -1,4 +1,4 @@
-"""LoRA files: every way to call a layer, what is added to it, and what is refused."""
+"""LoRA files: every naming of the layers, the updates of the weights, and rejected files."""
 
 import json
 import re
@@ -26,7 +26,7 @@ OLD_NAMES = {"to_out.0": "to_out", "q_proj": "to_q", "out_proj": "to_out"}
 
 
 def halves(checkpoint, network: str, layer: str, rank: int = RANK) -> tuple[np.ndarray, np.ndarray]:
-    """Down [rank, in] and up [out, rank] for a linear layer, drawn from its place."""
+    """Returns random down [rank, in] and up [out, rank] matrices, seeded by the layer's name."""
     rows, columns = checkpoint.weights(network)[f"{layer}.weight"].shape[:2]
     random = np.random.default_rng([*f"{network}{layer}".encode()])
     draw = random.standard_normal
@@ -73,7 +73,7 @@ def checkpoint(tiny_checkpoint):
 
 @pytest.fixture
 def tensors(checkpoint) -> dict[str, np.ndarray]:
-    """A LoRA under diffusers' names, for a test to change."""
+    """A LoRA with diffusers' names, which a test may modify."""
     return stored(checkpoint, diffusers_key)
 
 
@@ -91,7 +91,7 @@ def save(tensors: dict, file: Path, **metadata: str) -> Path:
 
 
 def change(checkpoint, adapted, network: str, layer: str) -> np.ndarray:
-    """What was added to a layer."""
+    """Returns the update of a layer."""
     after, before = (
         each.weights(network)[f"{layer}.weight"].read() for each in (adapted, checkpoint)
     )
@@ -99,7 +99,7 @@ def change(checkpoint, adapted, network: str, layer: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: key.__name__)
-def test_the_product_is_added_whatever_the_layers_are_called(
+def test_the_product_is_added_with_every_naming_of_the_layers(
     checkpoint, tiny_checkpoint, tmp_path, key
 ):
     file = save(stored(checkpoint, key), tmp_path / "heart.safetensors")
@@ -114,7 +114,7 @@ def test_the_product_is_added_whatever_the_layers_are_called(
     assert changed == len(EVERY)
 
 
-def test_alphas_are_heeded_wherever_they_stand(checkpoint, tiny_checkpoint, tmp_path, tensors):
+def test_alphas_are_read_from_every_possible_place(checkpoint, tiny_checkpoint, tmp_path, tensors):
     layer = LAYERS["unet"][0]
     kohya = stored(checkpoint, kohya_key) | {
         kohya_key("unet", layer, "down").replace("lora_down.weight", "alpha"): np.float32(8),
@@ -136,7 +136,27 @@ def test_alphas_are_heeded_wherever_they_stand(checkpoint, tiny_checkpoint, tmp_
         np.testing.assert_allclose(added, 8 / RANK * up @ down, atol=1e-4)
 
 
-def test_convolutions_are_adapted_with_and_without_a_matrix_between(
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"init_lora_weights": "pissa_niter_16"}, "changes the base model's weights as well"),
+        ({"init_lora_weights": "OLoRA"}, "changes the base model's weights as well"),
+        ({"alpha_pattern": {"(a+)+$": 4}}, "could take forever to match"),
+        ({"alpha_pattern": {"to_q": 4, "x" * 300: 4}}, "could take forever to match"),
+        ({"alpha_pattern": {"to_q[": 4}}, "is not a regular expression"),
+        ({"alpha_pattern": [4]}, "alpha_pattern is not a table"),
+    ],
+)
+def test_configs_of_peft_that_cannot_be_followed_are_rejected(
+    checkpoint, tiny_checkpoint, tmp_path, config, message
+):
+    file = save(stored(checkpoint, peft_key), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8} | config))
+    with pytest.raises(InputError, match=message):
+        open_ensemble(tiny_checkpoint, lora=[str(file)])
+
+
+def test_convolutions_are_adapted_with_and_without_a_mid_matrix(
     checkpoint, tiny_checkpoint, tmp_path
 ):
     layer, random = "mid_block.resnets.0.conv1", np.random.default_rng(0)
@@ -148,7 +168,7 @@ def test_convolutions_are_adapted_with_and_without_a_matrix_between(
         f"{between}.lora_down.weight": (RANK, inputs, 1, 1),
         f"{between}.lora_mid.weight": (RANK, RANK, 3, 3),
         f"{between}.lora_up.weight": (out, RANK, 1, 1),
-        # A convolution of 1 x 1 is a matrix.
+        # A 1x1 convolution is a matrix.
         "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (RANK, inputs),
         "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": (out, RANK),
     }
@@ -171,7 +191,7 @@ def test_convolutions_are_adapted_with_and_without_a_matrix_between(
     np.testing.assert_allclose(added[:, :, 0, 0], up @ down, atol=1e-4)
 
 
-def test_several_are_added_up(checkpoint, tiny_checkpoint, tmp_path, tensors):
+def test_several_loras_are_added_up(checkpoint, tiny_checkpoint, tmp_path, tensors):
     one, two = (save(tensors, tmp_path / f"{name}.safetensors") for name in ("one", "two"))
     adapted = open_ensemble(tiny_checkpoint, lora=[str(one), f"{two}:-0.25"]).base
     assert adapted.name == "tiny + one:1 + two:-0.25"
@@ -181,7 +201,7 @@ def test_several_are_added_up(checkpoint, tiny_checkpoint, tmp_path, tensors):
     np.testing.assert_allclose(added, 0.75 * up @ down, atol=1e-5)
 
 
-def test_the_fingerprint_knows_contents_weight_and_name_but_not_the_place(
+def test_the_fingerprint_covers_contents_weight_and_name_but_not_the_path(
     checkpoint, tiny_checkpoint, tmp_path, tensors
 ):
     def fingerprint(file: Path, weight: float = 1.0) -> str:
@@ -238,7 +258,7 @@ def strange_alpha(tensors):
 
 
 @pytest.mark.parametrize(
-    ("break_it", "told"),
+    ("break_it", "message"),
     [
         (other_model, r"does not fit tiny: 1 of its 9 keys .*nearest to unet\.down_blocks\.1\.att"),
         (dora, r"is a DoRA \(unet\.mid_block\.attentions\.0\.proj_in\.dora_scale\)"),
@@ -253,19 +273,19 @@ def strange_alpha(tensors):
     ],
     ids=lambda it: getattr(it, "__name__", ""),
 )
-def test_what_cannot_be_added_is_refused_in_one_line(
-    tiny_checkpoint, tmp_path, tensors, break_it, told
+def test_a_lora_that_does_not_fit_gives_a_one_line_error(
+    tiny_checkpoint, tmp_path, tensors, break_it, message
 ):
     break_it(tensors)
     file = save(tensors, tmp_path / "heart.safetensors")
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         open_ensemble(tiny_checkpoint, lora=[str(file)])
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("lora", "message"),
     [
         ("{}/heart.bin", "must be FILE.safetensors"),
         ("{}/heart.safetensors", "no such file"),
@@ -276,8 +296,8 @@ def test_what_cannot_be_added_is_refused_in_one_line(
         ("{}/metadata.safetensors", "its lora_adapter_metadata is not a JSON object"),
     ],
 )
-def test_the_command_refuses_bad_loras_before_it_writes(
-    checkpoint, tiny_checkpoint, tmp_path, tensors, capsys, said, told
+def test_the_command_rejects_bad_loras_before_it_writes(
+    checkpoint, tiny_checkpoint, tmp_path, tensors, capsys, lora, message
 ):
     save(tensors, tmp_path / "good.safetensors")
     save(tensors, tmp_path / "metadata.safetensors", lora_adapter_metadata="[")
@@ -285,14 +305,14 @@ def test_the_command_refuses_bad_loras_before_it_writes(
     (tmp_path / "text.safetensors").write_text("no weights at all")
     (tmp_path / "prompts.txt").write_text("a heart\n")
     job = ["--manifest", f"{tmp_path}/prompts.txt", "--output", f"{tmp_path}/out"]
-    lora = ["--model", str(tiny_checkpoint), "--lora", said.format(tmp_path)]
-    assert cli.main(["generate", *job, *lora]) == 2
+    options = ["--model", str(tiny_checkpoint), "--lora", lora.format(tmp_path)]
+    assert cli.main(["generate", *job, *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(told, line)
+    assert re.search(message, line)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_job_records_its_loras_and_goes_on_with_no_others(
+def test_a_job_records_its_loras_and_continues_with_no_others(
     checkpoint, tiny_checkpoint, tmp_path, tensors, capsys
 ):
     file = save(tensors, tmp_path / "heart.safetensors")

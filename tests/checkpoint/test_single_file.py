@@ -14,7 +14,7 @@ from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKLConfig
 from jaxdiff.models.text.clip import CLIPTextConfig
 from jaxdiff.models.unet import UNetConfig
 
-# As real files have them beside the weights.
+# Other entries of real files.
 NO_WEIGHTS = {
     "model_ema.diffusion_modelinput_blocks00weight": (2,),
     "model_ema.decay": (),
@@ -38,7 +38,7 @@ NO_WEIGHTS = {
 
 @pytest.fixture
 def write(tmp_path):
-    """A function that writes tensors of these shapes into a file whose name says nothing."""
+    """A function that writes tensors of the given shapes to a file with a meaningless name."""
 
     def write(shapes, dtype=np.float16):
         path = tmp_path / "download(3).safetensors"
@@ -58,7 +58,7 @@ def refusal(path) -> str:
 
 
 @pytest.mark.parametrize("width", CONTENTS)
-def test_the_family_is_read_off_the_keys(write, width):
+def test_the_family_is_recognised_by_the_keys(write, width):
     read = single_file.read(write(shapes(width)))
     family = CONTENTS[width]
     assert (read.index, read.configs) == (family.index, family.configs)
@@ -81,7 +81,7 @@ def test_the_configs_are_the_hubs():
 
 
 @pytest.mark.parametrize("width", CONTENTS)
-def test_our_networks_and_schedules_take_every_config(width):
+def test_our_networks_and_schedules_support_every_config(width):
     configs = dict(CONTENTS[width].configs)
     scheduler = configs.pop("scheduler")
     UNetConfig.from_json(configs.pop("unet"))
@@ -91,7 +91,7 @@ def test_our_networks_and_schedules_take_every_config(width):
     noise_schedule(scheduler, OF_SCHEDULER[scheduler["_class_name"]])
 
 
-def test_what_holds_no_weights_of_the_networks_is_ignored(write):
+def test_entries_that_are_not_weights_are_ignored(write):
     plain = single_file.read(write(shapes(SD1)))
     noisy = single_file.read(write(shapes(SD1) | NO_WEIGHTS))
     assert {n: w.keys() for n, w in noisy.weights.items()} == {
@@ -101,7 +101,7 @@ def test_what_holds_no_weights_of_the_networks_is_ignored(write):
 
 
 @pytest.mark.parametrize("parameter", ["text_projection", "text_projection.weight"])
-def test_only_clip_ls_projection_is_left_unread(write, parameter):
+def test_only_clip_ls_projection_is_ignored(write, parameter):
     single_file.read(write(shapes(SD1) | {f"cond_stage_model.{parameter}": (2, 2)}))
     single_file.read(write(shapes(XL) | {f"conditioner.embedders.0.{parameter}": (2, 2)}))
     strange = f"conditioner.embedders.1.{parameter}"
@@ -111,7 +111,7 @@ def test_only_clip_ls_projection_is_left_unread(write, parameter):
     assert f"1 missing ({needed})" in refusal(write(keys))
 
 
-def test_a_file_says_by_two_keys_that_it_predicts_v(write):
+def test_two_keys_flag_v_prediction(write):
     marks = {"v_pred": (0,), "ztsnr": (0,)}
     scheduler = single_file.read(write(shapes(XL) | marks)).configs["scheduler"]
     assert scheduler == CONTENTS[XL].configs["scheduler"] | {
@@ -128,8 +128,8 @@ def test_early_files_without_text_model_in_their_keys_are_read(write):
     assert "contains its text encoder twice" in refusal(write(early | shapes(SD1)))
 
 
-def test_layouts_are_turned_into_those_of_diffusers(tmp_path):
-    """Fused queries, keys and values; a projection from the right; 1x1 convolutions."""
+def test_layouts_are_converted_to_those_of_diffusers(tmp_path):
+    """Tests fused queries, keys and values, a projection from the right, and 1x1 convolutions."""
     prefix = "conditioner.embedders.1.model."
     fused = f"{prefix}transformer.resblocks.7.attn.in_proj_weight"
     mixing = "first_stage_model.decoder.mid.attn_1.q.weight"
@@ -169,17 +169,17 @@ def test_missing_and_unknown_keys_are_counted_and_named_in_one_line(write):
     assert f"1 unknown ({UNET}adapter.weight)" in message
 
 
-def test_a_distilled_model_with_fewer_layers_is_not_taken_for_its_parent(write):
+def test_a_distilled_model_with_fewer_layers_is_rejected(write):
     keys = {k: v for k, v in shapes(XL).items() if ".transformer_blocks.9." not in k}
     assert "missing" in refusal(write(keys))
 
 
-def test_a_file_without_an_autoencoder_says_so(write):
+def test_a_missing_autoencoder_is_reported(write):
     keys = {k: v for k, v in shapes(SD1).items() if not k.startswith("first_stage_model.")}
     assert "has no vae (no key begins with first_stage_model.)" in refusal(write(keys))
 
 
-def test_stable_diffusion_2_is_to_be_converted(write):
+def test_the_error_for_stable_diffusion_2_tells_to_convert_it(write):
     keys = {key: (1, 1024) if shape == (1, SD1) else shape for key, shape in shapes(SD1).items()}
     message = refusal(write(keys))
     assert "Stable Diffusion 2" in message
@@ -208,7 +208,7 @@ def test_a_model_for_another_task_is_named(write, channels, task, width):
         ("model.layers.0.mlp.weight", "not a Stable Diffusion model"),
     ],
 )
-def test_what_is_no_stable_diffusion_model_is_named(write, key, what):
+def test_other_kinds_of_files_are_named(write, key, what):
     assert what in refusal(write({key: (2, 2)}))
 
 
@@ -224,7 +224,7 @@ def test_weights_that_are_not_floats_are_refused(write):
         ("conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight", (4, 2)),
     ],
 )
-def test_a_tensor_that_cannot_be_cut_is_named(write, key, shape):
+def test_a_tensor_of_the_wrong_shape_is_named(write, key, shape):
     message = refusal(write(shapes(XL) | {key: shape}))
     assert f"{key} has the wrong shape {list(shape)}" in message
 

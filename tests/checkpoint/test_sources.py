@@ -1,4 +1,4 @@
-"""Checkpoints from the Hub: its cache on disk, ids without a network; and single files."""
+"""Checkpoints from the Hub, online and from its cache on disk; and single files."""
 
 import hashlib
 import json
@@ -25,13 +25,13 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """A cache directory of the test's own."""
+    """A separate cache directory for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "jaxdiff" / "models"
 
 
 def refusal(model: str, variant: str | None = None) -> str:
-    """The one line that opening this model ends in."""
+    """Returns the one-line error of opening a model."""
     with pytest.raises(InputError) as caught:
         open_checkpoint(model, variant)
     message = str(caught.value)
@@ -40,9 +40,9 @@ def refusal(model: str, variant: str | None = None) -> str:
 
 
 def in_a_new_process(code: str, hub_cache: Path, **environment) -> str:
-    """What code prints where huggingface_hub keeps its files in `hub_cache`.
+    """Returns the output of code in a process whose huggingface_hub cache is `hub_cache`.
 
-    It reads its environment when it is imported, so that takes a process of its own.
+    A new process is necessary because huggingface_hub reads the environment when it is imported.
     """
     program = (
         "from jaxdiff.families import open_checkpoint\n"
@@ -52,7 +52,7 @@ def in_a_new_process(code: str, hub_cache: Path, **environment) -> str:
         "except InputError as error:\n"
         "    print('InputError:', error)\n"
     )
-    # Where nothing answers, and at once, whatever the machine's network is.
+    # Nothing answers there, and the refusal is immediate on any machine.
     nowhere = {
         "HF_ENDPOINT": "http://127.0.0.1:9",
         "HF_HUB_CACHE": str(hub_cache),
@@ -71,7 +71,7 @@ def in_a_new_process(code: str, hub_cache: Path, **environment) -> str:
 
 @pytest.fixture
 def hub_cache(tiny_checkpoint, tmp_path) -> Path:
-    """A cache as huggingface_hub leaves it behind: blobs, and a snapshot of links to them."""
+    """A cache in huggingface_hub's format: blobs, and a snapshot of links to them."""
     repository = tmp_path / "hub" / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
@@ -97,7 +97,7 @@ def test_a_hub_id_in_the_cache_is_opened_without_a_network(
     assert said == f"{model} {open_checkpoint(tiny_checkpoint).fingerprint}"
 
 
-def test_a_hub_id_that_is_not_in_the_cache_is_one_clear_line(hub_cache):
+def test_a_hub_id_that_is_not_in_the_cache_gives_a_one_line_error(hub_cache):
     for model in ("someone/else", "someone/tiny@v2"):
         said = in_a_new_process(PRINT.format(model), hub_cache)
         assert said.startswith(f"InputError: model {model!r} is neither a local path nor in")
@@ -107,7 +107,7 @@ def test_a_hub_id_that_is_not_in_the_cache_is_one_clear_line(hub_cache):
         assert "HF_HUB_OFFLINE" in said
 
 
-def test_a_snapshot_that_was_not_fetched_whole_is_one_clear_line(hub_cache):
+def test_an_incomplete_snapshot_gives_a_one_line_error(hub_cache):
     path = hub_cache / "models--someone--tiny" / "snapshots" / COMMIT / UNET
     path.unlink()
     said = in_a_new_process(PRINT.format("someone/tiny"), hub_cache, HF_HUB_OFFLINE="1")
@@ -115,7 +115,7 @@ def test_a_snapshot_that_was_not_fetched_whole_is_one_clear_line(hub_cache):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's interface as a download asks for, over the files of `root`."""
+    """The part of the Hub's interface that downloads use, with the files in `root`."""
 
     root: Path
     asked: ClassVar[list[str]] = []
@@ -156,13 +156,13 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def name_of(file: Path) -> str:
-    """What git calls a file's contents, or something as good."""
+    """Returns a hash of a file's contents, in place of git's."""
     return hashlib.sha1(file.read_bytes()).hexdigest()
 
 
 @pytest.fixture
 def hub(tiny_checkpoint, tmp_path):
-    """The address of a Hub with the tiny checkpoint, in float32 and float16, and a pickle."""
+    """The address of a Hub with the tiny checkpoint in float32 and float16, and a pickle."""
     Hub.root = Path(shutil.copytree(tiny_checkpoint, tmp_path / "remote"))
     shutil.copy(Hub.root / UNET, (Hub.root / UNET).with_suffix(".fp16.safetensors"))
     (Hub.root / UNET).with_suffix(".bin").write_bytes(b"pickle")
@@ -173,7 +173,7 @@ def hub(tiny_checkpoint, tmp_path):
         server.shutdown()
 
 
-def test_only_what_is_needed_is_downloaded_from_the_hub_and_once(hub, tiny_checkpoint, tmp_path):
+def test_only_the_needed_files_are_downloaded_from_the_hub_and_once(hub, tiny_checkpoint, tmp_path):
     expected = f"someone/tiny {open_checkpoint(tiny_checkpoint).fingerprint}"
     print_it = PRINT.format("someone/tiny")
     assert in_a_new_process(print_it, tmp_path / "hub", HF_ENDPOINT=hub) == expected
@@ -192,7 +192,7 @@ def test_a_variant_is_downloaded_alone(hub, tmp_path):
     assert UNET not in Hub.asked
 
 
-def test_what_the_hub_does_not_have_is_one_clear_line(hub, tmp_path):
+def test_a_model_that_the_hub_lacks_gives_a_one_line_error(hub, tmp_path):
     said = in_a_new_process(PRINT.format("someone/else"), tmp_path / "hub", HF_ENDPOINT=hub)
     assert said.startswith("InputError: model 'someone/else'")
     assert "the Hub has no public model of this name" in said
@@ -202,7 +202,7 @@ def test_what_the_hub_does_not_have_is_one_clear_line(hub, tmp_path):
     assert said.startswith("InputError: someone/tiny/unet contains diffusion_pytorch_model.bin")
 
 
-def test_a_repository_of_single_files_is_told_what_it_holds(hub, tmp_path):
+def test_the_error_for_a_repository_of_single_files_lists_them(hub, tmp_path):
     (Hub.root / "model_index.json").unlink()
     shutil.copy(Hub.root / UNET, Hub.root / "merged.safetensors")
     said = in_a_new_process(PRINT.format("someone/tiny"), tmp_path / "hub", HF_ENDPOINT=hub)
@@ -210,7 +210,7 @@ def test_a_repository_of_single_files_is_told_what_it_holds(hub, tmp_path):
     assert "merged.safetensors" in said
 
 
-def test_a_full_disk_is_not_taken_for_the_network(hub, tmp_path):
+def test_a_full_disk_is_not_reported_as_a_network_error(hub, tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
     code = limit + PRINT.format("someone/tiny")
     said = in_a_new_process(code, tmp_path / "hub", HF_ENDPOINT=hub)
@@ -218,7 +218,9 @@ def test_a_full_disk_is_not_taken_for_the_network(hub, tmp_path):
     assert "File too large" in said
 
 
-def test_a_directory_goes_before_a_hub_id_of_its_name(tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_directory_takes_precedence_over_a_hub_id_of_its_name(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
     shutil.copytree(tiny_checkpoint, tmp_path / "someone" / "tiny")
     monkeypatch.chdir(tmp_path)
     opened = open_checkpoint("someone/tiny")
@@ -226,7 +228,7 @@ def test_a_directory_goes_before_a_hub_id_of_its_name(tiny_checkpoint, tmp_path,
     assert opened.name == "tiny"
 
 
-def test_what_can_be_no_hub_id_is_not_looked_for(tmp_path):
+def test_an_invalid_hub_id_is_not_looked_up(tmp_path):
     for model in ("no-such-model", str(tmp_path / "a/b"), "./a/b", "a/b/c", "a//b"):
         assert "neither a diffusers directory" in refusal(model)
     assert "neither a local path nor a Hub id" in refusal("some..one/tiny")
@@ -234,7 +236,7 @@ def test_what_can_be_no_hub_id_is_not_looked_for(tmp_path):
 
 @pytest.fixture
 def single(tmp_path):
-    """A function that writes a single file of a family: every key, next to no data."""
+    """A function that writes a single file of a family with all keys and almost no data."""
 
     def single(width: int) -> Path:
         path = tmp_path / "download.safetensors"
@@ -244,7 +246,7 @@ def single(tmp_path):
     return single
 
 
-def test_a_single_file_is_like_a_directory_to_its_users(single, tiny_checkpoint):
+def test_a_single_file_opens_like_a_directory(single, tiny_checkpoint):
     path = single(XL)
     for folder in ("tokenizer", "tokenizer_2"):
         shutil.copytree(tiny_checkpoint / "tokenizer", path.parent / folder)
@@ -258,7 +260,7 @@ def test_a_single_file_is_like_a_directory_to_its_users(single, tiny_checkpoint)
     assert {tensor.file for tensor in opened.weights("unet").values()} == {path}
 
 
-def test_a_single_files_fingerprint_is_of_its_contents_and_its_tokenizers(single, tiny_checkpoint):
+def test_a_single_files_fingerprint_covers_its_contents_and_tokenizers(single, tiny_checkpoint):
     path = single(SD1)
     shutil.copytree(tiny_checkpoint / "tokenizer", path.parent / "tokenizer")
     fingerprint = open_checkpoint(path).fingerprint
@@ -292,7 +294,7 @@ def test_a_single_files_tokenizers_come_from_the_hub(single, hub_cache, tiny_che
     assert said == f"download {open_checkpoint(path).fingerprint}"
 
 
-def test_a_file_that_is_no_safetensors_file_is_refused_with_the_mend(tmp_path):
+def test_the_error_for_another_file_format_tells_how_to_convert_it(tmp_path):
     path = tmp_path / "v1-5-pruned.ckpt"
     path.write_bytes(b"PK")
     assert "from_single_file" in refusal(str(path))

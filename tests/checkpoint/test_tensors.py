@@ -33,13 +33,13 @@ def stored(path):
 
 
 @pytest.mark.parametrize("key", [key for key in ARRAYS if key != "ids"])
-def test_what_is_read_is_what_was_saved(stored, key):
+def test_saved_tensors_are_read_back(stored, key):
     array = stored[key].read()
     assert array.dtype == ARRAYS[key].dtype
     np.testing.assert_array_equal(array, ARRAYS[key])
 
 
-def test_rows_shapes_and_transposes_are_those_of_numpy(stored):
+def test_rows_shapes_and_transposes_match_numpy(stored):
     matrix, array = stored["matrix"], ARRAYS["matrix"]
     cases = {
         matrix.rows(2, 5): array[2:5],
@@ -56,7 +56,7 @@ def test_rows_shapes_and_transposes_are_those_of_numpy(stored):
         np.testing.assert_array_equal(tensor.read(), expected)
 
 
-def test_what_is_not_there_cannot_be_asked_for(stored):
+def test_rows_and_shapes_out_of_range_are_rejected(stored):
     for wrong in (
         lambda: stored["matrix"].rows(5, 7),
         lambda: stored["matrix"].transpose().rows(0, 1),
@@ -66,7 +66,7 @@ def test_what_is_not_there_cannot_be_asked_for(stored):
             wrong()
 
 
-def test_whole_numbers_are_no_weights(stored):
+def test_integers_are_rejected_as_weights(stored):
     with pytest.raises(InputError, match="ids is stored as I64"):
         stored["ids"].read()
 

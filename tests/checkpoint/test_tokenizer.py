@@ -1,4 +1,4 @@
-"""The bundled tokenizer: made again byte for byte, and one token for each word of a caption."""
+"""The bundled tokenizer: reproduced byte for byte, with one token for each word of a caption."""
 
 import json
 import subprocess
@@ -46,13 +46,13 @@ def test_texts_begin_end_and_are_padded_as_clip_does(tokenizer):
 
 
 @pytest.mark.parametrize("text", ["Five CROSSES, a dog.", "naïve 日本 🎉", "\x00\x7f \u2028", ""])
-def test_no_text_is_unknown(tokenizer, text):
+def test_every_text_can_be_tokenized(tokenizer, text):
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     assert tokenizer.unk_token_id not in tokens
 
 
 def slow_tokens(word: str, vocabulary: dict, ranks: dict) -> list[int]:
-    """A word's tokens by the plain algorithm, from vocab.json and merges.txt alone."""
+    """Tokenizes a word by the plain algorithm, from vocab.json and merges.txt alone."""
     parts = [*word[:-1], word[-1] + "</w>"]
     while known := [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]:
         _, i = min(known)
@@ -60,7 +60,7 @@ def slow_tokens(word: str, vocabulary: dict, ranks: dict) -> list[int]:
     return [vocabulary[part] for part in parts]
 
 
-def test_vocabulary_and_merges_say_what_the_fast_tokenizer_says(tokenizer):
+def test_vocabulary_and_merges_agree_with_the_fast_tokenizer(tokenizer):
     vocabulary = json.loads((DIRECTORY / "vocab.json").read_text())
     merges = (DIRECTORY / "merges.txt").read_text().splitlines()
     assert merges[0] == "#version: 0.2"

@@ -1,4 +1,4 @@
-"""Checkpoints from any file system that fsspec knows: its memory, and one that tells little."""
+"""Checkpoints from fsspec's file systems: in memory, and one with little metadata."""
 
 import json
 import os
@@ -18,13 +18,13 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """A cache directory of the test's own."""
+    """A separate cache directory for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "jaxdiff" / "models"
 
 
 def refusal(model: str, variant: str | None = None) -> str:
-    """The one line that opening this model ends in."""
+    """Returns the one-line error of opening a model."""
     with pytest.raises(InputError) as caught:
         open_checkpoint(model, variant)
     message = str(caught.value)
@@ -34,7 +34,7 @@ def refusal(model: str, variant: str | None = None) -> str:
 
 @pytest.fixture
 def bucket(tiny_checkpoint):
-    """The tiny checkpoint in fsspec's memory, with what must not be fetched beside it."""
+    """The tiny checkpoint in fsspec's memory, with other files that must not be fetched."""
     memory = fsspec.filesystem("memory")
     memory.put(str(tiny_checkpoint), "/bucket/models/tiny", recursive=True)
     memory.pipe("/bucket/models/tiny/unet/diffusion_pytorch_model.bin", b"pickle")
@@ -45,7 +45,7 @@ def bucket(tiny_checkpoint):
 
 
 def fetched(cache: Path) -> dict[str, int]:
-    """When each file in the cache was written."""
+    """Returns when each file in the cache was written."""
     return {path.name: path.stat().st_mtime_ns for path in (cache / "files").iterdir()}
 
 
@@ -58,7 +58,7 @@ def test_a_url_is_copied_into_the_cache_and_opened(bucket, tiny_checkpoint, cach
     assert {path.relative_to(opened.path) for path in opened.path.rglob("*.*")} == needed
 
 
-def test_only_what_has_changed_is_fetched_again(bucket, cache):
+def test_only_changed_files_are_fetched_again(bucket, cache):
     first = open_checkpoint("memory://bucket/models/tiny")
     before = fetched(cache)
     assert open_checkpoint("memory://bucket/models/tiny").path == first.path
@@ -68,14 +68,14 @@ def test_only_what_has_changed_is_fetched_again(bucket, cache):
     bucket.pipe("/bucket/models/tiny/unet/config.json", json.dumps(config).encode())
     second = open_checkpoint("memory://bucket/models/tiny")
     assert second.defaults.size == (128, 128)
-    assert first.defaults.size == (64, 64)  # the job that has it open keeps it
+    assert first.defaults.size == (64, 64)  # an open checkpoint keeps its files
     after = fetched(cache)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 1
 
 
 class Terse(MemoryFileSystem):
-    """Tells of a file what plain HTTP servers do, its name alone, and whatever `stamps` says."""
+    """A file system that, like plain HTTP servers, gives only files' names, and `stamps`."""
 
     stamps: ClassVar[dict[str, str]] = {}
 
@@ -100,17 +100,17 @@ def change_weights(bucket) -> None:
     bucket.pipe(path, content[:-1] + bytes([content[-1] ^ 1]))
 
 
-def test_what_cannot_be_known_to_be_unchanged_is_fetched_again(bucket, cache):
+def test_files_without_metadata_are_fetched_again(bucket, cache):
     first = open_checkpoint("terse://bucket/models/tiny")
     before = fetched(cache)
     assert open_checkpoint("terse://bucket/models/tiny").path == first.path
-    assert fetched(cache).keys() == before.keys()  # the same contents are kept once
+    assert fetched(cache).keys() == before.keys()  # equal contents are stored once
     change_weights(bucket)
     assert open_checkpoint("terse://bucket/models/tiny").fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize("key", ["blob_id", "sha", "checksum", "ETag", "mtime"])
-def test_a_file_systems_own_stamp_tells_versions_apart(bucket, monkeypatch, key):
+def test_a_file_systems_metadata_distinguish_versions(bucket, monkeypatch, key):
     monkeypatch.setattr(Terse, "stamps", {key: "1"})
     first = open_checkpoint("terse://bucket/models/tiny").fingerprint
     change_weights(bucket)
@@ -119,7 +119,7 @@ def test_a_file_systems_own_stamp_tells_versions_apart(bucket, monkeypatch, key)
     assert open_checkpoint("terse://bucket/models/tiny").fingerprint != first
 
 
-def test_a_copy_that_was_interrupted_is_finished(bucket, cache):
+def test_an_interrupted_copy_is_completed(bucket, cache):
     path = open_checkpoint("memory://bucket/models/tiny").path / UNET
     size = path.stat().st_size
     path.resolve().unlink()
@@ -134,7 +134,7 @@ def test_a_variant_is_fetched_alone(bucket):
     assert "diffusion_pytorch_model.fp16.safetensors" in os.listdir(opened.path / "unet")
 
 
-def test_one_file_is_fetched_with_the_tokenizers_beside_it(bucket, cache):
+def test_a_single_file_is_fetched_with_the_tokenizers_next_to_it(bucket, cache):
     bucket.pipe("/bucket/models/merged.safetensors", b"no weights")
     bucket.copy("/bucket/models/tiny/tokenizer", "/bucket/models/tokenizer", recursive=True)
     said = refusal("memory://bucket/models/merged.safetensors")
@@ -155,8 +155,8 @@ URL_FAULTS = {
 
 
 @pytest.mark.parametrize(("url", "message"), URL_FAULTS.items(), ids=URL_FAULTS)
-def test_a_url_with_nothing_to_read_is_one_clear_line(bucket, url, message, monkeypatch):
-    for module in ("s3fs", "gcsfs"):  # as if not installed
+def test_a_url_without_a_checkpoint_gives_a_one_line_error(bucket, url, message, monkeypatch):
+    for module in ("s3fs", "gcsfs"):  # as if they were not installed
         monkeypatch.setitem(sys.modules, module, None)
     said = refusal(url)
     assert repr(url) in said

@@ -1,4 +1,4 @@
-"""Weights in shards, in variants and in old names; and every way in which they may be damaged."""
+"""Weights in shards, in variants and with old names, and all kinds of damaged files."""
 
 import json
 import os
@@ -20,12 +20,12 @@ COMPONENTS = STABLE_DIFFUSION_XL.components
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint, tmp_path) -> Path:
-    """A copy that a test may break."""
+    """A copy that a test may modify."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
 
 
 def shard(folder: Path, variant: str = "") -> Path:
-    """Cuts the one file of the U-Net in two, as diffusers names them; returns the index."""
+    """Splits the U-Net's file into two shards with diffusers' names; returns the index."""
     whole = folder / f"{UNET}{variant}.safetensors"
     tensors = load_file(whole)
     keys = sorted(tensors)
@@ -43,7 +43,7 @@ def shard(folder: Path, variant: str = "") -> Path:
 
 
 def to_half(path: Path, new: Path) -> None:
-    """Writes the tensors of a file again as float16."""
+    """Writes a file's tensors to another file as float16."""
     save_file({key: tensor.astype(np.float16) for key, tensor in load_file(path).items()}, new)
 
 
@@ -52,7 +52,7 @@ def files(opened, network: str) -> set[str]:
 
 
 def refusal(directory: Path, variant: str | None = None) -> str:
-    """The one line that opening this directory ends in."""
+    """Returns the one-line error of opening a directory."""
     with pytest.raises(InputError) as caught:
         open_checkpoint(directory, variant)
     message = str(caught.value)
@@ -60,14 +60,14 @@ def refusal(directory: Path, variant: str | None = None) -> str:
     return message
 
 
-def test_shards_together_hold_what_the_one_file_held(checkpoint, tiny_checkpoint):
+def test_shards_give_the_same_weights_as_one_file(checkpoint, tiny_checkpoint):
     shard(checkpoint / "unet")
     sharded, whole = open_checkpoint(checkpoint), open_checkpoint(tiny_checkpoint)
     assert len(files(sharded, "unet")) == 2
     assert sharded.weights("unet").keys() == whole.weights("unet").keys()
     for key, tensor in sharded.weights("unet").items():
         np.testing.assert_array_equal(tensor.read(), whole.weights("unet")[key].read())
-    assert sharded.fingerprint != whole.fingerprint  # of files, not of what they mean
+    assert sharded.fingerprint != whole.fingerprint  # it hashes files, not weights
 
 
 def edit_index(path: Path, change) -> None:
@@ -106,7 +106,7 @@ INDEX_FAULTS = {
 
 
 @pytest.mark.parametrize(("change", "message"), INDEX_FAULTS.values(), ids=INDEX_FAULTS)
-def test_an_index_at_odds_with_its_shards_is_named(checkpoint, change, message):
+def test_an_index_that_contradicts_its_shards_is_named(checkpoint, change, message):
     index = shard(checkpoint / "unet")
     edit_index(index, change)
     said = refusal(checkpoint)
@@ -114,7 +114,7 @@ def test_an_index_at_odds_with_its_shards_is_named(checkpoint, change, message):
     assert message in said
 
 
-def test_an_index_need_not_say_the_size(checkpoint):
+def test_the_size_in_an_index_is_optional(checkpoint):
     edit_index(shard(checkpoint / "unet"), lambda index: index.pop("metadata"))
     open_checkpoint(checkpoint)
 
@@ -136,7 +136,7 @@ def test_a_key_in_two_shards_is_named(checkpoint):
     assert f"{folder / SECOND}: conv_in.bias is also in {FIRST}" in refusal(checkpoint)
 
 
-def test_a_variant_is_taken_where_it_is_and_the_full_weights_elsewhere(checkpoint):
+def test_networks_without_the_variant_use_their_full_weights(checkpoint):
     folder = checkpoint / "unet"
     to_half(folder / f"{UNET}.safetensors", folder / f"{UNET}.fp16.safetensors")
     assert files(open_checkpoint(checkpoint), "unet") == {f"{UNET}.safetensors"}
@@ -146,7 +146,7 @@ def test_a_variant_is_taken_where_it_is_and_the_full_weights_elsewhere(checkpoin
     assert opened.fingerprint != open_checkpoint(checkpoint).fingerprint
 
 
-def test_without_full_weights_the_fp16_ones_are_taken_before_bf16(checkpoint):
+def test_without_full_weights_fp16_is_preferred_to_bf16(checkpoint):
     folder = checkpoint / "unet"
     (folder / f"{UNET}.safetensors").rename(folder / f"{UNET}.bf16.safetensors")
     assert files(open_checkpoint(checkpoint), "unet") == {f"{UNET}.bf16.safetensors"}
@@ -165,12 +165,12 @@ def test_a_variant_may_be_sharded(checkpoint):
     assert all(".fp16-" in name for name in files(opened, "unet"))
 
 
-def test_a_variant_that_no_network_has_is_refused(checkpoint):
+def test_a_variant_that_no_network_has_is_rejected(checkpoint):
     assert "variant 'fp16'" in refusal(checkpoint, "fp16")
     assert "'../fp16'" in refusal(checkpoint, "../fp16")
 
 
-def test_a_rare_variant_is_taken_only_if_it_is_asked_for(checkpoint):
+def test_a_rare_variant_is_used_only_on_request(checkpoint):
     folder = checkpoint / "unet"
     (folder / f"{UNET}.safetensors").rename(folder / f"{UNET}.non_ema.safetensors")
     assert "only the variants non_ema" in refusal(checkpoint)
@@ -180,7 +180,7 @@ def test_a_rare_variant_is_taken_only_if_it_is_asked_for(checkpoint):
 @pytest.mark.parametrize(
     "name", [f"{UNET}.bin", f"{UNET}.fp16.bin", "diffusion_flax_model.msgpack"]
 )
-def test_weights_in_another_format_are_refused_with_the_mend(checkpoint, name):
+def test_the_error_for_another_format_tells_how_to_convert_it(checkpoint, name):
     folder = checkpoint / "unet"
     (folder / f"{UNET}.safetensors").rename(folder / name)
     said = refusal(checkpoint)
@@ -205,7 +205,7 @@ def test_old_names_in_the_autoencoders_attention_are_read(checkpoint, tiny_check
         np.testing.assert_array_equal(renamed[key].read(), today[key].read())
 
 
-def test_a_weight_in_two_dialects_is_refused(tmp_path):
+def test_a_weight_under_two_names_is_rejected(tmp_path):
     path = tmp_path / "model.safetensors"
     zeros = np.zeros(3, np.float32)
     save_file({"final_layer_norm.bias": zeros, "text_model.final_layer_norm.bias": zeros}, path)
@@ -213,7 +213,7 @@ def test_a_weight_in_two_dialects_is_refused(tmp_path):
         read_weights(COMPONENTS["text_encoder"], path)
 
 
-def test_a_file_without_weights_is_refused(tmp_path):
+def test_a_file_without_weights_is_rejected(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"text_model.embeddings.position_ids": np.arange(77)[None]}, path)
     with pytest.raises(InputError, match="contains no weights"):
@@ -242,7 +242,7 @@ ALWAYS = {
 }
 
 
-def test_only_what_is_needed_is_fetched(tmp_path):
+def test_only_the_needed_files_are_fetched(tmp_path):
     full = wanted_files(HUB_FILES, None, "owner/name", COMPONENTS)
     assert set(full) == ALWAYS | {
         "text_encoder/model.safetensors",
@@ -256,7 +256,7 @@ def test_only_what_is_needed_is_fetched(tmp_path):
     }
 
 
-def test_nothing_is_fetched_of_what_cannot_be_read():
+def test_nothing_is_fetched_from_an_unreadable_checkpoint():
     names = [name for name in HUB_FILES if not name.startswith("unet/diff")] + ["unet/model.bin"]
     with pytest.raises(InputError, match=r"owner/name/unet contains model\.bin"):
         wanted_files(names, None, "owner/name", COMPONENTS)

@@ -9,7 +9,7 @@ from jaxdiff.dataset import ledger
 
 @pytest.fixture
 def manifest(tmp_path) -> Path:
-    """Nine images of five good rows, a blank line and a bad row."""
+    """A manifest of five good rows (nine images), a blank line and a bad row."""
     rows = [
         {"prompt": "a red circle", "num_images": 4},
         {"prompt": "ein grüner Stern 🌟", "id": "star", "seed": 7, "note": None},

@@ -1,4 +1,4 @@
-"""Whatever a manifest holds: its good rows are planned, its bad ones are named with a reason."""
+"""The good rows of any manifest are planned; the bad ones are listed with a reason."""
 
 import gzip
 import json
@@ -43,13 +43,13 @@ def planned(tmp_path, tiny_checkpoint):
     [
         (b'{"prompt": "%s"}' % (b"x" * (2**20 - 20)), "prompt has 1048556 characters; at most"),
         (b'{"prompt": "%s"}' % (b"x" * 2**20), "the line is longer than 1 MiB"),
-        (b'{"prompt": "a\\u0000b"}', "prompt holds a NUL character"),
+        (b'{"prompt": "a\\u0000b"}', "prompt contains a NUL character"),
         (b'{"prompt": "a\0b"}', "the line is not JSON (Invalid control character at char"),
-        (b'{"prompt": "\\ud800"}', "prompt holds the lone surrogate U+D800"),
-        (b'{"prompt": "\xff"}', "prompt holds the byte 0xff, which is not UTF-8"),
-        (b'{"prompt": "gr\xfcn"}', "prompt holds the byte 0xfc, which is not UTF-8"),
-        (b'{"prompt": "a", "note": "\xfc"}', "a column that is carried through holds the byte"),
-        (b'{"prompt": "a", "\\ud800": 1}', "a column that is carried through holds the lone"),
+        (b'{"prompt": "\\ud800"}', "prompt contains the lone surrogate U+D800"),
+        (b'{"prompt": "\xff"}', "prompt contains the byte 0xff, which is not UTF-8"),
+        (b'{"prompt": "gr\xfcn"}', "prompt contains the byte 0xfc, which is not UTF-8"),
+        (b'{"prompt": "a", "note": "\xfc"}', "an extra column contains the byte"),
+        (b'{"prompt": "a", "\\ud800": 1}', "an extra column contains the lone"),
         (b"[" * 100_000, "the line is not JSON"),
         (b'{"prompt": "a", "x": %s1%s}' % (b"[" * 50_000, b"]" * 50_000), "the line is not JSON"),
         (b'{"prompt": "a", "guidance_scale": Infinity}', "the line is not JSON (Infinity is no"),
@@ -60,7 +60,7 @@ def planned(tmp_path, tiny_checkpoint):
         (b'{"prompt": "a", "id": {"a": 1}}', "id must be text, not {'a': 1}"),
         (b'{"prompt": "a", "width": "wide"}', "width must be a whole number from 8"),
         (b'{"prompt": "a", "sampler": 8}', "sampler must be one of"),
-        (b'{"text": "a"}', "the row has no column 'prompt', but 'text'; --prompt-column says"),
+        (b'{"text": "a"}', "the row has no column 'prompt', only 'text'; name the column of"),
         (b"\x89PNG\r", "the line is not JSON"),
     ],
     ids=lambda value: repr(value[:40]),
@@ -73,7 +73,7 @@ def test_a_bad_row_is_named_and_the_good_ones_are_planned(planned, tmp_path, bad
     assert len(json.dumps(rejected)) < 8000
 
 
-def test_ids_are_only_text(planned, tmp_path):
+def test_ids_are_never_paths(planned, tmp_path):
     ids = ["../../etc/passwd", "/etc", "a/b", "a\\b", "..", ".", "CON", "a", "A", "a\nb", "\u202e"]
     lines = [json.dumps({"prompt": "x", "id": each}).encode() for each in ids]
     before = set(tmp_path.parent.iterdir())
@@ -81,19 +81,19 @@ def test_ids_are_only_text(planned, tmp_path):
     assert set(tmp_path.parent.iterdir()) == before
 
 
-def test_an_id_that_is_there_twice_is_refused_in_its_second_place(planned, tmp_path):
+def test_the_second_row_with_an_id_is_rejected(planned, tmp_path):
     (tmp_path / "a.csv").write_text("id,prompt\nx,one\nx,two\n")
     (tmp_path / "b.csv").write_text("id,prompt\ny,three\nx,four\n")
     ids, rejected = planned("*.csv")
     assert ids == ["x", "y"]
     a, b = str(tmp_path / "a.csv"), str(tmp_path / "b.csv")
     assert [(entry["file"], entry["line"], entry["reason"]) for entry in rejected] == [
-        (a, 3, "id 'x' is that of line 2 already"),
-        (b, 3, f"id 'x' is that of line 2 of {a} already"),
+        (a, 3, "id 'x' is already used on line 2"),
+        (b, 3, f"id 'x' is already used on line 2 of {a}"),
     ]
 
 
-def test_rows_without_an_id_are_numbered_through_all_files(planned, tmp_path):
+def test_rows_without_an_id_are_numbered_across_files(planned, tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     (tmp_path / "b.txt").write_text("three\n")
     ids, _ = planned("*.txt")
@@ -108,7 +108,7 @@ def test_rows_without_an_id_are_numbered_through_all_files(planned, tmp_path):
     ]
 
 
-def test_ten_thousand_bad_rows_are_one_line(planned, tmp_path):
+def test_ten_thousand_bad_rows_give_a_one_line_error(planned, tmp_path):
     with pytest.raises(InputError) as caught:
         planned("p.jsonl", b'{"prompt": ""}\n' * 10_000)
     message = str(caught.value)
@@ -117,7 +117,7 @@ def test_ten_thousand_bad_rows_are_one_line(planned, tmp_path):
     assert "\n" not in message
 
 
-def test_ten_thousand_bad_rows_beside_a_good_one_are_all_written_down(planned):
+def test_ten_thousand_bad_rows_with_a_good_one_are_all_listed(planned):
     ids, rejected = planned("p.jsonl", b'{"prompt": ""}\n' * 10_000 + GOOD)
     assert ids == ["10000"]
     assert [entry["line"] for entry in rejected] == list(range(1, 10_001))
@@ -125,7 +125,7 @@ def test_ten_thousand_bad_rows_beside_a_good_one_are_all_written_down(planned):
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "txt", "parquet"])
 @pytest.mark.parametrize("gzipped", [False, True])
-def test_binary_garbage_is_one_line_whatever_its_name_says(planned, ending, gzipped):
+def test_binary_garbage_gives_a_one_line_error_with_any_ending(planned, ending, gzipped):
     garbage = np.random.default_rng(0).bytes(5000)
     with pytest.raises(InputError, match=r"^manifest ") as caught:
         planned(f"p.{ending}{'.gz' * gzipped}", gzip.compress(garbage) if gzipped else garbage)
@@ -133,12 +133,12 @@ def test_binary_garbage_is_one_line_whatever_its_name_says(planned, ending, gzip
     assert str(caught.value).isprintable()
 
 
-def test_a_gzip_file_that_ends_early_is_refused(planned):
-    with pytest.raises(InputError, match="no whole gzip file"):
+def test_a_truncated_gzip_file_is_rejected(planned):
+    with pytest.raises(InputError, match="not a complete gzip file"):
         planned("p.jsonl.gz", gzip.compress((GOOD + b"\n") * 999)[:-9])
 
 
-def test_a_manifest_that_changes_while_it_is_read_is_refused(tmp_path, tiny_checkpoint):
+def test_a_manifest_that_changes_while_it_is_read_is_rejected(tmp_path, tiny_checkpoint):
     path = tmp_path / "p.txt"
     path.write_text("a red circle\n")
     model = open_ensemble(tiny_checkpoint)
@@ -158,7 +158,7 @@ def test_a_plan_outlives_its_manifest(planned, tmp_path):
     assert image.request.prompt == "a red circle"
 
 
-def test_a_shard_is_the_same_wherever_its_manifest_lies(tmp_path, tiny_checkpoint):
+def test_shards_do_not_depend_on_the_path_of_the_manifest(tmp_path, tiny_checkpoint):
     made = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -166,8 +166,8 @@ def test_a_shard_is_the_same_wherever_its_manifest_lies(tmp_path, tiny_checkpoin
         made.append(
             make_plan(tmp_path / f"{name}-out", tmp_path / name / "p.jsonl", tiny_checkpoint)
         )
-    assert made[0].id == made[1].id
-    assert made[0].shard_ids == made[1].shard_ids
+    assert made[0].plan.id == made[1].plan.id
+    assert made[0].plan.shard_ids == made[1].plan.shard_ids
 
 
 def test_shards_of_a_few_images_share_row_groups(tmp_path, tiny_checkpoint):

@@ -1,4 +1,4 @@
-"""Published prompt sets in the shape of their own files: their prompts are found without asking."""
+"""Published prompt sets are read from their original files without options."""
 
 import datetime
 import json
@@ -50,14 +50,14 @@ def test_parti_prompts_keep_their_quotation_marks_and_spaces(planned):
 
 
 @pytest.mark.parametrize("header", ["Prompts,Category", "prompts,category"])
-def test_draw_bench_says_prompts(planned, header):
+def test_draw_bench_names_its_column_prompts(planned, header):
     _, images, _ = planned("drawbench.csv", f'{header}\n"A red, colored car.",Colors\n'.encode())
     assert asked(images) == [("0", "A red, colored car.")]
     assert list(json.loads(images[0].metadata).values()) == ["Colors"]
 
 
-def test_a_sheet_without_a_header_is_refused(planned):
-    with pytest.raises(InputError, match=r"has no column 'prompt', but 'A red colored car"):
+def test_a_table_without_a_header_is_rejected(planned):
+    with pytest.raises(InputError, match=r"has no column 'prompt', only 'A red colored car"):
         planned("drawbench.csv", b"A red colored car.,Colors\nA blue dog.,Colors\n")
 
 
@@ -70,17 +70,17 @@ def test_gen_eval_keeps_its_checks(planned):
     assert json.loads(images[0].metadata) == row
 
 
-def test_t2i_compbench_lists_lose_their_line_endings_alone(planned):
+def test_t2i_compbench_prompts_lose_only_their_line_endings(planned):
     _, images, _ = planned("color_val.txt", b"a green bench \r\na red car\r\na blue cup")
     assert [i.request.prompt for i in images] == ["a green bench ", "a red car", "a blue cup"]
 
 
-def test_hpsv2_lists_are_numbered_as_its_files_are(planned):
+def test_hpsv2_prompts_are_numbered_in_file_order(planned):
     _, images, _ = planned("anime.json", json.dumps(["a girl", "a \u2603"]).encode())
     assert asked(images) == [("0", "a girl"), ("1", "a \u2603")]
 
 
-def test_a_folder_of_dpg_bench_has_its_items_ids(planned, tmp_path):
+def test_dpg_bench_ids_are_its_file_names(planned, tmp_path):
     (tmp_path / "prompts").mkdir()
     for name, text in {"0": "A cat.", "COCOval2014000000580698": "A bus.\n"}.items():
         (tmp_path / "prompts" / f"{name}.txt").write_text(text)
@@ -92,7 +92,7 @@ def test_a_folder_of_dpg_bench_has_its_items_ids(planned, tmp_path):
     assert plan.identity["manifest_kind"] == "item"
 
 
-def test_dpg_benchs_table_is_one_prompt_for_each_item(planned):
+def test_the_table_of_dpg_bench_has_one_prompt_per_item(planned):
     plan, images, rejected = planned(
         "dpg_bench.csv",
         b"item_id,text,keywords,proposition_id,dependency\n"
@@ -106,7 +106,7 @@ def test_dpg_benchs_table_is_one_prompt_for_each_item(planned):
     assert json.loads(images[0].metadata)["proposition_id"] == "1"
     assert plan.rows == {"blank": 2, "rejected": 1, "accepted": 2}
     assert rejected[0]["line"] == 6
-    assert rejected[0]["reason"] == "id 'b' is that of line 4 already"
+    assert rejected[0]["reason"] == "id 'b' is already used on line 4"
 
 
 def test_diffusion_db_keeps_seeds_and_sizes_and_leaves_the_rest_to_the_job(planned, tmp_path):
@@ -149,13 +149,13 @@ def test_diffusion_db_keeps_seeds_and_sizes_and_leaves_the_rest_to_the_job(plann
     assert json.loads(images[1].metadata)["image_nsfw"] is None
 
 
-def test_a_prompt_column_that_is_named_goes_before_every_other(planned):
+def test_a_given_prompt_column_takes_precedence(planned):
     plan, images, _ = planned("p.csv", b"caption,prompt\na cat,x\n", prompt_column="caption")
     assert asked(images) == [("0", "a cat")]
     assert images[0].metadata == '{"prompt":"x"}'
     assert plan.identity["prompt_column"] == "caption"
 
 
-def test_a_csv_cell_stays_the_text_that_it_is(planned):
+def test_csv_cells_remain_text(planned):
     _, images, _ = planned("p.csv", 'prompt,n,t\r\na,007," 1.50\u00a0"\r\n'.encode())
     assert images[0].metadata == '{"n":"007","t":" 1.50\u00a0"}'

@@ -1,4 +1,4 @@
-"""What the card says, and that Croissant's own validator reads `croissant.json`."""
+"""The dataset card, and `croissant.json` in Croissant's own validator."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ def front_matter(text: str) -> dict:
     return yaml.safe_load(head)
 
 
-def test_the_card_says_what_there_is(finished):
+def test_the_card_lists_counts_and_settings(finished):
     directory = finished(failing=["000000001", "000000005"])
     text = (directory / "README.md").read_text()
     run = open_run(directory)
@@ -37,7 +37,7 @@ def test_the_card_says_what_there_is(finished):
 
 
 @pytest.mark.parametrize("format_", formats.FORMATS)
-def test_the_card_says_how_its_own_format_is_loaded(finished, format_):
+def test_the_card_explains_how_to_load_its_format(finished, format_):
     directory = finished(format=format_)
     text = (directory / "README.md").read_text()
     (config,) = front_matter(text)["configs"]
@@ -82,11 +82,11 @@ def test_no_name_or_setting_breaks_the_card(finished):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of mlcroissant's own calls
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
 @pytest.mark.parametrize("format_", formats.FORMATS)
-def test_croissant_is_valid_and_names_the_files_that_are_there(finished, format_, image_format):
+def test_croissant_is_valid_and_names_the_existing_files(finished, format_, image_format):
     directory = finished(format=format_, image_format=image_format, failing=["000000002"])
     dataset = mlcroissant.Dataset(str(directory / "croissant.json"))
     assert not dataset.metadata.ctx.issues.errors
-    (warning,) = dataset.metadata.ctx.issues.warnings  # there is no clock in the file
+    (warning,) = dataset.metadata.ctx.issues.warnings  # the file contains no date
     assert MISSING_DATE in warning
     for files in dataset.metadata.distribution:
         (pattern,) = files.includes

@@ -1,4 +1,4 @@
-"""Every form of a shard gives back what was put in, and says what it cannot read."""
+"""Every storage format reads back what it wrote, and reports what it cannot read."""
 
 import hashlib
 import io
@@ -30,7 +30,7 @@ def write(path: Path, format_: str, samples: list[Sample]) -> Path:
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_what_was_written_is_read(tmp_path, format_):
+def test_written_images_are_read_back(tmp_path, format_):
     samples = [sample(key) for key in range(70)]  # two row groups
     read = FORMATS[format_].read
     assert list(read(write(tmp_path / "shard", format_, samples))) == samples
@@ -38,7 +38,7 @@ def test_what_was_written_is_read(tmp_path, format_):
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_equal_images_make_an_equal_digest_and_others_another(tmp_path, format_):
+def test_digests_are_equal_for_equal_images_only(tmp_path, format_):
     shards = [[sample(0), sample(1)]] * 2 + [[sample(0), sample(2)], [sample(0)]]
     digests = [
         paths.digest(write(tmp_path / str(n), format_, samples)) for n, samples in enumerate(shards)
@@ -48,31 +48,37 @@ def test_equal_images_make_an_equal_digest_and_others_another(tmp_path, format_)
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_a_shard_that_is_not_whole_is_named_as_such(tmp_path, format_):
+def test_an_incomplete_shard_is_reported(tmp_path, format_):
     path = write(tmp_path / "shard", format_, [sample(0), sample(1)])
     if format_ == "imagefolder":
         (path / "000000001.png").unlink()
     else:
         path.write_bytes(path.read_bytes()[:1500])
-    with pytest.raises(ValueError, match="whole"):
+    with pytest.raises(ValueError, match="complete"):
         list(FORMATS[format_].read(path))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: (path / "x.png").touch(), "x.png does not belong there"),
-        (lambda path: (path / "metadata.jsonl").unlink(), "no whole folder of images"),
-        (lambda path: (path / "metadata.jsonl").write_text("[]\n"), "no whole folder of images"),
-        (lambda path: (path / "metadata.jsonl").write_text("{}\n"), "no whole folder of images"),
+        (lambda path: (path / "x.png").touch(), "x.png is an unexpected file"),
+        (lambda path: (path / "metadata.jsonl").unlink(), "not a complete folder of images"),
+        (
+            lambda path: (path / "metadata.jsonl").write_text("[]\n"),
+            "not a complete folder of images",
+        ),
+        (
+            lambda path: (path / "metadata.jsonl").write_text("{}\n"),
+            "not a complete folder of images",
+        ),
         (lambda path: (path / "metadata.jsonl").write_text("\xff", "latin-1"), "can't decode"),
         (lambda path: rename(path, "../000000000.png"), r"\.\./000000000.png is not image"),
         (lambda path: rename(path, "000000001.png"), "000000001.png is not image 000000000"),
     ],
 )
-def test_a_folder_is_read_by_its_records_alone(tmp_path, change, message):
+def test_a_folder_that_differs_from_its_records_is_rejected(tmp_path, change, message):
     path = write(tmp_path / "shard", "imagefolder", [sample(0)])
-    shutil.copy(path / "000000000.png", tmp_path)  # what a path out of the folder would find
+    shutil.copy(path / "000000000.png", tmp_path)  # the target of a path that leaves the folder
     change(path)
     with pytest.raises(ValueError, match=message):
         list(formats.read_folder(path))
@@ -83,11 +89,11 @@ def rename(path: Path, name: str) -> None:
     (path / "metadata.jsonl").write_text(json.dumps({**record, "file_name": name}) + "\n")
 
 
-def test_a_strange_member_of_an_archive_is_named(tmp_path):
+def test_an_unexpected_archive_member_is_rejected(tmp_path):
     path = write(tmp_path / "shard", "webdataset", [sample(0)])
     with tarfile.open(path, "a") as tar:
         tar.addfile(tarfile.TarInfo("../evil"), io.BytesIO())
-    with pytest.raises(ValueError, match="last image is not whole"):
+    with pytest.raises(ValueError, match="last image is incomplete"):
         list(formats.read_tar(path))
 
 
@@ -106,7 +112,7 @@ def test_the_digest_and_size_of_a_folder_are_those_of_its_files(tmp_path):
     assert paths.size(folder / "b.png") == 2
 
 
-def test_what_is_deleted_may_be_a_file_a_folder_or_missing(tmp_path):
+def test_delete_accepts_a_link_a_file_a_folder_or_a_missing_path(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "kept").touch()
     (tmp_path / "link").symlink_to(tmp_path / "folder")

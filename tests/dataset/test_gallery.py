@@ -25,7 +25,7 @@ FORMATS = list(formats.FORMATS)
 
 
 def read(index: Path) -> tuple[dict, list[dict], Path]:
-    """What the gallery's page is told: of the job, of each image; and the folder of its files."""
+    """Returns a gallery's job, its images' records and the folder of its files."""
     (folder,) = set(re.findall(r"files-\w+", index.read_text("utf-8")))
     data = index.parent / folder / "data"
 
@@ -52,7 +52,7 @@ def many(tmp_path: Path, checkpoint: Path, name: str, count: int, **said) -> Pat
 
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
-def test_a_gallery_has_every_image_as_it_was_made(finished, format_, image_format):
+def test_a_gallery_contains_every_image_unchanged(finished, format_, image_format):
     directory = finished(format=format_, image_format=image_format)
     job, records, files = read(gallery.write(directory))
     assert (job["made"], job["failed"], job["planned"]) == (9, 0, 9)
@@ -70,28 +70,28 @@ def test_a_gallery_has_every_image_as_it_was_made(finished, format_, image_forma
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_a_dataset_with_a_gallery_is_still_whole(finished, format_, capsys):
+def test_a_dataset_with_a_gallery_still_verifies(finished, format_, capsys):
     directory = finished(format=format_)
     assert cli.main(["view", str(directory)]) == 0
     assert capsys.readouterr().out == f"{directory}/gallery/index.html\n"
     assert ledger.verify(directory)[1] == []
 
 
-def test_the_gallery_lies_where_it_is_told_to(finished, tmp_path):
+def test_the_output_option_sets_the_folder_of_the_gallery(finished, tmp_path):
     directory = finished()
     assert cli.main(["view", str(directory), "--output", str(tmp_path / "a" / "b")]) == 0
     assert len(read(tmp_path / "a" / "b" / "index.html")[1]) == 9
     assert not (directory / "gallery").exists()
 
 
-def test_failed_images_come_with_their_reason(finished):
+def test_failed_images_have_their_reason(finished):
     job, records, files = read(gallery.write(finished(failing=["000000002"])))
     assert (job["made"], job["failed"]) == (8, 1)
     assert {r["key"]: r["error"] for r in records if r["error"]} == {"000000002": "not finite"}
     assert not list(files.glob("images/*/000000002.*"))
 
 
-def test_an_unfinished_dataset_shows_what_is_made(tmp_path, manifest, tiny_checkpoint):
+def test_an_unfinished_dataset_shows_its_finished_shards(tmp_path, manifest, tiny_checkpoint):
     directory = tmp_path / "dataset"
     run = make_plan(directory, manifest, tiny_checkpoint, images_per_shard=4, batch_size=2)
     job, records, _ = read(gallery.write(directory))
@@ -102,7 +102,7 @@ def test_an_unfinished_dataset_shows_what_is_made(tmp_path, manifest, tiny_check
     assert [r["key"] for r in records] == [f"00000000{n}" for n in (4, 5, 6, 7)]
 
 
-def test_only_what_is_larger_gets_a_thumbnail(tmp_path, tiny_checkpoint):
+def test_only_larger_images_get_a_thumbnail(tmp_path, tiny_checkpoint):
     path = tmp_path / "sizes.jsonl"
     sizes = [(384, 384), (392, 16), (512, 1024)]
     lines = [json.dumps({"prompt": "x", "width": w, "height": h}) for w, h in sizes]
@@ -120,7 +120,7 @@ def test_only_what_is_larger_gets_a_thumbnail(tmp_path, tiny_checkpoint):
         assert thumbnails == {"000000001": (384, 16), "000000002": (192, 384)}
 
 
-def test_the_command_has_the_options_that_decide_pixels(finished, tiny_checkpoint):
+def test_the_command_has_the_options_that_determine_pixels(finished, tiny_checkpoint):
     assert read(gallery.write(finished("plain")))[0]["options"] == (
         f"--model={tiny_checkpoint} --noise=jax --dtype=float32 --batch-size=2"
     )
@@ -137,7 +137,7 @@ def test_the_command_has_the_options_that_decide_pixels(finished, tiny_checkpoin
         assert f" {option}" in options
 
 
-def test_a_second_gallery_takes_the_place_of_the_first(finished):
+def test_a_second_gallery_replaces_the_first(finished):
     directory = finished()
     index = gallery.write(directory)
     _, _, first = read(index)
@@ -147,7 +147,7 @@ def test_a_second_gallery_takes_the_place_of_the_first(finished):
     assert sorted(path.name for path in index.parent.iterdir()) == [second.name, "index.html"]
 
 
-def test_a_gallery_that_cannot_be_written_leaves_the_old_one(finished):
+def test_a_gallery_that_cannot_be_written_keeps_the_old_one(finished):
     directory = finished()
     index = gallery.write(directory)
     before = read(index)
@@ -180,10 +180,10 @@ def test_a_reader_never_sees_half_a_gallery(tmp_path, tiny_checkpoint):
         if (target / "index.html").exists():
             assert len(read(target / "index.html")[1]) == 1500
     assert len(read(gallery.write(directory))[1]) == 1500
-    assert len(list(target.iterdir())) == 2  # and nothing is left of those that were killed
+    assert len(list(target.iterdir())) == 2  # the killed processes have left no files
 
 
-def test_what_is_no_gallery_is_never_replaced(finished, tmp_path):
+def test_other_folders_are_never_replaced(finished, tmp_path):
     directory = finished()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "index.html").write_text("<p>my own page")
@@ -197,11 +197,11 @@ def test_what_is_no_gallery_is_never_replaced(finished, tmp_path):
             gallery.write(directory, target)
     assert (tmp_path / "mine" / "index.html").read_text() == "<p>my own page"
     (directory / "gallery").symlink_to(tmp_path / "mine")
-    with pytest.raises(InputError, match="gallery is a link"):
+    with pytest.raises(InputError, match="gallery is a symbolic link"):
         gallery.write(directory)
 
 
-def test_a_folder_without_a_run_stays_as_it_is(tmp_path, capsys):
+def test_a_folder_without_a_run_stays_unchanged(tmp_path, capsys):
     assert cli.main(["view", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"jaxdiff: {tmp_path} holds no jaxdiff run\n"
     assert list(tmp_path.iterdir()) == []
@@ -210,17 +210,17 @@ def test_a_folder_without_a_run_stays_as_it_is(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("key", "../../../../evil", "a key that is none"),
-        ("key", "/tmp/evil", "a key that is none"),
-        ("metadata", '{"a": NaN}', "NaN is no JSON"),
-        ("metadata", "[1]", "metadata that are no JSON object"),
+        ("key", "../../../../evil", "an invalid key"),
+        ("key", "/tmp/evil", "an invalid key"),
+        ("metadata", '{"a": NaN}', "NaN is not JSON"),
+        ("metadata", "[1]", "metadata that is not a JSON object"),
         ("metadata", "[" * 100_000, "cannot be read"),
-        ("prompt", None, "a row with gaps"),
-        ("width", None, "a row with gaps"),
+        ("prompt", None, "a row with missing values"),
+        ("width", None, "a row with missing values"),
         ("sha256", "0" * 64, "image 000000000 has changed"),
     ],
 )
-def test_a_hostile_record_is_refused_and_nothing_is_written(finished, name, value, message):
+def test_a_hostile_record_is_rejected_and_nothing_is_written(finished, name, value, message):
     directory = finished()
     path = directory / "metadata" / "train-00000.parquet"
     rows = pq.read_table(path).to_pylist()

@@ -42,7 +42,7 @@ def test_a_finished_dataset_balances(finished, format_, image_format):
     assert not (directory / "_jaxdiff" / "tmp").exists()
 
 
-def test_failed_images_stand_in_failed_jsonl_and_in_no_shard(finished):
+def test_failed_images_are_in_failed_jsonl_and_in_no_shard(finished):
     directory = finished(failing=["000000001", "000000005"])
     counts, wrong = ledger.verify(directory)
     assert wrong == []
@@ -87,16 +87,16 @@ def test_verify_names_a_missing_file(finished, name):
     assert f"{path.relative_to(directory)} is missing" in problems(directory)
 
 
-def test_verify_says_how_to_mend_a_shard(finished):
+def test_verify_explains_how_to_repair_a_shard(finished):
     directory = finished()
     (directory / "data" / "train-00001.tar").unlink()
-    assert f"`jaxdiff verify {directory} --repair` makes it again" in problems(directory)
+    assert f"run `jaxdiff verify {directory} --repair` to generate it again" in problems(directory)
 
 
 def test_verify_names_a_missing_marker(finished):
     directory = finished()
     (directory / "_jaxdiff" / "done" / "00001.json").unlink()
-    assert "shard 1 of 3 is not made yet" in problems(directory)
+    assert "shard 1 of 3 is not finished" in problems(directory)
 
 
 @pytest.mark.parametrize("name", ["data/x.tar", "metadata/.hidden", "_jaxdiff/done/9.json"])
@@ -111,7 +111,7 @@ def test_verify_names_an_edited_report(finished, name):
     directory = finished()
     with (directory / name).open("a") as file:
         file.write("{}\n")
-    assert f"{name} is not what the run has written" in problems(directory)
+    assert f"{name} differs from what the run wrote" in problems(directory)
 
 
 def test_verify_names_a_tar_cut_between_two_images(finished):
@@ -125,7 +125,7 @@ def test_verify_names_a_tar_cut_between_two_images(finished):
 
 
 def forge(directory: Path, name: str) -> None:
-    """Makes the marker fit a changed file, so that only its content can tell."""
+    """Updates the marker for a changed file, so that only its content reveals the change."""
     import hashlib
 
     content = (directory / name).read_bytes()
@@ -141,8 +141,8 @@ def forge(directory: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "found"),
     [
-        ("prompt", "another", "the row of image 000000000 is not as planned"),
-        ("seed", 1, "the row of image 000000000 is not as planned"),
+        ("prompt", "another", "the row of image 000000000 does not match the plan"),
+        ("seed", 1, "the row of image 000000000 does not match the plan"),
         ("sha256", "0" * 64, "has a record that differs from its row"),
         ("status", "failed", "image 000000001 has a record that differs"),
     ],
@@ -158,22 +158,22 @@ def test_verify_names_an_edited_row_even_with_a_forged_marker(finished, column, 
     assert found in problems(directory)
 
 
-def test_verify_looks_at_the_pixels_even_with_a_forged_marker(finished):
+def test_verify_checks_the_images_even_with_a_forged_marker(finished):
     directory = finished()
     name = "data/train-00000.tar"
     with tarfile.open(directory / name) as tar:
         second = tar.getmember("000000001.png").offset_data
     flip(directory / name, second + 60)
     forge(directory, name)
-    assert "image 000000001 has a file that its sha256 does not fit" in problems(directory)
+    assert "image 000000001 has a file that does not match its sha256" in problems(directory)
 
 
-def test_finalize_refuses_an_incomplete_dataset(tmp_path, manifest, tiny_checkpoint):
+def test_finalize_rejects_an_incomplete_dataset(tmp_path, manifest, tiny_checkpoint):
     directory = tmp_path / "out"
     run = make_plan(directory, manifest, tiny_checkpoint, images_per_shard=4, batch_size=2)
     make_shard(run, 0)
     assert ledger.todo(run) == [1, 2]
-    with pytest.raises(ledger.IncompleteError, match="shard 1 of 3 is not made yet"):
+    with pytest.raises(ledger.IncompleteError, match="shard 1 of 3 is not finished"):
         ledger.finalize(run, 0.0)
     make_shard(run, 1)
     make_shard(run, 2)

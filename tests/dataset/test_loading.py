@@ -1,4 +1,4 @@
-"""The datasets open with the tools that people use."""
+"""Datasets open with webdataset, pandas and `datasets`."""
 
 import json
 import os
@@ -21,7 +21,7 @@ IMAGE_COLUMNS = {"webdataset": "png", "parquet": "image", "imagefolder": "image"
 
 @pytest.fixture
 def load(tmp_path):
-    """Loads what `datasets` finds at a place; it takes imagefolders in any order, so by key."""
+    """Loads images with `datasets`, sorted by key, as imagefolders come in any order."""
 
     def load_(*where: str, **how) -> list[dict]:
         cache = str(tmp_path / "cache")
@@ -32,7 +32,7 @@ def load(tmp_path):
 
 
 def records_of(rows: list[dict], format_: str) -> list[dict]:
-    """The images' records, with the rows' other columns as objects."""
+    """Returns the images' records, with the rows' other columns as objects."""
     if format_ == "webdataset":
         return [row["json"] for row in rows]
     return [{**row, "metadata": json.loads(row["metadata"])} for row in rows]
@@ -81,7 +81,7 @@ def test_load_dataset_finds_images_and_metadata(finished, load, format_, image_f
         assert row[column].size == (16, 8)
         if image_format != "jpeg":
             assert (np.asarray(row[column]) == pixels_of(image)).all()
-    # Columns of several types, and of some rows only, are carried through as they are.
+    # Columns with several types, and columns of some rows only, are kept unchanged.
     assert [record["metadata"] for record in records[4:7]] == [
         {"note": None},
         {"note": "x"},
@@ -93,7 +93,7 @@ def test_load_dataset_finds_images_and_metadata(finished, load, format_, image_f
 
 
 @pytest.mark.parametrize("format_", IMAGE_COLUMNS)
-def test_what_failed_is_left_out_and_the_rest_loads(finished, load, format_):
+def test_failed_images_are_left_out_and_the_rest_loads(finished, load, format_):
     directory = finished(format=format_, failing=["000000000", "000000005"])
     rows = load(str(directory))
     keys = [record["key"] for record in records_of(rows, format_)]
@@ -102,14 +102,14 @@ def test_what_failed_is_left_out_and_the_rest_loads(finished, load, format_):
 
 
 @pytest.mark.parametrize("format_", IMAGE_COLUMNS)
-def test_a_shard_without_an_image_does_not_hide_the_others(finished, load, format_):
+def test_a_shard_without_images_does_not_hide_the_others(finished, load, format_):
     directory = finished(format=format_, failing=[f"{key:09d}" for key in range(4)])
     keys = [record["key"] for record in records_of(load(str(directory)), format_)]
     assert keys == [f"{key:09d}" for key in range(4, 9)]
 
 
 @pytest.mark.parametrize("format_", IMAGE_COLUMNS)
-def test_text_of_every_kind_loads_as_it_is(tmp_path, tiny_checkpoint, load, format_):
+def test_text_of_every_kind_loads_unchanged(tmp_path, tiny_checkpoint, load, format_):
     prompts = [
         *("一只红色的猫", "قطة حمراء", "2024-01-01", '"quoted", <b> & | `code`'),
         "👩\u200d👩\u200d👧 \u200f\ufffe\uffff",

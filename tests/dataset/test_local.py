@@ -1,4 +1,4 @@
-"""What --overwrite replaces is not lost before there is something better."""
+"""--overwrite keeps the old run until the new one has a finished shard."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def old(tmp_path) -> Path:
-    """A directory with all that a run leaves, and a file of somebody else's."""
+    """A directory with all files of a run and an unrelated file."""
     for name in names.OURS:
         path = tmp_path / name
         if "." in name or name == names.SUCCESS:
@@ -44,13 +44,13 @@ def overwrite(directory: Path, made: bool) -> None:
             (directory / names.DONE / "00000.json").write_text("new")
 
 
-def test_a_run_that_made_no_shard_gives_the_old_one_back(old):
+def test_a_run_without_a_shard_restores_the_old_one(old):
     before = contents(old)
     overwrite(old, made=False)
     assert contents(old) == before
 
 
-def test_a_run_that_made_a_shard_replaces_the_old_one(old):
+def test_a_run_with_a_shard_replaces_the_old_one(old):
     overwrite(old, made=True)
     new = {name: text for name, text in contents(old).items() if text != "mine"}
     assert set(new.values()) == {"new"}
@@ -59,7 +59,7 @@ def test_a_run_that_made_a_shard_replaces_the_old_one(old):
 
 @pytest.mark.parametrize("renames", range(2 * len(names.OURS)))
 def test_a_kill_at_any_rename_loses_nothing(old, monkeypatch, renames):
-    """First while the old run is set aside, then while it is put back."""
+    """Kills first while the old run is set aside, then while it is restored."""
     before, left = contents(old), renames
 
     def counted(function):
@@ -81,7 +81,7 @@ def test_a_kill_at_any_rename_loses_nothing(old, monkeypatch, renames):
         assert contents(old) == before
 
 
-def test_a_plan_without_shards_outlives_a_kill_before_it_is_set_aside(old):
+def test_a_plan_without_shards_survives_a_kill_before_it_is_set_aside(old):
     (old / names.DONE / "00000.json").unlink()
     before = contents(old)
     (old / names.OLD).mkdir()  # the first step
@@ -90,7 +90,7 @@ def test_a_plan_without_shards_outlives_a_kill_before_it_is_set_aside(old):
 
 
 @pytest.mark.parametrize("steps", range(12))
-def test_a_run_that_is_deleted_loses_its_plan_at_once(old, monkeypatch, steps):
+def test_deleting_a_run_removes_its_plan_atomically(old, monkeypatch, steps):
     left = steps
 
     def counted(function):

@@ -45,12 +45,12 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_text_format_is_read_also_gzipped(read, name):
+def test_every_text_format_is_read_plain_and_gzipped(read, name):
     assert prompts(read(name, FILES[name])) == ["one", "two, three"]
     assert prompts(read(f"{name}.gz", gzip.compress(FILES[name]))) == ["one", "two, three"]
 
 
-def test_parquet_is_read_also_gzipped(read, tmp_path):
+def test_parquet_is_read_plain_and_gzipped(read, tmp_path):
     frame = pd.DataFrame({"prompt": ["one", "two"], "seed": [3.0, None], "tags": [["a"], []]})
     frame.to_parquet(tmp_path / "p.parquet")
     content = (tmp_path / "p.parquet").read_bytes()
@@ -60,7 +60,7 @@ def test_parquet_is_read_also_gzipped(read, tmp_path):
         assert entries[1].values == {"prompt": "two", "seed": None, "tags": []}
 
 
-def test_lines_are_numbered_as_an_editor_numbers_them(read):
+def test_lines_are_numbered_as_in_an_editor(read):
     entries = read("p.csv", b'prompt\n"two\nlines"\n\nlast\n')
     assert [(entry.line, entry.values) for entry in entries] == [
         (2, {"prompt": "two\nlines"}),
@@ -86,15 +86,15 @@ def test_prompts_keep_every_byte_but_the_line_ending(read):
     [
         ("p.jsonl", b"{not json}", "the line is not JSON (Expecting property name"),
         ("p.jsonl", b"[1, 2]", "the line is not a JSON object"),
-        ("p.jsonl", b'{"prompt": NaN}', "the line is not JSON (NaN is no JSON value)"),
+        ("p.jsonl", b'{"prompt": NaN}', "the line is not JSON (NaN is not a JSON value)"),
         ("p.jsonl", b"[" * 100_000, "the line is not JSON"),
         ("p.jsonl", b'{"seed": ' + b"9" * 5000 + b"}", "the line is not JSON"),
         ("p.jsonl", b"x" * (2**20 + 1), "the line is longer than 1 MiB"),
         ("p.txt", b"x" * (2**20 + 1), "the line is longer than 1 MiB"),
-        ("p.csv", b"a,b,c", "the row has 3 fields where the header names 1"),
+        ("p.csv", b"a,b,c", "the row has 3 fields, but the header has 1"),
         ("p.csv", b'"a"b', "the row is not CSV"),
         ("p.csv", b"x" * (2**20 + 1), "the line is longer than 1 MiB"),
-        ("p.tsv", b"a\tb", "the row has 2 fields where the header names 1"),
+        ("p.tsv", b"a\tb", "the row has 2 fields, but the header has 1"),
     ],
 )
 def test_a_bad_row_does_not_stop_the_good_ones(read, name, bad, reason):
@@ -117,7 +117,7 @@ def test_a_bad_row_does_not_stop_the_good_ones(read, name, bad, reason):
         b'"a ""quoted"" %s"' % (b'""' * 2**20),
     ],
 )
-def test_a_quoted_csv_field_that_is_too_long_swallows_no_other_row(read, bad):
+def test_an_overlong_quoted_csv_field_does_not_swallow_other_rows(read, bad):
     entries = read("p.csv", b"prompt\ngood\n" + bad + b"\ngood\n")
     assert [bool(entry.values) for entry in entries] == [True, False, True]
     assert entries[1].error == "the line is longer than 1 MiB"
@@ -144,30 +144,34 @@ def test_a_parquet_row_that_is_not_utf8_does_not_stop_the_others(tmp_path):
     [
         ("p.docx", b"", "the name must end in one of .jsonl"),
         ("prompts", b"", "the name must end in one of .jsonl"),
-        ("p.csv", b"text,n\na,1\n", "has no column 'prompt', but 'text, n'; --prompt-column says"),
+        ("p.csv", b"text,n\na,1\n", "has no column 'prompt', only 'text, n'; name the column"),
         ("p.tsv", b"prompt\ta\ta\nx\ty\tz\n", "names a column twice"),
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9999)[:-20], "is no whole gzip file"),
-        ("p.jsonl.gz", b'{"prompt": "a"}', "is no whole gzip file"),
+        (
+            "p.jsonl.gz",
+            gzip.compress(b'{"prompt": "a"}\n' * 9999)[:-20],
+            "is not a complete gzip file",
+        ),
+        ("p.jsonl.gz", b'{"prompt": "a"}', "is not a complete gzip file"),
         ("p.txt", "a prompt".encode("utf-16"), "is UTF-16; save it as UTF-8"),
-        ("p.parquet", b"PAR1 but not really", "is no whole Parquet file"),
+        ("p.parquet", b"PAR1 but not really", "is not a complete Parquet file"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_one_clear_line(read, name, content, message):
+def test_an_unreadable_file_gives_a_one_line_error(read, name, content, message):
     with pytest.raises(InputError, match=r"^manifest ") as caught:
         read(name, content)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_truncated_parquet_file_is_refused(tmp_path):
+def test_a_truncated_parquet_file_is_rejected(tmp_path):
     path = tmp_path / "p.parquet"
     pd.DataFrame({"prompt": ["a"] * 1000}).to_parquet(path)
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(InputError, match="no whole Parquet file"):
+    with pytest.raises(InputError, match="not a complete Parquet file"):
         read_file(path)
 
 
-def test_a_missing_manifest_is_refused(tmp_path):
+def test_a_missing_manifest_is_rejected(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         read_file(tmp_path / "p.csv")
 
@@ -177,12 +181,12 @@ def test_raw_text_of_bad_bytes_can_be_written_as_json(read):
     assert json.loads(json.dumps(entry.raw)).encode() == b'{"prompt": "\\udcff'
 
 
-def test_a_json_list_is_prompts_or_rows(read):
+def test_a_json_list_contains_prompts_or_rows(read):
     content = json.dumps(["one", {"prompt": "two", "n": 1}, 3, None, "f\udcffur"]).encode()
     for entries in (read("p.json", content), read("p.json.gz", gzip.compress(content))):
         assert prompts(entries) == ["one", "two", "f\udcffur"]
         assert [entry.line for entry in entries] == [1, 2, 3, 4, 5]
-        assert entries[2].error == entries[3].error == "it is neither text nor a JSON object"
+        assert entries[2].error == entries[3].error == "the item is neither text nor a JSON object"
         assert (entries[1].values["n"], entries[2].raw) == (1, "3")
         assert json.loads(json.dumps(entries[1].raw)) == '{"prompt": "two", "n": 1}'
 
@@ -191,21 +195,21 @@ def test_a_json_list_is_prompts_or_rows(read):
     ("content", "message"),
     [
         (b"", "is not JSON (Expecting value"),
-        (b'["a", NaN]', "is not JSON (NaN is no JSON value)"),
+        (b'["a", NaN]', "is not JSON (NaN is not a JSON value)"),
         (b"[" * 100_000, "is not JSON (maximum recursion depth exceeded"),
-        (b'{"prompt": "a"}', "is no JSON list; .jsonl is for an object a line"),
-        (b'["' + b"x" * 2**26 + b'"]', "has more than 64 MiB; make it JSON Lines"),
+        (b'{"prompt": "a"}', "is not a JSON list; use .jsonl for one object per line"),
+        (b'["' + b"x" * 2**26 + b'"]', "has more than 64 MiB; convert it to JSON Lines"),
         ('["a"]'.encode("utf-16"), "is UTF-16"),
     ],
 )
-def test_a_json_file_that_is_no_list_is_one_clear_line(read, content, message):
+def test_an_invalid_json_list_gives_a_one_line_error(read, content, message):
     with pytest.raises(InputError, match=r"^manifest .*p\.json") as caught:
         read("p.json", content)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_of_texts_is_a_prompt_each_in_the_order_of_their_names(tmp_path):
+def test_a_folder_of_texts_has_one_prompt_per_file_in_name_order(tmp_path):
     files = {"COCOval2014": "a bird\r\n", "10": "two\nlines\n\n", "2": "\ufeff a cat", "3": ""}
     for name, text in files.items():
         (tmp_path / f"{name}.txt").write_bytes(text.encode())
@@ -221,12 +225,12 @@ def test_a_folder_of_texts_is_a_prompt_each_in_the_order_of_their_names(tmp_path
         None,
         {"id": "COCOval2014", "prompt": "a bird"},
     ]
-    assert entries[3].error == "it is longer than 1 MiB"
+    assert entries[3].error == "the file is longer than 1 MiB"
     assert len(entries[3].raw) == 500
     assert manifests.kinds(found) == "item"
 
 
-def test_a_glob_is_its_files_in_the_order_of_their_names(tmp_path):
+def test_a_glob_reads_its_files_in_name_order(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.jsonl", "deep/c.txt"):
         (tmp_path / name).write_text('{"prompt": "a"}\n')
@@ -239,7 +243,7 @@ def test_a_glob_is_its_files_in_the_order_of_their_names(tmp_path):
     assert names("[ab].*") == ["a.jsonl", "b.txt"]
     assert names("**/*.txt") == ["b.txt", "deep/c.txt"]
     assert manifests.kinds(manifests.find(tmp_path / "[ab].*")) == "jsonl, txt"
-    (tmp_path / "[b].txt").write_text("a\n")  # a file of just this name goes first
+    (tmp_path / "[b].txt").write_text("a\n")  # a file with exactly this name takes precedence
     assert names("[b].txt") == ["[b].txt"]
 
 
@@ -252,7 +256,7 @@ def test_a_glob_is_its_files_in_the_order_of_their_names(tmp_path):
         ("*", "photo.png: the name must end in one of"),
     ],
 )
-def test_what_is_no_manifest_is_one_clear_line(tmp_path, where, message):
+def test_an_invalid_manifest_path_gives_a_one_line_error(tmp_path, where, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "photo.png").write_bytes(b"")
@@ -261,7 +265,7 @@ def test_what_is_no_manifest_is_one_clear_line(tmp_path, where, message):
     assert message in str(caught.value)
 
 
-def test_the_digest_is_of_every_name_and_byte(tmp_path):
+def test_the_digest_depends_on_every_name_and_byte(tmp_path):
     def digest(files: dict[str, str], where: str) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
@@ -279,18 +283,18 @@ def test_the_digest_is_of_every_name_and_byte(tmp_path):
     assert digest({"a.txt": "x"}, ".") != digest({"b.txt": "x"}, ".")  # the name is the prompt's id
 
 
-def test_the_column_of_prompts_may_be_named(read):
+def test_the_prompt_column_may_be_given(read):
     table = b"caption,prompt\na cat,\n"
     (entry,) = read("p.csv", table, prompt_column="caption")
-    assert entry.values == {"caption": "a cat", "prompt": ""}  # carried through as it stands
-    with pytest.raises(InputError, match=r"has no column 'Caption', but 'caption, prompt'"):
+    assert entry.values == {"caption": "a cat", "prompt": ""}  # kept unchanged
+    with pytest.raises(InputError, match=r"has no column 'Caption', only 'caption, prompt'"):
         read("p.csv", table, prompt_column="Caption")
     for name, content in (("p.txt", b"a cat\n"), ("p.json", b'["a cat"]')):
         (entry,) = read(name, content, prompt_column="caption")
         assert entry.values == {"caption": "a cat"}
 
 
-def test_dates_and_decimals_of_parquet_are_text(tmp_path):
+def test_parquet_dates_and_decimals_become_text(tmp_path):
     moment = datetime.datetime(2022, 8, 11, 1, 2, 3, tzinfo=datetime.UTC)
     columns = {
         "prompt": pa.array(["a"]),
@@ -315,12 +319,12 @@ def test_a_file_in_two_encodings_loses_only_the_rows_that_are_not_utf8(read):
     content = "\n".join(lines).encode() + b"\n" + "ein grüner Kreis\n".encode("latin-1")
     entries = read("p.txt", b"\xef\xbb\xbf" + content)
     assert prompts(entries)[:2] == lines
-    assert "\udcfc" in prompts(entries)[2]  # which rows.parse refuses and names
+    assert "\udcfc" in prompts(entries)[2]  # rows.parse rejects it later
 
 
 MEASURE = """
 import sys
-from jaxdiff.dataset import manifest as manifests
+from jaxdiff.dataset.manifest import manifest as manifests
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if "VmHWM" in line)
 (source,) = manifests.find(sys.argv[1]).sources
@@ -331,7 +335,7 @@ print(count, (peak() - before) // 1024)
 
 
 def measure(path) -> tuple[int, int]:
-    """Reads a manifest in a process of its own; returns its rows and the MiB that it took."""
+    """Reads a manifest in a separate process; returns its row count and the MiB it used."""
     command = [sys.executable, "-c", MEASURE, str(path)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     count, mib = said.split()

@@ -48,7 +48,7 @@ def test_images_have_keys_in_the_order_of_the_manifest(plan):
     assert images[2].line == 2
 
 
-def test_a_derived_seed_depends_on_the_id_and_not_on_the_place(plan):
+def test_a_derived_seed_depends_on_the_id_and_not_on_the_position(plan):
     a, b = {"prompt": "a", "id": "a", "num_images": 2}, {"prompt": "b", "id": "b"}
     _, (first,), _ = plan([a, b])
     _, (second,), _ = plan([b, a])
@@ -61,7 +61,7 @@ def test_a_derived_seed_depends_on_the_id_and_not_on_the_place(plan):
     assert seeds != {(i.id, i.image_index): i.request.seed for i in third}
 
 
-def test_seeds_that_a_row_says_are_used(plan):
+def test_the_seeds_of_a_row_are_used(plan):
     _, (images,), _ = plan(
         [{"prompt": "a", "seed": 5, "num_images": 2}, {"prompt": "b", "seeds": [9]}]
     )
@@ -80,7 +80,7 @@ def test_a_shard_holds_one_bucket_and_full_batches(plan):
     assert made.shard_sizes == [4, 2, 2]
 
 
-def test_guidance_that_is_off_is_a_bucket_of_its_own(plan):
+def test_images_without_guidance_have_their_own_bucket(plan):
     rows = [{"prompt": "a", "guidance_scale": w} for w in (0, 1, 1.5, 7)]
     assert plan(rows)[0].shard_sizes == [2, 2]
 
@@ -100,23 +100,23 @@ def test_limit_takes_the_first_images_and_reads_no_further(plan):
     assert rejected == []
 
 
-def test_a_bad_row_is_written_down_and_the_others_are_planned(plan, tmp_path):
+def test_a_bad_row_is_listed_and_the_others_are_planned(plan, tmp_path):
     rows = [{"prompt": "a", "id": "x"}, "{broken", "", {"prompt": "b", "id": "x"}, {"prompt": "c"}]
     made, (images,), rejected = plan(rows)
-    assert [i.id for i in images] == ["x", "3"]  # the fourth row that is not blank, from 0
+    assert [i.id for i in images] == ["x", "3"]  # the number of the fourth row that is not blank
     assert made.rows == {"blank": 1, "rejected": 2, "accepted": 2}
     assert rejected[0]["file"] == str(tmp_path / "rows.jsonl")
     assert rejected[0]["line"] == 2
     assert rejected[0]["raw"] == "{broken"
     assert rejected[0]["reason"].startswith("the line is not JSON")
     assert rejected[1]["line"] == 4
-    assert rejected[1]["reason"] == "id 'x' is that of line 1 already"
+    assert rejected[1]["reason"] == "id 'x' is already used on line 1"
 
 
-def test_a_row_number_that_is_an_id_already_is_said_clearly(plan):
+def test_a_row_number_that_repeats_an_id_is_explained(plan):
     _, _, (rejected,) = plan([{"prompt": "a", "id": 1.0}, {"prompt": "b"}])
     assert rejected["reason"] == (
-        "id '1' (the row's number from 0, its id unless it says another) is that of line 1 already"
+        "id '1' (the row's number from 0, which is its default id) is already used on line 1"
     )
 
 
@@ -136,12 +136,12 @@ def test_images_too_small_for_the_noise_of_torch_are_rejected(plan):
         (["x", {"prompt": ""}], "none of its 2 rows can be used; line 1: the line is not JSON"),
     ],
 )
-def test_a_manifest_without_a_good_row_is_refused(plan, rows, message):
+def test_a_manifest_without_a_good_row_is_rejected(plan, rows, message):
     with pytest.raises(InputError, match=message):
         plan(rows)
 
 
-def test_binary_garbage_is_refused_whatever_its_name_says(tmp_path, tiny_checkpoint):
+def test_binary_garbage_is_rejected_with_any_ending(tmp_path, tiny_checkpoint):
     for name in ("p.jsonl", "p.csv", "p.txt"):
         (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(5000))
         with pytest.raises(InputError, match=r"none of its \d+ rows|no column 'prompt'"):
@@ -158,7 +158,7 @@ def test_equal_input_plans_equal_bytes(plan, tmp_path):
     assert plans.differences(first.identity, other.identity) == "steps 50 -> 21"
 
 
-def test_shards_lie_one_after_the_other_whole_in_few_row_groups(tmp_path, tiny_checkpoint):
+def test_row_groups_contain_whole_shards_in_order(tmp_path, tiny_checkpoint):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "num_images": 9001}\n')
     made = make_plan(tmp_path / "out", path, tiny_checkpoint, images_per_shard=1000)
@@ -171,7 +171,7 @@ def test_shards_lie_one_after_the_other_whole_in_few_row_groups(tmp_path, tiny_c
     assert open_run(tmp_path / "out") == made
 
 
-def test_a_damaged_plan_is_refused(tmp_path, manifest, tiny_checkpoint):
+def test_a_damaged_plan_is_rejected(tmp_path, manifest, tiny_checkpoint):
     make_plan(tmp_path / "out", manifest, tiny_checkpoint)
     path = tmp_path / "out" / "_jaxdiff" / "plan" / "plan.json"
     whole = path.read_text()
@@ -181,9 +181,7 @@ def test_a_damaged_plan_is_refused(tmp_path, manifest, tiny_checkpoint):
             open_run(tmp_path / "out")
 
 
-def test_a_plan_of_another_version_is_refused_whatever_it_holds(
-    tmp_path, manifest, tiny_checkpoint, capsys
-):
+def test_a_plan_of_another_version_is_rejected(tmp_path, manifest, tiny_checkpoint, capsys):
     make_plan(tmp_path / "out", manifest, tiny_checkpoint)
     path = tmp_path / "out" / "_jaxdiff" / "plan" / "plan.json"
     older = json.loads(path.read_text())
@@ -191,7 +189,7 @@ def test_a_plan_of_another_version_is_refused_whatever_it_holds(
     del older["identity"]["eta"], older["model_name"]
     path.write_text(json.dumps(older))
     assert cli.main(["verify", str(tmp_path / "out")]) == 2
-    assert "(another version of jaxdiff made it)" in capsys.readouterr().err
+    assert "(it was written by another version of jaxdiff)" in capsys.readouterr().err
 
 
 def test_planning_and_verifying_import_no_jax(tmp_path, manifest, tiny_checkpoint):
@@ -232,8 +230,8 @@ assert not heavy, heavy
         ({"clip_skip": -1}, "--clip-skip must be a whole number from 0"),
         ({"prompt_chunks": 0}, "--prompt-chunks must be a whole number from 1"),
         ({"deep_cache": 0}, "--deep-cache must be a whole number from 1"),
-        ({"scheduler": "karras"}, '--scheduler must be like "key=value, key=value"'),
-        ({"scheduler": {"use_karras_sigmas": [1]}}, '--scheduler must be like "key=value'),
+        ({"scheduler": "karras"}, '--scheduler must have the form "key=value, key=value"'),
+        ({"scheduler": {"use_karras_sigmas": [1]}}, '--scheduler must have the form "key=value'),
         ({"seed": -1}, "--seed must be a whole number from 0"),
         ({"limit": 0}, "--limit must be a whole number from 1"),
     ],
@@ -244,7 +242,7 @@ def test_an_option_that_cannot_be_used_is_named(tiny_checkpoint, said, message):
     assert str(caught.value).startswith(message)
 
 
-def test_a_sampler_that_the_refiners_scheduler_does_not_fit_is_refused(tiny_checkpoint, tmp_path):
+def test_a_sampler_that_does_not_fit_the_refiner_is_rejected(tiny_checkpoint, tmp_path):
     refiner = tmp_path / "refiner"
     shutil.copytree(tiny_checkpoint, refiner)
     path = refiner / "scheduler" / "scheduler_config.json"
@@ -255,7 +253,7 @@ def test_a_sampler_that_the_refiners_scheduler_does_not_fit_is_refused(tiny_chec
         job_settings.resolve({"sampler": "pndm"}, model)
 
 
-def test_the_model_says_its_size_sampler_steps_and_guidance(tiny_checkpoint):
+def test_defaults_come_from_the_model(tiny_checkpoint):
     settings = job_settings.resolve({"height": "32"}, open_ensemble(tiny_checkpoint))
     assert (settings.width, settings.height, settings.sampler) == (64, 32, "ddim")
     assert (settings.steps, settings.guidance_scale) == (50, 7.5)
@@ -271,14 +269,14 @@ def test_the_model_says_its_size_sampler_steps_and_guidance(tiny_checkpoint):
         {"use_karras_sigmas": True, "timestep_spacing": "trailing"},
     ],
 )
-def test_changes_to_the_scheduler_have_one_form(tiny_checkpoint, said):
+def test_scheduler_changes_are_normalised(tiny_checkpoint, said):
     settings = job_settings.resolve({"scheduler": said}, open_ensemble(tiny_checkpoint))
     assert settings.scheduler == "timestep_spacing=trailing, use_karras_sigmas=true"
     changes = checks.key_values(settings.scheduler)
     assert changes == {"use_karras_sigmas": True, "timestep_spacing": "trailing"}
 
 
-def test_what_a_user_changes_is_no_default_of_the_file():
+def test_a_changed_scheduler_value_is_no_longer_a_default():
     config = {"timestep_spacing": "leading", "_use_default_values": ["timestep_spacing", "x"]}
     changed = scheduler_config.changed(config, "timestep_spacing=trailing")
     assert changed == {"timestep_spacing": "trailing", "_use_default_values": ["x"]}
@@ -293,7 +291,7 @@ def test_what_a_user_changes_is_no_default_of_the_file():
     ],
     ids=str,
 )
-def test_a_row_that_its_sampler_cannot_make_is_rejected_alone(plan, row, said, reason):
+def test_a_row_that_its_sampler_cannot_handle_is_rejected_alone(plan, row, said, reason):
     rows = [{"prompt": "a", "sampler": "euler"}, {"prompt": "b", **row}]
     made, _, rejected = plan(rows, sampler="euler", **said)
     assert made.images == 1
@@ -316,13 +314,13 @@ def test_a_row_that_its_sampler_cannot_make_is_rejected_alone(plan, row, said, r
     ],
     ids=str,
 )
-def test_an_option_that_would_do_nothing_is_refused(plan, said, message):
+def test_an_option_without_effect_is_rejected(plan, said, message):
     with pytest.raises(InputError, match=message):
         plan([{"prompt": "a"}], **said)
     plan([{"prompt": "a", "sampler": "ddim"}], eta=0.5, sampler="euler")
 
 
-def test_a_record_says_the_options_that_are_not_as_usual(plan):
+def test_a_record_lists_the_non_default_options(plan):
     usual, _, _ = plan([{"prompt": "a"}])
     assert usual.options == ""
     other, _, _ = plan([{"prompt": "a"}], eta=0.5, clip_skip=1, scheduler={"steps_offset": 3})

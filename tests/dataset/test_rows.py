@@ -26,7 +26,7 @@ def parse(**values) -> rows.Row:
     return rows.parse({"prompt": "a cat", **values}, 12, SETTINGS, CHECKS)
 
 
-def test_what_a_row_does_not_say_comes_from_the_job():
+def test_missing_values_come_from_the_job():
     row = parse()
     assert row.id == "12"
     assert row.num_images == 2
@@ -37,7 +37,7 @@ def test_what_a_row_does_not_say_comes_from_the_job():
     assert row.metadata == "{}"
 
 
-def test_what_a_row_says_goes_first():
+def test_the_values_of_a_row_take_precedence():
     row = parse(id=7, seed=3, num_images=3, width=8, steps=1, guidance_scale=0, sampler="euler")
     assert row.id == "7"
     assert list(row.seeds) == [3, 4, 5]
@@ -53,7 +53,7 @@ def test_numbers_may_be_text_and_whole_floats():
     assert (row.request.steps, row.request.guidance_scale, row.request.width) == (30, 2.5, 16)
 
 
-def test_numbers_may_be_of_numpy_and_of_pandas():
+def test_numbers_may_be_numpy_scalars():
     row = parse(id=7.0, seed=np.uint32(5), steps=np.float64(30), guidance_scale=np.float32(2.5))
     assert row.id == "7"
     assert row.seeds[0] == 5
@@ -67,7 +67,7 @@ def test_seeds_make_one_image_each(seeds):
     assert (parse(seeds=seeds).num_images, parse(seeds=seeds).seeds) == (2, (5, 9))
 
 
-def test_capitals_of_a_column_do_not_matter_but_the_exact_name_goes_first():
+def test_column_names_are_case_insensitive_but_an_exact_match_takes_precedence():
     row = rows.parse({"Prompt": "a cat", "Seed": 4, "Note": 1}, 0, SETTINGS, CHECKS)
     assert row.request.prompt == "a cat"
     assert row.seeds[0] == 4
@@ -77,7 +77,7 @@ def test_capitals_of_a_column_do_not_matter_but_the_exact_name_goes_first():
     assert row.metadata == '{"Prompt":"kept"}'
 
 
-def test_other_columns_are_carried_through_untouched():
+def test_other_columns_are_kept_unchanged():
     row = parse(note="ü", tags=[1, {"a": None}], score=0.1)
     assert row.metadata == '{"note":"ü","tags":[1,{"a":null}],"score":0.1}'
 
@@ -89,9 +89,9 @@ def test_other_columns_are_carried_through_untouched():
         ({"prompt": " \t"}, "the prompt is empty or missing"),
         ({"prompt": 3}, "prompt must be text, not 3"),
         ({"prompt": "x" * 4001}, "prompt has 4001 characters; at most 4000"),
-        ({"prompt": "a\0b"}, "prompt holds a NUL character"),
-        ({"prompt": "a\ud800b"}, "prompt holds the lone surrogate U+D800"),
-        ({"prompt": "a\udcffb"}, "prompt holds the byte 0xff, which is not UTF-8"),
+        ({"prompt": "a\0b"}, "prompt contains a NUL character"),
+        ({"prompt": "a\ud800b"}, "prompt contains the lone surrogate U+D800"),
+        ({"prompt": "a\udcffb"}, "prompt contains the byte 0xff, which is not UTF-8"),
         ({"negative_prompt": ["x"]}, "negative_prompt must be text, not ['x']"),
         ({"id": True}, "id must be text, not True"),
         ({"id": 7.5}, "id must be text, not 7.5"),
@@ -104,15 +104,18 @@ def test_other_columns_are_carried_through_untouched():
         ({"seed": True}, "seed must be a whole number"),
         ({"seed": [1]}, "seed must be a whole number"),
         ({"seed": "\uff19"}, "seed must be a whole number"),
-        ({"seed": 2**32 - 2, "num_images": 3}, "seed 4294967294 and 3 images go beyond"),
+        ({"seed": 2**32 - 2, "num_images": 3}, "seed 4294967294 and 3 images exceed the"),
         ({"seed": 1, "seeds": [1]}, "the row has both seed and seeds"),
         ({"seeds": []}, "seeds must be a list of whole numbers"),
         ({"seeds": {"a": 1}}, "seeds must be a list of whole numbers"),
-        ({"seeds": [1, "x"]}, "each of seeds must be a whole number"),
-        ({"seeds": [1, 2], "num_images": 3}, "the row has 2 seeds, but num_images 3"),
+        ({"seeds": [1, "x"]}, "each seed of seeds must be a whole number"),
+        ({"seeds": [1, 2], "num_images": 3}, "the row has 2 seeds, but num_images is 3"),
         ({"num_images": 0}, "num_images must be a whole number from 1"),
         ({"num_images": 10**9}, "num_images must be a whole number from 1 to 1000000"),
-        ({"width": 100}, "width must be a multiple of 8 for this model, not 100; 96"),
+        (
+            {"width": 100},
+            "width must be a multiple of 8 for this model, not 100; the nearest is 96",
+        ),
         ({"width": 0}, "width must be a whole number from 8"),
         ({"width": 10**6}, "width must be a whole number from 8 to 8192"),
         ({"height": [64]}, "height must be a whole number"),
@@ -127,7 +130,7 @@ def test_other_columns_are_carried_through_untouched():
         ({"sampler": 1}, f"sampler must be one of {', '.join(SAMPLERS)}, not 1"),
         ({"when": date(2026, 1, 1)}, "column 'when': Object of type date is not JSON"),
         ({"score": math.inf}, "column 'score': Out of range float values"),
-        ({"note": "\ud800"}, "a column that is carried through holds the lone surrogate U+D800"),
+        ({"note": "\ud800"}, "an extra column contains the lone surrogate U+D800"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(values, reason):

@@ -17,7 +17,7 @@ from jaxdiff.dataset.run import open_run
 
 @pytest.fixture(params=["webdataset", "parquet"])
 def job(request, tmp_path, manifest, tiny_checkpoint):
-    """A planned directory of three shards, and its plan."""
+    """A planned directory of three shards, and its run."""
     said = {"images_per_shard": 4, "batch_size": 2, "format": request.param}
     run = make_plan(tmp_path / "out", manifest, tiny_checkpoint, **said)
     return tmp_path / "out", run
@@ -67,7 +67,7 @@ def test_an_attempt_that_is_not_committed_leaves_nothing(job):
     assert files(directory) == before
 
 
-def test_of_two_attempts_one_makes_the_shard(job):
+def test_only_one_of_two_attempts_commits(job):
     directory, run = job
     planned = run.planned(0)
     with (
@@ -108,7 +108,7 @@ for shard in order:
 """
 
 
-def test_racing_processes_that_write_other_bytes_never_mix(tmp_path, manifest, tiny_checkpoint):
+def test_racing_processes_that_write_different_bytes_never_mix(tmp_path, manifest, tiny_checkpoint):
     directory = tmp_path / "out"
     manifest.write_text('{"prompt": "a", "num_images": 80}\n')
     run = make_plan(directory, manifest, tiny_checkpoint, batch_size=2, images_per_shard=2)
@@ -132,7 +132,7 @@ def test_racing_processes_that_write_other_bytes_never_mix(tmp_path, manifest, t
 
 
 @pytest.mark.parametrize("renamed", [0, 1])
-def test_a_kill_between_the_marker_and_the_renames_is_healed(job, renamed):
+def test_a_kill_between_the_marker_and_the_renames_is_repaired(job, renamed):
     directory, run = job
     for shard in range(3):
         make_shard(run, shard)
@@ -144,7 +144,7 @@ def test_a_kill_between_the_marker_and_the_renames_is_healed(job, renamed):
     assert ledger.verify(directory)[1] == []
 
 
-def test_a_marker_of_another_plan_is_not_believed(job):
+def test_a_marker_of_another_plan_is_rejected(job):
     directory, run = job
     make_shard(run, 0)
     path = directory / shards.marker_name(0)
@@ -157,5 +157,5 @@ def test_a_marker_of_another_plan_is_not_believed(job):
         {"made": 3},
     ):
         path.write_text(json.dumps({**whole, **change}))
-        with pytest.raises(ValueError, match="damaged or another plan's"):
+        with pytest.raises(ValueError, match="damaged or belongs to another plan"):
             shards.read_marker(run, 0)

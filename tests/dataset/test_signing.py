@@ -1,4 +1,4 @@
-"""Signed datasets: what C2PA's own reader finds in them, and that they stay whole."""
+"""Signed datasets are valid for C2PA's own reader and for `verify`."""
 
 import datetime
 import io
@@ -41,7 +41,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
 
 
 def certificate(subject: str, key, issuer: str, issuer_key, years=20, usage="EMAIL_PROTECTION"):
-    """A certificate as C2PA wants it; an authority's if it is its own issuer's."""
+    """Returns a certificate that C2PA accepts; an authority's if it is its own issuer."""
     authority = subject == issuer
     name = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, n)]) for n in (subject, issuer)]
     begin = datetime.datetime.now() - datetime.timedelta(days=400)
@@ -100,7 +100,7 @@ def samples(directory: Path) -> list[formats.Sample]:
 
 
 @pytest.mark.parametrize("image_format", image_files.EXTENSIONS)
-def test_a_signed_image_says_what_made_it_and_is_else_the_same(signer, image_format):
+def test_a_signed_image_names_jaxdiff_and_is_otherwise_unchanged(signer, image_format):
     image = image_files.encode(PIXELS, SETTINGS, image_format)
     assert not signing.is_signed(image, image_format)
     signed = signing.sign(image, image_format, signing.open_signer(*signer()))
@@ -120,7 +120,7 @@ def test_a_signed_image_says_what_made_it_and_is_else_the_same(signer, image_for
     assert getattr(after, "text", None) == getattr(before, "text", None)
 
 
-def test_a_changed_pixel_is_found_out(signer):
+def test_a_changed_pixel_is_detected(signer):
     signed = bytearray(
         signing.sign(
             image_files.encode(PIXELS, SETTINGS, "png"), "png", signing.open_signer(*signer())
@@ -131,14 +131,14 @@ def test_a_changed_pixel_is_found_out(signer):
 
 
 @pytest.mark.parametrize("algorithm", KEYS)
-def test_every_kind_of_key_that_c2pa_knows_can_sign(signer, algorithm):
+def test_every_supported_kind_of_key_can_sign(signer, algorithm):
     opened = signing.open_signer(*signer(KEYS[algorithm]()))
     signed = signing.sign(image_files.encode(PIXELS, SETTINGS, "png"), "png", opened)
     state, manifest = manifest_of(signed, "png")
     assert (state, manifest["signature_info"]["alg"].lower()) == ("Valid", algorithm)
 
 
-def test_a_key_in_openssl_s_old_form_can_sign(signer):
+def test_a_key_in_openssl_s_traditional_format_can_sign(signer):
     chain, key = signer()
     old = serialization.PrivateFormat.TraditionalOpenSSL
     key.write_bytes(SIGNER.private_bytes(PEM, old, serialization.NoEncryption()))
@@ -147,7 +147,7 @@ def test_a_key_in_openssl_s_old_form_can_sign(signer):
 
 @pytest.mark.parametrize("format_", formats.FORMATS)
 @pytest.mark.parametrize("image_format", image_files.EXTENSIONS)
-def test_a_signed_dataset_is_whole(finished, signer, format_, image_format):
+def test_a_signed_dataset_verifies(finished, signer, format_, image_format):
     directory = finished(format=format_, image_format=image_format, failing=["000000001"])
     before = samples(directory)
     assert signing.sign_dataset(directory, *signer()) == 8
@@ -168,7 +168,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
 
-def test_a_second_signing_does_nothing(finished, signer):
+def test_signing_twice_changes_nothing(finished, signer):
     directory = finished()
     assert signing.sign_dataset(directory, *signer()) == 9
     before = contents(directory)
@@ -176,7 +176,7 @@ def test_a_second_signing_does_nothing(finished, signer):
     assert contents(directory) == before
 
 
-def test_only_what_is_not_signed_is_signed(finished, signer):
+def test_only_unsigned_images_are_signed(finished, signer):
     directory = finished()
     opened = signing.open_signer(*signer())
     first = samples(directory)[0]
@@ -196,10 +196,11 @@ def test_only_what_is_not_signed_is_signed(finished, signer):
 DYING = """
 import os, sys
 from pathlib import Path
-from jaxdiff.dataset import directory, ledger, signing
+from jaxdiff.dataset import ledger, paths
+from jaxdiff.dataset.finished import signing
 
-name, last, *paths = sys.argv[1:]
-module = {"replace": directory, "finalize": ledger, "sign": signing}[name]
+name, last, *arguments = sys.argv[1:]
+module = {"replace": paths, "finalize": ledger, "sign": signing}[name]
 original, calls = getattr(module, name), []
 
 def dying(*arguments):
@@ -209,7 +210,7 @@ def dying(*arguments):
     return original(*arguments)
 
 setattr(module, name, dying)
-signing.sign_dataset(*map(Path, paths))
+signing.sign_dataset(*map(Path, arguments))
 """
 
 
@@ -217,13 +218,13 @@ signing.sign_dataset(*map(Path, paths))
 @pytest.mark.parametrize(
     ("name", "last", "left"),
     [
-        ("sign", 7, 5),  # the certificate's trial, the first shard's four, the second's second
-        ("replace", 3, 5),  # the first shard's marker is there, its files are not
-        ("replace", 4, 5),  # its images are, its metadata are not
+        ("sign", 7, 5),  # the test image, the first shard's four, the second shard's second
+        ("replace", 3, 5),  # the first shard's marker exists, its files do not
+        ("replace", 4, 5),  # its images exist, its metadata do not
         ("finalize", 1, 0),
     ],
 )
-def test_a_signing_that_was_killed_goes_on(finished, signer, name, last, left, format_):
+def test_killed_signing_resumes(finished, signer, name, last, left, format_):
     directory = finished(format=format_)
     arguments = [name, str(last), directory, *signer()]
     ended = subprocess.run([sys.executable, "-c", DYING, *arguments], check=False)
@@ -235,25 +236,25 @@ def test_a_signing_that_was_killed_goes_on(finished, signer, name, last, left, f
     assert not (directory / names.TMP).exists()
 
 
-def test_what_has_been_changed_is_not_signed(finished, signer):
+def test_a_changed_dataset_is_not_signed(finished, signer):
     directory = finished()
     path = directory / "data" / "train-00001.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(InputError, match=r"data/train-00001.tar is not as it was made"):
+    with pytest.raises(InputError, match=r"data/train-00001.tar is missing or has changed"):
         signing.sign_dataset(directory, *signer())
 
 
-def test_an_unfinished_dataset_is_refused(tmp_path, manifest, tiny_checkpoint, signer):
+def test_an_unfinished_dataset_is_rejected(tmp_path, manifest, tiny_checkpoint, signer):
     directory = tmp_path / "out"
     run = make_plan(directory, manifest, tiny_checkpoint, images_per_shard=4, batch_size=2)
     make_shard(run, 0)
     before = contents(directory)
-    with pytest.raises(InputError, match="2 of 3 shards are not made yet; the same generate"):
+    with pytest.raises(InputError, match="2 of 3 shards are missing; run the same generate"):
         signing.sign_dataset(directory, *signer())
     assert contents(directory) == before
 
 
-def test_a_directory_that_another_process_holds_is_refused(finished, signer):
+def test_a_directory_that_another_process_has_locked_is_rejected(finished, signer):
     directory = finished()
     hold = f"""
 import sys
@@ -276,10 +277,10 @@ with LocalStore(Path({str(directory)!r})).held():
     ("change", "message"),
     [
         (lambda chain, key: chain.unlink(), "--certificate .*chain.pem cannot be read"),
-        (lambda chain, key: chain.write_bytes(b"x"), "chain.pem holds no certificate in PEM"),
-        (lambda chain, key: key.write_bytes(b"\x00x"), "key.pem holds no private key in PEM"),
+        (lambda chain, key: chain.write_bytes(b"x"), "chain.pem contains no PEM certificate"),
+        (lambda chain, key: key.write_bytes(b"\x00x"), "key.pem contains no PEM private key"),
         (lambda chain, key: key.write_bytes(pem(SIGNER, b"x")), "key.pem is encrypted"),
-        (lambda chain, key: key.write_bytes(pem(ISSUER)), "is not that of the first certificate"),
+        (lambda chain, key: key.write_bytes(pem(ISSUER)), "does not match the first certificate"),
     ],
 )
 def test_files_that_cannot_sign_are_named(signer, change, message):
@@ -291,22 +292,20 @@ def test_files_that_cannot_sign_are_named(signer, change, message):
 
 
 @pytest.mark.parametrize("said", [{"years": 1}, {"usage": "CLIENT_AUTH"}])
-def test_a_certificate_that_c2pa_refuses_is_refused_before_anything_is_written(
-    finished, signer, said
-):
+def test_a_certificate_that_c2pa_rejects_leaves_the_dataset_unchanged(finished, signer, said):
     directory = finished()
     before = contents(directory)
-    with pytest.raises(InputError, match=r"cannot sign \(.*\); C2PA wants one in force"):
+    with pytest.raises(InputError, match=r"cannot sign \(.*\); C2PA needs a currently valid"):
         signing.sign_dataset(directory, *signer(**said))
     assert contents(directory) == before
 
 
-def test_a_key_of_another_kind_is_refused(signer):
-    with pytest.raises(InputError, match="must be of P-256, P-384, P-521, Ed25519 or RSA"):
+def test_an_unsupported_kind_of_key_is_rejected(signer):
+    with pytest.raises(InputError, match="must be a P-256, P-384, P-521, Ed25519 or RSA key"):
         signing.open_signer(*signer(ec.generate_private_key(ec.SECP256K1())))
 
 
-def test_the_command_signs_and_says_so(finished, signer, capsys):
+def test_the_command_reports_how_many_images_it_signed(finished, signer, capsys):
     directory = finished()
     chain, key = map(str, signer())
     command = ["sign", str(directory), "--certificate", chain, "--key", key]
@@ -321,7 +320,7 @@ def test_the_command_signs_and_says_so(finished, signer, capsys):
     assert not directory.exists()
 
 
-def test_without_c2pa_the_command_says_what_to_install():
+def test_without_c2pa_the_command_names_the_package_to_install():
     code = """
 import sys
 sys.modules["c2pa"] = None

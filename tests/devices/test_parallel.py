@@ -83,7 +83,8 @@ def test_each_device_of_model_holds_its_part_of_all_weights(width):
     family = CONTENTS[width]
     mesh = jax.sharding.AbstractMesh((1, 8), parallel.AXES)
     parsed = {name: it for name, it in family.configs.items() if name != "scheduler"}
-    model = STABLE_DIFFUSION_XL.build(STABLE_DIFFUSION_XL.read_configs(parsed), family.index)
+    networks = STABLE_DIFFUSION_XL.networks()
+    model = networks.build(networks.read_configs(parsed), family.index)
     for component, (_, shapes, rules) in model.networks.items():
         places = parallel.parameter_shardings(mesh, shapes, rules)
         held = jax.tree.map(lambda x, place: place.shard_shape(x.shape), shapes, places)

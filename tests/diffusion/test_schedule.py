@@ -99,7 +99,9 @@ def test_unsupported_keys_are_rejected_by_name(sampler, config):
 
 
 def test_an_unsupported_default_is_reported_as_a_default():
-    with pytest.raises(InputError, match="clip_sample = true, the default, is not supported by ddim"):
+    with pytest.raises(
+        InputError, match="clip_sample = true, the default, is not supported by ddim"
+    ):
         noise_schedule({}, "ddim")
 
 

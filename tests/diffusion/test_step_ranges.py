@@ -16,7 +16,7 @@ def stretches(distilled=(False,), guided=True, **options):
             TIMESTEPS,
             Options(**options),
             guided=guided,
-            distilled=distilled,
+            guidance_is_input=distilled,
             train_steps=1000,
         )
     ]

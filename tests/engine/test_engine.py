@@ -1,4 +1,4 @@
-"""The compiled path on a random model: what an image depends on, and what it does not."""
+"""The engine with a random model: what an image depends on, and what it does not."""
 
 import json
 import os
@@ -57,14 +57,14 @@ def test_images_are_8_bit_rgb_of_the_models_size(images):
     assert len({image.pixels.tobytes() for image in images}) == len(images)
 
 
-def test_planning_knows_the_names_that_the_model_side_knows():
+def test_planning_and_the_engine_have_the_same_names():
     assert list(request.FIELDS) == [field.name for field in fields(request.Request)]
     assert noise.KINDS == checks.NOISES
     assert tuple(engine.DTYPES) == checks.DTYPES
     assert set(request.OPTION_CHECKS) == {field.name for field in fields(request.Options)}
 
 
-def test_order_and_neighbours_do_not_change_an_image(model, images):
+def test_order_and_other_images_of_the_batch_do_not_change_an_image(model, images):
     shuffled = model.generate([REQUESTS[i] for i in (4, 2, 0, 3, 1)], batch_size=4)
     np.testing.assert_array_equal(pixels(shuffled), pixels(images)[[4, 2, 0, 3, 1]])
 
@@ -87,7 +87,7 @@ def test_seed_prompt_guidance_and_negative_prompt_each_change_the_image(model, i
 
 @pytest.fixture(scope="session")
 def compiled():
-    """The programs that have been compiled, or fetched from the cache instead, one entry each."""
+    """A list with an entry for each program that is compiled or fetched from the cache."""
     events = []
 
     def listen(event: str, *_, **__) -> None:
@@ -98,7 +98,9 @@ def compiled():
     return events
 
 
-def test_prompts_seeds_guidance_scales_and_samplers_compile_nothing(model, images, compiled):
+def test_new_prompts_seeds_guidance_scales_and_samplers_need_no_compilation(
+    model, images, compiled
+):
     before = len(compiled)
     model.generate([replace(REQUESTS[0], seed=5, prompt="new", guidance_scale=9.0)], batch_size=4)
     model.generate([replace(REQUESTS[0], sampler="euler")], batch_size=4)
@@ -117,17 +119,17 @@ def test_each_size_is_compiled_once(model, images, compiled):
     assert len(compiled) - before == wide_and_high
 
 
-def test_what_is_expected_is_compiled_while_loading(tiny_checkpoint, images, compiled):
+def test_expected_requests_are_compiled_while_loading(tiny_checkpoint, images, compiled):
     model = jaxdiff.load(tiny_checkpoint, expecting={REQUESTS[0]: 8})
-    made = model.generate(REQUESTS[:1])  # waits for what was begun
+    made = model.generate(REQUESTS[:1])  # waits for the compilations in progress
     np.testing.assert_array_equal(made[0].pixels, images[0].pixels)
     before = len(compiled)
     model.generate(REQUESTS)
     assert len(compiled) == before
 
 
-def test_another_process_finds_what_was_compiled(tiny_checkpoint, tmp_path):
-    """JAX says on standard error how often its cache on disk knew a program."""
+def test_another_process_reuses_compiled_programs(tiny_checkpoint, tmp_path):
+    """Counts the hits and misses of JAX's cache on disk from its monitoring events."""
     code = (
         "import jax, jaxdiff, sys\n"
         "jax.monitoring.register_event_listener(lambda event, **_: print(event))\n"
@@ -156,7 +158,7 @@ def test_another_process_finds_what_was_compiled(tiny_checkpoint, tmp_path):
     assert hits == 0
     missed, found = misses_and_hits()
     assert missed == 0
-    assert found >= misses  # a program that two threads want at once is looked up twice
+    assert found >= misses  # two threads that need a program at the same time both look it up
     (folder,) = (tmp_path / "jaxdiff" / "xla").iterdir()
     assert folder.stat().st_mode & 0o077 == 0
 
@@ -167,7 +169,7 @@ def test_decoding_in_turns_changes_at_most_the_last_bit(tiny_checkpoint, images,
     assert np.abs(pixels(in_turns).astype(int) - pixels(images)).max() <= 1
 
 
-def test_guidance_holds_in_its_interval_only(tiny_checkpoint, model, images):
+def test_guidance_is_on_only_in_its_interval(tiny_checkpoint, model, images):
     def pixels_with(**options):
         return pixels(jaxdiff.load(tiny_checkpoint, **options).generate(REQUESTS, batch_size=4))
 
@@ -181,7 +183,7 @@ def test_guidance_holds_in_its_interval_only(tiny_checkpoint, model, images):
 
 
 def test_a_model_may_refine_itself(tiny_checkpoint, images):
-    """DDIM keeps nothing from step to step, so the change of experts cannot be seen."""
+    """DDIM has no history, so the switch of denoisers has no effect."""
     model = jaxdiff.load(tiny_checkpoint, refiner=tiny_checkpoint, refiner_start=0.5)
     difference = pixels(model.generate(REQUESTS, batch_size=4)).astype(int) - pixels(images)
     assert np.abs(difference).max() <= 1
@@ -195,7 +197,7 @@ def test_a_model_may_refine_itself(tiny_checkpoint, images):
     ],
     ids=str,
 )
-def test_an_option_changes_the_image_whatever_the_neighbours(tiny_checkpoint, images, options):
+def test_an_option_changes_the_image_independently_of_the_batch(tiny_checkpoint, images, options):
     model = jaxdiff.load(tiny_checkpoint, **options)
     together = pixels(model.generate(REQUESTS, batch_size=4))
     assert (together != pixels(images)).any()
@@ -203,7 +205,7 @@ def test_an_option_changes_the_image_whatever_the_neighbours(tiny_checkpoint, im
     np.testing.assert_array_equal(alone, together[2])
 
 
-def test_another_models_tokenizer_is_refused(tiny_checkpoint, tmp_path):
+def test_another_models_tokenizer_is_rejected(tiny_checkpoint, tmp_path):
     directory = shutil.copytree(tiny_checkpoint, tmp_path / "mixed")
     added = {"added_tokens_decoder": {"641": {"content": "<new>", "special": True}}}
     path = directory / "tokenizer" / "tokenizer_config.json"
@@ -221,7 +223,7 @@ def test_another_models_tokenizer_is_refused(tiny_checkpoint, tmp_path):
         ("vae", {"out_channels": 4}, "out_channels = 4 must be 3"),
     ],
 )
-def test_networks_that_do_not_fit_each_other_are_refused(
+def test_networks_that_do_not_fit_together_are_rejected(
     tiny_checkpoint, tmp_path, network, change, message
 ):
     directory = shutil.copytree(tiny_checkpoint, tmp_path / "mixed")
@@ -231,7 +233,7 @@ def test_networks_that_do_not_fit_each_other_are_refused(
         jaxdiff.load(directory)
 
 
-def test_prompts_are_forgotten_when_they_take_too_much_room(model, images, monkeypatch):
+def test_the_cache_of_embeddings_has_a_limit(model, images, monkeypatch):
     monkeypatch.setattr(prompts, "CACHED_BYTES", 3 * images[0].pixels.nbytes)
     (encoder,) = (denoiser.prompts for denoiser in model._denoisers)
     many = [replace(REQUESTS[0], prompt=f"a ring {i}") for i in range(30)]
@@ -241,7 +243,7 @@ def test_prompts_are_forgotten_when_they_take_too_much_room(model, images, monke
     np.testing.assert_array_equal(pixels(again), pixels(images))
 
 
-def test_the_end_of_a_long_prompt_counts_where_it_has_room(tiny_checkpoint, model):
+def test_the_end_of_a_long_prompt_matters_only_with_more_chunks(tiny_checkpoint, model):
     long = replace(REQUESTS[0], prompt="a red circle and a blue star " * 4)
     requests = [long, replace(long, prompt=long.prompt + "on a white background")]
     cut = pixels(model.generate(requests, batch_size=2))
@@ -266,7 +268,7 @@ def test_sizes_mix_in_one_call_and_stay_in_order(model):
     assert [image.pixels.shape for image in mixed] == [(64, 64, 3), (40, 72, 3), (64, 64, 3)]
 
 
-def test_torch_noise_is_another_starting_point(tiny_checkpoint, images):
+def test_torch_noise_gives_another_image(tiny_checkpoint, images):
     other = jaxdiff.load(tiny_checkpoint, noise="torch").generate(REQUESTS[:1], batch_size=4)
     assert (other[0].pixels != images[0].pixels).any()
 

@@ -1,4 +1,4 @@
-"""Summaries do not tell in which order or in which parts the images came."""
+"""Summaries do not depend on the order of the images or on how they are divided into parts."""
 
 import io
 import tracemalloc
@@ -14,7 +14,7 @@ ROWS, WIDTH = 1000, 12
 
 @pytest.fixture(scope="module")
 def features() -> np.ndarray:
-    """Far from zero, where a naive sum of squares would lose its digits."""
+    """Features far from zero, where a naive sum of squares would lose precision."""
     random = np.random.default_rng(0)
     return random.standard_normal((ROWS, WIDTH)) @ random.standard_normal((WIDTH, WIDTH)) + 1e4
 
@@ -25,15 +25,15 @@ def keys() -> list[str]:
 
 
 def in_parts(random: np.random.Generator) -> list[np.ndarray]:
-    """Each row's number once, in a random order, in parts of random sizes, some of them empty."""
+    """Returns all row numbers in random order, in parts of random sizes, some of them empty."""
     return np.split(random.permutation(ROWS), np.sort(random.integers(0, ROWS + 1, 20)))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_moments_are_numpys_whatever_the_parts(features, seed):
+def test_moments_match_numpy_for_any_parts(features, seed):
     random = np.random.default_rng(seed)
     parts = [Moments.of(features[part]) for part in in_parts(random)]
-    while len(parts) > 1:  # any two of them
+    while len(parts) > 1:  # merge a random pair
         one, other = (parts.pop(random.integers(len(parts))) for _ in range(2))
         parts.append(one.merge(other))
     (moments,) = parts
@@ -45,7 +45,7 @@ def test_moments_are_numpys_whatever_the_parts(features, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_sample_is_the_same_bits_whatever_the_parts(features, keys, seed):
+def test_a_sample_is_bit_identical_for_any_parts(features, keys, seed):
     sample = Sample.of([], np.zeros((0, 0)), 50)
     for part in in_parts(np.random.default_rng(seed)):
         sample = sample.add([keys[row] for row in part], features[part])
@@ -56,20 +56,20 @@ def test_a_sample_is_the_same_bits_whatever_the_parts(features, keys, seed):
     assert len(sample.features) == 50
 
 
-def test_a_sample_is_drawn_evenly(keys):
+def test_a_sample_is_drawn_uniformly(keys):
     numbers = np.arange(ROWS, dtype=np.float64)[:, None]
     drawn = Sample.of(keys, numbers, 400).features
     assert abs(drawn.mean() - numbers.mean()) < 4 * numbers.std() / np.sqrt(400)
 
 
-def test_an_image_that_comes_twice_is_there_once(features, keys):
+def test_an_image_that_is_added_twice_counts_once(features, keys):
     sample = Sample.of(keys, features, 50)
     again = sample.add(keys, features).merge(sample)
     assert again.hashes.tobytes() == sample.hashes.tobytes()
     assert again.features.tobytes() == sample.features.tobytes()
 
 
-def test_a_sample_of_few_images_has_them_all(features, keys):
+def test_a_sample_of_few_images_contains_them_all(features, keys):
     sample = Sample.of(keys[:5], features[:5], 50)
     assert sorted(sample.features[:, 0]) == sorted(features[:5, 0].astype(np.float32))
 
@@ -81,7 +81,7 @@ def test_merged_samples_have_the_smaller_size(features, keys):
     assert merged.features.tobytes() == Sample.of(keys, features, 20).features.tobytes()
 
 
-def test_both_survive_one_file_without_pickle(features, keys):
+def test_both_can_be_saved_to_one_file_without_pickle(features, keys):
     moments, sample = Moments.of(features), Sample.of(keys, features, 50)
     file = io.BytesIO()
     np.savez(file, **moments.arrays(), **sample.arrays())
@@ -112,7 +112,7 @@ def test_memory_does_not_grow_with_the_images():
     assert peak(40) < 1.05 * peak(8)
 
 
-def test_what_is_no_table_of_numbers_is_refused():
+def test_other_values_than_a_table_of_numbers_are_rejected():
     with pytest.raises(InputError, match=r"a table of numbers.*\[4\]"):
         Moments.of(np.zeros(4))
     with pytest.raises(InputError, match="9000 features per image are more than 8192"):

@@ -1,4 +1,4 @@
-"""Template files, expanded and refused, and counts of what their images show."""
+"""Template files: valid and invalid ones, and counts of what their images show."""
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ BAD_TEMPLATES = {
 
 
 @pytest.mark.parametrize("fault", BAD_TEMPLATES)
-def test_a_template_that_cannot_be_used_is_told_in_a_line(tmp_path, fault):
+def test_an_invalid_template_gives_a_one_line_error(tmp_path, fault):
     text, message = BAD_TEMPLATES[fault]
     path = file_of(tmp_path, text)
     with pytest.raises(InputError, match=message) as raised:
@@ -78,7 +78,7 @@ def test_a_template_that_cannot_be_used_is_told_in_a_line(tmp_path, fault):
     assert "\n" not in str(raised.value)
 
 
-def test_a_template_that_is_not_there_is_told(tmp_path):
+def test_a_missing_template_is_reported(tmp_path):
     with pytest.raises(InputError, match=r"template file .* does not exist"):
         audits.read(tmp_path / "audit.toml")
     (tmp_path / "latin.toml").write_bytes(b'template = "\xff"')
@@ -86,7 +86,7 @@ def test_a_template_that_is_not_there_is_told(tmp_path):
         audits.read(tmp_path / "latin.toml")
 
 
-def test_counts_are_those_of_a_loop_with_wilsons_intervals(tmp_path):
+def test_counts_match_a_loop_and_have_wilson_intervals(tmp_path):
     prompts = read("audit", file_of(tmp_path, TEMPLATE))
     rng = np.random.default_rng(0)
     owners = np.repeat(np.arange(len(prompts)), 40)

@@ -1,4 +1,4 @@
-"""Benchmarks' official files, read in their official forms, and refused."""
+"""The benchmarks' official files: how they are read, and invalid files."""
 
 import gzip
 import json
@@ -42,23 +42,23 @@ def file_of(folder, name: str, text: str | bytes):
     return path
 
 
-def told(prompts: list[Prompt]) -> list[tuple[str, str, str]]:
+def triples(prompts: list[Prompt]) -> list[tuple[str, str, str]]:
     return [(prompt.id, prompt.text, prompt.category) for prompt in prompts]
 
 
-def test_shapes_has_prompts_of_its_own_each_once():
+def test_shapes_has_its_own_distinct_prompts():
     prompts = read("shapes", None, per_tag=30)
     assert len({prompt.text for prompt in prompts}) == len(prompts) == 24 + 5 * 30
     assert [prompt.category for prompt in prompts[::30]] == [*shapes.TAGS][:6]
     assert prompts == read("shapes", None, per_tag=30)
     assert prompts != read("shapes", None, per_tag=30, seed=7)
-    # More prompts leave those that were there as they are: their seeds come from their ids.
+    # With more prompts per tag, the first ones stay the same: their seeds come from their ids.
     assert {p.id: p for p in prompts}.items() <= {p.id: p for p in read("shapes", None)}.items()
     for prompt in prompts:
         assert shapes.caption_for(prompt.row).text() == prompt.text
 
 
-def test_shapes_takes_rows_in_genevals_schema(tmp_path):
+def test_shapes_reads_rows_in_genevals_schema(tmp_path):
     rows = [prompt.row for prompt in read("shapes", None, per_tag=2)]
     path = file_of(tmp_path, "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert [prompt.row for prompt in read("shapes", path)] == rows
@@ -66,7 +66,7 @@ def test_shapes_takes_rows_in_genevals_schema(tmp_path):
 
 def test_geneval_rows_keep_their_place_and_their_bytes(tmp_path):
     prompts = read("geneval", file_of(tmp_path, "metadata.jsonl", "\n".join(GENEVAL)))
-    assert told(prompts) == [
+    assert triples(prompts) == [
         ("00000", "a photo of a bench", "single_object"),
         ("00001", "a photo of two cats", "counting"),
         ("00002", "a photo of a cup left of a dog", "position"),
@@ -74,31 +74,31 @@ def test_geneval_rows_keep_their_place_and_their_bytes(tmp_path):
     assert [json.dumps(prompt.row) for prompt in prompts] == list(GENEVAL)
 
 
-def test_t2i_compbench_is_a_file_or_a_folder_of_them(tmp_path):
-    """Six of its eight files end their lines with CR LF, six lack the last newline."""
+def test_t2i_compbench_is_a_file_or_a_folder_of_files(tmp_path):
+    """Six of its eight files have CR LF line ends, and six lack the last newline."""
     color = file_of(tmp_path, "color_val.txt", "a red cup\r\na blue dog\tnoted")
     file_of(tmp_path, "3d_spatial_val.txt", "a cup behind a dog\n")
     file_of(tmp_path, "color_train.txt", "a green pear\n")
     expected = [("color-00000", "a red cup", "color"), ("color-00001", "a blue dog", "color")]
-    assert told(read("t2i-compbench", color)) == expected
-    everything = told(read("t2i-compbench", tmp_path))
+    assert triples(read("t2i-compbench", color)) == expected
+    everything = triples(read("t2i-compbench", tmp_path))
     assert everything == [("3d_spatial-00000", "a cup behind a dog", "3d_spatial"), *expected]
 
 
-def test_dpgs_folder_and_its_table_are_the_same_prompts(tmp_path):
+def test_dpgs_folder_and_table_give_the_same_prompts(tmp_path):
     table = file_of(tmp_path, "dpg_bench.csv", DPG_TABLE)
     file_of(tmp_path, "prompts/COCO7.txt", "A dog.\n")
     file_of(tmp_path, "prompts/12.txt", "A cup, red.")
-    assert told(read("dpg", table)) == [("12", "A cup, red.", ""), ("COCO7", "A dog.", "")]
+    assert triples(read("dpg", table)) == [("12", "A cup, red.", ""), ("COCO7", "A dog.", "")]
     assert read("dpg", tmp_path / "prompts") == read("dpg", table)
 
 
 @pytest.mark.parametrize("name", ["PartiPrompts.tsv", "PartiPrompts.tsv.gz"])
-def test_partiprompts_quotes_and_spaces_stay(tmp_path, name):
+def test_partiprompts_keeps_quotes_and_spaces(tmp_path, name):
     content = PARTIPROMPTS.encode()
     path = file_of(tmp_path, name, gzip.compress(content) if name.endswith("gz") else content)
     prompts = read("partiprompts", path)
-    assert told(prompts) == [
+    assert triples(prompts) == [
         ("00000", "bond", "Abstract"),
         ("00001", '"G I G G L E" painted on a wall ', "Illustrations"),
     ]
@@ -106,36 +106,36 @@ def test_partiprompts_quotes_and_spaces_stay(tmp_path, name):
 
 
 @pytest.mark.parametrize("header", ["Prompts,Category", "prompts,category"])
-def test_drawbench_copies_differ_in_capitals(tmp_path, header):
+def test_drawbench_headers_are_case_insensitive(tmp_path, header):
     path = file_of(tmp_path, "drawbench.csv", f'{header}\n"A red cup, and a dog.",Colors\n')
-    assert told(read("drawbench", path)) == [("00000", "A red cup, and a dog.", "Colors")]
+    assert triples(read("drawbench", path)) == [("00000", "A red cup, and a dog.", "Colors")]
 
 
-def test_hpsv2_is_a_list_a_style(tmp_path):
+def test_hpsv2_is_a_list_per_style(tmp_path):
     for style in ("photo", "anime", "drawbench"):
         file_of(tmp_path, f"{style}.json", json.dumps([f"{style} one", f"{style} two"]))
     expected = [("photo/00000", "photo one", "photo"), ("photo/00001", "photo two", "photo")]
-    assert told(read("hpsv2", tmp_path / "photo.json")) == expected
-    everything = told(read("hpsv2", tmp_path))
+    assert triples(read("hpsv2", tmp_path / "photo.json")) == expected
+    everything = triples(read("hpsv2", tmp_path))
     assert [prompt[2] for prompt in everything] == ["anime", "anime", "photo", "photo"]
     assert everything[2:] == expected
 
 
-def test_your_own_prompts_are_any_manifest(tmp_path):
+def test_your_own_prompts_may_be_any_manifest(tmp_path):
     rows = 'id,prompt,Category,width\nx,a red cup,tools,64\n,"a dog, two",,\n'
-    assert told(read("prompts", file_of(tmp_path, "rows.csv", rows))) == [
+    assert triples(read("prompts", file_of(tmp_path, "rows.csv", rows))) == [
         ("x", "a red cup", "tools"),
         ("2", "a dog, two", ""),
     ]
     plain = read("prompts", file_of(tmp_path, "rows.txt", "a red cup\n\na dog\n"))
-    assert told(plain) == [("1", "a red cup", ""), ("2", "a dog", "")]
+    assert triples(plain) == [("1", "a red cup", ""), ("2", "a dog", "")]
 
 
 def test_a_manifests_row_leads_back_to_its_prompt(tmp_path):
     prompts = read("geneval", file_of(tmp_path, "metadata.jsonl", "\n".join(GENEVAL)))
     for row, prompt in zip(manifest_rows(prompts, 4), prompts, strict=True):
         assert (row["id"], row["prompt"], row["num_images"]) == (prompt.id, prompt.text, 4)
-        # What jaxdiff generate carries through as an image's metadata.
+        # The columns that `jaxdiff generate` copies to an image's metadata.
         metadata = {name: row[name] for name in row.keys() - {"id", "prompt", "num_images"}}
         back = prompt_of(json.loads(json.dumps(metadata)), row["id"], row["prompt"])
         assert back == prompt
@@ -153,13 +153,13 @@ def test_the_official_file_as_a_manifest_gives_the_same_rows():
 
 
 @pytest.mark.parametrize("row", ["[]", "{", 7, None, "[" * 10_000])
-def test_a_row_that_is_none_is_refused(row):
+def test_an_invalid_row_is_rejected(row):
     with pytest.raises(InputError, match="row 'x': its benchmark_row"):
         prompt_of({"category": "", "benchmark_row": row}, "x", "a cup")
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "shapes"])
-def test_others_need_their_official_file_and_say_where_it_is(name):
+def test_the_error_for_a_missing_official_file_tells_where_it_is(name):
     with pytest.raises(InputError, match=f"--benchmark {name} needs --prompts: ") as raised:
         read(name, None)
     assert BENCHMARKS[name].prompts in str(raised.value)
@@ -196,7 +196,7 @@ BAD_FILES = {
     "UTF-16": ("partiprompts", "f.tsv", PARTIPROMPTS.encode("utf-16"), "UTF-16; save it as UTF-8"),
     "empty": ("t2i-compbench", "f_val.txt", "\n\n", "f_val.txt has no prompts"),
     "no style": ("hpsv2", "cats.json", '["a cat"]', "row 1 .* must be one of anime"),
-    "no list": ("hpsv2", "photo.json", '{"a": "cat"}', "is no JSON list"),
+    "no list": ("hpsv2", "photo.json", '{"a": "cat"}', "is not a JSON list"),
     "no category": ("drawbench", "f.csv", "Prompts,Kind\na cup,x\n", "line 2 .* has no category"),
     "item twice": ("dpg", "f.csv", DPG_TABLE + "12,a dog,,,,,,,\n", "line 5: the id '12' is used"),
     "long id": ("prompts", "f.csv", f"id,prompt\n{'x' * 501},a\n", "line 2 .* 1 to 500 characters"),
@@ -207,7 +207,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("fault", BAD_FILES)
-def test_what_cannot_be_used_is_told_in_a_line(tmp_path, fault):
+def test_an_invalid_file_gives_a_one_line_error(tmp_path, fault):
     name, file, text, message = BAD_FILES[fault]
     with pytest.raises(InputError, match=message) as raised:
         read(name, file_of(tmp_path, file, text))
@@ -215,7 +215,7 @@ def test_what_cannot_be_used_is_told_in_a_line(tmp_path, fault):
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_without_the_files_is_told(tmp_path):
+def test_a_folder_without_the_files_is_reported(tmp_path):
     for name, missing in (("t2i-compbench", "_val.txt"), ("hpsv2", ".json"), ("dpg", ".txt")):
         with pytest.raises(InputError, match=re.escape(missing)):
             read(name, tmp_path)
@@ -223,7 +223,7 @@ def test_a_folder_without_the_files_is_told(tmp_path):
         read("geneval", tmp_path / "nowhere.jsonl")
 
 
-def test_what_is_held_in_memory_is_bounded(tmp_path, monkeypatch):
+def test_the_size_of_a_file_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks, "MAX_BYTES", 2**20)
     path = file_of(tmp_path, "rows.txt", f"{'a' * 3000}\n" * 1000)
     with pytest.raises(InputError, match=r"rows.txt has more than 1 MiB; split it"):
@@ -231,7 +231,7 @@ def test_what_is_held_in_memory_is_bounded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_tables_are_whole_and_name_their_sources(name):
+def test_published_tables_are_complete_and_name_their_sources(name):
     table = PUBLISHED[name]
     assert BENCHMARKS[name].scorer
     assert len(table.rows) == len(table.sources)
@@ -241,6 +241,6 @@ def test_published_tables_are_whole_and_name_their_sources(name):
 
 
 @pytest.mark.parametrize(("name", "rounding"), [("geneval", 0.011), ("hpsv2", 0.011)])
-def test_published_means_are_those_of_their_categories(name, rounding):
+def test_published_means_match_their_categories(name, rounding):
     for model, overall, *categories in PUBLISHED[name].rows:
         assert sum(categories) / len(categories) == pytest.approx(overall, abs=rounding), model

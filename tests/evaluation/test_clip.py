@@ -1,4 +1,4 @@
-"""CLIP as a referee: its directories, its embeddings, and the measures that are made of them."""
+"""CLIP for evaluation: its directories, its embeddings, and the measures based on them."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def referee(directory) -> clip_measures.Clip:
     return clip_measures.open_clip(directory, batch_size=2)
 
 
-def test_an_embedding_is_of_its_image_alone(referee):
+def test_an_images_embedding_does_not_depend_on_the_batch(referee):
     images = clips.images()
     found = referee.embed_images(iter(images))
     assert found.shape == (5, 24) == (5, referee.width)
@@ -40,7 +40,7 @@ def test_an_embedding_is_of_its_image_alone(referee):
     assert referee.embed_images([]).shape == referee.embed_texts([]).shape == (0, 24)
 
 
-def test_an_embedding_is_of_its_text_alone(referee):
+def test_a_texts_embedding_does_not_depend_on_the_batch(referee):
     texts = ["a star", "a red ring", "a star", "two crosses"]
     found = referee.embed_texts(texts)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
@@ -49,8 +49,8 @@ def test_an_embedding_is_of_its_text_alone(referee):
     assert abs(found[0] - found[1]).max() > 0.01
 
 
-def test_long_texts_are_cut_before_their_end(referee):
-    room = 24 - 2  # of the tiny model's 24 positions
+def test_long_texts_are_truncated_before_the_end_token(referee):
+    room = 24 - 2  # the tiny model has 24 positions
     fits, same, shorter = ("one " * words for words in (room, 3 * room, room - 1))
     found = referee.embed_texts([fits, same, shorter])
     np.testing.assert_array_equal(found[0], found[1])
@@ -65,13 +65,13 @@ def test_a_label_is_the_mean_of_its_templates(referee):
     assert found.shape == (2, 24)
 
 
-def test_the_clip_asked_for_last_is_kept(directory, referee):
+def test_the_last_clip_is_cached(directory, referee):
     assert clip_measures.open_clip(str(directory), batch_size=2) is clip_measures.open_clip(
         directory, batch_size=2
     )
 
 
-def test_its_name_and_files_tell_one_clip_from_another(directory, referee, tmp_path):
+def test_name_and_files_identify_a_clip(directory, referee, tmp_path):
     copy = clip_checkpoint.find(shutil.copytree(directory, tmp_path / "copy"))
     other = clip_checkpoint.find(clips.write_transformers(tmp_path / "other", clips.OPEN_CLIP))
     assert (referee.name, copy.name) == ("tiny", "copy")
@@ -79,7 +79,7 @@ def test_its_name_and_files_tell_one_clip_from_another(directory, referee, tmp_p
 
 
 @pytest.mark.parametrize("config", [clips.OPENAI, clips.OPEN_CLIP], ids=["OpenAI", "OpenCLIP"])
-def test_open_clip_writes_the_same_network_in_other_words(config, tmp_path):
+def test_open_clips_files_give_the_same_network(config, tmp_path):
     ours = clip_checkpoint.find(clips.write_transformers(tmp_path / "transformers", config))
     theirs = clip_checkpoint.find(clips.write_open_clip(tmp_path / "open_clip", config))
     assert theirs.config == ours.config
@@ -89,7 +89,7 @@ def test_open_clip_writes_the_same_network_in_other_words(config, tmp_path):
         np.testing.assert_array_equal(theirs.tensors[key].read(), tensor.read(), err_msg=key)
 
 
-def test_weights_may_lie_in_shards(directory, tmp_path):
+def test_weights_may_be_sharded(directory, tmp_path):
     stored = clip_checkpoint.find(directory)
     sharded = shutil.copytree(directory, tmp_path / "sharded")
     (sharded / "model.safetensors").unlink()
@@ -106,7 +106,7 @@ def test_weights_may_lie_in_shards(directory, tmp_path):
         np.testing.assert_array_equal(found.tensors[key].read(), tensor.read())
 
 
-def test_an_old_config_says_its_encoders_twice_and_the_second_holds(directory, tmp_path):
+def test_in_an_old_config_the_second_entry_of_an_encoder_counts(directory, tmp_path):
     old = shutil.copytree(directory, tmp_path / "old")
     edit("config.json", text_config={"hidden_size": 1}, text_config_dict=said(old)["text_config"])(
         old
@@ -116,7 +116,7 @@ def test_an_old_config_says_its_encoders_twice_and_the_second_holds(directory, t
 
 
 def test_a_hub_id_in_the_cache_is_opened_without_a_network(directory, tmp_path):
-    """huggingface_hub reads its environment when it is imported: in a process of its own."""
+    """Uses a new process because huggingface_hub reads the environment when it is imported."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--clip"
     shutil.copytree(directory, repository / "snapshots" / commit)
@@ -135,7 +135,7 @@ def test_a_hub_id_in_the_cache_is_opened_without_a_network(directory, tmp_path):
     assert said.stdout.split() == ["someone/clip", clip_checkpoint.find(directory).fingerprint]
 
 
-def test_of_a_repository_only_what_is_read_is_fetched(directory, tmp_path):
+def test_only_the_needed_files_of_a_repository_are_fetched(directory, tmp_path):
     besides = ["README.md", "pytorch_model.bin", "tf_model.h5", "onnx/model.onnx"]
     open_clip = clips.write_open_clip(tmp_path / "open_clip", clips.OPENAI)
     for kind in (directory, open_clip):
@@ -146,7 +146,7 @@ def test_of_a_repository_only_what_is_read_is_fetched(directory, tmp_path):
     assert sorted(clip_checkpoint.wanted_files([*sharded, *besides])) == sorted(sharded)
 
 
-# What a user may have done to a directory, and what is then said.
+# Damaged directories and the resulting errors.
 
 
 def said(directory: Path) -> dict:
@@ -154,7 +154,7 @@ def said(directory: Path) -> dict:
 
 
 def edit(name: str, **changes):
-    """Puts other values into a JSON file; into its inner objects where they are dictionaries."""
+    """Returns a function that changes values in a JSON file; dictionaries are merged."""
 
     def change(directory: Path) -> None:
         whole = json.loads((directory / name).read_text())
@@ -231,7 +231,7 @@ BROKEN = {
     ),
     "a weight too many": (
         reweighed(WEIGHTS, lambda weights: weights.update(head=np.zeros(3, np.float32))),
-        "1 not known .head",
+        "1 unknown .head",
     ),
     "another crop": (
         edit(PIXELS, crop_size={"height": 31, "width": 31}),
@@ -286,13 +286,13 @@ OPEN_BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_is_wrong_with_a_directory_is_told_in_one_line(directory, tmp_path, case):
+def test_a_damaged_directory_gives_a_one_line_error(directory, tmp_path, case):
     broken = shutil.copytree(directory, tmp_path / "tiny")
     refuses(broken, *BROKEN[case])
 
 
 @pytest.mark.parametrize("case", OPEN_BROKEN)
-def test_what_is_wrong_with_one_of_open_clip_is_told_in_one_line(tmp_path, case):
+def test_a_damaged_open_clip_directory_gives_a_one_line_error(tmp_path, case):
     refuses(clips.write_open_clip(tmp_path / "tiny", clips.OPENAI), *OPEN_BROKEN[case])
 
 
@@ -304,14 +304,14 @@ def refuses(directory: Path, damage, message: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
-def test_weights_that_are_no_numbers_are_told_in_one_line(directory, tmp_path):
+def test_nan_weights_give_a_one_line_error(directory, tmp_path):
     broken = shutil.copytree(directory, tmp_path / "tiny")
     reweighed(WEIGHTS, lambda weights: weights["visual_projection.weight"].fill(np.nan))(broken)
     with pytest.raises(InputError, match="CLIP 'tiny' returns values that are not finite"):
         clip_measures.open_clip(broken, batch_size=2).embed_images(clips.images())
 
 
-def test_what_is_no_directory_is_told_in_one_line(directory):
+def test_a_path_that_is_not_a_directory_gives_a_one_line_error(directory):
     for name in ("nowhere", str(directory / "config.json")):
         with pytest.raises(InputError, match="is not a directory; name one that"):
             clip_measures.open_clip(name)
@@ -320,7 +320,7 @@ def test_what_is_no_directory_is_told_in_one_line(directory):
 # Pixels.
 
 
-def test_the_shortest_side_is_resized_and_the_centre_cut():
+def test_the_shortest_side_is_resized_and_the_centre_cropped():
     wide = np.random.default_rng(0).integers(0, 256, (50, 110, 3), dtype=np.uint8)
     resized = Image.fromarray(wide).resize((70, 32), Image.Resampling.BICUBIC)
     expected = np.asarray(resized.crop((19, 0, 51, 32)))

@@ -1,4 +1,4 @@
-"""Distances of sets against the formulas as they are printed, in float64 and with all pairs."""
+"""Distances between sets, compared with the papers' formulas in float64 and over all pairs."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ from jaxdiff.errors import InputError
 from jaxdiff.evaluation.accumulators import Moments
 from jaxdiff.evaluation.distances import frechet_distance, kernel_distance, precision_recall
 
-# More than a block of 1024 rows, and no multiple of it.
+# More than a block of 1024 rows, but not a multiple of it.
 X_ROWS, Y_ROWS, WIDTH = 1500, 1100, 16
 
 
 @pytest.fixture(scope="module")
 def sets() -> tuple[np.ndarray, np.ndarray]:
-    """Two clouds that overlap, far from zero."""
+    """Two overlapping clouds of points, far from zero."""
     random = np.random.default_rng(0)
     x = random.standard_normal((X_ROWS, WIDTH)) + 5
     y = random.standard_normal((Y_ROWS, WIDTH)) * np.linspace(0.7, 1.2, WIDTH) + 5.2
@@ -24,35 +24,35 @@ def sets() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def embeddings(sets) -> list[np.ndarray]:
-    """Of length 1, as CLIP's are."""
+    """The sets as vectors of length 1, like CLIP's embeddings."""
     return [(x - 4) / np.linalg.norm(x - 4, axis=1, keepdims=True) for x in sets]
 
 
 def frechet_by_sqrtm(x: np.ndarray, y: np.ndarray) -> float:
-    """As pytorch-fid and clean-fid compute it."""
+    """Computes the Frechet distance as pytorch-fid and clean-fid do."""
     c1, c2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     step = x.mean(axis=0) - y.mean(axis=0)
     root = linalg.sqrtm(c1 @ c2).real
     return step @ step + np.trace(c1) + np.trace(c2) - 2 * np.trace(root)
 
 
-def test_frechet_distance_is_that_of_sqrtm(sets):
+def test_frechet_distance_matches_sqrtm(sets):
     x, y = (z.astype(np.float64) for z in sets)
     distance = frechet_distance(Moments.of(x), Moments.of(y))
     assert distance == pytest.approx(frechet_by_sqrtm(x, y), rel=1e-10)
 
 
-def test_frechet_distance_of_numbers_is_that_of_their_normal_distributions():
+def test_frechet_distance_of_numbers_matches_the_closed_form():
     one, other = np.array([[-1.0], [1.0]]) / np.sqrt(2), np.array([[1.0], [7.0]]) / np.sqrt(2)
-    expected = (8 / np.sqrt(2) / 2) ** 2 + (3 - 1) ** 2  # of the means, of the deviations
+    expected = (8 / np.sqrt(2) / 2) ** 2 + (3 - 1) ** 2  # of means and standard deviations
     assert frechet_distance(Moments.of(one), Moments.of(other)) == pytest.approx(expected)
 
 
-def test_fewer_images_than_features_lose_no_precision():
+def test_precision_is_kept_with_fewer_images_than_features():
     random = np.random.default_rng(1)
     x, y = random.standard_normal((2, 10, 64))
     y[5:] = y[0]
-    # The singular values of the two deviations' product, which knows no covariance.
+    # Uses the singular values of the product of the deviations instead of covariances.
     roots = [(z - z.mean(axis=0)) / 3 for z in (x, y)]
     step = x.mean(axis=0) - y.mean(axis=0)
     shared = linalg.svdvals(roots[0] @ roots[1].T).sum()
@@ -61,19 +61,19 @@ def test_fewer_images_than_features_lose_no_precision():
     assert distance == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_set_is_at_no_distance_from_itself(sets):
+def test_a_set_has_no_distance_from_itself(sets):
     x, y = sets
     assert frechet_distance(Moments.of(x), Moments.of(x)) == pytest.approx(0, abs=1e-11)
     assert kernel_distance(x, x) == pytest.approx(0, abs=1e-6)
     assert precision_recall(y, y) == (1, 1)
 
 
-def test_equal_images_have_a_distance_too(sets):
+def test_sets_of_equal_images_have_a_finite_distance(sets):
     x, _ = sets
     flat = np.repeat(x[:1], 5, axis=0)
     expected = ((x.mean(axis=0) - x[0]) ** 2).sum() + x.astype(np.float64).var(axis=0, ddof=1).sum()
     assert frechet_distance(Moments.of(x), Moments.of(flat)) == pytest.approx(expected, rel=1e-6)
-    assert precision_recall(x, flat)[0] == 1  # a model that has collapsed onto a real image
+    assert precision_recall(x, flat)[0] == 1  # a model that has collapsed to a real image
     assert precision_recall(x, flat)[1] < 0.01
 
 
@@ -124,7 +124,7 @@ def test_order_and_a_common_shift_change_nothing(sets):
     assert precision_recall(mixed, y) == precision_recall(x, y)
 
 
-def test_too_few_images_are_told_with_how_many_it_takes(sets):
+def test_the_error_for_too_few_images_gives_the_minimum(sets):
     x, y = sets
     one = Moments.of(x[:1])
     with pytest.raises(InputError, match=r"Frechet distance needs at least 2 .* 1 and 1100;"):

@@ -1,4 +1,4 @@
-"""Copies are found through what happens to files, and different images are not copies."""
+"""Copies are found even if their files were altered, and different images are not copies."""
 
 import io
 import json
@@ -24,14 +24,14 @@ SCENES, PHOTOGRAPHS = 500, 60
 
 @pytest.fixture(scope="module")
 def scenes() -> list[np.ndarray]:
-    """As flat as images come."""
+    """Scenes of the shapes world, which are as flat as images can be."""
     random = np.random.default_rng(0)
     return [shapes.render(shapes.sample(random)[0]) for _ in range(SCENES)]
 
 
 @pytest.fixture(scope="module")
 def photographs() -> list[np.ndarray]:
-    """Noise with a photograph's spectrum, which falls with the frequency."""
+    """Noise with a spectrum like a photograph's, which falls with the frequency."""
     random = np.random.default_rng(1)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(96), np.fft.fftfreq(64)))
     frequency[0, 0] = 1
@@ -71,13 +71,13 @@ def hashed(pictures: list[np.ndarray]) -> np.ndarray:
     ],
     ids=["jpeg", "smaller", "larger", "brighter", "darker"],
 )
-def test_a_changed_copy_is_found_in_an_index(change, scenes, photographs):
+def test_an_altered_copy_is_found_in_an_index(change, scenes, photographs):
     originals = scenes[:200] + photographs
     index = HashIndex.build(hashed(originals))
     assert index.within(hashed([change(pixels) for pixels in originals])).all()
 
 
-def test_few_flat_scenes_and_no_photographs_are_taken_for_others(scenes, photographs):
+def test_few_flat_scenes_and_no_photographs_are_mistaken_for_others(scenes, photographs):
     def share(pictures: list[np.ndarray], distance: int) -> float:
         hashes = hashed(pictures)
         apart = np.bitwise_count(hashes[:, None] ^ hashes)
@@ -89,7 +89,7 @@ def test_few_flat_scenes_and_no_photographs_are_taken_for_others(scenes, photogr
 
 
 def test_a_hash_has_its_first_bits_from_the_lowest_frequencies():
-    columns = np.cos(np.pi * (np.arange(32) + 0.5) / 32)  # the lowest but the mean
+    columns = np.cos(np.pi * (np.arange(32) + 0.5) / 32)  # the lowest frequency after the mean
     bright_left = np.clip(128 + 60 * np.tile(columns, (32, 1)), 0, 255)
     pixels = np.repeat(bright_left[..., None], 3, axis=2).round().astype(np.uint8)
     assert perceptual_hash(pixels) == 1 << 63
@@ -101,7 +101,7 @@ def test_a_hash_has_its_first_bits_from_the_lowest_frequencies():
 
 @pytest.fixture(scope="module")
 def crowd() -> np.ndarray:
-    """Hashes of which many share a band, and some are near to others."""
+    """Hashes of which many share a band and some are close to others."""
     random = np.random.default_rng(2)
     hashes = random.integers(0, 2**63, 3000, np.uint64)
     hashes[:1500] &= ~np.uint64(0xFFFF)
@@ -109,11 +109,11 @@ def crowd() -> np.ndarray:
 
 
 @pytest.mark.parametrize("distance", range(4))
-def test_an_index_finds_what_comparing_all_pairs_does(crowd, distance, monkeypatch):
-    monkeypatch.setattr("jaxdiff.evaluation.duplicates.CANDIDATES", 1000)  # many turns
+def test_an_index_finds_the_same_copies_as_comparing_all_pairs(crowd, distance, monkeypatch):
+    monkeypatch.setattr("jaxdiff.evaluation.duplicates.CANDIDATES", 1000)  # many rounds
     random = np.random.default_rng(3)
     asked = crowd[random.integers(0, len(crowd), 1000)]
-    for _ in range(4):  # up to four bits of each
+    for _ in range(4):  # flip up to four bits of each
         flip = random.random(len(asked)) < 0.7
         asked[flip] ^= np.uint64(1) << random.integers(0, 64, flip.sum(), np.uint64)
     apart = np.bitwise_count(asked[:, None] ^ crowd).min(axis=1)
@@ -122,7 +122,7 @@ def test_an_index_finds_what_comparing_all_pairs_does(crowd, distance, monkeypat
     assert HashIndex.build(crowd).within(asked, distance).tolist() == expected
 
 
-def test_an_index_of_nothing_finds_nothing(crowd):
+def test_an_empty_index_finds_nothing(crowd):
     assert not HashIndex.build(crowd[:0]).within(crowd).any()
     assert HashIndex.build(crowd).within(crowd[:0]).shape == (0,)
     with pytest.raises(ValueError, match="from 0 to 3, not 4"):
@@ -153,7 +153,7 @@ def write_images(folder, pictures: list[np.ndarray]) -> str:
     return str(folder)
 
 
-def test_copies_of_a_training_set_are_told_from_other_images(tmp_path, scenes):
+def test_copies_of_a_training_set_are_distinguished_from_other_images(tmp_path, scenes):
     training = read_training_set(write_images(tmp_path / "images", scenes[:20]), 64, 64)
     shown = [scenes[3], as_jpeg(scenes[5]), scenes[40]]
     digests = pixel_hashes(image_files.pixel_sha256(pixels) for pixels in shown)
@@ -161,7 +161,7 @@ def test_copies_of_a_training_set_are_told_from_other_images(tmp_path, scenes):
     assert training.near.within(hashed(shown)).tolist() == [True, True, False]
 
 
-def test_training_images_are_cut_as_the_training_cuts_them(tmp_path, scenes):
+def test_training_images_are_cropped_as_in_training(tmp_path, scenes):
     wide = np.pad(scenes[0], ((0, 0), (20, 20), (0, 0)), "edge")
     training = read_training_set(write_images(tmp_path / "images", [wide]), 64, 64)
     assert training.copied(pixel_hashes([image_files.pixel_sha256(scenes[0])])).all()

@@ -1,4 +1,4 @@
-"""Intervals: equal to exact formulas and to SciPy's, and they hold as often as they say."""
+"""Intervals match exact formulas and SciPy, and have their nominal coverage."""
 
 import itertools
 
@@ -14,7 +14,7 @@ def one_category(prompts: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95])
-def test_wilson_is_scipys(confidence):
+def test_wilson_matches_scipy(confidence):
     counts = [(0, 7), (3, 7), (7, 7), (399, 400), (1, 1)]
     low, high = intervals.wilson(*map(np.array, zip(*counts, strict=True)), confidence)
     for index, (successes, n) in enumerate(counts):
@@ -22,18 +22,18 @@ def test_wilson_is_scipys(confidence):
         assert (low[index], high[index]) == pytest.approx((exact.low, exact.high), abs=1e-12)
 
 
-def test_without_trials_a_share_may_be_anything():
+def test_without_trials_the_interval_is_0_to_1():
     assert intervals.wilson(0, 0) == (0.0, 1.0)
 
 
-def test_sums_leave_out_what_is_unknown():
+def test_sums_leave_out_unknown_values():
     values, owners = np.array([1.0, np.nan, 3.0, np.nan]), np.array([0, 0, 2, 1])
     sums, counts = intervals.by_prompt(values, owners, 4)
     assert sums.tolist() == [1, 0, 3, 0]
     assert counts.tolist() == [1, 0, 1, 0]
 
 
-def test_the_bootstrap_is_scipys():
+def test_the_bootstrap_matches_scipy():
     values = np.random.default_rng(1).gamma(2, size=60)
     overall, (category,) = intervals.bootstrap(
         values, np.ones(60), one_category(60), resamples=20_000
@@ -43,14 +43,14 @@ def test_the_bootstrap_is_scipys():
     ).confidence_interval
     assert overall == category
     assert overall.value == pytest.approx(values.mean(), abs=1e-12)
-    # Of 20,000 draws, a 2.5 % quantile's own error is about 1 % of the interval.
+    # With 20,000 draws, the error of a 2.5 % quantile is about 1 % of the interval.
     width = theirs.high - theirs.low
     assert overall.low == pytest.approx(theirs.low, abs=0.03 * width)
     assert overall.high == pytest.approx(theirs.high, abs=0.03 * width)
 
 
-def test_a_few_prompts_are_drawn_as_often_as_they_should_be():
-    # Of three prompts there are 27 equally likely draws: the quantiles are known exactly.
+def test_the_bootstrap_of_three_prompts_matches_enumeration():
+    # Three prompts have 27 equally likely draws, so the quantiles are known exactly.
     sums, counts = np.array([0.0, 3.0, 4.0]), np.array([1.0, 4.0, 4.0])
     exact = sorted(
         sums[list(draw)].sum() / counts[list(draw)].sum()
@@ -69,27 +69,27 @@ def test_overall_is_the_mean_of_the_categories():
 
 
 def test_prompts_are_drawn_within_their_category():
-    # Categories differ, prompts within one do not: so nothing is uncertain.
+    # Categories differ but the prompts within them do not, so nothing is uncertain.
     sums, counts = np.array([4.0, 4, 0, 0]), np.full(4, 4.0)
     overall, each = intervals.bootstrap(sums, counts, np.array([0, 0, 1, 1]))
     assert (overall.low, overall.high) == (0.5, 0.5)
     assert [(e.low, e.high) for e in each] == [(1, 1), (0, 0)]
 
 
-def test_one_prompt_says_nothing_of_others():
+def test_one_prompt_has_no_interval():
     overall, (one,) = intervals.bootstrap(np.array([2.0]), np.array([4.0]), one_category(1))
     assert one.value == overall.value == 0.5
     assert np.isnan([one.low, one.high, overall.low, overall.high]).all()
 
 
-def test_categories_of_one_prompt_do_not_make_the_whole_certain():
+def test_categories_of_one_prompt_still_give_an_overall_interval():
     overall, each = intervals.bootstrap(np.arange(6.0), np.ones(6), np.arange(6))
     assert all(np.isnan(estimate.low) for estimate in each)
     assert overall.value == 2.5
     assert overall.low < 1.5 < 3.5 < overall.high
 
 
-def test_what_has_no_value_is_left_out():
+def test_prompts_without_a_value_are_left_out():
     sums, counts = np.array([2.0, 0, 1, 0]), np.array([2.0, 0, 2, 0])
     overall, each = intervals.bootstrap(sums, counts, np.array([0, 0, 0, 1]))
     assert overall.value == each[0].value == 0.75
@@ -106,11 +106,11 @@ def test_blocks_do_not_change_the_interval(monkeypatch):
     assert intervals.bootstrap(sums, counts, one_category(50)) == whole
 
 
-def test_the_interval_holds_as_often_as_it_says():
-    # 40 prompts of 4 images, as unequal as a benchmark's; the truth is 0.6.
+def test_the_interval_has_its_nominal_coverage():
+    # 40 prompts with 4 images each, as unequal as a benchmark's; the true mean is 0.6.
     random, hits, naive_hits = np.random.default_rng(3), 0, 0
     for seed in range(400):
-        ability = random.beta(0.6, 0.4, size=40)  # of mean 0.6
+        ability = random.beta(0.6, 0.4, size=40)  # with mean 0.6
         sums = random.binomial(4, ability).astype(float)
         estimate, _ = intervals.bootstrap(
             sums, np.full(40, 4.0), one_category(40), resamples=500, seed=seed
@@ -119,10 +119,10 @@ def test_the_interval_holds_as_often_as_it_says():
         low, high = intervals.wilson(sums.sum(), 160)
         naive_hits += low <= 0.6 <= high
     assert 0.91 < hits / 400 < 0.98
-    assert naive_hits / 400 < 0.85  # what counting images, not prompts, would have claimed
+    assert naive_hits / 400 < 0.85  # if images are resampled instead of prompts
 
 
-def test_pairs_make_a_small_difference_certain():
+def test_pairing_detects_a_small_difference():
     random = np.random.default_rng(4)
     first = np.repeat(random.normal(size=50), 4)
     second = first + 0.1 + 0.01 * random.normal(size=200)
@@ -133,8 +133,8 @@ def test_pairs_make_a_small_difference_certain():
     assert overall.p == each.p == 1 / 2001
 
 
-def test_a_few_prompts_give_the_exact_p():
-    # All 2 ** 6 flips: only the one seen and its opposite are as far from 0.
+def test_few_prompts_give_the_exact_p():
+    # Of all 2 ** 6 sign flips, only the observed one and its opposite are as far from 0.
     second = np.arange(1.0, 7)
     overall, _ = intervals.paired_difference(
         np.zeros(6), second, np.arange(6), one_category(6), resamples=20_000
@@ -142,7 +142,7 @@ def test_a_few_prompts_give_the_exact_p():
     assert overall.p == pytest.approx(2 / 64, abs=0.005)
 
 
-def test_runs_that_are_alike_are_rarely_called_different():
+def test_equal_models_rarely_differ_significantly():
     random = np.random.default_rng(5)
     owners = np.repeat(np.arange(30), 2)
     ps = [

@@ -1,4 +1,4 @@
-"""Folders in the benchmarks' layouts, written, read back, and refused."""
+"""Folders in the benchmarks' layouts: written, read back, and rejected."""
 
 import csv
 import io
@@ -54,24 +54,24 @@ def test_every_benchmark_has_a_layout():
     assert {benchmark.layout for benchmark in BENCHMARKS.values()} == layouts.LAYOUTS.keys()
 
 
-def test_geneval_has_a_folder_a_prompt_with_the_row_as_it_was(tmp_path):
+def test_geneval_has_a_folder_per_prompt_with_the_original_row(tmp_path):
     prompts = prompts_of()
     pictures = pictures_of(prompts, 4)
     assert layouts.export("geneval", pictures, prompts, 4, tmp_path / "out") == 12
     own = ["grid.png", "metadata.jsonl", *(f"samples/{i:04d}.png" for i in range(4))]
     assert names(tmp_path / "out") == [f"{p:05d}/{name}" for p in range(3) for name in own]
-    told = (tmp_path / "out/00001/metadata.jsonl").read_text()
-    assert told == json.dumps(prompts[1].row)
-    assert "\n" not in told
-    assert list(json.loads(told)["include"][0]) == ["count", "class", "color"]
-    # A PNG keeps its bytes, and what they say of the settings.
+    text = (tmp_path / "out/00001/metadata.jsonl").read_text()
+    assert text == json.dumps(prompts[1].row)
+    assert "\n" not in text
+    assert list(json.loads(text)["include"][0]) == ["count", "class", "color"]
+    # A PNG keeps its bytes, including the settings in its metadata.
     assert (tmp_path / "out/00002/samples/0003.png").read_bytes() == pictures[11].image
     grid = decode((tmp_path / "out/00000/grid.png").read_bytes())
     assert grid.shape == (16, 16, 3)
     assert grid[0, 8].tolist() == [0, 60, 200]
 
 
-def test_geneval_moves_in_beside_other_files_and_replaces_an_earlier_one(tmp_path):
+def test_geneval_may_share_a_folder_and_replaces_an_earlier_export(tmp_path):
     (tmp_path / "00007" / "samples").mkdir(parents=True)
     (tmp_path / "report.md").write_text("kept")
     prompts = prompts_of(2)
@@ -82,7 +82,7 @@ def test_geneval_moves_in_beside_other_files_and_replaces_an_earlier_one(tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000", "00001", "report.md"]
 
 
-def test_t2i_compbench_numbers_run_on_within_a_category(tmp_path):
+def test_t2i_compbench_numbers_images_consecutively_within_a_category(tmp_path):
     prompts = [
         Prompt(f"{category}-{number}", f"{number} cups, blue", category)
         for category in ("color", "shape")
@@ -95,22 +95,22 @@ def test_t2i_compbench_numbers_run_on_within_a_category(tmp_path):
         for i in range(6)
     ]
     assert names(tmp_path / "out") == expected
-    # As its scorers read it: nothing else in the folder, the number from the last six digits.
+    # Its scorers allow nothing else in the folder and read the number from the last six digits.
     files = [path.name for path in (tmp_path / "out/color/samples").iterdir()]
     assert sorted(int(name[-10:-4]) for name in files) == list(range(6))
     assert {name.split("_")[0] for name in files} == {"0 cups, blue", "1 cups, blue"}
 
 
-def test_t2i_compbench_without_categories_lies_at_the_top(tmp_path):
+def test_t2i_compbench_without_categories_has_no_category_folder(tmp_path):
     prompts = prompts_of(1, category="")
     layouts.export("t2i-compbench", pictures_of(prompts, 1), prompts, 1, tmp_path / "out")
     assert names(tmp_path / "out") == ["samples/a red cup number 0_000000.png"]
 
 
-def test_dpg_has_a_grid_a_prompt_whose_quarters_are_its_images(tmp_path):
+def test_dpg_has_a_grid_of_four_images_per_prompt(tmp_path):
     prompts = prompts_of()
     pictures = pictures_of(prompts, 4)
-    backwards = reversed(pictures)  # the order does not matter
+    backwards = reversed(pictures)  # the order has no effect
     assert layouts.export("dpg", backwards, prompts, 4, tmp_path / "out") == 12
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["p0.png", "p1.png", "p2.png"]
     grid = Image.open(tmp_path / "out/p1.png")
@@ -119,7 +119,7 @@ def test_dpg_has_a_grid_a_prompt_whose_quarters_are_its_images(tmp_path):
         assert np.array_equal(np.asarray(tile), decode(pictures[4 + index].image))
 
 
-def test_hpsv2_has_a_folder_a_style_of_jpegs(tmp_path):
+def test_hpsv2_has_a_folder_of_jpegs_per_style(tmp_path):
     prompts = [Prompt(f"{s}/{i}", "a cup", s) for s in ("anime", "photo") for i in range(2)]
     layouts.export("hpsv2", pictures_of(prompts, 1), prompts, 1, tmp_path / "out")
     assert names(tmp_path / "out") == [
@@ -130,7 +130,7 @@ def test_hpsv2_has_a_folder_a_style_of_jpegs(tmp_path):
         assert b"quality 95" in image.info["comment"]
 
 
-def test_categories_are_folders_and_a_table_tells_the_files(tmp_path):
+def test_categories_are_folders_and_a_table_lists_the_files(tmp_path):
     rows = [("bond", "Abstract"), ("a pear, cut", "Food & Beverage"), ("x", "../../etc/")]
     prompts = [
         Prompt(f"{i:05d}", text, category, {"Prompt": text, "Category": category, "Note": "n"})
@@ -155,7 +155,7 @@ def test_categories_are_folders_and_a_table_tells_the_files(tmp_path):
 
 
 @pytest.mark.parametrize("extension", ["jpg", "webp"])
-def test_other_files_become_png_with_their_pixels(tmp_path, extension):
+def test_other_files_are_converted_to_png(tmp_path, extension):
     prompts = prompts_of(1)
     (picture,) = pictures_of(prompts, 1, extension)
     layouts.export("geneval", [picture], prompts, 1, tmp_path / "out")
@@ -173,7 +173,10 @@ STRANGER = Prompt("other", "a cup", "colors")
 BAD_PICTURES = {
     "missing": (lambda p: p[:5] + p[6:], "image 1 of prompt 'p1' is missing"),
     "failed": (lambda p: without(p, 5, image=None), "image 1 of prompt 'p1' could not be"),
-    "cut": (lambda p: without(p, 5, image=p[5].image[:45]), "image 1 of prompt 'p1': no image"),
+    "cut": (
+        lambda p: without(p, 5, image=p[5].image[:45]),
+        "image 1 of prompt 'p1': not a readable",
+    ),
     "extra": (lambda p: without(p, 5, index=4), "image 4 of prompt 'p1' is one too many"),
     "twice": (lambda p: [*p, p[5]], "image 1 of prompt 'p1' exists twice"),
     "stranger": (lambda p: without(p, 5, prompt=STRANGER), "'other': the benchmark does not have"),
@@ -182,7 +185,7 @@ BAD_PICTURES = {
 
 @pytest.mark.parametrize("layout", ["geneval", "dpg", "prompts"])
 @pytest.mark.parametrize("fault", BAD_PICTURES)
-def test_a_set_that_is_not_whole_leaves_nothing(tmp_path, layout, fault):
+def test_an_incomplete_set_writes_nothing(tmp_path, layout, fault):
     change, message = BAD_PICTURES[fault]
     prompts = prompts_of()
     pictures = change(pictures_of(prompts, 4))
@@ -214,7 +217,7 @@ def test_a_prompt_that_the_layout_cannot_hold_is_named_before_anything_is_writte
     assert not list(tmp_path.iterdir())
 
 
-def test_dpg_takes_four_squares_of_one_size(tmp_path):
+def test_dpg_requires_four_squares_of_one_size(tmp_path):
     prompts = prompts_of(1)
     with pytest.raises(InputError, match="takes 4 images of each prompt, not 3"):
         layouts.export("dpg", pictures_of(prompts, 3), prompts, 3, tmp_path / "out")
@@ -227,7 +230,7 @@ def test_dpg_takes_four_squares_of_one_size(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_directory_with_something_in_it_is_left_alone(tmp_path):
+def test_a_directory_that_is_not_empty_is_left_unchanged(tmp_path):
     (tmp_path / "file").write_text("kept")
     prompts = prompts_of(1)
     for taken in (tmp_path, tmp_path / "file"):
@@ -237,7 +240,7 @@ def test_a_directory_with_something_in_it_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
-def test_what_was_written_is_read_back(tmp_path, layout):
+def test_exported_folders_are_read_back(tmp_path, layout):
     prompts = prompts_of(category="photo")
     images = layouts.LAYOUTS[layout].images or 3
     pictures = pictures_of(prompts, images)
@@ -254,7 +257,7 @@ def test_what_was_written_is_read_back(tmp_path, layout):
 
 
 def test_geneval_from_its_own_generator_is_read(tmp_path):
-    """It names its samples with five digits, and ends its JSON with no newline or with one."""
+    """GenEval's generator numbers samples with five digits; the JSON may end with a newline."""
     prompts = prompts_of(2)
     for position, prompt in enumerate(prompts):
         samples = tmp_path / f"{position:05d}" / "samples"
@@ -273,7 +276,10 @@ def test_geneval_from_its_own_generator_is_read(tmp_path):
 
 IMPORT_FAULTS = {
     "missing": (lambda out: (out / "00001/samples/0001.png").unlink(), "0001.png is missing"),
-    "cut": (lambda out: (out / "00001/samples/0001.png").write_bytes(b"x"), "0001.png: no image"),
+    "cut": (
+        lambda out: (out / "00001/samples/0001.png").write_bytes(b"x"),
+        "0001.png: not a readable image",
+    ),
     "extra": (
         lambda out: (out / "00001/samples/0003.png").write_bytes(image_file("red")),
         "0003.png is one too many: the first prompt has 3 images",
@@ -291,7 +297,7 @@ IMPORT_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", IMPORT_FAULTS)
-def test_a_folder_that_is_not_whole_is_told_by_its_file(tmp_path, fault):
+def test_the_error_for_an_incomplete_folder_names_a_file(tmp_path, fault):
     change, message = IMPORT_FAULTS[fault]
     prompts = prompts_of()
     layouts.export("geneval", pictures_of(prompts, 3), prompts, 3, tmp_path / "out")
@@ -301,7 +307,7 @@ def test_a_folder_that_is_not_whole_is_told_by_its_file(tmp_path, fault):
     assert f"{tmp_path}/out/00001/" in str(raised.value)
 
 
-def test_a_file_that_is_no_grid_is_told(tmp_path):
+def test_a_file_that_is_not_a_grid_is_reported(tmp_path):
     (tmp_path / "p0.png").write_bytes(image_file("red", size=(9, 8)))
     with pytest.raises(InputError, match=r"p0.png is 9x8 pixels, not a 2x2 grid of squares"):
         list(layouts.read_layout("dpg", tmp_path, prompts_of(1)))

@@ -1,4 +1,4 @@
-"""What a report says is what was measured; what a prompt says cannot change the report."""
+"""Reports contain the measured values, and prompts cannot inject anything into a report."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ FAILED = np.nan
 
 
 def scores(by_prompt: list[list[float]], categories: str = "", name: str = "first") -> Scores:
-    """Of prompts whose images have these values of "correct"; each category is a letter."""
+    """Makes scores of prompts whose images have these "correct" values; categories are letters."""
     categories = categories or "a" * len(by_prompt)
     correct = np.array([value for values in by_prompt for value in values], np.float64)
     return Scores(
@@ -35,7 +35,7 @@ def scores(by_prompt: list[list[float]], categories: str = "", name: str = "firs
 
 
 def picture(size: int = 64):
-    """Gives an image of that size for every key, and counts what it was asked for."""
+    """Returns a function that gives an image for every key, and a list of its calls."""
     written = io.BytesIO()
     Image.effect_noise((size, size // 2), 80).convert("RGB").save(written, "png")
     asked = []
@@ -47,7 +47,7 @@ def picture(size: int = 64):
     return give, asked
 
 
-def test_overall_weighs_every_category_the_same():
+def test_overall_gives_every_category_the_same_weight():
     rows = comparison.summary(scores([[1, 1], [1, 0], [0, 0]], "aab"))["correct"]
     assert [(row.category, row.estimate.value) for row in rows] == [
         (None, 0.375),
@@ -57,7 +57,7 @@ def test_overall_weighs_every_category_the_same():
     assert [(row.prompts, row.images) for row in rows] == [(3, 6), (2, 4), (1, 2)]
 
 
-def test_an_image_that_was_not_made_is_wrong_and_has_no_other_value():
+def test_a_missing_image_is_wrong_and_has_no_other_value():
     run = scores([[1, FAILED], [1, 1]])
     run.values["clip_score"] = np.array([30.0, np.nan, 31, 32])
     assert comparison.failed(run).tolist() == [False, True, False, False]
@@ -66,23 +66,23 @@ def test_an_image_that_was_not_made_is_wrong_and_has_no_other_value():
     assert (summary["clip_score"][0].estimate.value, summary["clip_score"][0].images) == (31, 3)
 
 
-def test_a_failed_image_is_known_by_its_reason_too():
+def test_a_failed_image_is_also_recognised_by_its_reason():
     run = replace(scores([[1, 0]]), reasons=["", "not made"])
     assert comparison.failed(run).tolist() == [False, True]
 
 
-def test_all_right_is_not_certainly_right():
+def test_the_interval_of_a_perfect_score_is_not_empty():
     (overall, _) = comparison.summary(scores([[1, 1]] * 10))["correct"]
     assert overall.estimate.value == overall.estimate.high == 1
     assert overall.estimate.low == intervals.wilson(10, 10)[0]  # of ten prompts, not twenty images
 
 
-def test_prompts_that_agree_are_not_certain_either():
+def test_the_interval_of_equal_prompts_is_not_empty():
     (overall, _) = comparison.summary(scores([[1, 0]] * 10))["correct"]
     assert (overall.estimate.low, overall.estimate.high) == intervals.wilson(5, 10)
 
 
-def test_a_category_for_each_of_many_prompts_is_none():
+def test_too_many_categories_are_ignored():
     many = comparison.MOST_CATEGORIES + 1
     run = scores([[0]] * many, "".join(chr(0x4E00 + n) for n in range(many)))
     assert [row.category for row in comparison.summary(run)["correct"]] == [None, ""]
@@ -96,7 +96,7 @@ def test_runs_are_paired_by_prompt_and_seed():
     second = replace(
         second,
         owners=second.owners[backwards],
-        seeds=second.seeds[backwards] - 1,  # so one of three seeds is unknown, one of `first` new
+        seeds=second.seeds[backwards] - 1,  # the seeds -1 (unknown), 0 and 1 instead of 0, 1 and 2
         values={"correct": second.values["correct"][backwards]},
     )
     (compared,) = comparison.compare([first, second])
@@ -112,7 +112,7 @@ def test_unknown_seeds_make_no_pairs():
     assert comparison.compare([run, run]) == [comparison.Comparison("first", 0, {})]
 
 
-def test_where_no_pair_differs_there_is_no_interval():
+def test_equal_runs_have_no_interval():
     run = scores([[1, 0], [0, 1]])
     difference = comparison.compare([run, run])[0].changes["correct"][0].difference
     assert (difference.value, difference.p) == (0, 1)
@@ -149,7 +149,7 @@ def test_failures_are_counted_by_kind():
     }
 
 
-def test_the_headline_is_what_judges():
+def test_the_headline_is_the_judges_measure():
     run = scores([[1]])
     run.values["sharpness"] = np.array([0.1])
     assert comparison.headline([run]) == "correct"
@@ -177,7 +177,7 @@ def published() -> report.Table:
     )
 
 
-def test_a_report_has_what_was_measured(tmp_path):
+def test_a_report_has_the_measured_values(tmp_path):
     report.write(tmp_path, "Shapes", {"command": "c"}, two_runs(), picture()[0], [published()])
     names = ["report.html", "report.json", "report.md"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -230,7 +230,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_text_stays_text(tmp_path):
+def test_text_is_escaped(tmp_path):
     run = scores([[0, 0], [0, 0]], "ab", HOSTILE)
     run = replace(
         run,
@@ -256,7 +256,7 @@ def test_text_stays_text(tmp_path):
     assert said["runs"][0]["worst"][0]["prompt"] == HOSTILE
 
 
-def test_a_page_needs_nothing_else(tmp_path):
+def test_a_page_is_self_contained(tmp_path):
     report.write(tmp_path, "Shapes", {}, two_runs(), picture()[0], [published()])
     page = (tmp_path / "report.html").read_text()
     assert "default-src 'none'" in page
@@ -280,7 +280,7 @@ def test_thumbnails_are_small_and_few(tmp_path, size, lossless):
             assert np.array_equal(np.asarray(image.convert("RGB")), original)
 
 
-def test_images_that_are_not_there_or_damaged_are_told(tmp_path):
+def test_missing_or_damaged_images_are_reported(tmp_path):
     def give(name, key):
         return {"000000000": None, "000000001": b"no image"}.get(key)
 
@@ -290,7 +290,7 @@ def test_images_that_are_not_there_or_damaged_are_told(tmp_path):
     assert page.count('<div class="none">unreadable</div>') == 1
 
 
-def test_long_tables_are_cut_where_people_read_and_whole_for_machines(tmp_path):
+def test_long_tables_are_truncated_in_the_page_and_complete_in_the_json(tmp_path):
     categories = "".join(chr(0x4E00 + n) for n in range(300))
     report.write(tmp_path, "Shapes", {}, [scores([[0]] * 300, categories)], picture()[0])
     for name in ("report.md", "report.html"):
@@ -299,7 +299,7 @@ def test_long_tables_are_cut_where_people_read_and_whole_for_machines(tmp_path):
     assert len(found["runs"][0]["measures"]["correct"]) == 301
 
 
-def test_a_report_without_a_judge_still_tells_the_rest(tmp_path):
+def test_a_report_without_a_judge_has_the_other_measures(tmp_path):
     run = replace(scores([[0, 0]]), values={"sharpness": np.array([0.25, 0.5])})
     report.write(tmp_path, "Drawn", {}, [run], picture()[0])
     document = (tmp_path / "report.md").read_text()

@@ -1,4 +1,4 @@
-"""What an image's pixels tell, against SciPy, PIL and closed forms."""
+"""Statistics of an image's pixels, compared with SciPy, PIL and closed forms."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_every_statistic_is_a_measure_of_images(noise):
     assert all(type(value) is float for value in told.values())
 
 
-def test_light_and_sharpness_are_those_of_scipy(noise):
+def test_light_and_sharpness_match_scipy(noise):
     told, luma = image_statistics(noise), noise @ LUMA
     assert told["brightness"] == pytest.approx(luma.mean() / 255, rel=1e-6)
     assert told["contrast"] == pytest.approx(luma.std() / 255, rel=1e-6)
@@ -34,7 +34,7 @@ def test_light_and_sharpness_are_those_of_scipy(noise):
     assert told["sharpness"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_colorfulness_is_the_papers_formula(noise):
+def test_colorfulness_matches_the_papers_formula(noise):
     red, green, blue = noise.astype(float).reshape(-1, 3).T
     rg, yb = red - green, 0.5 * (red + green) - blue
     spread, mean = np.sqrt(rg.var() + yb.var()), np.sqrt(rg.mean() ** 2 + yb.mean() ** 2)
@@ -50,7 +50,7 @@ def test_colorfulness_is_the_papers_formula(noise):
         ((255, 0, 0), 0.2126, 0.3 * 255 * np.sqrt(1.25)),
     ],
 )
-def test_a_flat_image_has_its_light_and_no_detail(color, brightness, colorfulness):
+def test_a_flat_image_has_no_detail(color, brightness, colorfulness):
     told = image_statistics(flat(*color))
     assert told["brightness"] == pytest.approx(brightness, abs=1e-6)
     assert told["colorfulness"] == pytest.approx(colorfulness, rel=1e-6)
@@ -78,13 +78,13 @@ def test_a_thumbnail_of_any_size_keeps_the_mean(size):
     np.testing.assert_allclose(thumbnail.mean(axis=(0, 1)), pixels.mean(axis=(0, 1)) / 255, 1e-5)
 
 
-def test_a_thumbnail_is_pils_box_filter_before_its_two_roundings():
+def test_a_thumbnail_matches_pils_box_filter_before_rounding():
     pixels = np.random.default_rng(3).integers(0, 256, (40, 80, 3), np.uint8)
     rounded = np.asarray(Image.fromarray(pixels).resize((8, 8), Image.Resampling.BOX))
     thumbnail = thumbnail_features(pixels).reshape(8, 8, 3) * 255
     assert np.abs(thumbnail - rounded).max() < 1
 
 
-def test_one_pixel_is_an_image():
+def test_an_image_may_be_one_pixel():
     assert image_statistics(flat(10, 20, 30, 1, 1))["sharpness"] == 0
     np.testing.assert_allclose(thumbnail_features(flat(0, 51, 255, 1, 1))[:3], [0, 0.2, 1])

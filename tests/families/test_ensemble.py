@@ -1,4 +1,4 @@
-"""Which two checkpoints may make an image together."""
+"""Which base and refiner checkpoints fit together."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from jaxdiff.families.ensemble import open_ensemble
 
 @pytest.fixture
 def refiner(tiny_checkpoint, tmp_path) -> Path:
-    """A second model over the same latents, which a test may change."""
+    """A second model for the same latents, which a test may modify."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "refiner"))
 
 
@@ -36,13 +36,13 @@ def edit_vae(directory: Path, **changes) -> None:
         {"latents_std": [1.0, 2.0, 3.0, 4.0]},
     ],
 )
-def test_a_refiner_of_other_latents_is_refused(tiny_checkpoint, refiner, changes):
+def test_a_refiner_for_other_latents_is_rejected(tiny_checkpoint, refiner, changes):
     edit_vae(refiner, **changes)
     with pytest.raises(InputError, match=r"--refiner .* has different latents from the model"):
         open_ensemble(tiny_checkpoint, refiner=refiner)
 
 
-def test_what_a_config_leaves_out_is_the_class_default(tiny_checkpoint, refiner):
+def test_missing_config_values_are_the_class_defaults(tiny_checkpoint, refiner):
     path = refiner / "vae" / "config.json"
     config = json.loads(path.read_text())
     assert config.pop("scaling_factor") == 0.18215
@@ -51,7 +51,7 @@ def test_what_a_config_leaves_out_is_the_class_default(tiny_checkpoint, refiner)
     assert open_ensemble(tiny_checkpoint, refiner=refiner).refiner.path == refiner
 
 
-def test_a_variant_is_asked_of_a_refiner_only_if_it_has_it(tiny_checkpoint, refiner, tmp_path):
+def test_the_variant_is_optional_for_a_refiner(tiny_checkpoint, refiner, tmp_path):
     base = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
     shutil.copy(base / UNET, (base / UNET).with_suffix(".fp16.safetensors"))
     opened = open_ensemble(base, "fp16", refiner)

@@ -1,4 +1,4 @@
-"""Which pipelines are read, and what diffusers' pipelines would do with them unasked."""
+"""Which pipelines are supported, and whether their defaults match diffusers' pipelines."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ def edit_json(path: Path, **changes) -> None:
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint, tmp_path) -> Path:
-    """A copy that a test may change. Only structure counts here: no network is built."""
+    """A copy that a test may modify; these tests build no networks."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "stable-diffusion-xl"))
 
 
@@ -30,7 +30,7 @@ def xl(checkpoint) -> Path:
         _class_name="StableDiffusionXLPipeline",
         text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
         tokenizer_2=["transformers", "CLIPTokenizer"],
-        image_encoder=["transformers", "CLIPVisionModelWithProjection"],  # not there, not needed
+        image_encoder=["transformers", "CLIPVisionModelWithProjection"],  # missing but not needed
         feature_extractor=["transformers", "CLIPImageProcessor"],
         force_zeros_for_empty_prompt=True,
     )
@@ -77,7 +77,7 @@ def test_xl_has_two_text_encoders_with_a_tokenizer_each(xl):
     assert open_checkpoint(xl).fingerprint != before
 
 
-def test_xls_refiner_has_the_second_text_encoder_alone(refiner):
+def test_xls_refiner_has_only_the_second_text_encoder(refiner):
     opened = open_checkpoint(refiner)
     assert opened.defaults.name == "Stable Diffusion XL refiner"
     assert opened.networks == ("text_encoder_2", "unet", "vae")
@@ -106,7 +106,7 @@ def test_the_bundled_models_own_defaults_do_not_depend_on_a_name(checkpoint):
     "pipeline",
     ["FluxPipeline", "StableDiffusionInpaintPipeline", None, ["pipeline", "Custom"], {}],
 )
-def test_other_pipelines_are_refused_by_name(checkpoint, pipeline):
+def test_unsupported_pipelines_are_named(checkpoint, pipeline):
     edit_json(checkpoint / "model_index.json", _class_name=pipeline)
     with pytest.raises(InputError, match=r"model_index\.json: .* is not supported") as caught:
         open_checkpoint(checkpoint)
@@ -156,7 +156,7 @@ def test_each_scheduler_names_its_sampler(checkpoint):
     "scheduler",
     ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchHeunDiscreteScheduler"],
 )
-def test_other_noise_levels_are_refused_whatever_the_sampler(xl, scheduler):
+def test_other_noise_levels_are_rejected_with_every_sampler(xl, scheduler):
     edit_json(xl / "scheduler" / "scheduler_config.json", _class_name=scheduler)
     with pytest.raises(InputError, match=rf"scheduler_config\.json: {scheduler} has noise levels"):
         open_checkpoint(xl)
@@ -174,7 +174,7 @@ def test_stable_diffusions_pipeline_corrects_early_scheduler_files(checkpoint):
     assert scheduler_of(checkpoint, right) == right
 
 
-def test_what_a_file_leaves_out_is_corrected_for_its_own_scheduler_alone(checkpoint):
+def test_a_missing_value_is_corrected_only_for_the_files_own_scheduler(checkpoint):
     silent = scheduler_of(checkpoint, {"_class_name": "DDIMScheduler"})
     assert (silent["steps_offset"], silent["clip_sample"]) == (1, False)
     assert silent["_use_default_values"] == ["steps_offset", "clip_sample"]
@@ -183,7 +183,7 @@ def test_what_a_file_leaves_out_is_corrected_for_its_own_scheduler_alone(checkpo
     assert scheduler_of(checkpoint, euler) == euler | left_out
 
 
-def test_the_other_pipelines_take_the_scheduler_as_it_is(xl):
+def test_the_other_pipelines_leave_the_scheduler_unchanged(xl):
     early = {"_class_name": "DDIMScheduler", "steps_offset": 0, "clip_sample": True}
     assert scheduler_of(xl, early) == early
 
@@ -193,11 +193,11 @@ def test_the_other_pipelines_take_the_scheduler_as_it_is(xl):
     [
         ({"sample_size": 96}, (768, 768)),
         ({"sample_size": [64, 96]}, (768, 512)),  # height, width
-        ({"sample_size": 32, "_diffusers_version": "0.6.0"}, (512, 512)),  # as diffusers has it
+        ({"sample_size": 32, "_diffusers_version": "0.6.0"}, (512, 512)),  # as in diffusers
         ({"sample_size": 32, "_diffusers_version": "0.9.0"}, (256, 256)),
         ({"sample_size": 32, "_diffusers_version": "0.42.1"}, (256, 256)),
     ],
 )
-def test_the_default_size_is_the_pipelines(checkpoint, changes, size):
+def test_the_default_size_is_that_of_the_pipeline(checkpoint, changes, size):
     edit_json(checkpoint / "unet" / "config.json", **changes)
     assert open_checkpoint(checkpoint).defaults.size == size

@@ -15,7 +15,7 @@ TOKENIZER = Path(inspect.__file__).parents[1] / "assets" / "shapes64" / "tokeniz
 
 
 def report(model) -> dict[str, str]:
-    """The report's lines by their first word or, with a default, two."""
+    """Returns the report's values by the name in the first column."""
     lines = inspect.report(open_checkpoint(model)).splitlines()
     assert all(line == line.rstrip() and line.isprintable() for line in lines)
     return {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines}
@@ -23,13 +23,13 @@ def report(model) -> dict[str, str]:
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint, tmp_path) -> Path:
-    """A copy that a test may change."""
+    """A copy that a test may modify."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
 
 
 @pytest.fixture
 def single(tmp_path):
-    """A function that writes a single file of a family, and tokenizers beside it."""
+    """A function that writes a single file of a family, with tokenizers next to it."""
 
     def single(width):
         for name in ("tokenizer", "tokenizer_2"):
@@ -45,7 +45,7 @@ def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_the_bundled_model_reads_like_this():
+def test_the_report_of_the_bundled_model():
     lines = inspect.report(open_checkpoint("shapes64")).splitlines()
     assert lines[0] == "shapes64: Stable Diffusion 1 (StableDiffusionPipeline)"
     columns = [line.split() for line in lines[3:8]]
@@ -55,17 +55,19 @@ def test_the_bundled_model_reads_like_this():
         "diffusion_pytorch_model.safetensors",
     ]
     assert columns[4] == ["total", "6.6M", "float16", "13.3", "MB"]
-    said = report("shapes64")
-    assert said["prediction"] == "v_prediction, zero terminal SNR"
-    assert said["scheduler"] == "EulerAncestralDiscreteScheduler, 1000 timesteps, trailing spacing"
-    assert said["default sampler"] == "euler_ancestral"
-    assert (said["default steps"], said["default guidance"]) == ("20", "1.5")
-    assert said["default size"] == "64 x 64 px, or other multiples of 4 px"
-    assert said["tokenizer"] == "24 tokens, vocabulary of 641"
-    assert said["fingerprint"] == open_checkpoint("shapes64").fingerprint
+    values = report("shapes64")
+    assert values["prediction"] == "v_prediction, zero terminal SNR"
+    assert (
+        values["scheduler"] == "EulerAncestralDiscreteScheduler, 1000 timesteps, trailing spacing"
+    )
+    assert values["default sampler"] == "euler_ancestral"
+    assert (values["default steps"], values["default guidance"]) == ("20", "1.5")
+    assert values["default size"] == "64 x 64 px, or other multiples of 4 px"
+    assert values["tokenizer"] == "24 tokens, vocabulary of 641"
+    assert values["fingerprint"] == open_checkpoint("shapes64").fingerprint
 
 
-def test_the_counts_are_those_of_the_files(checkpoint):
+def test_the_counts_match_the_files(checkpoint):
     file = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     count = sum(tensor.size for tensor in tensors.values())
@@ -92,36 +94,36 @@ def test_every_dtype_and_file_of_a_network_is_counted(checkpoint):
     assert line.endswith("2 files")
 
 
-def test_a_refiners_one_text_encoder_is_the_second(single):
-    said = report(single(REFINER))
-    assert "CLIPTextModelWithProjection" in said["text_encoder_2"]
-    assert "tokenizer_2" in said
-    assert not said.keys() & {"text_encoder", "tokenizer"}
+def test_a_refiners_only_text_encoder_is_the_second(single):
+    values = report(single(REFINER))
+    assert "CLIPTextModelWithProjection" in values["text_encoder_2"]
+    assert "tokenizer_2" in values
+    assert not values.keys() & {"text_encoder", "tokenizer"}
 
 
-def test_a_single_file_is_told_like_a_directory(single):
-    said = report(single(XL))
-    assert "fine-tuned: Stable Diffusion XL (StableDiffusionXLPipeline)" in said
-    assert said["unet"].endswith("fine-tuned.safetensors")
-    assert said["prediction"] == "epsilon"
-    assert said["scheduler"] == "EulerDiscreteScheduler, 1000 timesteps, leading spacing"
-    assert said["default size"] == "1024 x 1024 px, or other multiples of 8 px"
-    assert (said["default sampler"], said["default guidance"]) == ("euler", "5")
+def test_a_single_file_is_reported_like_a_directory(single):
+    values = report(single(XL))
+    assert "fine-tuned: Stable Diffusion XL (StableDiffusionXLPipeline)" in values
+    assert values["unet"].endswith("fine-tuned.safetensors")
+    assert values["prediction"] == "epsilon"
+    assert values["scheduler"] == "EulerDiscreteScheduler, 1000 timesteps, leading spacing"
+    assert values["default size"] == "1024 x 1024 px, or other multiples of 8 px"
+    assert (values["default sampler"], values["default guidance"]) == ("euler", "5")
 
 
-def test_what_was_tuned_from_stable_diffusion_1_says_so(single):
-    said = report(single(SD1))
-    assert "fine-tuned: Stable Diffusion 1 (StableDiffusionPipeline)" in said
-    assert said["default sampler"] == "pndm"
-    assert said["default size"].startswith("512 x 512 px")
+def test_a_fine_tune_is_reported_with_its_family(single):
+    values = report(single(SD1))
+    assert "fine-tuned: Stable Diffusion 1 (StableDiffusionPipeline)" in values
+    assert values["default sampler"] == "pndm"
+    assert values["default size"].startswith("512 x 512 px")
 
 
-def test_what_a_checkpoint_leaves_open_is_told_in_its_line(checkpoint):
+def test_a_missing_default_is_reported_in_its_line(checkpoint):
     edit(checkpoint / "unet" / "config.json", sample_size=None)
     edit(checkpoint / "scheduler" / "scheduler_config.json", _class_name="VQ\nScheduler")
-    said = report(checkpoint)
-    assert "--width" in said["default size"]
-    assert "--sampler" in said["default sampler"]
+    values = report(checkpoint)
+    assert "--width" in values["default size"]
+    assert "--sampler" in values["default sampler"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_what_a_checkpoint_leaves_open_is_told_in_its_line(checkpoint):
         ({"use_karras_sigmas": True}, "scheduler", "Karras sigmas"),
     ],
 )
-def test_the_scheduler_is_told_in_words(checkpoint, changes, line, text):
+def test_the_scheduler_is_described_in_words(checkpoint, changes, line, text):
     edit(checkpoint / "scheduler" / "scheduler_config.json", **changes)
     assert report(checkpoint)[line].endswith(text)
 
@@ -140,7 +142,7 @@ def test_the_scheduler_is_told_in_words(checkpoint, changes, line, text):
 @pytest.mark.parametrize(
     ("network", "changes", "reason"),
     [
-        # As SSD-1B has it.
+        # The value in SSD-1B.
         ("unet", {"transformer_layers_per_block": [1, [2, 2]]}, "transformer_layers_per_block"),
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type"),
         ("vae", {"norm_num_groups": 0}, "norm_num_groups = 0"),
@@ -149,15 +151,15 @@ def test_the_scheduler_is_told_in_words(checkpoint, changes, line, text):
         ("unet", {"cross_attention_dim": 64}, "cross_attention_dim = 64 does not fit"),
     ],
 )
-def test_a_model_that_cannot_be_used_says_why(checkpoint, network, changes, reason):
+def test_the_report_tells_why_a_model_is_not_usable(checkpoint, network, changes, reason):
     assert report(checkpoint)["usable"] == "yes"
     edit(checkpoint / network / "config.json", **changes)
-    said = report(checkpoint)["usable"]
-    assert said.startswith(f"no: {checkpoint}")
-    assert reason in said
+    usable = report(checkpoint)["usable"]
+    assert usable.startswith(f"no: {checkpoint}")
+    assert reason in usable
 
 
-def test_a_scheduler_that_its_sampler_does_not_take_is_told_in_its_line(checkpoint):
+def test_an_unsupported_scheduler_setting_is_reported_in_its_line(checkpoint):
     edit(checkpoint / "scheduler" / "scheduler_config.json", thresholding=True)
     assert "thresholding = true is not supported" in report(checkpoint)["default sampler"]
 

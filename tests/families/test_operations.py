@@ -1,4 +1,4 @@
-"""The operations that are counted from shapes are about those that XLA counts in the program."""
+"""The operations counted from shapes roughly match XLA's count for the compiled program."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ def shapes64():
     return networks_of(open_ensemble("shapes64").base).configs
 
 
-def test_a_unets_operations_are_those_that_xla_counts(shapes64):
+def test_a_unets_operations_match_xlas_count(shapes64):
     config = shapes64["unet"]
     graph, shapes = abstract_network(UNet2DConditionModel, config)
     given = (1, 16, 16, config.in_channels), (1,), (1, 77, config.cross_attention_dim)
@@ -48,7 +48,7 @@ def test_a_unets_operations_are_those_that_xla_counts(shapes64):
     assert counted(shapes, 16, 16) == pytest.approx(xla, rel=0.25)
 
 
-def test_so_are_those_of_its_outermost_layers(shapes64):
+def test_the_operations_of_a_unets_outermost_layers_match_xlas_count(shapes64):
     config = shapes64["unet"]
     graph, shapes = abstract_network(UNet2DConditionModel, config)
     given = (1, 16, 16, config.in_channels), (1,), (1, 77, config.cross_attention_dim)
@@ -58,21 +58,21 @@ def test_so_are_those_of_its_outermost_layers(shapes64):
     assert unet_operations.of_network(outermost, 16, 16) == pytest.approx(xla, rel=0.25)
 
 
-def test_a_decoders_operations_are_those_that_xla_counts(shapes64):
+def test_a_decoders_operations_match_xlas_count(shapes64):
     config = shapes64["vae"]
     graph, shapes = abstract_network(AutoencoderKL, config)
     xla = of_xla(AutoencoderKL.decode, graph, shapes, (1, 16, 16, config.latent_channels))
     assert counted(shapes, 16, 16, "decoder.") == pytest.approx(xla, rel=0.25)
 
 
-def test_stable_diffusions_unet_takes_the_figure_that_is_known():
-    """0.80e12: twice the 401.9 G multiply-accumulates that profilers report at 64x64 latents."""
+def test_stable_diffusions_unet_has_the_published_count():
+    """Expects 0.80e12, twice the 401.9 G multiply-accumulates of profilers at 64x64 latents."""
     config = UNetConfig.from_json(CONTENTS[768].configs["unet"])
     _, shapes = abstract_network(UNet2DConditionModel, config)
     assert counted(shapes, 64, 64) == pytest.approx(0.80e12, rel=0.02)
 
 
-def test_an_image_takes_its_evaluations_and_the_decoder():
+def test_an_images_count_covers_its_evaluations_and_the_decoder():
     model = open_ensemble("shapes64")
     usual = job_settings.resolve({}, model)
 
@@ -88,14 +88,14 @@ def test_an_image_takes_its_evaluations_and_the_decoder():
     assert of(guidance_stop=0.5) == 15 * one + decoder
     spared = 2 * one + decoder - of(2, guided=False, deep_cache=2)
     assert 0 < spared < one
-    assert of(deep_cache=4) == of() - 2 * 7 * spared  # 3 of 10 are whole
-    # Unguided, guided and unguided stretches of 3, 4 and 3 rows, each of which begins anew.
+    assert of(deep_cache=4) == of() - 2 * 7 * spared  # 3 of 10 evaluations are complete
+    # Unguided, guided and unguided ranges of 3, 4 and 3 rows, each of which starts a new group.
     interval = {"guidance_start": 0.3, "guidance_stop": 0.7}
     assert of(**interval, deep_cache=3) == of(**interval) - (2 + 2 * 2 + 2) * spared
     assert one < of(guided=False, prompt_chunks=3) - of(guided=False) + one
 
 
-def test_a_refiner_takes_the_steps_that_are_its_own(tiny_checkpoint):
+def test_a_refiners_steps_are_counted_with_its_own_network(tiny_checkpoint):
     alone, both = (open_ensemble(tiny_checkpoint, refiner=r) for r in (None, tiny_checkpoint))
     settings = job_settings.resolve({}, alone)
     bucket = Bucket(64, 64, 10, True, "ddim")

@@ -111,7 +111,12 @@ def test_two_loras_with_peft_metadata(sd, tmp_path):
                 r=2 + number,
                 lora_alpha=5,
                 target_modules=TARGETS,
-                alpha_pattern={"attn1.to_q": 3},
+                alpha_pattern={
+                    r"mid_block\..*\.to_q": 32,
+                    "attn1.to_q": 3,
+                    r"(down|up)_blocks\.\d+\.attentions\..*to_k": 7,
+                    "to_q": 11,
+                },
                 init_lora_weights=False,
             ),
             adapter_name=name,

@@ -1,4 +1,4 @@
-"""A small job on real Beam with a real model, for tests to run as they like."""
+"""Fixtures for a small job on real Beam with a real model."""
 
 import json
 import os
@@ -23,20 +23,20 @@ MANIFEST = "\n".join([*LINES[:2], "{broken", *LINES[2:]]) + "\n"
 
 @pytest.fixture(scope="session")
 def manifest_path(tmp_path_factory) -> Path:
-    """Where all jobs have their manifest: its path is a part of a plan's bytes."""
+    """Returns the manifest path of all jobs, because a plan contains the path."""
     return tmp_path_factory.mktemp("manifest") / "rows.jsonl"
 
 
 @pytest.fixture
 def manifest(manifest_path) -> Path:
-    """24 images, and a row that cannot be used."""
+    """Writes the manifest: rows for 24 images, and an invalid row."""
     manifest_path.write_text(MANIFEST, "utf-8")
     return manifest_path
 
 
 @pytest.fixture
 def command(manifest, tiny_checkpoint):
-    """The arguments of a job of six shards, two batches each: `command(directory, ...)`."""
+    """Returns the arguments of a job of six shards, two batches each: `command(directory, ...)`."""
 
     def command(output: Path, *more: str, manifest: Path = manifest) -> list[str]:
         return job(manifest, output, tiny_checkpoint, *more)
@@ -52,9 +52,9 @@ def job(manifest: Path, output: Path, model: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished(manifest_path, tiny_checkpoint, tmp_path_factory):
-    """What jobs leave when nothing goes wrong, each made once, to be read: `finished(...)`.
+    """Returns finished datasets, each made once and not to be changed: `finished(...)`.
 
-    It leaves its manifest behind as well.
+    It leaves its manifest at `manifest_path`.
     """
 
     @cache
@@ -69,7 +69,7 @@ def finished(manifest_path, tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def finish(finished):
-    """Leaves in a directory what `command(directory, ...)` does, by a copy."""
+    """Copies the finished dataset of `command(directory, ...)` into a directory."""
 
     def finish(directory: Path, *more: str, **manifest: str) -> None:
         shutil.copytree(finished(*more, **manifest), directory)
@@ -77,15 +77,15 @@ def finish(finished):
     return finish
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def environment() -> dict[str, str]:
-    """For jobs in processes of their own."""
+    """Returns the environment for jobs in processes of their own."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
 def faulty(monkeypatch):
-    """Lets the workers that are started from now on run some code first; None for no more."""
+    """Makes workers started from now on run some code first; None ends this."""
     paths = [str(Path(__file__).parent / "faults"), str(ROOT)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
 

@@ -1,4 +1,4 @@
-"""What Beam would run."""
+"""Inspects Beam graphs."""
 
 from collections import Counter
 
@@ -7,9 +7,10 @@ from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 
 
 def forks(pipeline: beam.Pipeline) -> list[str]:
-    """What keeps a pipeline from being one straight line of transforms; nothing, if it is one.
+    """Returns the violations of linearity in a pipeline; an empty list if it is linear.
 
-    Beam's Dask runner computes only the last transform's inputs, and merges tagged outputs.
+    It must be linear, because Beam's Dask runner computes only the last transform's inputs, and
+    merges tagged outputs.
     """
     found, consumers = [], Counter()
 

@@ -1,4 +1,4 @@
-"""Faults for the workers of a test, as the code that `faults/sitecustomize.py` runs."""
+"""Faults for a test's workers, as code that `faults/sitecustomize.py` runs."""
 
 AT_WORD = """
 from jaxdiff.engine.prompts import PromptEncoder
@@ -11,5 +11,5 @@ encode, PromptEncoder.__call__ = PromptEncoder.__call__, wrapped
 
 
 def at(word: str, fault: str) -> str:
-    """What happens when a prompt with a word in it is encoded."""
+    """Returns code that triggers a fault when a prompt containing a word is encoded."""
     return AT_WORD.format(word=word, fault=fault)

@@ -1,6 +1,6 @@
-"""Flink, Spark and Dataflow without a cluster: the graph, what is sent to workers, the options.
+"""Tests Flink, Spark and Dataflow without a cluster: the graph, the pickled DoFn, the options.
 
-The commands are those of docs/clusters.md.
+The commands are from docs/clusters.md.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "clusters.md").read_text("utf-8")
 MODELS = generate_options.Models("shapes64")
 SECONDS = 60
-OFFLINE = ("--dry_run=True", "--no_auth")  # else Dataflow's client asks for its buckets
+OFFLINE = ("--dry_run=True", "--no_auth")  # otherwise, Dataflow's client queries its buckets
 
 
 def documented(runner: str) -> list[list[str]]:
-    """The page's commands for a runner: the arguments after `jaxdiff generate`."""
+    """Returns the page's commands for a runner: the arguments after `jaxdiff generate`."""
     commands = re.findall(r"^jaxdiff generate ((?:.*\\\n)*.*)$", PAGE, re.MULTILINE)
     words = [shlex.split(command.replace("\\\n", " ")) for command in commands]
     return [found for found in words if runner in found]
@@ -48,7 +48,7 @@ def beam_arguments(command: list[str]) -> list[str]:
 
 
 class Recorder(PipelineRunner):
-    """Keeps the pipeline that it is given, and runs nothing."""
+    """Keeps its pipeline and runs nothing."""
 
     def run_pipeline(self, pipeline: beam.Pipeline, options: PipelineOptions) -> PipelineResult:
         self.pipeline = pipeline
@@ -64,7 +64,7 @@ def generate_shard(tmp_path, manifest, tiny_checkpoint) -> tuple[GenerateShard, 
     return made, run.plan, list(run.shards)
 
 
-def test_the_graph_is_one_line(generate_shard):
+def test_the_graph_is_linear(generate_shard):
     recorder = Recorder()
     generate.make_shards(*generate_shard, (recorder, PipelineOptions([])))
     assert forks(recorder.pipeline) == []
@@ -93,7 +93,7 @@ def test_what_is_sent_to_workers_is_small_and_holds_no_model(generate_shard):
 
 
 @pytest.mark.parametrize("runner", ["DaskRunner", "FlinkRunner", "SparkRunner"])
-def test_the_pages_commands_are_understood(runner):
+def test_documented_commands_are_accepted(runner):
     (command,) = documented(runner)
     chosen, known = runners.choose([*beam_arguments(command), "--job_endpoint=localhost:1"], 2)
     assert type(chosen).__name__ == runner
@@ -105,8 +105,8 @@ def test_the_pages_commands_are_understood(runner):
 
 @pytest.fixture
 def cluster(tmp_path) -> Iterator[tuple[int, int]]:
-    """The ports of a job server, Beam's own in place of Flink's, and of a worker pool."""
-    programs = Path(sys.executable).parent  # the pool starts the `python` that it finds
+    """Yields the ports of Beam's own job server, in place of Flink's, and of a worker pool."""
+    programs = Path(sys.executable).parent  # the pool runs the first `python` on the path
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     with contextlib.ExitStack() as ends:
@@ -151,7 +151,7 @@ def wait_for(something: Callable):
     return found
 
 
-def test_jobs_through_a_job_server_are_those_of_a_plain_run(tmp_path, command, cluster):
+def test_jobs_through_a_job_server_make_the_same_files(tmp_path, command, cluster):
     job_server, pool = cluster
     assert cli.main(command(tmp_path / "here", "--limit=8")) == 0
     for runner in ("FlinkRunner", "SparkRunner"):
@@ -165,7 +165,7 @@ def test_jobs_through_a_job_server_are_those_of_a_plain_run(tmp_path, command, c
 
 
 @pytest.mark.gcp
-def test_dataflow_jobs_are_built_as_the_page_says(generate_shard):
+def test_dataflow_jobs_are_built_as_documented(generate_shard):
     commands = documented("DataflowRunner")
     assert len(commands) == 2
     for command in commands:
@@ -205,15 +205,15 @@ def dataflow_environment(runner: PipelineRunner, known: PipelineOptions):
         ("--job_name=Ümlaut", "Invalid job_name"),
     ],
 )
-def test_dataflows_own_complaints_are_told_on_one_line(wrong, named):
+def test_dataflow_errors_are_one_line(wrong, named):
     command = [*beam_arguments(documented("DataflowRunner")[0]), *OFFLINE, wrong]
-    with pytest.raises(runners.InputError) as told:
+    with pytest.raises(runners.InputError) as caught:
         runners.choose(command, 1)
-    assert named in str(told.value)
-    assert "\n" not in str(told.value)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_the_pages_example_runs(tiny_checkpoint, capsys):
+def test_the_documented_example_runs(tiny_checkpoint, capsys):
     (example,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
     example = example.replace("shapes64", str(tiny_checkpoint)).replace("seed=7", "seed=7, steps=2")
     exec(compile(example, "docs/clusters.md", "exec"), {"__name__": "example"})

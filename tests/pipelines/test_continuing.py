@@ -1,4 +1,4 @@
-"""The same command again: after a crash, a full disk or a signal, and when all is made."""
+"""Runs the same command again: after a crash, a full disk or a signal, or when it is finished."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def on_terminal(arguments: list[str], environment: dict[str, str]):
-    """Runs a command whose stderr is a terminal; gives the process and what it writes there."""
+    """Runs a command whose stderr is a terminal; yields the process and its output there."""
     terminal, stderr = pty.openpty()
     output = []
 
@@ -56,13 +56,13 @@ def on_terminal(arguments: list[str], environment: dict[str, str]):
             os.close(terminal)
 
 
-def test_a_finished_job_is_not_run_again(tmp_path, command, capsys):
+def test_a_finished_job_does_not_run_again(tmp_path, command, capsys):
     directory = tmp_path / "out"
     cli.main(command(directory, "--limit=1"))
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*.*")}
     assert "1 image in 1 shard\n" in capsys.readouterr().err
     assert cli.main(command(directory, "--limit=1")) == 0
-    assert "is finished already: 1 image\n" in capsys.readouterr().out
+    assert "is already finished: 1 image\n" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*.*")}
 
 
@@ -79,14 +79,14 @@ def test_an_interrupted_job_continues_to_the_same_bytes(
     said = b"".join(output).decode()
     assert re.search(r"\d+%\|.*\| \d+/63 images", said)
     if number == signal.SIGTERM:
-        assert "stopped; the same command continues" in said
+        assert "stopped; run the same command to continue" in said
     assert not (directory / "_SUCCESS").exists()
     assert cli.main(["verify", str(directory)]) == 1
     kept = sorted((directory / names.DONE).iterdir())
     marked = {path: path.read_bytes() for path in kept}
 
     assert cli.main(command(directory, "--num-images=40")) == 0
-    assert f"{len(kept)} of them made already" in capsys.readouterr().err
+    assert f"{len(kept)} of them already made" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in kept} == marked
     assert files(directory) == files(finished("--num-images=40"))
 
@@ -97,19 +97,19 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(
     directory = tmp_path / "out"
 
     job = [sys.executable, "-m", "jaxdiff", *command(directory)]
-    # Files end after 20 KiB, as they would on a full disk: in the middle of a shard.
+    # Limits files to 20 KiB, to simulate a disk that gets full in the middle of a shard.
     limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *job]
     ended = subprocess.run(limited, env=environment, capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == (
-        f"jaxdiff: {directory}: File too large; when that is mended, the same command continues"
+        f"jaxdiff: {directory}: File too large; fix this, then run the same command again"
     )
     assert not list((directory / names.TMP).iterdir())
     assert cli.main(command(directory)) == 0
     assert cli.main(["verify", str(directory)]) == 0
 
 
-def test_a_disk_that_is_full_at_planning_leaves_nothing(tmp_path, command, environment):
+def test_a_full_disk_during_planning_leaves_no_files(tmp_path, command, environment):
     directory = tmp_path / "out"
     limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", sys.executable, "-m", "jaxdiff"]
     ended = subprocess.run(
@@ -118,11 +118,11 @@ def test_a_disk_that_is_full_at_planning_leaves_nothing(tmp_path, command, envir
     assert ended.returncode == 1
     said = ended.stderr.splitlines()[-1]
     assert said.startswith(f"jaxdiff: {directory}: ")
-    assert said.endswith("File too large; when that is mended, the same command continues")
+    assert said.endswith("File too large; fix this, then run the same command again")
     assert not directory.exists()
 
 
-def test_a_model_that_changes_between_plan_and_work_is_refused(tmp_path, finish, tiny_checkpoint):
+def test_a_model_that_changed_after_planning_is_rejected(tmp_path, finish, tiny_checkpoint):
     directory = tmp_path / "out"
     finish(directory, "--limit=4")
     run = open_run(directory)
@@ -138,7 +138,7 @@ def test_a_model_that_changes_between_plan_and_work_is_refused(tmp_path, finish,
     assert shards.read_marker(open_run(directory), 0) is None
 
 
-def test_strict_holds_for_a_plan_that_is_there_already(tmp_path, command, capsys, finish):
+def test_strict_applies_to_an_existing_plan(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
     finish(directory)
     assert cli.main(command(directory, "--strict")) == 2
@@ -155,13 +155,13 @@ def test_a_finished_job_restores_what_was_deleted(tmp_path, command, capsys, fin
     (directory / "data" / "train-00001.tar").unlink()
     capsys.readouterr()
     assert cli.main(command(directory)) == 1
-    assert "train-00001.tar is missing; `jaxdiff verify" in capsys.readouterr().err
+    assert "train-00001.tar is missing; run `jaxdiff verify" in capsys.readouterr().err
     (directory / names.DONE / "00001.json").unlink()
     assert cli.main(command(directory)) == 0
     assert files(directory) == before
 
 
-def test_another_kind_of_device_does_not_continue_a_job(tmp_path, command, capsys, finish):
+def test_another_kind_of_device_cannot_continue_a_job(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
     finish(directory)
     (directory / names.DEVICE).write_text("TPU v5e")
@@ -169,11 +169,11 @@ def test_another_kind_of_device_does_not_continue_a_job(tmp_path, command, capsy
     capsys.readouterr()
     assert cli.main(command(directory)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "was begun on TPU v5e, but here is cpu, " in error
+    assert "was begun on TPU v5e, but this is cpu, " in error
     assert not (directory / "_SUCCESS").exists()
 
 
-def test_a_plan_that_has_changed_is_not_followed(tmp_path, command, capsys, finish):
+def test_a_changed_plan_is_rejected(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
     finish(directory)
     (directory / names.DONE / "00001.json").unlink()
@@ -184,10 +184,10 @@ def test_a_plan_that_has_changed_is_not_followed(tmp_path, command, capsys, fini
     capsys.readouterr()
     assert cli.main(command(directory)) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"{path.name} has changed since the job was planned; that cannot be mended" in said
+    assert f"{path.name} has changed since the job was planned; this cannot be repaired" in said
 
 
-def test_the_same_command_continues_even_where_it_says_overwrite(tmp_path, command, capsys, finish):
+def test_the_same_command_continues_even_with_overwrite(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
     finish(directory, "--limit=4")
     anew = command(directory, "--seed=1", "--overwrite")
@@ -196,6 +196,6 @@ def test_the_same_command_continues_even_where_it_says_overwrite(tmp_path, comma
     (directory / names.DONE / "00002.json").unlink()
     capsys.readouterr()
     assert cli.main(anew) == 0
-    assert "24 images in 6 shards, 5 of them made already" in capsys.readouterr().err
-    assert cli.main(anew) == 0  # finished, so this one starts anew
+    assert "24 images in 6 shards, 5 of them already made" in capsys.readouterr().err
+    assert cli.main(anew) == 0  # it was finished, so this command starts over
     assert "24 images in 6 shards\n" in capsys.readouterr().err

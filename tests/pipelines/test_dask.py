@@ -1,4 +1,4 @@
-"""A job on a cluster of Dask's, one of whose two processes is killed while it works."""
+"""Runs a job on a Dask cluster of two processes, and kills one of them during the job."""
 
 import contextlib
 import json
@@ -18,13 +18,13 @@ from jaxdiff.dataset import names
 
 SECONDS = 120  # before a test gives up
 SHARDS = 12
-# Two images a shard and many steps, so that the job is in its middle for a while.
+# Two images per shard and many steps, so that the job takes a while.
 SETTINGS = ("--images-per-shard=2", "--steps=30")
 
 
 @pytest.fixture
 def cluster(tmp_path, environment) -> Iterator[tuple[str, list[subprocess.Popen]]]:
-    """A scheduler's address, and two workers of a thread each that nobody restarts."""
+    """Yields a scheduler's address, and two single-threaded workers without a nanny."""
     with contextlib.ExitStack() as ends:
 
         def start(name: str, *arguments: str) -> subprocess.Popen:
@@ -77,7 +77,7 @@ def done(directory: Path) -> int:
 
 def test_a_killed_worker_changes_nothing(tmp_path, command, environment, cluster):
     local, directory = tmp_path / "local", tmp_path / "dask"
-    alone = start_job(command(local, *SETTINGS), environment)  # compiles for the others, too
+    alone = start_job(command(local, *SETTINGS), environment)  # also compiles for the other job
     said, _ = alone.communicate(timeout=SECONDS)
     assert alone.returncode == 0, said
 
@@ -92,7 +92,7 @@ def test_a_killed_worker_changes_nothing(tmp_path, command, environment, cluster
     said, _ = job.communicate(timeout=SECONDS)
     assert job.returncode == 0, said
     assert workers[0].wait() == -signal.SIGKILL
-    assert len(orphans) == 1  # it makes the images, and holds the device
+    assert len(orphans) == 1  # jaxdiff's worker, which holds the device
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in orphans))
 
     assert cli.main(["verify", str(directory)]) == 0

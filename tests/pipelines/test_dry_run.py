@@ -1,4 +1,4 @@
-"""A dry run says what the job would do, and does nothing."""
+"""A dry run prints what the job would do, and does nothing."""
 
 import tempfile
 from pathlib import Path
@@ -26,10 +26,10 @@ def test_a_dry_run_shows_buckets_batches_padding_shards_and_time(tmp_path, comma
     assert cli.main(command(tmp_path / "out", "--dry-run", manifest=path)) == 0
     said = lines(capsys)
     assert said[0] == (
-        f"{path}: rows: 1 blank, 1 rejected, 3 accepted; the first rejected is {path}, line 3: "
+        f"{path}: rows: 1 blank, 1 rejected, 3 accepted; first rejected: {path}, line 3: "
         "the prompt is empty or missing"
     )
-    assert said[1].startswith("images: 7, by tiny; shards: 4; batches: of 2 on one device")
+    assert said[1].startswith("images: 7; model: tiny; shards: 4; batch size: 2 per device")
     assert [line.split() for line in said[3:7]] == [
         ["size", "steps", "sampler", "guided", "images", "batches", "padded", "slots", "shards"],
         ["16x8", "2", "ddim", "no", "1", "1", "1", "1"],
@@ -52,7 +52,7 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path, command, capsys, monkeypatch)
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_the_job_makes_what_the_dry_run_says(tmp_path, command, capsys, finish):
+def test_the_job_matches_its_dry_run(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
     arguments = command(directory)
     assert cli.main([*arguments, "--dry-run"]) == 0
@@ -60,7 +60,7 @@ def test_the_job_makes_what_the_dry_run_says(tmp_path, command, capsys, finish):
     finish(directory)
     run = open_run(directory)
     made = sum(shards.read_marker(run, n).made for n in run.shards)
-    assert said[1].startswith(f"images: {made}, by tiny; shards: {len(run.shards)};")
+    assert said[1].startswith(f"images: {made}; model: tiny; shards: {len(run.shards)};")
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     assert cli.main([*arguments, "--dry-run", "--steps=3"]) == 0
     assert {path: path.stat().st_mtime_ns for path in Path(directory).rglob("*")} == before

@@ -1,4 +1,4 @@
-"""Encoding once is like encoding at every step, and can be killed at any moment."""
+"""Encoding once equals encoding at every step, and can be killed at any moment."""
 
 import json
 import os
@@ -31,7 +31,7 @@ ASPECT_RATIOS = 2.0
 
 @pytest.fixture(scope="module", autouse=True)
 def _fast(compiled_fast):
-    """Nothing here depends on XLA's last bits being the user's."""
+    """Compiles fast: no test here depends on the exact bits that users get."""
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,15 @@ def photos(tmp_path_factory) -> Path:
         random = np.random.default_rng(number)
         coarse = random.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((width, height)).save(folder / f"{number}.png")
-        told = {"file_name": f"{number}.png", "text": f"photo {number}", "tags": "red"}
-        lines.append(json.dumps(told))
+        row = {"file_name": f"{number}.png", "text": f"photo {number}", "tags": "red"}
+        lines.append(json.dumps(row))
     (folder / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
     return folder
 
 
 @pytest.fixture(scope="module")
 def environment(environment) -> dict[str, str]:
-    """For processes that compile as this one does."""
+    """Returns the environment for processes that compile like this one."""
     return environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
@@ -82,7 +82,7 @@ def text_params(checkpoint) -> dict:
     }
 
 
-def test_latents_are_those_of_the_images(finished, photos, tiny_checkpoint):
+def test_latents_match_the_images(finished, photos, tiny_checkpoint):
     images = open_examples(Data(path=str(photos)))
     latents = open_examples(Data(path=str(finished)))
     assert isinstance(latents, EncodedExamples)
@@ -107,7 +107,7 @@ def test_latents_are_those_of_the_images(finished, photos, tiny_checkpoint):
         np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)  # float16
 
 
-def test_every_image_is_there_once_in_its_bucket(finished):
+def test_every_image_occurs_once_in_its_bucket(finished):
     latents = open_examples(Data(path=str(finished)))
     captions = sorted(latents.caption(index) for index in range(len(latents)))
     assert captions == sorted(f"photo {number}" for number in range(len(SIZES)))
@@ -115,7 +115,7 @@ def test_every_image_is_there_once_in_its_bucket(finished):
     assert len(set(map(tuple, latents.sizes.tolist()))) > 1
 
 
-def test_embeddings_are_those_of_the_captions(finished, tiny_checkpoint):
+def test_embeddings_match_the_captions(finished, tiny_checkpoint):
     from jaxdiff.training.data.encoder import Encoder
 
     latents = open_examples(Data(path=str(finished)))
@@ -146,7 +146,7 @@ def test_batches_draw_from_the_posterior_by_seed_and_step(finished):
         batches(latents, batch_size=4, seed=1, sizes=sizes, flip=True)
 
 
-def test_a_killed_job_is_continued_to_the_same_bytes(
+def test_a_killed_job_continues_to_the_same_bytes(
     tmp_path, finished, photos, tiny_checkpoint, environment
 ):
     arguments = command(photos, tiny_checkpoint, tmp_path / "out", "--embed")
@@ -167,7 +167,7 @@ def test_a_killed_job_is_continued_to_the_same_bytes(
     assert files(tmp_path / "out") == files(finished)
 
 
-def test_a_stopped_job_is_continued_to_the_same_bytes(
+def test_a_stopped_job_continues_to_the_same_bytes(
     tmp_path, capsys, monkeypatch, finished, photos, tiny_checkpoint
 ):
     arguments = command(photos, tiny_checkpoint, tmp_path / "out", "--embed")
@@ -181,25 +181,25 @@ def test_a_stopped_job_is_continued_to_the_same_bytes(
 
     monkeypatch.setattr(os, "replace", rename_and_stop)
     assert cli.main(arguments) == 75
-    assert "the same command continues" in capsys.readouterr().err
+    assert "run the same command to continue" in capsys.readouterr().err
     assert len(list((tmp_path / "out/data").iterdir())) == 1
     assert cli.main(arguments) == 0
     assert files(tmp_path / "out") == files(finished)
 
 
-def test_a_finished_job_has_nothing_to_do_and_lost_shards_are_made_again(
+def test_a_finished_job_does_nothing_but_remake_missing_shards(
     tmp_path, capsys, finished, photos, tiny_checkpoint
 ):
     before = files(finished)
     arguments = command(photos, tiny_checkpoint, finished, "--embed")
     assert cli.main(arguments) == 0
-    assert "encoded already" in capsys.readouterr().out
+    assert "already encoded" in capsys.readouterr().out
     (finished / "data/00001.safetensors").unlink()
     assert cli.main(arguments) == 0
     assert files(finished) == before
 
 
-def test_another_encoding_is_refused(capsys, finished, photos, tiny_checkpoint):
+def test_another_encoding_is_rejected(capsys, finished, photos, tiny_checkpoint):
     before = files(finished)
     arguments = command(photos, tiny_checkpoint, finished, "--embed", "--captions=tags")
     assert cli.main(arguments) == 2
@@ -207,9 +207,7 @@ def test_another_encoding_is_refused(capsys, finished, photos, tiny_checkpoint):
     assert files(finished) == before
 
 
-def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
-    tmp_path, capsys, photos, tiny_checkpoint
-):
+def test_invalid_input_is_one_line_and_leaves_no_files(tmp_path, capsys, photos, tiny_checkpoint):
     output = tmp_path / "out"
     for more, said in {
         ("--size=50",): "a size of 50 must be a multiple of 16",
@@ -231,9 +229,7 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
     assert "holds other files" in capsys.readouterr().err
 
 
-def test_an_image_that_cannot_be_decoded_stops_the_job_and_is_named(
-    tmp_path, capsys, photos, tiny_checkpoint
-):
+def test_an_unreadable_image_stops_the_job_and_is_named(tmp_path, capsys, photos, tiny_checkpoint):
     broken = tmp_path / "photos"
     broken.mkdir()
     for path in photos.iterdir():

@@ -1,4 +1,4 @@
-"""`jaxdiff evaluate`: images are judged, measured and laid out as they are asked for."""
+"""`jaxdiff evaluate`: images are scored, measured and written in a benchmark's layout."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,12 @@ from jaxdiff.worlds.shapes import Caption, Group
 STAR, RING = Caption((Group("star"),)), Caption((Group("ring"),))
 PAIR = Caption((Group("star"), Group("ring")), "above")
 ASKED = [shapes.row_for(caption) for caption in (STAR, RING, PAIR)]
-SHOWN = [STAR, RING, STAR, RING, PAIR, STAR]  # two images of each; one of them is right
+SHOWN = [STAR, RING, STAR, RING, PAIR, STAR]  # two images per prompt; one of them is right
 
 
 @pytest.fixture
 def dataset(tmp_path, tiny_checkpoint):
-    """Makes a dataset of drawn pictures for a benchmark's rows; a caption of None is a failure."""
+    """Makes a dataset of rendered scenes for a benchmark's rows; None means a failed image."""
 
     def make(
         rows: list[dict] = ASKED, shown: list = SHOWN, benchmark: str = "shapes", **said
@@ -55,7 +55,7 @@ def dataset(tmp_path, tiny_checkpoint):
 
 
 def evaluate(directory: Path, asked: Path, output: Path, *more, images: int = 2) -> int:
-    """Judges a dataset; returns the exit code."""
+    """Evaluates a dataset; returns the exit code."""
     said = ["--benchmark", "shapes", "--prompts", asked, "--dataset", directory]
     said += ["--output", output, "--images", images, *more]
     return cli.main(["evaluate", *map(str, said)])
@@ -65,7 +65,7 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_images_are_judged_as_genevals_scorer_would_say_it(dataset, tmp_path):
+def test_results_have_the_format_of_genevals_scorer(dataset, tmp_path):
     output = tmp_path / "out"
     assert evaluate(*dataset(), output) == 0
     results = read_lines(output / "results.jsonl")
@@ -95,7 +95,7 @@ def test_images_are_judged_as_genevals_scorer_would_say_it(dataset, tmp_path):
     ]
 
 
-def test_what_is_scored_is_not_scored_again_and_the_report_is_the_same(dataset, tmp_path):
+def test_existing_scores_are_reused_and_the_report_is_the_same(dataset, tmp_path):
     made, output = dataset(), tmp_path / "out"
     assert evaluate(*made, output) == 0
     names = ("report.json", "report.md", "report.html", "results.jsonl")
@@ -103,7 +103,7 @@ def test_what_is_scored_is_not_scored_again_and_the_report_is_the_same(dataset, 
     files = sorted((output / "scores").glob("*.parquet"))
     assert len(files) == 2
     times = [path.stat().st_mtime_ns for path in files]
-    files[1].write_bytes(files[1].read_bytes()[:100])  # as if it had been cut off
+    files[1].write_bytes(files[1].read_bytes()[:100])  # as if the write had been interrupted
     assert evaluate(*made, output) == 0
     assert {name: (output / name).read_bytes() for name in names} == before
     assert [path.stat().st_mtime_ns == time for path, time in zip(files, times, strict=True)] == [
@@ -129,7 +129,7 @@ def test_the_best_image_of_each_prompt_is_kept_with_all_scores(dataset, tmp_path
         assert Image.open(tmp_path / "out" / "best" / row["file_name"]).size == (64, 64)
 
 
-def test_an_image_that_failed_is_wrong_and_no_layout_hides_it(dataset, tmp_path, capsys):
+def test_a_failed_image_is_wrong_and_prevents_the_layout(dataset, tmp_path, capsys):
     output = tmp_path / "out"
     assert evaluate(*dataset(shown=[STAR, None, RING, RING, PAIR, PAIR]), output) == 3
     assert "layout geneval was not written" in capsys.readouterr().err
@@ -140,7 +140,7 @@ def test_an_image_that_failed_is_wrong_and_no_layout_hides_it(dataset, tmp_path,
     assert report["runs"][0]["failed"] == 1
 
 
-def test_images_are_held_against_a_reference_and_a_training_set(dataset, tmp_path):
+def test_images_are_compared_with_a_reference_and_a_training_set(dataset, tmp_path):
     directory, asked = dataset()
     whole = {}
     for name, folder in (("itself", directory), ("others", tmp_path / "others")):
@@ -161,9 +161,7 @@ def test_images_are_held_against_a_reference_and_a_training_set(dataset, tmp_pat
     assert whole["others"]["frechet"] > 0.1
 
 
-def test_clip_is_asked_if_its_weights_are_there_and_named_as_missing_if_not(
-    dataset, tmp_path, capsys
-):
+def test_clip_measures_are_reported_or_named_as_missing(dataset, tmp_path, capsys):
     directory, asked = dataset(
         rows=[{"prompt": text, "id": str(n)} for n, text in enumerate(("a star", "a ring"))],
         shown=[STAR, STAR, RING, RING],
@@ -205,7 +203,7 @@ def test_models_and_settings_are_compared_at_equal_seeds(tmp_path, tiny_checkpoi
     }
 
 
-def test_a_dataset_is_exported_without_being_judged(dataset, tmp_path):
+def test_a_dataset_is_exported_without_being_scored(dataset, tmp_path):
     directory, _ = dataset()
     said = ["--export", "geneval", "--dataset", directory, "--output", tmp_path / "out"]
     assert cli.main(["evaluate", *map(str, said)]) == 0
@@ -216,7 +214,7 @@ def test_a_dataset_is_exported_without_being_judged(dataset, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_layout_made_elsewhere_is_judged(dataset, tmp_path, capsys):
+def test_an_existing_layout_is_scored(dataset, tmp_path, capsys):
     directory, asked = dataset()
     exported, output = tmp_path / "exported", tmp_path / "out"
     said = ["--export", "geneval", "--dataset", directory, "--output", exported]
@@ -253,7 +251,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("words", MISTAKES)
-def test_a_mistake_is_one_line(words, tmp_path, monkeypatch, capsys):
+def test_an_error_is_one_line(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate", *words.split()]) == 2
     said = capsys.readouterr().err

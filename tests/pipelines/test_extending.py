@@ -1,4 +1,4 @@
-"""The same directory, asked for more: what is made stays, what is new is added, else a refusal."""
+"""Extends a dataset: existing images stay and new ones are added; other changes are rejected."""
 
 import json
 
@@ -15,7 +15,7 @@ MORE = [*FIRST, {"prompt": "a blue square", "id": "c"}, "broken"]
 
 @pytest.fixture
 def write(manifest):
-    """Puts other rows into the job's manifest."""
+    """Replaces the rows of the job's manifest."""
 
     def write(rows: list) -> None:
         manifest.write_text(text(rows))
@@ -35,7 +35,7 @@ def pixels(directory) -> dict[tuple[str, int], str]:
     return {(row["id"], row["image_index"]): row["pixel_sha256"] for row in rows}
 
 
-def test_a_longer_manifest_adds_its_images_and_keeps_what_is_made(
+def test_a_longer_manifest_adds_images_and_keeps_existing_ones(
     tmp_path, command, capsys, write, finish
 ):
     directory = tmp_path / "out"
@@ -45,7 +45,7 @@ def test_a_longer_manifest_adds_its_images_and_keeps_what_is_made(
     write(MORE)
     assert cli.main(command(directory)) == 0
     said = capsys.readouterr().err
-    assert "is extended; the plan of its 1 shard stays" in said
+    assert "is extended; its 1 shard will not change" in said
     assert "1 of 4 rows of" in said
     assert {path: path.read_bytes() for path in before} == before
     extended = open_run(directory).plan
@@ -62,7 +62,7 @@ def test_a_longer_manifest_adds_its_images_and_keeps_what_is_made(
     assert pixels(directory) == pixels(tmp_path / "fresh")
 
 
-def test_more_images_of_each_row_and_a_higher_limit_extend_as_well(tmp_path, command, write):
+def test_more_images_per_row_and_a_higher_limit_also_extend(tmp_path, command, write):
     directory = tmp_path / "out"
     write([{"prompt": "a red circle"}, {"prompt": "a star"}])
     for more in (["--limit=1"], [], ["--num-images=2"], ["--num-images=3", "--limit=5"]):
@@ -88,13 +88,19 @@ def test_an_interrupted_job_can_be_extended(tmp_path, command, write, finish):
     ("rows", "why"),
     [
         ([{**FIRST[0], "prompt": "a ring"}, FIRST[1]], "line 1 of manifest"),
-        ([{**FIRST[0], "seed": 3}, FIRST[1]], "asks for another image 0 of row 'a' than before"),
-        ([{**FIRST[0], "note": "x"}, FIRST[1]], "asks for another image 0 of row 'a' than before"),
-        ([{**FIRST[1], "num_images": 2}, FIRST[0]], "does not ask for image 2 of row 'b' any more"),
-        ([FIRST[1]], "does not ask for image 0 of row 'a' any more"),
+        (
+            [{**FIRST[0], "seed": 3}, FIRST[1]],
+            "changes image 0 of row 'a', which is already planned",
+        ),
+        (
+            [{**FIRST[0], "note": "x"}, FIRST[1]],
+            "changes image 0 of row 'a', which is already planned",
+        ),
+        ([{**FIRST[1], "num_images": 2}, FIRST[0]], "no longer asks for image 2 of row 'b'"),
+        ([FIRST[1]], "no longer asks for image 0 of row 'a'"),
     ],
 )
-def test_what_does_not_hold_all_that_was_planned_is_refused(
+def test_a_manifest_that_lacks_planned_images_is_rejected(
     tmp_path, command, capsys, write, finish, rows, why
 ):
     directory = tmp_path / "out"
@@ -111,7 +117,7 @@ def test_what_does_not_hold_all_that_was_planned_is_refused(
     assert "; name another directory" in capsys.readouterr().err
 
 
-def test_the_order_of_rows_does_not_matter_for_what_is_made(tmp_path, command, write, finish):
+def test_reordered_rows_extend_too(tmp_path, command, write, finish):
     directory = tmp_path / "out"
     finish(directory, manifest=text(FIRST))
     write(MORE[::-1])

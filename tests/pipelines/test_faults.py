@@ -1,4 +1,4 @@
-"""Workers that fail, die or hang: nothing is lost but the image that is to blame."""
+"""Workers that fail, die or hang: only the image that causes it is lost."""
 
 import json
 import os
@@ -30,14 +30,14 @@ def failures(directory: Path) -> dict[str, str]:
 
 
 def children() -> list[int]:
-    """The workers of this process."""
+    """Returns the process ids of this process's workers."""
     found = subprocess.run(
         ["pgrep", "-P", str(os.getpid()), "-f", "pipelines.worker"], capture_output=True, text=True
     )
     return [int(line) for line in found.stdout.split()]
 
 
-def test_rows_that_make_the_model_fail_stand_alone_until_they_are_retried(
+def test_only_rows_that_make_the_model_fail_are_lost_until_retried(
     tmp_path, command, faulty, capsys, whole
 ):
     directory = tmp_path / "out"
@@ -49,32 +49,30 @@ def test_rows_that_make_the_model_fail_stand_alone_until_they_are_retried(
 
     assert cli.main(command(directory, "--retry-failed")) == 3  # they still fail
     faulty(None)
-    assert cli.main(command(directory)) == 3  # they are not asked for
+    assert cli.main(command(directory)) == 3  # they are not retried
     assert cli.main(command(directory, "--retry-failed")) == 0
     assert failures(directory) == {}
     assert files(directory) == files(whole)
     assert cli.main(["verify", str(directory)]) == 0
     assert cli.main(command(directory, "--retry-failed")) == 0
-    assert "is finished already: 24 images" in capsys.readouterr().out
+    assert "is already finished: 24 images" in capsys.readouterr().out
 
 
-def test_a_model_that_fails_whatever_it_is_asked_is_not_the_rows_fault(
-    tmp_path, command, faulty, capsys
-):
+def test_a_model_that_fails_on_every_image_blames_no_row(tmp_path, command, faulty, capsys):
     faulty(at("", 'raise RuntimeError("broken")'))
     assert cli.main(command(tmp_path / "out")) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == "jaxdiff: the model fails whatever it is asked: RuntimeError: broken"
+    assert said == "jaxdiff: the model fails on every image: RuntimeError: broken"
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_that_does_not_suffice_is_not_the_rows_fault(tmp_path, command, faulty, capsys):
+def test_too_little_memory_blames_no_row(tmp_path, command, faulty, capsys):
     faulty(at("star", 'raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")'))
     assert cli.main(command(tmp_path / "out")) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.endswith(
-        "8 images of 64x64 at once do not fit the memory of 1 x cpu; free it for the same command, "
-        "or start anew, in another directory, with a smaller --batch-size"
+        "a batch of 8 images of 64x64 does not fit in the memory of 1 x cpu; free some memory, or "
+        "start over in another directory with a smaller --batch-size"
     )
 
 
@@ -85,8 +83,8 @@ def test_a_row_that_kills_the_process_is_given_up_after_three_deaths(
     faulty(at("star", "import os; os.kill(os.getpid(), 11)"))
     assert cli.main(command(directory, "--negative-prompt=")) == 3
     said = capsys.readouterr().err
-    # Two shards die in the first batch; then each of three images dies twice, alone.
-    assert said.count("a worker died of SIGSEGV and is restarted") == 8
+    # Two shards kill the worker in their first batch; then each of three images does so twice.
+    assert said.count("a worker died of SIGSEGV; restarting it") == 8
     reason = "the process died of SIGSEGV, 3 times"
     assert failures(directory) == dict.fromkeys(STAR_KEYS, reason)
     assert cli.main(["verify", str(directory)]) == 0
@@ -95,7 +93,7 @@ def test_a_row_that_kills_the_process_is_given_up_after_three_deaths(
     assert files(directory) == files(whole)
 
 
-def test_a_device_that_kills_every_process_accuses_no_row(tmp_path, command, faulty, capsys):
+def test_a_device_that_kills_every_process_blames_no_row(tmp_path, command, faulty, capsys):
     directory = tmp_path / "out"
     faulty("""
 import os
@@ -104,13 +102,15 @@ TextToImage._dispatch = lambda *_: os.kill(os.getpid(), 9)
 """)
     assert cli.main(command(directory)) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == "jaxdiff: a worker died of SIGKILL while it made nothing"
+    assert said == "jaxdiff: a worker died of SIGKILL while making no image"
     assert not list((directory / names.DONE).glob("*"))
     faulty(None)
     assert cli.main(command(directory)) == 0
 
 
-def test_a_size_that_the_model_cannot_make_stops_only_its_rows(tmp_path, command, faulty, manifest):
+def test_a_size_that_makes_the_model_fail_affects_only_its_rows(
+    tmp_path, command, faulty, manifest
+):
     manifest.write_text(
         '{"prompt": "a ring"}\n{"prompt": "a star", "width": 96}\n{"prompt": "a cross"}\n'
     )
@@ -137,19 +137,19 @@ def test_a_damaged_shard_is_not_retried(tmp_path, command, faulty, capsys):
     path.write_bytes(content)
     assert cli.main(command(directory, "--retry-failed")) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "data/train-00000.tar is not as it was made; `jaxdiff verify" in said
-    # A repair makes what the first run has made, so the failure has to be made again as well.
+    assert "data/train-00000.tar is missing or has changed; run `jaxdiff verify" in said
+    # A repair remakes exactly what the first run made, so the failure must happen again too.
     faulty(at("star", 'raise RuntimeError("no stars")'))
     assert cli.main(["verify", str(directory), "--repair"]) == 0
     faulty(None)
     assert cli.main(command(directory, "--retry-failed")) == 0
 
 
-def test_a_worker_that_cannot_even_load_the_model_ends_the_job(tmp_path, command, faulty, capsys):
+def test_a_worker_that_cannot_load_the_model_ends_the_job(tmp_path, command, faulty, capsys):
     faulty("import os; os._exit(5)")
     assert cli.main(command(tmp_path / "out")) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == "jaxdiff: a worker ended with exit code 5 while it made nothing"
+    assert said == "jaxdiff: a worker ended with exit code 5 while making no image"
 
 
 def test_a_worker_that_hangs_is_restarted(tmp_path, command, faulty, capsys, whole):
@@ -158,13 +158,13 @@ def test_a_worker_that_hangs_is_restarted(tmp_path, command, faulty, capsys, who
     hang = first + f"(open({str(once)!r}, 'w'), time.sleep(1e6))"
     faulty(at("star", hang))
     assert cli.main(command(directory, "--patience=30")) == 0
-    assert "a worker finished no batch in 30 s (--patience) and is restarted" in (
+    assert "a worker finished no batch in 30 s (--patience); restarting it" in (
         capsys.readouterr().err
     )
     assert files(directory) == files(whole)
 
 
-def test_a_worker_that_is_lost_costs_nothing(tmp_path, command, capsys, finished):
+def test_a_killed_worker_changes_no_byte(tmp_path, command, capsys, finished):
     directory = tmp_path / "out"
 
     def kill() -> None:
@@ -177,7 +177,7 @@ def test_a_worker_that_is_lost_costs_nothing(tmp_path, command, capsys, finished
     killer.start()
     assert cli.main(command(directory, "--num-images=40")) == 0
     killer.join()
-    assert "a worker died of SIGKILL and is restarted" in capsys.readouterr().err
+    assert "a worker died of SIGKILL; restarting it" in capsys.readouterr().err
     assert files(directory) == files(finished("--num-images=40"))
 
 
@@ -188,7 +188,7 @@ def test_two_workers_make_the_same_bytes(tmp_path, command, whole):
 
 
 @pytest.mark.parametrize("name", ["replace", "link", "fsync"])
-def test_a_disk_that_refuses_is_one_line_and_the_same_command_continues(
+def test_a_failing_disk_is_one_line_and_the_same_command_continues(
     tmp_path, command, faulty, capsys, whole, name
 ):
     directory = tmp_path / "out"
@@ -202,14 +202,14 @@ os.{name} = refuse
     said = capsys.readouterr().err.splitlines()[-1]
     named = directory / "data" / "train-00000.tar" if name == "replace" else "some/file"
     assert said == (
-        f"jaxdiff: {named}: Input/output error; when that is mended, the same command continues"
+        f"jaxdiff: {named}: Input/output error; fix this, then run the same command again"
     )
     faulty(None)
     assert cli.main(command(directory)) == 0
     assert files(directory) == files(whole)
 
 
-def test_a_platform_that_is_not_there_is_refused(tmp_path, command, capsys, monkeypatch):
+def test_a_missing_platform_is_rejected(tmp_path, command, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     assert cli.main(command(tmp_path / "out")) == 2
     said = capsys.readouterr().err.splitlines()[-1]

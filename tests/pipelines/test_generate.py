@@ -1,4 +1,4 @@
-"""The job on real Beam with a real model: what it makes, and what it refuses."""
+"""The job on real Beam with a real model: what it makes, and what it rejects."""
 
 import hashlib
 import json
@@ -83,7 +83,7 @@ def test_a_manifest_becomes_a_finished_dataset(tmp_path, command, capsys, tiny_c
     assert (image.pixels == image_files.decode(content)).all()
 
 
-def test_another_job_in_the_same_directory_is_refused_with_the_difference(
+def test_another_job_in_the_same_directory_is_rejected_with_the_difference(
     tmp_path, command, capsys, manifest, finish
 ):
     directory = tmp_path / "out"
@@ -98,7 +98,7 @@ def test_another_job_in_the_same_directory_is_refused_with_the_difference(
     assert files(directory) == before
 
 
-def test_overwrite_starts_anew_and_keeps_what_is_not_ours(tmp_path, command, finish):
+def test_overwrite_starts_over_and_keeps_foreign_files(tmp_path, command, finish):
     directory = tmp_path / "out"
     finish(directory)
     (directory / "notes.txt").write_text("mine")
@@ -108,7 +108,7 @@ def test_overwrite_starts_anew_and_keeps_what_is_not_ours(tmp_path, command, fin
     assert cli.main(["verify", str(directory)]) == 0
 
 
-def test_overwrite_deletes_nothing_when_the_new_input_cannot_be_used(tmp_path, command, finish):
+def test_overwrite_deletes_nothing_if_the_new_input_is_invalid(tmp_path, command, finish):
     directory, bad = tmp_path / "out", tmp_path / "bad.txt"
     finish(directory, "--limit=4")
     before = files(directory)
@@ -128,22 +128,22 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_shard(
     assert files(directory) == before
     capsys.readouterr()
     assert cli.main(command(directory, "--limit=4")) == 0
-    assert "is finished already" in capsys.readouterr().out
+    assert "is already finished" in capsys.readouterr().out
 
 
-def test_a_directory_of_somebody_else_is_refused(tmp_path, command, capsys):
+def test_a_directory_with_foreign_files_is_rejected(tmp_path, command, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_bytes(b"")
     for more in ([], ["--overwrite"]):
         assert cli.main(command(tmp_path / "mine", *more)) == 2
         assert "holds other files and no jaxdiff run" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["photo.jpg"]
-    (tmp_path / "mine" / "_jaxdiff").mkdir()  # no plan in it: still not ours
+    (tmp_path / "mine" / "_jaxdiff").mkdir()  # without a plan, it is still not a jaxdiff dataset
     assert cli.main(command(tmp_path / "mine", "--overwrite")) == 2
     assert (tmp_path / "mine" / "photo.jpg").exists()
 
 
-def test_a_second_job_in_the_same_directory_is_refused(tmp_path, command, capsys, finish):
+def test_a_concurrent_job_in_the_same_directory_is_rejected(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
     finish(directory, "--limit=4")
     with LocalStore(directory).held():
@@ -166,7 +166,7 @@ def test_an_output_directory_that_cannot_be_made_is_one_line(command, capsys):
         (["--seed=1"], False),
     ],
 )
-def test_pixels_depend_on_the_request_alone(tmp_path, command, finished, more, same):
+def test_pixels_depend_only_on_the_request(tmp_path, command, finished, more, same):
     def pixels(directory: Path) -> dict[str, str]:
         table = pq.read_table(directory / "metadata", columns=["key", "pixel_sha256"])
         return {row["key"]: row["pixel_sha256"] for row in table.to_pylist()}
@@ -178,7 +178,7 @@ def test_pixels_depend_on_the_request_alone(tmp_path, command, finished, more, s
 def test_images_that_are_not_finite_fail_alone(
     tmp_path, command, capsys, tiny_checkpoint, finished
 ):
-    """The model's word "star" is broken: prompts without it must not notice."""
+    """Breaks the embedding of the word "star": prompts without it must not be affected."""
     broken, directory = tmp_path / "broken", tmp_path / "out"
     shutil.copytree(tiny_checkpoint, broken)
     path = broken / "text_encoder" / "model.safetensors"
@@ -189,7 +189,7 @@ def test_images_that_are_not_finite_fail_alone(
     save_file(weights, path, {"format": "pt"})
 
     assert cli.main(command(directory, f"--model={broken}")) == 3
-    assert "3 images could not be made" in capsys.readouterr().out
+    assert "3 images could not be generated" in capsys.readouterr().out
     failed = [json.loads(line) for line in (directory / "failed.jsonl").read_text().splitlines()]
     assert [(line["key"], line["line"]) for line in failed] == [
         ("000000003", 2),  # its negative prompt has the word
@@ -213,7 +213,7 @@ def test_images_that_are_not_finite_fail_alone(
         (["--manifest=no.csv"], "manifest no.csv does not exist"),
         (["--model=no"], "model 'no' is neither"),
         (["--mesh=data=64"], "--mesh data=64: needs 64 devices, but there are"),
-        (["--runner=FlinkRuner"], "unknown --runner FlinkRuner; Beam's are FnApiRunner,"),
+        (["--runner=FlinkRuner"], "unknown --runner FlinkRuner; known runners: FnApiRunner,"),
         (["--workers=0"], "--workers must be a whole number from 1 to 1024, not '0'"),
         (["--direct_num_workers=x"], "Beam's options: argument --direct_num_workers: invalid int"),
         (["--experiments=a", "10"], "unexpected '10' (jaxdiff generate --help"),
@@ -222,7 +222,7 @@ def test_images_that_are_not_finite_fail_alone(
         (["--stpes=3"], "unknown option --stpes; did you mean --steps?"),
     ],
 )
-def test_input_that_cannot_be_used_writes_nothing(tmp_path, command, capsys, more, message):
+def test_invalid_input_writes_nothing(tmp_path, command, capsys, more, message):
     assert cli.main(command(tmp_path / "new" / "out", *more)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"jaxdiff: {message}")

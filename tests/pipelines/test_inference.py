@@ -25,11 +25,11 @@ GOOD = [Request(prompt=f"{n} rings", seed=n, steps=2, guidance_scale=2 + n % 3) 
 BAD = Request(prompt="a ring", width=63, steps=2)
 REQUESTS = [*GOOD[:6], BAD, *GOOD[6:]]
 THREADS = ("--direct_running_mode=multi_threading", "--direct_num_workers=2")
-models, results = [], []  # of the pipelines that this process has run
+models, results = [], []  # of the last pipeline in this process
 
 
 class Watched(TextToImageModelHandler):
-    """Keeps what it loads, for the tests to look at."""
+    """Keeps its models, so that tests can inspect them."""
 
     def load_model(self):
         models.append(super().load_model())
@@ -58,7 +58,7 @@ def inferred(tiny_checkpoint) -> tuple[list[PredictionResult], dict[str, int], j
     return list(results), counters, model
 
 
-def test_images_are_those_of_the_model_alone(inferred):
+def test_images_equal_those_made_without_beam(inferred):
     made, _, model = inferred
     assert [result.example for result in made] == REQUESTS
     expected = iter(model.generate(GOOD, BATCH))
@@ -76,7 +76,7 @@ def test_a_bad_request_is_the_only_one_lost(inferred):
     assert len(made) - len(failed) == len(GOOD)
 
 
-def test_all_batches_are_one_program(inferred):
+def test_all_batches_use_one_program(inferred):
     _, _, model = inferred
     assert len(model._programs) == 1
 
@@ -91,7 +91,7 @@ def test_everything_is_counted(inferred):
 
 
 @pytest.mark.parametrize("wrong", [None, {"prompt": "a ring"}, Request(prompt="\udc80")])
-def test_what_is_no_request_at_all_is_an_error_record(wrong, inferred):
+def test_an_invalid_request_becomes_a_failure(wrong, inferred):
     handler = TextToImageModelHandler("any")
     *_, model = inferred
     (made,) = handler.run_inference([wrong], model)
@@ -111,7 +111,7 @@ def test_threads_share_the_model(tiny_checkpoint, inferred):
         assert np.array_equal(result.inference.pixels, pixels)
 
 
-def test_values_that_are_not_finite_are_an_error_record(tiny_checkpoint, tmp_path):
+def test_values_that_are_not_finite_become_a_failure(tiny_checkpoint, tmp_path):
     checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
     (weights,) = (checkpoint / "vae").glob("*.safetensors")
     tensors = load_file(weights)
@@ -133,13 +133,13 @@ def test_a_handler_is_small_and_needs_no_jax_until_it_loads():
     assert int(size) < 1000
 
 
-def test_arguments_for_all_are_refused(tiny_checkpoint):
+def test_inference_args_are_rejected(tiny_checkpoint):
     inference = RunInference(TextToImageModelHandler("shapes64"), inference_args={"steps": 3})
-    with pytest.raises(InputError, match="inference_args are not taken: steps"):
+    with pytest.raises(InputError, match=r"inference_args are not supported; .* Request: steps"):
         _ = beam.Pipeline(runner=FnApiRunner()) | beam.Create(GOOD) | inference
 
 
-def test_what_beam_asks_the_handler():
+def test_beam_gets_batch_sizes_and_hints():
     handler = TextToImageModelHandler("shapes64", batch_size=3)
     sizes = {"min_batch_size": 3, "max_batch_size": 3}
     assert handler.batch_elements_kwargs() == sizes

@@ -1,4 +1,4 @@
-"""Manifests elsewhere, through a real file system of Beam's: local files under another scheme."""
+"""Remote manifests, through a real Beam file system: local files under another URL scheme."""
 
 import gzip
 import sys
@@ -17,7 +17,7 @@ SCHEME = "shelf"
 
 
 class Shelf(LocalFileSystem):
-    """shelf://tmp/x is the local /tmp/x; Beam finds it by its scheme."""
+    """Maps shelf://tmp/x to the local /tmp/x; Beam finds this class by its scheme."""
 
     @classmethod
     def scheme(cls):
@@ -37,7 +37,7 @@ class Shelf(LocalFileSystem):
         return head, tail
 
     def exists(self, path):
-        return Path(_local(path)).is_file()  # there are no folders in a bucket
+        return Path(_local(path)).is_file()  # a bucket has no folders
 
     def metadata(self, path):
         found = super().metadata(_local(path))
@@ -76,13 +76,13 @@ def prompts(manifest) -> list[str]:
     return [e.values["prompt"] for source in manifest.sources for e in manifests.read(source)]
 
 
-def test_a_path_is_itself(tmp_path):
+def test_a_local_path_is_not_copied(tmp_path):
     (tmp_path / "p.txt").write_text("a\n")
     with fetched(str(tmp_path / "p.txt")) as manifest:
         assert manifest == manifests.find(tmp_path / "p.txt")
 
 
-def test_an_address_is_copied_and_the_copy_deleted(shelf):
+def test_a_url_is_copied_and_the_copy_is_deleted(shelf):
     with fetched(f"{shelf}/a.jsonl.gz") as manifest:
         (source,) = manifest.sources
         assert (manifest.name, source.name) == (f"{shelf}/a.jsonl.gz",) * 2
@@ -92,7 +92,7 @@ def test_an_address_is_copied_and_the_copy_deleted(shelf):
     assert not source.path.parent.exists()
 
 
-def test_a_glob_of_addresses_is_read_in_the_order_of_their_names(shelf):
+def test_the_files_of_a_url_glob_are_read_in_name_order(shelf):
     with fetched(f"{shelf}/*") as manifest:
         assert [source.name for source in manifest.sources] == [
             f"{shelf}/a.jsonl.gz",
@@ -102,13 +102,13 @@ def test_a_glob_of_addresses_is_read_in_the_order_of_their_names(shelf):
 
 
 @pytest.mark.parametrize("end", ["", "/"])
-def test_an_address_of_a_folder_is_a_prompt_for_each_text(shelf, end):
+def test_the_url_of_a_folder_gives_one_prompt_per_text_file(shelf, end):
     with fetched(shelf + end) as manifest:
         (source,) = manifest.sources
         assert [entry.values for entry in manifests.read(source)] == [{"id": "b", "prompt": "two"}]
 
 
-def test_a_manifest_is_the_same_here_and_there(shelf, tmp_path):
+def test_a_manifest_has_the_same_digest_locally_and_remotely(shelf, tmp_path):
     for end in ("", "/*", "/b.txt"):
         with fetched(shelf + end) as there:
             here = manifests.find(f"{tmp_path}/prompts{end}")
@@ -123,13 +123,13 @@ def test_a_manifest_is_the_same_here_and_there(shelf, tmp_path):
         ("/no/", "is a folder without .txt files"),
     ],
 )
-def test_an_address_of_nothing_is_one_clear_line(shelf, where, message):
+def test_a_url_without_files_is_a_one_line_error(shelf, where, message):
     with pytest.raises(InputError) as caught, fetched(shelf + where):
         pass
     assert str(caught.value).startswith(f"manifest {shelf}{where} {message}")
 
 
-def test_an_address_that_cannot_be_reached_says_what_is_missing(capsys, tmp_path, monkeypatch):
+def test_an_unreachable_url_is_a_one_line_error(capsys, tmp_path, monkeypatch):
     for module, _ in inputs.EXTRAS.values():  # as if not installed
         monkeypatch.setitem(sys.modules, module, None)
     said = {
@@ -145,7 +145,7 @@ def test_an_address_that_cannot_be_reached_says_what_is_missing(capsys, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_job_takes_its_prompts_from_an_address(shelf, command, tmp_path):
+def test_a_job_reads_its_prompts_from_a_url(shelf, command, tmp_path):
     directory = tmp_path / "out"
     assert cli.main(command(directory, manifest=f"{shelf}/*")) == 0
     assert cli.main(["verify", str(directory)]) == 0

@@ -1,4 +1,4 @@
-"""A job that dies at any moment is continued by the same command to the same bytes."""
+"""A job killed at any moment continues to the same bytes when the command runs again."""
 
 import contextlib
 import itertools
@@ -29,7 +29,7 @@ PAUSE_SECONDS = 0.002
 
 
 def dying(environment: dict[str, str], *arguments) -> int:
-    """Runs `dying.py`; returns how many processes were killed."""
+    """Runs `dying.py`; returns the number of killed processes."""
     command = [sys.executable, str(DYING), *map(str, arguments)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -37,7 +37,7 @@ def dying(environment: dict[str, str], *arguments) -> int:
 
 
 @pytest.mark.parametrize(("story", "format_"), [("make", "webdataset"), ("retry", "imagefolder")])
-def test_a_kill_between_any_two_steps_is_healed(
+def test_a_job_killed_between_any_two_steps_continues(
     tmp_path, tiny_checkpoint, environment, story, format_
 ):
     kills = dying(
@@ -60,7 +60,7 @@ def test_a_kill_between_any_two_steps_is_healed(
         ("overwrite", "imagefolder", "after"),
     ],
 )
-def test_so_is_one_in_every_other_story(
+def test_a_job_killed_between_any_two_steps_continues_in_other_scenarios(
     tmp_path, tiny_checkpoint, environment, story, format_, when
 ):
     more = f"--format={format_}"
@@ -68,13 +68,11 @@ def test_so_is_one_in_every_other_story(
 
 
 def test_writers_that_race_and_die_never_mix_their_shards(tmp_path, tiny_checkpoint, environment):
-    """With `os.replace` for `os.link` in shard.py, files differ from their markers: 3 of 3 runs."""
+    """With `os.replace` for `os.link` in shard.py, 3 of 3 runs end with wrong files."""
     assert dying(environment, "race", tmp_path, tiny_checkpoint) > 10
 
 
-def test_a_writer_that_was_thought_dead_does_not_disturb_the_end(
-    tmp_path, manifest, tiny_checkpoint
-):
+def test_a_late_writer_does_not_disturb_finalization(tmp_path, manifest, tiny_checkpoint):
     directory, ended = tmp_path / "out", threading.Event()
     run = making.make_plan(directory, manifest, tiny_checkpoint)
     for shard in run.shards:
@@ -98,7 +96,7 @@ def test_a_writer_that_was_thought_dead_does_not_disturb_the_end(
 
 
 @pytest.mark.parametrize("format_", ["webdataset", "imagefolder"])
-def test_what_occupies_a_shards_name_is_named(tmp_path, manifest, tiny_checkpoint, format_):
+def test_a_path_in_the_place_of_a_shard_is_named(tmp_path, manifest, tiny_checkpoint, format_):
     directory = tmp_path / "out"
     run = making.make_plan(directory, manifest, tiny_checkpoint, format=format_)
     name, _ = run.file_names(0)
@@ -121,7 +119,7 @@ def children(process: int) -> list[int]:
 
 
 def is_alive(process: int) -> bool:
-    """Whether it runs; nobody waits for an orphan, so it may stay as a zombie."""
+    """Returns whether a process runs; an orphan may remain as a zombie, which does not count."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -130,7 +128,7 @@ def is_alive(process: int) -> bool:
 
 
 def markers(directory: Path) -> dict[str, tuple[int, int]]:
-    """When each done-marker was made."""
+    """Returns the inode and modification time of each done-marker."""
     stats = {path.name: path.stat() for path in (directory / names.DONE).glob("*")}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
@@ -140,7 +138,7 @@ def wait_for_markers(process: subprocess.Popen, directory: Path, count: int) -> 
         time.sleep(PAUSE_SECONDS)
 
 
-def test_a_second_job_waits_for_nobody_and_a_dead_ones_lock_is_taken_over(
+def test_a_second_job_fails_at_once_but_takes_over_a_dead_jobs_lock(
     tmp_path, command, environment, manifest, capsys
 ):
     directory = tmp_path / "out"
@@ -160,19 +158,19 @@ def test_a_second_job_waits_for_nobody_and_a_dead_ones_lock_is_taken_over(
     assert 0 < len(made) < 20
     with subprocess.Popen(job, env=environment, stderr=subprocess.DEVNULL) as second:
         wait_for_markers(second, directory, len(made) + 1)
-        manifest.write_text("a manifest that is being written anew")  # what is planned, is planned
+        manifest.write_text("a manifest that is being rewritten")  # not read once planned
         assert second.wait() == 0
     assert made.items() <= markers(directory).items()
     assert cli.main(["verify", str(directory)]) == 0
     assert "80 made" in capsys.readouterr().out
-    assert cli.main(arguments) == 2  # it is another manifest now
+    assert cli.main(arguments) == 2  # the manifest has changed
     manifest.write_text(rows)
     assert cli.main(arguments) == 0
-    assert "is finished already: 80 images" in capsys.readouterr().out
+    assert "is already finished: 80 images" in capsys.readouterr().out
 
 
 def moment(directory: Path) -> str:
-    """What a job was doing, by its files."""
+    """Returns what a job was doing, judging by its files."""
     made = len(markers(directory))
     if not (directory / names.PLAN).exists():
         return "not planned"
@@ -192,7 +190,7 @@ def assert_ended(workers: list[int]) -> None:
 
 @pytest.mark.slow
 def test_kills_at_random_moments_change_no_byte(tmp_path, command, environment):
-    """Half of them at any time of a whole job, half while it makes shards or ends."""
+    """Kills half of them at any time of a job, and half while it makes shards or finalizes."""
     directory, whole = tmp_path / "out", tmp_path / "whole"
     job = [sys.executable, "-m", "jaxdiff", *command(directory, "--num-images=57")]
     run = partial(subprocess.run, job, env=environment, check=True, capture_output=True)

@@ -12,8 +12,8 @@ import pytest
 from jaxdiff.dataset import names
 
 SHARDS, IMAGES_PER_SHARD = 52, 32
-# Resident memory moves by a few MB with the allocator and with the moment when it is looked at (5
-# MB were seen). The pixels that are made meanwhile have 18 MB, their files and records more.
+# Resident memory varies by a few MB with the allocator and the moment of measurement (up to 5 MB
+# observed). The pixels made in the meantime take 18 MB, their files and records more.
 NOISE_MB = 9
 
 
@@ -43,7 +43,7 @@ def test_memory_is_flat_from_the_fifth_shard_to_the_fiftieth(tmp_path, command, 
 
 
 def memory(driver: int) -> tuple[float, float]:
-    """Of the driver and of its worker, in MB."""
+    """Returns the resident memory of the driver and of its worker, in MB."""
     found = subprocess.run(["pgrep", "-P", str(driver)], capture_output=True, text=True)
     (worker,) = found.stdout.split()
     return resident_mb(driver), resident_mb(int(worker))

@@ -1,4 +1,4 @@
-"""Beam's metrics count what the done-markers say, from which the report is summed."""
+"""Beam's metrics equal the sums of the done-markers, as the report does."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""Datasets that an earlier version made, or began, are verified and continued by this one.
+"""This version verifies and continues datasets that an earlier version made or began.
 
-They lie in tests/golden/datasets, made at e85cb56 with two threads on a CPU:
+The datasets in tests/golden/datasets were made at e85cb56 with two threads on a CPU:
 
     jaxdiff generate --manifest rows.jsonl --model model --output finished --steps 2 --batch-size 2
         --images-per-shard 4 --width 16 --height 16 --eta 0.3 --sampler ddim
@@ -30,7 +30,7 @@ UNFINISHED |= {"format": "imagefolder"}
 
 @pytest.fixture
 def golden(tmp_path, monkeypatch) -> Path:
-    """A copy of the fixtures; its datasets are pinned to two threads."""
+    """Returns a copy of the datasets, which are pinned to two threads."""
     monkeypatch.setenv("NPROC", "2")
     return Path(shutil.copytree(GOLDEN, tmp_path / "golden"))
 
@@ -47,11 +47,11 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
-def test_a_finished_dataset_verifies_and_is_finished_for_the_same_command(golden, capsys):
+def test_a_finished_dataset_verifies_and_the_same_command_does_nothing(golden, capsys):
     before = contents(golden / "finished")
     assert cli.main(["verify", str(golden / "finished")]) == 0
     assert generate(golden, "rows.jsonl", "finished", FINISHED) == 0
-    assert "is finished already: 6 images" in capsys.readouterr().out
+    assert "is already finished: 6 images" in capsys.readouterr().out
     after = contents(golden / "finished")
     assert {name: after[name] for name in before} == before
 
@@ -73,15 +73,15 @@ def test_a_finished_dataset_is_extended(golden):
     assert open_run(golden / "finished").plan.images == 7
 
 
-def test_an_option_that_a_plan_does_not_name_has_its_default(golden):
+def test_an_option_missing_from_a_plan_has_its_default(golden):
     path = golden / "finished" / "_jaxdiff" / "plan" / "plan.json"
     said = json.loads(path.read_text())
-    del said["identity"]["deep_cache"]  # as if it had come later
+    del said["identity"]["deep_cache"]  # as if the option had been added later
     path.write_text(json.dumps(said | {"id": plans.digest(said["identity"])}))
     assert open_run(golden / "finished").plan.settings.deep_cache == 1
 
 
-def test_a_later_option_changes_no_id_where_it_has_its_default(golden):
+def test_a_new_option_with_its_default_keeps_the_plans_id(golden):
     @dataclass(frozen=True, kw_only=True)
     class MoreSettings(Settings):
         strength: float = field(default=1.0, metadata=LATER)

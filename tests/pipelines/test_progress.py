@@ -1,4 +1,4 @@
-"""What a job tells of how far it is."""
+"""The progress that a job prints."""
 
 import re
 
@@ -8,21 +8,21 @@ from jaxdiff.dataset.run import open_run
 from pipelines import progress
 
 
-def test_progress_is_told_in_the_middle_of_a_shard(tmp_path, command, capsys, monkeypatch):
+def test_progress_is_reported_within_a_shard(tmp_path, command, capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.02)
     assert cli.main(command(tmp_path / "out", "--num-images=80", "--images-per-shard=200")) == 0
     lines = capsys.readouterr().err.splitlines()
-    told = [
+    matches = [
         re.fullmatch(r"jaxdiff: (\d+)/103 images(, [\d.]+ images/s, [\d:]+ left)?", line)
         for line in lines
     ]
-    counts = [int(match[1]) for match in told if match]
+    counts = [int(match[1]) for match in matches if match]
     assert counts == sorted(counts)
     assert any(0 < count < 103 for count in counts)
-    assert any(match[2] for match in told if match)
+    assert any(match[2] for match in matches if match)
 
 
-def test_progress_passes_over_files_with_odd_names(tmp_path, finish):
+def test_progress_ignores_files_with_odd_names(tmp_path, finish):
     directory = tmp_path / "out"
     finish(directory)
     counter = progress.Counter(open_run(directory))

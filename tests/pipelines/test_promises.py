@@ -1,4 +1,4 @@
-"""An image is a function of its row, the model and the settings, whatever else differs."""
+"""An image depends only on its row, the model and the settings."""
 
 import json
 import random
@@ -11,7 +11,7 @@ import pytest
 import jaxdiff
 from jaxdiff import cli
 
-# Two sizes, two samplers that draw noise at every step, guidance, and more than one batch of each.
+# Two sizes, two samplers that draw noise at every step, guidance, and several batches of each.
 ROWS = [
     {"id": "ring", "prompt": "a ring", "num_images": 9, "guidance_scale": 3},
     {"id": "wide", "prompt": "a star", "num_images": 7, "width": 96, "sampler": "ddpm"},
@@ -29,7 +29,7 @@ SHUFFLED = random.Random(0).sample(ROWS, len(ROWS))
 
 @pytest.fixture(scope="module")
 def generate(tmp_path_factory, tiny_checkpoint):
-    """Runs a job: `generate(*arguments)` returns the hash of each image's pixels."""
+    """Returns a function that runs a job and returns the hash of each image's pixels."""
     folder = tmp_path_factory.mktemp("promises")
 
     def generate(*arguments: str, rows: list = ROWS, directory: str | None = None) -> dict:
@@ -58,7 +58,7 @@ def pixels(directory: Path) -> dict[tuple[str, int], str]:
 
 def test_the_images_differ_from_each_other(plain):
     assert len(plain) == 20
-    assert len({*plain.values()}) == 19  # one seed is there twice
+    assert len({*plain.values()}) == 19  # one seed occurs twice
     assert plain["not", 0] == plain["not", 2]
 
 
@@ -77,14 +77,14 @@ def test_the_order_of_the_rows_changes_no_pixel(generate, plain):
     assert generate("--batch-size=3", "--images-per-shard=3", rows=SHUFFLED) == plain
 
 
-def test_a_part_first_and_then_the_whole_changes_no_pixel(generate, plain):
+def test_extending_a_limited_job_changes_no_pixel(generate, plain):
     part = generate("--batch-size=4", "--limit=12", directory="limited")
     assert len(part) == 12
     assert generate("--batch-size=4", directory="limited") == plain
 
 
 def test_four_devices_make_the_pixels_of_one(generate, monkeypatch, capsys):
-    # XLA has as many threads as devices, at least; so for both.
+    # XLA uses at least as many threads as devices, so both runs get four threads.
     monkeypatch.setenv("NPROC", "4")
     plain = generate("--batch-size=3", directory="one")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
@@ -92,7 +92,7 @@ def test_four_devices_make_the_pixels_of_one(generate, monkeypatch, capsys):
     assert "on 4 x cpu" in capsys.readouterr().out
 
 
-def test_the_bundled_model_makes_the_same_pixels_in_batches_of_any_size():
+def test_the_bundled_model_makes_the_same_pixels_at_any_batch_size():
     model = jaxdiff.load("shapes64")
     requests = [
         jaxdiff.Request(prompt=prompt, seed=seed, steps=3, sampler="ddpm", negative_prompt="blue")

@@ -1,4 +1,4 @@
-"""`verify` names what is wrong with a dataset, and `verify --repair` makes just that again."""
+"""`verify` names what is wrong with a dataset, and `verify --repair` remakes only that."""
 
 import hashlib
 import shutil
@@ -19,7 +19,7 @@ from jaxdiff.dataset.run import open_run
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_checkpoint) -> Path:
-    """A finished dataset of three shards."""
+    """Returns a finished dataset of three shards."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "rows.txt").write_text("a red circle\na star\n\ntwo rings\n")
     job = {"manifest": folder / "rows.txt", "output": folder / "out", "model": tiny_checkpoint}
@@ -35,7 +35,7 @@ def flip(path: Path) -> None:
 
 
 def truncate_on_a_member(path: Path) -> None:
-    """What is left reads as a whole archive."""
+    """Truncates a tar file between two members, so that it is still a valid archive."""
     with tarfile.open(path) as tar:
         end = tar.getmembers()[3].offset
     path.write_bytes(path.read_bytes()[:end])
@@ -61,7 +61,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_damaged_is_named_and_made_again(tmp_path, made, capsys, damage):
+def test_damage_is_named_and_repaired(tmp_path, made, capsys, damage):
     directory = tmp_path / "out"
     shutil.copytree(made, directory)
     name, do = DAMAGE[damage]
@@ -80,13 +80,13 @@ def test_what_is_damaged_is_named_and_made_again(tmp_path, made, capsys, damage)
         assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
 
 
-def test_a_stray_file_is_named_and_left_alone(tmp_path, made, capsys):
+def test_a_stray_file_is_named_and_kept(tmp_path, made, capsys):
     directory = tmp_path / "out"
     shutil.copytree(made, directory)
     (directory / "data" / "mine.tar").write_text("mine")
     assert cli.main(["verify", str(directory), "--repair"]) == 1
     said = capsys.readouterr()
-    assert "data/mine.tar does not belong to the run; move it away" in said.out
+    assert "data/mine.tar does not belong to the run; move it elsewhere" in said.out
     assert "1 problem\n" in said.err
     assert (directory / "data" / "mine.tar").read_text() == "mine"
 
@@ -98,11 +98,11 @@ def test_a_damaged_plan_cannot_be_repaired(tmp_path, made, capsys):
     flip(path)
     before = files(directory)
     assert cli.main(["verify", str(directory), "--repair"]) == 2
-    assert "that cannot be mended: start anew elsewhere" in capsys.readouterr().err
+    assert "this cannot be repaired: start a new run in another" in capsys.readouterr().err
     assert files(directory) == before
 
 
-def test_a_repair_that_gives_other_bytes_changes_nothing(tmp_path, made, capsys):
+def test_a_repair_with_different_bytes_changes_nothing(tmp_path, made, capsys):
     directory = tmp_path / "out"
     shutil.copytree(made, directory)
     path = directory / "data" / "train-00001.tar"
@@ -111,12 +111,12 @@ def test_a_repair_that_gives_other_bytes_changes_nothing(tmp_path, made, capsys)
     marker.write_text(marker.read_text().replace('"sha256": "', '"sha256": "0', 1))
     assert cli.main(["verify", str(directory), "--repair"]) == 1
     said = capsys.readouterr().out
-    assert "shard 1 was made again, but not to the bytes that its marker names" in said
-    assert f"{marker} lets it be made anew" in said
+    assert "shard 1 was remade, but its bytes differ from what its marker records" in said
+    assert f"delete {marker} and repair again" in said
     assert not path.exists()
 
 
-def test_a_signed_shard_is_made_as_it_was_before(tmp_path, made, capsys):
+def test_a_signed_shard_is_remade_as_it_was_before_signing(tmp_path, made, capsys):
     directory = tmp_path / "out"
     shutil.copytree(made, directory)
     run = open_run(directory)
@@ -133,7 +133,5 @@ def test_a_signed_shard_is_made_as_it_was_before(tmp_path, made, capsys):
     path.unlink()
     (directory / "data" / "train-00002.tar").unlink()
     assert cli.main(["verify", str(directory), "--repair"]) == 0
-    assert "shard 1 is made as it was before it was signed: sign it again" in (
-        capsys.readouterr().out
-    )
+    assert "shard 1 is remade as it was before signing: sign it again" in (capsys.readouterr().out)
     assert files(directory) == files(made)

@@ -1,4 +1,4 @@
-"""Which runner a job gets from what the user says, and the names it gives to mistakes."""
+"""The choice of a Beam runner and its options, and the errors for invalid ones."""
 
 import os
 import subprocess
@@ -15,11 +15,11 @@ from pipelines import runners
 
 SAYS = {
     ("--runner",): "argument --runner: expected one argument",
-    ("--runner=Nope",): "unknown --runner Nope; Beam's are FnApiRunner, DaskRunner, Dataflow",
+    ("--runner=Nope",): "unknown --runner Nope; known runners: FnApiRunner, DaskRunner, Dataflow",
     ("--runner=no.such.Runner",): "--runner no.such.Runner: No module named 'no'",
-    ("--runner=builtins.int",): "--runner builtins.int is not a runner of Beam's",
-    ("--direct_running_mode=multi_processing",): "say --workers N instead",
-    ("--runner=direct", "--direct_running_mode", "multi_processing"): "say --workers N instead",
+    ("--runner=builtins.int",): "--runner builtins.int is not a Beam runner",
+    ("--direct_running_mode=multi_processing",): "use --workers N instead",
+    ("--runner=direct", "--direct_running_mode", "multi_processing"): "use --workers N instead",
     ("--direct_running_mode=nonsense",): "invalid choice: 'nonsense'",
     ("--stepz", "3"): "unknown option --stepz; did you mean --steps?",
     ("--runner=DaskRunner", "--stepz=3"): "unknown option --stepz; did you mean --steps?",
@@ -30,38 +30,38 @@ SAYS = {
     ("--runner=direct", "--region=us-central1"): "add --runner DataflowRunner",
     ("--sdk_container_image=image",): "add --runner DataflowRunner",
     ("--dry_run=True",): "add --runner DataflowRunner",
-    ("--num_workers=3",): "add --runner DataflowRunner, or say --workers",
+    ("--num_workers=3",): "add --runner DataflowRunner, or use --workers",
     ("--environment_type=EXTERNAL",): "add --runner PortableRunner",
     ("--runner=flink", "--job_server_java_launcher=/no/java"): "needs /no/java to start its job",
-    ("--runner=SparkRunner", "--job_server_java_launcher=/no/java"): "say --spark_submit_uber_jar",
+    ("--runner=SparkRunner", "--job_server_java_launcher=/no/java"): "use --spark_submit_uber_jar",
 }
 
 
 @pytest.mark.parametrize("arguments", SAYS, ids=" ".join)
-def test_a_mistake_is_told_on_one_line(arguments):
-    with pytest.raises(InputError) as told:
+def test_an_error_is_one_line(arguments):
+    with pytest.raises(InputError) as caught:
         runners.choose(list(arguments), workers=1)
-    assert SAYS[arguments] in str(told.value)
-    assert "\n" not in str(told.value)
+    assert SAYS[arguments] in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--runner=DirectRunner"], ["--runner", "fnapi"]])
-def test_a_job_at_home_has_the_pinned_runner(arguments):
+def test_a_local_job_uses_the_fn_api_runner(arguments):
     runner, options = runners.choose(arguments, workers=1)
     assert type(runner) is FnApiRunner
     assert options.view_as(beam_options.DirectOptions).direct_running_mode == "in_memory"
     assert type(beam.Pipeline(runner=runner, options=options).runner) is FnApiRunner
 
 
-def test_a_manifest_at_an_address_may_need_options_at_home():
+def test_a_local_job_takes_options_for_remote_manifests():
     _, options = runners.choose(["--project=my-project", "--s3_region_name=eu"], workers=1)
     assert options.get_all_options()["project"] == "my-project"
 
 
-def test_workers_at_home_have_threads_that_wait_for_them():
+def test_local_workers_have_threads_that_wait_for_them():
     _, options = runners.choose([], workers=3)
     direct = options.view_as(beam_options.DirectOptions)
-    threads = 3 * runners.THREADS  # more of them spread the shards more evenly
+    threads = 3 * runners.THREADS  # more threads spread the shards more evenly
     assert (direct.direct_running_mode, direct.direct_num_workers) == ("multi_threading", threads)
 
 
@@ -75,7 +75,7 @@ def test_dask_takes_one_shard_at_a_time(name):
 
 
 @pytest.mark.parametrize("said", [{"npartitions": 6}, {"partition_size": 2}])
-def test_dasks_partitions_may_be_said(said):
+def test_dask_partitions_can_be_set(said):
     ((name, value),) = said.items()
     _, options = runners.choose(["--runner=DaskRunner", f"--dask_{name}", str(value)], workers=1)
     found = options.get_all_options()
@@ -83,7 +83,7 @@ def test_dasks_partitions_may_be_said(said):
 
 
 @pytest.mark.parametrize("name", ["FlinkRunner", "SparkRunner", "PortableRunner"])
-def test_a_job_servers_own_options_are_left_to_it(name):
+def test_unknown_options_are_left_to_a_job_server(name):
     arguments = [f"--runner={name}", "--job_endpoint=localhost:8099", "--fasterCopy=true"]
     runner, options = runners.choose(arguments, workers=2)
     assert type(runner).__name__ == name
@@ -110,7 +110,7 @@ def test_a_missing_extra_is_named(runner, module, extra):
     )
 
 
-def test_straight_lines_and_forks_are_told_apart():
+def test_linear_graphs_and_forks_are_distinguished():
     straight = beam.Pipeline(runner=FnApiRunner())
     _ = straight | beam.Create([1], reshuffle=False) | beam.Reshuffle() | beam.Map(str)
     assert forks(straight) == []

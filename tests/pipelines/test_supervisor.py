@@ -1,4 +1,4 @@
-"""Which devices a worker sees, and how a job of several workers ends."""
+"""The devices that a worker sees, and how a job with several workers ends."""
 
 import signal
 import subprocess
@@ -22,15 +22,15 @@ from pipelines import supervisor
         ("", 3, ["", "", ""]),
     ],
 )
-def test_gpus_are_dealt_out(said, count, shares):
+def test_gpus_are_divided_among_workers(said, count, shares):
     environment = {"CUDA_VISIBLE_DEVICES": said, "HOME": "/home"}
     dealt = [supervisor.device_share(index, count, environment) for index in range(count)]
     assert [share["CUDA_VISIBLE_DEVICES"] for share in dealt] == shares
     assert all(share["HOME"] == "/home" for share in dealt)
 
 
-def test_gpus_that_cannot_be_dealt_out_evenly_are_refused():
-    with pytest.raises(InputError, match="--workers 2: 3 GPUs cannot be shared out evenly"):
+def test_gpus_that_cannot_be_divided_evenly_are_rejected():
+    with pytest.raises(InputError, match="--workers 2: 3 GPUs cannot be divided evenly"):
         supervisor.device_share(0, 2, {"CUDA_VISIBLE_DEVICES": "0,1,2"})
 
 
@@ -39,7 +39,7 @@ def test_cpus_are_shared():
     assert supervisor.device_share(1, 2, environment) == environment
 
 
-def test_what_one_of_two_workers_finds_wrong_ends_the_job(tmp_path, command, capfd):
+def test_an_error_in_one_of_two_workers_ends_the_job(tmp_path, command, capfd):
     assert cli.main(command(tmp_path / "out", "--workers=2", "--mesh=data=64")) == 2
     said = capfd.readouterr().err.splitlines()
     assert said[-1].startswith("jaxdiff: --mesh data=64: needs 64 devices")
@@ -57,7 +57,9 @@ def test_two_workers_stop_together(tmp_path, command, environment, finished):
         process.send_signal(signal.SIGTERM)
         said = process.communicate()[1]
     assert process.returncode == 75
-    assert said.splitlines()[-1] == f"jaxdiff: stopped; the same command continues {directory}"
+    assert (
+        said.splitlines()[-1] == f"jaxdiff: stopped; run the same command to continue {directory}"
+    )
     assert not list((directory / "_jaxdiff" / "tmp").iterdir())
     assert cli.main(arguments) == 0
     assert files(directory) == files(finished("--num-images=40"))

@@ -1,4 +1,4 @@
-"""tools/bench: the arithmetic of its figures, and a small run of both engines."""
+"""tools/bench: the calculation of its figures, and a small run of both engines."""
 
 import json
 
@@ -20,12 +20,12 @@ def make_figure(ours, theirs, **more):
     return Figure("step", 1, "s", rounds={OURS: ours, THEIRS: theirs}, **more)
 
 
-def test_a_ratio_is_that_of_a_round():
+def test_ratios_are_computed_per_round():
     figure = make_figure([1.0, 4.0, 3.0], [2.0, 2.0, 4.0])
     assert report.ratios(figure, OURS, THEIRS) == [0.5, 2.0, 0.75]
 
 
-def test_the_peak_is_the_better_engines_in_the_same_dtype():
+def test_the_peak_is_that_of_the_faster_engine_in_the_same_dtype():
     product = Figure("product", 1, "s", rounds={OURS: [2.0, 8.0, 4.0], THEIRS: [5.0], HALF: [1.0]})
     product.operations = 100
     peaks = report.peaks([product])
@@ -33,7 +33,7 @@ def test_the_peak_is_the_better_engines_in_the_same_dtype():
     assert report.share_of_peak(make_figure([8.0], [16.0], operations=100), OURS, peaks) == 0.5
 
 
-def test_the_table_says_why_there_is_no_figure():
+def test_the_table_gives_the_reason_for_a_missing_figure():
     figure = make_figure([1.0], [2.0], failures={HALF: "out of memory"})
     *_, row = report.as_markdown([figure], PLAN).splitlines()
     assert row == "| step | 1 | s | 1 | 2 | out of memory | **0.50** (0.50 to 0.50) |  |"
@@ -49,7 +49,7 @@ def test_the_table_says_why_there_is_no_figure():
         RuntimeError("CUDA out of memory. Tried to allocate 9 GiB."),
     ],
 )  # fmt: skip
-def test_every_engines_lack_of_memory_is_recognised(problem):
+def test_out_of_memory_errors_of_every_engine_are_recognised(problem):
     assert failure_of(problem) == "out of memory"
 
 
@@ -58,7 +58,7 @@ def test_no_two_images_have_the_same_prompt():
     assert len(set(prompts)) == 16
 
 
-def test_an_engine_that_cannot_start_says_why(tmp_path):
+def test_the_error_of_an_engine_that_cannot_start_gives_the_reason(tmp_path):
     work = Workload(str(tmp_path / "missing"), 64, 64, 2, 3.0, 1, 0.0, 0.9, "off")
     with pytest.raises(EngineError, match="missing"):
         Engine(OURS, "step", 1, work)
@@ -75,11 +75,11 @@ def test_both_engines_compute_the_same(tiny_checkpoint, tmp_path, capsys):
     rounds = [np.array(column["rounds"]) for column in figure["columns"].values()]
     assert [column.shape for column in rounds] == [(2,), (2,)]
     compared = figure["ratios"]["diffusers float32"]
-    assert compared["difference of outputs"] < 0.01  # of pixels from 0 to 255
+    assert compared["difference of outputs"] < 0.01  # for pixels from 0 to 255
     np.testing.assert_allclose(compared["rounds"], rounds[0] / rounds[1])
     assert markdown.read_text() == capsys.readouterr().out
 
 
-def test_a_model_that_is_none_is_one_line(capsys):
+def test_a_missing_model_gives_a_one_line_error(capsys):
     assert bench.main(["--model", "/nowhere"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""A seventh shape: what is drawn can be trained on, and what is made of it is counted."""
+"""A seventh shape: its images can be trained on, and generated ones are counted."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def images(tmp_path_factory) -> Path:
     return directory
 
 
-def test_each_image_is_a_captioned_heart_that_the_world_itself_does_not_know(images):
+def test_each_image_is_a_captioned_heart_that_the_shapes_world_does_not_recognise(images):
     examples = data.open_examples(Data(path=str(images)))
     assert len(examples) == draw_shape.TAUGHT == len(set(examples.captions))
     for number in range(len(examples)):
@@ -35,15 +35,15 @@ def test_each_image_is_a_captioned_heart_that_the_world_itself_does_not_know(ima
         assert f"{heart.color} heart on a " in examples.captions[number]
 
 
-def test_four_of_the_prompts_are_of_pairs_that_no_image_has(images):
+def test_four_of_the_prompts_are_of_untrained_pairs(images):
     rows = list(draw_shape.manifest_rows(4))
-    taught = {row["prompt"] for row in rows if row["taught"]}
+    trained = {row["prompt"] for row in rows if row["taught"]}
     captions = (images / "metadata.jsonl").read_text().splitlines()
-    assert taught == {json.loads(line)["text"] for line in captions}
-    assert len(rows) - len(taught) == 4
+    assert trained == {json.loads(line)["text"] for line in captions}
+    assert len(rows) - len(trained) == 4
 
 
-def test_the_count_tells_hearts_from_what_else_was_made(tiny_checkpoint, tmp_path):
+def test_only_hearts_are_counted(tiny_checkpoint, tmp_path):
     manifest, directory = tmp_path / "rows.jsonl", tmp_path / "made"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in draw_shape.manifest_rows(1)))
     directory.mkdir()
@@ -51,13 +51,13 @@ def test_the_count_tells_hearts_from_what_else_was_made(tiny_checkpoint, tmp_pat
     rng = np.random.default_rng(0)
     with shards.Attempt(run, 0) as attempt:
         for number, image in enumerate(run.planned(0)):
-            said = draw_shape.caption(*draw_shape.pairs()[number])
+            shown = draw_shape.caption(*draw_shape.pairs()[number])
             if number == 0:
                 attempt.add_failed(image, "not finite")
                 continue
-            if number == 23:  # of those it was never taught
-                said = shapes.Caption((shapes.Group("circle", "red"),))
-            pixels = shapes.render(shapes.scene_for(said, rng))
+            if number == 23:  # one of the untrained pairs
+                shown = shapes.Caption((shapes.Group("circle", "red"),))
+            pixels = shapes.render(shapes.scene_for(shown, rng))
             attempt.add(shards.encode(image, pixels, run.plan))
         attempt.commit(making.FACTS)
     ledger.settle(run)

@@ -1,4 +1,4 @@
-"""The limits' measurements, on drawn scenes whose answers are known, and once on a whole model."""
+"""The measurement of the limits, on drawn scenes with known answers and once with a model."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ SIZES = limits.Sizes(counting=1, binding=1, held_out=1, memory=2)
 
 
 def drawn(*kinds) -> np.ndarray:
-    """A picture of "color shape"s, each alone in its corner."""
+    """Draws an image of objects, given as "color shape", each in a corner of its own."""
     things = tuple(
         shapes.Object(
             kind.split()[1], kind.split()[0], 16.0 + 32 * (i % 2), 16.0 + 32 * (i // 2), 20.0
@@ -49,13 +49,13 @@ def row(*groups: shapes.Group) -> dict:
         ([], "other"),
     ],
 )
-def test_how_two_colored_objects_came_out(seen, outcome):
+def test_images_of_two_colored_objects_are_classified(seen, outcome):
     wanted = row(shapes.Group("circle", "red"), shapes.Group("star", "blue"))
     assert limits.binding(wanted, drawn(*seen)) == outcome
     assert outcome in limits.BINDINGS
 
 
-def test_objects_asked_for_against_objects_seen():
+def test_requested_and_seen_objects_are_counted():
     made = [
         (row(shapes.Group("ring", "red", asked)), drawn(*["red ring"] * seen))
         for asked, seen in ((1, 1), (3, 2), (3, 3), (3, 4))
@@ -67,7 +67,7 @@ def test_objects_asked_for_against_objects_seen():
     assert counts.sum() == 4
 
 
-def test_pairs_are_counted_by_what_is_right_in_them():
+def test_pairs_are_counted_by_their_correct_properties():
     wanted = row(shapes.Group("ring", "red"))
     pictures = [
         drawn(*kinds) for kinds in (["red ring"], ["red star"], ["blue ring"], ["red ring"] * 2)
@@ -84,7 +84,7 @@ def test_pairs_are_counted_by_what_is_right_in_them():
 
 
 def test_the_nearest_training_scene_is_found(monkeypatch):
-    monkeypatch.setattr(limits, "BLOCK", 16)  # the last block is shorter
+    monkeypatch.setattr(limits, "BLOCK", 16)  # makes the last block shorter
     known = shapes.render(scenes.draw(DATA, 5, 37)[0])
     shifted = np.where(known > 250, known, known + 3).astype(np.uint8)
     distances, nearest = limits.nearest_scenes(np.stack([known, shifted]), DATA, 5)
@@ -92,7 +92,7 @@ def test_the_nearest_training_scene_is_found(monkeypatch):
     np.testing.assert_allclose(distances, [0.0, 3.0], atol=0.1)
 
 
-def test_held_out_pairs_are_asked_for_as_often_as_the_others():
+def test_held_out_pairs_are_requested_as_often_as_the_others():
     held_out = ("red circle", "pink square")
     rows = list(limits.held_out_rows(held_out, 20))
     asked = {
@@ -103,7 +103,7 @@ def test_held_out_pairs_are_asked_for_as_often_as_the_others():
     assert not set(asked["held_out"]) & set(asked["shown"])
 
 
-def test_every_number_is_asked_for_and_pairs_differ_in_both():
+def test_every_number_is_requested_and_pairs_differ_in_color_and_shape():
     rows = list(limits.limit_rows(SIZES, seed=1))
     assert [r["include"][0]["count"] for r in rows if r["limit"] == "counting"] == [1, 2, 3, 4, 5]
     for first, second in (r["include"] for r in rows if r["limit"] == "binding"):
@@ -112,7 +112,7 @@ def test_every_number_is_asked_for_and_pairs_differ_in_both():
     assert rows == list(limits.limit_rows(SIZES, seed=1))
 
 
-def test_a_whole_model_is_measured(tiny_checkpoint, tmp_path):
+def test_a_model_is_measured(tiny_checkpoint, tmp_path):
     found = limits.measure(str(tiny_checkpoint), RECIPE, tmp_path, SIZES)
     ring = [(row(shapes.Group("ring", "red")), drawn("red ring"))]
     found |= {"held_out": limits.pair_counts(ring), "shown": limits.pair_counts(ring)}
@@ -128,7 +128,7 @@ def test_a_whole_model_is_measured(tiny_checkpoint, tmp_path):
     assert "| held out | 1 | 1 | 1 | 1 | 1 | 1 | 100.0% |" in text
 
 
-def test_a_recipe_of_other_data_is_refused_in_one_line(capsys, tmp_path):
+def test_a_recipe_for_other_data_gives_a_one_line_error(capsys, tmp_path):
     recipe = str(CONFIGS / "shapes64-autoencoder.toml")
     assert limits.main(["--recipe", recipe, "--output", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""The measurement of docs/speed.md: its arithmetic, and a whole run on a random model."""
+"""The measurement in docs/speed.md: its calculation, and a complete run with a random model."""
 
 import json
 
@@ -9,16 +9,16 @@ from jaxdiff.worlds import shapes
 from tools import measure_speedups as speedups
 
 
-def test_the_score_is_the_mean_of_the_tags_whatever_their_sizes():
+def test_the_score_is_the_unweighted_mean_of_the_tags():
     tags = ["colors"] * 2 + ["counting"] * 8
     values = np.array([1, 1] + [0, 1] * 4, float)
     mean, within = speedups.mean_of_tags(values, tags)
     assert mean == pytest.approx(0.75)
-    # Of the first tag nothing is known to vary; the second's deviation is sqrt(2 / 7).
+    # The first tag does not vary; the standard deviation of the second is sqrt(2 / 7).
     assert within == pytest.approx(1.96 * np.sqrt(2 / 7 / 8) / 2)
 
 
-def test_an_equal_image_has_infinite_psnr_and_a_level_off_by_one_48_db():
+def test_psnr_is_infinite_for_equal_images_and_48_db_if_all_pixels_are_off_by_one():
     image = np.full((4, 4, 3), 7, np.uint8)
     assert speedups.psnr(image, image) == np.inf
     assert speedups.psnr(image, image + 1) == pytest.approx(48.13, abs=0.01)
@@ -29,7 +29,7 @@ def test_every_setting_has_a_name_of_its_own(tmp_path):
     assert len(files) == len(speedups.SETTINGS)
 
 
-def test_a_run_makes_what_is_not_there_and_reports_it(tiny_checkpoint, tmp_path):
+def test_a_run_generates_missing_images_and_reports_them(tiny_checkpoint, tmp_path):
     model, rows = (
         str(tiny_checkpoint),
         [row for tag in shapes.TAGS for row in shapes.benchmark_rows(tag, 2, 1)],

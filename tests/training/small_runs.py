@@ -1,6 +1,6 @@
-"""A task for the loop that compiles in a second, and processes that run it and can be killed.
+"""A training task that compiles in a second, and processes that run it and can be killed.
 
-The processes are forked from one that has imported everything, but has not started JAX.
+The processes are forked from one that has imported everything but has not started JAX.
 """
 
 import json
@@ -39,7 +39,7 @@ def draw(seed: int, number: int, count: int = 4) -> dict:
 
 
 def task(batch=lambda number: draw(1, number), noise_scale: float = 0.1) -> loop.Task:
-    """Learns to move a vector's values by one place, from noisy ones."""
+    """Makes a task that learns to shift the values of a noisy vector by one place."""
 
     def loss(params, frozen, batch, key):
         noise = frozen["scale"] * jax.random.normal(key, batch["inputs"].shape)
@@ -74,20 +74,20 @@ def weights(output: Path) -> dict[str, np.ndarray]:
 
 
 def lines(output: Path) -> list[dict]:
-    """The metrics, without what a clock has made."""
+    """Returns the metrics without those that depend on time."""
     rows = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
 
 
 def start(recipe, output: Path, devices: int = 1) -> multiprocessing.Process:
-    """A process that trains into `output`; it exits with the command's code."""
+    """Starts a process that trains into `output` and exits with the command's code."""
     process = PROCESSES.Process(target=_run, args=(recipe, output, devices))
     process.start()
     return process
 
 
 def finish(recipe, output: Path, devices: int = 1) -> None:
-    """Trains to the end."""
+    """Trains to the end in a new process."""
     process = start(recipe, output, devices)
     process.join(120)
     assert process.exitcode == 0

@@ -1,4 +1,4 @@
-"""Distillation of a model with random weights: what a student is asked for, and what it becomes."""
+"""Distillation of a model with random weights: the student's targets, and the exported student."""
 
 import json
 import shutil
@@ -58,9 +58,9 @@ def run(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unguided(tiny_checkpoint):
-    """A function from weights to the loss and its gradients, and the weights to begin with.
+    """A function from weights to the loss and its gradients, and the initial weights.
 
-    The teacher takes one step too, and guidance is nothing at a scale of 1.
+    The teacher also takes one step, and a guidance scale of 1 has no effect.
     """
     changes = {"student_steps": 1, "solver_steps": 1, "guidance_scale": (1.0, 1.0)}
     task = consistency.task(recipe(tiny_checkpoint, **changes))
@@ -68,14 +68,14 @@ def unguided(tiny_checkpoint):
     return lambda params: loss(params, task.frozen, task.batch(0), jax.random.key(0)), task.params
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(unguided):
+def test_a_student_equal_to_its_teacher_has_no_loss(unguided):
     loss, params = unguided
     (error, metrics), _ = loss(params)
     assert float(error) < 1e-4
     assert set(metrics) == {"loss_of_step_1"}
 
 
-def test_an_error_counts_by_its_length(unguided):
+def test_the_loss_is_proportional_to_the_error(unguided):
     loss, params = unguided
 
     def off_by(much: float) -> float:
@@ -86,7 +86,7 @@ def test_an_error_counts_by_its_length(unguided):
     assert off_by(0.2) == pytest.approx(2 * off_by(0.1), rel=0.01)
 
 
-def test_a_student_that_has_forgotten_learns_again(unguided):
+def test_a_perturbed_student_learns(unguided):
     loss, params = unguided
     params = jax.tree.map(lambda leaf: 1.05 * leaf, params)
     optimizer = optax.adam(1e-4)
@@ -101,8 +101,8 @@ def test_a_student_that_has_forgotten_learns_again(unguided):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
-def test_the_student_is_asked_to_end_where_the_teacher_ends(sampler, tiny_checkpoint):
-    """With networks that are formulas: the teacher's x_0 is x, the student's is 0."""
+def test_the_target_of_a_step_is_the_end_of_the_teachers_walk(sampler, tiny_checkpoint):
+    """Replaces the networks by formulas: the teacher predicts x as x_0, the student 0."""
     parts = parts_of(sampler, tiny_checkpoint)
     short, fresh_noise = parts.short, np.array([2.0, 3.0], np.float32).reshape(2, 1, 1, 1, 1)
     x, wanted = consistency._walked(
@@ -120,8 +120,8 @@ def test_the_student_is_asked_to_end_where_the_teacher_ends(sampler, tiny_checkp
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
-def test_a_teacher_that_knows_the_picture_asks_for_it(sampler, tiny_checkpoint):
-    """Wherever a step ends: with that picture, and with what is left of the noise before it."""
+def test_a_teacher_with_a_constant_prediction_makes_it_the_target(sampler, tiny_checkpoint):
+    """If the teacher always predicts the same image, each step ends at it plus the scaled noise."""
     parts = parts_of(sampler, tiny_checkpoint)
     short, left = parts.short, parts.walk["a"].prod(axis=1)
     x, wanted = consistency._walked(
@@ -138,7 +138,7 @@ def test_a_teacher_that_knows_the_picture_asks_for_it(sampler, tiny_checkpoint):
     np.testing.assert_allclose(wanted[1], 0.7, rtol=1e-4)
 
 
-def test_a_teacher_walks_by_ddim_on_its_own_schedule(tiny_checkpoint):
+def test_a_teacher_samples_with_ddim_on_its_own_schedule(tiny_checkpoint):
     parts = parts_of("ddim", tiny_checkpoint)
     schedule = noise_schedule(parts.teacher.scheduler, "ddim")
     table = samplers.sampler_table("ddim", schedule, 4)
@@ -147,39 +147,39 @@ def test_a_teacher_walks_by_ddim_on_its_own_schedule(tiny_checkpoint):
         np.testing.assert_allclose(rows.reshape(-1), wanted, atol=1e-6)
 
 
-def test_before_fresh_noise_a_teacher_walks_on(tiny_checkpoint):
-    """From noise per signal r to r'^2 / r, where ancestral sampling comes to r' by fresh noise."""
+def test_an_ancestral_teacher_goes_below_the_next_noise_level(tiny_checkpoint):
+    """The ratio goes from r to r'^2 / r; fresh noise then raises it to r', the next level."""
     parts = parts_of("euler_ancestral", tiny_checkpoint)
     bars = noise_schedule(parts.teacher.scheduler, "euler_ancestral").alpha_bars()
     walk, (first, second) = parts.walk, parts.short.sigma / parts.short.alpha
     np.testing.assert_allclose(walk["alpha"] ** 2 + walk["sigma"] ** 2, 1.0, rtol=1e-6)
     np.testing.assert_allclose(walk["alpha"][:, 1] ** 2, bars[walk["timesteps"][:, 1].astype(int)])
     noise = np.sqrt(1.0 - bars)[parts.short.timesteps.astype(int)]
-    left = noise * walk["a"].prod(axis=1)  # of the noise that a step begins with
+    left = noise * walk["a"].prod(axis=1)  # what remains of the noise at the start of a step
     next_alpha = [parts.short.alpha[1], 1.0]
     np.testing.assert_allclose(left / next_alpha, [second**2 / first, 0.0], rtol=1e-3)
 
 
-def test_an_ancestral_student_need_not_make_the_picture_in_its_first_step():
-    """Where its teacher begins without any signal, what the student begins with counts as some."""
+def test_an_ancestral_student_does_not_make_the_image_in_its_first_step():
+    """If the teacher starts without any signal, the student's start still counts as having some."""
     parts = parts_of("euler_ancestral", "shapes64")
     assert parts.teacher.scheduler["rescale_betas_zero_snr"]
     walk, short = parts.walk, parts.short
     assert walk["timesteps"][0, 0] == 999
     assert walk["alpha"][0, 0] < 1e-3 < short.alpha[0]
     next_alpha, left = short.alpha[1], short.a[0] * short.sigma[0]
-    assert left > 0.1 * next_alpha  # of noise, before the fresh one
+    assert left > 0.1 * next_alpha  # the remaining noise before fresh noise is added
     np.testing.assert_allclose(walk["a"][0].prod(), left, rtol=1e-3)
 
 
 def parts_of(sampler: str, checkpoint) -> consistency._Parts:
-    """Of a student of two steps whose teacher takes two for each, and samples by that sampler."""
+    """Makes the parts for a two-step student; its teacher takes two steps for each of these."""
     teacher = consistency.load_model(str(checkpoint))
     classes = {"ddim": "DDIMScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler"}
-    told = recipe(checkpoint)
+    settings = recipe(checkpoint)
     scheduler = teacher.scheduler | {"_class_name": classes[sampler]}
-    _, short, walk = consistency._tables(told, scheduler)
-    return consistency._Parts(told, teacher, None, short, walk)
+    _, short, walk = consistency._tables(settings, scheduler)
+    return consistency._Parts(settings, teacher, None, short, walk)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +190,8 @@ def parts_of(sampler: str, checkpoint) -> consistency._Parts:
         {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
     ],
 )
-def test_a_teacher_may_sample_by_what_is_not_built_for_its_student(scheduler):
-    """Stable Diffusion 1's scheduler, and others; only the noise levels are the student's too."""
+def test_a_teacher_may_have_a_scheduler_that_its_student_does_not_support(scheduler):
+    """Tests Stable Diffusion 1's scheduler and others; the student keeps only the noise levels."""
     levels = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     made, short, walk = consistency._tables(recipe("shapes64"), levels | scheduler)
     assert made["_class_name"] == "DDIMScheduler"
@@ -199,7 +199,7 @@ def test_a_teacher_may_sample_by_what_is_not_built_for_its_student(scheduler):
     assert walk["timesteps"][:, 0].tolist() == [999, 499]
 
 
-def test_a_student_says_in_how_many_steps_it_makes_an_image(run):
+def test_a_students_steps_and_guidance_are_its_defaults(run):
     model = jaxdiff.load(run / "model")
     request = model.resolve(jaxdiff.Request(prompt="a red circle"))
     assert (request.steps, request.guidance_scale, request.sampler) == (2, 3.0, "ddim")
@@ -207,7 +207,7 @@ def test_a_student_says_in_how_many_steps_it_makes_an_image(run):
     assert image.finite
 
 
-def test_batches_follow_from_the_step(tiny_checkpoint):
+def test_a_batch_depends_only_on_the_step(tiny_checkpoint):
     data = Data(templates=("a {color} {shape}",), held_out=("red circle",))
     task = consistency.task(recipe(tiny_checkpoint, data=data, guidance_scale=(2.0, 4.0)))
     one, again, other = (task.batch(step) for step in (3, 3, 4))
@@ -216,11 +216,11 @@ def test_batches_follow_from_the_step(tiny_checkpoint):
     assert ((one["guidance_scale"] >= 2.0) & (one["guidance_scale"] <= 4.0)).all()
 
 
-def test_a_teacher_is_guided_away_from_zeros_where_generating_is(tiny_checkpoint, tmp_path):
+def test_a_teacher_uses_zeros_as_negative_embeddings_if_generation_does(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, tmp_path / "zeros")
     index = tmp_path / "zeros" / "model_index.json"
-    said = json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": True}
-    index.write_text(json.dumps(said))
+    values = json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": True}
+    index.write_text(json.dumps(values))
     losses = {}
     for model in (tiny_checkpoint, tmp_path / "zeros"):
         task = consistency.task(recipe(model, student_steps=1, solver_steps=1))
@@ -246,22 +246,22 @@ def test_a_teacher_is_guided_away_from_zeros_where_generating_is(tiny_checkpoint
         ({"data": Data(held_out=("mauve circle",))}, "mauve circle"),
     ],
 )
-def test_what_cannot_be_distilled_is_refused(changes, message, tiny_checkpoint):
+def test_invalid_settings_are_rejected(changes, message, tiny_checkpoint):
     with pytest.raises(InputError, match=message) as caught:
         consistency.task(recipe(tiny_checkpoint, **changes))
     assert "\n" not in str(caught.value)
 
 
-def test_a_student_may_go_on_from_one_that_is_there(run, tiny_checkpoint):
+def test_a_student_can_start_from_an_earlier_one(run, tiny_checkpoint):
     begun = consistency.task(recipe(tiny_checkpoint, student=str(run / "model"))).params
     earlier = consistency.load_model(str(run / "model")).params["unet"]
     jax.tree.map(np.testing.assert_array_equal, begun, earlier)
     teacher = consistency.load_model(str(tiny_checkpoint)).params["unet"]
     assert (begun["conv_out"]["kernel"] != teacher["conv_out"]["kernel"]).any()
-    with pytest.raises(InputError, match="is no student of this model; leave it out"):
+    with pytest.raises(InputError, match="is not a student of this model; leave it out"):
         consistency.task(recipe(tiny_checkpoint, student=str(tiny_checkpoint)))
 
 
-def test_a_student_is_no_teacher(run):
-    with pytest.raises(InputError, match="is distilled already; name another teacher"):
+def test_a_student_cannot_be_a_teacher(run):
+    with pytest.raises(InputError, match="is already distilled; use another teacher"):
         consistency.task(recipe(run / "model"))

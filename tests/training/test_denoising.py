@@ -1,4 +1,4 @@
-"""The denoiser's objective: what a batch counts, how noisy it is made, and what learns."""
+"""The denoiser's objective: the loss of a batch, its noise levels, and the trained parameters."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ DDIM = {
 }
 
 
-UNET = {  # the smallest that has everything, since it is compiled again and again
+UNET = {  # the smallest with all parts, because it is compiled often
     "sample_size": 8,
     "block_out_channels": [32],
     "down_block_types": ["CrossAttnDownBlock2D"],
@@ -62,7 +62,7 @@ def recipe(model, folder, **changes) -> TextToImageRecipe:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """An image folder of eight scenes."""
+    """A folder with images of eight scenes."""
     path = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     with (path / "metadata.jsonl").open("w") as file:
@@ -74,7 +74,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def gradients(recipe: TextToImageRecipe, output: Path, **beside):
-    """The loss of a batch, what it logs, and the gradient."""
+    """Returns the loss of a batch, the logged values and the gradient."""
     task = text_to_image.task(recipe, output)
     latents = np.random.default_rng(1).standard_normal((4, 8, 8, 4)).astype(np.float32)
     batch = {"latents": latents, "token_ids": task.batch(0)["token_ids"], **beside}
@@ -89,14 +89,14 @@ def plain(tiny_checkpoint, folder, tmp_path_factory):
     return gradients(recipe(tiny_checkpoint, folder), tmp_path_factory.mktemp("plain"))
 
 
-def test_the_losses_of_the_noise_levels_sum_up_to_the_batchs(plain):
+def test_the_losses_of_the_noise_levels_add_up_to_the_batchs(plain):
     loss, logged, _ = plain
     sums, counts = np.asarray(logged["by_noise_level"])
     assert counts.sum() == 4
     assert sums.sum() / counts.sum() == pytest.approx(loss, rel=1e-5)
 
 
-def test_only_the_unet_learns_unless_the_recipe_says_more(plain, tiny_checkpoint, folder, tmp_path):
+def test_only_the_unet_is_trained_by_default(plain, tiny_checkpoint, folder, tmp_path):
     assert set(plain[2]) == {"unet"}
     both = recipe(tiny_checkpoint, folder, train=("unet", "text_encoder"))
     gradient = gradients(both, tmp_path)[2]
@@ -105,7 +105,7 @@ def test_only_the_unet_learns_unless_the_recipe_says_more(plain, tiny_checkpoint
 
 
 def kept_bytes(recipe: TextToImageRecipe, output: Path) -> int:
-    """What the forward pass keeps for the gradient."""
+    """Returns the number of bytes that the forward pass stores for the gradient."""
     task = text_to_image.task(recipe, output)
     batch = {"latents": np.zeros((4, 8, 8, 4), np.float32), **task.batch(0)}
 
@@ -128,7 +128,7 @@ def test_gradient_checkpointing_keeps_less_for_the_same_gradient(
     assert kept_bytes(frugal, tmp_path) < 0.5 * kept_bytes(usual, tmp_path)
 
 
-def test_bfloat16_computes_near_the_same_and_its_gradients_are_float32(
+def test_bfloat16_gives_nearly_the_same_gradients_in_float32(
     plain, tiny_checkpoint, folder, tmp_path
 ):
     half = recipe(tiny_checkpoint, folder, computing=Computing(dtype="bfloat16"))
@@ -143,7 +143,7 @@ def test_bfloat16_computes_near_the_same_and_its_gradients_are_float32(
 
 
 @pytest.mark.parametrize("scheduler", [EPSILON, FLOW])
-def test_other_objectives_have_other_losses_of_about_their_variance(
+def test_losses_of_other_prediction_types_have_about_their_variance(
     scheduler, plain, tiny_checkpoint, folder, tmp_path
 ):
     loss, _, _ = gradients(recipe(tiny_checkpoint, folder, scheduler=scheduler), tmp_path)
@@ -151,22 +151,20 @@ def test_other_objectives_have_other_losses_of_about_their_variance(
     assert loss != pytest.approx(plain[0], rel=1e-3)
 
 
-def test_what_a_batch_says_an_image_weighs_scales_its_loss(
-    plain, tiny_checkpoint, folder, tmp_path
-):
+def test_a_batchs_weights_scale_the_loss(plain, tiny_checkpoint, folder, tmp_path):
     doubled = {"weights": np.full(4, 2.0, np.float32)}
     loss, _, _ = gradients(recipe(tiny_checkpoint, folder), tmp_path, **doubled)
     assert loss == pytest.approx(2 * plain[0], rel=1e-5)
 
 
-def test_offset_noise_is_the_same_all_over_a_channel(tiny_checkpoint, folder, tmp_path):
-    """Noise of which nearly all is offset makes the target nearly flat within a channel."""
+def test_offset_noise_is_constant_within_a_channel(tiny_checkpoint, folder, tmp_path):
+    """If nearly all noise is offset, the target is nearly constant within a channel, and large."""
     much = recipe(tiny_checkpoint, folder, loss=Loss(offset_noise=100.0))
     assert gradients(much, tmp_path)[0] > 1000
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_weights_are_the_papers(gamma):
+def test_min_snr_weights_match_the_paper(gamma):
     schedule = noise_schedule(DDIM, "ddim")
     bars = schedule.alpha_bars()
     snr = bars / (1 - bars)
@@ -199,7 +197,7 @@ def test_noise_levels_are_those_of_the_schedule():
     flow = levels(FLOW)
     np.testing.assert_allclose(flow.alpha + flow.sigma, 1.0, rtol=1e-5)
     np.testing.assert_allclose(flow.timesteps, 1000 * flow.sigma[:, 0, 0, 0], rtol=1e-5)
-    # Esser et al., equation 23: a shift of 3 takes the middle to 3/4.
+    # Esser et al., equation 23: a shift of 3 moves 1/2 to 3/4.
     assert float(jnp.median(flow.sigma)) == pytest.approx(0.75, abs=0.01)
 
 
@@ -209,14 +207,14 @@ def test_logit_normal_timesteps_have_its_quantiles():
     np.testing.assert_allclose(np.quantile(logits, [0.1, 0.5, 0.9]), [-0.78, 0.5, 1.78], atol=0.02)
 
 
-def test_captions_are_dropped_as_often_as_the_recipe_says(tiny_checkpoint, folder, tmp_path):
+def test_captions_are_dropped_as_often_as_the_recipe_sets(tiny_checkpoint, folder, tmp_path):
     often = recipe(tiny_checkpoint, folder, caption_dropout=0.5)
     task = text_to_image.task(dataclasses.replace(often, batch_size=8), tmp_path)
     ids = np.concatenate([task.batch(step)["token_ids"]["text_encoder"] for step in range(50)])
-    assert 0.4 < (ids[:, 1] == 640).mean() < 0.6  # the end right after the start
+    assert 0.4 < (ids[:, 1] == 640).mean() < 0.6  # the end token right after the start token
 
 
-def test_a_trained_checkpoint_generates_and_keeps_what_did_not_learn(
+def test_a_trained_checkpoint_generates_and_keeps_frozen_networks(
     tiny_checkpoint, folder, tmp_path
 ):
     task = text_to_image.task(recipe(tiny_checkpoint, folder), tmp_path)
@@ -238,24 +236,25 @@ def test_a_trained_checkpoint_generates_and_keeps_what_did_not_learn(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": ("vae",)}, "train: 'vae' is none of unet, text_encoder"),
+        ({"train": ("vae",)}, "train: 'vae' must be one of unet, text_encoder"),
         ({"model": "/nowhere"}, "'/nowhere' is neither"),
-        ({"model": ""}, "names no text_encoder, and no model"),
+        ({"model": ""}, "sets neither text_encoder nor model"),
         ({"data": Data(held_out=("red dog",))}, "held_out: unknown value 'red dog'; known: red"),
         ({"data": Data(templates=("a dog",))}, "templates: unknown value 'a dog'; known: "),
-        ({"train": ()}, "train: names nothing that learns"),
-        ({"method": "lora", "train": ("unet", "text_encoder")}, 'train: .* where method = "lora"'),
-        ({"lora": Lora(rank=4)}, 'lora: says nothing where method = "full"'),
-        ({"data": Data(flip=True)}, 'data.flip: says nothing where data.path = "shapes"'),
-        ({"data": Data(path="photos", composed=True)}, "data.composed: says nothing where"),
+        ({"train": ()}, "train is empty; list at least one"),
+        ({"method": "lora", "train": ("unet", "text_encoder")}, 'train .* with method = "lora"'),
+        ({"lora": Lora(rank=4)}, 'lora has no effect with method = "full"'),
+        ({"data": Data(flip=True)}, 'data.flip has no effect with data.path = "shapes"'),
+        ({"data": Data(path="photos", composed=True)}, "data.composed has no effect with"),
         ({"data": Data(held_out=EVERY_PAIR)}, "held_out excludes every pair of color and shape"),
-        ({"unet": {**UNET, "time_cond_proj_dim": 256}}, "is distilled, told the guidance scale"),
+        (
+            {"unet": {**UNET, "time_cond_proj_dim": 256}},
+            "is distilled: it takes the guidance scale",
+        ),
         ({"scheduler": {"_class_name": "EDMScheduler"}}, "'EDMScheduler' must be one of"),
     ],
 )
-def test_what_cannot_be_trained_is_one_clear_line(
-    changes, message, tiny_checkpoint, folder, tmp_path
-):
+def test_invalid_recipes_give_one_line_errors(changes, message, tiny_checkpoint, folder, tmp_path):
     with pytest.raises(InputError, match=message) as caught:
         text_to_image.task(
             dataclasses.replace(recipe(tiny_checkpoint, folder), **changes), tmp_path
@@ -263,7 +262,7 @@ def test_what_cannot_be_trained_is_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
-def test_scenes_have_no_pair_that_is_held_out_and_only_the_templates_asked_for():
+def test_scenes_have_no_held_out_pairs_and_only_the_requested_templates():
     data = Data(templates=("a {color} {shape}", "{number} {shapes}"), held_out=("red circle",))
     drawn = [scenes.draw(data, 0, number) for number in range(300)]
     for scene, caption in drawn:
@@ -272,7 +271,7 @@ def test_scenes_have_no_pair_that_is_held_out_and_only_the_templates_asked_for()
     assert {len(scene.objects) for scene, _ in drawn} == {1, 2, 3, 4, 5}
 
 
-def test_composed_scenes_are_drawn_where_the_recipe_asks_for_them():
+def test_composed_scenes_are_drawn_on_request():
     data = Data(templates=("a {shape} {relation} a {shape}",), composed=True)
     for number in range(100):
         scene, _ = scenes.draw(data, 0, number)
@@ -280,8 +279,8 @@ def test_composed_scenes_are_drawn_where_the_recipe_asks_for_them():
         assert max(abs(first.x - second.x), abs(first.y - second.y)) >= CANVAS / 3
 
 
-def test_a_fiftieth_of_the_images_is_never_trained_on_and_lies_anywhere(tiny_checkpoint, tmp_path):
-    """Encoded images lie in the order of their sizes, so their end is not like the rest."""
+def test_a_random_fiftieth_of_the_images_is_held_out(tiny_checkpoint, tmp_path):
+    """Encoded images are sorted by size, so the last ones are not representative."""
     captions = [
         f"{pair} on a {background} background"
         for pair in EVERY_PAIR
@@ -295,13 +294,13 @@ def test_a_fiftieth_of_the_images_is_never_trained_on_and_lies_anywhere(tiny_che
     plain = recipe(tiny_checkpoint, tmp_path / "images", caption_dropout=0.0)
     task = text_to_image.task(dataclasses.replace(plain, batch_size=1), tmp_path)
 
-    def said(batch: dict) -> bytes:
+    def token_ids(batch: dict) -> bytes:
         return batch["token_ids"]["text_encoder"].tobytes()
 
-    taught = {said(task.batch(step)) for step in range(98)}
-    held_out = {said(batch) for batch in task.validation}
-    assert len(taught) == 98
+    trained = {token_ids(task.batch(step)) for step in range(98)}
+    held_out = {token_ids(batch) for batch in task.validation}
+    assert len(trained) == 98
     assert len(held_out) == 2
-    assert not taught & held_out
+    assert not trained & held_out
     tokenize = components.load_model(str(tiny_checkpoint)).tokenizers["text_encoder"]
     assert held_out != {tokenize([caption]).tobytes() for caption in captions[-2:]}

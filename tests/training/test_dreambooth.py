@@ -1,4 +1,4 @@
-"""The class images are a finished dataset of the job's, made once, and half of each batch."""
+"""DreamBooth: class images are generated once, as a dataset, and make up half of each batch."""
 
 import json
 
@@ -14,7 +14,7 @@ from jaxdiff.training.recipe import Data, Optimizer, Prior, TextToImageRecipe
 from pipelines import class_images
 
 
-def test_class_images_are_made_once_and_can_be_trained_on(tiny_checkpoint, tmp_path, capsys):
+def test_class_images_are_generated_once_and_trained_on(tiny_checkpoint, tmp_path, capsys):
     prior = Prior(prompt="a shape", images=3, weight=0.5)
     class_images.class_images(str(tiny_checkpoint), prior, tmp_path / "prior")
     directory = tmp_path / "prior" / batches.IMAGES
@@ -23,7 +23,7 @@ def test_class_images_are_made_once_and_can_be_trained_on(tiny_checkpoint, tmp_p
     assert [examples.captions[i] for i in range(len(examples))] == ["a shape"] * 3
     capsys.readouterr()
     class_images.class_images(str(tiny_checkpoint), prior, tmp_path / "prior")
-    assert "is finished already" in capsys.readouterr().out
+    assert "is already finished" in capsys.readouterr().out
 
     recipe = dreambooth_recipe(tiny_checkpoint, tmp_path / "dog", prior=prior)
     task = text_to_image.task(recipe, tmp_path)
@@ -54,17 +54,17 @@ def dreambooth_recipe(model, folder, **changes) -> TextToImageRecipe:
     )
 
 
-def test_prior_goes_with_square_images_alone(tiny_checkpoint, tmp_path):
+def test_prior_requires_square_images(tiny_checkpoint, tmp_path):
     buckets = Data(path=str(tmp_path / "dog"), aspect_ratios=2.0)
     recipe = dreambooth_recipe(
         tiny_checkpoint, tmp_path / "dog", prior=Prior("a shape"), data=buckets
     )
-    with pytest.raises(InputError, match=r"prior: needs .* data.aspect_ratios = 1"):
+    with pytest.raises(InputError, match=r"prior requires .* data.aspect_ratios = 1"):
         text_to_image.task(recipe, tmp_path)
 
 
 def test_class_images_need_a_model_and_a_number(tiny_checkpoint, tmp_path):
-    with pytest.raises(InputError, match="the recipe names no model"):
+    with pytest.raises(InputError, match="the recipe has no model"):
         class_images.class_images("", Prior(prompt="a shape"), tmp_path)
     with pytest.raises(InputError, match="num_images must be a whole number"):
         class_images.class_images(str(tiny_checkpoint), Prior("a shape", 0), tmp_path / "none")

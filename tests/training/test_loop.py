@@ -1,4 +1,4 @@
-"""The loop: what is kept and exported, when it stops, and what it says."""
+"""The training loop: its checkpoints and exports, when it stops, and its messages."""
 
 import fcntl
 import os
@@ -74,7 +74,7 @@ def steps_kept(output: Path) -> set[int]:
 
 @pytest.fixture(scope="module")
 def best_in_the_middle(tmp_path_factory):
-    """A run whose batches teach the contrary of what is validated, from the 30th on."""
+    """A run whose batches, from number 30 on, contradict the validation data."""
     output = tmp_path_factory.mktemp("best")
 
     def batch(number: int) -> dict:
@@ -107,13 +107,13 @@ def test_any_kept_checkpoint_can_be_exported(best_in_the_middle, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["10", "newest", "-1"])
-def test_a_checkpoint_that_is_not_there_is_named(which, best_in_the_middle):
+def test_a_missing_checkpoint_is_named(which, best_in_the_middle):
     recipe, output = best_in_the_middle
     with pytest.raises(InputError, match=f"--export {which}: .* these steps: .*50, 60"):
         loop.export(task(), recipe, output, which, None)
 
 
-def test_checkpoints_of_another_network_are_one_line(best_in_the_middle):
+def test_checkpoints_of_another_network_give_a_one_line_error(best_in_the_middle):
     recipe, output = best_in_the_middle
     other = replace(task(), params={"kernel": np.zeros((8, 8), np.float32)})
     with pytest.raises(InputError, match="not a checkpoint of this recipe's networks") as caught:
@@ -121,7 +121,7 @@ def test_checkpoints_of_another_network_are_one_line(best_in_the_middle):
     assert "\n" not in str(caught.value)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_the_last_checkpoint_stays(tmp_path):
+def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     def batch(number: int) -> dict:
         drawn = draw(1, number)
         return drawn if number != 13 else {**drawn, "inputs": drawn["inputs"] * np.float32("nan")}
@@ -131,14 +131,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_the_last_checkpoint_stays(tm
         checkpoints=Checkpoints(every=3),
         optimizer=replace(RECIPE.optimizer, accumulate=2),
     )
-    for _ in range(2):  # the same command comes to the same end
+    for _ in range(2):  # the same command fails in the same way
         with pytest.raises(loop.Interrupted, match=r"step 7, batches 12 to 13: the loss is nan"):
             loop.fit(task(batch), recipe, tmp_path)
     assert steps_kept(tmp_path) == {3, 6}
     assert not (tmp_path / "model").exists()
 
 
-def test_accumulated_batches_are_one_larger_batch(tmp_path):
+def test_accumulated_batches_equal_one_larger_batch(tmp_path):
     one = replace(
         RECIPE, steps=4, optimizer=replace(RECIPE.optimizer, name="sgd", learning_rate=0.1)
     )
@@ -161,10 +161,12 @@ def test_accumulated_batches_are_one_larger_batch(tmp_path):
         assert (one != 0).any()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of asyncio
-def test_a_full_disk_is_one_error_that_names_the_checkpoints(tmp_path):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from asyncio
+def test_the_error_for_a_full_disk_names_the_checkpoints(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # of a file; a full disk is alike
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, hard)
+    )  # a file size limit acts like a full disk
     try:
         with pytest.raises(OSError, match="cannot write a checkpoint") as caught:
             loop.fit(task(), replace(RECIPE, steps=2), tmp_path)
@@ -175,7 +177,7 @@ def test_a_full_disk_is_one_error_that_names_the_checkpoints(tmp_path):
     assert steps_kept(tmp_path) == set()
 
 
-def test_what_goes_wrong_with_a_batch_is_told_as_it_is(tmp_path):
+def test_the_error_of_a_batch_is_reported_unchanged(tmp_path):
     def batch(number: int) -> dict:
         if number == 5:
             raise InputError("data/7.png: does not decode")
@@ -186,14 +188,14 @@ def test_what_goes_wrong_with_a_batch_is_told_as_it_is(tmp_path):
         loop.fit(task(batch), RECIPE, tmp_path)
 
 
-def test_a_validation_loss_that_is_no_number_accuses_no_batch(tmp_path):
+def test_a_nan_validation_loss_names_no_batch(tmp_path):
     wrong = {name: array * np.float32("nan") for name, array in draw(2, 0).items()}
     with pytest.raises(loop.Interrupted, match=r"^step 20: the validation loss is nan") as caught:
         loop.fit(replace(task(), validation=[wrong]), RECIPE, tmp_path)
     assert "batch" not in str(caught.value)
 
 
-def test_fully_sharded_arrays_are_split_along_their_largest_axis_that_can_be():
+def test_fully_sharded_arrays_are_split_along_their_largest_divisible_axis():
     mesh = AbstractMesh((4, 1), ("data", "model"))
     shapes = {"kernel": (3, 3, 8, 64), "odd": (3, 5), "wide": (8, 5), "count": ()}
     arrays = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
@@ -208,7 +210,7 @@ def test_fully_sharded_arrays_are_split_along_their_largest_axis_that_can_be():
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run of the command, which SIGTERM has stopped: its folder and its exit code."""
+    """The folder and the exit code of a run that SIGTERM has stopped."""
     folder = tmp_path_factory.mktemp("stopped")
     (folder / "recipe.toml").write_text(CAPTIONS)
 
@@ -227,7 +229,7 @@ def command(folder: Path, *options: str) -> int:
     return cli.main(["train", *arguments])
 
 
-def test_sigterm_saves_and_leaves_with_75(stopped):
+def test_sigterm_saves_and_exits_with_75(stopped):
     folder, code = stopped
     assert code == 75
     assert max(steps_kept(folder / "run")) >= 4
@@ -252,7 +254,7 @@ def test_the_command_exports_a_checkpoint_of_an_unfinished_run(stopped, capsys):
         ("batch_size = 2", "batch_size = 2\nseed = 1", "seed was 0, is 1"),
     ],
 )
-def test_another_recipe_is_refused_and_the_difference_named(old, new, message, stopped, tmp_path):
+def test_another_recipe_is_rejected_and_the_difference_named(old, new, message, stopped, tmp_path):
     folder, _ = stopped
     (tmp_path / "recipe.toml").write_text(CAPTIONS.replace(old, new, 1))
     with pytest.raises(InputError, match="contains a run of another recipe") as caught:
@@ -270,7 +272,7 @@ def test_a_run_with_a_constant_learning_rate_can_be_prolonged(tmp_path):
     assert [line["step"] for line in lines(tmp_path / "run")] == [2, 4]
 
 
-def test_a_diverged_run_ends_with_1_and_one_line(tmp_path, capsys):
+def test_a_diverged_run_exits_with_1_and_one_line(tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text(CAPTIONS.replace("1e-3", "1e37"))
     assert command(tmp_path) == 1
     (line,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("jaxdiff: ")]
@@ -278,8 +280,8 @@ def test_a_diverged_run_ends_with_1_and_one_line(tmp_path, capsys):
     assert "learning_rate" in line
 
 
-def test_an_image_that_does_not_decode_ends_a_run_with_1(tiny_checkpoint, tmp_path, capsys):
-    """The same command goes on when the image is mended."""
+def test_an_undecodable_image_makes_a_run_exit_with_1(tiny_checkpoint, tmp_path, capsys):
+    """Once the image is repaired, the same command continues."""
     folder = tmp_path / "images"
     folder.mkdir()
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -300,7 +302,7 @@ def test_an_image_that_does_not_decode_ends_a_run_with_1(tiny_checkpoint, tmp_pa
     assert image.finite
 
 
-def test_two_processes_do_not_train_into_one_directory(stopped):
+def test_two_processes_cannot_train_into_one_directory(stopped):
     folder, _ = stopped
     with (folder / "run" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -308,7 +310,7 @@ def test_two_processes_do_not_train_into_one_directory(stopped):
             train.train(folder / "recipe.toml", folder / "run")
 
 
-def test_exporting_from_nowhere_is_one_line(tmp_path, capsys):
+def test_exporting_without_a_run_gives_a_one_line_error(tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text(CAPTIONS)
     assert command(tmp_path, "--export", "last") == 2
     assert "contains no run" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Low-rank adapters as training sees them: made, merged, written."""
+"""Low-rank adapters in training: how they are made, merged and saved."""
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,14 @@ def adapters(shapes) -> dict:
     return low_rank.init(shapes, RANK, jax.random.key(0))
 
 
-def taught(adapters: dict) -> dict:
-    """Adapters as training leaves them: B is not zero any more."""
+def trained(adapters: dict) -> dict:
+    """Returns adapters as after training, with B no longer zero."""
     return jax.tree.map(
         lambda leaf: leaf + 0.01 * jnp.arange(leaf.size).reshape(leaf.shape), adapters
     )
 
 
-def test_every_attention_has_adapters_on_its_four_matrices_and_nothing_else_has(shapes, adapters):
+def test_only_the_four_matrices_of_every_attention_have_adapters(shapes, adapters):
     paths = [
         jax.tree_util.keystr(p, simple=True, separator="/")
         for p, _ in jax.tree_util.tree_leaves_with_path(adapters)
@@ -46,14 +46,14 @@ def test_every_attention_has_adapters_on_its_four_matrices_and_nothing_else_has(
         and "'kernel'" in str(path)
     ]
     assert sorted(paths) == sorted(f"{k}/lora_{part}" for k in kernels for part in "AB")
-    assert len(kernels) == 2 * 4 * 7 + 4 * 3  # two attentions in 7 blocks, and three text layers
+    assert len(kernels) == 2 * 4 * 7 + 4 * 3  # two attentions in 7 blocks, one in 3 text layers
 
 
-def test_new_adapters_change_nothing_and_taught_ones_by_their_scaled_product(shapes, adapters):
+def test_adapters_add_their_scaled_product_which_is_zero_at_first(shapes, adapters):
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
     same = low_rank.merged(params, adapters, alpha=6.0)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, same))
-    adapters = taught(adapters)
+    adapters = trained(adapters)
     changed = low_rank.merged(params, adapters, alpha=6.0)
     before, layer, after = (
         tree["unet"]["mid_block"]["attentions"][0]["transformer_blocks"][0]["attn2"]["to_k"]
@@ -64,7 +64,7 @@ def test_new_adapters_change_nothing_and_taught_ones_by_their_scaled_product(sha
     np.testing.assert_array_equal(changed["unet"]["conv_in"]["kernel"], 1.0)
 
 
-def test_the_gradient_reaches_the_adapters_alone(shapes, adapters):
+def test_only_the_adapters_have_a_gradient(shapes, adapters):
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes["text_encoder"])
 
     def loss(adapters):
@@ -79,7 +79,7 @@ def test_the_gradient_reaches_the_adapters_alone(shapes, adapters):
 
 
 def test_the_file_has_pytorchs_names_and_axes_and_the_scale_in_b(adapters, tmp_path):
-    adapters = taught(adapters)
+    adapters = trained(adapters)
     low_rank.save_lora(adapters, 6.0, tmp_path / low_rank.FILE)
     assert [path.name for path in tmp_path.iterdir()] == [low_rank.FILE]
     stored = load_file(tmp_path / low_rank.FILE)

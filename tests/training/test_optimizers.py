@@ -1,4 +1,4 @@
-"""Optimizers: what each name does to kernels, embeddings and vectors."""
+"""The optimizers: their effect on kernels, embeddings and vectors."""
 
 from dataclasses import replace
 from typing import get_args, get_type_hints
@@ -16,7 +16,7 @@ CONFIG = Optimizer(learning_rate=0.01, warmup_steps=0, schedule="constant", weig
 
 
 def parameters() -> dict:
-    """One of each kind, with whole numbers for names as networks have them."""
+    """Returns a parameter of each kind, with integers among the keys, as in networks."""
     rng = np.random.default_rng(0)
     shapes = {
         "conv": {0: {"kernel": (3, 3, 2, 4), "bias": (4,)}},
@@ -38,14 +38,14 @@ def first_update(config: Optimizer, gradients: dict, params: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_goes_downhill_in_every_parameter(name):
+def test_every_optimizer_reduces_every_parameter(name):
     transform, _ = optimizer(replace(CONFIG, name=name, clip_norm=0.0), 100)
     params = parameters()
 
     @jax.jit
     def step(_, carry):
         params, state = carry
-        updates, state = transform.update(params, state, params)  # the gradient of half the square
+        updates, state = transform.update(params, state, params)  # the gradient of params**2 / 2
         return jax.tree.map(jnp.add, params, updates), state
 
     learned, _ = jax.lax.fori_loop(0, 50, step, (params, transform.init(params)))
@@ -76,7 +76,7 @@ def test_muon_makes_kernels_orthogonal_and_leaves_embeddings_to_adam():
         jax.tree.map(np.testing.assert_array_equal, updates[path], by_adam[path])
 
 
-def test_long_gradients_are_shortened_unless_that_is_off():
+def test_long_gradients_are_clipped_unless_clipping_is_off():
     params = parameters()
     config = replace(CONFIG, name="sgd", clip_norm=1.0)
 
@@ -88,7 +88,7 @@ def test_long_gradients_are_shortened_unless_that_is_off():
     assert length(replace(config, clip_norm=0.0)) > 0.05
 
 
-def test_the_learning_rate_warms_up_and_then_stays_or_falls_to_zero():
+def test_the_learning_rate_warms_up_and_then_stays_or_decays_to_zero():
     config = replace(CONFIG, warmup_steps=10)
     _, constant = optimizer(config, 100)
     _, cosine = optimizer(replace(config, schedule="cosine"), 100)
@@ -102,9 +102,9 @@ def test_the_learning_rate_warms_up_and_then_stays_or_falls_to_zero():
 
 
 @pytest.mark.parametrize("relative_width", [0.05, 0.1, 0.2])
-def test_an_average_of_a_relative_width_reaches_back_over_that_share(relative_width):
+def test_an_average_has_its_relative_width(relative_width):
     config, steps = Average(relative_width=relative_width), 2000
-    shares = np.zeros(steps)  # of each step's weights in the average
+    shares = np.zeros(steps)  # each step's share in the average
     for step in range(steps):
         decay = average_decay(config, step)
         shares *= decay
@@ -115,6 +115,6 @@ def test_an_average_of_a_relative_width_reaches_back_over_that_share(relative_wi
     assert np.sqrt(np.sum(shares * (times - mean) ** 2)) == pytest.approx(relative_width, rel=0.01)
 
 
-def test_a_fixed_decay_begins_low():
+def test_a_fixed_decay_starts_low():
     decays = [float(average_decay(Average(decay=0.999), step)) for step in (0, 90, 10**6)]
     assert decays == pytest.approx([0.1, 0.91, 0.999])

@@ -1,4 +1,4 @@
-"""The second task in the shapes world: to tell where each shape lies."""
+"""The auxiliary task in the shapes world: predicting each shape's place."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def test_a_map_has_its_peaks_where_the_objects_are_and_nothing_elsewhere():
     assert found[..., SHAPES.index("ring")][4, 12] < 1e-6
 
 
-def test_objects_as_near_as_they_come_stay_apart():
+def test_the_blobs_of_the_nearest_objects_stay_apart():
     pair = [Object("circle", "red", x, 32.0, 14.0) for x in (24.0, 40.0)]
     (found,) = places.maps([Scene("white", tuple(pair))], 16)
     row = found[7, :, SHAPES.index("circle")]
@@ -38,19 +38,19 @@ def test_objects_as_near_as_they_come_stay_apart():
 
 
 @pytest.fixture(scope="module")
-def asked(tiny_checkpoint):
+def with_places(tiny_checkpoint):
     data, loss = Data(scenes=64), Loss(places=0.5)
     return dataclasses.replace(recipe(tiny_checkpoint, ""), data=data, loss=loss)
 
 
-def test_the_task_is_learned_beside_the_noise_and_left_out_of_the_model(asked, tmp_path):
-    task = text_to_image.task(asked, tmp_path)
+def test_the_task_adds_a_loss_and_is_not_exported(with_places, tmp_path):
+    task = text_to_image.task(with_places, tmp_path)
     batch = task.batch(0)
     loss, logged = jax.jit(task.loss)(task.params, task.frozen, batch, jax.random.key(0))
-    nothing_said = np.mean((places.SCALE * batch["places"]) ** 2)
+    of_zeros = np.mean((places.SCALE * batch["places"]) ** 2)
     sums, counts = np.asarray(logged["by_noise_level"])
-    np.testing.assert_allclose(logged["places"], nothing_said, rtol=1e-5)
-    np.testing.assert_allclose(loss, sums.sum() / counts.sum() + 0.5 * nothing_said, rtol=1e-5)
+    np.testing.assert_allclose(logged["places"], of_zeros, rtol=1e-5)
+    np.testing.assert_allclose(loss, sums.sum() / counts.sum() + 0.5 * of_zeros, rtol=1e-5)
 
     task.export(task.params, task.frozen, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "unet" / "config.json").read_text())
@@ -61,12 +61,12 @@ def test_the_task_is_learned_beside_the_noise_and_left_out_of_the_model(asked, t
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": Data(path="photos")}, "loss.places: is known of the shapes world only"),
-        ({"method": "lora"}, "loss.places: is for a whole U-Net"),
-        ({"train": ("text_encoder",)}, "loss.places: is for a whole U-Net"),
+        ({"data": Data(path="photos")}, "loss.places requires the shapes world"),
+        ({"method": "lora"}, 'loss.places requires method = "full"'),
+        ({"train": ("text_encoder",)}, "loss.places requires .* the denoiser in train"),
     ],
 )
-def test_it_is_refused_where_it_makes_no_sense(asked, tmp_path, change, message):
-    said = dataclasses.replace(asked, **change)
+def test_the_task_is_rejected_where_it_does_not_apply(with_places, tmp_path, change, message):
+    changed = dataclasses.replace(with_places, **change)
     with pytest.raises(InputError, match=message):
-        text_to_image.task(said, tmp_path)
+        text_to_image.task(changed, tmp_path)

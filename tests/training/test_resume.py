@@ -1,4 +1,4 @@
-"""A run that is killed, stopped, or moved to other devices goes on as if nothing had been."""
+"""A run that is killed, stopped or moved to other devices resumes without any difference."""
 
 import os
 import random
@@ -28,7 +28,7 @@ def assert_same_run(output: Path, other: Path) -> None:
 
 
 def wait_until(process, condition) -> bool:
-    """Whether it came true before the process ended."""
+    """Waits for a condition; returns whether it came true before the process ended."""
     while not condition():
         if not process.is_alive():
             return False
@@ -56,7 +56,7 @@ def test_kills_at_any_moment_change_neither_losses_nor_weights(uninterrupted, tm
     assert not list(folder.glob("*tmp*"))
 
 
-def test_sigterm_saves_between_checkpoints_and_the_run_goes_on(uninterrupted, tmp_path):
+def test_sigterm_saves_between_checkpoints_and_the_run_resumes(uninterrupted, tmp_path):
     process = start(RECIPE, tmp_path)
     assert wait_until(process, (tmp_path / "samples" / "000020.png").exists)
     os.kill(process.pid, signal.SIGTERM)
@@ -66,10 +66,10 @@ def test_sigterm_saves_between_checkpoints_and_the_run_goes_on(uninterrupted, tm
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_a_run_goes_on_with_another_number_of_devices(uninterrupted, tmp_path):
+def test_a_run_resumes_with_another_number_of_devices(uninterrupted, tmp_path):
     for recipe, steps, devices in ((SHARDED, 20, 4), (RECIPE, 40, 1), (SHARDED, 60, 4)):
         finish(replace(recipe, steps=steps), tmp_path, devices)
-    # Sums over devices have other last bits.
+    # Sums over several devices are rounded differently.
     for row, other in zip(lines(tmp_path), lines(uninterrupted), strict=True):
         assert row["step"] == other["step"]
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)

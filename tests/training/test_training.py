@@ -1,4 +1,4 @@
-"""Training on tiny networks: whole recipes, killed and resumed, and what they leave behind."""
+"""Training tiny networks with complete recipes, and the files that a run writes."""
 
 import dataclasses
 import json
@@ -122,13 +122,13 @@ def test_a_finished_run_is_not_trained_further(autoencoder_run):
     assert weights(autoencoder_run) == before
 
 
-def test_another_recipe_is_refused_in_the_same_directory(autoencoder_run, tmp_path):
+def test_another_recipe_is_rejected_in_the_same_directory(autoencoder_run, tmp_path):
     (tmp_path / "recipe.toml").write_text(AUTOENCODER.replace("1e-3", "2e-3"))
     with pytest.raises(InputError, match="contains a run of another recipe"):
         train(tmp_path / "recipe.toml", autoencoder_run)
 
 
-def test_a_denoiser_learns_and_becomes_a_model_that_generates(autoencoder_run, tmp_path):
+def test_a_trained_denoiser_becomes_a_model_that_generates(autoencoder_run, tmp_path):
     text = TEXT_TO_IMAGE.format(autoencoder=autoencoder_run / "model")
     (tmp_path / "recipe.toml").write_text(text)
     train(tmp_path / "recipe.toml", tmp_path / "run")
@@ -184,7 +184,7 @@ def test_the_autoencoders_latents_are_scaled_to_unit_variance(autoencoder_run):
         ),
     ],
 )
-def test_bad_recipes_are_one_clear_line(old, new, message, tmp_path):
+def test_bad_recipes_give_one_line_errors(old, new, message, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(AUTOENCODER.replace(old, new, 1))
     with pytest.raises(InputError, match=message) as caught:
@@ -194,7 +194,7 @@ def test_bad_recipes_are_one_clear_line(old, new, message, tmp_path):
 
 
 def test_every_number_of_a_recipe_has_a_range():
-    """But for pairs, whose order is checked, and what the components' own readers check."""
+    """Except for pairs, whose order is checked, and for values that components check themselves."""
     numbers = set()
     for kind in recipe.OBJECTIVES.values():
         numbers |= set(_numbers(kind))
@@ -215,15 +215,19 @@ def _numbers(kind, before: str = ""):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("in_channels = 4", "in_channels = 8", "vae.latent_channels of 8, but it is 4"),
-        ("hidden_size = 32", "hidden_size = 64", "text_encoder.hidden_size of 32, but it is 64"),
+        ("in_channels = 4", "in_channels = 8", "in_channels = 8 does not fit .* need 4"),
+        (
+            "hidden_size = 32",
+            "hidden_size = 64",
+            "cross_attention_dim = 32 does not fit .* need 64",
+        ),
         (str(TOKENIZER), "/nowhere", "/nowhere contains no tokenizer"),
         ("{autoencoder}", "/nowhere", "/nowhere/config.json is missing"),
-        ("rescale_betas", "rescale_beta", "zero_snr is not known; did you mean rescale_betas"),
+        ("rescale_betas", "rescale_beta", "zero_snr: unknown key; did you mean rescale_betas"),
         ("block_out_channels", "block_out_channel", "did you mean block_out_channels"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(old, new, message, autoencoder_run, tmp_path):
+def test_parts_that_do_not_fit_are_rejected(old, new, message, autoencoder_run, tmp_path):
     text = TEXT_TO_IMAGE.replace(old, new).format(autoencoder=autoencoder_run / "model")
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(InputError, match=message):
@@ -252,7 +256,7 @@ def test_batches_are_a_function_of_the_step():
     assert (render_batch(0, 3, 4) != render_batch(0, 4, 4)).any()
 
 
-def test_a_text_encoder_may_go_on_from_one_that_is_there(tmp_path):
+def test_a_text_encoder_can_start_from_an_earlier_one(tmp_path):
     def trained(name: str, text_encoder: str, rate: float) -> dict[str, np.ndarray]:
         text = CAPTIONS.format(tokenizer=TOKENIZER, text_encoder=text_encoder, rate=rate)
         (tmp_path / f"{name}.toml").write_text(text)

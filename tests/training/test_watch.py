@@ -1,4 +1,4 @@
-"""What a run shows of itself, read back by those it is for."""
+"""The metrics, plots and TensorBoard files of a run, read back."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ def events(output) -> EventAccumulator:
     return read
 
 
-def test_a_line_comes_every_fifty_steps_and_with_every_checkpoint(run):
+def test_a_line_is_written_every_fifty_steps_and_with_every_checkpoint(run):
     lines = watch.read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [20, 40, 50, 60]
     assert [line["step"] for line in lines if "validation_loss" in line] == [20, 40, 60]
@@ -39,7 +39,7 @@ def test_a_line_comes_every_fifty_steps_and_with_every_checkpoint(run):
     assert lines[-1]["learning_rate"] == pytest.approx(1e-3)
 
 
-def test_tensorboard_reads_the_same_numbers_and_the_sample_grids(run):
+def test_tensorboard_has_the_same_numbers_and_the_sample_grids(run):
     read = events(run)
     for line in watch.read_metrics(run / "metrics.jsonl"):
         for name in {"loss", "validation_loss", "learning_rate"} & line.keys():
@@ -51,7 +51,7 @@ def test_tensorboard_reads_the_same_numbers_and_the_sample_grids(run):
     assert grids[-1].encoded_image_string == (run / "samples" / "000060.png").read_bytes()
 
 
-def test_tensorboard_forgets_what_was_done_again(tmp_path):
+def test_tensorboard_drops_repeated_steps(tmp_path):
     first = tensorboard.begin(tmp_path, 0)
     for step in (10, 20, 30):
         tensorboard.append_scalars(first, step, {"loss": float(step)})
@@ -62,7 +62,7 @@ def test_tensorboard_forgets_what_was_done_again(tmp_path):
     assert values == [(10, 10.0), (20, 20.0), (30, 31.0)]
 
 
-def test_the_plots_and_grids_are_pictures(run):
+def test_the_plots_and_grids_are_images(run):
     for name in ("loss.png", "noise_levels.png", "samples/000040.png"):
         with Image.open(run / name) as picture:
             picture.load()
@@ -75,7 +75,7 @@ def test_levels_without_images_have_no_loss():
     assert line == {"loss": 2.0, "loss_by_noise_level": [2.0, None]}
 
 
-def test_the_plot_of_noise_levels_takes_gaps_and_a_single_line(tmp_path):
+def test_the_plot_of_noise_levels_supports_gaps_and_a_single_line(tmp_path):
     line = {"step": 50, "loss_by_noise_level": [1.0, None, 0.5]}
     watch.draw_noise_levels([line], tmp_path / "one.png")
     watch.draw_noise_levels([line, line | {"step": 100}], tmp_path / "two.png")
@@ -90,7 +90,7 @@ def test_on_resuming_later_lines_and_a_broken_one_are_dropped(tmp_path):
     assert [line["step"] for line in watch.read_metrics(path)] == [50, 100]
 
 
-def test_a_task_that_tells_no_noise_levels_gets_no_plot_of_them(tmp_path):
+def test_a_task_without_noise_levels_has_no_plot_of_them(tmp_path):
     silent = task()
     silent = replace(silent, loss=lambda *given: (task().loss(*given)[0], {}))
     loop.fit(silent, replace(RECIPE, steps=2), tmp_path)

@@ -34,21 +34,21 @@ def config_and_shapes(directory, component):
 
 @pytest.fixture
 def vae(tiny_checkpoint, tmp_path):
-    """The shapes of an autoencoder, and a file with its weights that a test may break."""
+    """The shapes of an autoencoder, and a file with its weights that a test may modify."""
     _, shapes = config_and_shapes(tiny_checkpoint, "vae")
     file = tiny_checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
     return shapes, Path(shutil.copyfile(file, tmp_path / "vae.safetensors"))
 
 
 def edit(file, **changes):
-    """Replaces tensors of a safetensors file; None takes one away."""
+    """Replaces tensors of a safetensors file; None removes a tensor."""
     tensors = load_file(file) | changes
     save_file({key: value for key, value in tensors.items() if value is not None}, file)
 
 
 @pytest.mark.parametrize("component", CLASSES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_what_is_saved_is_what_is_loaded(tiny_checkpoint, tmp_path, component, dtype):
+def test_saved_parameters_are_loaded_back(tiny_checkpoint, tmp_path, component, dtype):
     _, shapes = config_and_shapes(tiny_checkpoint, component)
     params = load_params(places(shapes, dtype), open_checkpoint(tiny_checkpoint).weights(component))
     save_params(params, tmp_path / "again.safetensors", dtype)
@@ -59,7 +59,7 @@ def test_what_is_saved_is_what_is_loaded(tiny_checkpoint, tmp_path, component, d
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_one_rule_turns_kernels_and_renames_leaves(vae):
+def test_one_rule_transposes_kernels_and_renames_leaves(vae):
     shapes, file = vae
     params, tensors = (
         load_params(places(shapes, np.float32), read_weights(COMPONENTS["vae"], file)),
@@ -77,7 +77,7 @@ def test_one_rule_turns_kernels_and_renames_leaves(vae):
     )
 
 
-def test_parameters_arrive_in_the_dtype_and_sharding_asked_for(vae):
+def test_parameters_have_the_requested_dtype_and_sharding(vae):
     shapes, file = vae
     mesh = jax.make_mesh((1,), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -88,7 +88,7 @@ def test_parameters_arrive_in_the_dtype_and_sharding_asked_for(vae):
         assert leaf.sharding == sharding
 
 
-def test_every_misfit_is_counted_and_named_in_one_line(vae):
+def test_all_mismatches_are_counted_and_named_in_one_line(vae):
     shapes, file = vae
     edit(
         file,
@@ -104,8 +104,11 @@ def test_every_misfit_is_counted_and_named_in_one_line(vae):
     message = str(caught.value)
     assert "\n" not in message
     assert "2 missing (decoder.conv_in.bias, decoder.conv_norm_out.bias)" in message
-    assert "1 not known (decoder.extra.weight)" in message
-    assert "1 of the wrong shape (encoder.conv_in.weight [8, 3, 1, 1] instead of [8, 3, 3, 3])" in message
+    assert "1 unknown (decoder.extra.weight)" in message
+    assert (
+        "1 of the wrong shape (encoder.conv_in.weight [8, 3, 1, 1] instead of [8, 3, 3, 3])"
+        in message
+    )
 
 
 def test_weights_that_are_not_floats_are_refused(vae):
@@ -138,7 +141,7 @@ def test_a_weight_too_large_for_float16_is_not_saved_as_infinity(tmp_path):
 
 @pytest.fixture(scope="module")
 def parts(tiny_checkpoint):
-    """Everything that `save_pipeline` needs to write the tiny checkpoint again."""
+    """The arguments of `save_pipeline` that reproduce the tiny checkpoint."""
     checkpoint = open_checkpoint(tiny_checkpoint)
     configs, params = {}, {}
     for component in CLASSES:
@@ -160,7 +163,7 @@ def copy(tiny_checkpoint, tmp_path):
     return shutil.copytree(tiny_checkpoint, tmp_path / "copy")
 
 
-def test_a_checkpoint_is_replaced_byte_for_byte_even_by_its_own_tokenizer(parts, copy):
+def test_a_checkpoint_can_be_replaced_with_its_own_tokenizer(parts, copy):
     fingerprint = open_checkpoint(copy).fingerprint
     tokenizers = {"text_encoder": copy / "tokenizer"}
     save_pipeline(copy, **parts | {"tokenizers": tokenizers}, dtype=np.float32)
@@ -168,9 +171,7 @@ def test_a_checkpoint_is_replaced_byte_for_byte_even_by_its_own_tokenizer(parts,
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
 
-def test_half_the_bytes_is_the_default_and_transformers_is_told_to_compute_in_float32(
-    parts, tmp_path
-):
+def test_weights_are_float16_by_default_and_transformers_computes_in_float32(parts, tmp_path):
     save_pipeline(tmp_path / "half", **parts)
     half = open_checkpoint(tmp_path / "half")
     for component in CLASSES:
@@ -188,14 +189,14 @@ def test_a_failed_save_leaves_the_old_checkpoint_alone(parts, copy):
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "."])
-def test_what_is_no_checkpoint_is_not_replaced(parts, tmp_path, name):
+def test_other_directories_are_not_replaced(parts, tmp_path, name):
     (tmp_path / "thesis.tex").write_text("the only copy")
     with pytest.raises(InputError, match=r"thesis\.tex"):
         save_pipeline(tmp_path / name, **parts)
     assert (tmp_path / "thesis.tex").read_text() == "the only copy"
 
 
-def test_an_abstract_network_is_the_one_that_flax_would_build(tiny_checkpoint):
+def test_an_abstract_network_matches_the_one_that_flax_builds(tiny_checkpoint):
     model_class, config_class = CLASSES["unet"]
     config = config_class.from_json(open_checkpoint(tiny_checkpoint).config("unet"))
     graph, shapes = abstract_network(model_class, config)

@@ -1,4 +1,4 @@
-"""At full size: loading needs little more memory than the weights themselves."""
+"""Loading a full-size model needs little more memory than the weights themselves."""
 
 import subprocess
 import sys

@@ -46,8 +46,9 @@ def write(model: str, target: Path) -> None:
 
     contents = FULL_SIZE[model]
     family = FAMILIES[contents.index["_class_name"]]
+    built = family.networks()
     parsed = {name: contents.configs[name] for name in family.components}
-    networks = family.build(family.read_configs(parsed), contents.index).networks
+    networks = built.build(built.read_configs(parsed), contents.index).networks
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         new = Path(scratch) / "new"

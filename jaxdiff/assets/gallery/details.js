@@ -1,11 +1,11 @@
-// One image with all that is known of it, and the command that makes it again.
+// The full view: one image with its settings, and the command that generates it again.
 "use strict";
 
 const ROW = ["id", "prompt", "negative_prompt", "seed", "width", "height", "steps",
   "guidance_scale", "sampler"];
 
-// Two lines for a POSIX shell. The row is JSON in single quotes; what cannot be seen, or would end
-// the quotes, is written as JSON's escape: the same row, and nothing that a terminal obeys.
+// Returns two lines for a POSIX shell. The row is JSON in single quotes. Invisible characters and
+// single quotes are written as JSON escapes: the row is the same, and no terminal code is left.
 function commandFor(image, job) {
   const row = {};
   for (const name of ROW) {
@@ -25,7 +25,7 @@ function escapeCharacter(character) {
   return escaped;
 }
 
-// Fills the full view; `link` gives the address of the gallery with another query.
+// Fills the full view; `link` returns the address of the gallery for a query.
 function showDetails(image, job, url, link) {
   const img = element("image");
   const failed = image.status === "failed";
@@ -33,7 +33,7 @@ function showDetails(image, job, url, link) {
   element("failure").hidden = !failed;
   if (failed) {
     img.removeAttribute("src");
-    element("failure").textContent = `This image could not be made: ${image.error}`;
+    element("failure").textContent = `This image could not be generated: ${image.error}`;
   } else {
     element("original").href = img.src = url;
     img.alt = image.prompt;
@@ -50,7 +50,7 @@ function showDetails(image, job, url, link) {
   element("hashes").replaceChildren(...rows({ sha256, pixel_sha256, model: job.fingerprint }));
 }
 
-// [name, value] of what differs from image to image, but for its prompt.
+// Returns [name, value] of all that differs between images, except the prompt.
 function searchableSettings(image) {
   return ["id", "image_index", "negative_prompt", "seed", "sampler", "steps", "guidance_scale"]
     .map((name) => [name, image[name]])
@@ -78,7 +78,7 @@ function settingRow(name, value, href) {
   return [term, description];
 }
 
-// Such as a model of shapes makes: shown in its pixels, not blurred.
+// Small images are shown pixelated, not blurred.
 function isSmall(image) {
   return Math.max(image.width, image.height) <= 128;
 }
@@ -89,7 +89,7 @@ async function copyCommand() {
   try {
     await navigator.clipboard.writeText(command.textContent);
   } catch {
-    document.execCommand("copy"); // of the selection
+    document.execCommand("copy"); // copies the selection
   }
   element("copy").textContent = "Copied";
 }

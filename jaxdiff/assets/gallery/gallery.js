@@ -1,13 +1,13 @@
 // The page: loads the records, shows those that match, and opens one.
 //
-// Only the tiles in sight exist, so that 10,000 images cost no more than 50. What is shown stands in
-// the address, #q=red&image=000000007, so that it can be linked to.
+// Only the visible tiles exist, so that 10,000 images cost no more than 50. The address contains
+// the query and the open image, #q=red&image=000000007, so that they can be linked to.
 "use strict";
 
 const FILES = new URL(".", document.currentScript.src).href;
 const GAP_PX = 16, CAPTION_PX = 66, TILE_PX = 190, NARROW_TILE_PX = 140, NARROW_PX = 600;
-const ROWS_BEYOND = 2; // kept above and below what is in sight
-const ADDRESS_DELAY_MS = 200; // browsers refuse more than some changes a second
+const ROWS_BEYOND = 2; // kept above and below the visible rows
+const ADDRESS_DELAY_MS = 200; // browsers limit the changes per second
 
 let job = null;
 const images = []; // by key
@@ -19,7 +19,7 @@ let sizes = { columns: 1, tile: TILE_PX, picture: TILE_PX, row: TILE_PX };
 const tiles = new Map(); // those in the document, by key
 let addressTimer = null;
 
-// What the data files call.
+// The functions that the data files call.
 const gallery = {
   open(said) {
     job = said;
@@ -57,7 +57,7 @@ function load(name, then) {
   const script = document.createElement("script");
   script.src = FILES + name;
   script.onload = then;
-  script.onerror = () => say(`${name} is missing; jaxdiff view writes the gallery anew.`);
+  script.onerror = () => say(`${name} is missing; run jaxdiff view to write the gallery again.`);
   document.head.append(script);
 }
 
@@ -118,7 +118,7 @@ function describe() {
   failed.textContent = `${number(job.failed)} failed`;
   failed.href = addressOf({ query: "status=failed" });
   if (results.length || !loaded) say("");
-  else say(images.length ? `No image matches “${state.query}”.` : "No image has been made yet.");
+  else say(images.length ? `No image matches “${state.query}”.` : "No images have been generated yet.");
 }
 
 function number(count) {
@@ -139,7 +139,7 @@ function measure() {
   sizes = { columns, tile, picture, row: picture + CAPTION_PX + GAP_PX };
 }
 
-// Makes the tiles that are in sight, and drops the others.
+// Creates the visible tiles and removes the others.
 function render() {
   const grid = element("grid");
   const { columns, row } = sizes;
@@ -247,13 +247,13 @@ function turn(step) {
 }
 
 function closeView() {
-  if (!state.key) return; // closed by the address
+  if (!state.key) return; // closed by a change of the address
   state.key = null;
   writeAddress();
   if (cursor >= 0) moveCursor(0);
 }
 
-// --- what people do ---
+// --- keyboard and mouse ---
 
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
@@ -265,7 +265,7 @@ function onKey(event) {
 }
 
 function viewKey(key) {
-  return { ArrowLeft: () => turn(-1), ArrowRight: () => turn(1) }[key]; // Escape is the dialog's own
+  return { ArrowLeft: () => turn(-1), ArrowRight: () => turn(1) }[key]; // the dialog handles Escape
 }
 
 function searchKey(key) {

@@ -1,15 +1,15 @@
-// What the search box says, and which images it means.
+// Parses the query in the search box and finds the matching images.
 //
 //   red circle         both words, anywhere: prompts, id, seed, sampler, the row's columns
-//   "red circle"       these words together
-//   sampler:euler      within one field, whose name may be a column of the manifest
-//   seed=7             a field that is just this
+//   "red circle"       this exact phrase
+//   sampler:euler      within one field, which may be a column of the manifest
+//   seed=7             a field with exactly this value
 "use strict";
 
 const TERM = /(?:([^\s:="]+)([:=]))?(?:"([^"]*)"?|(\S+))/g;
 const ANYWHERE = ["prompt", "negative_prompt", "id", "seed", "sampler", "error"];
 
-// The terms of a query; a name that no image has is a part of the text.
+// Returns the terms of a query; a field name that no image has is part of the text.
 function parseQuery(query, isField) {
   const terms = [];
   for (const [whole, name, sign, quoted, word] of query.matchAll(TERM)) {
@@ -23,7 +23,7 @@ function parseQuery(query, isField) {
   return terms;
 }
 
-// The query that finds all images with this value of the field; none where the name is no word.
+// Returns the query for all images with this value of the field, or null if it cannot be written.
 function queryFor(name, value) {
   if (!/^[^\s:="]+$/.test(name)) return null;
   const text = asText(value).replaceAll('"', "");
@@ -40,7 +40,7 @@ function matches(image, terms) {
   });
 }
 
-// What a search without a field's name looks through.
+// Returns the text that a search without a field name looks through.
 function searchableText(image) {
   const values = ANYWHERE.map((name) => image[name]).concat(Object.values(image.metadata));
   return values.filter((value) => value != null).map(asText).join("\n").toLowerCase();

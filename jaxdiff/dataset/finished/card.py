@@ -1,4 +1,4 @@
-"""What people and programs read first: the dataset's card and its Croissant description."""
+"""The dataset's card (README.md) and its Croissant description (croissant.json)."""
 
 import json
 import re
@@ -48,9 +48,9 @@ CROISSANT_CONTEXT = {
 CROISSANT_TYPES = {"string": "sc:Text", "double": "sc:Float"}  # else sc:Integer
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
 MEDIA_TYPES = {"tar": "application/x-tar", "parquet": "application/x-parquet"}
-# The licences of the bundled models: the Hub's name for it, and where it stands.
+# The licences of the bundled models: the Hub's name and the address of the text.
 LICENSES = {"shapes64": ("apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")}
-UNKNOWN_LICENSE = "unknown"  # the Hub's name for that, too
+UNKNOWN_LICENSE = "unknown"  # also the Hub's name
 
 README = """\
 ---
@@ -133,10 +133,10 @@ and on the prompts."""
 
 
 def readme(plan: Plan, counts: dict[str, int]) -> str:
-    """The dataset's card, with the YAML from which `datasets.load_dataset` learns what to load.
+    """Returns the dataset's card, with the YAML that `datasets.load_dataset` reads.
 
     The YAML follows https://huggingface.co/docs/hub/datasets-cards. Names and settings may be any
-    text; they stand in it as code, in which Markdown sees no meaning.
+    text; they are formatted as code, which Markdown does not interpret.
     """
     settings = plan.settings
     license = _license(plan)
@@ -170,18 +170,18 @@ def readme(plan: Plan, counts: dict[str, int]) -> str:
 
 
 def _license(plan: Plan) -> tuple[str, str] | None:
-    """The licence's name and address, None where there is none to know."""
+    """Returns the licence's name and address, or None if it is unknown."""
     alone = plan.models["refiner"] is None and not plan.models.get("lora")
     return LICENSES.get(plan.models["model"]) if alone else None
 
 
 def _printable(text: str) -> str:
-    """The text on one line, with such characters only as YAML and UTF-8 can hold."""
+    """Returns the text on one line, with only the characters that YAML and UTF-8 allow."""
     return UNPRINTABLE.sub("\ufffd", text)
 
 
 def _code(value) -> str:
-    """A value as code in Markdown, an empty one as nothing."""
+    """Returns a value as Markdown code, or "" if it is empty."""
     text = _printable(str(value))
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     space = " " * (text[:1] in ("`", " ") or text[-1:] == "`")
@@ -193,20 +193,20 @@ def _cell(value) -> str:
 
 
 def _files(plan: Plan) -> str:
-    """Where the image shards lie, or in imagefolders the images, as a pattern of file names."""
+    """Returns the glob pattern of the image shards, or of the images in imagefolders."""
     if plan.settings.format == "imagefolder":
         return f"{names.DATA}/*/*.{image_files.EXTENSIONS[plan.settings.image_format]}"
     return f"{names.DATA}/*.{formats.FORMATS[plan.settings.format].ending}"
 
 
 def _features(plan: Plan) -> str:
-    """The columns' types, where a guess from the first images may fail: in JSON."""
+    """Returns the columns' types in YAML, for formats whose types `datasets` would guess."""
     names = {"double": "float64"}
     fields = {name: names.get(str(kind), str(kind)) for name, kind in formats.RECORD_FIELDS}
     if plan.settings.format == "imagefolder":
         return "  features:\n" + _yaml({"image": "image", **fields}, "  ")
     if plan.settings.format == "parquet":
-        return ""  # its files say it
+        return ""  # its files contain the types
     extension = image_files.EXTENSIONS[plan.settings.image_format]
     columns = {extension: "image", "txt": "string", "__key__": "string", "__url__": "string"}
     return (
@@ -223,10 +223,10 @@ def _yaml(features: dict[str, str], indent: str) -> str:
 
 
 def croissant(plan: Plan) -> str:
-    """The dataset in Croissant 1.0 (https://docs.mlcommons.org/croissant/docs/croissant-spec.html).
+    """Returns the dataset's description in Croissant 1.0.
 
-    The record set has a row for every planned image, from the metadata files. There is no date in
-    it: equal jobs make equal files.
+    See https://docs.mlcommons.org/croissant/docs/croissant-spec.html. The record set has one row
+    per planned image, from the metadata files. There is no date, so equal jobs give equal files.
     """
     format_, image_format = plan.settings.format, plan.settings.image_format
     media_type = MEDIA_TYPES.get(formats.FORMATS[format_].ending, f"image/{image_format}")

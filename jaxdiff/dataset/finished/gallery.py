@@ -1,9 +1,9 @@
-"""A dataset to look at in a browser: thumbnails, search, and every image with its settings.
+"""Writes a dataset's gallery for the browser: thumbnails, search, and each image's settings.
 
-The gallery needs no server. `index.html` opens from the disk; a page from there may load scripts
-but read no files, so the records come as small scripts, and the page takes all that is in them as
-text. Everything else lies in a folder with a name of its own, and `index.html`, written last, says
-which: whoever opens the gallery sees the old one or the new one, never half of one.
+The gallery needs no server. A page that is opened from disk may load scripts but not read files, so
+the records are small scripts, and the page treats everything in them as text. All other files are
+in a folder with a unique name, which `index.html` contains. As `index.html` is written last, a
+reader sees the old gallery or the new one, never a partial one.
 """
 
 import contextlib
@@ -34,32 +34,32 @@ from jaxdiff.request import FIELDS, Options
 ASSETS = Path(__file__).parents[2] / "assets" / "gallery"
 INDEX = "index.html"
 GENERATOR = '<meta name="generator" content="jaxdiff view">'
-FILES = re.compile(r"files-[0-9a-f]{8}")  # what INDEX names, each time another
+FILES = re.compile(r"files-[0-9a-f]{8}")  # the folder that INDEX names, new each time
 THUMBNAIL_PX = 384  # the longer side; smaller images are their own thumbnails
 CHUNK_IMAGES, CHUNK_CHARACTERS = 500, 2**20
 WAITING_IMAGES = 16  # read, but not written yet
-# Of an image, in the order in which its record is written.
+# The fields of an image, in the order in which its record is written.
 COLUMNS = (
     *("key", "id", "image_index", *FIELDS),
     *("metadata", "sha256", "pixel_sha256", "error"),
 )
-# The job's settings that decide an image's file, beside its own.
+# The job's settings that determine an image's file, along with its own.
 ALWAYS_SAID = ("noise", "dtype", "batch_size")
 DECISIVE = dict.fromkeys((*ALWAYS_SAID, "image_format", *(field.name for field in fields(Options))))
 
 
 def write(directory: Path, target: Path | None = None) -> Path:
-    """Writes the gallery of a dataset, finished or not, in the place of the one that is there.
+    """Writes the gallery of a dataset, finished or not; replaces an existing gallery.
 
     Args:
-      target: the gallery's folder; by default "gallery" in the dataset's.
+      target: the gallery's folder; by default "gallery" in the dataset's folder.
 
     Returns:
       The path of its `index.html`.
 
     Raises:
-      InputError: if there is no dataset, if one of its files is damaged, or if `target` holds
-        something else than a gallery.
+      InputError: if there is no dataset, if one of its files is damaged, or if `target` contains
+        something other than a gallery.
     """
     run = open_run(directory)
     target = target or directory / "gallery"
@@ -81,9 +81,9 @@ def write(directory: Path, target: Path | None = None) -> Path:
 
 @contextlib.contextmanager
 def _held(target: Path) -> Iterator[None]:
-    """Makes the gallery's folder and keeps it for this process; leaves none that is empty."""
-    if target.is_symlink():  # which came with the dataset, perhaps
-        raise InputError(f"{target} is a link; name the gallery's own folder with --output")
+    """Creates the gallery's folder and locks it for this process; removes it if it is empty."""
+    if target.is_symlink():  # perhaps part of a downloaded dataset
+        raise InputError(f"{target} is a symbolic link; name a folder with --output")
     try:
         target.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -112,13 +112,13 @@ def _check_ours(target: Path) -> None:
 
 
 def _fill(folder: Path, run: Run) -> None:
-    """Writes all that `index.html` needs, in memory that does not grow with the dataset."""
+    """Writes all files that `index.html` needs, in constant memory."""
     shutil.copytree(ASSETS, folder, ignore=shutil.ignore_patterns(INDEX))
     extension = image_files.EXTENSIONS[run.plan.settings.image_format]
     counts = {"made": 0, "failed": 0}
     chunks = _Chunks(folder / "data")
     waiting = deque()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow computes outside of Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL
         for row, image in reader.images(run):
             counts["failed" if image is None else "made"] += 1
             chunks.add([row[name] for name in COLUMNS])
@@ -134,7 +134,7 @@ def _fill(folder: Path, run: Run) -> None:
 
 
 class _Chunks:
-    """Writes records to scripts of some hundred each, which a browser loads one after another."""
+    """Writes records to scripts of `CHUNK_IMAGES` at most, which a browser loads in turn."""
 
     def __init__(self, folder: Path):
         folder.mkdir()
@@ -157,13 +157,13 @@ class _Chunks:
 
 
 def _write_script(path: Path, function: str, value: list | dict) -> None:
-    # In ASCII, and without what could end or begin anything in HTML.
+    # In ASCII, and without "<", so that nothing can start or end an HTML element.
     text = json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
     path.write_text(f"gallery.{function}({text});\n", "ascii")
 
 
 def _job(run: Run) -> dict:
-    """What all images have in common."""
+    """Returns the data that all images share."""
     settings = run.plan.settings
     return {
         "name": run.directory.resolve().name,
@@ -184,9 +184,9 @@ def _job(run: Run) -> dict:
 
 
 def _options(plan: Plan) -> str:
-    """The options of `jaxdiff generate` that decide pixels and files, for a POSIX shell.
+    """Returns the options of `jaxdiff generate` that determine the files, for a POSIX shell.
 
-    Each is one word with its value, so that no value can pass for another option.
+    Each option is one word with its value, so that no value can be mistaken for an option.
     """
     settings = plan.settings
     said = {name: plan.models.get(name) for name in ("model", "variant", "refiner")}
@@ -200,7 +200,7 @@ def _options(plan: Plan) -> str:
 
 
 def _store(folder: Path, row: dict, image: bytes, extension: str) -> None:
-    """Writes an image as it is, and its thumbnail where it is larger than one."""
+    """Writes an image unchanged, and its thumbnail if it is larger than one."""
     key = row["key"]
     path = folder / "images" / key[:6] / f"{key}.{extension}"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What has been made of a dataset, read back: an image at a time, each as its record says."""
+"""Reads the finished shards of a dataset, one image at a time, and checks their records."""
 
 import hashlib
 import json
@@ -16,25 +16,25 @@ from jaxdiff.errors import InputError
 from jaxdiff.request import FIELDS
 
 ROWS_AT_ONCE = 500
-ALWAYS_THERE = (  # of a failed image, too
+ALWAYS_THERE = (  # also for a failed image
     *("key", "id", "image_index", *FIELDS, "metadata"),
 )
 
 
 def images(run: Run) -> Iterator[tuple[dict, bytes | None]]:
-    """Yields the metadata row and the file of each image; no file for one that failed.
+    """Yields the metadata row and the file of each image; the file of a failed image is None.
 
-    Shards that are not made yet are left out.
+    Skips unfinished shards.
 
     Raises:
-      InputError: at the first file or row that is not as it was made.
+      InputError: at the first damaged file or row.
     """
     for shard in run.shards:
         yield from images_of(run, shard)
 
 
 def images_of(run: Run, shard: int) -> Iterator[tuple[dict, bytes | None]]:
-    """`images` of one shard."""
+    """Yields the `images` of one shard."""
     extension = image_files.EXTENSIONS[run.plan.settings.image_format]
     name, metadata_name = run.file_names(shard)
     try:
@@ -54,8 +54,8 @@ def images_of(run: Run, shard: int) -> Iterator[tuple[dict, bytes | None]]:
             yield row, sample.image
     except (OSError, RecursionError, ValueError, pa.ArrowException) as problem:
         raise InputError(
-            f"{run.directory / name} cannot be read: {problem} (jaxdiff verify {run.directory} "
-            "says more)"
+            f"{run.directory / name} cannot be read: {problem}; for details, run `jaxdiff verify "
+            f"{run.directory}`"
         ) from None
 
 
@@ -65,23 +65,23 @@ def _rows(path: Path) -> Iterator[dict]:
         if not {*ALWAYS_THERE, "status"} <= {column.name for column in columns} or any(
             column not in shards.METADATA_SCHEMA for column in columns
         ):
-            raise ValueError(f"{path.name} has other columns than jaxdiff writes")
-        absent = dict.fromkeys(shards.METADATA_SCHEMA.names)  # of a column that came later
+            raise ValueError(f"{path.name} has columns that jaxdiff does not write")
+        absent = dict.fromkeys(shards.METADATA_SCHEMA.names)  # for columns of later versions
         for batch in file.iter_batches(ROWS_AT_ONCE):
             for row in (absent | row for row in batch.to_pylist()):
                 if any(row[name] is None for name in ALWAYS_THERE):
-                    raise ValueError(f"{path.name} has a row with gaps")
+                    raise ValueError(f"{path.name} has a row with missing values")
                 if not re.fullmatch(r"[0-9]{9}", row["key"]):
-                    raise ValueError(f"{path.name} has a key that is none")
+                    raise ValueError(f"{path.name} has an invalid key")
                 if not isinstance(_read_json(row["metadata"]), dict):
-                    raise ValueError(f"{path.name} has metadata that are no JSON object")
+                    raise ValueError(f"{path.name} has metadata that is not a JSON object")
                 yield row
 
 
 def _read_json(text: str):
-    """Reads what a browser reads: JSON without Python's NaN and infinities."""
+    """Parses JSON as a browser does, without Python's NaN and infinities."""
 
     def refuse(name: str):
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     return json.loads(text, parse_constant=refuse)

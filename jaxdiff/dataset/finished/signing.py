@@ -1,9 +1,9 @@
-"""Content Credentials: a signed C2PA manifest in every image of a finished dataset.
+"""Adds Content Credentials: a signed C2PA manifest in every image of a finished dataset.
 
-The manifest says what made the image, and that it is no photograph: the action `c2pa.created` with
-IPTC's digital source type (https://spec.c2pa.org, "Actions"). Signing changes an image's file and
-its `sha256`, but neither its pixels nor the text in it. Each shard is committed as a revision, so
-an interrupted signing goes on where it ended. Nothing is asked of the network.
+The manifest states which software generated the image, with the action `c2pa.created` and IPTC's
+digital source type (https://spec.c2pa.org, "Actions"). Signing changes an image's file and its
+`sha256`, but neither its pixels nor its text metadata. Each shard is committed as a revision, so
+interrupted signing resumes where it stopped. The network is not used.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def sign_dataset(directory: Path, certificate: Path, key: Path) -> int:
 
     Raises:
       InputError: if there is no finished dataset, another process writes to it, a file in it is not
-        what its marker says, or the certificate and the key cannot sign.
+        what its marker names, or the certificate and the key cannot sign.
     """
     store = open_run(directory).store
     signer = open_signer(certificate, key)
@@ -63,7 +63,7 @@ def sign_dataset(directory: Path, certificate: Path, key: Path) -> int:
         if missing := ledger.todo(run):
             raise InputError(
                 f"{directory} is not finished: {len(missing)} of {len(run.shards)} shards "
-                "are not made yet; the same generate command makes them"
+                "are missing; run the same generate command to finish it"
             )
         progress = tqdm(run.shards, "signing", unit=" shards", disable=None)
         signed = sum(_sign_shard(run, shard, signer) for shard in progress)
@@ -73,24 +73,24 @@ def sign_dataset(directory: Path, certificate: Path, key: Path) -> int:
 
 
 def open_signer(certificate: Path, key: Path) -> "c2pa.Context":
-    """What `sign` takes, from two PEM files; raises InputError if they cannot sign."""
+    """Opens a signer for `sign` from two PEM files; raises InputError if they cannot sign."""
     chain, private = _read("--certificate", certificate), _read("--key", key)
     try:
         first, *_ = x509.load_pem_x509_certificates(chain)
     except ValueError:
-        raise InputError(f"--certificate {certificate} holds no certificate in PEM") from None
+        raise InputError(f"--certificate {certificate} contains no PEM certificate") from None
     try:
         loaded = serialization.load_pem_private_key(private, password=None)
     except TypeError:
         raise InputError(
-            f"--key {key} is encrypted; openssl pkcs8 -in {key} writes one that is not"
+            f"--key {key} is encrypted; decrypt it with `openssl pkcs8 -in {key} -out FILE`"
         ) from None
     except (ValueError, UnsupportedAlgorithm):
-        raise InputError(f"--key {key} holds no private key in PEM") from None
+        raise InputError(f"--key {key} contains no PEM private key") from None
     if loaded.public_key() != first.public_key():
         raise InputError(
-            f"--key {key} is not that of the first certificate in {certificate}, which has to be "
-            "the signer's own; those of its issuers follow"
+            f"--key {key} does not match the first certificate in {certificate}, which must be the "
+            "signer's own, followed by those of its issuers"
         )
     pkcs8 = loaded.private_bytes(  # the only form that c2pa-rs reads
         serialization.Encoding.PEM,
@@ -106,20 +106,20 @@ def open_signer(certificate: Path, key: Path) -> "c2pa.Context":
         sign(blank.getvalue(), "png", signer)
     except c2pa.C2paError as problem:
         raise InputError(
-            f"--certificate {certificate} cannot sign ({problem}); C2PA wants one in force, not an "
-            "authority's, for digital signatures, with an extended key usage such as "
-            "emailProtection"
+            f"--certificate {certificate} cannot sign ({problem}); C2PA needs a currently valid "
+            "certificate for digital signatures, not an authority's, with an extended key usage "
+            "like emailProtection"
         ) from None
     return signer
 
 
 def sign(image: bytes, image_format: str, signer: "c2pa.Context") -> bytes:
-    """An image's file with a C2PA manifest in it, and else as it was.
+    """Returns an image's file with a C2PA manifest added and the rest unchanged.
 
     Args:
       image: the file's bytes.
       image_format: "png", "webp" or "jpeg".
-      signer: as `open_signer` gives it.
+      signer: as `open_signer` returns it.
 
     Raises:
       c2pa.C2paError: if the file cannot be read, or the signature is not valid.
@@ -139,7 +139,7 @@ def sign(image: bytes, image_format: str, signer: "c2pa.Context") -> bytes:
 
 
 def is_signed(image: bytes, image_format: str) -> bool:
-    """Whether there is a C2PA manifest in an image's file, be it valid or not."""
+    """Returns whether an image's file contains a C2PA manifest, valid or not."""
     context = c2pa.Context(settings=c2pa.Settings.from_dict(READING))
     reader = c2pa.Reader.try_create(f"image/{image_format}", io.BytesIO(image), context=context)
     with reader or contextlib.nullcontext():
@@ -147,15 +147,15 @@ def is_signed(image: bytes, image_format: str) -> bool:
 
 
 def _sign_shard(run: Run, shard: int, signer: "c2pa.Context") -> int:
-    """Commits the shard with its images signed, unless all are; returns how many it has signed."""
+    """Signs the unsigned images of a shard and commits it; returns how many it signed."""
     marker = shards.read_marker(run, shard)
-    shards.publish(run, marker)  # for one that was killed in between
+    shards.publish(run, marker)  # a kill may have left temporary names
     shards.check_files(run, marker)
     image_format = run.plan.settings.image_format
     todo = sum(not is_signed(sample.image, image_format) for sample in shards.samples(run, shard))
     if not todo:
         return 0
-    run.store.path(names.SUCCESS).unlink(missing_ok=True)  # it is of the old files
+    run.store.path(names.SUCCESS).unlink(missing_ok=True)  # it describes the old files
     samples = shards.samples(run, shard)
     rows = pq.read_table(run.store.path(run.metadata_name(shard))).to_pylist()
     with shards.Attempt(run, shard, marker.revision + 1) as attempt:
@@ -177,7 +177,7 @@ def _signed(sample: Sample, image_format: str, signer: "c2pa.Context") -> Sample
 
 
 def _plan_seconds(run: Run) -> float:
-    """What the last report says of how long planning took."""
+    """Returns the planning time in the last report, or 0 if there is none."""
     try:
         return float(json.loads(run.store.path(names.REPORT).read_text("utf-8"))["seconds"]["plan"])
     except (KeyError, OSError, TypeError, ValueError):
@@ -192,11 +192,11 @@ def _read(option: str, path: Path) -> bytes:
 
 
 def _algorithm(key, path: Path) -> str:
-    """The name of C2PA's signature algorithm for a private key."""
+    """Returns C2PA's name of the signature algorithm for a private key."""
     if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in CURVES:
         return CURVES[key.curve.name]
     if isinstance(key, ed25519.Ed25519PrivateKey):
         return "ed25519"
     if isinstance(key, rsa.RSAPrivateKey):
         return "ps256"
-    raise InputError(f"--key {path} must be of P-256, P-384, P-521, Ed25519 or RSA")
+    raise InputError(f"--key {path} must be a P-256, P-384, P-521, Ed25519 or RSA key")

@@ -1,7 +1,7 @@
 """A manifest: one file, or several that are read one after the other.
 
-A row that cannot be read is an entry with an error, never an exception: one bad row must not stop
-the good ones. Only a file that cannot be read at all raises. What the values mean is `rows`'s part.
+A row that cannot be read is an entry with an error, not an exception: one bad row must not stop the
+others. Only a file that cannot be read at all raises. `rows` interprets the values.
 """
 
 import glob
@@ -14,7 +14,7 @@ from jaxdiff.dataset import paths
 from jaxdiff.dataset.manifest.readers import READERS, Entry, read_item
 from jaxdiff.errors import InputError
 
-ITEM_ENDING = ".txt"  # of the files of a folder that hold one prompt each
+ITEM_ENDING = ".txt"  # of files with one prompt each, in a folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +22,9 @@ class Source:
     """One file of a manifest.
 
     Attributes:
-      path: where its bytes lie.
-      name: what people know it by: a path or an address. Its ending says how it is read.
-      is_item: whether it is one prompt as a whole, whose id is the name without ".txt".
+      path: of its bytes on disk.
+      name: its path or address in messages; its ending determines how it is read.
+      is_item: whether the whole file is one prompt, whose id is the name without ".txt".
     """
 
     path: Path
@@ -34,11 +34,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `--manifest` names.
+    """The files that `--manifest` names.
 
     Attributes:
-      name: as it was said.
-      sources: its files, in the order in which they are read: one at least.
+      name: as the user gave it.
+      sources: its files, at least one, in the order in which they are read.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Manifest:
 
 
 def find(where: str | Path) -> Manifest:
-    """The manifest that is a file here, a folder of one-prompt text files, or a glob.
+    """Finds a manifest: a local file, a folder of one-prompt text files, or a glob.
 
     Several files are read in the order of their names.
 
     Raises:
-      InputError: if there is none, or of a file that cannot be read by its name.
+      InputError: if there is none, or a file name has an unknown ending.
     """
     path, name = Path(where), str(where)
     if path.is_file():
@@ -64,13 +64,13 @@ def find(where: str | Path) -> Manifest:
 
 
 def of_names(name: str, paths: dict[str, Path], are_items: bool = False) -> Manifest:
-    """The manifest of the files that lie at these paths, by their names; raises InputError."""
+    """Returns the manifest of files given as paths by name; raises InputError like `find`."""
     if not paths and are_items:
-        raise InputError(f"manifest {name} is a folder without {ITEM_ENDING} files, a prompt each")
+        raise InputError(f"manifest {name} is a folder without {ITEM_ENDING} files")
     if not paths and glob.has_magic(name):
         raise InputError(f"manifest {name} matches no file")
     if not paths:
-        raise InputError(f"manifest {name} does not exist (or is no file)")
+        raise InputError(f"manifest {name} does not exist or is not a file")
     sources = tuple(Source(paths[each], each, are_items) for each in sorted(paths))
     for source in sources:
         kind(source)
@@ -78,7 +78,7 @@ def of_names(name: str, paths: dict[str, Path], are_items: bool = False) -> Mani
 
 
 def kind(source: Source) -> str:
-    """The file type that the name's ending says, such as "csv" for `prompts.csv.gz`."""
+    """Returns the file type by the name's ending, for instance "csv" for `prompts.csv.gz`."""
     if source.is_item:
         return "item"
     suffixes = source.name.lower().removesuffix(".gz").rsplit("/", 1)[-1].rsplit(".", 1)
@@ -86,17 +86,17 @@ def kind(source: Source) -> str:
         return suffixes[1]
     endings = ", ".join(f".{ending}" for ending in READERS)
     raise InputError(
-        f"manifest {source.name}: the name must end in one of {endings} (or that and .gz)"
+        f"manifest {source.name}: the name must end in one of {endings} (.gz may follow)"
     )
 
 
 def kinds(manifest: Manifest) -> str:
-    """The file types of its files, such as "csv" or "csv, jsonl"."""
+    """Returns the types of its files, for instance "csv" or "csv, jsonl"."""
     return ", ".join(sorted({kind(source) for source in manifest.sources}))
 
 
 def digest(manifest: Manifest) -> str:
-    """SHA-256 (hex) of its file; of several, of the lines "SHA-256  name" of each in its folder."""
+    """Returns the SHA-256 (hex) of its file, or of the lines "SHA-256  name" of several files."""
     sources = manifest.sources
     if len(sources) == 1 and not sources[0].is_item:
         return paths.digest(sources[0].path)
@@ -108,13 +108,13 @@ def digest(manifest: Manifest) -> str:
 
 
 def read(source: Source, prompt_column: str | None = None) -> Iterator[Entry]:
-    """Yields the rows of one file, blank lines too, in constant memory.
+    """Yields the rows of one file, including blank lines, in constant memory.
 
     Args:
-      prompt_column: the column of the prompts, where it is not to be found by its name.
+      prompt_column: the name of the prompt column, if the user has given it.
 
     Raises:
-      InputError: for a damaged file, or a table that has no column of prompts.
+      InputError: for a damaged file, or a table without a prompt column.
     """
     if source.is_item:
         name = Path(source.name).name.removesuffix(ITEM_ENDING)

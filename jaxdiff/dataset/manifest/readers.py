@@ -1,7 +1,7 @@
-"""Reading one file's rows, one at a time, from JSONL, CSV, TSV, Parquet, JSON or plain text.
+"""Reads a file's rows, one at a time, from JSONL, CSV, TSV, Parquet, JSON or plain text.
 
-Each reader takes the file's path, the name that people know it by, and the name of the column of
-prompts where the user has said it.
+Each reader takes the file's path, its name in messages, and the name of the prompt column, if the
+user has given it.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ MAX_RAW_CHARACTERS = 500
 MAX_JSON_BYTES = 2**26  # of a JSON list, which is read as a whole
 MAX_PARQUET_BYTES = 2**36  # of a gzipped Parquet file, which is unpacked into a temporary one
 PARQUET_ROWS = 256  # read at a time
-PARQUET_BUFFER_BYTES = 2**20  # of a column chunk at a time, however large the row group
+PARQUET_BUFFER_BYTES = 2**20  # of a column chunk at a time, for row groups of any size
 
 
 class Entry(NamedTuple):
-    """One row of a manifest as it stands there.
+    """One row of a manifest, not interpreted yet.
 
     Attributes:
-      line: its first line, counted from 1; in Parquet and in a JSON list its place, counted from 1.
-      text: its text, where it has one.
-      values: by column; None where there is no readable row.
+      line: its first line, or its position in Parquet or a JSON list, counted from 1.
+      text: its text, if it has one.
+      values: by column; None if there is no readable row.
       error: why it could not be read. An entry with neither values nor error is a blank line.
     """
 
@@ -46,17 +46,19 @@ class Entry(NamedTuple):
 
     @property
     def raw(self) -> str:
-        """The text as it may stand in a UTF-8 report: short, and its bad bytes spelled out."""
+        """The text for a UTF-8 report: shortened, with invalid bytes escaped."""
         text = self.text or json.dumps(self.values, ensure_ascii=False, default=repr)
         return text[:MAX_RAW_CHARACTERS].encode("utf-8", "backslashreplace").decode()
 
 
 def read_item(path: Path, item: str, prompt_column: str | None) -> Iterator[Entry]:
-    """Yields the one row of a file whose whole text is a prompt, but for a last line ending."""
+    """Yields the only row of a file whose text, without a final newline, is one prompt."""
     with path.open("rb") as file:
         content = file.read(MAX_LINE_BYTES + 1)
     if len(content) > MAX_LINE_BYTES:
-        yield Entry(1, _decode(content[: 4 * MAX_RAW_CHARACTERS]), error="it is longer than 1 MiB")
+        yield Entry(
+            1, _decode(content[: 4 * MAX_RAW_CHARACTERS]), error="the file is longer than 1 MiB"
+        )
         return
     text = _without_newline(_decode(_without_mark(content, str(path))))
     yield Entry(1, text, {"id": item, prompt_column or "prompt": text})
@@ -77,7 +79,7 @@ def _read_jsonl(path: Path, name: str, _) -> Iterator[Entry]:
             try:
                 values = JSON.decode(line)
                 if not isinstance(values, dict):
-                    values, error = None, 'the line is not a JSON object, such as {"prompt": "..."}'
+                    values, error = None, 'the line is not a JSON object like {"prompt": "..."}'
             except json.JSONDecodeError as problem:
                 what = problem.msg.removesuffix(" at")
                 error = f"the line is not JSON ({what} at character {problem.pos + 1})"
@@ -87,20 +89,20 @@ def _read_jsonl(path: Path, name: str, _) -> Iterator[Entry]:
 
 
 def _read_json(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
-    """A list of prompts (as HPSv2's) or of objects."""
+    """Reads a list of prompts (as in HPSv2) or of objects."""
     with _open(path) as file, _damage_named(name):
         content = file.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
         raise InputError(
-            f"manifest {name} has more than {MAX_JSON_BYTES // 2**20} MiB; make it JSON Lines "
-            "(.jsonl), an object a line"
+            f"manifest {name} has more than {MAX_JSON_BYTES // 2**20} MiB; convert it to JSON "
+            "Lines (.jsonl), one object per line"
         )
     try:
         listed = JSON.decode(_decode(_without_mark(content, name)))
     except (RecursionError, ValueError) as problem:
         raise InputError(f"manifest {name} is not JSON ({problem})") from None
     if not isinstance(listed, list):
-        raise InputError(f"manifest {name} is no JSON list; .jsonl is for an object a line")
+        raise InputError(f"manifest {name} is not a JSON list; use .jsonl for one object per line")
     for place, values in enumerate(listed, 1):
         if isinstance(values, str):
             values = {prompt_column or "prompt": values}
@@ -108,11 +110,11 @@ def _read_json(path: Path, name: str, prompt_column: str | None) -> Iterator[Ent
             yield Entry(place, "", values)
         else:
             text = json.dumps(values, ensure_ascii=False)
-            yield Entry(place, text, error="it is neither text nor a JSON object")
+            yield Entry(place, text, error="the item is neither text nor a JSON object")
 
 
 def _read_tsv(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
-    """Tab-separated values in the sense of IANA: a quotation mark is a character like any other."""
+    """Reads tab-separated values as defined by IANA: quotation marks have no meaning."""
     meaning = None
     for number, line, error in _lines(path, name):
         text = _without_newline(line)
@@ -125,7 +127,7 @@ def _read_tsv(path: Path, name: str, prompt_column: str | None) -> Iterator[Entr
 
 
 def _read_csv(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
-    """Comma-separated values in the sense of RFC 4180; a quoted field may hold line breaks."""
+    """Reads comma-separated values (RFC 4180); a quoted field may contain line breaks."""
     record = _Record()
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader(record.gather(_lines(path, name)), strict=True)
@@ -150,7 +152,7 @@ def _read_csv(path: Path, name: str, prompt_column: str | None) -> Iterator[Entr
 
 
 class _Record:
-    """What the CSV reader has consumed for its current row, which may span several lines."""
+    """The text of the CSV reader's current row, which may span several lines."""
 
     def clear(self) -> None:
         self.line = self.last_line = 0
@@ -163,7 +165,7 @@ class _Record:
             self.error = self.error or error
             if len(self.text) <= MAX_RAW_CHARACTERS:
                 self.text += line
-            # Of a line that is cut, only whether it opens or closes a quoted field matters.
+            # Of a truncated line, it only matters whether it opens or closes a quoted field.
             yield '"' * (line.count('"') % 2) if error else line
 
 
@@ -185,7 +187,9 @@ def _read_parquet(path: Path, name: str, prompt_column: str | None) -> Iterator[
                 start += len(batch)
         except (OSError, pa.ArrowException) as problem:
             reason = str(problem).splitlines()[0]
-            raise InputError(f"manifest {name} is no whole Parquet file ({reason})") from problem
+            raise InputError(
+                f"manifest {name} is not a complete Parquet file ({reason})"
+            ) from problem
 
 
 def _unpack(path: Path, name: str, target: BinaryIO) -> None:
@@ -194,13 +198,13 @@ def _unpack(path: Path, name: str, target: BinaryIO) -> None:
             target.write(chunk)
             if target.tell() > MAX_PARQUET_BYTES:
                 raise InputError(
-                    f"manifest {name} unpacks to more than {MAX_PARQUET_BYTES // 2**30} GiB; name "
-                    "the Parquet file itself"
+                    f"manifest {name} unpacks to more than {MAX_PARQUET_BYTES // 2**30} GiB; use "
+                    "the uncompressed Parquet file"
                 )
 
 
 def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Dates, times and decimals as text, which JSON can hold: 2022-08-11 01:02:03.000Z."""
+    """Converts dates, times and decimals to text for JSON: 2022-08-11 01:02:03.000Z."""
     fields = [
         field.with_type(pa.string())
         if pa.types.is_temporal(field.type) or pa.types.is_decimal(field.type)
@@ -212,7 +216,7 @@ def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def _parquet_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict | None, str | None]]:
     try:
-        # A missing number is NaN where pandas has written the file.
+        # pandas writes missing numbers as NaN.
         for values in batch.to_pylist():
             yield {name: None if v != v else v for name, v in values.items()}, None
     except ValueError as problem:
@@ -235,9 +239,9 @@ READERS = {
 
 
 def _lines(path: Path, name: str) -> Iterator[tuple[int, str, str | None]]:
-    """Yields (line number, text with its newline, error) and keeps no more than a line in memory.
+    """Yields (line number, text with its newline, error), with one line at a time in memory.
 
-    Bytes that are not UTF-8 become lone surrogates, so that only their own row is refused later.
+    Bytes that are not UTF-8 become lone surrogates, so that only their own row is rejected later.
     """
     with _open(path) as file, _damage_named(name):
         number = 0
@@ -266,25 +270,25 @@ def _damage_named(name: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
-        raise InputError(f"manifest {name} is no whole gzip file ({problem})") from problem
+        raise InputError(f"manifest {name} is not a complete gzip file ({problem})") from problem
 
 
 def _header(name: str, names: list[str], prompt_column: str | None) -> dict[str, str | None]:
-    """What the table's columns mean."""
+    """Returns the meaning of the table's columns."""
     meaning = columns.meaning(tuple(names), prompt_column)
     if "prompt" not in meaning.values():
         raise InputError(f"manifest {name} {columns.no_prompt(names, prompt_column)}")
     if len(meaning) < len(names):
         shown = checks.shown(", ".join(names))
-        raise InputError(f"manifest {name} names a column twice; its header says {shown}")
+        raise InputError(f"manifest {name} names a column twice: its header is {shown}")
     return meaning
 
 
 def _table_entry(line: int, text: str, meaning: dict[str, str | None], fields: list[str]) -> Entry:
     if len(fields) != len(meaning):
-        counts = f"{len(fields)} fields where the header names {len(meaning)}"
+        counts = f"{len(fields)} fields, but the header has {len(meaning)}"
         return Entry(line, text, error=f"the row has {counts}")
-    # An empty cell of a column that means something says nothing, so the job's default stands.
+    # An empty cell of a column of `columns.COLUMNS` counts as missing: the job's default applies.
     values = {
         column: None if means and not field else field
         for (column, means), field in zip(meaning.items(), fields, strict=True)
@@ -293,7 +297,7 @@ def _table_entry(line: int, text: str, meaning: dict[str, str | None], fields: l
 
 
 def _without_mark(content: bytes, name: str) -> bytes:
-    """The beginning of a file without UTF-8's byte order mark."""
+    """Removes UTF-8's byte order mark from the beginning of a file."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"manifest {name} is UTF-16; save it as UTF-8")
     return content.removeprefix(b"\xef\xbb\xbf")
@@ -308,7 +312,7 @@ def _without_newline(line: str) -> str:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 JSON = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -1,4 +1,4 @@
-"""What a manifest row asks for: every value checked, every default filled in."""
+"""Parses a manifest row: checks every value and fills in every default."""
 
 import json
 import numbers
@@ -20,9 +20,9 @@ class Row:
     """One accepted row.
 
     Attributes:
-      request: what its images have in common; their seeds are not in it yet.
-      seeds: of its images; None where they are derived from its id.
-      metadata: its other columns, a JSON object.
+      request: shared by its images; does not contain their seeds yet.
+      seeds: of its images; None if they are derived from its id.
+      metadata: its other columns, as a JSON object.
     """
 
     id: str
@@ -33,13 +33,13 @@ class Row:
 
 
 def parse(values: dict, row_number: int, settings: Settings, request_checks: dict) -> Row:
-    """Checks one row.
+    """Parses one row.
 
     Args:
-      values: by column, as `manifest.Entry` has them; None counts as not said.
-      row_number: stands in for a missing id.
-      settings: the job's, for what the row does not say.
-      request_checks: as `request.field_checks` gives them.
+      values: by column, as in `readers.Entry`; None counts as missing.
+      row_number: the id of a row without one.
+      settings: the job's settings, which supply missing values.
+      request_checks: as `request.field_checks` returns them.
 
     Raises:
       BadValueError: for a row that cannot be used.
@@ -65,7 +65,7 @@ def parse(values: dict, row_number: int, settings: Settings, request_checks: dic
 
 
 def _seeds(said: dict, default_count: int) -> tuple[int, Sequence[int] | None]:
-    """How many images the row asks for, and their seeds where it says them."""
+    """Returns the number of images and their seeds, which are None if the row has none."""
     count = None
     if "num_images" in said:
         count = checks.integer("num_images", said["num_images"], 1, checks.MAX_IMAGES)
@@ -74,14 +74,14 @@ def _seeds(said: dict, default_count: int) -> tuple[int, Sequence[int] | None]:
             raise BadValueError("the row has both seed and seeds; keep one")
         seeds = _seed_list(said["seeds"])
         if count not in (None, len(seeds)):
-            raise BadValueError(f"the row has {len(seeds)} seeds, but num_images {count}")
+            raise BadValueError(f"the row has {len(seeds)} seeds, but num_images is {count}")
         return len(seeds), seeds
     count = count or default_count
     if "seed" not in said:
         return count, None
     seed = checks.integer("seed", said["seed"], 0, MAX_SEED)
     if seed + count - 1 > MAX_SEED:
-        raise BadValueError(f"seed {seed} and {count} images go beyond the last seed, {MAX_SEED}")
+        raise BadValueError(f"seed {seed} and {count} images exceed the largest seed, {MAX_SEED}")
     return count, range(seed, seed + count)
 
 
@@ -90,15 +90,15 @@ def _seed_list(value) -> tuple[int, ...]:
         value = value.strip("[] ").replace(",", " ").split()
     if not isinstance(value, list) or not 1 <= len(value) <= checks.MAX_IMAGES:
         raise BadValueError(f"seeds must be a list of whole numbers, not {checks.shown(value)}")
-    return tuple(checks.integer("each of seeds", seed, 0, MAX_SEED) for seed in value)
+    return tuple(checks.integer("each seed of seeds", seed, 0, MAX_SEED) for seed in value)
 
 
 def _id(value) -> str:
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and value % 1 == 0:
-        value = str(int(value))  # 7.0 is what pandas makes of 7 in a column with gaps
+        value = str(int(value))  # pandas turns 7 into 7.0 in a column with gaps
     value = checks.text("id", value)
     if not value:
-        raise BadValueError("id is empty; leave it out to get the row's number")
+        raise BadValueError("id is empty; omit it to use the row's number")
     if len(value) > MAX_ID_CHARACTERS:
         raise BadValueError(f"id has {len(value)} characters; at most {MAX_ID_CHARACTERS}")
     return value
@@ -115,8 +115,8 @@ def _json(others: dict) -> str:
         encoded = JSON.encode(others)
     except (RecursionError, TypeError, ValueError) as problem:
         name = next(name for name, value in others.items() if not _is_json(value))
-        raise BadValueError(f"column {checks.shown(name)}: {problem}; make it text") from None
-    checks.unicode("a column that is carried through", encoded)
+        raise BadValueError(f"column {checks.shown(name)}: {problem}; convert it to text") from None
+    checks.unicode("an extra column", encoded)
     return encoded
 
 

@@ -1,9 +1,10 @@
-"""A second task for a denoiser that learns the shapes world: to tell where each shape lies.
+"""An auxiliary task for a denoiser that learns the shapes world: predicting each shape's place.
 
-The U-Net's last convolution gets a channel for every shape, which is taught from noisy latents and
-the caption, as the noise is, and left out of what is exported. What an image shows is then asked
-at every place and at every noise level, not only how it looks; alignment with another network's
-features does as much for photographs (Yu et al., 2024, arXiv:2410.06940).
+The U-Net's last convolution gets an extra channel for every shape, which predicts the shape's
+places from noisy latents and the caption; the exported model does not have it. So the denoiser also
+learns what an image shows, everywhere and at all noise levels, not only how it looks; for
+photographs, alignment with another network's features has this effect (Yu et al., 2024,
+arXiv:2410.06940).
 """
 
 from collections.abc import Sequence
@@ -22,12 +23,12 @@ from jaxdiff.weights.load import abstract_network
 from jaxdiff.worlds.shapes import SHAPES, Scene
 from jaxdiff.worlds.shapes.scene import CANVAS
 
-WIDTH = 1 / 4  # of a blob over its object's: so narrow that neighbours stay apart
-SCALE = 16.0  # brings the maps' variance near 1, that of latents
+WIDTH = 1 / 4  # of a blob, relative to its object: narrow enough to keep neighbours apart
+SCALE = 16.0  # scales the maps' variance to about 1, like that of latents
 
 
 def maps(scenes: Sequence[Scene], side: int) -> np.ndarray:
-    """Where each shape lies: a Gaussian blob at each object, in its shape's channel.
+    """Draws maps of the shapes' places: a Gaussian blob at each object, in its shape's channel.
 
     Returns:
       float32 [scenes, side, side, shapes], 0 to 1.
@@ -44,11 +45,11 @@ def maps(scenes: Sequence[Scene], side: int) -> np.ndarray:
 
 
 def widened_denoiser(parts: Components, remat: bool) -> Denoiser:
-    """The U-Net with a channel for every shape beside its own."""
+    """Returns the U-Net with an extra output channel for every shape."""
     component = parts.model.denoiser.component
     config = parts.model.configs[component]
     wide = replace(config, out_channels=config.out_channels + len(SHAPES))
-    module = partial(parts.family.module(component, wide), remat=remat)
+    module = partial(parts.family.networks().module(component, wide), remat=remat)
     graph, _ = abstract_network(module, wide)
 
     def evaluate(params, latents, timesteps, conditioning, guidance_scale, kept):
@@ -59,7 +60,7 @@ def widened_denoiser(parts: Components, remat: bool) -> Denoiser:
 
 
 def widened(unet: Params) -> Params:
-    """The U-Net's parameters with those channels, which say nothing yet."""
+    """Returns the U-Net's parameters with the extra channels, initialized to zero."""
 
     def wider(leaf: Array) -> Array:
         return jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, len(SHAPES))])
@@ -68,7 +69,7 @@ def widened(unet: Params) -> Params:
 
 
 def narrowed(unet: Params) -> Params:
-    """The U-Net's own parameters: the inverse of `widened`."""
+    """Returns the U-Net's parameters without the extra channels: the inverse of `widened`."""
     return _with_last(unet, lambda leaf: leaf[..., : -len(SHAPES)])
 
 
@@ -76,11 +77,11 @@ def _with_last(unet: Params, change) -> Params:
     return {**unet, "conv_out": {name: change(leaf) for name, leaf in unet["conv_out"].items()}}
 
 
-def errors(told: Array, wanted: Array) -> Array:
-    """The mean squared error of each image's maps.
+def errors(predicted: Array, wanted: Array) -> Array:
+    """Returns the mean squared error of each image's maps.
 
     Args:
-      told: what the further channels say, [batch, side, side, shapes].
-      wanted: `maps`.
+      predicted: the output of the extra channels, [batch, side, side, shapes].
+      wanted: the maps, as `maps` returns them.
     """
-    return jnp.mean((told.astype(jnp.float32) - SCALE * wanted) ** 2, axis=(1, 2, 3))
+    return jnp.mean((predicted.astype(jnp.float32) - SCALE * wanted) ** 2, axis=(1, 2, 3))

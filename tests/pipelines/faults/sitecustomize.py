@@ -1,4 +1,4 @@
-"""Python runs this file when it starts: here a worker of a test that asks for it goes wrong."""
+"""Python runs this file at startup: it injects a test's fault into the workers."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""A dozen small images with captions, in every form in which they may be stored."""
+"""A dozen small images with captions, in every supported storage form."""
 
 import io
 import json

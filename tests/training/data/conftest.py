@@ -6,7 +6,7 @@ from captioned import WRITERS
 
 @pytest.fixture(scope="session")
 def stored(tmp_path_factory) -> dict[str, Path]:
-    """The same images in each form: its folder, which tests only read."""
+    """Folders with the same images, one for each storage form; tests only read them."""
     folders = {}
     for name, write in WRITERS.items():
         folders[name] = tmp_path_factory.mktemp("stored") / name

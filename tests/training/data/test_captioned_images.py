@@ -1,4 +1,4 @@
-"""Captioned images are the same in every form, and what cannot be used is named on one line."""
+"""Captioned images are the same in every form, and errors name the file in one line."""
 
 import json
 import shutil
@@ -60,8 +60,8 @@ def test_a_generated_dataset_is_read_in_each_of_its_formats(tmp_path, tiny_check
     manifest = tmp_path / "rows.txt"
     manifest.write_text("a red circle\na star\ntwo rings\n", "utf-8")
     directory = tmp_path / "dataset"
-    said = {"format": format_, "images_per_shard": 2, "batch_size": 2, "num_images": 2}
-    run = make_plan(directory, manifest, tiny_checkpoint, **said)
+    expected = {"format": format_, "images_per_shard": 2, "batch_size": 2, "num_images": 2}
+    run = make_plan(directory, manifest, tiny_checkpoint, **expected)
     make_shard(run, 0)
     assert "is not finished" in refusal(directory)
     for shard in (1, 2):
@@ -102,14 +102,14 @@ def test_a_caption_column_can_be_named(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../secret.png", "/etc/passwd", "a/../../b.png", "C:\\x.png", "a\0b", "", None, 3]
 )
-def test_no_file_name_leaves_the_folder(tmp_path, name):
+def test_file_names_cannot_leave_the_folder(tmp_path, name):
     (tmp_path / "secret.png").write_bytes(encoded(picture(0)))
     write_folder(tmp_path / "in", [{"file_name": name, "text": "x"}])
     assert "metadata.jsonl line 1" in refusal(tmp_path / "in")
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected"),
     [
         ("{broken", "is not JSON"),
         ("[1]", "not a JSON object"),
@@ -121,13 +121,13 @@ def test_no_file_name_leaves_the_folder(tmp_path, name):
         ('{"file_name": "1.png", "text": "a"}', "no row for 0.png"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(tmp_path, line, said):
+def test_an_invalid_row_is_named(tmp_path, line, expected):
     for name in ("0.png", "1.png"):
         (tmp_path / name).write_bytes(encoded(picture(0)))
     good = json.dumps({"file_name": "1.png", "text": "one"})
     (tmp_path / "metadata.jsonl").write_text(f"{good}\n{line}\n", "utf-8")
     message = refusal(tmp_path)
-    assert said in message
+    assert expected in message
     assert "metadata.jsonl" in message
 
 
@@ -157,9 +157,9 @@ def test_images_that_cannot_be_decoded_are_named(tmp_path):
         changed.pixels(0)
 
 
-def test_a_gigapixel_image_is_refused_by_its_header(tmp_path):
+def test_a_gigapixel_image_is_rejected_by_its_header(tmp_path):
     huge = bytearray(encoded(picture(0)))
-    huge[16:24] = (50_000).to_bytes(4, "big") * 2  # of the PNG header, whose checksum follows
+    huge[16:24] = (50_000).to_bytes(4, "big") * 2  # in the PNG header, before its checksum
     huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
     assert "0.png" in refusal(one_image(tmp_path / "huge", bytes(huge)))
     side = int(decoding.MOST_PX**0.5) + 8
@@ -169,7 +169,7 @@ def test_a_gigapixel_image_is_refused_by_its_header(tmp_path):
 
 def test_orientation_and_transparency_are_honoured(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
+    exif[0x0112] = 6  # to be rotated clockwise
     turned = opened(one_image(tmp_path / "turned", encoded(picture(1), "png", exif=exif)))
     assert turned.sizes.tolist() == [[32, 16]]
     np.testing.assert_array_equal(turned.pixels(0), np.rot90(picture(1), -1))
@@ -193,7 +193,7 @@ def test_a_damaged_shard_is_named(tmp_path, stored):
     assert "9'.json is not a JSON object" in refusal(folder)
 
 
-def test_a_parquet_file_that_cannot_be_used_is_named(tmp_path, monkeypatch):
+def test_an_invalid_parquet_file_is_named(tmp_path, monkeypatch):
     write_parquet(tmp_path / "gaps", captions=[*map(caption, range(8)), None, "", "x", "y"])
     assert "train-00001-of-00002.parquet row 2 has no caption" in refusal(tmp_path / "gaps")
     (tmp_path / "broken").mkdir()
@@ -211,7 +211,7 @@ def test_a_parquet_file_that_cannot_be_used_is_named(tmp_path, monkeypatch):
     assert "row_group_size" in refusal(tmp_path / "large")
 
 
-def test_a_folder_without_captioned_images_is_refused(tmp_path):
+def test_a_folder_without_captioned_images_is_rejected(tmp_path):
     assert "image folder not found" in refusal(tmp_path / "nowhere")
     assert "docs/data.md" in refusal(tmp_path)
     (tmp_path / "metadata.jsonl").touch()

@@ -1,4 +1,4 @@
-"""What was encoded is read as it was written, and nothing in its files is trusted."""
+"""Encoded files are read back as they were written, and their contents are not trusted."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def arrays(count: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Five images in two shards, embedded by two numbers each."""
+    """Five images in two shards, with embeddings of two numbers each."""
     (tmp_path / "data").mkdir()
     (tmp_path / encoded.SETTINGS).write_text("{}")
     shards = []
@@ -44,7 +44,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_everything_is_read_as_it_was_written(folder):
+def test_everything_is_read_back_as_it_was_written(folder):
     examples = open_examples(Data(path=str(folder)))
     assert len(examples) == 5
     assert examples.sizes.tolist() == [[32, 16]] * 5
@@ -64,7 +64,7 @@ def test_everything_is_read_as_it_was_written(folder):
     }
 
 
-def test_a_batch_has_embeddings_beside_its_captions(folder):
+def test_a_batch_has_embeddings_and_captions(folder):
     examples = open_examples(Data(path=str(folder)))
     batch = batches(examples, batch_size=3, seed=0, sizes=[(32, 16)])(0)
     shapes = {name: array.shape for name, array in batch.items() if name != "captions"}
@@ -74,14 +74,14 @@ def test_a_batch_has_embeddings_beside_its_captions(folder):
         np.testing.assert_array_equal(context, stored)
 
 
-def change(folder: Path, **said) -> None:
+def change(folder: Path, **message) -> None:
     index = json.loads((folder / encoded.INDEX).read_text())
-    index["shards"][0] |= said
+    index["shards"][0] |= message
     (folder / encoded.INDEX).write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda f: (f / encoded.INDEX).unlink(), "not fully encoded"),
         (lambda f: (f / encoded.INDEX).write_text("{"), "encoded.json is invalid"),
@@ -107,8 +107,8 @@ def change(folder: Path, **said) -> None:
         ),
     ],
 )
-def test_what_is_damaged_is_named(folder, damage, said):
+def test_damaged_files_are_named(folder, damage, message):
     damage(folder)
-    with pytest.raises(InputError, match=re.escape(said)) as caught:
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
         open_examples(Data(path=str(folder)))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""A batch is a function of the seed and the step; all images are seen equally often."""
+"""A batch depends only on the seed and the step, and all images are used equally often."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ def examples(stored) -> Examples:
 
 
 def numbered(sizes: list[tuple[int, int]]) -> Examples:
-    """Black images whose captions are their numbers."""
+    """Makes black images whose captions are their numbers."""
     numbers = range(len(sizes))
     return Examples(
         path=Path("numbered"),
@@ -38,10 +38,12 @@ def seen(batch, steps: int) -> Counter:
     return Counter(caption for step in range(steps) for caption in batch(step)["captions"])
 
 
-def test_buckets_have_about_one_area_and_never_more():
+def test_buckets_have_about_the_requested_area_and_never_more():
     assert buckets(512, 1.0, 64) == [(512, 512)]
     found = buckets(512, 2.0, 64)
-    assert found == sorted({(w, h) for h, w in found}, reverse=True)  # tall ones as wide ones
+    assert found == sorted(
+        {(w, h) for h, w in found}, reverse=True
+    )  # symmetric in height and width
     for height, width in found:
         assert height % 64 == width % 64 == 0
         assert 0.8 * 512**2 <= height * width <= 512**2
@@ -49,10 +51,12 @@ def test_buckets_have_about_one_area_and_never_more():
     assert {(512, 512), (576, 448), (640, 384), (448, 576)} <= set(found)
 
 
-@pytest.mark.parametrize("said", [(500, 1.0, 64), (0, 1.0, 8), (64, 0.5, 8), (64, float("nan"), 8)])
-def test_buckets_that_cannot_be_are_refused(said):
+@pytest.mark.parametrize(
+    "arguments", [(500, 1.0, 64), (0, 1.0, 8), (64, 0.5, 8), (64, float("nan"), 8)]
+)
+def test_invalid_buckets_are_rejected(arguments):
     with pytest.raises(InputError, match="must be"):
-        buckets(*said)
+        buckets(*arguments)
 
 
 def test_a_batch_depends_on_seed_and_step_only(examples):
@@ -71,7 +75,7 @@ def test_a_batch_depends_on_seed_and_step_only(examples):
     assert [one["captions"] for one in expected] != [make(8)(step)["captions"] for step in steps]
 
 
-def test_loading_on_threads_goes_on_in_the_middle_of_an_epoch(examples):
+def test_loading_on_threads_can_start_in_the_middle_of_an_epoch(examples):
     batch = batches(examples, batch_size=5, seed=2, sizes=BUCKETS)
 
     def loaded(start: int) -> list[dict]:
@@ -85,7 +89,7 @@ def test_loading_on_threads_goes_on_in_the_middle_of_an_epoch(examples):
         np.testing.assert_array_equal(one["pixels"], other["pixels"])
 
 
-def test_every_image_is_seen_equally_often_and_each_batch_has_one_size():
+def test_every_image_is_used_equally_often_and_each_batch_has_one_size():
     sizes = [(8, 8)] * 5 + [(8, 4)] * 3 + [(4, 8)] * 13
     batch = batches(numbered(sizes), batch_size=4, seed=3, sizes=[(8, 8), (8, 4), (4, 8)])
     epochs = 12
@@ -107,17 +111,17 @@ def test_an_epoch_of_one_size_is_a_permutation():
     assert len(orders) == 4
 
 
-def test_more_images_in_a_batch_than_there_are():
+def test_a_batch_may_be_larger_than_the_data():
     batch = batches(numbered([(8, 8)] * 3), batch_size=8, seed=0, sizes=[(8, 8)])
     assert set(seen(batch, 3).values()) == {8}
 
 
-def test_only_those_asked_for_are_used():
+def test_only_the_requested_images_are_used():
     batch = batches(numbered([(8, 8)] * 9), batch_size=2, seed=0, sizes=[(8, 8)], among=[2, 5])
     assert seen(batch, 6) == {"2": 6, "5": 6}
 
 
-def test_images_of_the_right_size_are_not_touched(examples):
+def test_images_of_the_right_size_are_unchanged(examples):
     squares = [number for number, size in enumerate(SIZES) if size == (16, 16)]
     batch = batches(examples, batch_size=4, seed=0, sizes=[(16, 16)], among=squares)(0)
     for pixels, caption in zip(batch["pixels"], batch["captions"], strict=True):
@@ -141,7 +145,7 @@ def test_shrinking_does_not_alias():
     assert np.ptp(decoding.fitted(stripes, 16, 16)[4:-4, 4:-4].astype(int)) <= 4
 
 
-def test_half_of_the_images_are_mirrored_if_it_is_asked_for(examples):
+def test_half_of_the_images_are_mirrored_on_request(examples):
     squares = [number for number, size in enumerate(SIZES) if size == (16, 16)]
     batch = batches(examples, batch_size=4, seed=1, sizes=[(16, 16)], among=squares, flip=True)
     mirrored = 0
