@@ -5,6 +5,7 @@ import difflib
 import logging
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,9 +16,12 @@ from jaxdiff.errors import InputError
 class Parser(argparse.ArgumentParser):
     """A parser with --debug, without abbreviations, that reports errors as InputError."""
 
-    def __init__(self, command: str, **texts: str):
+    def __init__(self, command: str, description: str, **texts: str):
+        if "\n" not in description:
+            description = textwrap.fill(description, 100)
         super().__init__(
             prog=f"jaxdiff {command}",
+            description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             **texts,

@@ -66,7 +66,7 @@ def merge(
         values |= {measure: found[owners] for measure, found in of_prompts.values(len(prompts))}
     scores = Scores(
         name=name,
-        told=settings,
+        settings=settings,
         prompts=prompts,
         keys=rows["key"].to_pylist(),
         seeds=rows["seed"].to_numpy(),

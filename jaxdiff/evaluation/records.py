@@ -64,7 +64,7 @@ class Scores:
 
     Attributes:
       name: distinguishes it from the other runs.
-      told: its settings for the report: model, fingerprint, steps, sampler, and so on.
+      settings: for the report: model, fingerprint, steps, sampler, and so on.
       prompts: all prompts of the benchmark, in its order.
       keys, seeds: of the images, ordered by prompt, then by index.
       owners: int32 [images], the index in `prompts` of each image's prompt.
@@ -75,7 +75,7 @@ class Scores:
     """
 
     name: str
-    told: dict[str, str]
+    settings: dict[str, str]
     prompts: list[Prompt]
     keys: list[str]
     seeds: np.ndarray

@@ -123,8 +123,8 @@ def test_alphas_are_read_from_every_possible_place(checkpoint, tiny_checkpoint, 
     by_pattern = in_metadata | {"unet.lora_alpha": 2, "unet.alpha_pattern": {layer: 8}}
     files = [save(kohya, tmp_path / "kohya.safetensors")]
     for name, config in {"all": in_metadata, "pattern": by_pattern}.items():
-        said = {"lora_adapter_metadata": json.dumps(config)}
-        files.append(save(tensors, tmp_path / f"{name}.safetensors", **said))
+        metadata = {"lora_adapter_metadata": json.dumps(config)}
+        files.append(save(tensors, tmp_path / f"{name}.safetensors", **metadata))
     folder = tmp_path / "peft"
     folder.mkdir()
     files.append(save(stored(checkpoint, peft_key), folder / "adapter_model.safetensors"))

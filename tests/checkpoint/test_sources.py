@@ -93,25 +93,25 @@ PRINT = "opened = open_checkpoint({!r}); print(opened.name, opened.fingerprint)"
 def test_a_hub_id_in_the_cache_is_opened_without_a_network(
     hub_cache, tiny_checkpoint, model, offline
 ):
-    said = in_a_new_process(PRINT.format(model), hub_cache, HF_HUB_OFFLINE=offline)
-    assert said == f"{model} {open_checkpoint(tiny_checkpoint).fingerprint}"
+    output = in_a_new_process(PRINT.format(model), hub_cache, HF_HUB_OFFLINE=offline)
+    assert output == f"{model} {open_checkpoint(tiny_checkpoint).fingerprint}"
 
 
 def test_a_hub_id_that_is_not_in_the_cache_gives_a_one_line_error(hub_cache):
     for model in ("someone/else", "someone/tiny@v2"):
-        said = in_a_new_process(PRINT.format(model), hub_cache)
-        assert said.startswith(f"InputError: model {model!r} is neither a local path nor in")
-        assert "the Hub cannot be reached" in said
-        said = in_a_new_process(PRINT.format(model), hub_cache, HF_HUB_OFFLINE="1")
-        assert repr(model) in said
-        assert "HF_HUB_OFFLINE" in said
+        output = in_a_new_process(PRINT.format(model), hub_cache)
+        assert output.startswith(f"InputError: model {model!r} is neither a local path nor in")
+        assert "the Hub cannot be reached" in output
+        output = in_a_new_process(PRINT.format(model), hub_cache, HF_HUB_OFFLINE="1")
+        assert repr(model) in output
+        assert "HF_HUB_OFFLINE" in output
 
 
 def test_an_incomplete_snapshot_gives_a_one_line_error(hub_cache):
     path = hub_cache / "models--someone--tiny" / "snapshots" / COMMIT / UNET
     path.unlink()
-    said = in_a_new_process(PRINT.format("someone/tiny"), hub_cache, HF_HUB_OFFLINE="1")
-    assert said.startswith(f"InputError: {path} is missing")
+    output = in_a_new_process(PRINT.format("someone/tiny"), hub_cache, HF_HUB_OFFLINE="1")
+    assert output.startswith(f"InputError: {path} is missing")
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -193,29 +193,29 @@ def test_a_variant_is_downloaded_alone(hub, tmp_path):
 
 
 def test_a_model_that_the_hub_lacks_gives_a_one_line_error(hub, tmp_path):
-    said = in_a_new_process(PRINT.format("someone/else"), tmp_path / "hub", HF_ENDPOINT=hub)
-    assert said.startswith("InputError: model 'someone/else'")
-    assert "the Hub has no public model of this name" in said
+    output = in_a_new_process(PRINT.format("someone/else"), tmp_path / "hub", HF_ENDPOINT=hub)
+    assert output.startswith("InputError: model 'someone/else'")
+    assert "the Hub has no public model of this name" in output
     (Hub.root / UNET).unlink()
     (Hub.root / UNET).with_suffix(".fp16.safetensors").unlink()
-    said = in_a_new_process(PRINT.format("someone/tiny"), tmp_path / "hub", HF_ENDPOINT=hub)
-    assert said.startswith("InputError: someone/tiny/unet contains diffusion_pytorch_model.bin")
+    output = in_a_new_process(PRINT.format("someone/tiny"), tmp_path / "hub", HF_ENDPOINT=hub)
+    assert output.startswith("InputError: someone/tiny/unet contains diffusion_pytorch_model.bin")
 
 
 def test_the_error_for_a_repository_of_single_files_lists_them(hub, tmp_path):
     (Hub.root / "model_index.json").unlink()
     shutil.copy(Hub.root / UNET, Hub.root / "merged.safetensors")
-    said = in_a_new_process(PRINT.format("someone/tiny"), tmp_path / "hub", HF_ENDPOINT=hub)
-    assert "contains no model_index.json, so it is not a diffusers repository" in said
-    assert "merged.safetensors" in said
+    output = in_a_new_process(PRINT.format("someone/tiny"), tmp_path / "hub", HF_ENDPOINT=hub)
+    assert "contains no model_index.json, so it is not a diffusers repository" in output
+    assert "merged.safetensors" in output
 
 
 def test_a_full_disk_is_not_reported_as_a_network_error(hub, tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
     code = limit + PRINT.format("someone/tiny")
-    said = in_a_new_process(code, tmp_path / "hub", HF_ENDPOINT=hub)
-    assert "cannot be written to the Hugging Face cache" in said
-    assert "File too large" in said
+    output = in_a_new_process(code, tmp_path / "hub", HF_ENDPOINT=hub)
+    assert "cannot be written to the Hugging Face cache" in output
+    assert "File too large" in output
 
 
 def test_a_directory_takes_precedence_over_a_hub_id_of_its_name(
@@ -276,10 +276,10 @@ def test_a_single_files_fingerprint_covers_its_contents_and_tokenizers(single, t
 
 def test_a_single_files_tokenizers_come_from_the_hub(single, hub_cache, tiny_checkpoint):
     path = single(XL)
-    said = in_a_new_process(PRINT.format(str(path)), hub_cache)
-    assert said.startswith(f"InputError: {path} contains no tokenizer, ")
-    assert "put the folder 'tokenizer'" in said
-    assert "openai/clip-vit-large-patch14" in said
+    output = in_a_new_process(PRINT.format(str(path)), hub_cache)
+    assert output.startswith(f"InputError: {path} contains no tokenizer, ")
+    assert "put the folder 'tokenizer'" in output
+    assert "openai/clip-vit-large-patch14" in output
     for repository, folder in (
         ("models--openai--clip-vit-large-patch14", "."),
         ("models--stabilityai--stable-diffusion-xl-base-1.0", "tokenizer_2"),
@@ -288,10 +288,10 @@ def test_a_single_files_tokenizers_come_from_the_hub(single, hub_cache, tiny_che
         shutil.copytree(tiny_checkpoint / "tokenizer", snapshot)
         (hub_cache / repository / "refs").mkdir()
         (hub_cache / repository / "refs" / "main").write_text(COMMIT)
-    said = in_a_new_process(PRINT.format(str(path)), hub_cache)
+    output = in_a_new_process(PRINT.format(str(path)), hub_cache)
     for folder in ("tokenizer", "tokenizer_2"):
         shutil.copytree(tiny_checkpoint / "tokenizer", path.parent / folder)
-    assert said == f"download {open_checkpoint(path).fingerprint}"
+    assert output == f"download {open_checkpoint(path).fingerprint}"
 
 
 def test_the_error_for_another_file_format_tells_how_to_convert_it(tmp_path):

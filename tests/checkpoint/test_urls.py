@@ -137,8 +137,8 @@ def test_a_variant_is_fetched_alone(bucket):
 def test_a_single_file_is_fetched_with_the_tokenizers_next_to_it(bucket, cache):
     bucket.pipe("/bucket/models/merged.safetensors", b"no weights")
     bucket.copy("/bucket/models/tiny/tokenizer", "/bucket/models/tokenizer", recursive=True)
-    said = refusal("memory://bucket/models/merged.safetensors")
-    assert "merged.safetensors is not a safetensors file" in said
+    error = refusal("memory://bucket/models/merged.safetensors")
+    assert "merged.safetensors is not a safetensors file" in error
     (file,) = cache.glob("*/merged.safetensors")
     assert file.read_bytes() == b"no weights"
     assert (file.parent / "tokenizer" / "vocab.json").is_file()
@@ -158,9 +158,9 @@ URL_FAULTS = {
 def test_a_url_without_a_checkpoint_gives_a_one_line_error(bucket, url, message, monkeypatch):
     for module in ("s3fs", "gcsfs"):  # as if they were not installed
         monkeypatch.setitem(sys.modules, module, None)
-    said = refusal(url)
-    assert repr(url) in said
-    assert message in said
+    error = refusal(url)
+    assert repr(url) in error
+    assert message in error
 
 
 def test_a_listing_cannot_write_outside_the_cache(bucket, tmp_path, cache):

@@ -109,9 +109,9 @@ INDEX_FAULTS = {
 def test_an_index_that_contradicts_its_shards_is_named(checkpoint, change, message):
     index = shard(checkpoint / "unet")
     edit_index(index, change)
-    said = refusal(checkpoint)
-    assert str(index) in said
-    assert message in said
+    error = refusal(checkpoint)
+    assert str(index) in error
+    assert message in error
 
 
 def test_the_size_in_an_index_is_optional(checkpoint):
@@ -183,9 +183,9 @@ def test_a_rare_variant_is_used_only_on_request(checkpoint):
 def test_the_error_for_another_format_tells_how_to_convert_it(checkpoint, name):
     folder = checkpoint / "unet"
     (folder / f"{UNET}.safetensors").rename(folder / name)
-    said = refusal(checkpoint)
-    assert f"{folder} contains {name}" in said
-    assert "save_pretrained(DIRECTORY, safe_serialization=True)" in said
+    error = refusal(checkpoint)
+    assert f"{folder} contains {name}" in error
+    assert "save_pretrained(DIRECTORY, safe_serialization=True)" in error
 
 
 def test_old_names_in_the_autoencoders_attention_are_read(checkpoint, tiny_checkpoint):

@@ -108,9 +108,11 @@ def test_weights_may_be_sharded(directory, tmp_path):
 
 def test_in_an_old_config_the_second_entry_of_an_encoder_counts(directory, tmp_path):
     old = shutil.copytree(directory, tmp_path / "old")
-    edit("config.json", text_config={"hidden_size": 1}, text_config_dict=said(old)["text_config"])(
-        old
-    )
+    edit(
+        "config.json",
+        text_config={"hidden_size": 1},
+        text_config_dict=config_of(old)["text_config"],
+    )(old)
     edit("preprocessor_config.json", size=32, crop_size=32)(old)
     assert clip_checkpoint.find(old).config == clips.OPENAI
 
@@ -128,11 +130,11 @@ def test_a_hub_id_in_the_cache_is_opened_without_a_network(directory, tmp_path):
         "print(found.name, found.fingerprint)"
     )
     offline = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | offline, capture_output=True, text=True
     )
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.split() == ["someone/clip", clip_checkpoint.find(directory).fingerprint]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["someone/clip", clip_checkpoint.find(directory).fingerprint]
 
 
 def test_only_the_needed_files_of_a_repository_are_fetched(directory, tmp_path):
@@ -149,7 +151,7 @@ def test_only_the_needed_files_of_a_repository_are_fetched(directory, tmp_path):
 # Damaged directories and the resulting errors.
 
 
-def said(directory: Path) -> dict:
+def config_of(directory: Path) -> dict:
     return json.loads((directory / "config.json").read_text())
 
 

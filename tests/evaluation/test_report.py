@@ -24,7 +24,7 @@ def scores(by_prompt: list[list[float]], categories: str = "", name: str = "firs
     correct = np.array([value for values in by_prompt for value in values], np.float64)
     return Scores(
         name=name,
-        told={"model": name, "steps": "20"},
+        settings={"model": name, "steps": "20"},
         prompts=[Prompt(f"p{n}", f"prompt {n}", c) for n, c in enumerate(categories)],
         keys=[f"{n:09d}" for n in range(len(correct))],
         seeds=np.array([seed for values in by_prompt for seed in range(len(values))]),
@@ -234,7 +234,7 @@ def test_text_is_escaped(tmp_path):
     run = scores([[0, 0], [0, 0]], "ab", HOSTILE)
     run = replace(
         run,
-        told={HOSTILE: HOSTILE},
+        settings={HOSTILE: HOSTILE},
         prompts=[Prompt("p0", HOSTILE, HOSTILE), Prompt("p1", "another", "b")],
         reasons=[HOSTILE] * 4,
         keys=[HOSTILE] * 4,

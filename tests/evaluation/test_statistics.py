@@ -21,17 +21,17 @@ def noise() -> np.ndarray:
 
 
 def test_every_statistic_is_a_measure_of_images(noise):
-    told = image_statistics(noise)
-    assert set(told) <= set(measures.OF_IMAGES)
-    assert all(type(value) is float for value in told.values())
+    statistics = image_statistics(noise)
+    assert set(statistics) <= set(measures.OF_IMAGES)
+    assert all(type(value) is float for value in statistics.values())
 
 
 def test_light_and_sharpness_match_scipy(noise):
-    told, luma = image_statistics(noise), noise @ LUMA
-    assert told["brightness"] == pytest.approx(luma.mean() / 255, rel=1e-6)
-    assert told["contrast"] == pytest.approx(luma.std() / 255, rel=1e-6)
+    statistics, luma = image_statistics(noise), noise @ LUMA
+    assert statistics["brightness"] == pytest.approx(luma.mean() / 255, rel=1e-6)
+    assert statistics["contrast"] == pytest.approx(luma.std() / 255, rel=1e-6)
     expected = ndimage.laplace(luma, mode="mirror").var()
-    assert told["sharpness"] == pytest.approx(expected, rel=1e-6)
+    assert statistics["sharpness"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_colorfulness_matches_the_papers_formula(noise):
@@ -51,11 +51,11 @@ def test_colorfulness_matches_the_papers_formula(noise):
     ],
 )
 def test_a_flat_image_has_no_detail(color, brightness, colorfulness):
-    told = image_statistics(flat(*color))
-    assert told["brightness"] == pytest.approx(brightness, abs=1e-6)
-    assert told["colorfulness"] == pytest.approx(colorfulness, rel=1e-6)
-    assert told["contrast"] == pytest.approx(0, abs=1e-6)
-    assert told["sharpness"] == pytest.approx(0, abs=1e-6)
+    statistics = image_statistics(flat(*color))
+    assert statistics["brightness"] == pytest.approx(brightness, abs=1e-6)
+    assert statistics["colorfulness"] == pytest.approx(colorfulness, rel=1e-6)
+    assert statistics["contrast"] == pytest.approx(0, abs=1e-6)
+    assert statistics["sharpness"] == pytest.approx(0, abs=1e-6)
 
 
 def test_blur_lowers_sharpness(noise):

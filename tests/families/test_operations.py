@@ -76,9 +76,9 @@ def test_an_images_count_covers_its_evaluations_and_the_decoder():
     model = open_ensemble("shapes64")
     usual = job_settings.resolve({}, model)
 
-    def of(steps=10, sampler="ddim", guided=True, **said) -> int:
+    def of(steps=10, sampler="ddim", guided=True, **options) -> int:
         bucket = Bucket(64, 64, steps, guided, sampler)
-        return operations.of_image(model, dataclasses.replace(usual, **said), bucket)
+        return operations.of_image(model, dataclasses.replace(usual, **options), bucket)
 
     one = of(11, guided=False) - of(10, guided=False)
     decoder = of(10, guided=False) - 10 * one

@@ -38,7 +38,7 @@ def _beginning(contents: dict) -> Iterator[str]:
             yield f"{name}**{value} {measure['title']}**" + (
                 f" (95% interval {bounds})" if bounds else ""
             )
-    shared, differing = wording.told(contents)
+    shared, differing = wording.settings(contents)
     if shared:
         yield _lines(["", ""], [[name, value] for name, value in shared.items()])
     yield _lines(

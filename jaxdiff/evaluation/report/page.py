@@ -253,9 +253,9 @@ def _tables(contents: dict) -> Iterator[str]:
 
 
 def _settings(contents: dict) -> Iterator[str]:
-    shared, differing = wording.told(contents)
+    shared, differing = wording.settings(contents)
     terms = "".join(_term(name, value) for name, value in shared.items())
-    shown = f'<dl class="told">{terms}</dl>' if shared else ""
+    shown = f'<dl class="settings">{terms}</dl>' if shared else ""
     if differing:
         rows = [
             [run["name"], *(str(run["told"].get(name, "")) for name in differing)]

@@ -104,7 +104,7 @@ def _run(run: Scores, headline: str | None, most: int) -> dict:
     worst = comparison.worst(run, headline, most) if headline in run.values else []
     return {
         "name": run.name,
-        "told": run.told,
+        "told": run.settings,
         "prompts": len(run.prompts),
         "images": len(run.keys),
         "failed": int(comparison.failed(run).sum()),

@@ -75,7 +75,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def told(contents: dict) -> tuple[dict[str, str], list[str]]:
+def settings(contents: dict) -> tuple[dict[str, str], list[str]]:
     """Returns the settings shared by all runs, and the names of the settings that differ."""
     runs = [run["told"] for run in contents["runs"]]
     names = dict.fromkeys(name for said in runs for name in said)

@@ -61,8 +61,8 @@ def write_webdataset(folder: Path) -> None:
     for shard in range(2):
         members = {}
         for number in range(6 * shard, 6 * shard + 6):
-            told = {"caption": caption(number), "other": [1]}
-            members[f"./a.b/{number:04d}.json"] = json.dumps(told).encode()
+            entry = {"caption": caption(number), "other": [1]}
+            members[f"./a.b/{number:04d}.json"] = json.dumps(entry).encode()
             members[f"./a.b/{number:04d}.PNG"] = encoded(picture(number))
             members[f"./a.b/{number:04d}.cls"] = b"7"
         write_tar(folder / f"{shard:05d}.tar", members)
