@@ -15,6 +15,7 @@ from jaxdiff.checkpoint import single_file, sources
 from jaxdiff.checkpoint.component import INDEX, TOKENIZER_FILES, Component, config_file
 from jaxdiff.checkpoint.fingerprint import fingerprint
 from jaxdiff.checkpoint.json_files import read_json
+from jaxdiff.checkpoint.prediction import config_beside
 from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.checkpoint.tokenizer_files import check_tokenizer
 from jaxdiff.checkpoint.weight_files import NoVariantError, choose, no_index, read_weights
@@ -216,6 +217,10 @@ def _open_single_file(path: Path, families: Mapping[str, Family]) -> Checkpoint:
         return beside if beside.is_dir() else _hub_tokenizer(path, folder, found, network)
 
     tokenizers = _tokenizers(networks, tokenizer)
+    files = {"checkpoint.safetensors": path}
+    if found.configs["scheduler"].get("prediction_type") == "v_prediction":
+        beside = config_beside(path)  # which may be where that is written
+        files |= {"checkpoint.yaml": beside} if beside else {}
     return Checkpoint(
         path=path,
         name=path.stem,
@@ -224,7 +229,7 @@ def _open_single_file(path: Path, families: Mapping[str, Family]) -> Checkpoint:
         configs=found.configs,
         tensors=tensors,
         tokenizers=tokenizers,
-        files={"checkpoint.safetensors": path} | _tokenizer_files(networks, tokenizers),
+        files=files | _tokenizer_files(networks, tokenizers),
     )
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from jaxdiff.checkpoint.safetensors_header import read_header
+from jaxdiff.checkpoint.prediction import prediction_type
+from jaxdiff.checkpoint.safetensors_header import read_header, read_metadata
 from jaxdiff.checkpoint.single_file_configs import CONTENTS, UNET, Contents
 from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor, describe_misfits
 from jaxdiff.errors import InputError
@@ -93,7 +94,7 @@ def read(path: Path) -> SingleFile:
     """
     tensors = read_header(path)
     contents = _recognise(path, tensors)
-    scheduler = _scheduler(contents.configs["scheduler"], tensors)
+    scheduler = _scheduler(path, contents.configs["scheduler"], tensors)
     configs = contents.configs | {"scheduler": scheduler}
     found = weights(path, tensors, contents)
     return SingleFile(contents.index, configs, found, contents.tokenizers)
@@ -132,10 +133,11 @@ def _recognise(path: Path, tensors: Mapping[str, StoredTensor]) -> Contents:
     return CONTENTS[width]
 
 
-def _scheduler(config: dict, tensors: Mapping[str, StoredTensor]) -> dict:
-    """Updates the scheduler's config from the keys that flag what the model was trained for."""
-    if "v_pred" in tensors:
-        config = config | {"prediction_type": "v_prediction"}
+def _scheduler(path: Path, config: dict, tensors: Mapping[str, StoredTensor]) -> dict:
+    """Updates the scheduler's config with what the model was trained for."""
+    predicted = prediction_type(path, tensors, read_metadata(path))
+    if predicted != "epsilon":
+        config = config | {"prediction_type": predicted}
     if "ztsnr" in tensors:
         config = config | {"rescale_betas_zero_snr": True}
     return config

@@ -173,8 +173,11 @@ def _fetch(
         base, _, name = root.rpartition("/")
         found = _listing(system, base, folders)
         beside = {f"{folder}/{file}" for folder in folders for file in TOKENIZER_FILES}
-        wanted = [name, *sorted(beside & found.keys())]
         found[name] = system.info(root)
+        config = f"{name.removesuffix('.safetensors')}.yaml"  # see `prediction`
+        if system.exists(f"{base}/{config}"):
+            found[config] = system.info(f"{base}/{config}")
+        wanted = [name, *sorted((beside | {config}) & found.keys())]
     else:
         base, name = root, ""
         found = _listing(system, base, ["", *folders, *components, "scheduler"])

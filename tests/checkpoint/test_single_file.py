@@ -40,9 +40,10 @@ NO_WEIGHTS = {
 def write(tmp_path):
     """A function that writes tensors of the given shapes to a file with a meaningless name."""
 
-    def write(shapes, dtype=np.float16):
+    def write(shapes, dtype=np.float16, **metadata):
         path = tmp_path / "download(3).safetensors"
-        save_file({key: np.zeros(shape, dtype) for key, shape in shapes.items()}, path)
+        tensors = {key: np.zeros(shape, dtype) for key, shape in shapes.items()}
+        save_file(tensors, path, metadata=metadata or None)
         return path
 
     return write
@@ -118,6 +119,59 @@ def test_two_keys_flag_v_prediction(write):
         "prediction_type": "v_prediction",
         "rescale_betas_zero_snr": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("metadata", "config", "expected"),
+    [
+        ({}, None, "epsilon"),
+        ({"modelspec.prediction_type": "epsilon"}, None, "epsilon"),
+        ({"modelspec.prediction_type": "v"}, None, "v_prediction"),
+        ({"ss_v_parameterization": "True"}, None, "v_prediction"),
+        ({"ss_v_parameterization": "False"}, None, "epsilon"),
+        ({"ss_v_parameterization": "None"}, None, "epsilon"),
+        ({}, 'model: {params: {parameterization: "v"}}', "v_prediction"),
+        ({}, "model: {params: {linear_start: 0.00085}}", "epsilon"),
+        ({}, "- a list", "epsilon"),
+        (
+            {"modelspec.prediction_type": "v"},
+            "model: {params: {parameterization: v}}",
+            "v_prediction",
+        ),
+    ],
+)
+def test_what_is_predicted_is_read_from_metadata_and_from_the_yaml_beside(
+    write, metadata, config, expected
+):
+    """The names of ModelSpec 1.0.1, of kohya's sd-scripts and of CompVis's configs."""
+    path = write(shapes(SD1), **metadata)
+    if config:
+        path.with_suffix(".yaml").write_text(config)
+    scheduler = single_file.read(path).configs["scheduler"]
+    assert scheduler.get("prediction_type", "epsilon") == expected
+
+
+@pytest.mark.parametrize(
+    ("metadata", "config", "message"),
+    [
+        (
+            {"modelspec.prediction_type": "v", "ss_v_parameterization": "False"},
+            None,
+            "keep the one",
+        ),
+        ({"ss_v_parameterization": "True"}, "model: {params: {parameterization: eps}}", "keep the"),
+        ({"modelspec.prediction_type": "rf"}, None, "= 'rf' is not supported"),
+        ({}, "model: [", "cannot be read as YAML"),
+        ({}, "[" * 5000, "cannot be read as YAML"),
+        ({}, "!!python/object/apply:os.system [true]", "cannot be read as YAML"),
+    ],
+)
+def test_contradictions_and_broken_configs_are_rejected(write, metadata, config, message):
+    path = write(shapes(SD1), **metadata)
+    if config:
+        path.with_suffix(".yaml").write_text(config)
+    with pytest.raises(InputError, match=message):
+        single_file.read(path)
 
 
 def test_early_files_without_text_model_in_their_keys_are_read(write):

@@ -136,12 +136,14 @@ def test_a_variant_is_fetched_alone(bucket):
 
 def test_a_single_file_is_fetched_with_the_tokenizers_next_to_it(bucket, cache):
     bucket.pipe("/bucket/models/merged.safetensors", b"no weights")
+    bucket.pipe("/bucket/models/merged.yaml", b"model: {}")
     bucket.copy("/bucket/models/tiny/tokenizer", "/bucket/models/tokenizer", recursive=True)
     error = refusal("memory://bucket/models/merged.safetensors")
     assert "merged.safetensors is not a safetensors file" in error
     (file,) = cache.glob("*/merged.safetensors")
     assert file.read_bytes() == b"no weights"
     assert (file.parent / "tokenizer" / "vocab.json").is_file()
+    assert file.with_suffix(".yaml").read_bytes() == b"model: {}"
 
 
 URL_FAULTS = {
