@@ -76,6 +76,35 @@ def test_quotation_marks_are_literal_in_tsv(read):
     assert [entry.values["Prompt"] for entry in entries] == ['"G I G G L E" painted', 'a "sign"']
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", b"one\rtwo\r\rthree\r"),
+        ("p.txt", b"one\r\ntwo\n\nthree"),
+        ("p.csv", b'prompt,note\rone,x\rtwo,"a\rb"\r\rthree,y'),
+        ("p.tsv", b"prompt\tnote\rone\tx\rtwo\ty\r\rthree\tz"),
+    ],
+)
+def test_lines_may_end_in_cr_alone(read, name, content):
+    entries = read(name, content)
+    assert [e.values["prompt"] for e in entries if e.values] == ["one", "two", "three"]
+    assert not any(e.error for e in entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", b'{"prompt": "a", "seed": 1, "seed": 2}\n{"prompt": "b"}\n'),
+        ("p.jsonl", b'{"prompt": "a", "x": {"y": 1, "y": 1}}\n{"prompt": "b"}\n'),
+    ],
+)
+def test_a_row_with_a_key_twice_is_rejected_alone(read, name, content):
+    first, second = read(name, content)
+    assert "appears twice" in first.error
+    assert first.values is None
+    assert second.values == {"prompt": "b"}
+
+
 def test_prompts_keep_every_byte_but_the_line_ending(read):
     content = "\ufeff a \r\n e\u0301\u00e9 \r\nlast without newline".encode()
     assert prompts(read("p.txt", content)) == [" a ", " e\u0301\u00e9 ", "last without newline"]

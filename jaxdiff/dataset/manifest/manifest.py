@@ -57,7 +57,9 @@ def find(where: str | Path) -> Manifest:
     if path.is_file():
         return of_names(name, {name: path})
     if path.is_dir():
-        items = {str(item): item for item in path.glob(f"*{ITEM_ENDING}") if item.is_file()}
+        found = (item for item in path.glob(f"*{ITEM_ENDING}") if item.is_file())
+        # Hidden files are not prompts: macOS leaves "._NAME.txt" beside each file it copies.
+        items = {str(item): item for item in found if not item.name.startswith(".")}
         return of_names(name, items, are_items=True)
     found = glob.glob(name, recursive=True) if glob.has_magic(name) else []
     return of_names(name, {each: Path(each) for each in found if Path(each).is_file()})

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import gzip
 import json
+import re
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ MAX_LINE_BYTES = 2**20
 MAX_RAW_CHARACTERS = 500
 MAX_JSON_BYTES = 2**26  # of a JSON list, which is read as a whole
 MAX_PARQUET_BYTES = 2**36  # of a gzipped Parquet file, which is unpacked into a temporary one
+LINE_END = re.compile(rb"(?<=\r)(?!\n)")  # after a CR alone
 PARQUET_ROWS = 256  # read at a time
 PARQUET_BUFFER_BYTES = 2**20  # of a column chunk at a time, for row groups of any size
 
@@ -241,14 +243,14 @@ READERS = {
 def _lines(path: Path, name: str) -> Iterator[tuple[int, str, str | None]]:
     """Yields (line number, text with its newline, error), with one line at a time in memory.
 
+    Lines end in LF, CR LF, or CR alone, as old Macintosh programs and some exports write them.
     Bytes that are not UTF-8 become lone surrogates, so that only their own row is rejected later.
     """
     with _open(path) as file, _damage_named(name):
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
             error = None
-            if number == 1:
+            if number == 0:
                 line = _without_mark(line, name)
             if len(line) > MAX_LINE_BYTES:
                 error = "the line is longer than 1 MiB"
@@ -258,7 +260,10 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str, str | None]]:
                     quotes += rest.count(b'"')
                 line = line[: 4 * MAX_RAW_CHARACTERS]  # a character has 4 bytes at most
                 line += b'"' * ((quotes - line.count(b'"')) % 2)  # for the CSV reader
-            yield number, _decode(line), error
+            for part in [line] if error else LINE_END.split(line):
+                if part or not number:
+                    number += 1
+                    yield number, _decode(part), error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -311,8 +316,18 @@ def _without_newline(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    """Makes an object, as `json` does; but of two equal keys, `json` would drop the first."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {checks.shown(twice)} appears twice")
+    return values
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
-JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+JSON = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)

@@ -7,7 +7,6 @@ if it is inside the folder.
 
 import csv
 import io
-import json
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxdiff import checks
-from jaxdiff.dataset.manifest.readers import MAX_LINE_BYTES, READERS
+from jaxdiff.dataset.manifest.readers import JSON, MAX_LINE_BYTES, READERS
 from jaxdiff.errors import InputError
 from jaxdiff.training.data import decoding
 
@@ -72,7 +71,8 @@ def scan_folder(folder: Path, column: str) -> Iterator[Entry]:
                 f"{where}: {path} cannot be read: {problem.strerror}; restore it or remove the row"
             ) from None
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower().lstrip(".") in ENDINGS and path not in named:
+        is_image = path.suffix.lower().lstrip(".") in ENDINGS and not path.name.startswith("._")
+        if is_image and path not in named:
             raise InputError(
                 f"{metadata} has no row for {path.name}; add one or move the image away"
             )
@@ -151,10 +151,16 @@ def scan_tar(path: Path, column: str) -> Iterator[Entry]:
                     continue
                 folder, slash, name = member.name.rpartition("/")
                 stem, _, ending = name.partition(".")
+                if not stem:  # hidden, such as macOS's "._NAME"; webdataset skips them too
+                    continue
                 if folder + slash + stem != key:
                     if sample:
                         yield _sample(path, tar, key, sample, column)
                     key, sample = folder + slash + stem, {}
+                if ending.lower() in sample:
+                    raise InputError(
+                        f"{path} contains {checks.shown(member.name)} twice; write the shard again"
+                    )
                 sample[ending.lower()] = member
             if sample:
                 yield _sample(path, tar, key, sample, column)
@@ -176,7 +182,10 @@ def _sample(
                 raise InputError(
                     f"{name}.{ending} exceeds 1 MiB, too much for a caption; replace it"
                 )
-            text = tar.extractfile(member).read().decode("utf-8", "replace")
+            try:
+                text = tar.extractfile(member).read().decode("utf-8-sig")
+            except UnicodeDecodeError as problem:
+                raise InputError(f"{name}.{ending} is not UTF-8 ({problem}); convert it") from None
             values |= _parsed(text, name) if ending == "json" else {ending: text}
     if not column and "txt" in values:
         column = "txt"
@@ -187,7 +196,7 @@ def _sample(
 
 def _parsed(text: str, name: str) -> dict:
     try:
-        values = json.loads(text)
+        values = JSON.decode(text)
     except (RecursionError, ValueError):
         values = None
     if not isinstance(values, dict):

@@ -1,7 +1,9 @@
 """Captioned images are the same in every form, and errors name the file in one line."""
 
+import io
 import json
 import shutil
+import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 from captioned import (
     SIZES,
     WRITERS,
@@ -175,6 +178,57 @@ def test_orientation_and_transparency_are_honoured(tmp_path):
     np.testing.assert_array_equal(turned.pixels(0), np.rot90(picture(1), -1))
     clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
     assert np.all(opened(one_image(tmp_path / "clear", encoded(clear))).pixels(0) == 255)
+
+
+def webdataset_keys(path: Path) -> list[str]:
+    """Returns the keys of a shard's samples, as webdataset reads them."""
+    samples = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+    return [sample["__key__"] for sample in samples]
+
+
+def test_a_member_that_is_there_twice_is_rejected_as_webdataset_does(tmp_path):
+    path, content = tmp_path / "0.tar", encoded(picture(0))
+    with tarfile.open(path, "w") as tar:
+        for name, body in (("0.png", content), ("0.txt", b"one"), ("0.txt", b"two")):
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            tar.addfile(member, io.BytesIO(body))
+    with pytest.raises(ValueError, match="duplicate file name"):
+        webdataset_keys(path)
+    assert "0.tar contains '0.txt' twice" in refusal(tmp_path)
+
+
+def test_hidden_members_are_no_samples_as_in_webdataset(tmp_path):
+    path = tmp_path / "0.tar"
+    members = {"0.png": encoded(picture(0)), "0.txt": b"one"}
+    write_tar(path, members | {"._0.png": b"AppleDouble", "._0.txt": b"AppleDouble"})
+    assert webdataset_keys(path) == ["0"]
+    examples = opened(tmp_path)
+    assert [examples.caption(index) for index in range(len(examples))] == ["one"]
+
+
+def test_hidden_images_of_a_folder_need_no_row(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "._0.png").write_bytes(b"AppleDouble")
+    assert len(opened(tmp_path)) == len(SIZES)
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"0.txt": "\ufeffein Stern".encode()}, "ein Stern"),
+        ({"0.json": b'\xef\xbb\xbf{"text": "a"}'}, "a"),
+        ({"0.txt": "Grün".encode("latin-1")}, "0.txt is not UTF-8"),
+        ({"0.json": b'{"text": "\xfc"}'}, "0.json is not UTF-8"),
+        ({"0.json": b'{"text": "a", "text": "b"}'}, "0.json is not a JSON object"),
+    ],
+)
+def test_captions_are_utf8_without_a_mark(tmp_path, members, expected):
+    write_tar(tmp_path / "0.tar", {"0.png": encoded(picture(0))} | members)
+    if " is " in expected:
+        assert expected in refusal(tmp_path).replace("'", "")
+    else:
+        assert opened(tmp_path).caption(0) == expected
 
 
 def test_a_damaged_shard_is_named(tmp_path, stored):
