@@ -109,13 +109,20 @@ def load_params(places: dict, tensors: Mapping[str, StoredTensor]) -> dict:
       `places` with a JAX array at each leaf.
 
     Raises:
-      InputError: listing the weights that are missing, unknown or of the wrong shape.
+      InputError: listing the weights that are missing, unknown or of the wrong shape; or for a
+        weight that is not finite.
     """
     refuse_misfits(places, tensors)
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(places), strict=True)
 
     def load(path, place: jax.ShapeDtypeStruct) -> jax.Array:
-        tensor = tensors[key_of(path)].read().astype(place.dtype, copy=False)
+        stored = tensors[key_of(path)]
+        tensor = stored.read()
+        if not np.isfinite(tensor).all():  # cheap beside reading; it would spoil every image
+            raise InputError(
+                f"{stored.file}: {key_of(path)} contains NaN or infinity; copy the checkpoint again"
+            )
+        tensor = tensor.astype(place.dtype, copy=False)
         turned = tensor.transpose(np.argsort(file_axes(path, tensor.ndim)))
         # The transfer makes the array contiguous, faster than NumPy. Waiting for it keeps tensors
         # in transfer from piling up in memory.

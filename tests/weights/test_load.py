@@ -133,6 +133,17 @@ def test_old_text_encoders_keys_are_read(tiny_checkpoint, tmp_path):
     )
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_rejected(vae, value):
+    shapes, file = vae
+    bias = load_file(file)["decoder.conv_in.bias"].copy()
+    bias[3] = value
+    edit(file, **{"decoder.conv_in.bias": bias})
+    message = r"vae\.safetensors: decoder\.conv_in\.bias contains NaN or infinity"
+    with pytest.raises(InputError, match=message):
+        load_params(places(shapes, np.float32), read_weights(COMPONENTS["vae"], file))
+
+
 def test_a_weight_too_large_for_float16_is_not_saved_as_infinity(tmp_path):
     params = {"proj": {"kernel": np.full((2, 3), 1e6, np.float32)}}
     with pytest.raises(ValueError, match=r"proj\.kernel is not finite as float16"):
