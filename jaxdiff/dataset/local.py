@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxdiff.dataset import names, paths
+from jaxdiff.dataset.store import Store
 from jaxdiff.errors import InputError
 
 
 @dataclass(frozen=True)
-class LocalStore:
-    """A `store.Store` in a directory of a file system with hard links.
+class LocalStore(Store):
+    """A store in a directory of a file system with hard links.
 
     Attributes:
       root: the directory.
