@@ -48,7 +48,7 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def environment(environment) -> dict[str, str]:
     """Returns the environment for processes that compile like this one."""
     return environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

@@ -11,10 +11,10 @@ import pytest
 
 from jaxdiff.dataset import names
 
-SHARDS, IMAGES_PER_SHARD = 52, 32
-# Resident memory varies by a few MB with the allocator and the moment of measurement (up to 5 MB
-# observed). The pixels made in the meantime take 18 MB, their files and records more.
-NOISE_MB = 9
+SHARDS, IMAGES_PER_SHARD = 52, 64
+# Resident memory varies by a few MB with the allocator and the moment of measurement (up to 10 MB
+# observed). The pixels made in the meantime take 35 MB, their files and records more.
+NOISE_MB = 15
 
 
 def resident_mb(process: int) -> float:
