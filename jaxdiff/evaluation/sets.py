@@ -17,7 +17,7 @@ from jaxdiff.training.data import EncodedExamples, open_examples
 from jaxdiff.training.recipe import Data
 
 SAMPLE = 10_000  # images compared in pairs
-NOBODY = np.zeros((0, 0))  # the features of an empty set
+NO_FEATURES = np.zeros((0, 0))
 AT_ONCE = 64  # reference images in memory
 HOW_TO_GET_CLIP = (
     "needs --clip DIR with CLIP's weights, for example openai/clip-vit-large-patch14 or an "
@@ -57,7 +57,7 @@ class Summary:
 
 def summary_of_all(parts: Iterable[Summary]) -> Summary:
     """Merges summaries; works as a Beam combiner, which merges ten at a time in any order."""
-    return reduce(Summary.merge, parts, Summary.of([], NOBODY))
+    return reduce(Summary.merge, parts, Summary.of([], NO_FEATURES))
 
 
 def read_reference(path: Path, clip_directory: str) -> Summary:
@@ -77,7 +77,7 @@ def read_reference(path: Path, clip_directory: str) -> Summary:
     examples = open_examples(Data(str(path)))
     if isinstance(examples, EncodedExamples):
         raise InputError(f"{path} holds latents, not pixels; name the folder of images instead")
-    summary = Summary.of([], NOBODY)
+    summary = Summary.of([], NO_FEATURES)
     for start in range(0, len(examples), AT_ONCE):
         numbers = range(start, min(start + AT_ONCE, len(examples)))
         pixels = [examples.pixels(number) for number in numbers]

@@ -82,7 +82,7 @@ class Codec(NamedTuple):
 
 
 class Model(NamedTuple):
-    """All networks of a checkpoint; `Family.build` makes it.
+    """All networks of a checkpoint; `family.Networks.build` makes it.
 
     Attributes:
       configs: the networks' config dataclasses, by component.
