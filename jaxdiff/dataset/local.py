@@ -87,7 +87,8 @@ class LocalStore(Store):
         entry and on exit.
 
         Raises:
-          InputError: if the directory contains other files, or another process has locked it.
+          InputError: if the directory contains other files, one of its folders is a link, or
+            another process has locked it.
         """
         self._check_ours()
         created = [path for path in (self.root, *self.root.parents) if not path.exists()]
@@ -134,6 +135,12 @@ class LocalStore(Store):
     def _check_ours(self) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"--output {self.root} is a file; name a directory")
+        for path in map(self.path, names.FOLDERS):
+            if path.is_symlink():
+                raise InputError(
+                    f"{path} is a link, and a job writes only inside its directory; replace the "
+                    "link by what it points to"
+                )
         has_run = self.path(names.PLAN).is_dir() or self._old(names.PLAN).is_dir()
         ours = has_run or not self.root.exists()
         if not ours and any(path.name != names.WORK for path in self.root.iterdir()):

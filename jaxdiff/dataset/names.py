@@ -10,6 +10,7 @@ BATCH = f"{WORK}/batch"  # for each bucket, the batch size per accelerator
 OLD = f"{WORK}/old"  # the run that --overwrite replaces, until the new one has a shard
 DATA = "data"
 METADATA = "metadata"
+FOLDERS = (WORK, PLAN, DONE, TMP, BATCH, OLD, DATA, METADATA)
 SUCCESS = "_SUCCESS"
 REJECTED = "rejected.jsonl"
 FAILED = "failed.jsonl"

@@ -91,6 +91,19 @@ def test_a_stray_file_is_named_and_kept(tmp_path, made, capsys):
     assert (directory / "data" / "mine.tar").read_text() == "mine"
 
 
+@pytest.mark.parametrize("folder", [names.DATA, names.METADATA, names.DONE, names.WORK])
+def test_nothing_is_written_through_a_link(tmp_path, made, capsys, folder):
+    directory, outside = tmp_path / "out", tmp_path / "outside"
+    shutil.copytree(made, directory)
+    flip(directory / "data" / "train-00001.tar")
+    (directory / folder).rename(outside)
+    (directory / folder).symlink_to(outside)
+    before = files(outside)
+    assert cli.main(["verify", str(directory), "--repair"]) == 2
+    assert f"{directory / folder} is a link" in capsys.readouterr().err
+    assert files(outside) == before
+
+
 def test_a_damaged_plan_cannot_be_repaired(tmp_path, made, capsys):
     directory = tmp_path / "out"
     shutil.copytree(made, directory)
