@@ -144,3 +144,18 @@ def shown(value) -> str:
     """Returns the value for a message: quoted, in ASCII, at most 60 characters."""
     quoted = ascii(value)
     return quoted if len(quoted) <= 60 else f"{quoted[:57]}..."
+
+
+def printable(text: str) -> str:
+    """Escapes line breaks and control characters, which a terminal would obey, as in "\\x1b"."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    """Makes an object, as `json` does; but of two equal keys, `json` would drop the first."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {shown(twice)} appears twice")
+    return values

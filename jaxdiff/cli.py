@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxdiff import checks
 from jaxdiff.errors import InputError
 from pipelines import command_line
 from pipelines.command_line import Parser
@@ -114,7 +115,7 @@ def _verify(arguments: list[str]) -> int:
             return 75
     counts, problems = ledger.verify(directory)
     for problem in problems[:SHOWN_PROBLEMS]:
-        print(problem)
+        print(checks.printable(problem))
     if problems:
         what = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         print(f"{directory}: {what}", file=sys.stderr)

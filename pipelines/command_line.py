@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
+from jaxdiff import checks
 from jaxdiff.errors import InputError
 
 
@@ -52,7 +53,7 @@ def run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         if debug:
             traceback.print_exc()
         message, code = _explain(problem)
-        print(f"jaxdiff: {message}", file=sys.stderr)
+        print(f"jaxdiff: {checks.printable(message)}", file=sys.stderr)
         return code
 
 
@@ -62,6 +63,8 @@ def _explain(problem: BaseException) -> tuple[str, int]:
         return str(problem), 2
     if isinstance(problem, KeyboardInterrupt):
         return "interrupted", 130
+    if isinstance(problem, MemoryError):
+        return "there is not enough memory (--debug shows where)", 1
     if isinstance(problem, OSError):
         what = f"{problem.filename}: {problem.strerror or problem}"
         return f"{what}; fix this, then run the same command again", 1

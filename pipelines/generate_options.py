@@ -162,7 +162,7 @@ def _read_job(path: Path) -> dict:
         raise InputError(f"unexpected {str(path)!r}: use --manifest FILE for a manifest")
     try:
         said = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, RecursionError, ValueError) as problem:
         raise InputError(f"job file {path} cannot be read: {problem}") from None
     said = {name.replace("-", "_"): value for name, value in said.items()}
     for name, value in said.items():

@@ -72,6 +72,22 @@ def test_an_error_is_one_line_and_exit_code_2(capsys, arguments, message):
     assert said.out == ""
 
 
+def test_control_characters_do_not_reach_the_terminal(capsys):
+    assert cli.main(["verify", "/nowhere\x1b[2J\n"]) == 2
+    assert capsys.readouterr().err.startswith("jaxdiff: /nowhere\\x1b[2J\\n holds no jaxdiff run")
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000])
+@pytest.mark.parametrize("command", [["generate"], ["train", "--output=/nowhere/x"]])
+def test_toml_that_python_cannot_read_is_one_line(capsys, tmp_path, command, value):
+    path = tmp_path / "job.toml"
+    path.write_text(f"steps = {value}")
+    assert cli.main([*command, str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert str(path) in said
+
+
 def test_debug_shows_a_traceback(capsys):
     assert cli.main(["verify", "/nowhere", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err

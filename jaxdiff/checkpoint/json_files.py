@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from jaxdiff.checkpoint.regular_file import opened
 from jaxdiff.errors import InputError
 
 MAX_JSON_BYTES = 64_000_000
@@ -11,7 +12,7 @@ MAX_JSON_BYTES = 64_000_000
 def read_json(path: Path) -> dict:
     """Reads the JSON object in a file; raises InputError if it does not contain one."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             value = json.loads(file.read(MAX_JSON_BYTES))
     except FileNotFoundError:
         raise InputError(f"{path} is missing; copy the checkpoint again") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from jaxdiff.checkpoint.regular_file import opened
 from jaxdiff.errors import InputError
 
 MAX_YAML_BYTES = 1_000_000
@@ -65,7 +66,7 @@ def _named(path: Path, key: str, value: object) -> str:
 def _parameterization(path: Path) -> object:
     """Returns `model.params.parameterization` of the original code's config, None without one."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             config = yaml.safe_load(file.read(MAX_YAML_BYTES))
     except (OSError, RecursionError, ValueError, yaml.YAMLError) as problem:
         reason = " ".join(str(problem).split())[:200]

@@ -8,11 +8,14 @@ import json
 import math
 from pathlib import Path
 
+from jaxdiff import checks
+from jaxdiff.checkpoint.regular_file import opened
 from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.errors import InputError
 
 METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_RANK = 8  # the product of a million sizes takes hours
 ITEM_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
     **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
@@ -31,7 +34,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     text, file_bytes = _text(path)
     try:
-        tensors = json.loads(text)
+        tensors = json.loads(text, object_pairs_hook=checks.without_duplicates)
         tensors.pop(METADATA, None)
         end = _check_offsets(tensors)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -67,7 +70,7 @@ def _text(path: Path) -> tuple[bytes, int]:
     """Returns the header's JSON and the file's size in bytes."""
     try:
         file_bytes = path.stat().st_size
-        with path.open("rb") as file:
+        with opened(path) as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
                 raise InputError(f"{path} is not a safetensors file or is cut off; copy it again")
@@ -83,6 +86,8 @@ def _check_offsets(tensors: dict) -> int:
     end = 0
     for entry in sorted(tensors.values(), key=lambda entry: entry["data_offsets"]):
         shape, (start, stop) = entry["shape"], entry["data_offsets"]
+        if len(shape) > MAX_RANK:
+            raise ValueError("a tensor has too many axes")
         if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
             raise ValueError("a size or an offset is not a whole number")
         if start != end or stop - start != math.prod(shape) * ITEM_BYTES[entry["dtype"]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jaxdiff.checkpoint.component import TOKENIZER_FILES
 from jaxdiff.checkpoint.json_files import MAX_JSON_BYTES, read_json
+from jaxdiff.checkpoint.regular_file import opened
 from jaxdiff.errors import InputError
 
 LEAST_TOKENS = 3  # the start, one of the text, the end
@@ -60,8 +61,8 @@ def _check_merges(vocabulary_path: Path, merges_path: Path) -> None:
             f"{vocabulary_path}: its ids are not distinct whole numbers; copy the checkpoint again"
         )
     try:
-        with merges_path.open(encoding="utf-8") as file:
-            lines = file.read(MAX_JSON_BYTES).splitlines()
+        with opened(merges_path) as file:
+            lines = file.read(MAX_JSON_BYTES).decode().splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"{merges_path} cannot be read ({error}); copy it again") from error
     made = set()

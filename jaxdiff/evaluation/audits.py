@@ -52,10 +52,10 @@ def read(path: Path) -> list[Prompt]:
         return _expanded(tomllib.loads(content.decode()))
     except FileNotFoundError:
         raise InputError(f"template file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as problem:
-        raise InputError(f"{path} is not a readable TOML file: {problem}") from None
     except BadValueError as problem:
         raise InputError(f"template file {path}: {problem}") from None
+    except (OSError, RecursionError, ValueError) as problem:
+        raise InputError(f"{path} is not a readable TOML file: {problem}") from None
 
 
 def counts(prompts: Sequence[Prompt], owners: np.ndarray, labels: Sequence[str]) -> Table:

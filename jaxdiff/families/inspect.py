@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.json_files import read_json
 from jaxdiff.checkpoint.safetensors_header import ITEM_BYTES
@@ -30,16 +31,15 @@ def report(checkpoint: Checkpoint) -> str:
         *(_network(checkpoint, network, tensors) for network, tensors in weights),
         ("total", "", _parameters(every), _dtypes(every), _size(every), ""),
     ]
-    return "\n".join(
-        [
-            f"{checkpoint.name}: {checkpoint.defaults.name} ({checkpoint.pipeline})",
-            f"{checkpoint.path}",
-            "",
-            *_aligned(networks, right=(2, 4)),
-            "",
-            *_aligned(_facts(checkpoint)),
-        ]
-    )
+    lines = [
+        f"{checkpoint.name}: {checkpoint.defaults.name} ({checkpoint.pipeline})",
+        f"{checkpoint.path}",
+        "",
+        *_aligned(networks, right=(2, 4)),
+        "",
+        *_aligned(_facts(checkpoint)),
+    ]
+    return "\n".join(map(checks.printable, lines))
 
 
 def _network(

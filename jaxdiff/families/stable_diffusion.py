@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 
+from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.checkpoint.component import Component
+from jaxdiff.checkpoint.component import INDEX, Component
 from jaxdiff.checkpoint.single_file import unet_names
 from jaxdiff.diffusion import samplers
 from jaxdiff.diffusion.scheduler_config import noise_schedule
@@ -142,7 +143,15 @@ class Defaults:
         steps, guidance_scale = STEPS_AND_GUIDANCE[self._checkpoint.pipeline]
         own = self._checkpoint.index.get(OWN_DEFAULTS)
         own = own if isinstance(own, dict) else {}
-        return own.get("steps", steps), own.get("guidance_scale", guidance_scale)
+        steps = own.get("steps", steps)
+        guidance_scale = own.get("guidance_scale", guidance_scale)
+        try:
+            checks.integer("steps", steps, 1, checks.MAX_STEPS)
+            checks.number("guidance_scale", guidance_scale, 0, checks.MAX_GUIDANCE_SCALE)
+        except checks.BadValueError as problem:
+            place = self._checkpoint.path / INDEX
+            raise InputError(f"{place}: {OWN_DEFAULTS}: {problem}") from None
+        return steps, guidance_scale
 
     @cached_property
     def sampler(self) -> str:

@@ -344,7 +344,7 @@ def read(path: Path) -> Recipe:
         data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: recipe file not found") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise InputError(f"{path}: not a readable TOML file: {error}") from None
     objective = data.get("objective")
     if not isinstance(objective, str) or objective not in OBJECTIVES:

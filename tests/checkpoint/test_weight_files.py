@@ -213,6 +213,31 @@ def test_a_weight_under_two_names_is_rejected(tmp_path):
         read_weights(COMPONENTS["text_encoder"], path)
 
 
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "vae/config.json", f"unet/{UNET}.safetensors"]
+)
+def test_a_pipe_in_place_of_a_file_is_rejected_not_waited_for(checkpoint, name):
+    (checkpoint / name).unlink()
+    os.mkfifo(checkpoint / name)
+    assert refusal(checkpoint) == (
+        f"{checkpoint / name} is not a regular file; copy the checkpoint again"
+    )
+
+
+BYTE = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+HEADERS = {
+    "100,000 axes": json.dumps({"a": BYTE | {"shape": [1] * 100_000}}),
+    "a name twice": f'{{"a": {json.dumps(BYTE)}, "a": {json.dumps(BYTE)}}}',
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_header_that_no_writer_makes_is_rejected(checkpoint, header):
+    weights = checkpoint / "unet" / f"{UNET}.safetensors"
+    weights.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0")
+    assert refusal(checkpoint) == f"{weights} has a broken safetensors header; copy it again"
+
+
 def test_a_file_without_weights_is_rejected(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"text_model.embeddings.position_ids": np.arange(77)[None]}, path)

@@ -9,6 +9,7 @@ import pytest
 from original import REFINER, SD1, XL, shapes
 from safetensors.numpy import load_file, save_file
 
+from jaxdiff.errors import InputError
 from jaxdiff.families import inspect, open_checkpoint
 
 TOKENIZER = Path(inspect.__file__).parents[1] / "assets" / "shapes64" / "tokenizer"
@@ -157,6 +158,18 @@ def test_the_report_tells_why_a_model_is_not_usable(checkpoint, network, changes
     usable = report(checkpoint)["usable"]
     assert usable.startswith(f"no: {checkpoint}")
     assert reason in usable
+
+
+@pytest.mark.parametrize("values", [{"guidance_scale": [1]}, {"steps": 10**40}])
+def test_defaults_of_the_wrong_kind_are_rejected_by_name(checkpoint, values):
+    edit(checkpoint / "model_index.json", _defaults=values)
+    with pytest.raises(InputError, match=f"model_index.json: _defaults: {next(iter(values))} must"):
+        report(checkpoint)
+
+
+def test_control_characters_in_a_name_are_escaped(checkpoint):
+    moved = checkpoint.rename(checkpoint.with_name("\x1b[2J"))
+    assert inspect.report(open_checkpoint(moved)).startswith("\\x1b[2J: Stable Diffusion")
 
 
 def test_an_unsupported_scheduler_setting_is_reported_in_its_line(checkpoint):

@@ -316,18 +316,10 @@ def _without_newline(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    """Makes an object, as `json` does; but of two equal keys, `json` would drop the first."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        seen = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {checks.shown(twice)} appears twice")
-    return values
-
-
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
-JSON = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
+JSON = json.JSONDecoder(
+    parse_constant=_refuse_constant, object_pairs_hook=checks.without_duplicates
+)
