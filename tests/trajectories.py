@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxdiff.diffusion import noise, samplers
-from jaxdiff.diffusion.objective import to_x0
+from jaxdiff.diffusion.objective import clamped, to_x0
 from jaxdiff.diffusion.scheduler_config import noise_schedule
 
 CLASSES = {
@@ -45,8 +45,10 @@ def ours(sampler, config, steps, eta=0.0, begin=0):
     for i in range(begin, len(table.timesteps)):
         output = network(x, table.timesteps[i])
         estimate = to_x0(output, x, table.alpha[i], table.sigma[i], schedule.prediction_type)
-        remembered = [table.p[i] * x + table.q[i] * estimate, *remembered[:-1]]
+        used = clamped(estimate[None], schedule.clamp)[0] if schedule.clamp else estimate
+        remembered = [table.p[i] * x + table.q[i] * used, *remembered[:-1]]
         x = table.a[i] * x + np.tensordot(table.b[i], np.array(remembered), 1)
+        x = x + table.c[i] * (estimate - used)
         if i - begin < table.draws:
             x = x + table.s[i] * fresh[i - begin, 0]
         points.append(x)

@@ -8,6 +8,8 @@ Ho, 2022, arXiv:2202.00512, appendix D), "sample", which is x_0 itself, and "flo
 import jax.numpy as jnp
 from jax import Array
 
+from jaxdiff.diffusion.schedule import Clamp
+
 
 def noisy(x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
     """Applies the forward process, x_t = alpha x_0 + sigma eps (Ho et al., 2020, equation 4)."""
@@ -34,6 +36,23 @@ def to_x0(output: Array, x: Array, alpha: Array, sigma: Array, prediction_type: 
     if prediction_type == "flow":
         return x - sigma * output
     return alpha * x - sigma * output
+
+
+def clamped(x0: Array, clamp: Clamp) -> Array:
+    """Clips estimates of x_0, float32 [batch, ...], or thresholds each image dynamically.
+
+    A dynamic threshold s is a quantile of the image's magnitudes, at least 1 and at most the limit.
+    The image is clipped to -s..s and divided by s (Saharia et al., 2022, arXiv:2205.11487, 2.3).
+
+    Returns:
+      the clamped estimates, in the shape and dtype of `x0`.
+    """
+    if clamp.ratio is None:
+        return jnp.clip(x0, -clamp.limit, clamp.limit)
+    inner = tuple(range(1, x0.ndim))
+    threshold = jnp.quantile(jnp.abs(x0), clamp.ratio, axis=inner, keepdims=True)
+    threshold = jnp.minimum(jnp.maximum(threshold, 1.0), clamp.limit)
+    return jnp.clip(x0, -threshold, threshold) / threshold
 
 
 def min_snr_weight(alpha: Array, sigma: Array, prediction_type: str, gamma: float) -> Array:

@@ -6,7 +6,8 @@ remembers h = p x + q D of its last evaluations and steps by
     x' = a x + b_0 h + b_1 h_previous + ... + s z
 
 so it is a function from the noise schedule and the number of steps to a table. If a paper goes back
-to an earlier x, that x is written as a combination of the current x and the remembered h.
+to an earlier x, that x is written as a combination of the current x and the remembered h. Where D
+is clamped, x' also gets c times what clamping took away.
 """
 
 import math
@@ -59,7 +60,12 @@ _BETAS = {
 _LEADING = {**_BETAS, "timestep_spacing": "leading"}
 _LINSPACE = {**_BETAS, "timestep_spacing": "linspace"}
 _ZERO_SNR = {"rescale_betas_zero_snr": False}
-_CLIPPED = {"clip_sample": True, "thresholding": False}
+_THRESHOLDED = {
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+}
+_CLIPPED = {"clip_sample": True, "clip_sample_range": 1.0, **_THRESHOLDED}
 SIGMAS = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
@@ -71,10 +77,10 @@ _MULTISTEP = {
     **_LINSPACE,
     **_ZERO_SNR,
     **SIGMAS,
+    **_THRESHOLDED,
     "final_sigmas_type": "zero",
     "lower_order_final": True,
     "solver_order": 2,
-    "thresholding": False,
     "use_dynamic_shifting": False,
     "use_flow_sigmas": False,
 }
@@ -140,6 +146,7 @@ SAMPLERS = {
             "beta_start": 0.00085,
             "beta_end": 0.012,
             "clip_sample": False,
+            "clip_sample_range": 1.0,
         },
         title="Heun",
     ),

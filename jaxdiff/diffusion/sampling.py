@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxdiff.diffusion.objective import clamped
+from jaxdiff.diffusion.schedule import Clamp
 from jaxdiff.diffusion.solvers import REMEMBERED
 
 # Maps (x, timestep, alpha, sigma, kept) to the estimate of x_0, in x's shape, and to what this
@@ -16,8 +18,22 @@ from jaxdiff.diffusion.solvers import REMEMBERED
 Denoiser = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
 
 
+class Stretch(NamedTuple):
+    """Consecutive rows of a sampler's table with one denoiser.
+
+    Attributes:
+      rows: the number of rows.
+      denoise: the denoiser that is evaluated in each.
+      clamp: how its estimates of x_0 are clamped; None if they are not.
+    """
+
+    rows: int
+    denoise: Denoiser
+    clamp: Clamp | None = None
+
+
 def sample(
-    denoisers: Sequence[tuple[int, Denoiser]],
+    stretches: Sequence[Stretch],
     noise: Array,
     initial_scale: Array | float,
     columns: dict[str, Array],
@@ -28,9 +44,8 @@ def sample(
     """Runs a sampler from noise to x_0.
 
     Args:
-      denoisers: each with the number of table rows that it takes, in order; the numbers add up to
-        all rows. The sampler's history passes from one denoiser to the next; what a denoiser keeps
-        does not.
+      stretches: the denoisers, in order; their rows add up to all rows of the table. The sampler's
+        history passes from one stretch to the next; what a denoiser keeps does not.
       noise: [batch, ...], standard normal.
       initial_scale, columns: of a `SamplerTable`.
       fresh_noise: [draws, batch, ...], standard normal, for a table with at most as many `draws`;
@@ -42,14 +57,17 @@ def sample(
       x_0, in the shape and dtype of `noise`.
     """
     rows = len(columns["timesteps"])
-    if sum(taken for taken, _ in denoisers) != rows:
+    if sum(stretch.rows for stretch in stretches) != rows:
         raise ValueError(f"the denoisers' rows must add up to {rows}")
 
-    def step(denoise, state, row, kept=None):
+    def step(stretch, state, row, kept=None):
         x, remembered = state
-        estimate, kept = denoise(x, row["timesteps"], row["alpha"], row["sigma"], kept)
-        remembered = (row["p"] * x + row["q"] * estimate, *remembered[:-1])
+        estimate, kept = stretch.denoise(x, row["timesteps"], row["alpha"], row["sigma"], kept)
+        used = estimate if stretch.clamp is None else clamped(estimate, stretch.clamp)
+        remembered = (row["p"] * x + row["q"] * used, *remembered[:-1])
         x = row["a"] * x + sum(b * h for b, h in zip(row["b"], remembered, strict=True))
+        if stretch.clamp is not None:
+            x = x + row["c"] * (estimate - used)
         if fresh_noise is not None:  # past its end, s is 0 and the last draw is read again
             fresh = jax.lax.dynamic_index_in_dim(fresh_noise, row["index"], keepdims=False)
             x = x + row["s"] * fresh
@@ -58,9 +76,10 @@ def sample(
     columns = {**columns, "index": np.arange(rows)}
     x = noise * initial_scale
     state, begin = (x, (jnp.zeros_like(x),) * REMEMBERED), 0
-    for taken, denoise in denoisers:
-        part = {name: column[begin : begin + taken] for name, column in columns.items()}
-        state, begin = _walk(partial(step, denoise), state, part, whole_every), begin + taken
+    for stretch in stretches:
+        end = begin + stretch.rows
+        part = {name: column[begin:end] for name, column in columns.items()}
+        state, begin = _walk(partial(step, stretch), state, part, whole_every), end
     return state[0]
 
 

@@ -5,10 +5,23 @@ denoiser.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 NEARLY_ZERO_SNR = 2.0**-24  # replaces 0 where a sampler divides by alpha, as in diffusers
+
+
+class Clamp(NamedTuple):
+    """How a sampler clamps the estimates of x_0, as in `objective.clamped`.
+
+    Attributes:
+      limit: the magnitude to clip to or, with `ratio`, the largest threshold.
+      ratio: the quantile of an image's magnitudes that is its threshold; None for plain clipping.
+    """
+
+    limit: float
+    ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,11 @@ class NoiseSchedule:
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
     shift: float = 1.0
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
     one_more_timestep: bool = False
 
     def alpha_bars(self) -> np.ndarray:
@@ -74,6 +92,13 @@ class NoiseSchedule:
     def is_flow(self) -> bool:
         """Whether this is a schedule of flow matching."""
         return self.prediction_type == "flow"
+
+    @property
+    def clamp(self) -> Clamp | None:
+        """How estimates of x_0 are clamped; None if they are not."""
+        if self.thresholding:
+            return Clamp(self.sample_max_value, self.dynamic_thresholding_ratio)
+        return Clamp(self.clip_sample_range) if self.clip_sample else None
 
     def max_steps(self) -> int:
         """Returns the largest number of steps that a sampler can take; the smallest is 1."""

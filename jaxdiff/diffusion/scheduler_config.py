@@ -35,7 +35,7 @@ _EITHER = (False, True)
 BUILT: dict[str, tuple] = {
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),  # the sampler's name decides
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "clip_sample": (False,),
+    "clip_sample": _EITHER,
     "disable_corrector": ([],),
     "euler_at_final": _EITHER,
     "final_sigmas_type": ("zero", "sigma_min"),
@@ -53,7 +53,7 @@ BUILT: dict[str, tuple] = {
     "solver_p": (None,),
     "solver_type": SOLVER_TYPES,
     "stochastic_sampling": (False,),
-    "thresholding": (False,),
+    "thresholding": _EITHER,
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "timestep_type": ("discrete",),
     "trained_betas": (None,),
@@ -70,7 +70,10 @@ NUMBERS: dict[str, tuple] = {
     "num_train_timesteps": (int, 2, 100_000),
     "beta_start": (float, 0.0, 1.0),
     "beta_end": (float, 0.0, 1.0),
+    "clip_sample_range": (float, 1e-3, 1e6),
+    "dynamic_thresholding_ratio": (float, 0.0, 1.0),
     "original_inference_steps": (int, 1, 100_000),
+    "sample_max_value": (float, 1e-3, 1e6),
     "shift": (float, 1e-3, 1e3),
     "sigma_max": (float, 1e-6, 1e6),
     "sigma_min": (float, 1e-6, 1e6),
@@ -158,9 +161,8 @@ def _values(data: dict, sampler: str) -> dict:
             values[key] = _number(key, value)
         elif value not in built:
             known = " or ".join(json.dumps(choice) for choice in built)
-            silent = "" if key in given else ", the default,"
             raise InputError(
-                f"{WHERE}: {key} = {_shown(value)}{silent} is not supported by {sampler}; "
+                f"{WHERE}: {key} = {_shown(value)} is not supported by {sampler}; "
                 f"set it to {known}, or choose another sampler"
             )
     return {**values, "prediction_type": "flow"} if is_flow else values

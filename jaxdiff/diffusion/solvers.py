@@ -23,9 +23,11 @@ class SamplerTable:
       timesteps: the timestep that the network gets.
       alpha, sigma: signal and noise in the network's input.
       p, q: the coefficients of h = p x + q D, the remembered value of an evaluation, where D is the
-        estimate of x_0.
+        estimate of x_0, clamped if the schedule says so.
       a, b: the coefficients of x' = a x + b[0] h + b[1] h_previous + ... + s z; b is [rows,
         REMEMBERED].
+      c: the coefficient of what clamping took away, the network's estimate minus D, which is added
+        to x'.
       s: the scale of the fresh noise z.
       initial_scale: the factor that turns standard normal noise into the starting point.
     """
@@ -37,6 +39,7 @@ class SamplerTable:
     q: np.ndarray
     a: np.ndarray
     b: np.ndarray
+    c: np.ndarray
     s: np.ndarray
     initial_scale: float
 
@@ -47,11 +50,11 @@ class SamplerTable:
 
     def columns(self) -> dict[str, np.ndarray]:
         """Returns the arrays as float32, for the scan."""
-        names = ("timesteps", "alpha", "sigma", "p", "q", "a", "b", "s")
+        names = ("timesteps", "alpha", "sigma", "p", "q", "a", "b", "c", "s")
         return {name: getattr(self, name).astype(np.float32) for name in names}
 
 
-def _table(timesteps, alpha, sigma, a, b, *, p=0.0, q=1.0, s=0.0, initial_scale=1.0):
+def _table(timesteps, alpha, sigma, a, b, *, p=0.0, q=1.0, c=0.0, s=0.0, initial_scale=1.0):
     """Makes a table from columns [rows] or numbers; `b` may be [rows] or have fewer columns."""
     rows = len(timesteps)
     b = np.asarray(b, np.float64).reshape(rows, -1)
@@ -63,6 +66,7 @@ def _table(timesteps, alpha, sigma, a, b, *, p=0.0, q=1.0, s=0.0, initial_scale=
         q=np.broadcast_to(q, rows).astype(np.float64),
         a=a,
         b=np.pad(b, ((0, 0), (0, REMEMBERED - b.shape[1]))),
+        c=np.broadcast_to(c, rows).astype(np.float64),
         s=np.broadcast_to(s, rows).astype(np.float64),
         initial_scale=initial_scale,
     )
@@ -78,14 +82,18 @@ def _from_levels(at: Levels, a, b, *, s=0.0) -> SamplerTable:
 
 
 def ddim(schedule: NoiseSchedule, steps: int, *, eta: float = 0.0) -> SamplerTable:
-    """Song et al., 2021, arXiv:2010.02502, equations 12 and 16."""
+    """Song et al., 2021, arXiv:2010.02502, equations 12 and 16.
+
+    Where estimates of x_0 are clamped, the direction is still that of the network's own estimate.
+    """
     timesteps, bars = levels.trained(schedule, steps), schedule.alpha_bars()
     previous = timesteps - schedule.num_train_timesteps // steps  # rounded down, as in diffusers
     bar, next_bar = bars[timesteps], _or_final(schedule, bars, previous)
     alpha, sigma, next_alpha = np.sqrt(bar), np.sqrt(1.0 - bar), np.sqrt(next_bar)
     variance = eta**2 * (1.0 - next_bar) / (1.0 - bar) * (1.0 - bar / next_bar)
     a = np.sqrt(np.maximum(1.0 - next_bar - variance, 0.0)) / sigma
-    return _table(timesteps, alpha, sigma, a, next_alpha - alpha * a, s=np.sqrt(variance))
+    b, s = next_alpha - alpha * a, np.sqrt(variance)
+    return _table(timesteps, alpha, sigma, a, b, c=-alpha * a, s=s)
 
 
 def ddpm(schedule: NoiseSchedule, steps: int) -> SamplerTable:

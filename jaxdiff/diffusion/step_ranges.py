@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxdiff.diffusion.schedule import Clamp
 from jaxdiff.request import Options
 
 
@@ -16,11 +17,13 @@ class StepRange(NamedTuple):
       denoiser: 0, or 1 for the refiner.
       rows: the number of rows; each is an evaluation of the denoiser, on two batches if guided.
       guided: whether classifier-free guidance is on.
+      clamp: how the denoiser's estimates of x_0 are clamped; None if they are not.
     """
 
     denoiser: int
     rows: int
     guided: bool
+    clamp: Clamp | None = None
 
 
 def step_ranges(
@@ -29,6 +32,7 @@ def step_ranges(
     *,
     guided: bool,
     guidance_is_input: Sequence[bool],
+    clamps: Sequence[Clamp | None],
     train_steps: int,
 ) -> tuple[StepRange, ...]:
     """Returns the ranges of a table, which cover all its rows.
@@ -39,6 +43,7 @@ def step_ranges(
       guided: whether the image is guided at all.
       guidance_is_input: for each denoiser (one, or two with a refiner), whether it takes the
         guidance scale as an input and so is evaluated only once per step.
+      clamps: for each denoiser, how its estimates are clamped, as in `StepRange`.
       train_steps: the number of timesteps that the base model was trained with.
     """
     rows = refined_from = len(timesteps)
@@ -53,5 +58,5 @@ def step_ranges(
         denoiser = int(begin >= refined_from)
         is_guided = guided and guided_from <= begin and end <= guided_until
         is_guided = is_guided and not guidance_is_input[denoiser]
-        ranges.append(StepRange(denoiser, end - begin, is_guided))
+        ranges.append(StepRange(denoiser, end - begin, is_guided, clamps[denoiser]))
     return tuple(ranges)

@@ -269,7 +269,8 @@ class TextToImage:
         """Returns the key of the program for these batches; starts compiling it if it is new.
 
         Seeds, prompts and guidance scales are arguments of the program, and so is the sampler's
-        table: samplers with equally many rows and draws of noise share a program.
+        table: samplers with equally many rows and draws of noise share a program, unless they
+        clamp estimates differently.
         """
         steps = self._steps_of(request.bucket)
         key = (request.width, request.height, slots, steps.ranges, steps.draws)

@@ -89,7 +89,7 @@ def sample_pixels(
       pixels, uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
     """
     walk = [
-        (
+        sampling.Stretch(
             rows,
             denoiser(
                 denoisers[index],
@@ -100,8 +100,9 @@ def sample_pixels(
                 inputs.guidance_scale,
                 guidance_rescale,
             ),
+            clamp,
         )
-        for index, rows, guided in step_ranges
+        for index, rows, guided, clamp in step_ranges
     ]
     latents = sampling.sample(
         walk, inputs.noise, initial_scale, columns, inputs.fresh_noise, whole_every=deep_cache

@@ -168,8 +168,8 @@ def _scheduler(config: dict) -> dict:
     """
     if config.get("_class_name") == ANCESTRAL:
         return config | {"timestep_spacing": "trailing", RESCALED: False}
-    known = {key: value for key, value in config.items() if key in samplers.SAMPLERS["ddim"].config}
-    return known | {
+    known = samplers.SAMPLERS["ddim"].config.keys() - {"thresholding"}  # its default is false
+    return {key: value for key, value in config.items() if key in known} | {
         "_class_name": "DDIMScheduler",
         "clip_sample": False,
         "set_alpha_to_one": True,

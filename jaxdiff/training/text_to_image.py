@@ -222,7 +222,7 @@ def preview(
             Inputs(noise, fresh_noise, positive, negative, jnp.full(count, PREVIEW_GUIDANCE)),
             table.initial_scale,
             table.columns(),
-            step_ranges=[StepRange(denoiser=0, rows=len(table.timesteps), guided=True)],
+            step_ranges=[StepRange(0, len(table.timesteps), guided=True, clamp=schedule.clamp)],
             decoded_at_once=1 if size > DECODED_ALONE_PX else count,
         )
         return pixels

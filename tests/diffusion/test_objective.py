@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.diffusion import guidance, objective
+from jaxdiff.diffusion.schedule import Clamp
 
 RNG = np.random.default_rng(0)
 X0, NOISE = RNG.normal(size=(2, 3, 8, 8, 4))
@@ -20,6 +21,21 @@ def test_a_perfect_flow_recovers_the_image():
     flow = objective.target(X0, NOISE, 0.3, 0.7, "flow")
     np.testing.assert_allclose(objective.to_x0(flow, x, 0.3, 0.7, "flow"), X0)
     np.testing.assert_allclose(x - 0.7 * flow, X0)  # a straight line
+
+
+def test_estimates_are_clipped():
+    np.testing.assert_allclose(objective.clamped(X0, Clamp(0.3)), np.clip(X0, -0.3, 0.3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("most", [0.5, 1.0, 2.0, 9.0])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.95, 1.0])
+def test_each_image_has_its_own_dynamic_threshold(ratio, most):
+    images = X0 * np.array([0.1, 2.0, 5.0])[:, None, None, None]
+    for image, got in zip(images, objective.clamped(images, Clamp(most, ratio)), strict=True):
+        threshold = min(max(1.0, np.quantile(np.abs(image), ratio)), most)
+        np.testing.assert_allclose(
+            got, np.clip(image, -threshold, threshold) / threshold, rtol=1e-5
+        )
 
 
 def test_v_is_the_velocity_of_the_circle_from_image_to_noise():

@@ -7,7 +7,8 @@ import pytest
 
 from jaxdiff.diffusion import samplers
 from jaxdiff.diffusion.samplers import SAMPLERS, sampler_table
-from jaxdiff.diffusion.sampling import sample
+from jaxdiff.diffusion.sampling import Stretch, sample
+from jaxdiff.diffusion.schedule import Clamp
 from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.errors import InputError
 
@@ -33,9 +34,9 @@ def gaussian_denoiser(x, timestep, alpha, sigma, kept=None):
     return MEAN + alpha * DEVIATION**2 / variance * (x - alpha * MEAN), kept
 
 
-def run(table, noise, fresh_noise=None, denoisers=None, **options):
-    denoisers = denoisers or [(len(table.timesteps), gaussian_denoiser)]
-    return sample(denoisers, noise, table.initial_scale, table.columns(), fresh_noise, **options)
+def run(table, noise, fresh_noise=None, stretches=None, **options):
+    stretches = stretches or [Stretch(len(table.timesteps), gaussian_denoiser)]
+    return sample(stretches, noise, table.initial_scale, table.columns(), fresh_noise, **options)
 
 
 def error(name, steps):
@@ -102,7 +103,7 @@ def test_several_denoisers_in_turn_give_the_same_as_one(name):
     noise = rng.standard_normal((3, 4), np.float32)
     fresh = rng.standard_normal((table.draws, 3, 4), np.float32) if table.draws else None
     rows = len(table.timesteps)
-    parts = [(2, gaussian_denoiser), (1, gaussian_denoiser), (rows - 3, gaussian_denoiser)]
+    parts = [Stretch(length, gaussian_denoiser) for length in (2, 1, rows - 3)]
     np.testing.assert_allclose(
         run(table, noise, fresh, parts), run(table, noise, fresh), rtol=0, atol=2e-6
     )
@@ -128,8 +129,8 @@ def test_every_nth_row_of_a_denoiser_is_evaluated_in_full(whole_every):
                 table.p[row] * state + table.q[row] * estimate
             )
             row += 1
-    denoisers = [(length, denoiser_that_keeps) for length in lengths]
-    got = run(table, noise, denoisers=denoisers, whole_every=whole_every)
+    stretches = [Stretch(length, denoiser_that_keeps) for length in lengths]
+    got = run(table, noise, stretches=stretches, whole_every=whole_every)
     np.testing.assert_allclose(got, state, rtol=1e-4)
 
 
@@ -138,14 +139,32 @@ def test_groups_of_rows_change_nothing_for_a_denoiser_that_keeps_nothing(name):
     table = table_of(name, 8)
     noise, fresh = jnp.ones((1, 2)), jnp.ones((max(1, table.draws), 1, 2))
     plain = run(table, noise, fresh)
-    denoisers = [(len(table.timesteps), lambda *arguments: gaussian_denoiser(*arguments[:-1]))]
-    grouped = run(table, noise, fresh, denoisers, whole_every=3)
+    each = Stretch(len(table.timesteps), lambda *arguments: gaussian_denoiser(*arguments[:-1]))
+    grouped = run(table, noise, fresh, [each], whole_every=3)
     np.testing.assert_allclose(grouped, plain, rtol=1e-5)
 
 
 def test_denoisers_that_leave_out_rows_are_rejected():
     with pytest.raises(ValueError, match="add up to 9"):
-        run(table_of("ddim", 9), jnp.ones((1, 1)), denoisers=[(8, gaussian_denoiser)])
+        run(table_of("ddim", 9), jnp.ones((1, 1)), stretches=[Stretch(8, gaussian_denoiser)])
+
+
+def test_each_denoisers_estimates_are_clamped_in_its_own_way():
+    """Tests DDIM written out, whose direction is that of the estimate before clamping."""
+    table, noise = table_of("ddim", 4, timestep_spacing="trailing"), jnp.full((1, 1), 2.0)
+    clamps = (Clamp(0.1), Clamp(0.5), None)
+    alphas, sigmas = np.append(table.alpha, 1.0), np.append(table.sigma, 0.0)
+    x = noise
+    for row, clamp in enumerate((clamps[0], *clamps)):
+        estimate, _ = gaussian_denoiser(x, None, alphas[row], sigmas[row])
+        used = jnp.clip(estimate, -clamp.limit, clamp.limit) if clamp else estimate
+        epsilon = (x - alphas[row] * estimate) / sigmas[row]
+        x = alphas[row + 1] * used + sigmas[row + 1] * epsilon
+    lengths = (2, 1, 1)
+    stretches = [
+        Stretch(rows, gaussian_denoiser, clamp) for rows, clamp in zip(lengths, clamps, strict=True)
+    ]
+    np.testing.assert_allclose(run(table, noise, stretches=stretches), x, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

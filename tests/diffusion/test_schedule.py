@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.diffusion.samplers import FLOW_CLASS, SAMPLERS, max_steps, sampler_table
-from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.diffusion.schedule import Clamp, NoiseSchedule
 from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.errors import InputError
 
@@ -49,7 +49,7 @@ def test_a_stable_diffusion_config_is_read_for_every_sampler():
     for name in SAMPLERS:
         assert noise_schedule(SD15, name).beta_end == 0.012
     assert not noise_schedule(SD15, "ddim").set_alpha_to_one
-    assert noise_schedule({"clip_sample": False}, "ddim").set_alpha_to_one
+    assert noise_schedule({}, "ddim").set_alpha_to_one
     assert not noise_schedule({}, "pndm").set_alpha_to_one
 
 
@@ -73,8 +73,8 @@ def test_keys_unknown_to_the_sampler_are_ignored():
         ("pndm", {"prediction_type": "sample"}),
         ("pndm", {"skip_prk_steps": False}),
         ("ddim", {"timestep_spacing": "karras"}),
-        ("ddim", {"clip_sample": True}),
-        ("ddpm", {"thresholding": True}),
+        ("ddim", {"clip_sample": "yes"}),
+        ("unipc", {"thresholding": None}),
         ("ddpm", {"variance_type": "learned_range"}),
         ("euler", {"interpolation_type": "log_linear"}),
         ("euler", {"timestep_type": "continuous"}),
@@ -94,15 +94,49 @@ def test_keys_unknown_to_the_sampler_are_ignored():
 def test_unsupported_keys_are_rejected_by_name(sampler, config):
     key = list(config)[-1]
     with pytest.raises(InputError, match=rf"scheduler_config.json: {key} = .* set it to ") as error:
-        noise_schedule({"clip_sample": False, **config}, sampler)
+        noise_schedule(config, sampler)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_an_unsupported_default_is_reported_as_a_default():
-    with pytest.raises(
-        InputError, match="clip_sample = true, the default, is not supported by ddim"
-    ):
-        noise_schedule({}, "ddim")
+def clamp(sampler, **config):
+    return noise_schedule(config, sampler).clamp
+
+
+def test_clamping_is_read_as_from_config_does():
+    clips = {name for name in SAMPLERS if clamp(name)}
+    assert clips == {"ddim", "ddpm"}  # by default
+    both = {"clip_sample": True, "clip_sample_range": 2, "thresholding": True}
+    thresholds = {"ddim", "ddpm", "lcm", "dpmpp_2m", "dpmpp_2m_sde", "unipc"}
+    for name in SAMPLERS:
+        known = {"heun": Clamp(2.0)} | dict.fromkeys(thresholds, Clamp(1.0, 0.995))
+        assert clamp(name, **both) == known.get(name)
+        assert clamp(name, clip_sample=False) is None
+    left_out = {"clip_sample": False, "_use_default_values": ["clip_sample"]}
+    assert clamp("ddim", **left_out) == Clamp(1.0)
+    assert clamp("ddim", _class_name="DDIMScheduler", **left_out) is None
+    numbers = {"dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
+    assert clamp("unipc", thresholding=True, **numbers) == Clamp(1.5, 0.9)
+    assert clamp("euler", _class_name=FLOW_CLASS, **both) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"clip_sample_range": 0},
+        {"clip_sample_range": -1.0},
+        {"clip_sample_range": None},
+        {"clip_sample_range": math.inf},
+        {"dynamic_thresholding_ratio": 1.01},
+        {"dynamic_thresholding_ratio": -0.1},
+        {"dynamic_thresholding_ratio": "0.995"},
+        {"sample_max_value": 0},
+        {"sample_max_value": math.nan},
+        {"sample_max_value": True},
+    ],
+)
+def test_impossible_clamps_are_rejected_by_name(config):
+    with pytest.raises(InputError, match=f"scheduler_config.json: {next(iter(config))} = .* must"):
+        noise_schedule(config, "ddim")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +164,7 @@ def test_two_sigma_spacings_at_once_are_rejected():
     config = {"use_karras_sigmas": True, "use_exponential_sigmas": True}
     with pytest.raises(InputError, match="keep one of them"):
         noise_schedule(config, "euler")
-    assert noise_schedule({**config, "clip_sample": False}, "ddim")
+    assert noise_schedule(config, "ddim")
 
 
 def test_only_euler_supports_a_flow_schedule():

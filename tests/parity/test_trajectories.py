@@ -26,9 +26,19 @@ STOCHASTIC = ("ddim", "ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm")
 BOUND = 1e-3
 # With cosine betas the first sigma is 20000, of which diffusers' float32 leaves three digits.
 COSINE_BOUND = 1e-2
-# Keys that only matter with another key whose value is rejected, or where images are clipped.
+CLIPPING = [{"clip_sample": True}, {"clip_sample": True, "clip_sample_range": 0.3}]
+THRESHOLDING = [
+    {"thresholding": True},
+    {"thresholding": True, "clip_sample": True, "sample_max_value": 100.0},
+    {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.5},
+    {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 0.5},
+]
+CLAMPED = [
+    *itertools.product(("ddim", "ddpm", "heun", "lcm"), CLIPPING),
+    *itertools.product(("ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"), THRESHOLDING),
+]
+# Keys that only matter with another key whose value is rejected.
 IRRELEVANT = {
-    *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"),
     *("base_image_seq_len", "base_shift", "flow_shift", "max_image_seq_len", "max_shift"),
     "time_shift_type",
 }
@@ -110,6 +120,26 @@ def test_ddim_with_fresh_noise(eta):
         assert_same("ddim", config(timestep_spacing=spacing, steps_offset=offset), steps, eta=eta)
 
 
+@pytest.mark.parametrize(("sampler", "changes"), CLAMPED)
+def test_clamped_estimates(sampler, changes):
+    cases = itertools.product(("epsilon", "sample", "v_prediction"), (1, 4, 20))
+    for (prediction, steps), offset in zip(cases, itertools.cycle((0, 1)), strict=False):
+        case = config(prediction_type=prediction, steps_offset=offset)
+        assert_same(sampler, {**case, **changes}, steps)
+        if sampler == "ddim":
+            assert_same(sampler, {**case, **changes}, steps, eta=0.7)
+    free, held = ours(sampler, case, 20), ours(sampler, {**case, **changes}, 20)
+    assert difference(free, held) > 10 * BOUND  # the clamp acts
+
+
+@pytest.mark.parametrize("changes", [CLIPPING[0], THRESHOLDING[2]])
+def test_ddims_direction_is_not_that_of_the_clamped_estimate(changes):
+    """Tests where the last step ends at its own noise, so that only the clamp moves x."""
+    case = config(timestep_spacing="leading", set_alpha_to_one=False, **changes)
+    for steps in STEPS:
+        assert_same("ddim", case, steps)
+
+
 @pytest.mark.parametrize("variance_type", [None, "fixed_small", "fixed_small_log", "fixed_large"])
 def test_ddpms_variances(variance_type):
     for steps, offset in itertools.product(STEPS, (0, 1)):
@@ -140,19 +170,22 @@ def test_a_second_network_starts_where_its_scheduler_would(sampler):
             assert_same(sampler, case, steps, begin=begin)
 
 
+@pytest.mark.parametrize("changes", [{}, CLIPPING[1], THRESHOLDING[2]])
 @pytest.mark.parametrize("sampler", CLASSES)
-def test_the_scan_ends_where_diffusers_loop_ends(sampler):
-    case = config(prediction_type="v_prediction", timestep_spacing="trailing")
+def test_the_scan_ends_where_diffusers_loop_ends(sampler, changes):
+    case = config(prediction_type="v_prediction", timestep_spacing="trailing") | changes
     eta = 0.5 if sampler == "ddim" else 0.0
-    table = samplers.sampler_table(sampler, noise_schedule(case, sampler), 20, eta=eta)
+    schedule = noise_schedule(case, sampler)
+    table = samplers.sampler_table(sampler, schedule, 20, eta=eta)
     start, fresh = noise.draw(np.array([SEED]), SHAPE, "torch", draws=table.draws)
     assert (table.draws > 0) == (sampler in STOCHASTIC)
 
     def denoise(x, timestep, alpha, sigma, kept):
         return to_x0(network(x, timestep, jnp.tanh), x, alpha, sigma, "v_prediction"), kept
 
-    denoisers = [(5, denoise), (len(table.timesteps) - 5, denoise)]
-    end = sampling.sample(denoisers, start, table.initial_scale, table.columns(), fresh)
+    lengths = (5, len(table.timesteps) - 5)
+    stretches = [sampling.Stretch(rows, denoise, schedule.clamp) for rows in lengths]
+    end = sampling.sample(stretches, start, table.initial_scale, table.columns(), fresh)
     expected = theirs(sampler, case, 20, eta)[1][-1]
     assert np.linalg.norm(end[0] - expected) <= BOUND * np.sqrt(expected.size)
 

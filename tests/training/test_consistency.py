@@ -187,6 +187,7 @@ def parts_of(sampler: str, checkpoint) -> consistency._Parts:
     [
         {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False},
         {"_class_name": "DDIMScheduler", "clip_sample": True},
+        {"_class_name": "DDIMScheduler", "thresholding": True},
         {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
     ],
 )
@@ -195,6 +196,7 @@ def test_a_teacher_may_have_a_scheduler_that_its_student_does_not_support(schedu
     levels = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     made, short, walk = consistency._tables(recipe("shapes64"), levels | scheduler)
     assert made["_class_name"] == "DDIMScheduler"
+    assert noise_schedule(made, "ddim").clamp is None
     np.testing.assert_allclose(walk["alpha"][:, 0], short.alpha, rtol=1e-6)
     assert walk["timesteps"][:, 0].tolist() == [999, 499]
 
