@@ -1,7 +1,8 @@
 """Makes the images of one shard: batches on the device, encoding on threads, files in an attempt.
 
 If the model fails on a batch, the guilty images are found by halving it (the compiled batch size
-stays the same), so only they fail.
+stays the same), so only they fail. An image fails too if its values are not finite. Neither is held
+against an image if an empty prompt fails in the same way: then the model is broken.
 """
 
 import os
@@ -11,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.plan import Plan, PlannedImage
 from jaxdiff.errors import InputError
+from jaxdiff.request import Bucket
 from pipelines.jobs import StoppedError
 from pipelines.profiling import Profile
 
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 ENCODING_THREADS = min(4, os.cpu_count() or 1)
 NOT_FINITE = "the model's values were not finite"
 MAX_REASON_CHARACTERS = 300
+NOTHING = {"prompt": "", "negative_prompt": "", "seed": 0}  # what any working model can make
+# The buckets in which this process has seen a model make an empty prompt's image of finite values.
+_sound: WeakKeyDictionary["TextToImage", set[Bucket]] = WeakKeyDictionary()
 
 
 def device_of(model: "TextToImage") -> str:
@@ -86,12 +92,13 @@ class ShardImages:
 
         Raises:
           StoppedError: if `is_stopping` returns true.
-          InputError: if the model fails on every image, or runs out of memory.
+          InputError: if the model fails on every image, makes none of finite values, or runs out of
+            memory.
         """
         wanted = [i for i in planned if i.key not in kept and i.key not in self._deadly]
         with ThreadPoolExecutor(ENCODING_THREADS) as pool:
             depth = 2 * self._model.slots(planned[0].request, self._batch_size)
-            samples = _ahead(self._encode, self._images(wanted), pool, depth)
+            samples = _ahead(self._encode, self._fairly_judged(wanted), pool, depth)
             for image in planned:
                 if self._is_stopping():
                     raise StoppedError
@@ -121,6 +128,15 @@ class ShardImages:
             "encode": self._encode_seconds,
             "write": self._write_seconds,
         }
+
+    def _fairly_judged(
+        self, planned: list[PlannedImage]
+    ) -> Iterator[tuple[PlannedImage, "Image | str"]]:
+        """Yields as `_images` does, but raises InputError if the model makes no finite values."""
+        for image, made in self._images(planned):
+            if not isinstance(made, str) and not made.finite:
+                self._check_sound(image)
+            yield image, made
 
     def _images(self, planned: list[PlannedImage]) -> Iterator[tuple[PlannedImage, "Image | str"]]:
         """Yields each image with its pixels, or with the reason for its failure, in order."""
@@ -192,13 +208,36 @@ class ShardImages:
     def _works(self, image: PlannedImage) -> bool:
         """Returns whether the model can make an image of an empty prompt, in its own size."""
         width, height = self._model.checkpoint.defaults.size
-        nothing = {"prompt": "", "negative_prompt": "", "seed": 0}
-        plain = replace(image.request, **nothing, width=width, height=height)
+        plain = replace(image.request, **NOTHING, width=width, height=height)
         try:
             list(self._model.stream([plain], self._batch_size))
         except Exception:
             return False
         return True
+
+    def _check_sound(self, image: PlannedImage) -> None:
+        """Raises InputError unless the model makes finite values of an empty prompt, too.
+
+        It is asked once per bucket: size, sampler and steps may all make the values overflow.
+        """
+        sound = _sound.setdefault(self._model, set())
+        if image.request.bucket in sound:
+            return
+        try:
+            (plain,) = self._model.stream([replace(image.request, **NOTHING)], self._batch_size)
+        except Exception as problem:
+            if _is_fatal(problem):
+                raise self._explained(problem, image) from problem
+            raise InputError(f"the model fails on every image: {reason_of(problem)}") from problem
+        if not plain.finite:
+            dtype = self._plan.settings.dtype
+            better = "another model" if dtype == "float32" else "--dtype float32"
+            raise InputError(
+                f"the model's values for an empty prompt of {image.request.width}x"
+                f"{image.request.height} are not finite in {dtype}, so no row is to blame; start "
+                f"over in another directory with {better}"
+            )
+        sound.add(image.request.bucket)
 
     def _explained(self, problem: Exception, image: PlannedImage) -> Exception:
         if "RESOURCE_EXHAUSTED" not in str(problem):

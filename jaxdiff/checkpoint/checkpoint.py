@@ -4,6 +4,7 @@ A diffusers directory and a single file in the original naming give the same kin
 What the networks are used for is defined in `families`, which are passed to this module.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from jaxdiff.checkpoint.prediction import config_beside
 from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.checkpoint.tokenizer_files import check_tokenizer
 from jaxdiff.checkpoint.weight_files import NoVariantError, choose, no_index, read_weights
+from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -214,7 +216,7 @@ def _open_single_file(path: Path, families: Mapping[str, Family]) -> Checkpoint:
 
     def tokenizer(network: str, folder: str) -> Path:
         beside = path.parent / folder
-        return beside if beside.is_dir() else _hub_tokenizer(path, folder, found, network)
+        return beside if os.path.lexists(beside) else _hub_tokenizer(path, folder, found, network)
 
     tokenizers = _tokenizers(networks, tokenizer)
     files = {"checkpoint.safetensors": path}
@@ -253,7 +255,7 @@ def _family(path: Path, index: dict, families: Mapping[str, Family]) -> Family:
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in families:
         raise InputError(
-            f"{path}: {pipeline} is not supported; use a checkpoint of {', '.join(families)}"
+            f"{path}: {shown(pipeline)} is not supported; use a checkpoint of {', '.join(families)}"
         )
     return families[pipeline]
 
@@ -268,7 +270,8 @@ def _networks(path: Path, index: dict, family: Family) -> dict[str, Component]:
         wanted = [component.library, component.class_name]
         if found != wanted:
             raise InputError(
-                f"{path}: {name} is {found}, but only {wanted} is supported; use another model"
+                f"{path}: {name} is {shown(found)}, but only {wanted} is supported; use "
+                "another model"
             )
         networks[name] = component
     return networks

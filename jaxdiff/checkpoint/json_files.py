@@ -7,6 +7,7 @@ from jaxdiff.checkpoint.regular_file import opened
 from jaxdiff.errors import InputError
 
 MAX_JSON_BYTES = 64_000_000
+MAX_DEPTH = 100  # of lists in lists: what reads or shows a deeper value might recurse too deeply
 
 
 def read_json(path: Path) -> dict:
@@ -14,6 +15,8 @@ def read_json(path: Path) -> dict:
     try:
         with opened(path) as file:
             value = json.loads(file.read(MAX_JSON_BYTES))
+        if not _is_shallow(value):
+            raise ValueError("nested too deeply")
     except FileNotFoundError:
         raise InputError(f"{path} is missing; copy the checkpoint again") from None
     except (OSError, RecursionError, ValueError) as error:
@@ -21,6 +24,16 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object; copy it again")
     return value
+
+
+def _is_shallow(value: object) -> bool:
+    level = [[value]]
+    for _ in range(MAX_DEPTH):
+        inner = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [each for part in inner for each in part if isinstance(each, dict | list)]
+        if not level:
+            return True
+    return False
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -112,7 +112,8 @@ class Update:
         else:
             mid = self.mid.read().astype(np.float32)
             product = np.einsum("or,rshw,si->oihw", up, mid, down, optimize=True)
-        return np.float32(self.scale) * product.reshape(self.shape)
+        with np.errstate(over="ignore"):  # refused when the weight is loaded
+            return np.float32(self.scale) * product.reshape(self.shape)
 
 
 def parse(said: str) -> Lora:
@@ -282,9 +283,9 @@ def _reject_changed_base(path: Path, configs: Mapping[str, dict]) -> None:
         start = config.get("init_lora_weights")
         if isinstance(start, str) and start.lower().partition("_")[0] in CHANGED_BASE:
             raise InputError(
-                f"lora {path} was trained with init_lora_weights {start!r}, which changes the base "
-                "model's weights as well; convert it with PEFT: save_pretrained(..., "
-                "path_initial_model_for_weight_conversion=...)"
+                f"lora {path} was trained with init_lora_weights {checks.shown(start)}, which "
+                "changes the base model's weights as well; convert it with PEFT: "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
             )
 
 

@@ -5,6 +5,7 @@ metadata (Stability AI's ModelSpec: `modelspec.prediction_type`; kohya's trainer
 `ss_v_parameterization`), or in the original code's config, a YAML file of the same name beside it.
 """
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import yaml
 from jaxdiff.checkpoint.regular_file import opened
 from jaxdiff.errors import InputError
 
-MAX_YAML_BYTES = 1_000_000
+MAX_YAML_BYTES = 100_000  # a config has 5,000; a megabyte may take half a minute
 NAMES = {  # as the places spell them, in lower case
     **dict.fromkeys(("epsilon", "eps"), "epsilon"),
     **dict.fromkeys(("v", "v_prediction", "v-prediction"), "v_prediction"),
@@ -21,9 +22,12 @@ NAMES = {  # as the places spell them, in lower case
 
 
 def config_beside(path: Path) -> Path | None:
-    """Returns the path of the YAML file beside a checkpoint, None if there is none."""
+    """Returns the path of the YAML file beside a checkpoint, None if there is none.
+
+    It need not be a file that can be read.
+    """
     beside = path.with_suffix(".yaml")
-    return beside if beside.is_file() else None
+    return beside if os.path.lexists(beside) else None
 
 
 def prediction_type(path: Path, keys: Collection[str], metadata: Mapping) -> str:
@@ -57,9 +61,11 @@ def prediction_type(path: Path, keys: Collection[str], metadata: Mapping) -> str
 
 
 def _named(path: Path, key: str, value: object) -> str:
-    name = NAMES.get(str(value).lower())
+    # The text of a list could be of any length: a YAML file may repeat one list many times over.
+    said = value[:40] if isinstance(value, str) else type(value).__name__
+    name = NAMES.get(said.lower())
     if name is None:
-        raise InputError(f"{path}: {key} = {str(value)[:40]!r} is not supported; use epsilon or v")
+        raise InputError(f"{path}: {key} = {said!r} is not supported; use epsilon or v")
     return name
 
 
@@ -67,7 +73,10 @@ def _parameterization(path: Path) -> object:
     """Returns `model.params.parameterization` of the original code's config, None without one."""
     try:
         with opened(path) as file:
-            config = yaml.safe_load(file.read(MAX_YAML_BYTES))
+            text = file.read(MAX_YAML_BYTES + 1)
+        if len(text) > MAX_YAML_BYTES:
+            raise ValueError(f"it has more than {MAX_YAML_BYTES} bytes")
+        config = yaml.safe_load(text)
     except (OSError, RecursionError, ValueError, yaml.YAMLError) as problem:
         reason = " ".join(str(problem).split())[:200]
         raise InputError(f"{path} cannot be read as YAML ({reason}); move it away") from None

@@ -15,6 +15,7 @@ from jaxdiff.errors import InputError
 
 METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_NAME_CHARACTERS = 300  # names are in messages
 MAX_RANK = 8  # the product of a million sizes takes hours
 ITEM_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
@@ -36,6 +37,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         tensors = json.loads(text, object_pairs_hook=checks.without_duplicates)
         tensors.pop(METADATA, None)
+        if any(len(name) > MAX_NAME_CHARACTERS for name in tensors):
+            raise ValueError("a name is too long")
         end = _check_offsets(tensors)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{path} has a broken safetensors header; copy it again") from error
@@ -57,13 +60,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict:
-    """Returns the metadata of a file whose header has been read: strings by name, if it is valid.
+    """Returns the metadata of a file whose header has been read: strings by name.
 
     Raises:
       InputError: if the file can no longer be read.
     """
     metadata = json.loads(_text(path)[0]).get(METADATA)
-    return metadata if isinstance(metadata, dict) else {}
+    pairs = metadata.items() if isinstance(metadata, dict) else ()
+    return {name: value for name, value in pairs if isinstance(value, str)}
 
 
 def _text(path: Path) -> tuple[bytes, int]:

@@ -1,83 +1,154 @@
 """Checks the files of CLIP's byte-pair tokenizer. Imports no JAX."""
 
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from jaxdiff.checkpoint.component import TOKENIZER_FILES
 from jaxdiff.checkpoint.json_files import MAX_JSON_BYTES, read_json
 from jaxdiff.checkpoint.regular_file import opened
+from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
 
 LEAST_TOKENS = 3  # the start, one of the text, the end
 NO_LIMIT = 1e30  # as written in old files
 END_OF_WORD = "</w>"
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<\w+>")  # <|endoftext|>, <unk>: not made by a merge
+# Settings by which transformers would take the vocabulary from elsewhere.
+ELSEWHERE = ("gguf_file", "init_inputs", "merges", "tokenizer_object", "vocab")
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises InputError unless the tokenizer's files are present and complete."""
-    for name in TOKENIZER_FILES:
-        if name.endswith(".json") and (folder / name).is_file():
-            read_json(folder / name)
-    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    if vocabulary.is_file() and merges.is_file():
-        _check_merges(vocabulary, merges)
-    elif not (folder / "tokenizer.json").is_file():
+    """Raises InputError unless the tokenizer's files are present, complete and well formed."""
+    # A folder or a dangling link is present, too; it is refused by name when it is read.
+    present = [name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
+    found = {name: read_json(folder / name) for name in present if name.endswith(".json")}
+    lines = _lines(folder / "merges.txt") if "merges.txt" in present else None
+    if "vocab.json" in found and lines is not None:
+        _check_merges(folder / "vocab.json", found["vocab.json"], folder / "merges.txt", lines)
+    elif "tokenizer.json" not in found:
         raise InputError(f"{folder} lacks vocab.json and merges.txt; copy the checkpoint again")
-    if (folder / "tokenizer.json").is_file():
-        _check_model(folder / "tokenizer.json")
-    if (folder / "tokenizer_config.json").is_file():
-        _check_length(folder / "tokenizer_config.json")
+    checks = {
+        "tokenizer.json": _check_model,
+        "tokenizer_config.json": _check_config,
+        "special_tokens_map.json": _check_config,  # transformers merges it into the other
+        "added_tokens.json": _check_ids,
+    }
+    for name, check in checks.items():
+        if name in found:
+            check(folder / name, found[name])
 
 
-def _check_model(path: Path) -> None:
-    model = read_json(path).get("model")
+def _lines(path: Path) -> list[str]:
+    try:
+        with opened(path) as file:
+            return file.read(MAX_JSON_BYTES).decode().splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); copy it again") from error
+
+
+def _check_model(path: Path, content: dict) -> None:
+    """Checks the vocabulary, the merges and the added tokens of a tokenizer.json."""
+    model = content.get("model")
     if not isinstance(model, dict) or not (model.get("vocab") and model.get("merges")):
         raise InputError(f"{path} lacks a vocabulary or merges; copy the checkpoint again")
+    vocabulary, merges, added = model["vocab"], model["merges"], content.get("added_tokens")
+    _check_ids(path, vocabulary)
+    for merge in merges if isinstance(merges, list) else [merges]:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not _is_merge(pair, vocabulary):
+            raise InputError(
+                f"{path}: {shown(merge)} does not merge two tokens of the vocabulary into a third; "
+                "copy the checkpoint again"
+            )
+    if not isinstance(added, list):
+        raise InputError(f"{path} lacks added_tokens, a list; copy the checkpoint again")
+    for token in added:
+        if not _is_token(token) or not _is_id(token.get("id")):
+            raise _wrong_token(path, "added_tokens", token)
 
 
-def _check_length(path: Path) -> None:
-    """Rejects a length that leaves no room between the start token and the end token."""
-    length = read_json(path).get("model_max_length")
-    if length in (None, NO_LIMIT):
-        return
-    if type(length) is not int or length < LEAST_TOKENS:
+def _check_config(path: Path, content: dict) -> None:
+    """Checks the length and the tokens in one of the two files of settings."""
+    length = content.get("model_max_length")
+    # A shorter one leaves no room between the start token and the end token.
+    is_length = type(length) is int and length >= LEAST_TOKENS
+    if length not in (None, NO_LIMIT) and not is_length:
         raise InputError(
-            f"{path}: model_max_length = {length!r} must be a whole number of at least "
+            f"{path}: model_max_length = {shown(length)} must be a whole number of at least "
             f"{LEAST_TOKENS} tokens; CLIP's is 77"
+        )
+    for key in ELSEWHERE:
+        if content.get(key):
+            raise InputError(f"{path}: {key} is not supported; remove it")
+    _check_special(path, content)
+    added = content.get("added_tokens_decoder", {})
+    if not isinstance(added, dict):
+        raise _wrong_token(path, "added_tokens_decoder", added)
+    for number, token in added.items():
+        if not re.fullmatch(r"[0-9]{1,9}", number) or not _is_token(token):
+            raise _wrong_token(path, f"added_tokens_decoder: {number[:20]}", token)
+
+
+def _check_special(path: Path, content: dict) -> None:
+    """Checks the kinds of the special tokens, such as "eos_token"."""
+    for key, token in content.items():
+        is_text = token is None or isinstance(token, str)
+        if key.endswith("_token") and not is_text and not _is_token(token):
+            raise _wrong_token(path, key, token)
+
+
+def _is_token(value: object) -> bool:
+    """Whether a value describes a token, with flags such as "lstrip"."""
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _wrong_token(path: Path, key: str, token: object) -> InputError:
+    return InputError(f"{path}: {key} = {shown(token)} is not a token; copy the checkpoint again")
+
+
+def _check_ids(path: Path, vocabulary: object) -> None:
+    """Raises InputError unless a vocabulary maps tokens to distinct ids."""
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else [vocabulary]
+    if not all(map(_is_id, ids)) or len(set(ids)) < len(ids):
+        raise InputError(
+            f"{path}: its ids are not distinct whole numbers; copy the checkpoint again"
         )
 
 
-def _check_merges(vocabulary_path: Path, merges_path: Path) -> None:
+def _is_merge(pair: object, vocabulary: dict) -> bool:
+    """Whether a pair, and its concatenation, are tokens of the vocabulary."""
+    if not isinstance(pair, list) or not all(isinstance(part, str) for part in pair):
+        return False
+    return len(pair) == 2 and vocabulary.keys() >= {*pair, "".join(pair)}
+
+
+def _check_merges(
+    vocabulary_path: Path, vocabulary: dict, merges_path: Path, lines: Iterable[str]
+) -> None:
     """Raises InputError unless the merges make exactly the vocabulary's tokens.
 
     Truncated merges would change how texts are tokenized. As in CLIP and GPT-2, a token is a byte's
     symbol, with or without `END_OF_WORD`, or a merge of two tokens, or special.
     """
-    vocabulary = read_json(vocabulary_path)
-    ids = vocabulary.values()
-    if not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) < len(ids):
-        raise InputError(
-            f"{vocabulary_path}: its ids are not distinct whole numbers; copy the checkpoint again"
-        )
-    try:
-        with opened(merges_path) as file:
-            lines = file.read(MAX_JSON_BYTES).decode().splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{merges_path} cannot be read ({error}); copy it again") from error
+    _check_ids(vocabulary_path, vocabulary)
     made = set()
     for number, line in enumerate(lines, start=1):
         if line.startswith("#version"):
             continue
-        pair, token = line.split(" "), line.replace(" ", "")
-        if len(pair) != 2 or not vocabulary.keys() >= {*pair, token}:
+        if not _is_merge(line.split(" "), vocabulary):
             raise InputError(
                 f"{merges_path}: line {number} does not merge two tokens of vocab.json into a "
                 "third; copy the checkpoint again"
             )
-        made.add(token)
+        made.add(line.replace(" ", ""))
     for token in vocabulary.keys() - made:
         if len(token.removesuffix(END_OF_WORD)) > 1 and not SPECIAL_TOKEN.fullmatch(token):
             raise InputError(
-                f"{merges_path} never makes {token!r} of vocab.json; copy the checkpoint again"
+                f"{merges_path} never makes {shown(token)} of vocab.json; copy the checkpoint again"
             )

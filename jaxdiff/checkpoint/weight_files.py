@@ -10,8 +10,13 @@ from pathlib import Path
 
 from jaxdiff.checkpoint.component import INDEX, TOKENIZER_FILES, Component, config_file
 from jaxdiff.checkpoint.json_files import read_json
-from jaxdiff.checkpoint.safetensors_header import ITEM_BYTES, read_header
+from jaxdiff.checkpoint.safetensors_header import (
+    ITEM_BYTES,
+    MAX_NAME_CHARACTERS,
+    read_header,
+)
 from jaxdiff.checkpoint.tensors import FLOATS, SHOWN, StoredTensor
+from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
 
 OTHER_VARIANTS = ("fp16", "bf16")  # used in this order if there are no full weights
@@ -135,8 +140,8 @@ def _read_shards(path: Path) -> dict[str, StoredTensor]:
     for name in places.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise InputError(
-                f"{path} names {name!r}, which is not a safetensors file in the same folder; do "
-                "not use this checkpoint"
+                f"{path} names {shown(name)}, which is not a safetensors file in the same folder; "
+                "do not use this checkpoint"
             )
     stored: dict[str, StoredTensor] = {}
     for name in sorted(set(places.values())):
@@ -152,14 +157,15 @@ def _read_shards(path: Path) -> dict[str, StoredTensor]:
             listed = f"in {places[key]}" if key in places else "in no file"
             found = f"in {stored[key].file.name}" if key in stored else "missing"
             raise InputError(
-                f"{path}: {key} should be {listed} but is {found}; copy the checkpoint again"
+                f"{path}: {key[:MAX_NAME_CHARACTERS]} should be {listed} but is {found}; "
+                "copy the checkpoint again"
             )
     metadata = index.get("metadata")
     expected = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(tensor.size * ITEM_BYTES[tensor.dtype] for tensor in stored.values())
     if expected is not None and expected != total:
         raise InputError(
-            f"{path}: the weights should have {expected} bytes but have {total}; copy the "
+            f"{path}: the weights should have {shown(expected)} bytes but have {total}; copy the "
             "checkpoint again"
         )
     return stored

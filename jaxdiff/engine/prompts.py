@@ -11,7 +11,7 @@ import numpy as np
 from jaxdiff.devices import compilation, parallel
 from jaxdiff.errors import InputError
 from jaxdiff.families.model import Model, Text
-from jaxdiff.families.tokens import Tokenizer
+from jaxdiff.families.tokens import of_encoder
 from jaxdiff.weights.load import StoredNetwork
 
 # Prompts are encoded in batches of this size, independent of the size of the image batches, so that
@@ -54,14 +54,8 @@ class PromptEncoder:
         self._stored = stored
         self._tokenizers = {}
         for name in model.text_encoders:
-            config = model.configs[name]
-            tokenizer = Tokenizer(folders[name], model.positions[name])
-            words, layers = config.vocab_size, config.num_hidden_layers
-            if len(tokenizer) > words:
-                raise InputError(
-                    f"{folders[name]} has {len(tokenizer)} tokens, but {name} has only {words}; it "
-                    "belongs to another model; copy the checkpoint again"
-                )
+            tokenizer = of_encoder(folders[name], name, model.configs[name])
+            layers = model.configs[name].num_hidden_layers
             if clip_skip + model.layers_skipped > layers:
                 raise InputError(
                     f"--clip-skip {clip_skip}: {name} has only {layers} layers; skip fewer"

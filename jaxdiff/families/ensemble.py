@@ -1,7 +1,7 @@
 """The checkpoints that make an image together: a base and perhaps a refiner. Imports no JAX."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Steps(NamedTuple):
 
     Attributes:
       tables: the sampler's table for each denoiser.
-      ranges: which denoiser evaluates which rows, and whether they are guided.
+      ranges: which denoiser evaluates which rows, whether guided, and how estimates are clamped.
     """
 
     tables: Sequence[SamplerTable]
@@ -82,6 +82,23 @@ class Ensemble:
             for checkpoint in self.checkpoints
         ]
 
+    def lost_tokens(self, chunks: int) -> Callable[[str], int]:
+        """Returns a function that maps a prompt to the number of its tokens that are cut off.
+
+        Of several text encoders, the one that loses most counts.
+
+        Args:
+          chunks: `Options.prompt_chunks`.
+        """
+        from jaxdiff.families.tokens import Tokenizer  # takes a second to import
+
+        tokenizers = [
+            Tokenizer(folder, checkpoint.defaults.tokens)
+            for checkpoint in self.checkpoints
+            for folder in checkpoint.tokenizers.values()
+        ]
+        return lambda prompt: max(tokenizer.lost(prompt, chunks) for tokenizer in tokenizers)
+
     def steps(self, options: Options, bucket: Bucket) -> Steps:
         """Returns the sampler's tables for a bucket, and which denoiser takes which of their rows.
 
@@ -89,11 +106,14 @@ class Ensemble:
           InputError: if the sampler does not support a scheduler's config.
         """
         configs = self.schedulers(options.scheduler)
+        schedules = [
+            checkpoint.family.schedule(config, bucket)
+            for checkpoint, config in zip(self.checkpoints, configs, strict=True)
+        ]
 
         def table(number: int, begin: int = 0) -> SamplerTable:
-            schedule = self.checkpoints[number].family.schedule(configs[number], bucket)
             return samplers.sampler_table(
-                bucket.sampler, schedule, bucket.steps, eta=options.eta, begin=begin
+                bucket.sampler, schedules[number], bucket.steps, eta=options.eta, begin=begin
             )
 
         base = table(0)
@@ -102,6 +122,7 @@ class Ensemble:
             options,
             guided=bucket.guided,
             guidance_is_input=[each.defaults.guidance_is_input for each in self.checkpoints],
+            clamps=[schedule.clamp for schedule in schedules],
             train_steps=scheduler_config.train_steps(configs[0]),
         )
         begin = sum(part.rows for part in ranges if part.denoiser == 0)

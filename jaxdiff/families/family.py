@@ -1,6 +1,6 @@
 """The interface of a model family. Imports no JAX."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,6 +53,9 @@ class Networks(Protocol):
 
     def read_configs(self, parsed: Mapping[str, dict]) -> dict:
         """Reads each network's parsed config strictly into its dataclass."""
+
+    def check_counts(self, configs: Mapping, weights: Mapping[str, Sized]) -> None:
+        """Raises InputError if a config describes far more weights than the files contain."""
 
     def module(self, component: str, config: Any) -> Callable:
         """Returns the Flax module's class for a component."""

@@ -1,4 +1,4 @@
-"""The report of `jaxdiff inspect`, from a checkpoint's configs and headers alone."""
+"""The report of `jaxdiff inspect`, from a checkpoint's files without its weights."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -17,8 +17,8 @@ SIGMAS = ("Karras", "exponential", "beta")
 def report(checkpoint: Checkpoint) -> str:
     """Returns a checkpoint's family, networks, defaults and fingerprint as aligned lines of text.
 
-    The last line tells whether the networks can be built. Only configs and headers are read, except
-    for the fingerprint, which reads every byte once.
+    The last line tells whether the networks and the tokenizers can be made. Of the weights, only
+    headers are read, except for the fingerprint, which reads every byte once.
 
     Raises:
       InputError: if a required value is not valid. An optional default that is missing is reported
@@ -75,18 +75,18 @@ def _facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 def _prediction(scheduler: dict) -> str:
     predicted = scheduler_config.prediction_type(scheduler)
     zero = scheduler.get("rescale_betas_zero_snr")
-    return f"{predicted}" + ", zero terminal SNR" * (bool(zero) and predicted != "flow")
+    return _brief(predicted) + ", zero terminal SNR" * (bool(zero) and predicted != "flow")
 
 
 def _scheduler(scheduler: dict) -> str:
     parts = [
-        scheduler.get("_class_name"),
-        f"{scheduler.get('num_train_timesteps', 1000)} timesteps",
+        _brief(scheduler.get("_class_name")),
+        f"{_brief(scheduler.get('num_train_timesteps', 1000))} timesteps",
     ]
     if "timestep_spacing" in scheduler:
-        parts.append(f"{scheduler['timestep_spacing']} spacing")
+        parts.append(f"{_brief(scheduler['timestep_spacing'])} spacing")
     parts += [f"{kind} sigmas" for kind in SIGMAS if scheduler.get(f"use_{kind.lower()}_sigmas")]
-    return ", ".join(map(str, parts))
+    return ", ".join(parts)
 
 
 def _sampler(checkpoint: Checkpoint) -> str:
@@ -96,13 +96,16 @@ def _sampler(checkpoint: Checkpoint) -> str:
 
 
 def _usable(checkpoint: Checkpoint) -> str:
-    from jaxdiff.families.model import networks_of  # imports JAX, which takes a second
+    from jaxdiff.families import tokens  # imports transformers: with JAX, this takes two seconds
+    from jaxdiff.families.model import networks_of
     from jaxdiff.weights.load import refuse_misfits
 
     try:
         model = networks_of(checkpoint)
         for name, network in model.networks.items():
             refuse_misfits(network.shapes, checkpoint.weights(name))
+        for name in model.text_encoders:
+            tokens.of_encoder(checkpoint.tokenizer(name), name, model.configs[name])
     except InputError as error:
         return f"no: {error}"
     return "yes"
@@ -128,7 +131,13 @@ def _tokenizer(checkpoint: Checkpoint, encoder: str) -> tuple[str, str]:
     ]
     length = min((n for n in lengths if isinstance(n, int)), default="any number of")
     name = encoder.replace("text_encoder", "tokenizer")
-    return name, f"{length} tokens, vocabulary of {config.get('vocab_size')}"
+    return name, f"{_brief(length)} tokens, vocabulary of {_brief(config.get('vocab_size'))}"
+
+
+def _brief(value: object) -> str:
+    """Returns a value of a config, which has not been read strictly, in few characters."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _or_reason(value: Callable[[], str]) -> str:

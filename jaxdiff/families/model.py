@@ -124,6 +124,7 @@ def networks_of(checkpoint: Checkpoint) -> Model:
     networks = checkpoint.family.networks()
     try:
         configs = networks.read_configs({n: checkpoint.config(n) for n in checkpoint.networks})
+        networks.check_counts(configs, checkpoint.tensors)
     except InputError as problem:
         raise InputError(f"{checkpoint.path}: {problem}") from problem
     try:

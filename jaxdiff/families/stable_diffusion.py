@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import islice
 
 from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
@@ -90,8 +91,8 @@ class Defaults:
         latents = size if isinstance(size, list | tuple) else [size, size]  # height, width
         if len(latents) != 2 or not all(type(side) is int and side > 0 for side in latents):
             raise InputError(
-                f"{self._checkpoint.place('unet')}: sample_size = {size!r} gives no default size; "
-                "set --width and --height"
+                f"{self._checkpoint.place('unet')}: sample_size = {checks.shown(size)} gives no "
+                "default size; set --width and --height"
             )
         return latents[1] * self.size_multiple, latents[0] * self.size_multiple
 
@@ -116,8 +117,8 @@ class Defaults:
         channels = self._vae.get("latent_channels", 4)
         if type(channels) is not int or channels < 1:
             raise InputError(
-                f"{self._checkpoint.place('vae')}: latent_channels = {channels!r} must be a "
-                "positive whole number"
+                f"{self._checkpoint.place('vae')}: latent_channels = {checks.shown(channels)} must "
+                "be a positive whole number"
             )
         return channels
 
@@ -146,12 +147,13 @@ class Defaults:
         steps = own.get("steps", steps)
         guidance_scale = own.get("guidance_scale", guidance_scale)
         try:
-            checks.integer("steps", steps, 1, checks.MAX_STEPS)
-            checks.number("guidance_scale", guidance_scale, 0, checks.MAX_GUIDANCE_SCALE)
+            return (
+                checks.integer("steps", steps, 1, checks.MAX_STEPS),
+                checks.number("guidance_scale", guidance_scale, 0, checks.MAX_GUIDANCE_SCALE),
+            )
         except checks.BadValueError as problem:
             place = self._checkpoint.path / INDEX
             raise InputError(f"{place}: {OWN_DEFAULTS}: {problem}") from None
-        return steps, guidance_scale
 
     @cached_property
     def sampler(self) -> str:
@@ -159,8 +161,9 @@ class Defaults:
         config = self._checkpoint.config("scheduler")
         sampler = samplers.of_config(config)
         if sampler is None:
+            name = checks.shown(config.get("_class_name"))
             raise InputError(
-                f"{self._checkpoint.place('scheduler')}: {config.get('_class_name')} is not "
+                f"{self._checkpoint.place('scheduler')}: {name} is not "
                 f"supported; choose a --sampler: {', '.join(sorted(samplers.SAMPLERS))}"
             )
         return sampler
@@ -208,7 +211,14 @@ def kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, str]:
     """Returns the original names of XL's U-Net layers, which kohya's files use, with our keys."""
     if component != "unet" or checkpoint.pipeline not in XL_PIPELINES:
         return {}
-    return {original: key for key, original, _ in unet_names(checkpoint.config("unet"))}
+    # No more than there are weights, whatever the config says: it has not been read strictly.
+    known = islice(unet_names(checkpoint.config("unet")), len(checkpoint.weights("unet")))
+    try:
+        return {original: key for key, original, _ in known}
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{checkpoint.place('unet')} does not describe a U-Net; copy the checkpoint again"
+        ) from error
 
 
 def _operations(checkpoint: Checkpoint, height: int, width: int, tokens: int) -> tuple[int, int]:

@@ -1,14 +1,17 @@
 """The networks of Stable Diffusion 1, 2 and XL as pure functions: the part that imports JAX."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxdiff.checkpoint.single_file import names
+from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
 from jaxdiff.families.model import Codec, Denoiser, Model, Network, Params, Text
 from jaxdiff.models import unet
@@ -21,6 +24,11 @@ AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 XL_LAYERS_SKIPPED = 1  # XL uses the penultimate hidden layer (arXiv:2307.01952, 2.1)
 SHARDING = {"unet": unet.SHARDING, "vae": autoencoder_kl.SHARDING}
 CONFIGS = {"unet": unet.UNetConfig, "vae": autoencoder_kl.AutoencoderKLConfig}
+# The config keys that say how many modules a network has.
+COUNTS = (
+    *("block_out_channels", "layers_per_block", "transformer_layers_per_block"),
+    "num_hidden_layers",
+)
 
 
 class Conditioning(NamedTuple):
@@ -47,6 +55,22 @@ def read_configs(parsed: Mapping[str, dict]) -> dict:
         name: CONFIGS.get(name, clip.CLIPTextConfig).from_json(config)
         for name, config in parsed.items()
     }
+
+
+def check_counts(configs: Mapping, weights: Mapping[str, Sized]) -> None:
+    """Raises InputError if a config describes far more weights than its network has in the files.
+
+    Building such a network might take for ever. A smaller difference is left to `refuse_misfits`,
+    which names the weights.
+    """
+    for network, config in configs.items():
+        held, described = len(weights[network]), config.to_json()
+        if sum(1 for _ in islice(names(described), 2 * held + 1)) > 2 * held:
+            said = (f"{key} = {shown(described[key])}" for key in COUNTS if key in described)
+            raise InputError(
+                f"{network}/config.json: {', '.join(said)} describe more than twice the {held} "
+                "weights in the file; copy the checkpoint again"
+            )
 
 
 def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:

@@ -3,11 +3,19 @@
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import CLIPTokenizer
 
+from jaxdiff.checkpoint.tokenizer_files import LEAST_TOKENS
 from jaxdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxdiff.models.text.clip import CLIPTextConfig
+
+
+MAX_REASON_CHARACTERS = 200
 
 
 class Tokenizer:
@@ -25,25 +33,70 @@ class Tokenizer:
           positions: the maximum number of tokens of the text encoder.
 
         Raises:
-          InputError: if the directory contains no tokenizer.
+          InputError: if the directory contains no tokenizer, or one that cannot be used.
         """
         # Without this check transformers would look for the name on the Hub.
         if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.json")):
             raise InputError(
                 f"{directory} contains no tokenizer (vocab.json or tokenizer.json); copy it again"
             )
-        self._tokenizer = CLIPTokenizer.from_pretrained(directory)
+        self._tokenizer = _read(directory)
         self.tokens = min(self._tokenizer.model_max_length, positions)
+        if self.tokens < LEAST_TOKENS:
+            raise InputError(
+                f"{directory} has no room for a text: a prompt may have only {self.tokens} tokens, "
+                "with its start and end; use another model"
+            )
         self._lock = threading.Lock()  # the tokenizer's truncation setting is mutable state
 
     def __len__(self) -> int:
-        """The size of the vocabulary."""
-        return len(self._tokenizer)
+        """The size of the vocabulary: one more than its largest id, since ids may have gaps."""
+        return max(self._tokenizer.get_vocab().values()) + 1
 
     def __call__(self, texts: Sequence[str], chunks: int = 1) -> np.ndarray:
         """Returns token ids, int32 [texts, chunks, tokens]; see `chunked_tokens`."""
         with self._lock:
             return chunked_tokens(self._tokenizer, texts, self.tokens, chunks)
+
+    def lost(self, text: str, chunks: int = 1) -> int:
+        """Returns how many tokens at the end of a text are cut off."""
+        most = chunks * (self.tokens - 2)
+        if text.isascii() and len(text) <= most:  # a token has at least one byte
+            return 0
+        with self._lock:
+            words = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return max(0, len(words) - most)
+
+
+def of_encoder(directory: Path, name: str, config: "CLIPTextConfig") -> Tokenizer:
+    """Reads the tokenizer of a text encoder with this name and config.
+
+    Raises:
+      InputError: as for a `Tokenizer`, or if the text encoder lacks some of its tokens.
+    """
+    tokenizer = Tokenizer(directory, config.max_position_embeddings)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"{directory} has {len(tokenizer)} tokens, but {name} has only {config.vocab_size}; it "
+            "belongs to another model; copy the checkpoint again"
+        )
+    return tokenizer
+
+
+def _read(directory: Path) -> CLIPTokenizer:
+    """Reads a tokenizer with transformers, which raises exceptions of every kind."""
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(directory)
+        for name in ("bos_token", "eos_token", "pad_token"):
+            if getattr(tokenizer, f"{name}_id") is None:
+                raise ValueError(f"it has no {name}")
+        chunked_tokens(tokenizer, ["a"], LEAST_TOKENS, 1)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_CHARACTERS]
+        raise InputError(
+            f"{directory} contains no usable tokenizer ({reason}); copy the checkpoint again"
+        ) from error
+    return tokenizer
 
 
 def chunked_tokens(

@@ -4,6 +4,7 @@ import dataclasses
 import types
 import typing
 
+from jaxdiff.checks import shown
 from jaxdiff.errors import InputError, suggestion
 
 # Keys whose numbers may be 0 or negative; all others are sizes, counts or scales.
@@ -11,6 +12,9 @@ MAY_BE_ZERO = (
     *("bos_token_id", "eos_token_id", "pad_token_id"),
     *("freq_shift", "latents_mean", "shift_factor"),
 )
+MOST = 2**31 - 1  # of a whole number: of a size, and of a token's id on the device
+SMALLEST, LARGEST = 1e-30, 1e30  # magnitudes of other numbers; with their inverses in float32
+MAX_REASON_CHARACTERS = 300
 
 
 def from_json(cls, component: str, data: dict, fixed: dict):
@@ -25,29 +29,35 @@ def from_json(cls, component: str, data: dict, fixed: dict):
     """
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     taken = {}
+    file = f"{component}/config.json"
     for key, value in data.items():
         if key in fields:
             taken[key] = tuple(value) if isinstance(value, list) else value
-            if not _is_a(taken[key], fields[key]):
-                raise InputError(f"{component}/config.json: {key} = {value!r} is not supported")
+            if not _is_a(taken[key], fields[key]) or value == []:
+                raise InputError(f"{file}: {key} = {shown(value)} is not supported")
             numbers = value if isinstance(value, list) else [value]
-            if key not in MAY_BE_ZERO and any(type(n) in (int, float) and n <= 0 for n in numbers):
-                raise InputError(f"{component}/config.json: {key} = {value!r} must be above 0")
+            numbers = [n for n in numbers if type(n) in (int, float)]
+            if key not in MAY_BE_ZERO and any(n <= 0 for n in numbers):
+                raise InputError(f"{file}: {key} = {shown(value)} must be above 0")
+            if not all(map(_fits, numbers)):
+                raise InputError(
+                    f"{file}: {key} = {shown(value)} is too large, too small or no number; copy "
+                    "the checkpoint again"
+                )
         elif key in fixed:
             if value != fixed[key]:
                 raise InputError(
-                    f"{component}/config.json: {key} = {value!r} is not supported "
-                    f"(only {fixed[key]!r} is)"
+                    f"{file}: {key} = {shown(value)} is not supported (only {fixed[key]!r} is)"
                 )
         elif not key.startswith("_") and value is not None and value is not False:
             raise InputError(
-                f"{component}/config.json: the key {key} = {value!r} is not supported"
+                f"{file}: the key {shown(key)[1:-1]} = {shown(value)} is not supported"
                 f"{suggestion(key, fields)}"
             )
     try:
         return cls(**taken)
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{component}/config.json: {error}") from error
+        raise InputError(f"{file}: {str(error)[:MAX_REASON_CHARACTERS]}") from error
 
 
 def to_json(config, fixed: dict) -> dict:
@@ -68,3 +78,10 @@ def _is_a(value, kind) -> bool:
     if kind is float:
         return type(value) in (int, float)
     return type(value) is (type(None) if kind is None else kind)
+
+
+def _fits(number: int | float) -> bool:
+    """Checks whether the devices can compute with a number: not so NaN and infinity."""
+    if type(number) is int:
+        return -MOST <= number <= MOST
+    return number == 0 or SMALLEST <= abs(number) <= LARGEST

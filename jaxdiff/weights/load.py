@@ -117,12 +117,13 @@ def load_params(places: dict, tensors: Mapping[str, StoredTensor]) -> dict:
 
     def load(path, place: jax.ShapeDtypeStruct) -> jax.Array:
         stored = tensors[key_of(path)]
-        tensor = stored.read()
+        with np.errstate(over="ignore"):  # checked below
+            tensor = stored.read().astype(place.dtype, copy=False)
         if not np.isfinite(tensor).all():  # cheap beside reading; it would spoil every image
-            raise InputError(
-                f"{stored.file}: {key_of(path)} contains NaN or infinity; copy the checkpoint again"
-            )
-        tensor = tensor.astype(place.dtype, copy=False)
+            cause = "contains NaN or infinity; copy the checkpoint again"
+            if stored.updates:
+                cause = "is not finite with its LoRAs; use others, or smaller weights for them"
+            raise InputError(f"{stored.file}: {key_of(path)} {cause}")
         turned = tensor.transpose(np.argsort(file_axes(path, tensor.ndim)))
         # The transfer makes the array contiguous, faster than NumPy. Waiting for it keeps tensors
         # in transfer from piling up in memory.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxdiff.checkpoint.component import TOKENIZER_FILES
 from jaxdiff.errors import InputError
 from jaxdiff.families import open_checkpoint
 
@@ -124,11 +125,67 @@ def test_merges_truncated_anywhere_are_rejected(checkpoint):
         ("tokenizer_config.json", b'{"model_max_length": 1}'),
         ("tokenizer_config.json", b'{"model_max_length": true}'),
         ("tokenizer_config.json", b'{"model_max_length": 77.5}'),
+        ("tokenizer_config.json", b'{"pad_token": ["a"]}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": ["a"]}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"a": {"content": "a"}}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": "a"}}'),
+        ("tokenizer_config.json", b'{"vocab": "/etc/passwd", "merges": "/etc/passwd"}'),
+        ("special_tokens_map.json", b'{"eos_token": 5}'),
+        ("special_tokens_map.json", b'{"eos_token": {"content": 5}}'),
+        ("added_tokens.json", b'{"<a>": "x"}'),
+        ("added_tokens.json", b'{"<a>": 5, "<b>": 5}'),
     ],
 )
 def test_a_broken_tokenizer_is_named(checkpoint, name, content):
     (checkpoint / "tokenizer" / name).write_bytes(content)
     assert str(checkpoint / "tokenizer" / name) in refusal(checkpoint)
+
+
+FULL_TOKENIZER = {
+    "added_tokens": [{"id": 1, "content": "<a>", "special": True}],
+    "model": {"type": "BPE", "vocab": {"a": 0, "<a>": 1, "aa": 2}, "merges": [["a", "a"]]},
+}
+
+
+def of_model(**changes) -> dict:
+    return FULL_TOKENIZER | {"model": FULL_TOKENIZER["model"] | changes}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"model": FULL_TOKENIZER["model"]}, "lacks added_tokens"),
+        (FULL_TOKENIZER | {"added_tokens": {"<a>": 1}}, "lacks added_tokens"),
+        (FULL_TOKENIZER | {"added_tokens": [{"content": "<a>"}]}, "is not a token"),
+        (FULL_TOKENIZER | {"added_tokens": [{"id": 1}]}, "is not a token"),
+        (FULL_TOKENIZER | {"model": []}, "lacks a vocabulary"),
+        (of_model(vocab=["a"]), "not distinct whole numbers"),
+        (of_model(vocab={"a": "0", "aa": 2}), "not distinct whole numbers"),
+        (of_model(vocab={"a": 0, "aa": 0}), "not distinct whole numbers"),
+        (of_model(merges={"a": "a"}), "does not merge two tokens"),
+        (of_model(merges=[["a"]]), "does not merge two tokens"),
+        (of_model(merges=[["a", 5]]), "does not merge two tokens"),
+        (of_model(merges=["a b"]), "does not merge two tokens"),
+        (of_model(merges=5), "does not merge two tokens"),
+    ],
+)
+def test_a_malformed_tokenizer_json_is_named(checkpoint, content, reason):
+    path = checkpoint / "tokenizer" / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    message = refusal(checkpoint)
+    assert str(path) in message
+    assert reason in message
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")], ids="dfl"
+)
+def test_a_tokenizers_file_that_is_no_file_is_named(checkpoint, name, make):
+    path = checkpoint / "tokenizer" / name
+    path.unlink(missing_ok=True)
+    make(path)
+    assert str(path) in refusal(checkpoint)
 
 
 @pytest.mark.parametrize("length", [77, 3, None, 10**30, 1e30])
@@ -191,7 +248,7 @@ def test_the_error_for_pickled_weights_tells_how_to_convert_them(checkpoint):
 
 def test_an_unsupported_pipeline_is_rejected(checkpoint):
     edit_json(checkpoint / "model_index.json", _class_name="FluxPipeline")
-    assert "FluxPipeline is not supported" in refusal(checkpoint)
+    assert "'FluxPipeline' is not supported" in refusal(checkpoint)
 
 
 def test_an_unsupported_network_is_rejected(checkpoint):

@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +153,10 @@ def test_what_is_predicted_is_read_from_metadata_and_from_the_yaml_beside(
     assert scheduler.get("prediction_type", "epsilon") == expected
 
 
+# A list of two lists of two lists ..., whose text would have 2**40 items.
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 41))
+
+
 @pytest.mark.parametrize(
     ("metadata", "config", "message"),
     [
@@ -163,6 +169,8 @@ def test_what_is_predicted_is_read_from_metadata_and_from_the_yaml_beside(
         ({"modelspec.prediction_type": "rf"}, None, "= 'rf' is not supported"),
         ({}, "model: [", "cannot be read as YAML"),
         ({}, "[" * 5000, "cannot be read as YAML"),
+        ({}, "a: b\n" * 10**5, "has more than 100000 bytes"),
+        ({}, f"{BOMB}model: {{params: {{parameterization: *a40}}}}", "= 'list' is not supported"),
         ({}, "!!python/object/apply:os.system [true]", "cannot be read as YAML"),
     ],
 )
@@ -171,6 +179,16 @@ def test_contradictions_and_broken_configs_are_rejected(write, metadata, config,
     if config:
         path.with_suffix(".yaml").write_text(config)
     with pytest.raises(InputError, match=message):
+        single_file.read(path)
+
+
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")], ids="dfl"
+)
+def test_a_yaml_beside_that_is_no_file_is_named(write, make):
+    path = write(shapes(SD1))
+    make(path.with_suffix(".yaml"))
+    with pytest.raises(InputError, match=r"\.yaml "):
         single_file.read(path)
 
 

@@ -11,6 +11,8 @@ import pytest
 from transformers import CLIPTokenizer
 
 from jaxdiff.checkpoint.checkpoint import BUNDLED
+from jaxdiff.errors import InputError
+from jaxdiff.families.tokens import Tokenizer
 from jaxdiff.worlds.shapes.captions import draw_caption
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_tokenizer.py"
@@ -79,3 +81,18 @@ def test_loading_it_needs_neither_torch_nor_the_network():
         "assert not asked and 'torch' not in sys.modules, asked"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_encoder_without_room_for_a_text_is_rejected():
+    assert Tokenizer(DIRECTORY, positions=3).tokens == 3
+    with pytest.raises(InputError, match="a prompt may have only 2 tokens"):
+        Tokenizer(DIRECTORY, positions=2)
+
+
+def test_whatever_transformers_raises_is_one_line(tmp_path):
+    (tmp_path / "vocab.json").write_text("[")
+    with pytest.raises(
+        InputError, match=r"contains no usable tokenizer \(\w+: .*\); copy"
+    ) as caught:
+        Tokenizer(tmp_path, 77)
+    assert "\n" not in str(caught.value)

@@ -9,6 +9,7 @@ import pytest
 from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.errors import InputError
 from jaxdiff.families import open_checkpoint
+from jaxdiff.families.stable_diffusion import kohya_names
 
 
 def edit_json(path: Path, **changes) -> None:
@@ -83,6 +84,15 @@ def test_xls_refiner_has_only_the_second_text_encoder(refiner):
     assert opened.networks == ("text_encoder_2", "unet", "vae")
     assert opened.text_encoders == ("text_encoder_2",)
     assert opened.index["requires_aesthetics_score"]
+
+
+def test_kohyas_names_need_a_config_that_describes_a_unet(xl):
+    edit_json(xl / "unet" / "config.json", layers_per_block=10**9)
+    opened = open_checkpoint(xl)
+    assert len(kohya_names(opened, "unet")) == len(opened.weights("unet"))  # not a billion
+    edit_json(xl / "unet" / "config.json", block_out_channels=None)
+    with pytest.raises(InputError, match=r"unet/config\.json does not describe a U-Net"):
+        kohya_names(open_checkpoint(xl), "unet")
 
 
 def test_a_latent_consistency_model_takes_four_steps(checkpoint):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from injected import at
 from making import files
+from safetensors.numpy import load_file, save_file
 
 from jaxdiff import cli
 from jaxdiff.dataset import names
@@ -64,6 +66,58 @@ def test_a_model_that_fails_on_every_image_blames_no_row(tmp_path, command, faul
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == "jaxdiff: the model fails on every image: RuntimeError: broken"
     assert not (tmp_path / "out").exists()
+
+
+def broken(checkpoint: Path, folder: Path) -> Path:
+    """Copies a checkpoint, with finite weights that make every image overflow."""
+    copy = Path(shutil.copytree(checkpoint, folder / "broken"))
+    path = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_out.bias"][:] = 3e38
+    weights["decoder.conv_out.weight"][:] = 3e38
+    save_file(weights, path, {"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("dtype", "better"), [("float32", "another model"), ("bfloat16", "--dtype float32")]
+)
+def test_a_model_without_finite_values_blames_no_row(
+    tmp_path, command, capsys, tiny_checkpoint, dtype, better
+):
+    model = broken(tiny_checkpoint, tmp_path)
+    assert cli.main(command(tmp_path / "out", f"--model={model}", f"--dtype={dtype}")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"jaxdiff: the model's values for an empty prompt of 64x64 are not finite in {dtype}, so "
+        f"no row is to blame; start over in another directory with {better}"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_prompt_acquits_the_model_once_for_each_bucket(
+    tmp_path, command, faulty, manifest
+):
+    manifest.write_text(
+        '{"prompt": "a star", "num_images": 9}\n'
+        '{"prompt": "a star", "width": 32, "num_images": 2}\n{"prompt": "a ring"}\n'
+    )
+    asked = tmp_path / "asked"
+    faulty(f"""
+from dataclasses import replace
+from jaxdiff.engine import engine
+def wrapped(*batch):
+    for image in fetch(*batch):
+        if not image.request.prompt:
+            print(image.request.width, file=open({str(asked)!r}, "a"))
+        yield replace(image, finite="star" not in image.request.prompt)
+fetch, engine._fetch = engine._fetch, wrapped
+""")
+    assert cli.main(command(tmp_path / "out")) == 3
+    failed = failures(tmp_path / "out")
+    assert failed == dict.fromkeys(list(failed), "the model's values were not finite")
+    assert len(failed) == 11
+    assert sorted(asked.read_text().split()) == ["32", "64"]
 
 
 def test_too_little_memory_blames_no_row(tmp_path, command, faulty, capsys):

@@ -1,5 +1,7 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +144,25 @@ def test_a_weight_that_is_not_finite_is_rejected(vae, value):
     message = r"vae\.safetensors: decoder\.conv_in\.bias contains NaN or infinity"
     with pytest.raises(InputError, match=message):
         load_params(places(shapes, np.float32), read_weights(COMPONENTS["vae"], file))
+
+
+def test_a_weight_beyond_the_dtype_is_rejected(vae):
+    shapes, file = vae
+    bias = load_file(file)["decoder.conv_in.bias"].astype(np.float64)
+    bias[3] = 1e300
+    edit(file, **{"decoder.conv_in.bias": bias})
+    with pytest.raises(InputError, match=r"decoder\.conv_in\.bias contains NaN or infinity"):
+        load_params(places(shapes, np.float32), read_weights(COMPONENTS["vae"], file))
+
+
+def test_a_lora_that_makes_a_weight_infinite_is_named_as_the_cause(vae):
+    shapes, file = vae
+    tensors = read_weights(COMPONENTS["vae"], file)
+    key = "decoder.conv_in.weight"
+    update = SimpleNamespace(read=lambda: np.float32(np.inf))
+    tensors[key] = replace(tensors[key], updates=(update,))
+    with pytest.raises(InputError, match=r"conv_in\.weight is not finite with its LoRAs"):
+        load_params(places(shapes, np.float32), tensors)
 
 
 def test_a_weight_too_large_for_float16_is_not_saved_as_infinity(tmp_path):
