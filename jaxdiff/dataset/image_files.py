@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from jaxdiff.diffusion.samplers import SAMPLERS
+from jaxdiff.diffusion.scheduler_config import FLOW_CONFIG
+from jaxdiff.request import OPTION_CHECKS, Options
 
 EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 SAVE = {
@@ -40,6 +42,18 @@ XMP = (
 XMP_SETTINGS = (  # not in EXIF: its 64 KiB in JPEG are too few for the longest prompts
     '<jaxdiff:settings xmlns:jaxdiff="urn:jaxdiff">{}</jaxdiff:settings>'
 )
+# An option in a record. Names of LoRAs may contain ", ", but each ends with its weight.
+OPTION = re.compile(r"lora=.*?:-?[\d.]+(?:e[+-]\d+)?(?=, \w+=|\Z)|\w+=[^,]*", re.DOTALL)
+UNDESCRIBED = {"options": "", "noise": "jax", "dtype": Options.dtype}
+LORA_TAG = re.compile(r"[^<>:\r\n]+:[^:]+")  # the LoRAs that a tag in the prompt can name
+# The web UI's names of noise schedules, by the changes to the scheduler that select them.
+SCHEDULE_TYPES = {
+    "use_karras_sigmas=true": "Karras",
+    "use_exponential_sigmas=true": "Exponential",
+    "use_beta_sigmas=true": "Beta",
+    "timestep_spacing=trailing": "SGM Uniform",
+    "timestep_spacing=linspace": "Uniform",
+}
 NOT_IN_XML = re.compile("[\ufffe\uffff]")  # the others are escaped by JSON or rejected in prompts
 
 
@@ -78,16 +92,77 @@ def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
 
 
 def parameters(settings: dict) -> str:
-    """Formats the settings as AUTOMATIC1111's web UI does."""
-    lines = [settings["prompt"]]
+    """Formats the settings as AUTOMATIC1111's web UI does.
+
+    Its names are used for the options that it has, and jaxdiff's for the others. As the web UI
+    reads LoRAs from the prompt, they are added to it: <lora:NAME:WEIGHT>.
+    """
+    # Earlier versions wrote no options; images of their datasets, remade, must have equal bytes.
+    described = settings if "tokens_lost" in settings else {**settings, **UNDESCRIBED}
+    loras, options = _options(described)
+    tags = [f"<lora:{lora}>" for lora in loras if LORA_TAG.fullmatch(lora)]
+    lines = [" ".join(filter(None, [settings["prompt"], *tags]))]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    told = {
+        "Steps": settings["steps"],
+        "Sampler": SAMPLERS[settings["sampler"]].title,
+        "Schedule type": _schedule_type(options),
+        "CFG scale": f"{settings['guidance_scale']:g}",
+        "Seed": settings["seed"],
+        "Size": f"{settings['width']}x{settings['height']}",
+        "Model hash": settings["model"][:10],
+        "Clip skip": int(options.pop("clip_skip", 0)) + 1,  # 1 uses all layers
+        "RNG": "CPU" if described["noise"] == "torch" else None,
+        "Eta DDIM": options.pop("eta", None),
+        "Refiner switch at": options.pop("refiner_start", None),
+        "dtype": described["dtype"],
+        **options,
+        "lora": ", ".join(lora for lora in loras if not LORA_TAG.fullmatch(lora)) or None,
+    }
+    defaults = {"Clip skip": 1, "dtype": Options.dtype}
     lines.append(
-        f"Steps: {settings['steps']}, Sampler: {SAMPLERS[settings['sampler']].title}, "
-        f"CFG scale: {settings['guidance_scale']:g}, Seed: {settings['seed']}, "
-        f"Size: {settings['width']}x{settings['height']}, Model hash: {settings['model'][:10]}"
+        ", ".join(
+            f"{name}: {_quoted(value)}"
+            for name, value in told.items()
+            if value is not None and value != defaults.get(name)
+        )
     )
     return "\n".join(lines)
+
+
+def _options(settings: dict) -> tuple[list[str], dict[str, str]]:
+    """Returns an image's LoRAs, and the other options that its sampler uses."""
+    sampler = settings["sampler"]
+    used = OPTION_CHECKS.keys() | SAMPLERS[sampler].config.keys()
+    if sampler == "euler":  # the only one of models trained by flow matching
+        used |= FLOW_CONFIG.keys()
+    if sampler != "ddim":
+        used -= {"eta"}
+    matches = OPTION.findall(settings["options"])
+    pairs = [match.split("=", 1) for match in matches]
+    loras = [value for name, value in pairs if name == "lora"]
+    return loras, {name: value for name, value in pairs if name in used}
+
+
+def _schedule_type(options: dict[str, str]) -> str | None:
+    """Returns the web UI's name of the schedule, if the options choose one that it has.
+
+    Removes from the options what the name says in full; timesteps are not spaced quite alike.
+    """
+    for change, schedule_type in SCHEDULE_TYPES.items():
+        name, _, value = change.partition("=")
+        if options.get(name) == value:
+            if name != "timestep_spacing":
+                del options[name]
+            return schedule_type
+    return None
+
+
+def _quoted(value) -> str:
+    """Returns a value as the web UI's reader expects it: as JSON if it could end too early."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search('[,:\n"]', text) else text
 
 
 def pixel_sha256(pixels: np.ndarray) -> str:

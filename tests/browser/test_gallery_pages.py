@@ -363,3 +363,42 @@ def test_the_command_makes_the_same_image(page, tmp_path, tiny_checkpoint):
     (again,) = pq.read_table(tmp_path / f"image-{wanted['key']}" / "metadata").to_pylist()
     assert again["prompt"] == prompt
     assert again["pixel_sha256"] == wanted["pixel_sha256"]
+
+
+CONTROL = "\x03\ntouch x\n"  # ends the line being typed, and then runs a command
+
+
+def test_a_prompt_with_control_characters_gives_a_command_without(page, tmp_path, tiny_checkpoint):
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"prompt": CONTROL, "negative_prompt": CONTROL})
+    )
+    run = make_plan(tmp_path / "out", tmp_path / "rows.jsonl", tiny_checkpoint)
+    make_shard(run, 0)
+    page.open(f"{gallery.write(tmp_path / 'out').as_uri()}#image=000000000")
+    row, generate = text(page, "command").split("\n")  # nothing else ends a line
+    assert row.isprintable()
+    assert generate.isprintable()
+    written = subprocess.run(
+        ["sh", "-ec", row.removesuffix(" &&")], cwd=tmp_path, capture_output=True, check=True
+    )
+    assert written.stdout == b""
+    assert not (tmp_path / "x").exists()
+    said = json.loads((tmp_path / "image-000000000.jsonl").read_text())
+    assert (said["prompt"], said["negative_prompt"]) == (CONTROL, CONTROL)
+    assert not page.run("element('copy').hidden")
+
+
+def test_a_model_with_control_characters_has_no_command(page, tmp_path, tiny_checkpoint):
+    (tmp_path / "prompts.txt").write_text("a ring\n")
+    run = make_plan(tmp_path / "out", tmp_path / "prompts.txt", tiny_checkpoint)
+    make_shard(run, 0)
+    path = tmp_path / "out" / "_jaxdiff" / "plan" / "plan.json"
+    said = json.loads(path.read_text())
+    said["models"]["model"] = CONTROL
+    path.write_text(json.dumps(said))
+    page.open(f"{gallery.write(tmp_path / 'out').as_uri()}#image=000000000")
+    assert text(page, "command") == (
+        "There is no command: the value of --model contains an invisible character, which a "
+        "terminal might obey."
+    )
+    assert page.run("getComputedStyle(element('copy')).display") == "none"

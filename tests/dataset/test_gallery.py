@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -137,6 +138,32 @@ def test_the_command_has_the_options_that_determine_pixels(finished, tiny_checkp
         assert f" {option}" in options
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["\x03\ntouch x\n", "a\nb", "a\x1b[201~b", "a\rb", "a\x7fb", "a\x9bb", "a\u202eb", "a\udcffb"],
+)
+@pytest.mark.parametrize("name", ["model", "variant", "refiner", "lora"])
+def test_options_with_control_characters_are_not_offered(finished, name, value):
+    directory = finished()
+    path = directory / "_jaxdiff" / "plan" / "plan.json"
+    said = json.loads(path.read_text())
+    said["models"][name] = ["a.safetensors", f"{value}.safetensors"] if name == "lora" else value
+    path.write_text(json.dumps(said))
+    job, *_ = read(gallery.write(directory))
+    assert (job["options"], job["unprintable"]) == (None, f"--{name}")
+
+
+def test_options_of_every_script_are_offered(finished):
+    directory = finished()
+    path = directory / "_jaxdiff" / "plan" / "plan.json"
+    said = json.loads(path.read_text())
+    said["models"]["model"] = value = "it's $(a) `model` 模型 نموذج 🌟"
+    path.write_text(json.dumps(said))
+    job, *_ = read(gallery.write(directory))
+    assert f"--model={value}" in shlex.split(job["options"])
+    assert job["unprintable"] is None
+
+
 def test_a_second_gallery_replaces_the_first(finished):
     directory = finished()
     index = gallery.write(directory)
@@ -153,7 +180,7 @@ def test_a_gallery_that_cannot_be_written_keeps_the_old_one(finished):
     before = read(index)
     path = next((directory / "data").iterdir())
     content = bytearray(path.read_bytes())
-    content[1500] ^= 1
+    content[100] ^= 1  # in the first header, which has a checksum
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"train-00000\.tar cannot be read") as caught:
         gallery.write(directory)

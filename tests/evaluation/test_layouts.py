@@ -154,6 +154,33 @@ def test_categories_are_folders_and_a_table_lists_the_files(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("layout", ["partiprompts", "drawbench", "prompts"])
+def test_the_table_has_no_formula(tmp_path, layout):
+    formulas = [
+        *('=HYPERLINK("https://x.invalid", "a cup")', "+1", "-2", "@SUM(1)"),
+        *("\t=1", "\r=1", "\n=1", "\uff1d1", "\uff0b1", "\uff0d1", "\uff201"),
+    ]
+    harmless = ["a cup = 1", "'=1", " =1", '"', "a\r=1\n=1", ""]
+    texts = [*formulas, *harmless]
+    prompts = [
+        Prompt(text or "empty", text, text, {"Note": text, "=Count": -3, "share": -0.5})
+        for text in texts
+    ]
+    layouts.export(layout, pictures_of(prompts, 1), prompts, 1, tmp_path / "out")
+    with (tmp_path / "out/results.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    expected = [f"'{text}" for text in formulas] + harmless
+    for column in ("prompt", "category", "Note"):
+        assert [row[column] for row in table] == expected
+    assert [row["id"] for row in table] == [*expected[:-1], "empty"]
+    numbers = [(row["index"], row["'=Count"], row["share"]) for row in table]
+    assert numbers == [("0", "-3", "-0.5")] * len(texts)
+    # Paths are exact: their characters allow no harmful formula, whatever they begin with.
+    files = [row["file"] for row in table]
+    assert sorted([*files, "results.csv"]) == names(tmp_path / "out")
+    assert all(re.fullmatch(r"[\w &',+()/.-]+", file) for file in files)
+
+
 @pytest.mark.parametrize("extension", ["jpg", "webp"])
 def test_other_files_are_converted_to_png(tmp_path, extension):
     prompts = prompts_of(1)

@@ -6,7 +6,12 @@ const ROW = ["id", "prompt", "negative_prompt", "seed", "width", "height", "step
 
 // Returns two lines for a POSIX shell. The row is JSON in single quotes. Invisible characters and
 // single quotes are written as JSON escapes: the row is the same, and no terminal code is left.
+// Options have no such escapes: if one has an invisible character, an explanation is returned.
 function commandFor(image, job) {
+  if (job.unprintable) {
+    return `There is no command: the value of ${job.unprintable} contains an invisible character, ` +
+      "which a terminal might obey.";
+  }
   const row = {};
   for (const name of ROW) {
     if (image[name] !== "") row[name] = image[name];
@@ -46,6 +51,7 @@ function showDetails(image, job, url, link) {
   }), ...rows({ size: `${image.width} × ${image.height}`, ...job.shared, key: image.key }));
   element("command").textContent = commandFor(image, job);
   element("copy").textContent = "Copy";
+  element("copy").hidden = Boolean(job.unprintable);
   const { sha256, pixel_sha256 } = image;
   element("hashes").replaceChildren(...rows({ sha256, pixel_sha256, model: job.fingerprint }));
 }

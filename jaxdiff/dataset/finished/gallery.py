@@ -179,14 +179,16 @@ def _job(run: Run) -> dict:
             "options": run.plan.options,
         },
         "fingerprint": run.plan.identity["model"],
-        "options": _options(run.plan),
+        **_options(run.plan),
     }
 
 
-def _options(plan: Plan) -> str:
+def _options(plan: Plan) -> dict[str, str | None]:
     """Returns the options of `jaxdiff generate` that determine the files, for a POSIX shell.
 
-    Each option is one word with its value, so that no value can be mistaken for an option.
+    Each option is one word with its value, so that no value can be mistaken for an option. But
+    a terminal obeys control characters in pasted text even between quotes, and a dataset's plan may
+    contain any. So if a value has one, there are no `options`, and `unprintable` names its option.
     """
     settings = plan.settings
     said = {name: plan.models.get(name) for name in ("model", "variant", "refiner")}
@@ -196,7 +198,10 @@ def _options(plan: Plan) -> str:
             said[name] = value
     words = [(name, value) for name, value in said.items() if value is not None]
     words += [("lora", file) for file in plan.models.get("lora", ())]
-    return shlex.join(f"--{name.replace('_', '-')}={value}" for name, value in words)
+    words = [(f"--{name.replace('_', '-')}", str(value)) for name, value in words]
+    unprintable = next((name for name, value in words if not value.isprintable()), None)
+    options = shlex.join(f"{name}={value}" for name, value in words)
+    return {"options": None if unprintable else options, "unprintable": unprintable}
 
 
 def _store(folder: Path, row: dict, image: bytes, extension: str) -> None:

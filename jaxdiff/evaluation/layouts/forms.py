@@ -24,6 +24,9 @@ MAX_NAME_BYTES = 255  # limit of common file systems
 GRID_IMAGES = 16  # at most, in a GenEval prompt's overview
 RESULTS = "results.csv"
 TABLE = ("file", "id", "prompt", "category", "index")  # the first columns of RESULTS
+# Spreadsheets may run a cell that starts like this as a formula, with links and commands in it
+# (OWASP, CSV Injection). The last four are the first four in full width.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 TILES = ".tiles"
 SAVE_JPEG = SAVE["jpeg"] | {"comment": b"JPEG quality 95, 4:4:4"}  # HPSv2 allows no other file
 
@@ -89,7 +92,7 @@ def _of_t2i_compbench(slot: Slot, index: int, images: int) -> tuple[str, ...]:
 
 
 def _of_categories(slot: Slot, index: int, _images: int) -> tuple[str, ...]:
-    """Returns a path that is valid for any category; results.csv has the exact category."""
+    """Returns a path that is valid for any category; results.csv has the category itself."""
     folder = re.sub(r"[^\w &',+()-]", "-", slot.prompt.category.strip(" ."))
     folder = folder.encode()[:200].decode(errors="ignore")
     name = f"{slot.position:05d}-{index}.png" if index else f"{slot.position:05d}.png"
@@ -153,17 +156,26 @@ def _grid(files: list[Path], columns: int) -> Image.Image:
 
 
 def _close_categories(folder: Path, slots: Sequence[Slot], images: int) -> None:
+    """Writes the table of files, for spreadsheets; no scorer reads it, and neither does jaxdiff."""
     first = slots[0].prompt
     others = [name for name in first.row if name.casefold() not in ("prompt", "prompts", *TABLE)]
     with (folder / RESULTS).open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow([*TABLE, *others])
+        # Text is always quoted: otherwise a lone carriage return in it could begin a new row.
+        table = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        table.writerow([*TABLE, *map(_cell, others)])
         for slot in slots:
             prompt = slot.prompt
-            extra = [prompt.row.get(name, "") for name in others]
+            texts = [_cell(text) for text in (prompt.id, prompt.text, prompt.category)]
+            extra = [_cell(prompt.row.get(name, "")) for name in others]
             for index in range(images):
                 (name,) = _of_categories(slot, index, images)
-                table.writerow([name, prompt.id, prompt.text, prompt.category, index, *extra])
+                table.writerow([name, *texts, index, *extra])
+
+
+def _cell(value):
+    """Returns a value that no spreadsheet runs: text like a formula gets an apostrophe in front."""
+    is_formula = isinstance(value, str) and value.startswith(FORMULA_STARTS)
+    return f"'{value}" if is_formula else value
 
 
 GENEVAL = Layout(_of_geneval, check=_check_geneval, finish=_finish_geneval)
