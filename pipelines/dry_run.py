@@ -61,6 +61,7 @@ def report(job: Job, options: PipelineOptions) -> str:
     return "\n".join(
         [
             rows,
+            *(f"{kind}: {text}" for kind, text in plan.notices.items()),
             f"images: {plan.images}; model: {plan.model_name}; shards: {len(plan.shard_sizes)}; "
             f"batch size: {_batch_size(plan)} per device{_may_differ(plan)}",
             "",

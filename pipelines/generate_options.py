@@ -1,6 +1,7 @@
 """The options of `jaxdiff generate`, from the command line or a TOML file. Does not import Beam."""
 
 import difflib
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,13 +149,20 @@ def _workers(said: dict) -> Workers:
     except checks.BadValueError as problem:
         raise InputError(str(problem)) from None
     profile = said.get("profile")
-    if profile is not None:
-        try:
-            Path(profile).mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise InputError(f"--profile {profile}: {problem.strerror}; name a folder") from None
-        profile = str(Path(profile).absolute())
-    return Workers(count, patience, profile)
+    return Workers(count, patience, profile and _trace_folder(profile))
+
+
+def _trace_folder(profile: str) -> str:
+    """Returns its absolute path after checking that it can be made; JAX makes it."""
+    path = Path(profile).absolute()
+    try:
+        there = next(each for each in (path, *path.parents) if each.exists())
+        usable = there.is_dir() and os.access(there, os.W_OK)
+    except (OSError, ValueError):  # a name that is too long, or has a NUL
+        usable = False
+    if not usable:
+        raise InputError(f"--profile {checks.shown(profile)} is no folder to write to; name one")
+    return str(path)
 
 
 def _read_job(path: Path) -> dict:
@@ -232,7 +240,12 @@ HELP = {
             None,
             "start over; the old run is deleted once the first new shard is made",
         ),
-        "strict": (None, "generate nothing if a row of the manifest cannot be used"),
+        "strict": (
+            None,
+            "generate nothing if a row of the manifest cannot be used, or asks for something that "
+            "has another effect, or none: a prompt that is too long, another tool's syntax, a "
+            "negative prompt without guidance, a column that looks like a setting",
+        ),
         "retry_failed": (None, "retry the images in failed.jsonl"),
         "dry_run": (
             None,

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -25,6 +25,7 @@ RECORD_FIELDS = (  # of an image's record, in the order in which they are writte
     ("id", pa.string()),
     ("image_index", pa.int32()),
     *((name, pa.type_for_alias(field.column)) for name, field in FIELDS.items()),
+    ("tokens_lost", pa.int32()),  # of both prompts, at their ends; see `Plan.counts_tokens`
     ("noise", pa.string()),
     ("dtype", pa.string()),
     ("options", pa.string()),  # the run's non-default options, "name=value, name=value"
@@ -33,6 +34,7 @@ RECORD_FIELDS = (  # of an image's record, in the order in which they are writte
     ("pixel_sha256", pa.string()),
     ("metadata", pa.string()),  # a JSON object
 )
+Fields = Sequence[tuple[str, pa.DataType]]  # names and types, as in `RECORD_FIELDS`
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Writer(Protocol):
 class TarWriter:
     """Writes WebDataset: KEY.json, KEY.png and KEY.txt (the prompt) for each image."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, _: Fields):
         self._file = path.open("wb")
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
@@ -85,7 +87,10 @@ def read_tar(path: Path) -> Iterator[Sample]:
     members: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:") as tar:
+            size = path.stat().st_size
             for member in tar:
+                if member.offset_data + member.size > size:  # or Python would allocate it
+                    raise tarfile.ReadError("unexpected end of data")
                 key, _, extension = member.name.partition(".")
                 if member.type != tarfile.REGTYPE or extension in members:
                     raise ValueError(f"{member.name} is an unexpected file")
@@ -120,18 +125,16 @@ def dump_metadata(metadata: dict) -> str:
 class ParquetWriter:
     """Writes Parquet with the Hugging Face Hub's Image feature: one row per image and file."""
 
-    SCHEMA = pa.schema(
-        [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), *RECORD_FIELDS],
-        {"huggingface": json.dumps({"info": {"features": {
-            "image": {"_type": "Image"},
-            **{name: {"dtype": {"double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
-               for name, kind in RECORD_FIELDS},
-        }}})},
-    )  # fmt: skip
-
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, fields: Fields):
+        features = {"image": {"_type": "Image"}} | {
+            name: {"dtype": {"double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
+            for name, kind in fields
+        }
+        image = ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+        said = {"huggingface": json.dumps({"info": {"features": features}})}
+        self._schema = pa.schema([image, *fields], said)
         self._file = path.open("wb")
-        self._parquet = pq.ParquetWriter(self._file, self.SCHEMA)
+        self._parquet = pq.ParquetWriter(self._file, self._schema)
         self._rows: list[dict] = []
 
     def add(self, sample: Sample) -> None:
@@ -149,7 +152,7 @@ class ParquetWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            self._parquet.write_table(pa.Table.from_pylist(self._rows, self.SCHEMA))
+            self._parquet.write_table(pa.Table.from_pylist(self._rows, self._schema))
         self._rows = []
 
 
@@ -172,7 +175,7 @@ class FolderWriter:
     columns are JSON text, because a column of `datasets` can have only one type.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, _: Fields):
         path.mkdir()
         self._path = path
         self._records = (path / RECORDS).open("wb")
@@ -209,10 +212,16 @@ def read_folder(path: Path) -> Iterator[Sample]:
 
 
 class Format(NamedTuple):
-    """A storage format: the ending of its shards' names, its writer and its reader."""
+    """A storage format.
+
+    Attributes:
+      ending: of its shards' names.
+      writer: its class; it takes the shard's path and the fields of the images' records.
+      read: yields the images of a shard.
+    """
 
     ending: str
-    writer: Callable[[Path], Writer]
+    writer: Callable[[Path, Fields], Writer]
     read: Callable[[Path], Iterator[Sample]]
 
 

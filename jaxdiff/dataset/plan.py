@@ -8,13 +8,14 @@ plan may be extended: a plan for more images of the same kind replaces it and ke
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import pyarrow as pa
 
 from jaxdiff.checkpoint import lora
-from jaxdiff.dataset import formats, names
+from jaxdiff.dataset import formats, names, paths
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
@@ -24,13 +25,6 @@ VERSION = 5
 PLAN_JSON = "plan.json"
 # Shared by the whole job, or not known yet.
 NOT_PLANNED = ("noise", "dtype", "options", "model", "sha256", "pixel_sha256")
-SCHEMA = pa.schema(
-    [
-        *(field for field in formats.RECORD_FIELDS if field[0] not in NOT_PLANNED),
-        ("source", pa.string()),
-        ("line", pa.int64()),
-    ]
-)
 ROW_GROUP_IMAGES = 4096  # at least, in whole shards; each row group adds metadata
 
 
@@ -46,6 +40,8 @@ class PlannedImage:
       metadata: the other columns of its row, as a JSON object.
       source: the manifest file that contains its row.
       line: the line of its row in that file.
+      tokens_lost: how many tokens are cut off its prompt and its negative prompt; None in plans
+        that earlier versions made.
     """
 
     key: str
@@ -55,6 +51,7 @@ class PlannedImage:
     metadata: str
     source: str
     line: int
+    tokens_lost: int | None = None
 
     def columns(self) -> dict:
         """Returns the image as a row of the plan."""
@@ -75,6 +72,9 @@ class Plan:
       shard_sizes: the number of images in each shard.
       shard_ids: for each shard, the digest of everything that determines its bytes.
       sha256: the SHA-256 of the plan's other files, by name.
+      notices: what the job does that the manifest's author may not expect; see `notices.Notices`.
+      counts_tokens: whether records say how many tokens their prompts lost, as they do unless an
+        earlier version made the plan or the one that it extends.
     """
 
     id: str
@@ -86,6 +86,20 @@ class Plan:
     shard_sizes: list[int]
     shard_ids: list[str]
     sha256: dict[str, str]
+    notices: dict[str, str] = field(default_factory=dict)
+    counts_tokens: bool = False
+
+    @property
+    def record_fields(self) -> formats.Fields:
+        """The names and types of the fields of its images' records."""
+        missing = () if self.counts_tokens else ("tokens_lost",)
+        return [each for each in formats.RECORD_FIELDS if each[0] not in missing]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The schema of the plan's Parquet file."""
+        planned = [each for each in self.record_fields if each[0] not in NOT_PLANNED]
+        return pa.schema([*planned, ("source", pa.string()), ("line", pa.int64())])
 
     @property
     def images_file(self) -> str:
@@ -100,7 +114,7 @@ class Plan:
     @property
     def settings(self) -> Settings:
         """The settings of the plan; an option missing from it has its default."""
-        known = {field.name for field in fields(Settings)}
+        known = {option.name for option in fields(Settings)}
         return Settings(**{name: self.identity[name] for name in known & self.identity.keys()})
 
     @property
@@ -108,9 +122,9 @@ class Plan:
         """The model's non-default options and its LoRAs: "name=value, name=value"."""
         settings, elsewhere = self.settings, ("noise", "dtype", "mesh", "scheduler")
         changed = [
-            f"{field.name}={getattr(settings, field.name)}"
-            for field in fields(Options)
-            if field.name not in elsewhere and getattr(settings, field.name) != field.default
+            f"{option.name}={getattr(settings, option.name)}"
+            for option in fields(Options)
+            if option.name not in elsewhere and getattr(settings, option.name) != option.default
         ]
         changed += [f"lora={lora.parse(said).name}" for said in self.models.get("lora", ())]
         return ", ".join(changed + [settings.scheduler] * bool(settings.scheduler))
@@ -133,20 +147,41 @@ def load(store: LocalStore) -> Plan | None:
       InputError: if it cannot be read by this version.
     """
     path = store.path(f"{names.PLAN}/{PLAN_JSON}")
-    if not path.exists():
+    if paths.wrong_kind(path) == "is missing":
         return None
     try:
-        said = json.loads(path.read_text("utf-8"))
+        said = json.loads(paths.read(path))
         if said["identity"]["plan_version"] != VERSION:
             raise ValueError("it was written by another version of jaxdiff")
         plan = Plan(**said)
         if plan.id != digest(plan.identity):
             raise ValueError("its id does not match its settings")
-    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        if not _is_sound(plan):
+            raise ValueError("it is damaged")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as problem:
         raise InputError(
             f"{path} cannot be used ({problem}); start a new run with --overwrite"
         ) from None
     return plan
+
+
+def _is_sound(plan: Plan) -> bool:
+    """Returns whether what the plan's id does not cover has the types of a plan."""
+    numbers = [*plan.rows.values(), *plan.shard_sizes]
+    return (
+        plan.rows.keys() == {"blank", "rejected", "accepted"}
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and 0 < len(plan.shard_sizes) == len(plan.shard_ids)
+        and 0 not in plan.shard_sizes
+        and all(re.fullmatch(r"[0-9a-f]{32}", shard_id) for shard_id in plan.shard_ids)
+        and all(re.fullmatch(r"[a-z]+-[0-9a-f]{16}\.[a-z]+", name) for name in plan.sha256)
+        and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in plan.sha256.values())
+        and plan.models.keys() <= {"model", "variant", "refiner", "lora"}
+        and isinstance(plan.models["model"], str)
+        and isinstance(plan.options, str)
+        and isinstance(plan.manifest, str)
+        and isinstance(plan.model_name, str)
+    )
 
 
 def differences(old: dict, new: dict) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -18,11 +19,11 @@ from jaxdiff.dataset import paths
 from jaxdiff.dataset.manifest import columns, rows
 from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.manifest.manifest import Manifest
+from jaxdiff.dataset.manifest.notices import Notices
 from jaxdiff.dataset.manifest.readers import Entry
 from jaxdiff.dataset.plan import (
     PLAN_JSON,
     ROW_GROUP_IMAGES,
-    SCHEMA,
     VERSION,
     Plan,
     PlannedImage,
@@ -40,9 +41,14 @@ from jaxdiff.request import FIELDS, Bucket, Request, field_checks
 
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algorithm
-OWN_COLUMNS = [name for name in SCHEMA.names if name not in FIELDS]
 DEFAULT_SHARD_IMAGES = 960  # full batches for any power of two up to 64
 DEFAULT_SHARD_PX = 2**28  # 1024 images of 512x512, fewer if they are larger
+# Bounds of memory, which only rows with much text reach: characters of a shard's images and of all
+# unfinished shards, bytes of a row group. A shard that reaches them has fewer images than usual.
+MAX_SHARD_CHARACTERS = 2**26
+MAX_HELD_CHARACTERS = 2**28
+ROW_GROUP_BYTES = 2**26
+MAX_REJECTED = 1_000_000  # rows; a manifest with more is another kind of file
 # The parts of an identity that may change when a plan is extended, because they add images.
 EXTENDABLE = {"manifest_sha256", "manifest_kind", "num_images", "limit"}
 
@@ -81,23 +87,24 @@ def make(
     """
     folder.mkdir()
     plan_id = digest(identity)
-    plan = Plan(plan_id, identity, manifest.name, model.name, models, {}, [], [], {})
+    plan = Plan(plan_id, identity, manifest.name, model.name, models, {}, [], [], {}, {}, True)
     if extended:
         old = extended.plan
-        plan = replace(plan, shard_sizes=[*old.shard_sizes], shard_ids=[*old.shard_ids])
+        shards = {"shard_sizes": [*old.shard_sizes], "shard_ids": [*old.shard_ids]}
+        plan = replace(plan, counts_tokens=old.counts_tokens, **shards)
     how = {"encoding": "utf-8", "errors": "backslashreplace"}  # the path might not be UTF-8
     with (
         (folder / plan.rejected_file).open("w", **how) as rejected,
-        pq.ParquetWriter(folder / plan.images_file, SCHEMA, write_statistics=False) as writer,
+        pq.ParquetWriter(folder / plan.images_file, plan.schema, write_statistics=False) as writer,
     ):
         known = _copy_shards(extended, writer) if extended else {}
         reader = _Reader(manifest, settings, model, rejected, known)
-        tables = map(_table, _shards(reader.images(), settings))
+        tables = (_table(images, plan.schema) for images in _shards(reader.images(), settings))
         for table in _row_groups(_noted(tables, plan)):
             writer.write_table(table, row_group_size=len(table))
     _check(manifest, settings, plan, reader)
     sha256 = {file.name: paths.digest(file) for file in sorted(folder.iterdir())}
-    plan = replace(plan, rows=reader.counts, sha256=sha256)
+    plan = replace(plan, rows=reader.counts, sha256=sha256, notices=reader.notices.texts())
     (folder / PLAN_JSON).write_text(json.dumps(asdict(plan), indent=2) + "\n", "utf-8")
     return plan
 
@@ -145,12 +152,12 @@ def _image_digest(image: PlannedImage) -> bytes:
     return hashlib.blake2b(repr(decides).encode(), digest_size=16).digest()
 
 
-def _table(images: list[PlannedImage]) -> pa.Table:
+def _table(images: list[PlannedImage], schema: pa.Schema) -> pa.Table:
     """Returns a shard's images as rows of the plan."""
     requests = [image.request for image in images]
-    own = {name: list(map(attrgetter(name), images)) for name in OWN_COLUMNS}
-    asked = {name: list(map(attrgetter(name), requests)) for name in FIELDS}
-    return pa.table(own | asked, SCHEMA)
+    sources = {name: requests if name in FIELDS else images for name in schema.names}
+    columns = {name: list(map(attrgetter(name), values)) for name, values in sources.items()}
+    return pa.table(columns, schema)
 
 
 def _noted(shards: Iterable[pa.Table], plan: Plan) -> Iterator[pa.Table]:
@@ -162,12 +169,12 @@ def _noted(shards: Iterable[pa.Table], plan: Plan) -> Iterator[pa.Table]:
 
 
 def _row_groups(shards: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Combines whole shards into row groups of at least `ROW_GROUP_IMAGES`."""
+    """Combines whole shards into row groups of `ROW_GROUP_IMAGES` or `ROW_GROUP_BYTES`."""
     group, images = [], 0
     for table in shards:
         group.append(table)
         images += len(table)
-        if images >= ROW_GROUP_IMAGES:
+        if images >= ROW_GROUP_IMAGES or sum(each.nbytes for each in group) >= ROW_GROUP_BYTES:
             yield pa.concat_tables(group)
             group, images = [], 0
     if group:
@@ -204,6 +211,10 @@ class _Reader:
         self.checks = field_checks(model.base.defaults.size_multiple, tuple(SAMPLERS))
         self.schedulers = model.schedulers(settings.scheduler)
         self.why_not = cache(partial(_why_not, schedulers=self.schedulers, eta=settings.eta))
+        self.lost_tokens = model.lost_tokens(settings.prompt_chunks)
+        self.notices = Notices(
+            settings.prompt_column, negative_is_ignored=model.base.defaults.guidance_is_input
+        )
         self.samplers: set[str] = set()
         self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
         self.first_reason = ""
@@ -214,9 +225,9 @@ class _Reader:
         """Yields the images of the first `limit` that are not planned yet, in manifest order."""
         index = 0
         limit = self.settings.limit or MAX_IMAGES + 1
-        for place, row in self._rows():
+        for place, row, lost in self._rows():
             for image_index in range(min(row.num_images, limit - index)):
-                image = self._planned(place, row, image_index)
+                image = self._planned(place, row, image_index, lost)
                 if not self.known or not self._is_known(image):
                     yield image
                     self.next_key += 1
@@ -228,14 +239,16 @@ class _Reader:
             if index == limit:
                 return
 
-    def _planned(self, place: tuple[str, int], row: rows.Row, image_index: int) -> PlannedImage:
+    def _planned(
+        self, place: tuple[str, int], row: rows.Row, image_index: int, lost: int
+    ) -> PlannedImage:
         if row.seeds is None:
             seed = derived_seed(self.settings.seed, row.id, image_index)
         else:
             seed = row.seeds[image_index]
         request = replace(row.request, seed=seed)
         return PlannedImage(
-            f"{self.next_key:09d}", row.id, image_index, request, row.metadata, *place
+            f"{self.next_key:09d}", row.id, image_index, request, row.metadata, *place, lost
         )
 
     def _is_known(self, image: PlannedImage) -> bool:
@@ -248,8 +261,8 @@ class _Reader:
             )
         return digest is not None
 
-    def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row]]:
-        """Yields each accepted row and its place (file and line)."""
+    def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
+        """Yields each accepted row after its place (file and line); last, how many tokens it loses."""
         number = -1
         for source in self.manifest.sources:
             # A name might not be UTF-8.
@@ -267,7 +280,10 @@ class _Reader:
                 else:
                     self.counts["blank" if row is None else "accepted"] += 1
                     if row is not None:
-                        yield place, row
+                        prompts = (row.request.prompt, row.request.negative_prompt)
+                        lost = sum(map(self.lost_tokens, prompts))
+                        self.notices.add(place, entry.values, row.request, lost)
+                        yield place, row, lost
 
     def _accept(self, entry: Entry, place: tuple[str, int], number: int) -> rows.Row | None:
         """Returns the row, or None if it repeats the item of an accepted row."""
@@ -311,6 +327,11 @@ class _Reader:
             self.first_reason = f"{where}line {line}: {reason}"
         record = {"file": source, "line": line, "reason": reason, "raw": entry.raw}
         self.rejected.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if self.counts["rejected"] > MAX_REJECTED:
+            raise InputError(
+                f"manifest {self.manifest.name} has more than {MAX_REJECTED} rows that cannot be "
+                f"used; {self.first_reason}"
+            )
 
     def why_nothing(self) -> str:
         if self.counts["rejected"]:
@@ -331,15 +352,32 @@ def _why_not(sampler: str, steps: int, **model) -> str:
 
 
 def _shards(images: Iterator[PlannedImage], settings: Settings) -> Iterator[list[PlannedImage]]:
-    """Groups images into shards of one bucket; all batches but a bucket's last are full."""
+    """Groups images into shards of one bucket; all batches but a bucket's last are full.
+
+    An unfinished shard is also yielded before its text, or that of all of them, fills the memory.
+    """
     filling: dict[Bucket, list[PlannedImage]] = {}
+    characters: Counter[Bucket] = Counter()
+    held = 0
     for image in images:
         bucket = image.request.bucket
         shard = filling.setdefault(bucket, [])
         shard.append(image)
-        if len(shard) == _shard_size(bucket, settings):
+        characters[bucket] += (size := _characters(image))
+        held += size
+        is_full = len(shard) == _shard_size(bucket, settings)
+        if not is_full and held >= MAX_HELD_CHARACTERS:
+            bucket, is_full = max(characters, key=characters.get), True
+        if is_full or characters[bucket] >= MAX_SHARD_CHARACTERS:
+            held -= characters.pop(bucket)
             yield filling.pop(bucket)
     yield from filling.values()
+
+
+def _characters(image: PlannedImage) -> int:
+    """Returns the characters of an image's texts in the plan."""
+    texts = (image.id, image.metadata, image.request.prompt, image.request.negative_prompt)
+    return sum(map(len, texts)) + len(image.source)
 
 
 def _shard_size(bucket: Bucket, settings: Settings) -> int:

@@ -22,7 +22,7 @@ def sample(key: int, prompt: str = "ein Stern 🌟\nund mehr") -> Sample:
 
 def write(path: Path, format_: str, samples: list[Sample]) -> Path:
     writer = FORMATS[format_].writer
-    file = writer(path)
+    file = writer(path, formats.RECORD_FIELDS)
     for one in samples:
         file.add(one)
     file.close()

@@ -223,11 +223,15 @@ def test_a_json_list_contains_prompts_or_rows(read):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not JSON (Expecting value"),
-        (b'["a", NaN]', "is not JSON (NaN is not a JSON value)"),
+        (b"", "is not a JSON list"),
+        (b'["a" "b"]', "is not JSON (after item 1"),
+        (b'["a"] x', "is not JSON (after item 1"),
+        (b'["a", ]', "is not JSON (Expecting value in item 2)"),
+        (b'["a"', "is not JSON (after item 1"),
+        (b'["a", NaN]', "is not JSON (NaN is not a JSON value in item 2)"),
         (b"[" * 100_000, "is not JSON (maximum recursion depth exceeded"),
         (b'{"prompt": "a"}', "is not a JSON list; use .jsonl for one object per line"),
-        (b'["' + b"x" * 2**26 + b'"]', "has more than 64 MiB; convert it to JSON Lines"),
+        (b'["' + b"x" * 2**26 + b'"]', "is not JSON (more than 1 MiB, or no JSON, in item 1)"),
         ('["a"]'.encode("utf-16"), "is UTF-16"),
     ],
 )

@@ -78,7 +78,7 @@ person. Each image file says so itself, in XMP with IPTC's digital source type
 |---|---|
 {facts}
 
-`metadata/` has a row for every planned image, and says which were made; an image's `pixel_sha256`
+{notices}`metadata/` has a row for every planned image, and says which were made; an image's `pixel_sha256`
 is its identity. `rejected.jsonl` has the manifest's rows that could not be used, and `failed.jsonl`
 the images that could not be made, each with its reason. `jaxdiff verify` proves the dataset from
 its files.
@@ -158,6 +158,7 @@ def readme(plan: Plan, counts: dict[str, int]) -> str:
         license=license[0] if license else UNKNOWN_LICENSE,
         files=_files(plan) if settings.format != "imagefolder" else f"{names.DATA}/*/*",
         features=_features(plan),
+        notices=_notices(plan),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         example=EXAMPLES[settings.format].format(
             extension=extension, last=len(plan.shard_sizes) - 1
@@ -167,6 +168,12 @@ def readme(plan: Plan, counts: dict[str, int]) -> str:
         ),
         licence=LICENCE.format(license=license[0]) if license else NO_LICENCE,
     )
+
+
+def _notices(plan: Plan) -> str:
+    """Returns a list of what the plan did that its manifest's author may not have expected."""
+    lines = [f"- {kind}: {_code(text)}\n" for kind, text in plan.notices.items()]
+    return "".join(["What to know of the manifest:\n\n", *lines, "\n"]) if lines else ""
 
 
 def _license(plan: Plan) -> tuple[str, str] | None:
@@ -202,7 +209,7 @@ def _files(plan: Plan) -> str:
 def _features(plan: Plan) -> str:
     """Returns the columns' types in YAML, for formats whose types `datasets` would guess."""
     names = {"double": "float64"}
-    fields = {name: names.get(str(kind), str(kind)) for name, kind in formats.RECORD_FIELDS}
+    fields = {name: names.get(str(kind), str(kind)) for name, kind in plan.record_fields}
     if plan.settings.format == "imagefolder":
         return "  features:\n" + _yaml({"image": "image", **fields}, "  ")
     if plan.settings.format == "parquet":
@@ -242,7 +249,7 @@ def croissant(plan: Plan) -> str:
             "dataType": CROISSANT_TYPES.get(str(field.type), "sc:Integer"),
             "source": {"fileSet": {"@id": names.METADATA}, "extract": {"column": field.name}},
         }
-        for field in shards.METADATA_SCHEMA
+        for field in shards.metadata_schema(plan)
     ]
     name, model = f"jaxdiff-{plan.id[:12]}", _printable(plan.model_name)
     license = _license(plan)

@@ -1,44 +1,93 @@
 """The meaning of a manifest's columns, in jaxdiff's format and in published prompt sets."""
 
+import dataclasses
+import difflib
 import functools
+import re
 from collections.abc import Iterable
 
 from jaxdiff import checks
-from jaxdiff.request import FIELDS
+from jaxdiff.checks import BadValueError
+from jaxdiff.request import FIELDS, Options
 
 # The columns that jaxdiff interprets; any other is copied to the image's metadata.
 COLUMNS = ("id", "seeds", "num_images", *FIELDS)
+# Names that diffusers and the usual web interfaces give to them.
+ALIASES = {
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "inference_steps": "steps",
+    "neg_prompt": "negative_prompt",
+    "num_images_per_prompt": "num_images",
+    "num_inference_steps": "steps",
+    "sampling_steps": "steps",
+}
+# Names of settings that no row can change.
+OTHER_SETTINGS = (
+    *(field.name for field in dataclasses.fields(Options)),
+    *("batch_size", "checkpoint", "guidance", "lora", "loras", "model", "negative", "noise_seed"),
+    *("prompt_2", "refiner", "resolution", "sampler_name", "strength", "vae"),
+)
+SIMILAR = 0.85  # by difflib's ratio: "seeed" is similar to "seed", "prompt_id" not to "prompt"
 # DiffusionDB's metadata.parquet (Wang et al., 2022, arXiv:2210.14896) records with codes, for
 # instance sampler 8, how its images were generated. New images use the job's settings instead.
 DIFFUSIONDB = {"image_name", "prompt", "part_id", "step", "cfg", "sampler"}
 # DPG-Bench's table (Hu et al., 2024, arXiv:2403.05135) has one row per question about an image.
 DPG_BENCH = {"item_id", "text", "proposition_id"}
+MAX_COLUMNS = 1000
+MAX_NAME_CHARACTERS = 500
 
 
-@functools.lru_cache(maxsize=256)
+def check(names: Iterable[str]) -> None:
+    """Raises BadValueError for too many columns, or for a name that is too long."""
+    names = tuple(names)
+    if len(names) > MAX_COLUMNS:
+        raise BadValueError(f"{len(names)} columns; at most {MAX_COLUMNS}")
+    longest = max(names, key=len, default="")
+    if len(longest) > MAX_NAME_CHARACTERS:
+        raise BadValueError(
+            f"a column name of {len(longest)} characters; at most {MAX_NAME_CHARACTERS}"
+        )
+
+
+@functools.lru_cache(maxsize=64)
 def meaning(names: tuple[str, ...], prompt_column: str | None = None) -> dict[str, str | None]:
     """Maps each column to its meaning, one of `COLUMNS`, or None if it is copied to the metadata.
 
-    Names are case-insensitive (PartiPrompts writes `Prompt`), but an exact match takes precedence.
+    An exact match takes precedence. Then names match without regard to case, to spaces around them,
+    and to spaces or hyphens for underscores ("Negative Prompt"); last come `ALIASES`.
 
     Args:
       prompt_column: the name of the prompt column, if the user has given it.
     """
     found = {name: name if name in COLUMNS else None for name in names}
-    for name in names:
-        if name.casefold() in COLUMNS and name.casefold() not in found.values():
-            found[name] = name.casefold()
+    for similar in (_plain, lambda name: ALIASES.get(_plain(name))):
+        for name in names:
+            if found[name] is None and similar(name) in {*COLUMNS} - {*found.values()}:
+                found[name] = similar(name)
     if found.keys() >= DIFFUSIONDB:
-        found["sampler"] = None
+        found |= {"cfg": None, "sampler": None}
     if has_repeated_items(names):
         found |= {"item_id": "id", "text": "prompt"}
     if "prompt" not in found.values():
-        named = [name for name in names if name.casefold() == "prompts"]  # as in DrawBench
+        named = [name for name in names if _plain(name) == "prompts"]  # as in DrawBench
         found |= {name: "prompt" for name in named[:1]}
     if prompt_column is not None:
         found = {name: None if means == "prompt" else means for name, means in found.items()}
         found |= {prompt_column: "prompt"} if prompt_column in found else {}
     return found
+
+
+def _plain(name: str) -> str:
+    """Returns a name as this package would spell it: "Negative Prompt " is "negative_prompt"."""
+    return re.sub(r"[\s_-]+", "_", name.strip().casefold())
+
+
+@functools.lru_cache(maxsize=1024)
+def looks_like_setting(name: str) -> bool:
+    """Returns whether a copied column's name suggests that its author meant to change images."""
+    known = (*COLUMNS, *ALIASES, *OTHER_SETTINGS)
+    return bool(difflib.get_close_matches(_plain(name), known, n=1, cutoff=SIMILAR))
 
 
 def has_repeated_items(names: Iterable[str]) -> bool:

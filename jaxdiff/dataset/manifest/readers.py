@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jaxdiff import checks
-from jaxdiff.dataset.manifest import columns
+from jaxdiff.checks import BadValueError
+from jaxdiff.dataset.manifest import columns, json_list
+from jaxdiff.dataset.manifest.json_list import JSON
+from jaxdiff.dataset.manifest.parquet import ParquetRows
 from jaxdiff.errors import InputError
 
 MAX_LINE_BYTES = 2**20
 MAX_RAW_CHARACTERS = 500
-MAX_JSON_BYTES = 2**26  # of a JSON list, which is read as a whole
 MAX_PARQUET_BYTES = 2**36  # of a gzipped Parquet file, which is unpacked into a temporary one
 LINE_END = re.compile(rb"(?<=\r)(?!\n)")  # after a CR alone
-PARQUET_ROWS = 256  # read at a time
-PARQUET_BUFFER_BYTES = 2**20  # of a column chunk at a time, for row groups of any size
 
 
 class Entry(NamedTuple):
@@ -62,7 +61,7 @@ def read_item(path: Path, item: str, prompt_column: str | None) -> Iterator[Entr
             1, _decode(content[: 4 * MAX_RAW_CHARACTERS]), error="the file is longer than 1 MiB"
         )
         return
-    text = _without_newline(_decode(_without_mark(content, str(path))))
+    text = _without_newline(_decode(json_list.without_mark(content, str(path))))
     yield Entry(1, text, {"id": item, prompt_column or "prompt": text})
 
 
@@ -93,26 +92,14 @@ def _read_jsonl(path: Path, name: str, _) -> Iterator[Entry]:
 def _read_json(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
     """Reads a list of prompts (as in HPSv2) or of objects."""
     with _open(path) as file, _damage_named(name):
-        content = file.read(MAX_JSON_BYTES + 1)
-    if len(content) > MAX_JSON_BYTES:
-        raise InputError(
-            f"manifest {name} has more than {MAX_JSON_BYTES // 2**20} MiB; convert it to JSON "
-            "Lines (.jsonl), one object per line"
-        )
-    try:
-        listed = JSON.decode(_decode(_without_mark(content, name)))
-    except (RecursionError, ValueError) as problem:
-        raise InputError(f"manifest {name} is not JSON ({problem})") from None
-    if not isinstance(listed, list):
-        raise InputError(f"manifest {name} is not a JSON list; use .jsonl for one object per line")
-    for place, values in enumerate(listed, 1):
-        if isinstance(values, str):
-            values = {prompt_column or "prompt": values}
-        if isinstance(values, dict):
-            yield Entry(place, "", values)
-        else:
-            text = json.dumps(values, ensure_ascii=False)
-            yield Entry(place, text, error="the item is neither text nor a JSON object")
+        for place, values in enumerate(json_list.items(file, name), 1):
+            if isinstance(values, str):
+                values = {prompt_column or "prompt": values}
+            if isinstance(values, dict):
+                yield Entry(place, "", values)
+            else:
+                text = json.dumps(values, ensure_ascii=False)
+                yield Entry(place, text, error="the item is neither text nor a JSON object")
 
 
 def _read_tsv(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
@@ -130,9 +117,9 @@ def _read_tsv(path: Path, name: str, prompt_column: str | None) -> Iterator[Entr
 
 def _read_csv(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
     """Reads comma-separated values (RFC 4180); a quoted field may contain line breaks."""
-    record = _Record()
+    record = _Record(_lines(path, name))
     csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader(record.gather(_lines(path, name)), strict=True)
+    reader = csv.reader(record, strict=True)
     meaning = None
     while True:
         record.clear()
@@ -154,40 +141,44 @@ def _read_csv(path: Path, name: str, prompt_column: str | None) -> Iterator[Entr
 
 
 class _Record:
-    """The text of the CSV reader's current row, which may span several lines."""
+    """The lines of a CSV file, as an iterator, and the text of the reader's current row."""
+
+    def __init__(self, lines: Iterator[tuple[int, str, str | None]]):
+        self._lines = lines
 
     def clear(self) -> None:
-        self.line = self.last_line = 0
+        self.line = self.last_line = self._length = 0
         self.text, self.error = "", None
 
-    def gather(self, lines: Iterator[tuple[int, str, str | None]]) -> Iterator[str]:
-        for number, line, error in lines:
-            self.line = self.line or number
-            self.last_line = number
-            self.error = self.error or error
-            if len(self.text) <= MAX_RAW_CHARACTERS:
-                self.text += line
-            # Of a truncated line, it only matters whether it opens or closes a quoted field.
-            yield '"' * (line.count('"') % 2) if error else line
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        number, line, error = next(self._lines)
+        self.line = self.line or number
+        self.last_line = number
+        self.error = self.error or error
+        self._length += len(line)
+        if self._length > MAX_LINE_BYTES:  # after this, the CSV reader starts a new row
+            raise csv.Error("longer than 1 MiB")
+        if len(self.text) <= MAX_RAW_CHARACTERS:
+            self.text += line
+        # Of a truncated line, it only matters whether it opens or closes a quoted field.
+        return '"' * (line.count('"') % 2) if error else line
 
 
 def _read_parquet(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
     with contextlib.ExitStack() as stack:
-        source = path
+        source = stack.enter_context(path.open("rb"))
         if name.lower().endswith(".gz"):  # a Parquet file is read from its end
             source = stack.enter_context(tempfile.TemporaryFile())
             _unpack(path, name, source)
         try:
-            table = stack.enter_context(
-                pq.ParquetFile(source, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
-            )
-            _header(name, table.schema_arrow.names, prompt_column)
-            start = 1
-            for batch in table.iter_batches(PARQUET_ROWS, use_threads=False):
-                for line, (values, error) in enumerate(_parquet_rows(_plain(batch)), start):
-                    yield Entry(line, "", values, error)
-                start += len(batch)
-        except (OSError, pa.ArrowException) as problem:
+            table = ParquetRows(source, name)
+            _header(name, table.names, prompt_column)
+            for line, (values, error) in enumerate(table, 1):
+                yield Entry(line, "", values, error)
+        except (OSError, ValueError, pa.ArrowException) as problem:
             reason = str(problem).splitlines()[0]
             raise InputError(
                 f"manifest {name} is not a complete Parquet file ({reason})"
@@ -203,30 +194,6 @@ def _unpack(path: Path, name: str, target: BinaryIO) -> None:
                     f"manifest {name} unpacks to more than {MAX_PARQUET_BYTES // 2**30} GiB; use "
                     "the uncompressed Parquet file"
                 )
-
-
-def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Converts dates, times and decimals to text for JSON: 2022-08-11 01:02:03.000Z."""
-    fields = [
-        field.with_type(pa.string())
-        if pa.types.is_temporal(field.type) or pa.types.is_decimal(field.type)
-        else field
-        for field in batch.schema
-    ]
-    return batch.cast(pa.schema(fields))
-
-
-def _parquet_rows(batch: pa.RecordBatch) -> Iterator[tuple[dict | None, str | None]]:
-    try:
-        # pandas writes missing numbers as NaN.
-        for values in batch.to_pylist():
-            yield {name: None if v != v else v for name, v in values.items()}, None
-    except ValueError as problem:
-        if len(batch) == 1:
-            yield None, f"the row cannot be read ({problem})"
-            return
-        for index in range(len(batch)):
-            yield from _parquet_rows(batch.slice(index, 1))
 
 
 READERS = {
@@ -251,7 +218,7 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str, str | None]]:
         while line := file.readline(MAX_LINE_BYTES + 1):
             error = None
             if number == 0:
-                line = _without_mark(line, name)
+                line = json_list.without_mark(line, name)
             if len(line) > MAX_LINE_BYTES:
                 error = "the line is longer than 1 MiB"
                 quotes, rest = line.count(b'"'), line
@@ -280,6 +247,10 @@ def _damage_named(name: str) -> Iterator[None]:
 
 def _header(name: str, names: list[str], prompt_column: str | None) -> dict[str, str | None]:
     """Returns the meaning of the table's columns."""
+    try:
+        columns.check(names)
+    except BadValueError as problem:
+        raise InputError(f"manifest {name} has {problem}") from None
     meaning = columns.meaning(tuple(names), prompt_column)
     if "prompt" not in meaning.values():
         raise InputError(f"manifest {name} {columns.no_prompt(names, prompt_column)}")
@@ -301,25 +272,9 @@ def _table_entry(line: int, text: str, meaning: dict[str, str | None], fields: l
     return Entry(line, text, values)
 
 
-def _without_mark(content: bytes, name: str) -> bytes:
-    """Removes UTF-8's byte order mark from the beginning of a file."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"manifest {name} is UTF-16; save it as UTF-8")
-    return content.removeprefix(b"\xef\xbb\xbf")
-
-
 def _decode(content: bytes) -> str:
     return content.decode("utf-8", "surrogateescape")
 
 
 def _without_newline(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-JSON = json.JSONDecoder(
-    parse_constant=_refuse_constant, object_pairs_hook=checks.without_duplicates
-)

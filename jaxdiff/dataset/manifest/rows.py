@@ -44,6 +44,7 @@ def parse(values: dict, row_number: int, settings: Settings, request_checks: dic
     Raises:
       BadValueError: for a row that cannot be used.
     """
+    columns.check(values)
     meaning = columns.meaning(tuple(values), settings.prompt_column)
     said = {m: values[c] for c, m in meaning.items() if m and values[c] is not None}
     others = {c: values[c] for c, m in meaning.items() if not m}
