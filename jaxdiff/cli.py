@@ -98,9 +98,11 @@ def _verify(arguments: list[str]) -> int:
     parser = Parser(
         "verify",
         description="Check a finished dataset from its files alone: every planned image must be "
-        "accounted for, and every file, every record and, in lossless formats, every pixel must be "
-        "unchanged. Exit codes: 0 everything is correct; 1 something is wrong; 2 there is nothing "
-        "to check, or the plan is damaged; 75 a repair was stopped.",
+        "accounted for; every file must be what _SUCCESS records, every record what was planned "
+        "and, in lossless formats, every pixel what the record says; and no file may be added. "
+        "Names that begin with a dot and gallery/ are left alone. Exit codes: 0 everything is "
+        "correct; 1 something is wrong; 2 there is nothing to check, or what a repair needs is "
+        "damaged, as the plan; 75 a repair was stopped.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset's directory")
     parser.add_argument("--repair", action="store_true", help="remake what is wrong, byte for byte")

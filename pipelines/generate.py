@@ -30,6 +30,7 @@ from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import run as runs
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.local import LocalStore
+from jaxdiff.dataset.manifest import notices
 from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.dataset.run import Run
@@ -139,14 +140,17 @@ def _finish(
 ) -> dict[str, int]:
     """Generates what is missing and writes the reports; returns the counts."""
     ledger.settle(dataset)
+    ledger.refuse_damaged(dataset)
     counts = ledger.finished(dataset)
     if counts and not (job.retry_failed and counts["failed"]):
         print(f"{job.output} is already finished: {_count(counts['made'], 'image')}")
         return counts
-    dataset.store.path(names.SUCCESS).unlink(missing_ok=True)
-    _report_rejected(job, dataset)
+    todo = ledger.todo(dataset)
+    if todo or counts:  # else only reports are missing: it stays the root until they are there
+        dataset.store.path(names.SUCCESS).unlink(missing_ok=True)
+    _report_plan(job, dataset)
     shards = partial(GenerateShard, dataset, job.models.anywhere(), job.workers)
-    make_shards(shards("make"), dataset.plan, ledger.todo(dataset), beam_runner)
+    make_shards(shards("make"), dataset.plan, todo, beam_runner)
     if job.retry_failed:
         ledger.settle(dataset)
         failed = ledger.with_failed(dataset)
@@ -174,6 +178,7 @@ def _planned(
         why = f"holds another run ({plans.differences(old.plan.identity, identity)})"
         if not planning.can_extend(old.plan.identity, identity):
             raise InputError(f"--output {job.output} {why}; {ELSEWHERE}")
+        ledger.refuse_damaged(old)
         try:
             return _make_plan(job, manifest, settings, ensemble, identity, old)
         except InputError as problem:
@@ -221,12 +226,18 @@ def _make_plan(
 def _check_strict(job: Job, plan: Plan, folder: Path) -> None:
     if job.strict and plan.rows["rejected"]:
         raise InputError(f"--strict: {_rejections(job, plan, folder)}")
+    for kind, text in plan.notices.items():
+        if job.strict and kind != notices.COPIED:
+            raise InputError(f"--strict: {kind}: {text}")
 
 
-def _report_rejected(job: Job, dataset: Run) -> None:
+def _report_plan(job: Job, dataset: Run) -> None:
+    """Prints which rows cannot be used, and what the plan does that may not be expected."""
     if dataset.plan.rows["rejected"]:
         rejections = _rejections(job, dataset.plan, job.output / names.PLAN)
         _say(f"{rejections}; see {job.output / names.REJECTED}")
+    for kind, text in dataset.plan.notices.items():
+        _say(f"{kind}: {text}")
 
 
 def _rejections(job: Job, plan: Plan, folder: Path) -> str:

@@ -1,11 +1,21 @@
-"""`jaxdiff verify --repair`: remakes a damaged dataset's shards with identical bytes."""
+"""`jaxdiff verify --repair`: remakes what disagrees with a dataset's root, with identical bytes.
+
+`_SUCCESS` stays the root. A shard whose done-marker is the root's is remade with the bytes that the
+marker names. A done-marker that is not the root's proves nothing: its shard is made anew, and must
+hold what the root records; otherwise everything is put back. Without `_SUCCESS`, the dataset is not
+finished, and the done-markers are all there is.
+"""
 
 import contextlib
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from jaxdiff.dataset import ledger
+from jaxdiff.dataset import ledger, names, proof
 from jaxdiff.dataset import shard as shards
-from jaxdiff.dataset.run import open_run
+from jaxdiff.dataset.aside import Aside
+from jaxdiff.dataset.proof import Root
+from jaxdiff.dataset.run import Run, open_run
 from pipelines import runners
 from pipelines.generate import GenerateShard, make_shards
 from pipelines.generate_options import Models, Workers
@@ -24,27 +34,73 @@ def repair(directory: Path) -> bool:
     store = open_run(directory).store
     with store.held(), stopped_by_signals():
         run = open_run(directory)
-        work = (run, Models(**run.plan.models), Workers())
-        runner = runners.choose([], 1)
+        ledger.check_plan(run)
+        root = proof.required(store)
+        if root and proof.is_in_markers(root, run):
+            root = None  # they stand for it, shard by shard
         try:
-            while broken := ledger.broken(run):
-                make_shards(GenerateShard(*work, "repair"), run.plan, broken, runner)
-                broken = ledger.broken(run)
-                revised = ledger.revised(run, broken)
-                for shard in revised:  # a signature differs every time
-                    shards.forget(run, shard)
-                    print(f"shard {shard} is remade as it was before signing: sign it again")
-                if not revised:
-                    break
-            for shard in broken:
-                print(
-                    f"shard {shard} was remade, but its bytes differ from what its marker records "
-                    "(perhaps because of other hardware or versions); to accept the new bytes, "
-                    f"delete {store.path(shards.marker_name(shard))} and repair again"
-                )
-            make_shards(GenerateShard(*work, "make"), run.plan, ledger.todo(run), runner)
+            refused = _remake(run, root)
         except StoppedError:
             return False
+        for shard in refused:
+            print(
+                f"shard {shard} was remade, but its bytes differ from what {names.SUCCESS} and its "
+                "marker record (perhaps because of other hardware or versions), so nothing was "
+                "changed; to accept the new bytes, delete both "
+                f"({store.path(names.SUCCESS)}, {store.path(shards.marker_name(shard))}) and "
+                "repair again"
+            )
+        if refused:
+            return True
+        if root and (problem := ledger.disagreement(run, root)):
+            print(f"{problem}, and it cannot be made again; {names.SUCCESS} is left as it was")
+            return True
         with contextlib.suppress(ledger.IncompleteError):  # for instance, because of foreign files
-            ledger.finalize(run, 0.0)
+            ledger.finalize(run, 0.0, root)
     return True
+
+
+def _remake(run: Run, root: Root | None) -> list[int]:
+    """Remakes what is damaged or missing; returns the shards that came out with other bytes."""
+    generate = partial(GenerateShard, run, Models(**run.plan.models), Workers())
+    runner = runners.choose([], 1)
+    refused: list[int] = []
+    asides = [Aside(run, shard, wanted) for shard, wanted in list(_distrusted(run, root))]
+    vouched = root is None or root.contents is not None
+    try:
+        ledger.settle(run)
+        broken = ledger.broken(run)
+        make_shards(generate("repair"), run.plan, broken, runner)
+        for shard in set(ledger.broken(run)) & set(broken):
+            markers = shards.read_markers(run, shard)
+            if len(markers) > 1:  # a signature differs every time
+                asides.append(Aside(run, shard, [marker.content for marker in markers]))
+            else:
+                refused.append(shard)
+        make_shards(generate("make"), run.plan, ledger.todo(run), runner)
+        vouched = vouched or not ledger.disagreement(run, root)
+    finally:
+        for aside in asides:
+            if vouched and aside.is_replaced():
+                aside.drop()
+            else:
+                aside.put_back()
+                refused.append(aside.shard)
+    for aside in asides:
+        if aside.shard not in refused and aside.is_reverted():
+            print(f"shard {aside.shard} is remade as it was before signing: sign it again")
+    return sorted(refused)
+
+
+def _distrusted(run: Run, root: Root | None) -> Iterator[tuple[int, list[str]]]:
+    """Yields the shards whose done-markers prove nothing, and what the root says they held."""
+    for shard in run.shards:
+        try:
+            is_readable, is_made = True, bool(shards.read_markers(run, shard))
+        except ValueError:
+            is_readable = is_made = False
+        if root and root.contents is not None:
+            if not is_made or root.markers[shard] != proof.marker_digests(run, shard):
+                yield shard, root.known(shard)
+        elif not is_readable:
+            yield shard, []

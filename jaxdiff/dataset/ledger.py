@@ -1,11 +1,11 @@
 """Checks from its files alone whether a dataset is complete and correct.
 
 It is if: rows = blank + rejected + accepted; planned images = made + failed; made = images in the
-shards = rows marked "made" in the metadata; every hash matches; and a done-marker names every file.
+shards = rows marked "made" in the metadata; every record is as planned; every file has the hash in
+its shard's done-marker; and `_SUCCESS`, the root of the proof, records all of it (`proof`).
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
@@ -14,20 +14,19 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import formats, image_files, names, paths
-from jaxdiff.dataset import plan as plans
+from jaxdiff.dataset import contents, names, paths, proof
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.finished import card
+from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.plan import Plan
+from jaxdiff.dataset.proof import Root
 from jaxdiff.dataset.run import Run, open_run
 from jaxdiff.errors import InputError
 
-REPORTS = (
-    *(names.SUCCESS, names.CARD, names.CROISSANT),
-    *(names.REPORT, names.REJECTED, names.FAILED),
-)
+REPORTS = (names.SUCCESS, *proof.REPORTS)
 
 
 class IncompleteError(Exception):
@@ -45,22 +44,13 @@ def with_failed(run: Run) -> list[int]:
     return [shard for shard, marker in enumerate(markers) if marker and marker.failed]
 
 
-def revised(run: Run, some: list[int]) -> list[int]:
-    """Returns those of some finished shards that are revisions."""
-    return [shard for shard in some if shards.read_marker(run, shard).revision]
-
-
 def settle(run: Run) -> None:
     """Cleans up after a dead job: publishes its finished shards and deletes its other files.
 
     Raises:
       InputError: if a done-marker is damaged, or the plan, which cannot be repaired.
     """
-    if problem := next(_check_plan(run), None):
-        raise InputError(
-            f"{run.directory}: {problem}; this cannot be repaired: start a new run in another "
-            "directory"
-        )
+    check_plan(run)
     for marker in filter(None, _markers(run)):
         shards.publish(run, marker)
     run.store.sweep()
@@ -70,8 +60,11 @@ def _markers(run: Run) -> list[shards.Marker | None]:
     try:
         return [shards.read_marker(run, n) for n in run.shards]
     except ValueError as problem:
-        mend = f"run `jaxdiff verify {run.directory} --repair` to generate its shard again"
-        raise InputError(f"{run.directory}: {problem}; {mend}") from None
+        raise InputError(f"{run.directory}: {problem}; {_mend(run)}") from None
+
+
+def _mend(run: Run) -> str:
+    return f"run `jaxdiff verify {run.directory} --repair` to generate it again"
 
 
 def finished(run: Run) -> dict[str, int] | None:
@@ -91,37 +84,64 @@ def finished(run: Run) -> dict[str, int] | None:
     return _counts(run.plan, markers)
 
 
-def finalize(run: Run, plan_seconds: float) -> dict:
+def refuse_damaged(run: Run) -> None:
+    """Refuses to continue a finished dataset that is not what its `_SUCCESS` records.
+
+    For what changes a dataset and then writes `_SUCCESS` anew, which must not vouch for files that
+    somebody has changed. Done-markers and reports may be missing: they are made again.
+
+    Raises:
+      InputError: names the first difference.
+    """
+    root = proof.required(run.store)
+    if root is None:
+        return
+    markers = _markers(run)
+    problems = [*_check_plan(run)] or [*proof.differences_of_pins_and_markers(root, run)]
+    if root.contents is None and None not in markers:
+        problems += proof.differences(root, _root(run, markers))
+    problems += (
+        f"{name} {why}"
+        for marker in filter(None, markers)
+        for name in marker.files
+        if (why := shards.why_not(run, marker, name, deep=False))
+    )
+    if problems:
+        raise InputError(f"{run.directory}: {problems[0]}; {_mend(run)}")
+
+
+def finalize(run: Run, plan_seconds: float, root: Root | None = None) -> dict:
     """Checks the shards, writes the card and the reports, and `_SUCCESS` last; may be repeated.
 
     Args:
       plan_seconds: how long planning took, for the report.
+      root: what `_SUCCESS` recorded, if `run.json` may stay where it still is the one recorded.
 
     Returns:
-      The content of `run.json`.
+      The content of a new `run.json`.
 
     Raises:
       IncompleteError: if a shard is missing or does not match its marker.
     """
     began = time.monotonic()
     settle(run)
+    run.tidy()
     markers = _markers(run)
-    if problems := list(_check_files(run)):
+    folders = (names.DATA, names.METADATA, names.DONE)  # other files of a user may stay elsewhere
+    if problems := [*_check_shards(run), *proof.strays(run, folders)]:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise IncompleteError(f"{run.directory}: {problems[0]}{more}")
     counts = _counts(run.plan, markers)
-    run.store.swap(names.REJECTED, _rejected(run))
-    run.store.swap(names.FAILED, _failed(run, markers))
-    run.store.swap(names.CARD, card.readme(run.plan, counts))
-    run.store.swap(names.CROISSANT, card.croissant(run.plan))
+    for name, content in _reports(run, markers).items():
+        run.store.swap(name, content)
     report = _report(run.plan, markers, counts)
     seconds = report["seconds"] | {"plan": plan_seconds, "finalize": time.monotonic() - began}
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
-    run.store.swap(names.REPORT, _dump(report))
-    run.tidy()
+    if not (root and proof.has_its_report(root, run)):
+        run.store.swap(names.REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     # A lost process on another host may still be writing there.
     shutil.rmtree(run.store.path(names.TMP), ignore_errors=True)
-    run.store.swap(names.SUCCESS, _success(run.plan, markers, counts))
+    run.store.swap(names.SUCCESS, str(_root(run, markers)))
     with contextlib.suppress(OSError):
         (run.store.path(names.TMP)).rmdir()
     return report
@@ -134,142 +154,146 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
       The counts, and the problems, one line each; empty if there are none.
 
     Raises:
-      InputError: if there is no jaxdiff run in the directory.
+      InputError: if there is no jaxdiff run in the directory, or its plan cannot be used.
     """
-    run = open_run(directory)
-    problems = list(_check_plan(run))
-    if problems:
+    if problems := list(proof.misplaced_folders(LocalStore(directory))):
         return {}, problems
-    problems = list(_check_files(run))
-    for shard in run.shards:
-        problems += _check_content(run, shard)
-    if problems:
+    run = open_run(directory)
+    if problems := [*_check_plan(run)] or [*_check_rows(run)]:
+        return {}, problems
+    if problems := [*_check_shards(run, deep=True), *proof.strays(run)]:
         return {}, problems
     markers = _markers(run)
-    counts = _counts(run.plan, markers)
-    expected = {
-        names.REJECTED: _rejected(run),
-        names.FAILED: _failed(run, markers),
-        names.CARD: card.readme(run.plan, counts),
-        names.CROISSANT: card.croissant(run.plan),
-        names.SUCCESS: _success(run.plan, markers, counts),
-    }
-    for name, content in expected.items():
-        path = run.store.path(name)
-        if not path.is_file():
-            problems.append(f"{name} is missing; run the same generate command to write it")
-        elif path.read_bytes() != content.encode():
-            problems.append(f"{name} differs from what the run wrote")
-    return counts, problems
+    return _counts(run.plan, markers), list(_check_root(run, markers))
 
 
 def broken(run: Run) -> list[int]:
     """Returns the finished shards that do not match their markers or the plan.
 
-    Deletes damaged markers, and cleans up after a dead job.
-
     Raises:
-      InputError: if the plan is damaged.
+      InputError: if a done-marker is damaged.
     """
-    for shard in run.shards:
-        while True:
-            try:
-                shards.read_marker(run, shard)
-            except ValueError:
-                shards.forget(run, shard)
-            else:
-                break
-    settle(run)
     return [
         shard
         for shard, marker in enumerate(_markers(run))
-        if marker and (any(_check_shard(run, shard)) or any(_check_content(run, shard)))
+        if marker and any(_check_shard(run, shard, deep=True))
     ]
 
 
+def disagreement(run: Run, root: Root) -> str | None:
+    """Returns why the root of a repaired dataset may not be written anew, or None if it may."""
+    markers = _markers(run)
+    if None in markers:
+        return None  # `finalize` says so
+    reports = {name: proof.digest(text) for name, text in _reports(run, markers).items()}
+    return proof.disagreement(root, _root(run, markers), reports)
+
+
+def check_plan(run: Run) -> None:
+    """Raises InputError if the plan is damaged: then nothing can be made again."""
+    if problem := next(_check_plan(run), None):
+        raise InputError(
+            f"{run.directory}: {problem}; this cannot be repaired: start a new run in another "
+            "directory"
+        )
+
+
 def _check_plan(run: Run) -> Iterator[str]:
+    with contextlib.suppress(ValueError):  # others say so
+        root = proof.read(run.store)
+        if root and (problem := proof.plan_problem(root, run)):
+            yield problem
+    if {*run.plan.sha256} != {run.plan.images_file, run.plan.rejected_file}:
+        yield f"{proof.PLAN_FILE} does not name its own files"
+        return
     for name, digest in run.plan.sha256.items():
         path = run.store.path(names.PLAN) / name
-        if not path.is_file():
-            yield f"{names.PLAN}/{name} is missing"
+        if why := paths.wrong_kind(path):
+            yield f"{names.PLAN}/{name} {why}"
         elif paths.digest(path) != digest:
             yield f"{names.PLAN}/{name} has changed since the job was planned"
 
 
-def _check_files(run: Run) -> Iterator[str]:
-    """Checks that every shard has the bytes that its marker names, and that no file is extra."""
-    expected = set()
-    for shard in run.shards:
-        expected.update(run.file_names(shard))
-        expected.update(path.name for path in shards.marker_paths(run, shard))
-        yield from _check_shard(run, shard)
-    for folder in (names.DATA, names.METADATA, names.DONE):
-        for path in sorted((run.store.path(folder)).glob("*")):
-            name = path.relative_to(run.directory).as_posix()
-            if name not in expected and not (folder == names.DONE and path.name in expected):
-                yield f"{name} does not belong to the run; move it elsewhere"
-
-
-def _check_shard(run: Run, shard: int) -> Iterator[str]:
-    """Checks that a shard has the bytes that its marker names."""
-    mend = f"run `jaxdiff verify {run.directory} --repair` to generate it again"
+def _check_rows(run: Run) -> Iterator[str]:
+    """Checks the numbers in `plan.json` against the plan's other files."""
+    images, first, rows = 0, 0, run.plan.rows
     try:
-        marker = shards.read_marker(run, shard)
-    except ValueError as problem:
-        yield f"{problem}; {mend}"
+        with pq.ParquetFile(run.images_file) as file:
+            for batch in file.iter_batches(columns=["image_index"]):
+                images += len(batch)
+                first += pc.sum(pc.equal(batch["image_index"], 0)).as_py()
+    except contents.UNREADABLE as problem:
+        yield f"{names.PLAN}/{run.plan.images_file}: {contents.reason_of(problem)}"
         return
-    if marker is None:
+    for what, said, found in (
+        ("images", run.plan.images, images),
+        ("accepted rows", rows["accepted"], first),  # each of which has a first image
+        ("rejected rows", rows["rejected"], _rejected(run).count("\n")),
+    ):
+        if said != found:
+            yield f"{proof.PLAN_FILE} says {said} {what}, but its files have {found}"
+
+
+def _check_shards(run: Run, deep: bool = False) -> Iterator[str]:
+    for shard in run.shards:
+        yield from _check_shard(run, shard, deep)
+
+
+def _check_shard(run: Run, shard: int, deep: bool = False) -> Iterator[str]:
+    """Checks that a shard has the bytes that its marker names; if `deep`, also every image."""
+    try:
+        markers = shards.read_markers(run, shard)
+    except ValueError as problem:
+        yield f"{problem}; {_mend(run)}"
+        return
+    if not markers:
         made = f"shard {shard} of {len(run.shards)} is not finished"
         yield f"{made}; run the same generate command to finish it"
         return
-    for name, file in marker.files.items():
-        path = run.store.path(name)
-        if not path.exists():
-            yield f"{name} is missing; {mend}"
-        elif (size := paths.size(path)) != file["bytes"]:
-            yield f"{name} has {size} bytes instead of {file['bytes']}; {mend}"
-        elif paths.digest(path) != file["sha256"]:
-            yield f"{name} has changed: its SHA-256 is not {file['sha256']}; {mend}"
-
-
-def _check_content(run: Run, shard: int) -> Iterator[str]:
-    """Checks that a shard's images and metadata match the plan."""
+    marker = markers[-1]
+    wrong = {name: shards.why_not(run, marker, name) for name in marker.files}
+    yield from (f"{name} {why}; {_mend(run)}" for name, why in wrong.items() if why)
     images_name, metadata_name = run.file_names(shard)
-    if not all(run.store.path(name).exists() for name in (images_name, metadata_name)):
-        return  # already reported
-    samples = shards.samples(run, shard)
+    odd = paths.wrong_kind_within(run.store.path(images_name), run.is_folder(images_name))
+    if deep and not odd and not wrong[metadata_name]:
+        yield from contents.problems(run, marker)
+
+
+def _check_root(run: Run, markers: list[shards.Marker]) -> Iterator[str]:
+    """Checks the reports, and everything that `_SUCCESS` records."""
+    kinds = {name: paths.wrong_kind(run.store.path(name)) for name in REPORTS}
+    for name in filter(kinds.get, REPORTS):
+        yield f"{name} {kinds[name]}; run the same generate command to write it"
     try:
-        metadata = pq.read_table(run.store.path(metadata_name)).to_pylist()
-        planned = run.planned(shard)
-        if len(metadata) != len(planned):
-            yield f"{metadata_name} has {len(metadata)} rows instead of {len(planned)}"
-            return
-        for image, row in zip(planned, metadata, strict=True):
-            wanted = image.columns()
-            if any(row[name] != wanted[name] for name in plans.SCHEMA.names if name in row):
-                yield f"{metadata_name}: the row of image {image.key} does not match the plan"
-            if row["status"] == "made":
-                problem = _check_sample(next(samples, None), row, run.plan.settings.image_format)
-                if problem:
-                    yield f"{images_name}: image {image.key} {problem}"
-        if next(samples, None) is not None:
-            yield f"{images_name} holds more images than {metadata_name} has rows"
-    except (KeyError, OSError, ValueError) as problem:
-        yield f"{images_name}: {problem}"
+        root = proof.read(run.store)
+    except ValueError as problem:
+        yield str(problem)
+        root = None
+    reports = _reports(run, markers)
+    if root and root.sha256:  # it has their digests, and a later version's may have other words
+        del reports[names.CARD], reports[names.CROISSANT]
+    wrong = [
+        f"{name} differs from what the run wrote"
+        for name, content in reports.items()
+        if not kinds[name] and proof.digest_of(run.store.path(name)) != proof.digest(content)
+    ]
+    if root:
+        wrong += proof.differences(root, _root(run, markers))
+    yield from dict.fromkeys(wrong)
 
 
-def _check_sample(sample: formats.Sample | None, row: dict, image_format: str) -> str | None:
-    if sample is None:
-        return "is missing"
-    if any(sample.record.get(name) != row[name] for name, _ in formats.RECORD_FIELDS):
-        return "has a record that differs from its row in the metadata"
-    if hashlib.sha256(sample.image).hexdigest() != row["sha256"]:
-        return "has a file that does not match its sha256"
-    if image_format not in image_files.LOSSLESS:
-        return None
-    if image_files.pixel_sha256(image_files.decode(sample.image)) != row["pixel_sha256"]:
-        return "has pixels that do not match its pixel_sha256"
-    return None
+def _root(run: Run, markers: list[shards.Marker]) -> Root:
+    return proof.now(run, markers, _counts(run.plan, markers))
+
+
+def _reports(run: Run, markers: list[shards.Marker]) -> dict[str, str]:
+    """Returns the reports without a clock in them, by name."""
+    return {
+        names.REJECTED: _rejected(run),
+        names.FAILED: _failed(run, markers),
+        names.CARD: card.readme(run.plan, _counts(run.plan, markers)),
+        names.CROISSANT: card.croissant(run.plan),
+    }
 
 
 def _counts(plan: Plan, markers: list[shards.Marker]) -> dict[str, int]:
@@ -291,7 +315,8 @@ def _failed(run: Run, markers: list[shards.Marker]) -> str:
     for marker in markers:
         if marker.failed:
             metadata_name = run.metadata_name(marker.shard)
-            rows = pq.read_table(run.store.path(metadata_name)).to_pylist()
+            with pq.ParquetFile(run.store.path(metadata_name)) as file:
+                rows = file.read().to_pylist()
             for image, row in zip(run.planned(marker.shard), rows, strict=True):
                 if row["status"] == "failed":
                     what = {"file": image.source, "line": image.line, "reason": row["error"]}
@@ -301,21 +326,12 @@ def _failed(run: Run, markers: list[shards.Marker]) -> str:
     return "".join(lines)
 
 
-def _success(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) -> str:
-    sums = "".join(
-        f"{file['sha256']}  {name}\n"
-        for marker in markers
-        for name, file in sorted(marker.files.items())
-    )
-    digest = hashlib.sha256(sums.encode()).hexdigest()
-    return _dump({"plan_id": plan.id, "counts": counts, "files_sha256": digest})
-
-
 def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) -> dict:
     """Returns the run's report from its plan and markers; seconds are sums over the shards."""
     facts = [marker.facts for marker in markers]
     seconds = {
-        stage: sum(fact["seconds"][stage] for fact in facts) for stage in facts[0]["seconds"]
+        stage: sum(fact["seconds"].get(stage, 0.0) for fact in facts)
+        for stage in facts[0]["seconds"]
     }
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -324,6 +340,7 @@ def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) ->
         "model": {"name": plan.model_name, "fingerprint": plan.identity["model"]},
         "settings": asdict(plan.settings),
         "counts": counts,
+        "notices": plan.notices,
         "padded": sum(fact["padded"] for fact in facts),
         "images_per_worker_second": round(counts["made"] / seconds["generate"], 3)
         if seconds["generate"]
@@ -331,11 +348,7 @@ def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) ->
         "seconds": seconds,
         "devices": sorted({fact["device"] for fact in facts}),
         "versions": {
-            name: sorted({fact["versions"][name] for fact in facts})
+            name: sorted({fact["versions"].get(name, "unknown") for fact in facts})
             for name in facts[0]["versions"]
         },
     }
-
-
-def _dump(value: dict) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

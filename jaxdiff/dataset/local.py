@@ -60,7 +60,7 @@ class LocalStore(Store):
             paths.sync_names(final.parent)
         finally:
             body.unlink(missing_ok=True)
-        return final.read_text("utf-8")
+        return final.read_text("utf-8", "backslashreplace")  # it may have been damaged
 
     def publish(self, attempt: str, name: str) -> None:
         """Gives a staged file its final name; may be repeated."""
@@ -88,11 +88,16 @@ class LocalStore(Store):
 
         Raises:
           InputError: if the directory contains other files, one of its folders is a link, or
-            another process has locked it.
+            another process has locked it, or it cannot be created.
         """
-        self._check_ours()
-        created = [path for path in (self.root, *self.root.parents) if not path.exists()]
-        self.path(names.WORK).mkdir(parents=True, exist_ok=True)
+        try:
+            self._check_ours()
+            created = [path for path in (self.root, *self.root.parents) if not path.exists()]
+            self.path(names.WORK).mkdir(parents=True, exist_ok=True)
+        except OSError as problem:  # a name that is too long, or a folder of somebody else's
+            raise InputError(
+                f"--output {self.root} cannot be used ({problem.strerror}); name another directory"
+            ) from None
         with self.path(names.LOCK).open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,7 +140,7 @@ class LocalStore(Store):
     def _check_ours(self) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"--output {self.root} is a file; name a directory")
-        for path in map(self.path, names.FOLDERS):
+        for path in map(self.path, (*names.FOLDERS, names.LOCK)):
             if path.is_symlink():
                 raise InputError(
                     f"{path} is a link, and a job writes only inside its directory; replace the "

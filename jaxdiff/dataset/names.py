@@ -17,6 +17,7 @@ FAILED = "failed.jsonl"
 REPORT = "run.json"
 CARD = "README.md"
 CROISSANT = "croissant.json"
+BESIDE = ("gallery", "contact_sheet.png")  # what our other tools write into a dataset
 # All that a run writes, in the order in which it is deleted: an incomplete dataset must not look
 # finished, and the plan, deleted last, identifies the directory as a run.
 OURS = (

@@ -4,7 +4,38 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from pathlib import Path
+
+
+def wrong_kind(path: Path, folder: bool = False) -> str | None:
+    """Returns why a path is no plain file (or folder), or None if it is; follows no link."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError as problem:
+        if problem.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return "is missing"  # or its folder is: a file, or a link to itself, holds nothing
+    if stat.S_ISLNK(mode):
+        return "is a link"
+    if folder:
+        return None if stat.S_ISDIR(mode) else "is not a folder"
+    return None if stat.S_ISREG(mode) else "is not a file"
+
+
+def wrong_kind_within(path: Path, folder: bool) -> str | None:
+    """Like `wrong_kind`; a folder may hold plain files only."""
+    if (why := wrong_kind(path, folder)) or not folder:
+        return why
+    found = ((entry.name, wrong_kind(entry)) for entry in sorted(path.iterdir()))
+    return next((f"holds {name}, which {why}" for name, why in found if why), None)
+
+
+def read(path: Path) -> bytes:
+    """Returns a file's content; raises ValueError if the path is no plain file."""
+    if why := wrong_kind(path):
+        raise ValueError(f"{path.name} {why}")
+    return path.read_bytes()
 
 
 def digest(path: Path) -> str:

@@ -262,7 +262,7 @@ class _Reader:
         return digest is not None
 
     def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
-        """Yields each accepted row after its place (file and line); last, how many tokens it loses."""
+        """Yields accepted rows: their place (file and line), the row, its number of lost tokens."""
         number = -1
         for source in self.manifest.sources:
             # A name might not be UTF-8.

@@ -1,6 +1,7 @@
 """A run: a plan and the store of its dataset."""
 
 import os
+import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ class Run:
         """Returns the names of a shard's images and of its metadata."""
         return self.images_name(shard), self.metadata_name(shard)
 
+    def is_folder(self, name: str) -> bool:
+        """Returns whether a shard's images or metadata are a folder instead of a file."""
+        ending = formats.FORMATS[self.plan.settings.format].ending
+        return not ending and name.startswith(f"{names.DATA}/")
+
     def planned(self, shard: int) -> list[PlannedImage]:
         """Returns the images of a shard, in the order of their keys."""
         sizes = self.plan.shard_sizes
@@ -80,7 +86,8 @@ class Run:
     def tidy(self) -> None:
         """Deletes the files of earlier plans that this plan extends."""
         for path in self.store.path(names.PLAN).iterdir():
-            if path.name != PLAN_JSON and path.name not in self.plan.sha256:
+            is_plans = re.fullmatch(r"(images|rejected)-[0-9a-f]{16}\.[a-z]+", path.name)
+            if is_plans and path.name not in self.plan.sha256:
                 path.unlink()
 
 

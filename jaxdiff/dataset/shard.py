@@ -30,15 +30,18 @@ from jaxdiff.dataset.plan import Plan, PlannedImage
 from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
 
-METADATA_SCHEMA = pa.schema(
-    [
-        *formats.RECORD_FIELDS,
-        ("status", pa.string()),  # "made" or "failed"
-        ("error", pa.string()),
-        ("file", pa.string()),  # the shard that contains the image
-        ("bytes", pa.int64()),
-    ]
+OUTCOME_FIELDS = (
+    ("status", pa.string()),  # "made" or "failed"
+    ("error", pa.string()),
+    ("file", pa.string()),  # the shard that contains the image
+    ("bytes", pa.int64()),
 )
+METADATA_SCHEMA = pa.schema([*formats.RECORD_FIELDS, *OUTCOME_FIELDS])
+
+
+def metadata_schema(plan: Plan) -> pa.Schema:
+    """Returns the schema of the metadata of a plan's shards, which may lack a later column."""
+    return pa.schema([*plan.record_fields, *OUTCOME_FIELDS])
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,13 @@ class Marker:
     failed: int
     facts: dict
 
+    @property
+    def content(self) -> str:
+        """The digest of what the shard holds: equal for equal images, whenever they are made."""
+        lines = [f"{file['sha256']}  {name}\n" for name, file in sorted(self.files.items())]
+        lines.append(f"{self.made} made, {self.failed} failed\n")
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
 
 def marker_name(shard: int, revision: int = 0) -> str:
     """Returns the name of the shard's done-marker."""
@@ -73,14 +83,14 @@ def marker_name(shard: int, revision: int = 0) -> str:
 def marker_paths(run: Run, shard: int) -> list[Path]:
     """Returns the shard's done-markers without gaps in their revisions, the valid one last."""
     paths = []
-    while (path := run.store.path(marker_name(shard, len(paths)))).exists():
+    while os.path.lexists(path := run.store.path(marker_name(shard, len(paths)))):
         paths.append(path)
     return paths
 
 
-def forget(run: Run, shard: int) -> None:
-    """Deletes the shard's last done-marker, so that the previous one, if any, becomes valid."""
-    marker_paths(run, shard)[-1].unlink()
+def marker_names(run: Run, shard: int) -> list[str]:
+    """Returns the names of `marker_paths`."""
+    return [path.relative_to(run.directory).as_posix() for path in marker_paths(run, shard)]
 
 
 def read_marker(run: Run, shard: int) -> Marker | None:
@@ -89,32 +99,73 @@ def read_marker(run: Run, shard: int) -> Marker | None:
     Raises:
       ValueError: if it is damaged or belongs to another plan.
     """
-    paths = marker_paths(run, shard)
-    if not paths:
-        return None
-    revision, path = len(paths) - 1, paths[-1]
+    revisions = len(marker_paths(run, shard))
+    return read_revision(run, shard, revisions - 1) if revisions else None
+
+
+def read_markers(run: Run, shard: int) -> list[Marker]:
+    """Returns all of a shard's done-markers; raises ValueError as `read_marker` does."""
+    revisions = range(len(marker_paths(run, shard)))
+    return [read_revision(run, shard, revision) for revision in revisions]
+
+
+def read_revision(run: Run, shard: int, revision: int) -> Marker:
+    """Returns one of a shard's done-markers; raises ValueError as `read_marker` does."""
+    name = marker_name(shard, revision)
+    path = run.store.path(name)
+    if (why := paths.wrong_kind(path)) == "is a link":  # which may point to a sound marker
+        raise ValueError(f"{name} {why}")
     try:
-        marker = Marker(**json.loads(path.read_text("utf-8")))
+        marker = Marker(**json.loads(paths.read(path)))
         identity = (run.plan.shard_ids[shard], shard, revision)
         sound = (
             (marker.shard_id, marker.shard, marker.revision) == identity
             and sorted(marker.files) == sorted(run.file_names(shard))
             and re.fullmatch(r"[\w.-]+", marker.attempt)
+            and min(marker.made, marker.failed) >= 0
             and marker.made + marker.failed == run.plan.shard_sizes[shard]
-            and all(set(file) == {"sha256", "bytes"} for file in marker.files.values())
+            and all(_is_sound(**file) for file in marker.files.values())
+            and _are_sound(**marker.facts)
         )
-    except (TypeError, ValueError):
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise ValueError(f"{path.relative_to(run.directory)} is damaged or belongs to another plan")
+        raise ValueError(f"{name} is damaged or belongs to another plan")
     return marker
+
+
+def _is_sound(sha256: str, bytes: int) -> bool:
+    return bool(re.fullmatch(r"[0-9a-f]{64}", sha256)) and type(bytes) is int
+
+
+def _are_sound(device: str, padded: int, versions: dict, seconds: dict, **_) -> bool:
+    """Returns whether a marker's facts can be reported; later versions may note more."""
+    numbers = [padded, seconds["generate"], *seconds.values()]
+    return all(isinstance(number, int | float) for number in numbers) and all(
+        isinstance(text, str) for text in (device, *versions.values())
+    )
+
+
+def why_not(run: Run, marker: Marker, name: str, deep: bool = True) -> str | None:
+    """Returns why a shard's file, or folder, is not what its marker names; None if it is.
+
+    Args:
+      deep: also checks its bytes, not only its size.
+    """
+    path, file = run.store.path(name), marker.files[name]
+    if why := paths.wrong_kind_within(path, run.is_folder(name)):
+        return why
+    if (size := paths.size(path)) != file["bytes"]:
+        return f"has {size} bytes instead of {file['bytes']}"
+    if deep and paths.digest(path) != file["sha256"]:
+        return f"has changed: its SHA-256 is not {file['sha256']}"
+    return None
 
 
 def check_files(run: Run, marker: Marker) -> None:
     """Raises InputError unless a finished shard's files match its marker."""
-    for name, file in marker.files.items():
-        path = run.store.path(name)
-        if not path.exists() or paths.digest(path) != file["sha256"]:
+    for name in marker.files:
+        if why_not(run, marker, name):
             raise InputError(
                 f"{run.directory}: {name} is missing or has changed; run `jaxdiff verify "
                 f"{run.directory} --repair` to generate it again"
@@ -133,26 +184,26 @@ def samples(run: Run, shard: int) -> Iterator[Sample]:
     return read(run.store.path(run.images_name(shard)))
 
 
+def record(planned: PlannedImage, plan: Plan) -> dict:
+    """Returns the fields of an image's record that are known before it is generated."""
+    known = planned.columns() | {name: plan.identity[name] for name in ("noise", "dtype", "model")}
+    known["options"] = plan.options
+    return {name: known[name] for name, _ in plan.record_fields if name in known}
+
+
 def encode(planned: PlannedImage, pixels: np.ndarray, plan: Plan) -> Sample:
     """Returns the file and record of one image, from pixels of uint8 [height, width, 3]."""
     settings = plan.settings
-    record = _record(planned, plan)
-    shown = {name: value for name, value in record.items() if name != "metadata"}
+    known = record(planned, plan)
+    shown = {name: value for name, value in known.items() if name != "metadata"}
     content = image_files.encode(pixels, shown, settings.image_format)
     hashes = {
         "sha256": hashlib.sha256(content).hexdigest(),
         "pixel_sha256": image_files.pixel_sha256(pixels),
     }
     # In the order of the fields, which is also the order in the JSON file.
-    record = {name: {**record, **hashes}[name] for name, _ in formats.RECORD_FIELDS}
-    return Sample(record, content, image_files.EXTENSIONS[settings.image_format])
-
-
-def _record(planned: PlannedImage, plan: Plan) -> dict:
-    """Returns the fields that are known before the image is generated."""
-    known = planned.columns() | {name: plan.identity[name] for name in ("noise", "dtype", "model")}
-    known["options"] = plan.options
-    return {name: known[name] for name, _ in formats.RECORD_FIELDS if name in known}
+    whole = {name: {**known, **hashes}[name] for name, _ in plan.record_fields}
+    return Sample(whole, content, image_files.EXTENSIONS[settings.image_format])
 
 
 class Attempt:
@@ -167,7 +218,7 @@ class Attempt:
         self._name = run.store.scratch(f"{shard:05d}").name
         self._images_name, self._metadata_name = run.file_names(shard)
         writer = formats.FORMATS[run.plan.settings.format].writer
-        self._writer = writer(self._path(self._images_name))
+        self._writer = writer(self._path(self._images_name), run.plan.record_fields)
         self._progress_path = run.store.path(f"{names.TMP}/{self._name}.progress")
         self._progress = self._progress_path.open("wb", buffering=0)
         self._rows: list[dict] = []
@@ -195,7 +246,7 @@ class Attempt:
     def add_failed(self, planned: PlannedImage, error: str) -> None:
         """Records an image that failed."""
         self._failed += 1
-        self._rows.append({**_record(planned, self._run.plan), "status": "failed", "error": error})
+        self._rows.append({**record(planned, self._run.plan), "status": "failed", "error": error})
         self._report()
 
     def commit(self, facts: dict) -> bool:
@@ -223,15 +274,17 @@ class Attempt:
         """
         if self._finish() != marker.files:
             return
-        for name, file in marker.files.items():
-            final = self._run.store.path(name)
-            if not final.exists() or paths.digest(final) != file["sha256"]:
+        for name in marker.files:
+            if why_not(self._run, marker, name):
+                final = self._run.store.path(name)
+                if paths.wrong_kind(final, self._run.is_folder(name)):
+                    paths.delete(final)  # a folder cannot replace a file, nor a file a folder
                 self._run.store.publish(self._name, name)
 
     def _finish(self) -> dict[str, dict]:
         """Closes the files; returns their entries for a marker."""
         self._writer.close()
-        metadata = pa.Table.from_pylist(self._rows, METADATA_SCHEMA)
+        metadata = pa.Table.from_pylist(self._rows, metadata_schema(self._run.plan))
         pq.write_table(metadata, self._path(self._metadata_name))
         facts = {}
         for name in (self._images_name, self._metadata_name):

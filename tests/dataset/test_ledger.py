@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from making import make_plan, make_shard
+from making import files, make_plan, make_shard
 
 from jaxdiff.dataset import ledger
 from jaxdiff.dataset.run import open_run
@@ -15,6 +15,10 @@ from jaxdiff.errors import InputError
 
 def problems(directory: Path) -> str:
     return "\n".join(ledger.verify(directory)[1])
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def flip(path: Path, at: int = -700) -> None:
@@ -114,6 +118,47 @@ def test_verify_names_an_edited_report(finished, name):
     assert f"{name} differs from what the run wrote" in problems(directory)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: {name: said[name] for name in sorted(said)},
+        lambda said: {**said, "sha256": dict(reversed(said["sha256"].items()))},
+        lambda said: {**said, "earlier": {"7": ["0" * 64]}},
+        lambda said: {**said, "files_sha256": "0" * 64},
+        lambda said: {**said, "more": 1},
+    ],
+)
+def test_verify_names_a_root_that_the_run_would_write_otherwise(finished, change):
+    directory = finished()
+    said = json.loads((directory / "_SUCCESS").read_text())
+    (directory / "_SUCCESS").write_text(json.dumps(change(said), indent=2) + "\n")
+    assert "_SUCCESS differs from what the run wrote" in problems(directory)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "_jaxdiff/x", "_jaxdiff/batch/x", "_jaxdiff/plan/x"])
+def test_verify_names_what_the_run_did_not_write(finished, name):
+    directory = finished()
+    (directory / ".git").mkdir()  # of a clone
+    (directory / "gallery").mkdir()
+    assert problems(directory) == ""
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).write_text("4")
+    assert problems(directory) == f"{name} does not belong to the run; move it elsewhere"
+
+
+def test_a_plan_whose_keys_changed_is_one_line(finished):
+    directory = finished()
+    path = directory / "_jaxdiff" / "plan" / "plan.json"
+    for key in ("blank", "shard_ids", "models", "model", "sha256", "plan_version"):
+        text = path.read_text()
+        path.write_text(text.replace(f'"{key}"', f'"{key}x"'))
+        with pytest.raises(InputError, match="cannot be used"):
+            ledger.verify(directory)
+        path.write_text(text)
+    path.write_text(text.replace('"manifest": "', '"manifest": "x'))
+    assert problems(directory) == "_jaxdiff/plan/plan.json differs from what the run wrote"
+
+
 def test_verify_names_a_tar_cut_between_two_images(finished):
     directory = finished()
     path = directory / "data" / "train-00000.tar"
@@ -185,13 +230,12 @@ def test_finalize_rejects_an_incomplete_dataset(tmp_path, manifest, tiny_checkpo
 
 def test_finalize_may_be_repeated(finished):
     directory = finished()
-    before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    before, markers = files(directory), read_all(directory / "_jaxdiff" / "done")
     (directory / "_SUCCESS").unlink()
     ledger.finalize(open_run(directory), 0.0)
-    after = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-    before.pop(directory / "run.json")
-    after.pop(directory / "run.json")
-    assert before == after
+    assert files(directory) == before
+    assert read_all(directory / "_jaxdiff" / "done") == markers
+    assert ledger.verify(directory)[1] == []
 
 
 def test_verify_needs_a_run(tmp_path):

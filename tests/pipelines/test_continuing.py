@@ -164,6 +164,7 @@ def test_a_finished_job_restores_what_was_deleted(tmp_path, command, capsys, fin
 def test_another_kind_of_device_cannot_continue_a_job(tmp_path, command, capsys, finish):
     directory = tmp_path / "out"
     finish(directory)
+    (directory / "_SUCCESS").unlink()  # as if it had been interrupted
     (directory / names.DEVICE).write_text("TPU v5e")
     (directory / names.DONE / "00001.json").unlink()
     capsys.readouterr()

@@ -104,6 +104,8 @@ def test_overwrite_starts_over_and_keeps_foreign_files(tmp_path, command, finish
     assert cli.main(command(directory, "--limit=4", "--overwrite", "--seed=1")) == 0
     assert (directory / "notes.txt").read_text() == "mine"
     assert len(records(directory)) == 4
+    assert cli.main(["verify", str(directory)]) == 1  # which names it
+    (directory / "notes.txt").unlink()
     assert cli.main(["verify", str(directory)]) == 0
 
 
@@ -218,6 +220,9 @@ def test_images_that_are_not_finite_fail_alone(
         (["--experiments=a", "10"], "unexpected '10' (jaxdiff generate --help"),
         ([f"--manifest={'x' * 300}.txt"], f"{'x' * 300}.txt cannot be read: File name too long"),
         ([f"--model={'x' * 300}"], f"model '{'x' * 300}' cannot be read (File name too long)"),
+        ([f"--output={'x' * 300}"], f"--output {'x' * 300} cannot be used (File name too long)"),
+        (["--profile=/dev/null"], "--profile '/dev/null' is no folder to write to; name one"),
+        ([f"--profile={'x' * 300}"], "--profile 'xxxxx"),
         (["--stpes=3"], "unknown option --stpes; did you mean --steps?"),
     ],
 )

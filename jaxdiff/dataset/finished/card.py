@@ -50,6 +50,8 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uff
 MEDIA_TYPES = {"tar": "application/x-tar", "parquet": "application/x-parquet"}
 # The licences of the bundled models: the Hub's name and the address of the text.
 LICENSES = {"shapes64": ("apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")}
+# Said since records count lost tokens; the cards of earlier plans stay as they are.
+NEEDS = '# Needs datasets 4.7 or later, which know the type of "metadata", json.\n'
 UNKNOWN_LICENSE = "unknown"  # also the Hub's name
 
 README = """\
@@ -78,7 +80,8 @@ person. Each image file says so itself, in XMP with IPTC's digital source type
 |---|---|
 {facts}
 
-{notices}`metadata/` has a row for every planned image, and says which were made; an image's `pixel_sha256`
+{notices}\
+`metadata/` has a row for every planned image, and says which were made; an image's `pixel_sha256`
 is its identity. `rejected.jsonl` has the manifest's rows that could not be used, and `failed.jsonl`
 the images that could not be made, each with its reason. `jaxdiff verify` proves the dataset from
 its files.
@@ -107,7 +110,7 @@ The settings from `num_images` to `negative_prompt` hold where a row of the mani
 """
 EXAMPLES = {
     "webdataset": """\
-images[0]["{extension}"], images[0]["json"]["prompt"], images[0]["json"]["metadata"]
+{needs}images[0]["{extension}"], images[0]["json"]["prompt"], images[0]["json"]["metadata"]
 
 import webdataset
 
@@ -161,7 +164,9 @@ def readme(plan: Plan, counts: dict[str, int]) -> str:
         notices=_notices(plan),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         example=EXAMPLES[settings.format].format(
-            extension=extension, last=len(plan.shard_sizes) - 1
+            extension=extension,
+            last=len(plan.shard_sizes) - 1,
+            needs=NEEDS if plan.counts_tokens else "",
         ),
         settings="\n".join(
             f"| {name} | {_cell(value)} |" for name, value in kept.items() if value is not None

@@ -65,6 +65,7 @@ def sign_dataset(directory: Path, certificate: Path, key: Path) -> int:
                 f"{directory} is not finished: {len(missing)} of {len(run.shards)} shards "
                 "are missing; run the same generate command to finish it"
             )
+        ledger.refuse_damaged(run)
         progress = tqdm(run.shards, "signing", unit=" shards", disable=None)
         signed = sum(_sign_shard(run, shard, signer) for shard in progress)
         if signed or not store.path(names.SUCCESS).exists():
