@@ -20,7 +20,7 @@ from transformers import CLIPTokenizer
 from jaxdiff.devices import compilation, parallel
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import clip_checkpoint
-from jaxdiff.families.tokens import chunked_tokens
+from jaxdiff.families.tokens import chunked_tokens, read_tokenizer
 from jaxdiff.models.text.clip import OLD_EOS, SHARDING, CLIPModel
 from jaxdiff.weights.load import abstract_network, open_network
 
@@ -45,7 +45,7 @@ class Clip:
         config, mesh = stored.config, parallel.make_mesh()
         self.name, self.fingerprint = stored.name, stored.fingerprint
         self.size, self.width = stored.pixels.size, config.projection_dim
-        self._tokenizer = CLIPTokenizer.from_pretrained(stored.tokenizer)
+        self._tokenizer = read_tokenizer(stored.tokenizer)
         self._tokens = min(self._tokenizer.model_max_length, config.text.max_position_embeddings)
         _check_tokenizer(stored, self._tokenizer)
         graph, shapes = abstract_network(CLIPModel, config)

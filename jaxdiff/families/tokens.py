@@ -40,7 +40,7 @@ class Tokenizer:
             raise InputError(
                 f"{directory} contains no tokenizer (vocab.json or tokenizer.json); copy it again"
             )
-        self._tokenizer = _read(directory)
+        self._tokenizer = read_tokenizer(directory)
         self.tokens = min(self._tokenizer.model_max_length, positions)
         if self.tokens < LEAST_TOKENS:
             raise InputError(
@@ -83,8 +83,12 @@ def of_encoder(directory: Path, name: str, config: "CLIPTextConfig") -> Tokenize
     return tokenizer
 
 
-def _read(directory: Path) -> CLIPTokenizer:
-    """Reads a tokenizer with transformers, which raises exceptions of every kind."""
+def read_tokenizer(directory: Path) -> CLIPTokenizer:
+    """Reads a tokenizer with transformers, which raises exceptions of every kind.
+
+    Raises:
+      InputError: if transformers cannot use it.
+    """
     try:
         tokenizer = CLIPTokenizer.from_pretrained(directory)
         for name in ("bos_token", "eos_token", "pad_token"):

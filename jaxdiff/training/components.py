@@ -16,7 +16,7 @@ from jaxdiff.families import FAMILIES, open_checkpoint
 from jaxdiff.families.family import Family
 from jaxdiff.families.model import Model, networks_of
 from jaxdiff.families.stable_diffusion import PIPELINE
-from jaxdiff.families.tokens import Tokenizer
+from jaxdiff.families.tokens import Tokenizer, of_encoder
 from jaxdiff.training.loop import Params
 from jaxdiff.training.recipe import TextToImageRecipe
 from jaxdiff.weights.load import abstract_network, load_params, places
@@ -87,7 +87,7 @@ def load_model(model: str) -> Components:
             for name, network in built.networks.items()
         },
         tokenizers={
-            name: Tokenizer(checkpoint.tokenizer(name), built.positions[name])
+            name: of_encoder(checkpoint.tokenizer(name), name, built.configs[name])
             for name in built.text_encoders
         },
         tokenizer_folders=dict(checkpoint.tokenizers),
@@ -120,8 +120,8 @@ def from_recipe(recipe: TextToImageRecipe) -> Components:
         elif name not in configs:
             raise InputError(f"the recipe sets neither {name} nor model; add one of them")
     if recipe.tokenizer:
-        positions = configs["text_encoder"].max_position_embeddings
-        tokenizers = {"text_encoder": Tokenizer(Path(recipe.tokenizer), positions)}
+        tokenizer = of_encoder(Path(recipe.tokenizer), "text_encoder", configs["text_encoder"])
+        tokenizers = {"text_encoder": tokenizer}
         folders = {"text_encoder": Path(recipe.tokenizer)}
     known = scheduler_config.KEYS
     for key in recipe.scheduler.keys() - known - {"_class_name"}:

@@ -1,4 +1,4 @@
-"""Damaged manifests and job files are refused on one line, or planned without losing a row.
+"""Damaged manifests are refused on one line, or planned without losing a row.
 
 Files of every form are made from random rows, then damaged. Nothing but InputError may come out,
 the counts must add up, rows that were left alone must be planned, and nothing may be written
@@ -25,7 +25,6 @@ from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble, open_ensemble
-from pipelines import generate_options
 
 FORMS = ("jsonl", "json", "csv", "tsv", "txt", "parquet")
 LINES = ("jsonl", "tsv", "txt")  # whose rows are lines
@@ -94,7 +93,10 @@ class Case:
 
     def _spoilt(self, row: dict) -> dict:
         picked = self._random.choices(NAMES, k=self._random.randint(1, 3))
-        return row | {name: self._random.choice(VALUES) for name in picked}
+        spoilt = row | {name: self._random.choice(VALUES) for name in picked}
+        if spoilt.get("id") in (0, 1, 7, True, False, "3"):  # the default id of another row
+            del spoilt["id"]
+        return spoilt
 
     def _damaged(self, content: bytes, inserts: tuple[bytes, ...]) -> bytes:
         start = self._random.randint(0, len(content))
@@ -226,43 +228,11 @@ def fuzz(tmp_path, model: Ensemble, seeds: range) -> dict[str, int]:
 
 
 def test_damaged_manifests_are_refused_or_planned_without_losing_a_row(tmp_path, model):
-    outcomes = fuzz(tmp_path, model, range(400))
-    assert min(outcomes.values()) > 40  # each outcome is reached often
+    outcomes = fuzz(tmp_path, model, range(1200))
+    assert min(outcomes.values()) > 100  # each outcome is reached often
     assert len(outcomes) == 3
 
 
 @pytest.mark.slow
 def test_many_more_damaged_manifests(tmp_path, model):
     assert sum(fuzz(tmp_path, model, range(10_000, 13_000)).values()) == 3000
-
-
-JOB = b"""\
-manifest = "prompts.txt"
-output = "out"
-steps = 30
-lora = ["a.safetensors:0.5", "b.safetensors"]
-strict = true
-scheduler = "use_karras_sigmas=true"
-profile = "traces"
-"""
-TOML = (
-    *(*BYTES, b"[" * 5000, b"9" * 5000, b"x = 1\n", b"steps = {a = 1}\n", b"[[steps]]\n", b"1e999"),
-    *(b"inf", b"1979-05-27T07:32:00Z", b"true", b"[true]", b'"""', b"#", b"=", b"a.b.c = 1\n"),
-)
-
-
-def test_damaged_job_files_are_refused_on_one_line_and_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused = 0
-    for seed in range(1000):
-        picks, content = random.Random(seed), JOB
-        for _ in range(picks.randint(1, 3)):
-            start = picks.randint(0, len(content))
-            end = min(len(content), start + picks.choice((0, 1, 5)))
-            content = content[:start] + picks.choice(TOML) + content[end:]
-        (tmp_path / "job.toml").write_bytes(content)
-        parsed, message = attempt(generate_options.parse, ["job.toml"])
-        refused += parsed is None
-        assert "\n" not in message
-        assert [path.name for path in tmp_path.iterdir()] == ["job.toml"]
-    assert 300 < refused < 1000

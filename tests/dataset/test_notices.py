@@ -10,6 +10,7 @@ from jaxdiff import cli
 from jaxdiff.dataset.finished import card
 from jaxdiff.dataset.manifest import columns, notices
 from jaxdiff.dataset.manifest.notices import FOREIGN_SYNTAX
+from jaxdiff.dataset.run import open_run
 
 LONG = "a red circle above a blue square " * 12
 
@@ -151,6 +152,13 @@ def test_negative_prompts_without_guidance_are_counted(noticed):
     text = run.plan.notices["negative prompts without effect"]
     assert text.startswith("1 row on line 1 of ")
     assert "guidance is off" in text
+
+
+def test_run_json_keeps_them(finished):
+    run = open_run(finished())  # the manifest has the columns `note` and `tags`
+    said = json.loads((run.directory / "run.json").read_text())["notices"]
+    assert said == run.plan.notices
+    assert said[notices.COPIED].startswith("'note', 'tags' ")
 
 
 def test_the_card_lists_them_without_obeying_their_markdown(noticed):
