@@ -16,6 +16,12 @@ from jaxdiff.dataset import names, paths
 from jaxdiff.dataset.store import Store
 from jaxdiff.errors import InputError
 
+# Errors that come again: a name that is too long, a folder that is missing or somebody else's.
+UNUSABLE = (
+    *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
+
 
 @dataclass(frozen=True)
 class LocalStore(Store):
@@ -94,7 +100,9 @@ class LocalStore(Store):
             self._check_ours()
             created = [path for path in (self.root, *self.root.parents) if not path.exists()]
             self.path(names.WORK).mkdir(parents=True, exist_ok=True)
-        except OSError as problem:  # a name that is too long, or a folder of somebody else's
+        except OSError as problem:
+            if problem.errno not in UNUSABLE:  # a disk may be full, a server away for a while
+                raise
             raise InputError(
                 f"--output {self.root} cannot be used ({problem.strerror}); name another directory"
             ) from None

@@ -74,9 +74,6 @@ def fill(attempt: shards.Attempt, run: Run, shard: int) -> None:
             attempt.add(shards.encode(image, pixels_of(image), run.plan))
 
 
-# A damage changes a dataset. It may do nothing; then it is not counted.
-
-
 def any_file(chance: random.Random, directory: Path) -> Path:
     found = (path for path in directory.rglob("*") if path.is_file() and path.name != "lock")
     return chance.choice(sorted(found))
@@ -120,14 +117,14 @@ def delete_a_folder(chance: random.Random, directory: Path) -> None:
 
 
 def swap(chance: random.Random, directory: Path) -> None:
-    one, other = any_file(chance, directory), any_file(chance, directory)
-    content = one.read_bytes()
-    one.write_bytes(other.read_bytes())
-    other.write_bytes(content)
+    exchange(any_file(chance, directory), any_file(chance, directory))
 
 
 def swap_markers(chance: random.Random, directory: Path) -> None:
-    one, other = chance.sample(sorted((directory / names.DONE).iterdir()), 2)
+    exchange(*chance.sample(sorted((directory / names.DONE).iterdir()), 2))
+
+
+def exchange(one: Path, other: Path) -> None:
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(content)
@@ -328,9 +325,12 @@ def problems(directory: Path) -> list[str]:
         return [str(problem)]
 
 
-def check_found(whole: Path, folder: Path, seed: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "count"), [(1, DAMAGES), pytest.param(2, SLOW_DAMAGES, marks=pytest.mark.slow)]
+)
+def test_every_damage_is_found(whole, tmp_path, limited, seed, count):
     done = Counter()
-    for number, (directory, what) in enumerate(damages(whole, folder, seed, count)):
+    for number, (directory, what) in enumerate(damages(whole, tmp_path / "new", seed, count)):
         try:
             found = problems(directory)
         except Exception as problem:
@@ -339,10 +339,6 @@ def check_found(whole: Path, folder: Path, seed: int, count: int) -> None:
         assert all("\n" not in line for line in found)
         done[what] += 1
     print(f"{count} damages found: {dict(done)}")
-
-
-def test_every_damage_is_found(whole, tmp_path, limited):
-    check_found(whole, tmp_path / "damaged", 1, DAMAGES)
 
 
 def test_records_are_held_against_the_plan_even_under_a_root_of_their_own(whole, tmp_path):
@@ -360,11 +356,6 @@ def test_records_are_held_against_the_plan_even_under_a_root_of_their_own(whole,
         rewrite(directory, 1, change)
         ledger.finalize(open_run(directory), 0.0)
         assert "image 000000004" in "\n".join(problems(directory)), name
-
-
-@pytest.mark.slow
-def test_every_one_of_many_damages_is_found(whole, tmp_path, limited):
-    check_found(whole, tmp_path / "damaged", 2, SLOW_DAMAGES)
 
 
 @pytest.fixture
@@ -387,9 +378,14 @@ def quick_repairs(monkeypatch):
     monkeypatch.setattr(repair.runners, "choose", lambda *_: None)
 
 
-def check_repairs(whole: Path, folder: Path, capsys, seed: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "count"), [(3, REPAIRS), pytest.param(4, SLOW_REPAIRS, marks=pytest.mark.slow)]
+)
+def test_a_repair_restores_every_byte_or_the_damage_stays_visible(
+    whole, tmp_path, limited, quick_repairs, capsys, seed, count
+):
     expected, ends = files(whole), Counter()
-    for number, (directory, what) in enumerate(damages(whole, folder, seed, count)):
+    for number, (directory, what) in enumerate(damages(whole, tmp_path / "new", seed, count)):
         where = f"damage {number} of seed {seed}: {what}"
         code = cli.main(["verify", str(directory), "--repair"])
         said = capsys.readouterr()
@@ -401,16 +397,3 @@ def check_repairs(whole: Path, folder: Path, capsys, seed: int, count: int) -> N
     repaired = sum(number for (end, _), number in ends.items() if end == "repaired")
     print(f"{count} repairs, {count - repaired} refused: {dict(ends)}")
     assert repaired > count / 3
-
-
-def test_a_repair_restores_every_byte_or_the_damage_stays_visible(
-    whole, tmp_path, limited, quick_repairs, capsys
-):
-    check_repairs(whole, tmp_path / "damaged", capsys, 3, REPAIRS)
-
-
-@pytest.mark.slow
-def test_each_of_many_repairs_restores_every_byte_or_leaves_the_damage_visible(
-    whole, tmp_path, limited, quick_repairs, capsys
-):
-    check_repairs(whole, tmp_path / "damaged", capsys, 4, SLOW_REPAIRS)

@@ -66,6 +66,7 @@ def test_a_manifest_becomes_a_finished_dataset(tmp_path, command, capsys, tiny_c
         "steps": 2,
         "guidance_scale": 7.5,
         "sampler": "ddim",
+        "tokens_lost": 0,
         "noise": "jax",
         "dtype": "float32",
         "options": "",
@@ -154,8 +155,8 @@ def test_a_concurrent_job_in_the_same_directory_is_rejected(tmp_path, command, c
 
 
 def test_an_output_directory_that_cannot_be_made_is_one_line(command, capsys):
-    assert cli.main(command(Path("/proc/jaxdiff/out"))) == 1
-    assert capsys.readouterr().err.startswith("jaxdiff: /proc/jaxdiff")
+    assert cli.main(command(Path("/proc/jaxdiff/out"))) == 2
+    assert "--output /proc/jaxdiff/out cannot be used (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
