@@ -71,6 +71,14 @@ def test_copied_columns_are_named_and_those_like_settings_apart(noticed):
     assert said["columns like settings"].startswith("'seeed', 'clip_skip': ")
 
 
+def test_columns_of_a_known_set_and_a_second_prompt_are_not_taken_for_settings():
+    names = ("image_name", "prompt", "part_id", "seed", "step", "cfg", "sampler", "width")
+    found = columns.copied(names)
+    assert found == dict.fromkeys(("image_name", "part_id", "step", "cfg", "sampler"), False)
+    assert columns.copied(("prompt", "caption"), "caption") == {"prompt": False}
+    assert columns.copied(("prompt", "prompt_2")) == {"prompt_2": True}
+
+
 def test_lost_tokens_are_counted_as_the_tokenizer_counts_them(noticed, tiny_checkpoint):
     tokenizer = CLIPTokenizer.from_pretrained(tiny_checkpoint / "tokenizer")
     whole = len(tokenizer(LONG)["input_ids"])

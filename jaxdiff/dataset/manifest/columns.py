@@ -83,11 +83,27 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", "_", name.strip().casefold())
 
 
-@functools.lru_cache(maxsize=1024)
-def looks_like_setting(name: str) -> bool:
-    """Returns whether a copied column's name suggests that its author meant to change images."""
-    known = (*COLUMNS, *ALIASES, *OTHER_SETTINGS)
-    return bool(difflib.get_close_matches(_plain(name), known, n=1, cutoff=SIMILAR))
+@functools.lru_cache(maxsize=64)
+def copied(names: tuple[str, ...], prompt_column: str | None = None) -> dict[str, bool]:
+    """Returns the columns without a meaning, and whether each looks like a setting.
+
+    Those of a known set do not, nor does a column `prompt` beside the one that the user named.
+
+    Args:
+      prompt_column: as for `meaning`.
+    """
+    known = DIFFUSIONDB if set(names) >= DIFFUSIONDB else {"prompt"} if prompt_column else set()
+    found = meaning(names, prompt_column)
+    return {
+        name: name not in known and _is_like_setting(name)
+        for name, means in found.items()
+        if means is None
+    }
+
+
+def _is_like_setting(name: str) -> bool:
+    every = (*COLUMNS, *ALIASES, *OTHER_SETTINGS)
+    return bool(difflib.get_close_matches(_plain(name), every, n=1, cutoff=SIMILAR))
 
 
 def has_repeated_items(names: Iterable[str]) -> bool:

@@ -39,7 +39,7 @@ class Notices:
     def __init__(self, prompt_column: str | None, *, negative_is_ignored: bool):
         self._prompt_column = prompt_column
         self._negative_is_ignored = negative_is_ignored
-        self._copied: dict[str, None] = {}  # in their order
+        self._copied: dict[str, bool] = {}  # whether they look like settings
         self._cut, self._foreign, self._ignored = _Rows(), _Rows(), _Rows()
         self._most_lost = 0
 
@@ -54,9 +54,8 @@ class Notices:
           request: shared by its images.
           tokens_lost: how many tokens its prompts lose.
         """
-        for name, means in columns.meaning(tuple(names), self._prompt_column).items():
-            if means is None and len(self._copied) < KEPT_NAMES:
-                self._copied[name] = None
+        if len(self._copied) < KEPT_NAMES:
+            self._copied |= columns.copied(tuple(names), self._prompt_column)
         if tokens_lost:
             self._cut.add(place)
             self._most_lost = max(self._most_lost, tokens_lost)
@@ -68,7 +67,7 @@ class Notices:
 
     def texts(self) -> dict[str, str]:
         """Returns a line for each kind of notice that applies, by the kind's name."""
-        settings = list(filter(columns.looks_like_setting, self._copied))
+        settings = [name for name, is_like_setting in self._copied.items() if is_like_setting]
         effective = ", ".join(columns.COLUMNS)
         why = "the model takes none"
         if not self._negative_is_ignored:
