@@ -60,7 +60,8 @@ def test_the_job_matches_its_dry_run(tmp_path, command, capsys, finish):
     finish(directory)
     run = open_run(directory)
     made = sum(shards.read_marker(run, n).made for n in run.shards)
-    assert said[1].startswith(f"images: {made}; model: tiny; shards: {len(run.shards)};")
+    assert said[1] == "copied columns: 'note' (to the images' metadata)"
+    assert said[2].startswith(f"images: {made}; model: tiny; shards: {len(run.shards)};")
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     assert cli.main([*arguments, "--dry-run", "--steps=3"]) == 0
     assert {path: path.stat().st_mtime_ns for path in Path(directory).rglob("*")} == before
