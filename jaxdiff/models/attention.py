@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 BLOCKWISE = 2**16  # scores per head from which blocks pay off on a CPU: 256 tokens over 256
 BLOCK = 2**20  # scores per block on a CPU: 4 MB in float32, which stay in the cache
 MOST_SCORES = 2**28  # scores per block on other devices: 1 GB in float32, to keep them busy
+HIDDEN = -1e30  # added to the score of a token that is not seen: its weight becomes 0
 LANES = 128  # of a TPU's registers; the block sizes of its kernel are multiples of it
 TPU_BLOCK = 4 * LANES  # tokens per block on a TPU; the block's scores are 1 MB in float32
 # The kernel's names for its block sizes.
@@ -21,6 +22,33 @@ TPU_COLUMNS = [f"block_k{of}" for of in ("", "_major", "_dq", "_major_dq", "_dkv
 
 def attention(
     query: Array, key: Array, value: Array, num_heads: int, *, is_causal: bool = False
+) -> Array:
+    """Computes `attend` of heads that still have to be split.
+
+    Args:
+      query: [batch, tokens, width].
+      key, value: [batch, context tokens, width].
+      num_heads: divides the width.
+      is_causal: as in `attend`.
+
+    Returns:
+      [batch, tokens, width].
+    """
+
+    def split(x: Array) -> Array:
+        return x.reshape(*x.shape[:2], num_heads, -1)  # [b, tokens, heads, head width]
+
+    mixed = attend(split(query), split(key), split(value), is_causal=is_causal)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Array | None = None,
+    is_causal: bool = False,
 ) -> Array:
     """Computes scaled dot-product attention (Vaswani et al., 2017) with a float32 softmax.
 
@@ -34,38 +62,38 @@ def attention(
     its interpreter, and for cuDNN's it is only known that the program calls it.
 
     Args:
-      query: [batch, tokens, width].
-      key, value: [batch, context tokens, width].
-      num_heads: divides the width.
+      query: [batch, tokens, heads, head width].
+      key, value: [batch, context tokens, heads, head width]; with `is_causal` they may have fewer
+        heads, a divisor, each of which serves a group of the query's (Ainslie et al., 2023,
+        arXiv:2305.13245).
+      mask: bool [batch, context tokens]: which context tokens are seen; None for all. Every row
+        needs at least one.
       is_causal: whether a token attends only to itself and to earlier tokens.
 
     Returns:
-      [batch, tokens, width].
+      [batch, tokens, heads, head width].
     """
-
-    def split(x: Array) -> Array:
-        return x.reshape(*x.shape[:2], num_heads, -1)  # [b, tokens, heads, head width]
-
-    query, key, value = split(query), split(key), split(value)
-    if is_causal:
-        attend = partial(jax.nn.dot_product_attention, is_causal=True)
-    else:
-        attend = _kernel(query, key)
-    mixed = _with_whole_heads(attend, num_heads)(query, key, value)
-    return mixed.reshape(*mixed.shape[:2], -1)
+    kernel = partial(_attend_at_once, is_causal=True) if is_causal else _kernel(query, key)
+    return _with_whole_heads(kernel, key.shape[2])(query, key, value, mask)
 
 
-def _kernel(query: Array, key: Array) -> Callable[[Array, Array, Array], Array]:
-    """Returns this host's function for unmasked attention of [b, tokens, heads, head width].
+def _attend_at_once(query: Array, key: Array, value: Array, mask: Array | None, **options) -> Array:
+    """Computes `attend` without blocks; the options are those of JAX's function."""
+    seen = None if mask is None else mask[:, None, None, :]
+    return jax.nn.dot_product_attention(query, key, value, mask=seen, **options)
+
+
+def _kernel(query: Array, key: Array) -> Callable[..., Array]:
+    """Returns this host's function for `attend` without `is_causal`.
 
     `jax.lax.platform_dependent` would trace every kernel on every platform, but cuDNN's cannot be
     traced without cuDNN, and importing Pallas takes a quarter of a second.
     """
     platform, half, width = jax.default_backend(), query.dtype == jnp.bfloat16, query.shape[-1]
     if platform == "gpu" and half and width % 8 == 0 and width <= _widest_in_cudnn():
-        return partial(jax.nn.dot_product_attention, implementation="cudnn")
+        return partial(_attend_at_once, implementation="cudnn")
     if query.shape[1] * key.shape[1] < BLOCKWISE:
-        return jax.nn.dot_product_attention
+        return _attend_at_once
     if platform == "cpu":
         return _attend_by_matrices
     return _attend_by_pallas if platform == "tpu" and half else _attend_by_queries
@@ -80,8 +108,8 @@ def _widest_in_cudnn() -> int:
     return 128 if major.isdigit() and int(major) >= 8 else 0
 
 
-def _with_whole_heads(attend: Callable, num_heads: int) -> Callable:
-    """Wraps `attend` to keep each head on one device where XLA splits arrays over mesh axes.
+def _with_whole_heads(kernel: Callable, num_heads: int) -> Callable:
+    """Wraps a kernel to keep each head on one device where XLA splits arrays over mesh axes.
 
     XLA cannot split the kernels of cuDNN and Pallas, and would not split the loops over heads. If
     the heads do not divide evenly, every device computes all of them.
@@ -89,20 +117,20 @@ def _with_whole_heads(attend: Callable, num_heads: int) -> Callable:
     mesh = jax.sharding.get_abstract_mesh()
     axes = mesh.auto_axes
     if not axes:
-        return attend
+        return kernel
     divides = num_heads % np.prod([mesh.shape[axis] for axis in axes]) == 0
     heads = PartitionSpec(None, None, axes if divides else None)
     return jax.shard_map(
-        attend,
-        in_specs=(heads, heads, heads),
+        kernel,
+        in_specs=(heads, heads, heads, PartitionSpec()),
         out_specs=heads,
         axis_names=set(axes),
         check_vma=False,
     )
 
 
-def _attend_by_pallas(query: Array, key: Array, value: Array) -> Array:
-    """Computes `attention` of [b, tokens, heads, head width] on a TPU."""
+def _attend_by_pallas(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    """Computes `attend` on a TPU."""
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     batch, tokens, _, width = query.shape
@@ -115,14 +143,16 @@ def _attend_by_pallas(query: Array, key: Array, value: Array) -> Array:
 
     query, key, value = padded(query), padded(key), padded(value)
     rows, columns = _tpu_block(query.shape[2]), _tpu_block(key.shape[2])
-    is_token = (jnp.arange(key.shape[2]) < context).astype(jnp.int32)  # not padding
+    if mask is None:
+        mask = jnp.ones((batch, context), bool)
+    seen = jnp.pad(mask, ((0, 0), (0, key.shape[2] - context))).astype(jnp.int32)
     mixed = flash.flash_attention(
         query,
         key,
         value,
         segment_ids=flash.SegmentIds(
             jnp.ones((batch, query.shape[2]), jnp.int32),
-            jnp.broadcast_to(is_token, (batch, key.shape[2])),
+            seen,
         ),
         sm_scale=width**-0.5,
         block_sizes=flash.BlockSizes(
@@ -139,17 +169,17 @@ def _tpu_block(tokens: int) -> int:
     return LANES * _divisor(tokens // LANES, TPU_BLOCK // LANES)
 
 
-def _attend_by_queries(query: Array, key: Array, value: Array) -> Array:
-    """Computes `attention` of [b, tokens, heads, head width], one block of queries at a time."""
+def _attend_by_queries(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    """Computes `attend`, one block of queries at a time."""
     batch, tokens, heads, width = query.shape
     rows = _divisor(tokens, MOST_SCORES // (batch * heads * key.shape[1]))
     blocks = query.reshape(batch, -1, rows, heads, width).swapaxes(0, 1)
 
     @jax.checkpoint  # otherwise a gradient would keep every block's scores
-    def attend(block: Array) -> Array:
-        return jax.nn.dot_product_attention(block, key, value)
+    def mixed(block: Array) -> Array:
+        return _attend_at_once(block, key, value, mask)
 
-    return jax.lax.map(attend, blocks).swapaxes(0, 1).reshape(query.shape)
+    return jax.lax.map(mixed, blocks).swapaxes(0, 1).reshape(query.shape)
 
 
 def _divisor(number: int, most: int) -> int:
@@ -157,24 +187,26 @@ def _divisor(number: int, most: int) -> int:
     return max(n for n in range(1, max(1, min(number, most)) + 1) if number % n == 0)
 
 
-def _attend_by_matrices(query: Array, key: Array, value: Array) -> Array:
-    """Computes `attention` of [b, tokens, heads, head width] as products of plain matrices."""
+def _attend_by_matrices(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    """Computes `attend` as products of plain matrices."""
     batch, tokens, heads, width = query.shape
     rows = _divisor(tokens, BLOCK // key.shape[1])
+    # Added to the scores, so that each image's is one more matrix for its heads.
+    hidden = None if mask is None else jnp.where(mask, 0.0, HIDDEN).repeat(heads, axis=0)
 
-    def head(parts: tuple[Array, Array, Array]) -> Array:
-        queries, keys, values = parts
+    def head(parts: tuple[Array, Array, Array, Array | None]) -> Array:
+        queries, keys, values, hidden = parts
 
         @jax.checkpoint  # otherwise a gradient would keep every block's scores
-        def attend(block: Array) -> Array:
-            scores = jnp.matmul(block, keys.T, preferred_element_type=jnp.float32)
-            weights = jax.nn.softmax(scores * width**-0.5, axis=-1)
+        def mixed(block: Array) -> Array:
+            scores = jnp.matmul(block, keys.T, preferred_element_type=jnp.float32) * width**-0.5
+            weights = jax.nn.softmax(scores if hidden is None else scores + hidden, axis=-1)
             return weights.astype(values.dtype) @ values
 
-        return jax.lax.map(attend, queries.reshape(-1, rows, width)).reshape(tokens, width)
+        return jax.lax.map(mixed, queries.reshape(-1, rows, width)).reshape(tokens, width)
 
     def flat(x: Array) -> Array:
         return x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, width)
 
-    mixed = jax.lax.map(head, (flat(query), flat(key), flat(value)))
+    mixed = jax.lax.map(head, (flat(query), flat(key), flat(value), hidden))
     return mixed.reshape(batch, heads, tokens, width).transpose(0, 2, 1, 3)

@@ -3,43 +3,11 @@
 Rombach et al., 2022, arXiv:2112.10752, section 3.3 and appendix E.2.1.
 """
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxdiff.models.feed_forward import FeedForward
 from jaxdiff.models.layers import Attention, conv, group_norm
-
-
-class _GEGLU(nnx.Module):
-    """Shazeer, 2020, arXiv:2002.05202: a linear layer gated by the GELU of another."""
-
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(width, 2 * hidden, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return value * jax.nn.gelu(gate, approximate=False)
-
-
-class _Identity(nnx.Module):
-    """Takes the place of a dropout layer, so that the indices match the checkpoint's."""
-
-    def __call__(self, x: Array) -> Array:
-        return x
-
-
-class _FeedForward(nnx.Module):
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        hidden = 4 * width
-        self.net = nnx.List(
-            [_GEGLU(width, hidden, rngs=rngs), _Identity(), nnx.Linear(hidden, width, rngs=rngs)]
-        )
-
-    def __call__(self, x: Array) -> Array:
-        for layer in self.net:
-            x = layer(x)
-        return x
 
 
 class BasicTransformerBlock(nnx.Module):
@@ -51,7 +19,7 @@ class BasicTransformerBlock(nnx.Module):
         self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.attn2 = Attention(width, num_heads, context_width=context_width, rngs=rngs)
         self.norm3 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.ff = _FeedForward(width, rngs=rngs)
+        self.ff = FeedForward(width, gated=True, rngs=rngs)
 
     def __call__(self, x: Array, context: Array) -> Array:
         """Maps [batch, h w, width] and [batch, tokens, context width] to x's shape."""

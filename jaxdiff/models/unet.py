@@ -9,7 +9,6 @@ DeepCache (Ma et al., 2023, arXiv:2312.00858) is built in: the features of all b
 layers can be reused from an earlier evaluation.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from flax import nnx
 from jax import Array
 
 from jaxdiff.models import config as config_json
+from jaxdiff.models.embeddings import EmbeddingMLP, sinusoids
 from jaxdiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
 from jaxdiff.models.sharding import COLUMNS, ROWS
 from jaxdiff.models.transformer import Transformer2DModel
@@ -143,41 +143,6 @@ class UNetConfig:
         return config_json.to_json(self, FIXED)
 
 
-def sinusoids(numbers: Array, width: int, *, cosine_first: bool, freq_shift: int) -> Array:
-    """Returns sinusoids of the numbers (Vaswani et al., 2017, section 3.5).
-
-    Args:
-      numbers: [...], such as timesteps or pixels.
-      width: even.
-      cosine_first: whether the cosines come before the sines.
-      freq_shift: 0, or 1 for a lowest frequency of exactly 1 / 10000.
-
-    Returns:
-      float32 [..., width].
-    """
-    half = width // 2
-    exponents = -math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
-    angles = numbers.astype(jnp.float32)[..., None] * jnp.exp(exponents)
-    sine, cosine = jnp.sin(angles), jnp.cos(angles)
-    return jnp.concatenate([cosine, sine] if cosine_first else [sine, cosine], axis=-1)
-
-
-class _TimestepEmbedding(nnx.Module):
-    def __init__(self, width: int, config: UNetConfig, *, rngs: nnx.Rngs, condition_width=None):
-        self.cond_proj = (
-            nnx.Linear(condition_width, width, use_bias=False, rngs=rngs)
-            if condition_width
-            else None
-        )
-        self.linear_1 = nnx.Linear(width, config.time_width, rngs=rngs)
-        self.linear_2 = nnx.Linear(config.time_width, config.time_width, rngs=rngs)
-
-    def __call__(self, x: Array, condition: Array | None = None) -> Array:
-        if condition is not None:
-            x = x + self.cond_proj(condition)
-        return self.linear_2(nnx.silu(self.linear_1(x)))
-
-
 def _resnets(widths: list[tuple[int, int]], config: UNetConfig, rngs: nnx.Rngs) -> nnx.List:
     return nnx.List(
         [
@@ -294,11 +259,11 @@ class UNet2DConditionModel(nnx.Module):
         last = len(channels) - 1
         self.config = config
         self.conv_in = conv(config.in_channels, channels[0], 3, rngs=rngs)
-        self.time_embedding = _TimestepEmbedding(
-            channels[0], config, condition_width=config.time_cond_proj_dim, rngs=rngs
+        self.time_embedding = EmbeddingMLP(
+            channels[0], config.time_width, condition_width=config.time_cond_proj_dim, rngs=rngs
         )
         self.add_embedding = (
-            _TimestepEmbedding(config.projection_class_embeddings_input_dim, config, rngs=rngs)
+            EmbeddingMLP(config.projection_class_embeddings_input_dim, config.time_width, rngs=rngs)
             if config.addition_embed_type
             else None
         )

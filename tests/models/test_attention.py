@@ -11,7 +11,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas import tpu as pallas
 
 from jaxdiff.models import attention as kernels
-from jaxdiff.models.attention import attention
+from jaxdiff.models.attention import attend, attention
 
 HEADS = 2
 
@@ -45,6 +45,27 @@ def test_attention_matches_the_papers_formula(tokens, context):
     query, key, value = drawn((2, tokens, 16), (2, context, 16), (2, context, 16))
     mixed = jax.jit(attention, static_argnums=3)(query, key, value, HEADS)
     np.testing.assert_allclose(mixed, by_definition(query, key, value), atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # without a mask, the latter's blocks differ
+@pytest.mark.parametrize("tokens", [64, 300])  # plain; in blocks
+def test_masked_tokens_are_not_seen(tokens, platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    query, key, value = drawn((3, tokens, 2, 8), (3, 300, 2, 8), (3, 300, 2, 8))
+    lengths = np.array([1, 7, 300])
+    mixed = attend(query, key, value, mask=np.arange(300) < lengths[:, None])
+    for i, length in enumerate(lengths):
+        seen = [
+            x[i : i + 1].reshape(1, -1, 16) for x in (query, key[:, :length], value[:, :length])
+        ]
+        np.testing.assert_allclose(mixed[i].reshape(1, -1, 16), by_definition(*seen), atol=1e-5)
+
+
+def test_a_head_of_the_keys_serves_a_group_of_the_querys():
+    query, key, value = drawn((2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8))
+    groups = [np.repeat(x, 2, axis=2) for x in (key, value)]
+    mixed = attend(query, key, value, is_causal=True)
+    np.testing.assert_allclose(mixed, attend(query, *groups, is_causal=True), atol=1e-6)
 
 
 def test_blocks_cover_the_whole_batch_on_other_devices(monkeypatch):
@@ -95,17 +116,21 @@ def test_bfloat16_uses_a_float32_softmax():
     )  # bfloat16's spacing from 0.5 to 1
 
 
-def test_a_tpus_kernel_and_its_gradient_match_plain_attention():
+@pytest.mark.parametrize("mask", [None, np.arange(700)[None] < 500])
+def test_a_tpus_kernel_and_its_gradient_match_plain_attention(mask):
     # The last block of tokens is not full; heads are wider than 128 and not a multiple of it.
     tokens, context, width = 300, 700, 160
     arrays = drawn((1, tokens, 2, width), (1, context, 2, width), (1, context, 2, width))
 
-    def squares(attend):
-        return jax.jit(jax.value_and_grad(lambda *a: (attend(*a) ** 2).sum(), argnums=(0, 1, 2)))
+    def squares(kernel):
+        def total(*arrays):
+            return (kernel(*arrays, mask) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
 
     with pallas.force_tpu_interpret_mode():
         ours = squares(kernels._attend_by_pallas)(*arrays)
-    plain = squares(jax.nn.dot_product_attention)(*arrays)
+    plain = squares(kernels._attend_at_once)(*arrays)
     for array, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(array, other, atol=1e-4, rtol=1e-5)
 

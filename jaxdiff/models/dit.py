@@ -1,0 +1,166 @@
+"""Building blocks shared by diffusion transformers (Peebles and Xie, 2022, arXiv:2212.09748)."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jaxdiff.models.attention import attend
+from jaxdiff.models.embeddings import rotate
+
+EPSILON = 1e-6  # of all norms here
+
+
+def layer_norm(x: Array) -> Array:
+    """Normalises [..., width] without scale or bias, in float32; returns the dtype of `x`."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(axis=-1, keepdims=True)
+    y = y / jnp.sqrt((y * y).mean(axis=-1, keepdims=True) + EPSILON)
+    return y.astype(x.dtype)
+
+
+def modulated(x: Array, shift: Array, scale: Array) -> Array:
+    """Returns the layer norm of [batch, tokens, width], scaled and shifted by [batch, width]."""
+    return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+class AdaLayerNorm(nnx.Module):
+    """Maps an embedding to `count` modulations: arXiv:2212.09748, section 3.2, adaLN."""
+
+    def __init__(self, width: int, count: int, *, rngs: nnx.Rngs):
+        self.count = count
+        self.linear = nnx.Linear(width, count * width, rngs=rngs)
+
+    def __call__(self, embedding: Array) -> Sequence[Array]:
+        """Maps [batch, width] to `count` arrays of that shape."""
+        return jnp.split(self.linear(nnx.silu(embedding)), self.count, axis=-1)
+
+
+def split_heads(x: Array, num_heads: int) -> Array:
+    """Maps [batch, tokens, width] to [batch, tokens, heads, head width]."""
+    return x.reshape(*x.shape[:2], num_heads, -1)
+
+
+def merge_heads(x: Array) -> Array:
+    """Maps [batch, tokens, heads, head width] to [batch, tokens, width]."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention, optionally with normalised and rotated queries and keys."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, rngs: nnx.Rngs):
+        head_width = width // num_heads
+        self.num_heads = num_heads
+        self.to_q, self.to_k, self.to_v = (nnx.Linear(width, width, rngs=rngs) for _ in range(3))
+        self.norm_q, self.norm_k = (
+            nnx.RMSNorm(head_width, epsilon=EPSILON, rngs=rngs) if qk_norm else None
+            for _ in range(2)
+        )
+        self.to_out = nnx.List([nnx.Linear(width, width, rngs=rngs)])
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [batch, tokens, width] to the same shape."""
+        return self.to_out[0](merge_heads(attend(*self.heads(x))))
+
+    def heads(self, x: Array) -> tuple[Array, Array, Array]:
+        """Returns queries, keys and values, each [batch, tokens, heads, head width]."""
+        return _heads(
+            x, (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k), self.num_heads
+        )
+
+
+class JointAttention(nnx.Module):
+    """Attention over the tokens of a text and an image together, with weights for each.
+
+    See Esser et al., 2024, arXiv:2403.03206, section 4 and figure 2.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qk_norm: bool,
+        context_out: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the layers.
+
+        Args:
+          width: of both kinds of tokens.
+          num_heads: divides the width.
+          qk_norm: whether queries and keys are normalised (RMSNorm).
+          context_out: whether the text's tokens are wanted, too; not in a last block.
+          rngs: draws the weights.
+        """
+        self.num_heads = num_heads
+        head_width = width // num_heads
+
+        def linear():
+            return nnx.Linear(width, width, rngs=rngs)
+
+        def norm():
+            return nnx.RMSNorm(head_width, epsilon=EPSILON, rngs=rngs) if qk_norm else None
+
+        self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
+        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = (norm() for _ in range(4))
+        self.to_out = nnx.List([linear()])
+        self.to_add_out = linear() if context_out else None
+
+    def __call__(
+        self,
+        x: Array,
+        context: Array,
+        *,
+        angles: Array | np.ndarray | None = None,
+        mask: Array | None = None,
+    ) -> tuple[Array, Array | None]:
+        """Computes attention over the text's tokens followed by the image's.
+
+        Args:
+          x: [batch, image tokens, width].
+          context: [batch, text tokens, width].
+          angles: as in `embeddings.rotate`, for all tokens; None rotates nothing.
+          mask: bool [batch, all tokens]: which tokens are seen; None for all.
+
+        Returns:
+          both kinds of tokens in the shapes of the inputs; None for the text without `context_out`.
+        """
+        ours = (self.to_q, self.to_k, self.to_v)
+        added = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        image = _heads(x, ours, (self.norm_q, self.norm_k), self.num_heads)
+        text = _heads(context, added, (self.norm_added_q, self.norm_added_k), self.num_heads)
+        query, key, value = (
+            jnp.concatenate(both, axis=1) for both in zip(text, image, strict=True)
+        )
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        mixed = merge_heads(attend(query, key, value, mask=mask))
+        of_text, of_image = jnp.split(mixed, [context.shape[1]], axis=1)
+        return self.to_out[0](of_image), self.to_add_out and self.to_add_out(of_text)
+
+
+def _heads(x: Array, layers, norms, num_heads: int) -> tuple[Array, Array, Array]:
+    query, key, value = (split_heads(layer(x), num_heads) for layer in layers)
+    norm_query, norm_key = norms
+    if norm_query is not None:
+        query, key = norm_query(query), norm_key(key)
+    return query, key, value
+
+
+def packed(latents: Array, patch: int = 2) -> Array:
+    """Cuts [batch, h, w, c] into patches, [batch, h w / patch^2, c patch^2], channels slowest."""
+    batch, height, width, channels = latents.shape
+    x = latents.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, -1, channels * patch**2)
+
+
+def unpacked(tokens: Array, height: int, width: int, patch: int = 2) -> Array:
+    """Undoes `packed` for latents of this height and width."""
+    batch, _, size = tokens.shape
+    x = tokens.reshape(batch, height // patch, width // patch, size // patch**2, patch, patch)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, height, width, -1)
