@@ -11,6 +11,7 @@ from jaxdiff.checkpoint.regular_file import opened
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
 
+SENTENCEPIECE = "spiece.model"  # a Unigram model in the form of the library of that name
 LEAST_TOKENS = 3  # the start, one of the text, the end
 NO_LIMIT = 1e30  # as written in old files
 END_OF_WORD = "</w>"

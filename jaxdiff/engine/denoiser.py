@@ -10,6 +10,7 @@ from jaxdiff.diffusion import scheduler_config
 from jaxdiff.engine.program import Denoising
 from jaxdiff.engine.prompts import PromptEncoder
 from jaxdiff.families.model import networks_of
+from jaxdiff.families.tokens import of_checkpoint
 from jaxdiff.request import Options, Request
 from jaxdiff.weights.load import open_network
 
@@ -55,7 +56,7 @@ class LoadedDenoiser:
         self.stored, self.codec = stored(model.denoiser.component), stored(model.codec.component)
         self.prompts = PromptEncoder(
             model,
-            {name: checkpoint.tokenizer(name) for name in model.text_encoders},
+            of_checkpoint(checkpoint),
             {name: stored(name) for name in model.text_encoders},
             mesh,
             clip_skip=options.clip_skip,

@@ -1,17 +1,15 @@
 """Tokenizes and encodes prompts on the devices, with an LRU cache of embeddings."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 
 import jax
-import numpy as np
 
 from jaxdiff.devices import compilation, parallel
 from jaxdiff.errors import InputError
 from jaxdiff.families.model import Model, Text
-from jaxdiff.families.tokens import of_encoder
+from jaxdiff.families.tokens import Tokenizer
 from jaxdiff.weights.load import StoredNetwork
 
 # Prompts are encoded in batches of this size, independent of the size of the image batches, so that
@@ -30,37 +28,32 @@ class PromptEncoder:
     def __init__(
         self,
         model: Model,
-        folders: Mapping[str, Path],
+        tokenizers: Mapping[str, Tokenizer],
         stored: Mapping[str, StoredNetwork],
         mesh: jax.sharding.Mesh,
         *,
         clip_skip: int,
         chunks: int,
     ):
-        """Reads the tokenizers; `load` reads the text encoders' weights.
+        """Prepares the text encoders; `load` reads their weights.
 
         Args:
           model: the checkpoint's networks.
-          folders: each text encoder's tokenizer folder.
+          tokenizers: each text encoder's tokenizer.
           stored: each text encoder's weights in their files.
           mesh: the devices.
           clip_skip, chunks: `clip_skip` and `prompt_chunks` of `Options`.
 
         Raises:
-          InputError: if a tokenizer does not fit its text encoder, or a text encoder has too few
-            layers for `clip_skip`.
+          InputError: if a text encoder has too few layers for `clip_skip`.
         """
         self.mesh, self.chunks = mesh, chunks
-        self._stored = stored
-        self._tokenizers = {}
-        for name in model.text_encoders:
-            tokenizer = of_encoder(folders[name], name, model.configs[name])
-            layers = model.configs[name].num_hidden_layers
-            if clip_skip + model.layers_skipped > layers:
+        self._stored, self._tokenizers = stored, tokenizers
+        for name, layers in model.skippable.items():
+            if clip_skip > layers:
                 raise InputError(
-                    f"--clip-skip {clip_skip}: {name} has only {layers} layers; skip fewer"
+                    f"--clip-skip {clip_skip}: {name} has only {layers} layers to skip; skip fewer"
                 )
-            self._tokenizers[name] = tokenizer
         # By the number of layers skipped; negative prompts skip none.
         self._encode = {
             skip: compilation.jit(
@@ -90,11 +83,11 @@ class PromptEncoder:
 
     def _abstract_arguments(self) -> tuple[dict, dict]:
         params = {name: stored.places for name, stored in self._stored.items()}
-        ids = {
-            name: jax.ShapeDtypeStruct((TEXT_BATCH, self.chunks, tokenizer.tokens), np.int32)
-            for name, tokenizer in self._tokenizers.items()
-        }
-        return params, ids
+        tokens = self._tokens([""] * TEXT_BATCH)
+        return params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tokens)
+
+    def _tokens(self, texts: Sequence[str]) -> dict:
+        return {name: each(texts, self.chunks) for name, each in self._tokenizers.items()}
 
     def __call__(self, prompts: Iterable[str], *, negative: bool = False) -> dict[str, Text]:
         """Returns each prompt's embedding; as in diffusers, negative ones ignore `clip_skip`."""
@@ -106,10 +99,8 @@ class PromptEncoder:
         for start in range(0, len(new), TEXT_BATCH):
             texts = new[start : start + TEXT_BATCH]
             padded = texts + [""] * (TEXT_BATCH - len(texts))
-            token_ids = {
-                name: tokenizer(padded, self.chunks) for name, tokenizer in self._tokenizers.items()
-            }
-            encoded = compilation.wait(self._programs, clip_skip)(self.params, token_ids)
+            tokens = self._tokens(padded)
+            encoded = compilation.wait(self._programs, clip_skip)(self.params, tokens)
             if not parallel.may_run_ahead(self.mesh):
                 jax.block_until_ready(encoded)
             for i, text in enumerate(texts):

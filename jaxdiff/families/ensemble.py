@@ -15,7 +15,7 @@ from jaxdiff.diffusion import samplers, scheduler_config
 from jaxdiff.diffusion.solvers import SamplerTable
 from jaxdiff.diffusion.step_ranges import StepRange, step_ranges
 from jaxdiff.errors import InputError
-from jaxdiff.families import open_checkpoint
+from jaxdiff.families import open_checkpoint, tokens
 from jaxdiff.request import Bucket, Options
 
 
@@ -85,19 +85,18 @@ class Ensemble:
     def lost_tokens(self, chunks: int) -> Callable[[str], int]:
         """Returns a function that maps a prompt to the number of its tokens that are cut off.
 
-        Of several text encoders, the one that loses most counts.
+        Of a checkpoint's text encoders, the one that loses least counts; of the checkpoints, the
+        one that loses most.
 
         Args:
           chunks: `Options.prompt_chunks`.
         """
-        from jaxdiff.families.tokens import Tokenizer  # takes a second to import
+        each = [tokens.of_checkpoint(checkpoint).values() for checkpoint in self.checkpoints]
 
-        tokenizers = [
-            Tokenizer(folder, checkpoint.defaults.tokens)
-            for checkpoint in self.checkpoints
-            for folder in checkpoint.tokenizers.values()
-        ]
-        return lambda prompt: max(tokenizer.lost(prompt, chunks) for tokenizer in tokenizers)
+        def lost(prompt: str) -> int:
+            return max(min(tokenizer.lost(prompt, chunks) for tokenizer in of) for of in each)
+
+        return lost
 
     def steps(self, options: Options, bucket: Bucket) -> Steps:
         """Returns the sampler's tables for a bucket, and which denoiser takes which of their rows.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
@@ -11,6 +12,7 @@ from jaxdiff.request import Bucket
 
 if TYPE_CHECKING:
     from jaxdiff.families.model import Model
+    from jaxdiff.families.tokens import Tokenizer
 
 
 class Defaults(Protocol):
@@ -87,6 +89,8 @@ class Family:
         that reuses the deep features of an earlier one.
       decoder_operations: maps (checkpoint, height and width of the latents) to the floating-point
         operations of decoding one image.
+      tokenizer: maps (text encoder, its tokenizer's folder, its parsed config) to its tokenizer;
+        raises InputError if it cannot be used. Imports transformers.
       kohya_names: as in `checkpoint.Family`.
       networks: imports JAX and returns the module with the family's networks.
     """
@@ -98,5 +102,6 @@ class Family:
     schedule: Callable[[dict, Bucket], NoiseSchedule]
     operations: Callable[[Checkpoint, int, int, int], tuple[int, int]]
     decoder_operations: Callable[[Checkpoint, int, int], int]
+    tokenizer: Callable[[str, Path, Mapping], "Tokenizer"]
     kohya_names: Callable[[Checkpoint, str], Mapping[str, str]]
     networks: Callable[[], Networks]

@@ -9,6 +9,7 @@ from jaxdiff.checkpoint.safetensors_header import ITEM_BYTES
 from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
+from jaxdiff.families import tokens
 
 HEADINGS = ("component", "class", "parameters", "stored as", "size", "file")
 SIGMAS = ("Karras", "exponential", "beta")
@@ -96,16 +97,14 @@ def _sampler(checkpoint: Checkpoint) -> str:
 
 
 def _usable(checkpoint: Checkpoint) -> str:
-    from jaxdiff.families import tokens  # imports transformers: with JAX, this takes two seconds
-    from jaxdiff.families.model import networks_of
+    from jaxdiff.families.model import networks_of  # imports JAX
     from jaxdiff.weights.load import refuse_misfits
 
     try:
         model = networks_of(checkpoint)
         for name, network in model.networks.items():
             refuse_misfits(network.shapes, checkpoint.weights(name))
-        for name in model.text_encoders:
-            tokens.of_encoder(checkpoint.tokenizer(name), name, model.configs[name])
+        tokens.of_checkpoint(checkpoint)
     except InputError as error:
         return f"no: {error}"
     return "yes"

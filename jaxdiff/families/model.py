@@ -19,10 +19,12 @@ class Text(NamedTuple):
     Attributes:
       context: [tokens, width], the concatenated hidden states of all text encoders.
       pooled: [width], one vector for the whole prompt; None if the denoiser takes none.
+      mask: bool [tokens], False for tokens that are not seen; None if all are.
     """
 
     context: Array
-    pooled: Array | None
+    pooled: Array | None = None
+    mask: Array | None = None
 
 
 class Network(NamedTuple):
@@ -88,10 +90,9 @@ class Model(NamedTuple):
       configs: the networks' config dataclasses, by component.
       networks: the networks, by component.
       text_encoders: the components that encode prompts, in the order of their vectors.
-      positions: the maximum number of tokens of each text encoder.
-      layers_skipped: how many of the text encoders' last layers are never used.
-      encode_text: maps (params by text encoder, int32 token ids [b, chunks, tokens] by text
-        encoder, clip_skip) to `Text`.
+      skippable: how many of its last layers each text encoder can skip (`Options.clip_skip`).
+      encode_text: maps (params by text encoder, what its tokenizer returns by text encoder,
+        clip_skip) to `Text`.
       zeros_for_empty: whether an empty negative prompt becomes zeros instead of its encoding.
       sizes: maps (height and width in pixels, negative) to the numbers of the denoiser's size
         conditioning; None if the denoiser has none.
@@ -104,8 +105,7 @@ class Model(NamedTuple):
     configs: Mapping[str, Any]
     networks: Mapping[str, Network]
     text_encoders: Sequence[str]
-    positions: Mapping[str, int]
-    layers_skipped: int
+    skippable: Mapping[str, int]
     encode_text: Callable[..., Text]
     zeros_for_empty: bool
     sizes: Callable[[int, int, bool], tuple[float, ...]] | None

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 
 from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
@@ -18,6 +19,7 @@ from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.errors import InputError
 from jaxdiff.families import unet_operations
 from jaxdiff.families.family import Family
+from jaxdiff.families.tokens import Tokenizer, fitting
 
 PIPELINE = "StableDiffusionPipeline"
 LCM_PIPELINE = "LatentConsistencyModelPipeline"
@@ -40,6 +42,7 @@ LATENTS = {
     "latents_mean": None,
     "latents_std": None,
 }
+VOCABULARY = 49408  # CLIP's, if the text encoder's config gives no number
 TEXT_PREFIX = "text_model."
 BUFFER = "embeddings.position_ids"  # 0, 1, 2, ...: in old CLIP files
 OLD_ATTENTION = re.compile(r"\b(attentions\.\d+)\.(query|key|value|proj_attn)\.")
@@ -238,6 +241,16 @@ def _decoder_operations(checkpoint: Checkpoint, height: int, width: int) -> int:
     return unet_operations.of_network(decoder, height, width)
 
 
+def _tokenizer(name: str, folder: Path, config: Mapping) -> Tokenizer:
+    from jaxdiff.families.clip_tokens import ClipTokenizer  # takes a second to import
+
+    positions = config.get("max_position_embeddings")
+    tokenizer = ClipTokenizer(
+        folder, positions if isinstance(positions, int) else unet_operations.TOKENS
+    )
+    return fitting(tokenizer, folder, name, config.get("vocab_size", VOCABULARY))
+
+
 def _networks():
     from jaxdiff.families import stable_diffusion_model
 
@@ -256,6 +269,7 @@ STABLE_DIFFUSION = Family(
     schedule=lambda config, bucket: noise_schedule(config, bucket.sampler),
     operations=_operations,
     decoder_operations=_decoder_operations,
+    tokenizer=_tokenizer,
     kohya_names=kohya_names,
     networks=_networks,
 )

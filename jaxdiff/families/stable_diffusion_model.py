@@ -94,8 +94,9 @@ def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
         configs=configs,
         networks=networks,
         text_encoders=encoders,
-        positions={name: configs[name].max_position_embeddings for name in encoders},
-        layers_skipped=XL_LAYERS_SKIPPED * is_xl,
+        skippable={
+            name: configs[name].num_hidden_layers - XL_LAYERS_SKIPPED * is_xl for name in encoders
+        },
         encode_text=partial(encode_text, graphs, is_xl=is_xl),
         zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt")),
         sizes=partial(_sizes, _takes_score(index)) if _takes_sizes(unet_config) else None,

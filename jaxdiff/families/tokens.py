@@ -1,127 +1,79 @@
-"""Converts prompts to token ids for CLIP's text encoders."""
+"""What tokenizers have in common: how a model's prompts become token ids."""
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from transformers import CLIPTokenizer
 
-from jaxdiff.checkpoint.tokenizer_files import LEAST_TOKENS
+from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.errors import InputError
-
-if TYPE_CHECKING:
-    from jaxdiff.models.text.clip import CLIPTextConfig
-
 
 MAX_REASON_CHARACTERS = 200
 
 
-class Tokenizer:
-    """A checkpoint's tokenizer; thread-safe.
+class Tokens(NamedTuple):
+    """Texts of different lengths as rows of one length.
 
     Attributes:
-      tokens: the number of tokens of a chunk, including its start and end tokens.
+      ids: int32 [texts, tokens], padded on the right.
+      mask: bool [texts, tokens]: False for padding.
     """
 
-    def __init__(self, directory: Path, positions: int):
-        """Reads a directory in the `CLIPTokenizer` format.
+    ids: np.ndarray
+    mask: np.ndarray
 
-        Args:
-          directory: the tokenizer's directory.
-          positions: the maximum number of tokens of the text encoder.
 
-        Raises:
-          InputError: if the directory contains no tokenizer, or one that cannot be used.
-        """
-        # Without this check transformers would look for the name on the Hub.
-        if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-            raise InputError(
-                f"{directory} contains no tokenizer (vocab.json or tokenizer.json); copy it again"
-            )
-        self._tokenizer = read_tokenizer(directory)
-        self.tokens = min(self._tokenizer.model_max_length, positions)
-        if self.tokens < LEAST_TOKENS:
-            raise InputError(
-                f"{directory} has no room for a text: a prompt may have only {self.tokens} tokens, "
-                "with its start and end; use another model"
-            )
-        self._lock = threading.Lock()  # the tokenizer's truncation setting is mutable state
+class Tokenizer(Protocol):
+    """The tokenizer of a text encoder; thread-safe.
+
+    Attributes:
+      tokens: the number of tokens of a row (of a chunk, for CLIP), with special ones.
+    """
+
+    tokens: int
 
     def __len__(self) -> int:
         """The size of the vocabulary: one more than its largest id, since ids may have gaps."""
-        return max(self._tokenizer.get_vocab().values()) + 1
 
-    def __call__(self, texts: Sequence[str], chunks: int = 1) -> np.ndarray:
-        """Returns token ids, int32 [texts, chunks, tokens]; see `chunked_tokens`."""
-        with self._lock:
-            return chunked_tokens(self._tokenizer, texts, self.tokens, chunks)
+    def __call__(self, texts: Sequence[str], chunks: int = 1) -> Any:
+        """Returns what the family's `encode_text` takes: a tree of arrays [texts, ...].
+
+        Args:
+          texts: any number of prompts, of which those that are too long are cut off at the end.
+          chunks: as in `Options.prompt_chunks`.
+        """
 
     def lost(self, text: str, chunks: int = 1) -> int:
         """Returns how many tokens at the end of a text are cut off."""
-        most = chunks * (self.tokens - 2)
-        if text.isascii() and len(text) <= most:  # a token has at least one byte
-            return 0
-        with self._lock:
-            words = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return max(0, len(words) - most)
 
 
-def of_encoder(directory: Path, name: str, config: "CLIPTextConfig") -> Tokenizer:
-    """Reads the tokenizer of a text encoder with this name and config.
+def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Tokenizer]:
+    """Reads the tokenizer of each of a checkpoint's text encoders.
 
     Raises:
-      InputError: as for a `Tokenizer`, or if the text encoder lacks some of its tokens.
+      InputError: if one of them cannot be used, or is not that of its text encoder.
     """
-    tokenizer = Tokenizer(directory, config.max_position_embeddings)
-    if len(tokenizer) > config.vocab_size:
+    return {
+        name: checkpoint.family.tokenizer(name, folder, checkpoint.config(name))
+        for name, folder in checkpoint.tokenizers.items()
+    }
+
+
+def fitting(tokenizer: Tokenizer, directory: Path, name: str, vocab_size: object) -> Tokenizer:
+    """Returns the tokenizer of a text encoder with this name and `vocab_size`.
+
+    Raises:
+      InputError: if the text encoder lacks some of its tokens.
+    """
+    if not isinstance(vocab_size, int) or len(tokenizer) > vocab_size:
         raise InputError(
-            f"{directory} has {len(tokenizer)} tokens, but {name} has only {config.vocab_size}; it "
+            f"{directory} has {len(tokenizer)} tokens, but {name} has only {vocab_size}; it "
             "belongs to another model; copy the checkpoint again"
         )
     return tokenizer
 
 
-def read_tokenizer(directory: Path) -> CLIPTokenizer:
-    """Reads a tokenizer with transformers, which raises exceptions of every kind.
-
-    Raises:
-      InputError: if transformers cannot use it.
-    """
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(directory)
-        for name in ("bos_token", "eos_token", "pad_token"):
-            if getattr(tokenizer, f"{name}_id") is None:
-                raise ValueError(f"it has no {name}")
-        chunked_tokens(tokenizer, ["a"], LEAST_TOKENS, 1)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_CHARACTERS]
-        raise InputError(
-            f"{directory} contains no usable tokenizer ({reason}); copy the checkpoint again"
-        ) from error
-    return tokenizer
-
-
-def chunked_tokens(
-    tokenizer: CLIPTokenizer, texts: Sequence[str], tokens: int, chunks: int
-) -> np.ndarray:
-    """Returns token ids, int32 [texts, chunks, tokens]; truncates texts that are too long.
-
-    Each chunk has its own start and end tokens, like a prompt of its own, so that prompts may be
-    longer than the encoder's maximum. Every prompt gets all chunks, even empty ones, so that its
-    embedding does not depend on the other prompts in the batch.
-    """
-    room = tokens - 2  # without start and end
-    most = chunks * room
-    ids = np.full((len(texts), chunks, tokens), tokenizer.pad_token_id, np.int32)
-    ids[:, :, 0] = tokenizer.bos_token_id
-    for row, text in zip(ids, texts, strict=True):
-        words = tokenizer(text, add_special_tokens=False, truncation=True, max_length=most)[
-            "input_ids"
-        ]
-        for i, chunk in enumerate(row):
-            part = words[i * room : (i + 1) * room]
-            chunk[1 : len(part) + 1] = part
-            chunk[len(part) + 1] = tokenizer.eos_token_id
-    return ids
+def in_one_line(error: Exception) -> str:
+    """Describes an exception of another library in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_CHARACTERS]

@@ -16,7 +16,7 @@ from jaxdiff.families import FAMILIES, open_checkpoint
 from jaxdiff.families.family import Family
 from jaxdiff.families.model import Model, networks_of
 from jaxdiff.families.stable_diffusion import PIPELINE
-from jaxdiff.families.tokens import Tokenizer, of_encoder
+from jaxdiff.families.tokens import Tokenizer, of_checkpoint
 from jaxdiff.training.loop import Params
 from jaxdiff.training.recipe import TextToImageRecipe
 from jaxdiff.weights.load import abstract_network, load_params, places
@@ -86,10 +86,7 @@ def load_model(model: str) -> Components:
             name: load_params(places(network.shapes, jnp.float32), checkpoint.weights(name))
             for name, network in built.networks.items()
         },
-        tokenizers={
-            name: of_encoder(checkpoint.tokenizer(name), name, built.configs[name])
-            for name in built.text_encoders
-        },
+        tokenizers=of_checkpoint(checkpoint),
         tokenizer_folders=dict(checkpoint.tokenizers),
         scheduler=checkpoint.config("scheduler"),
         pipeline={
@@ -120,9 +117,11 @@ def from_recipe(recipe: TextToImageRecipe) -> Components:
         elif name not in configs:
             raise InputError(f"the recipe sets neither {name} nor model; add one of them")
     if recipe.tokenizer:
-        tokenizer = of_encoder(Path(recipe.tokenizer), "text_encoder", configs["text_encoder"])
-        tokenizers = {"text_encoder": tokenizer}
         folders = {"text_encoder": Path(recipe.tokenizer)}
+        config = configs["text_encoder"].to_json()
+        tokenizers = {
+            name: family.tokenizer(name, folder, config) for name, folder in folders.items()
+        }
     known = scheduler_config.KEYS
     for key in recipe.scheduler.keys() - known - {"_class_name"}:
         hint = suggestion(key, known) or f"; known keys: {', '.join(sorted(known))}"

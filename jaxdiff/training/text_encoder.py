@@ -14,8 +14,8 @@ from jax import Array
 
 from jaxdiff.checkpoint.component import CONFIG
 from jaxdiff.checkpoint.json_files import write_json
+from jaxdiff.families.clip_tokens import ClipTokenizer
 from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION, TEXT_ENCODER
-from jaxdiff.families.tokens import Tokenizer
 from jaxdiff.training.components import component
 from jaxdiff.training.loop import Params, Task
 from jaxdiff.training.recipe import TextEncoderRecipe
@@ -58,7 +58,7 @@ def task(recipe: TextEncoderRecipe) -> Task:
     """
     rngs = nnx.Rngs(recipe.seed)
     config, graph, params = component(STABLE_DIFFUSION, "text_encoder", recipe.text_encoder, rngs)
-    tokenize = Tokenizer(Path(recipe.tokenizer), config.max_position_embeddings)
+    tokenize = ClipTokenizer(Path(recipe.tokenizer), config.max_position_embeddings)
     sizes = [len(options) for options in QUESTIONS]
     head = jax.random.normal(rngs.params(), (config.hidden_size, sum(sizes))) * 0.02
 

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.errors import InputError
-from jaxdiff.families.tokens import Tokenizer
+from jaxdiff.families.clip_tokens import ClipTokenizer
 from jaxdiff.worlds.shapes.captions import draw_caption
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_tokenizer.py"
@@ -84,9 +84,9 @@ def test_loading_it_needs_neither_torch_nor_the_network():
 
 
 def test_an_encoder_without_room_for_a_text_is_rejected():
-    assert Tokenizer(DIRECTORY, positions=3).tokens == 3
+    assert ClipTokenizer(DIRECTORY, positions=3).tokens == 3
     with pytest.raises(InputError, match="a prompt may have only 2 tokens"):
-        Tokenizer(DIRECTORY, positions=2)
+        ClipTokenizer(DIRECTORY, positions=2)
 
 
 def test_whatever_transformers_raises_is_one_line(tmp_path):
@@ -94,5 +94,5 @@ def test_whatever_transformers_raises_is_one_line(tmp_path):
     with pytest.raises(
         InputError, match=r"contains no usable tokenizer \(\w+: .*\); copy"
     ) as caught:
-        Tokenizer(tmp_path, 77)
+        ClipTokenizer(tmp_path, 77)
     assert "\n" not in str(caught.value)

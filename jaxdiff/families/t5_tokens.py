@@ -1,0 +1,85 @@
+"""Converts prompts to token ids for T5's text encoders."""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxdiff.checkpoint.tokenizer_files import SENTENCEPIECE
+from jaxdiff.errors import InputError
+from jaxdiff.families.tokens import Tokens, in_one_line
+
+
+class T5Tokenizer:
+    """T5's tokenizer, which fills a row of fixed length; see `tokens.Tokenizer`.
+
+    Attributes:
+      tokens: the number of tokens of a row, with the end token.
+    """
+
+    def __init__(self, directory: Path, tokens: int, *, prepared: Callable[[str], str] = str):
+        """Reads tokenizer.json or, without it, SentencePiece's file.
+
+        Args:
+          directory: the tokenizer's directory.
+          tokens: the number of tokens of a row.
+          prepared: what the family does to every prompt before.
+
+        Raises:
+          InputError: if the files cannot be used.
+        """
+        self.tokens, self._prepared = tokens, prepared
+        self._lock = threading.Lock()  # tokenizers have mutable settings
+        try:
+            if (directory / "tokenizer.json").is_file():
+                self._read_json(directory)
+            else:
+                self._read_sentencepiece(directory)
+            self(["a"])
+        except Exception as error:  # of any kind, by both libraries
+            raise InputError(
+                f"{directory} contains no usable tokenizer ({in_one_line(error)}); copy the "
+                "checkpoint again"
+            ) from error
+
+    def _read_json(self, directory: Path) -> None:
+        import transformers
+
+        found = transformers.T5Tokenizer.from_pretrained(directory)
+        self._end, self._pad = found.eos_token_id, found.pad_token_id
+        self._size = max(found.get_vocab().values()) + 1
+        self._encode = lambda text: found(text, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+
+    def _read_sentencepiece(self, directory: Path) -> None:
+        import sentencepiece
+
+        found = sentencepiece.SentencePieceProcessor(model_file=str(directory / SENTENCEPIECE))
+        self._end, self._pad, self._size = found.eos_id(), found.pad_id(), found.vocab_size()
+        self._encode = found.encode
+
+    def __len__(self) -> int:
+        """The size of the vocabulary: one more than its largest id."""
+        return self._size
+
+    def __call__(self, texts: Sequence[str], chunks: int = 1) -> Tokens:
+        """Returns rows of `tokens` ids, each ended by the end token; `chunks` must be 1."""
+        ids = np.full((len(texts), self.tokens), self._pad, np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for row, seen, text in zip(ids, mask, texts, strict=True):
+            words = [*self._words(text)[: self.tokens - 1], self._end]
+            row[: len(words)] = words
+            seen[: len(words)] = True
+        return Tokens(ids, mask)
+
+    def lost(self, text: str, chunks: int = 1) -> int:
+        """Returns how many tokens at the end of a text are cut off."""
+        if text.isascii() and len(text) + 2 <= self.tokens:  # one for each, one for the first word
+            return 0
+        return max(0, len(self._words(text)) + 1 - self.tokens)
+
+    def _words(self, text: str) -> list[int]:
+        with self._lock:
+            return self._encode(self._prepared(text))
