@@ -1,0 +1,243 @@
+"""What the causal language models that encode prompts share.
+
+Each layer is attention and a gated feed-forward network (Shazeer, 2020, arXiv:2002.05202), both
+after an RMS normalisation (Zhang and Sennrich, 2019, arXiv:1910.07467). Positions enter by rotating
+queries and keys (Su et al., 2021, arXiv:2104.09864).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jaxdiff.checks import shown
+from jaxdiff.errors import InputError
+from jaxdiff.models import config as config_json
+from jaxdiff.models.attention import attend
+from jaxdiff.models.sharding import COLUMNS, ROWS
+
+Angles = tuple[np.ndarray, np.ndarray]  # cosines and sines, each [tokens, head width / 2]
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
+# Keys that transformers also writes, but that do not change the hidden states: the rotation has no
+# limit at `max_position_embeddings`.
+IGNORED = {
+    "architectures",
+    "attention_dropout",
+    "attn_implementation",
+    "bos_token_id",
+    "cache_implementation",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+SHARDING = (
+    (r"\.([qkv]_proj|gate_proj|up_proj)\.kernel$", COLUMNS),
+    (r"\.(o_proj|down_proj)\.kernel$", ROWS),
+    (r"^embed_tokens\.embedding$", COLUMNS),
+)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The fields that all decoders have; each also has a `head_dim`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    rope_theta: float
+
+    def __post_init__(self):
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            raise ValueError(
+                f"num_key_value_heads = {groups} does not divide num_attention_heads = {heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} cannot be split into halves")
+
+
+def from_json(
+    cls: type[DecoderConfig],
+    data: dict,
+    *,
+    fixed: dict,
+    ignored: set[str],
+    rope_types: Sequence[str] = ("default",),
+    layer_types: Sequence[str] = ("full_attention",),
+):
+    """Builds a decoder's config from a parsed `text_encoder/config.json`.
+
+    Args:
+      cls: the config's dataclass.
+      data: the file, of transformers 4 or 5: `rope_theta` may stand beside the other keys, in
+        `rope_parameters` or in `rope_scaling`.
+      fixed, ignored: keys with only one supported value, and keys without an effect.
+      rope_types: the kinds of rotation that are the plain one.
+      layer_types: the kinds of layers that may occur.
+
+    Raises:
+      InputError: for a key or value that is not supported.
+    """
+    file = "text_encoder/config.json"
+    kept = {key: value for key, value in data.items() if key not in ignored}
+    scaling, parameters = kept.pop("rope_scaling", None), kept.pop("rope_parameters", None)
+    rotation = scaling or parameters or {}  # in the order of transformers
+    if not isinstance(rotation, dict):
+        raise InputError(f"{file}: rope_parameters = {shown(rotation)} is not supported")
+    rotation = dict(rotation)
+    for key in ("rope_type", "type"):  # the latter in older files, or in both
+        if (kind := rotation.pop(key, "default")) not in rope_types:
+            raise InputError(
+                f"{file}: {key} = {shown(kind)} is not supported (only {rope_types[0]!r} is)"
+            )
+    kinds = kept.pop("layer_types", None) or []
+    if not isinstance(kinds, list) or any(kind not in layer_types for kind in kinds):
+        raise InputError(f"{file}: layer_types = {shown(kinds)} is not supported")
+    return config_json.from_json(cls, "text_encoder", kept | rotation, fixed)
+
+
+def rotations(tokens: int, head_dim: int, theta: float) -> Angles:
+    """Returns the cosines and sines, in float32, of the angles of each position's channels."""
+    # In float32 at every step, as transformers: the angles of late positions depend on it.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.float32(theta) ** exponents
+    angles = np.arange(tokens, dtype=np.float32)[:, None] * frequencies
+    return np.cos(angles), np.sin(angles)
+
+
+def rotate(x: Array, angles: Angles) -> Array:
+    """Rotates heads by their positions' angles; a pair is a channel and that half a head later.
+
+    Args:
+      x: [batch, tokens, heads, head width].
+      angles: from `rotations`.
+
+    Returns:
+      like `x`; computed in float32.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cosines, sines = (table[:, None] for table in angles)
+    turned = (first * cosines - second * sines, second * cosines + first * sines)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    """Causal attention of rotated heads, several to a key (Ainslie et al., arXiv:2305.13245)."""
+
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, qkv_bias: bool = False, qk_norm=False
+    ):
+        self.head_dim = config.head_dim
+        width, epsilon = config.hidden_size, config.rms_norm_eps
+        queries = config.num_attention_heads * self.head_dim
+        keys = config.num_key_value_heads * self.head_dim
+        self.q_proj = nnx.Linear(width, queries, use_bias=qkv_bias, rngs=rngs)
+        self.k_proj = nnx.Linear(width, keys, use_bias=qkv_bias, rngs=rngs)
+        self.v_proj = nnx.Linear(width, keys, use_bias=qkv_bias, rngs=rngs)
+        self.o_proj = nnx.Linear(queries, width, use_bias=False, rngs=rngs)
+
+        def norm():
+            return nnx.RMSNorm(self.head_dim, epsilon=epsilon, rngs=rngs) if qk_norm else None
+
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def __call__(self, x: Array, mask: Array, angles: Angles) -> Array:
+        """Maps [batch, tokens, width] to its shape; tokens outside the mask are not seen."""
+        query, key, value = (
+            projected.reshape(*x.shape[:2], -1, self.head_dim)
+            for projected in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        mixed = self.mixed(rotate(query, angles), rotate(key, angles), value, mask)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+
+    def mixed(self, query: Array, key: Array, value: Array, mask: Array) -> Array:
+        """Mixes the values, [batch, tokens, heads, head width], by how queries fit keys."""
+        return attend(query, key, value, mask=mask, is_causal=True)
+
+
+class MLP(nnx.Module):
+    """A linear layer gated by the activation of another, and a linear layer."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, activation: str = "silu"):
+        width, hidden = config.hidden_size, config.intermediate_size
+        self.activation = activation
+        self.gate_proj = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
+        self.up_proj = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
+        self.down_proj = nnx.Linear(hidden, width, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [batch, tokens, width] to its shape."""
+        gate = ACTIVATIONS[self.activation](self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class Decoder(nnx.Module):
+    """A causal transformer over the prompt's tokens that returns hidden states of its layers."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        layer: Callable[..., nnx.Module],
+        norm: Callable[..., nnx.Module] = nnx.RMSNorm,
+    ):
+        """Makes the network of `layer(config, rngs=...)`, called with x, mask and angles."""
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = nnx.List([layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.norm = norm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+
+    def embedded(self, token_ids: Array) -> Array:
+        """Returns the tokens' vectors [batch, tokens, hidden size] in the dtype of the weights."""
+        return self.embed_tokens.embedding[...][token_ids]  # nnx.Embed would return another dtype
+
+    def __call__(self, token_ids: Array, mask: Array, *, layers: tuple[int, ...]) -> list[Array]:
+        """Encodes prompts that are padded on the right; computes only the layers that it needs.
+
+        Args:
+          token_ids: int32 [batch, tokens].
+          mask: bool [batch, tokens]: which tokens are the prompt's. Others are not seen, but have
+            hidden states too. The first is always the prompt's.
+          layers: which hidden states, numbered as in transformers: 0 is the embeddings, i the input
+            of layer i, and the number of layers the last output, after the final norm. Negative
+            ones count from the end.
+
+        Returns:
+          the hidden states, each [batch, tokens, hidden size] in the dtype of the weights.
+
+        Raises:
+          ValueError: if there is no such layer.
+        """
+        count = len(self.layers) + 1
+        for index in layers:
+            if not -count <= index < count:
+                raise ValueError(f"layer {index} is not one of the {count} hidden states")
+        indices = [index % count for index in layers]
+        angles = rotations(token_ids.shape[1], self.head_dim, self.rope_theta)
+        states = [self.embedded(token_ids)]
+        for layer in islice(self.layers, max(indices)):
+            states.append(layer(states[-1], mask, angles))
+        if len(states) == count:
+            states[-1] = self.norm(states[-1])
+        return [states[index] for index in indices]
