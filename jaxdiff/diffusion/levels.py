@@ -6,6 +6,8 @@ import numpy as np
 
 from jaxdiff.diffusion.schedule import NEARLY_ZERO_SNR, NoiseSchedule
 
+NEARLY_PURE_NOISE = 1e-6  # replaces an alpha of 0 in multistep solvers, as in diffusers
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -53,7 +55,7 @@ def trained(schedule: NoiseSchedule, steps: int) -> np.ndarray:
 def continuous(schedule: NoiseSchedule, steps: int, *, ends_at_last: bool = False) -> Levels:
     """Returns levels by noise-to-signal ratio: Karras et al., 2022, arXiv:2206.00364, section 3."""
     if schedule.is_flow:
-        return _flow(schedule, steps)
+        return _flow(schedule, steps, from_pure_noise=ends_at_last)
     table = _ratios(schedule)
     timesteps = spaced(schedule, steps)
     multistep = schedule.one_more_timestep
@@ -93,23 +95,36 @@ def _ratios(schedule: NoiseSchedule) -> np.ndarray:
     return np.sqrt((1.0 - alpha_bars) / alpha_bars)
 
 
-def _flow(schedule: NoiseSchedule, steps: int) -> Levels:
-    """Returns levels of flow matching, where alpha = 1 - sigma.
+def _flow(schedule: NoiseSchedule, steps: int, *, from_pure_noise: bool) -> Levels:
+    """Returns levels of flow matching, where alpha = 1 - sigma, spaced as in diffusers.
 
-    See Lipman et al., 2023, arXiv:2210.02747, equation 20. The shift (Esser et al., 2024,
-    arXiv:2403.03206, equation 23) is applied to the smallest sigma and then to all of them, as
-    diffusers does.
+    See Lipman et al., 2023, arXiv:2210.02747, equation 20, and for the shift Esser et al., 2024,
+    arXiv:2403.03206, equation 23. Without `uniform_flow`, it is applied to the smallest sigma and
+    then to all of them.
     """
-    train_steps = schedule.num_train_timesteps
+    least = 1.0 / schedule.num_train_timesteps
 
     def shifted(sigma):
         return schedule.shift * sigma / (1.0 + (schedule.shift - 1.0) * sigma)
 
-    sigma = shifted(np.linspace(1.0, shifted(1.0 / train_steps), steps))
+    multistep = schedule.one_more_timestep
+    if multistep:
+        high = 1.0 if from_pure_noise else 1.0 - least
+        sigma = np.linspace(high, high - (1.0 - least), steps + 1)[:-1]
+    elif schedule.uniform_flow:
+        sigma = np.linspace(1.0, 1.0 / steps, steps)
+    else:
+        sigma = np.linspace(1.0, shifted(least), steps)
+    sigma = shifted(sigma)
+    if schedule.shift_terminal:
+        sigma = 1.0 - (1.0 - sigma) * (1.0 - schedule.shift_terminal) / (1.0 - sigma[-1])
+    if multistep and sigma[0] > 1.0 - NEARLY_PURE_NOISE:
+        sigma[0] -= NEARLY_PURE_NOISE
     if _is_respaced(schedule):
         sigma = _respaced(schedule, steps, sigma[0], sigma[-1])
+    timesteps = schedule.num_train_timesteps * sigma
     sigma = np.append(sigma, 0.0)
-    return Levels(train_steps * sigma[:-1], 1.0 - sigma, sigma)
+    return Levels(np.floor(timesteps) if multistep else timesteps, 1.0 - sigma, sigma)
 
 
 def _is_respaced(schedule: NoiseSchedule) -> bool:

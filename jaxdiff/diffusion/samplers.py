@@ -35,6 +35,7 @@ class Sampler:
       config: the keys of `scheduler_config.json` that this class reads, with its defaults.
       title: its name in AUTOMATIC1111's web UI.
       built: the supported values of the keys for which they differ from `scheduler_config.BUILT`.
+      flow: whether it can sample models that were trained by flow matching.
       multistep: whether it uses the estimates of earlier steps.
       one_more_timestep: as in `NoiseSchedule`.
     """
@@ -44,6 +45,7 @@ class Sampler:
     config: Mapping[str, object]
     title: str
     built: Mapping[str, tuple] = field(default_factory=dict)
+    flow: bool = False
     multistep: bool = False
     one_more_timestep: bool = False
 
@@ -81,7 +83,6 @@ _MULTISTEP = {
     "final_sigmas_type": "zero",
     "lower_order_final": True,
     "solver_order": 2,
-    "use_dynamic_shifting": False,
     "use_flow_sigmas": False,
 }
 _DPM_SOLVER = {
@@ -130,6 +131,7 @@ SAMPLERS = {
             "timestep_type": "discrete",
         },
         title="Euler",
+        flow=True,
     ),
     "euler_ancestral": Sampler(
         solver=solvers.euler_ancestral,
@@ -149,12 +151,14 @@ SAMPLERS = {
             "clip_sample_range": 1.0,
         },
         title="Heun",
+        flow=True,
     ),
     "dpmpp_2m": Sampler(
         solver=solvers.dpmpp_2m,
         scheduler="DPMSolverMultistepScheduler",
         config=_DPM_SOLVER,
         title="DPM++ 2M",
+        flow=True,
         multistep=True,
         one_more_timestep=True,
     ),
@@ -173,12 +177,12 @@ SAMPLERS = {
             **_MULTISTEP,
             "disable_corrector": [],
             "predict_x0": True,
-            "shift_terminal": None,
             "solver_p": None,
             "solver_type": "bh2",
         },
         built={"solver_order": (1, 2, 3), "solver_type": (*SOLVER_TYPES, "heun")},
         title="UniPC",
+        flow=True,
         multistep=True,
         one_more_timestep=True,
     ),
@@ -239,6 +243,10 @@ def sampler_table(
     most = max_steps(name, schedule)
     if not 1 <= steps <= most:
         raise InputError(f"steps = {steps} must be 1 to {most} for {name} with this scheduler")
+    if schedule.use_dynamic_shifting:
+        raise InputError(
+            f"{WHERE}: use_dynamic_shifting is not supported with this model; set it to false"
+        )
     options = {"begin": begin} if SAMPLERS[name].multistep else {}
     if name == "ddim":
         options = {"eta": eta}

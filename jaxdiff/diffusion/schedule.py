@@ -4,7 +4,8 @@ The tables are computed on the host in NumPy float64, so that rounding errors co
 denoiser.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,11 @@ class NoiseSchedule:
       set_alpha_to_one: whether the last step of DDIM and PNDM ends without noise rather than with
         the noise of timestep 0.
       shift: the shift of a flow schedule (Esser et al., 2024, arXiv:2403.03206, equation 23).
+      shift_terminal: the last noise level of a flow schedule, to which it is stretched; None if it
+        is not.
+      use_dynamic_shifting: whether the shift still has to be computed; see `shifted_by`.
+      uniform_flow: whether a flow schedule's levels are spaced evenly from 1 to 1 / steps, before
+        they are shifted, rather than between the bounds of the training's levels.
       one_more_timestep: whether to space one more timestep than steps and to drop the last, nearly
         noiseless one, as diffusers' multistep solvers do.
     """
@@ -61,6 +67,14 @@ class NoiseSchedule:
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
     shift: float = 1.0
+    shift_terminal: float | None = None
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    uniform_flow: bool = False
     clip_sample: bool = False
     clip_sample_range: float = 1.0
     thresholding: bool = False
@@ -87,6 +101,24 @@ class NoiseSchedule:
         times = np.linspace(0.0, 1.0, count + 1)
         alpha_bars = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
         return np.minimum(1.0 - alpha_bars[1:] / alpha_bars[:-1], 0.999)
+
+    def shifted_for(self, tokens: int) -> "NoiseSchedule":
+        """Returns the schedule for images of this many tokens, if its shift depends on them.
+
+        mu is linear in the number of tokens: arXiv:2403.03206, section 5.3.2, and Black Forest
+        Labs' code.
+        """
+        slope = (self.max_shift - self.base_shift) / (
+            self.max_image_seq_len - self.base_image_seq_len
+        )
+        return self.shifted_by(self.base_shift + slope * (tokens - self.base_image_seq_len))
+
+    def shifted_by(self, mu: float) -> "NoiseSchedule":
+        """Returns the schedule with the shift of a mu, if it is dynamic, else itself."""
+        if not self.use_dynamic_shifting:
+            return self
+        shift = math.exp(mu) if self.time_shift_type == "exponential" else mu
+        return replace(self, shift=shift, use_dynamic_shifting=False)
 
     @property
     def is_flow(self) -> bool:

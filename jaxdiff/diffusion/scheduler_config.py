@@ -21,13 +21,23 @@ from jaxdiff.request import Options
 
 FLOW_CONFIG = {
     **samplers.SIGMAS,
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
     "invert_sigmas": False,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
     "num_train_timesteps": 1000,
     "shift": 1.0,
     "shift_terminal": None,
     "stochastic_sampling": False,
+    "time_shift_type": "exponential",
     "use_dynamic_shifting": False,
 }
+# The keys that affect a multistep solver also where the levels are those of flow matching.
+SOLVER = (
+    *("disable_corrector", "euler_at_final", "lower_order_final", "predict_x0", "solver_order"),
+    *("solver_p", "solver_type", "thresholding"),
+)
 # All keys that affect at least one sampler.
 KEYS = frozenset(FLOW_CONFIG).union(*(row.config for row in SAMPLERS.values()))
 _EITHER = (False, True)
@@ -47,7 +57,6 @@ BUILT: dict[str, tuple] = {
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "rescale_betas_zero_snr": _EITHER,
     "set_alpha_to_one": _EITHER,
-    "shift_terminal": (None,),
     "skip_prk_steps": (True,),
     "solver_order": (2,),
     "solver_p": (None,),
@@ -55,10 +64,11 @@ BUILT: dict[str, tuple] = {
     "stochastic_sampling": (False,),
     "thresholding": _EITHER,
     "timestep_spacing": ("leading", "linspace", "trailing"),
+    "time_shift_type": ("exponential", "linear"),
     "timestep_type": ("discrete",),
     "trained_betas": (None,),
     "use_beta_sigmas": _EITHER,
-    "use_dynamic_shifting": (False,),
+    "use_dynamic_shifting": _EITHER,
     "use_exponential_sigmas": _EITHER,
     "use_flow_sigmas": (False,),
     "use_karras_sigmas": _EITHER,
@@ -68,13 +78,18 @@ BUILT: dict[str, tuple] = {
 # The other keys are numbers: their type, minimum and maximum.
 NUMBERS: dict[str, tuple] = {
     "num_train_timesteps": (int, 2, 100_000),
+    "base_image_seq_len": (int, 1, 10**6),
+    "base_shift": (float, 0.0, 100.0),
     "beta_start": (float, 0.0, 1.0),
     "beta_end": (float, 0.0, 1.0),
     "clip_sample_range": (float, 1e-3, 1e6),
     "dynamic_thresholding_ratio": (float, 0.0, 1.0),
+    "max_image_seq_len": (int, 2, 10**6),
+    "max_shift": (float, 0.0, 100.0),
     "original_inference_steps": (int, 1, 100_000),
     "sample_max_value": (float, 1e-3, 1e6),
     "shift": (float, 1e-3, 1e3),
+    "shift_terminal": (float, 1e-6, 0.9),
     "sigma_max": (float, 1e-6, 1e6),
     "sigma_min": (float, 1e-6, 1e6),
     "steps_offset": (int, 0, 100_000),
@@ -84,8 +99,13 @@ NUMBERS: dict[str, tuple] = {
 
 def prediction_type(config: dict) -> str:
     """Returns what a model with this scheduler predicts, as in `objective.to_x0`."""
-    is_flow = config.get("_class_name") == FLOW_CLASS
-    return "flow" if is_flow else config.get("prediction_type", "epsilon")
+    return "flow" if is_flow(config) else config.get("prediction_type", "epsilon")
+
+
+def is_flow(config: dict) -> bool:
+    """Whether a model with this scheduler was trained by flow matching."""
+    is_of_class = config.get("_class_name") == FLOW_CLASS
+    return is_of_class or config.get("prediction_type") == "flow_prediction"
 
 
 def train_steps(config: dict) -> int:
@@ -136,19 +156,29 @@ def _check(schedule: NoiseSchedule, sampler: str) -> None:
 
 def reads(sampler: str, config: dict, key: str) -> bool:
     """Whether a key of a scheduler's config affects a sampler."""
-    is_flow = config.get("_class_name") == FLOW_CLASS
-    return key in (FLOW_CONFIG if is_flow else SAMPLERS[sampler].config)
+    return key in _defaults(config, sampler)
+
+
+def _defaults(config: dict, sampler: str) -> dict:
+    """Returns the keys that affect a sampler, with the defaults of its class in diffusers."""
+    if not is_flow(config):
+        return SAMPLERS[sampler].config
+    row = SAMPLERS[sampler]
+    solver = {key: row.config[key] for key in SOLVER if key in row.config and row.multistep}
+    return {**FLOW_CONFIG, **solver}
 
 
 def _values(data: dict, sampler: str) -> dict:
     """Returns the config's values for a sampler, each of them checked, by key."""
-    is_flow = data.get("_class_name") == FLOW_CLASS
-    if is_flow and sampler != "euler":
+    if is_flow(data) and not SAMPLERS[sampler].flow:
+        known = ", ".join(name for name, row in SAMPLERS.items() if row.flow)
         raise InputError(
             f"{WHERE}: {sampler} does not support models trained by flow matching; choose the "
-            "sampler euler"
+            f"sampler {known}"
         )
-    defaults = FLOW_CONFIG if is_flow else SAMPLERS[sampler].config
+    defaults = _defaults(data, sampler)
+    if is_flow(data) and data.get("_class_name") != FLOW_CLASS:
+        data = _of_multistep(data)
     # A value listed here is another class's default, which this class replaces by its own.
     left_out = data.get("_use_default_values")
     is_own = data.get("_class_name") == SAMPLERS[sampler].scheduler
@@ -165,12 +195,21 @@ def _values(data: dict, sampler: str) -> dict:
                 f"{WHERE}: {key} = {_shown(value)} is not supported by {sampler}; "
                 f"set it to {known}, or choose another sampler"
             )
-    return {**values, "prediction_type": "flow"} if is_flow else values
+    return {**values, "prediction_type": "flow"} if is_flow(data) else values
+
+
+def _of_multistep(data: dict) -> dict:
+    """Returns the flow config of a multistep solver's class by the keys of `FLOW_CLASS`."""
+    if data.get("use_flow_sigmas") is not True:
+        raise InputError(
+            f"{WHERE}: use_flow_sigmas must be true for prediction_type flow_prediction"
+        )
+    return {"shift": data.get("flow_shift", 1.0), **data}
 
 
 def _number(key: str, value) -> int | float | None:
     kind, low, high = NUMBERS[key]
-    if value is None and key in ("sigma_min", "sigma_max"):
+    if value is None and key in ("shift_terminal", "sigma_min", "sigma_max"):
         return None
     kinds = (int,) if kind is int else (int, float)
     if type(value) not in kinds or not low <= value <= high:
@@ -212,7 +251,10 @@ def check_steps(sampler: str, steps: int, schedulers: Sequence[dict], eta: float
     try:
         for config in schedulers:
             schedule = noise_schedule(config, sampler)
+            schedule = dataclasses.replace(schedule, use_dynamic_shifting=False)  # of any size
             most = samplers.max_steps(sampler, schedule)
+            if schedule.shift_terminal and steps == 1:
+                raise BadValueError("steps must be at least 2 for a schedule with shift_terminal")
             if steps > most:
                 raise BadValueError(f"steps must be at most {most} for {sampler}, not {steps}")
             samplers.sampler_table(sampler, schedule, steps, eta=eta)

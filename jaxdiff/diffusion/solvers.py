@@ -171,6 +171,7 @@ def heun(schedule: NoiseSchedule, steps: int) -> SamplerTable:
 
     After an Euler step from the noise-to-signal ratio r to r', with the estimates D and D' at both
     ends, the corrected state of the algorithm's line 8 is x' + alpha' (1 - r / r') (D - D') / 2.
+    Flow matching's velocity is a derivative by sigma, which takes the place of r, with alpha' = 1.
     """
     predictor = euler(schedule, steps)
     at = levels.continuous(schedule, steps)
@@ -178,7 +179,10 @@ def heun(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     place = (np.arange(rows) + 1) // 2  # all levels except the first are evaluated twice
     a, b = np.ones(rows), np.zeros((rows, 2))
     a[::2], b[::2] = predictor.a, predictor.b[:, :2]
-    half = at.alpha[1:-1] * (1.0 - at.ratio[:-2] / at.ratio[1:-1]) / 2.0
+    if schedule.is_flow:
+        half = (1.0 - at.sigma[:-2] / at.sigma[1:-1]) / 2.0
+    else:
+        half = at.alpha[1:-1] * (1.0 - at.ratio[:-2] / at.ratio[1:-1]) / 2.0
     b[1::2] = np.stack([-half, half], axis=1)
     return _table(
         at.timesteps[place], at.alpha[place], at.sigma[place], a, b, initial_scale=at.initial_scale

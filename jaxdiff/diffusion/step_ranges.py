@@ -31,7 +31,7 @@ def step_ranges(
     options: Options,
     *,
     guided: bool,
-    guidance_is_input: Sequence[bool],
+    guidable: Sequence[bool],
     clamps: Sequence[Clamp | None],
     train_steps: int,
 ) -> tuple[StepRange, ...]:
@@ -41,13 +41,13 @@ def step_ranges(
       timesteps: [rows], of the base model's `SamplerTable`.
       options: when guidance begins and ends, and when a refiner takes over.
       guided: whether the image is guided at all.
-      guidance_is_input: for each denoiser (one, or two with a refiner), whether it takes the
-        guidance scale as an input and so is evaluated only once per step.
+      guidable: for each denoiser (one, or two with a refiner), whether it is evaluated twice in a
+        guided step, and not once because it takes the guidance scale as an input or none.
       clamps: for each denoiser, how its estimates are clamped, as in `StepRange`.
       train_steps: the number of timesteps that the base model was trained with.
     """
     rows = refined_from = len(timesteps)
-    if len(guidance_is_input) > 1:
+    if len(guidable) > 1:
         cut = round(train_steps * (1.0 - options.refiner_start))
         refined_from = int((timesteps >= cut).sum())
     guided_from = round(rows * options.guidance_start)
@@ -57,6 +57,6 @@ def step_ranges(
     for begin, end in itertools.pairwise(edges):
         denoiser = int(begin >= refined_from)
         is_guided = guided and guided_from <= begin and end <= guided_until
-        is_guided = is_guided and not guidance_is_input[denoiser]
+        is_guided = is_guided and guidable[denoiser]
         ranges.append(StepRange(denoiser, end - begin, is_guided, clamps[denoiser]))
     return tuple(ranges)

@@ -5,9 +5,10 @@ import sys
 import numpy as np
 import pytest
 
+from jaxdiff.checks import BadValueError
 from jaxdiff.diffusion.samplers import FLOW_CLASS, SAMPLERS, max_steps, sampler_table
 from jaxdiff.diffusion.schedule import Clamp, NoiseSchedule
-from jaxdiff.diffusion.scheduler_config import noise_schedule
+from jaxdiff.diffusion.scheduler_config import check_steps, noise_schedule
 from jaxdiff.errors import InputError
 
 SD15 = {
@@ -87,7 +88,7 @@ def test_keys_unknown_to_the_sampler_are_ignored():
         ("unipc", {"predict_x0": False}),
         ("unipc", {"disable_corrector": [0]}),
         ("unipc", {"final_sigmas_type": {"zero": 1}}),
-        ("euler", {"_class_name": FLOW_CLASS, "use_dynamic_shifting": True}),
+        ("euler", {"_class_name": FLOW_CLASS, "time_shift_type": "cubic"}),
         ("euler", {"_class_name": FLOW_CLASS, "stochastic_sampling": True}),
     ],
 )
@@ -167,16 +168,34 @@ def test_two_sigma_spacings_at_once_are_rejected():
     assert noise_schedule(config, "ddim")
 
 
-def test_only_euler_supports_a_flow_schedule():
-    config = {"_class_name": FLOW_CLASS, "shift": 3.0}
-    schedule = noise_schedule(config, "euler")
+@pytest.mark.parametrize("sampler", [name for name, row in SAMPLERS.items() if row.flow])
+def test_a_flow_schedule_goes_straight_from_noise_to_the_image(sampler):
+    schedule = noise_schedule({"_class_name": FLOW_CLASS, "shift": 3.0}, sampler)
     assert schedule.prediction_type == "flow"
-    table = sampler_table("euler", schedule, 10)
+    table = sampler_table(sampler, schedule, 10)
     np.testing.assert_allclose(table.alpha + table.sigma, 1.0)
-    assert table.sigma[0] == 1
-    assert (np.diff(table.sigma) < 0).all()
-    with pytest.raises(InputError, match="choose the sampler euler"):
-        noise_schedule(config, "dpmpp_2m")
+    assert table.sigma[0] == pytest.approx(1, abs=1e-3)
+    assert (np.diff(table.sigma) <= 0).all()
+
+
+def test_samplers_that_do_not_fit_flow_are_refused_by_name():
+    config = {"_class_name": FLOW_CLASS, "shift": 3.0}
+    with pytest.raises(InputError, match=r"ddim does not .* euler, heun, dpmpp_2m, unipc"):
+        noise_schedule(config, "ddim")
+
+
+def test_a_dynamic_shift_is_computed_by_the_models_family():
+    schedule = noise_schedule({"_class_name": FLOW_CLASS, "use_dynamic_shifting": True}, "euler")
+    with pytest.raises(InputError, match="use_dynamic_shifting is not supported with this model"):
+        sampler_table("euler", schedule, 10)
+    assert schedule.shifted_for(4096).shift == pytest.approx(math.exp(1.15))
+
+
+def test_one_step_cannot_end_at_a_terminal_noise_level():
+    config = {"_class_name": FLOW_CLASS, "shift_terminal": 0.02}
+    check_steps("euler", 2, [config])
+    with pytest.raises(BadValueError, match="steps must be at least 2"):
+        check_steps("euler", 1, [config])
 
 
 def test_the_maximum_steps_of_each_sampler():

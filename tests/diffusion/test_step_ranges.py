@@ -20,7 +20,7 @@ def stretches(distilled=(False,), guided=True, **options):
             TIMESTEPS,
             Options(**options),
             guided=guided,
-            guidance_is_input=distilled,
+            guidable=[not each for each in distilled],
             clamps=CLAMPS,
             train_steps=1000,
         )

@@ -37,8 +37,9 @@ CLAMPED = [
     *itertools.product(("ddim", "ddpm", "heun", "lcm"), CLIPPING),
     *itertools.product(("ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"), THRESHOLDING),
 ]
-# Keys that only matter with another key whose value is rejected.
+# Keys that only matter with another key: for flow matching, which has `FLOW_CONFIG`.
 IRRELEVANT = {
+    *("shift_terminal", "use_dynamic_shifting"),
     *("base_image_seq_len", "base_shift", "flow_shift", "max_image_seq_len", "max_shift"),
     "time_shift_type",
 }
