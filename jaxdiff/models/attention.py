@@ -21,7 +21,13 @@ TPU_COLUMNS = [f"block_k{of}" for of in ("", "_major", "_dq", "_major_dq", "_dkv
 
 
 def attention(
-    query: Array, key: Array, value: Array, num_heads: int, *, is_causal: bool = False
+    query: Array,
+    key: Array,
+    value: Array,
+    num_heads: int,
+    *,
+    mask: Array | None = None,
+    is_causal: bool = False,
 ) -> Array:
     """Computes `attend` of heads that still have to be split.
 
@@ -29,7 +35,7 @@ def attention(
       query: [batch, tokens, width].
       key, value: [batch, context tokens, width].
       num_heads: divides the width.
-      is_causal: as in `attend`.
+      mask, is_causal: as in `attend`.
 
     Returns:
       [batch, tokens, width].
@@ -38,7 +44,7 @@ def attention(
     def split(x: Array) -> Array:
         return x.reshape(*x.shape[:2], num_heads, -1)  # [b, tokens, heads, head width]
 
-    mixed = attend(split(query), split(key), split(value), is_causal=is_causal)
+    mixed = attend(split(query), split(key), split(value), mask=mask, is_causal=is_causal)
     return mixed.reshape(*mixed.shape[:2], -1)
 
 

@@ -26,12 +26,17 @@ def modulated(x: Array, shift: Array, scale: Array) -> Array:
     return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
+def fed_forward(layers: nnx.Module, x: Array, shift: Array, scale: Array, gate: Array) -> Array:
+    """Adds to [batch, tokens, width] what the layers make of it, modulated and gated."""
+    return x + gate[:, None] * layers(modulated(x, shift, scale))
+
+
 class AdaLayerNorm(nnx.Module):
     """Maps an embedding to `count` modulations: arXiv:2212.09748, section 3.2, adaLN."""
 
-    def __init__(self, width: int, count: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, count: int, *, use_bias: bool = True, rngs: nnx.Rngs):
         self.count = count
-        self.linear = nnx.Linear(width, count * width, rngs=rngs)
+        self.linear = nnx.Linear(width, count * width, use_bias=use_bias, rngs=rngs)
 
     def __call__(self, embedding: Array) -> Sequence[Array]:
         """Maps [batch, width] to `count` arrays of that shape."""
@@ -49,21 +54,48 @@ def merge_heads(x: Array) -> Array:
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention, optionally with normalised and rotated queries and keys."""
+    """Multi-head self-attention, optionally with normalised and rotated queries and keys.
 
-    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, rngs: nnx.Rngs):
+    Without `out` it returns the heads' values, without a last linear layer.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qk_norm: bool,
+        use_bias: bool = True,
+        out: bool = True,
+        epsilon: float = EPSILON,
+        rngs: nnx.Rngs,
+    ):
         head_width = width // num_heads
+
+        def linear():
+            return nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
+
         self.num_heads = num_heads
-        self.to_q, self.to_k, self.to_v = (nnx.Linear(width, width, rngs=rngs) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
         self.norm_q, self.norm_k = (
-            nnx.RMSNorm(head_width, epsilon=EPSILON, rngs=rngs) if qk_norm else None
+            nnx.RMSNorm(head_width, epsilon=epsilon, rngs=rngs) if qk_norm else None
             for _ in range(2)
         )
-        self.to_out = nnx.List([nnx.Linear(width, width, rngs=rngs)])
+        self.to_out = nnx.List([linear()]) if out else None
 
-    def __call__(self, x: Array) -> Array:
-        """Maps [batch, tokens, width] to the same shape."""
-        return self.to_out[0](merge_heads(attend(*self.heads(x))))
+    def __call__(
+        self,
+        x: Array,
+        *,
+        angles: Array | np.ndarray | None = None,
+        mask: Array | None = None,
+    ) -> Array:
+        """Maps [batch, tokens, width] to the same shape; see `JointAttention` for the options."""
+        query, key, value = self.heads(x)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        mixed = merge_heads(attend(query, key, value, mask=mask))
+        return mixed if self.to_out is None else self.to_out[0](mixed)
 
     def heads(self, x: Array) -> tuple[Array, Array, Array]:
         """Returns queries, keys and values, each [batch, tokens, heads, head width]."""
@@ -85,6 +117,7 @@ class JointAttention(nnx.Module):
         *,
         qk_norm: bool,
         context_out: bool = True,
+        use_bias: bool = True,
         rngs: nnx.Rngs,
     ):
         """Makes the layers.
@@ -94,13 +127,14 @@ class JointAttention(nnx.Module):
           num_heads: divides the width.
           qk_norm: whether queries and keys are normalised (RMSNorm).
           context_out: whether the text's tokens are wanted, too; not in a last block.
+          use_bias: whether the linear layers have biases.
           rngs: draws the weights.
         """
         self.num_heads = num_heads
         head_width = width // num_heads
 
         def linear():
-            return nnx.Linear(width, width, rngs=rngs)
+            return nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
 
         def norm():
             return nnx.RMSNorm(head_width, epsilon=EPSILON, rngs=rngs) if qk_norm else None
@@ -152,15 +186,25 @@ def _heads(x: Array, layers, norms, num_heads: int) -> tuple[Array, Array, Array
     return query, key, value
 
 
-def packed(latents: Array, patch: int = 2) -> Array:
-    """Cuts [batch, h, w, c] into patches, [batch, h w / patch^2, c patch^2], channels slowest."""
+def packed(latents: Array, patch: int = 2, *, channels_last: bool = False) -> Array:
+    """Cuts [batch, h, w, c] into patches, [batch, h w / patch^2, c patch^2].
+
+    In a patch the channels are the slowest to change or, with `channels_last`, the fastest.
+    """
     batch, height, width, channels = latents.shape
     x = latents.reshape(batch, height // patch, patch, width // patch, patch, channels)
-    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, -1, channels * patch**2)
+    x = x.transpose(0, 1, 3, 2, 4, 5) if channels_last else x.transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(batch, -1, channels * patch**2)
 
 
-def unpacked(tokens: Array, height: int, width: int, patch: int = 2) -> Array:
+def unpacked(
+    tokens: Array, height: int, width: int, patch: int = 2, *, channels_last: bool = False
+) -> Array:
     """Undoes `packed` for latents of this height and width."""
     batch, _, size = tokens.shape
-    x = tokens.reshape(batch, height // patch, width // patch, size // patch**2, patch, patch)
-    return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, height, width, -1)
+    grid, channels = (batch, height // patch, width // patch), size // patch**2
+    if channels_last:
+        x = tokens.reshape(*grid, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    else:
+        x = tokens.reshape(*grid, channels, patch, patch).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(batch, height, width, channels)

@@ -57,6 +57,33 @@ def grid_positions(height: int, width: int) -> np.ndarray:
     return np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
 
 
+def grid_sinusoids(rows: int, columns: int, width: int, *, base: int, scale: float) -> np.ndarray:
+    """Returns the sinusoids of each patch's place in an image, stretched to the trained size.
+
+    Chen et al., 2023, arXiv:2310.00426, section 2.3; the first half is of the column, as in Vaswani
+    et al., 2017, section 3.5.
+
+    Args:
+      rows, columns: the number of patches along each side.
+      width: a multiple of 4.
+      base: the number of patches along each side in training.
+      scale: the factor by which places are divided.
+
+    Returns:
+      float32 [rows * columns, width], in reading order.
+    """
+    down, across = (  # in float32, as PyTorch does
+        np.arange(side, dtype=np.float32) / np.float32(side / base) / np.float32(scale)
+        for side in (rows, columns)
+    )
+    frequencies = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+    halves = []
+    for places in (np.tile(across, rows), np.repeat(down, columns)):
+        angles = np.outer(places, frequencies)
+        halves += [np.sin(angles), np.cos(angles)]
+    return np.concatenate(halves, axis=1).astype(np.float32)
+
+
 def rotary_angles(
     positions: np.ndarray, widths: Sequence[int], theta: float, dtype=np.float64
 ) -> np.ndarray:

@@ -41,11 +41,14 @@ class Attention(nnx.Module):
         self.to_v = nnx.Linear(context_width, width, use_bias=qkv_bias, rngs=rngs)
         self.to_out = nnx.List([nnx.Linear(width, width, rngs=rngs)])
 
-    def __call__(self, x: Array, context: Array | None = None) -> Array:
-        """Maps [batch, tokens, width] and [batch, context tokens, context width] to x's shape."""
+    def __call__(self, x: Array, context: Array | None = None, mask: Array | None = None) -> Array:
+        """Maps [batch, tokens, width] and [batch, context tokens, context width] to x's shape.
+
+        The mask is that of `attend`.
+        """
         context = x if context is None else context
-        mixed = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads)
-        return self.to_out[0](mixed)
+        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out[0](attention(query, key, value, self.num_heads, mask=mask))
 
 
 class ResnetBlock2D(nnx.Module):

@@ -18,6 +18,7 @@ from jax import Array
 from jaxdiff.models import config as config_json
 from jaxdiff.models.embeddings import EmbeddingMLP, sinusoids
 from jaxdiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
+from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 from jaxdiff.models.transformer import Transformer2DModel
 
@@ -180,13 +181,6 @@ def _transformers(
     )
 
 
-def _call(module: nnx.Module, *arrays: Array, remat: bool) -> Array:
-    """Calls the module; with `remat` the gradient recomputes the activations inside it."""
-    if not remat:
-        return module(*arrays)
-    return nnx.remat(lambda module, *arrays: module(*arrays))(module, *arrays)
-
-
 class _Block(nnx.Module):
     """The common part of down and up blocks: residual blocks, each with its transformer."""
 
@@ -196,8 +190,8 @@ class _Block(nnx.Module):
         self.attentions = _transformers(widths, num_heads, depth, config, rngs)
 
     def layer(self, i: int, x: Array, time_embedding: Array, context: Array) -> Array:
-        x = _call(self.resnets[i], x, time_embedding, remat=self.remat)
-        return _call(self.attentions[i], x, context, remat=self.remat) if self.attentions else x
+        x = call(self.resnets[i], x, time_embedding, remat=self.remat)
+        return call(self.attentions[i], x, context, remat=self.remat) if self.attentions else x
 
 
 class _DownBlock(_Block):
@@ -224,9 +218,9 @@ class _MidBlock(nnx.Module):
         self.attentions = _transformers([same], config.heads[-1], config.depths[-1], config, rngs)
 
     def __call__(self, x: Array, time_embedding: Array, context: Array) -> Array:
-        x = _call(self.resnets[0], x, time_embedding, remat=self.remat)
-        x = _call(self.attentions[0], x, context, remat=self.remat)
-        return _call(self.resnets[1], x, time_embedding, remat=self.remat)
+        x = call(self.resnets[0], x, time_embedding, remat=self.remat)
+        x = call(self.attentions[0], x, context, remat=self.remat)
+        return call(self.resnets[1], x, time_embedding, remat=self.remat)
 
 
 class _UpBlock(_Block):

@@ -1,0 +1,362 @@
+"""Stable Diffusion 3's and Qwen-Image's denoisers give the output of diffusers."""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxdiff.devices import parallel
+from jaxdiff.errors import InputError
+from jaxdiff.models import qwen_image, sd3
+from jaxdiff.models.embeddings import rotary_angles
+from jaxdiff.models.qwen_image import QwenImageConfig, QwenImageTransformer2DModel
+from jaxdiff.models.sd3 import SD3Config, SD3Transformer2DModel
+from jaxdiff.weights.load import abstract_network, file_shapes, load_params, places
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+import networks  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
+SD3, QWEN = "SD3Transformer2DModel", "QwenImageTransformer2DModel"
+CLASSES = {
+    SD3: (SD3Config, SD3Transformer2DModel),
+    QWEN: (QwenImageConfig, QwenImageTransformer2DModel),
+}
+POSITIONS = "pos_embed.pos_embed"
+
+# The files as on the Hub.
+SD3_MEDIUM = {
+    "_class_name": SD3,
+    "_diffusers_version": "0.29.0.dev0",
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "in_channels": 16,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 24,
+    "out_channels": 16,
+    "patch_size": 2,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+    "sample_size": 128,
+}
+SD35_MEDIUM = SD3_MEDIUM | {
+    "_diffusers_version": "0.31.0",
+    "dual_attention_layers": list(range(13)),
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+}
+SD35_LARGE = SD3_MEDIUM | {
+    "_diffusers_version": "0.31.0.dev0",
+    "caption_projection_dim": 2432,
+    "dual_attention_layers": [],
+    "num_attention_heads": 38,
+    "num_layers": 38,
+    "qk_norm": "rms_norm",
+}
+QWEN_IMAGE = {
+    "_class_name": QWEN,
+    "_diffusers_version": "0.34.0.dev0",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+    "guidance_embeds": False,
+    "in_channels": 64,
+    "joint_attention_dim": 3584,
+    "num_attention_heads": 24,
+    "num_layers": 60,
+    "out_channels": 16,
+    "patch_size": 2,
+    "pooled_projection_dim": 768,
+}
+
+TINY_SD3 = {
+    "_class_name": SD3,
+    "attention_head_dim": 8,
+    "caption_projection_dim": 32,
+    "in_channels": 8,
+    "joint_attention_dim": 24,
+    "num_attention_heads": 4,
+    "num_layers": 3,
+    "out_channels": 8,
+    "patch_size": 2,
+    "pooled_projection_dim": 20,
+    "pos_embed_max_size": 24,
+    "sample_size": 16,
+}
+TINY_SD35 = TINY_SD3 | {"dual_attention_layers": [0, 1], "qk_norm": "rms_norm"}
+TINY_QWEN = {
+    "_class_name": QWEN,
+    "attention_head_dim": 16,
+    "axes_dims_rope": [4, 6, 6],
+    "in_channels": 16,
+    "joint_attention_dim": 24,
+    "num_attention_heads": 2,
+    "num_layers": 2,
+    "out_channels": 4,
+}
+LENGTHS = (9, 4)  # of the texts in Qwen-Image's batch
+TIMESTEPS = np.array([987.25, 31.5], np.float32)
+SD3_INPUTS = {
+    "latents": networks.drawn("latents", (2, 6, 10, 8)),
+    "timesteps": TIMESTEPS,
+    "context": networks.drawn("context", (2, 7, 24)),
+    "pooled": networks.drawn("pooled", (2, 20)),
+}
+QWEN_INPUTS = {
+    "latents": networks.drawn("latents", (2, 6, 10, 4)),  # sides of 3 and 5 patches: odd
+    "timesteps": TIMESTEPS,
+    "context": networks.drawn("context", (2, max(LENGTHS), 24)),
+    "mask": np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None],
+}
+TINY = {"SD 3.5": (TINY_SD35, SD3_INPUTS), "Qwen": (TINY_QWEN, QWEN_INPUTS)}
+
+
+def random_weight(config: dict, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A weight of either side; positions are no weights, so they are the real ones."""
+    if key == POSITIONS:
+        return np.asarray(sd3.position_table(SD3Config.from_json(config)))
+    return networks.weight(key, shape)
+
+
+def random_params(config: dict, dtype=np.float32, **options):
+    """Our network's graph and weights, read by our loader."""
+    config_class, network = CLASSES[config["_class_name"]]
+    graph, shapes = abstract_network(partial(network, **options), config_class.from_json(config))
+    tensors = {
+        key: SimpleNamespace(shape=shape, read=partial(random_weight, config, key, shape))
+        for key, shape in file_shapes(shapes).items()
+    }
+    return graph, load_params(places(shapes, dtype), tensors)
+
+
+def output_of(config: dict, inputs: dict, dtype=np.float32, **options) -> jax.Array:
+    graph, params = random_params(config, dtype)
+    run = jax.jit(lambda params, inputs: nnx.merge(graph, params)(**inputs, **options))
+    return run(params, inputs)
+
+
+def reference(config: dict) -> "torch.nn.Module":
+    network = getattr(diffusers, config["_class_name"]).from_config(config).eval()
+    weights = network.state_dict()
+    for key, value in weights.items():
+        if key != POSITIONS:  # which is diffusers' own
+            weights[key] = torch.tensor(networks.weight(key, tuple(value.shape)))
+    network.load_state_dict(weights)
+    return network
+
+
+@torch.no_grad()
+def sd3_reference(config: dict, inputs: dict, **options) -> np.ndarray:
+    latents, timesteps, context, pooled = map(torch.tensor, inputs.values())
+    latents = latents.permute(0, 3, 1, 2)
+    output = reference(config)(latents, context, pooled, timesteps, **options).sample
+    return output.permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
+def qwen_reference(network, latents, timesteps, context, mask=None) -> np.ndarray:
+    """Packs latents with the pipeline's own functions, and divides the timesteps as it does."""
+    batch, height, width, channels = latents.shape
+    pipeline, latents = diffusers.QwenImagePipeline, torch.tensor(latents).permute(0, 3, 1, 2)
+    output = network(
+        hidden_states=pipeline._pack_latents(latents, batch, channels, height, width),
+        encoder_hidden_states=torch.tensor(context),
+        encoder_hidden_states_mask=None if mask is None else torch.tensor(mask),
+        timestep=torch.tensor(timesteps) / 1000,
+        img_shapes=[[(1, height // 2, width // 2)]] * batch,
+    ).sample
+    unpacked = pipeline._unpack_latents(output, 8 * height, 8 * width, 8)  # one frame
+    return unpacked[:, :, 0].permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("extra", "skipped"),
+    [
+        ({}, ()),
+        ({"qk_norm": "rms_norm"}, ()),
+        ({"dual_attention_layers": [0, 1]}, ()),
+        ({"dual_attention_layers": [0, 2], "qk_norm": "rms_norm"}, (1,)),
+        ({"patch_size": 1, "in_channels": 9, "sample_size": 8}, (0, 2)),
+    ],
+    ids=["3", "3.5 large", "dual attention", "3.5 medium, one skipped", "patch 1, two skipped"],
+)
+def test_sd3(extra, skipped):
+    config = TINY_SD3 | extra
+    size = (2, 6, 10, config["in_channels"])
+    inputs = SD3_INPUTS | {"latents": networks.drawn("latents", size)}
+    ours = output_of(config, inputs, skipped=skipped)
+    expected = sd3_reference(config, inputs, skip_layers=list(skipped))
+    assert networks.difference(ours, expected) <= networks.BOUND
+
+
+def test_qwen_image():
+    """Two texts of different lengths, together with a mask and each alone without one."""
+    ours, network = output_of(TINY_QWEN, QWEN_INPUTS), reference(TINY_QWEN)
+    expected = qwen_reference(network, **QWEN_INPUTS)
+    assert networks.difference(ours, expected) <= networks.BOUND
+    for i, length in enumerate(LENGTHS):
+        alone = {name: value[i : i + 1] for name, value in QWEN_INPUTS.items()}
+        alone |= {"context": alone["context"][:, :length], "mask": alone["mask"][:, :length]}
+        unmasked = {name: value for name, value in alone.items() if name != "mask"}
+        expected = qwen_reference(network, **unmasked)
+        assert networks.difference(output_of(TINY_QWEN, alone), expected) <= networks.BOUND
+        assert networks.difference(ours[i : i + 1], expected) <= networks.BOUND
+
+
+@pytest.mark.parametrize("variant", TINY)
+def test_an_image_does_not_depend_on_its_neighbours(variant):
+    config, inputs = TINY[variant]
+    others = {name: np.concatenate([value[:1], value[:1]]) for name, value in inputs.items()}
+    before, after = output_of(config, inputs), output_of(config, others)
+    np.testing.assert_array_equal(before[0], after[0])
+    assert (np.asarray(before[1]) != after[1]).any()
+
+
+def test_padding_has_no_effect():
+    padding = ~QWEN_INPUTS["mask"][..., None]
+    other = QWEN_INPUTS | {"context": QWEN_INPUTS["context"] + 100 * padding.astype(np.float32)}
+    np.testing.assert_array_equal(output_of(TINY_QWEN, other), output_of(TINY_QWEN, QWEN_INPUTS))
+
+
+@pytest.mark.parametrize("variant", TINY)
+def test_bfloat16(variant):
+    config, inputs = TINY[variant]
+    half = {
+        name: jnp.asarray(value, jnp.bfloat16)
+        if name in ("latents", "context", "pooled")
+        else value
+        for name, value in inputs.items()
+    }
+    output = output_of(config, half, dtype=jnp.bfloat16)
+    assert output.dtype == jnp.bfloat16
+    expected = np.asarray(output_of(config, inputs))
+    assert networks.difference(output.astype(np.float32), expected) <= 0.05  # NaN is not
+
+
+@pytest.mark.parametrize("variant", TINY)
+def test_gradients_are_the_same_with_recomputed_activations(variant):
+    config, inputs = TINY[variant]
+    config, found = config | {"num_layers": 2}, []
+    (recomputing,) = {step.primitive for step in jax.make_jaxpr(jax.checkpoint(jnp.sin))(0.0).eqns}
+    for remat in (False, True):
+        graph, params = random_params(config, remat=remat)
+
+        def loss(params, graph=graph):
+            return (nnx.merge(graph, params)(**inputs) ** 2).mean()
+
+        steps = [step.primitive for step in jax.make_jaxpr(loss)(params).eqns]
+        assert steps.count(recomputing) == 2 * remat  # each block by itself
+        found.append(jax.jit(jax.grad(loss))(params))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *found)
+    assert np.any(found[0]["proj_out"]["kernel"])
+    if "pos_embed" in found[0]:
+        assert np.any(found[0]["pos_embed"]["proj"]["kernel"])
+        assert not np.any(found[0]["pos_embed"]["pos_embed"])  # training leaves positions alone
+
+
+@pytest.mark.parametrize("extra", [{}, {"sample_size": 9, "pos_embed_max_size": 11}])
+def test_the_position_table_is_diffusers(extra):
+    config = TINY_SD3 | {"num_layers": 1} | extra
+    expected = getattr(diffusers, SD3).from_config(config).state_dict()[POSITIONS].numpy()
+    network = SD3Transformer2DModel(SD3Config.from_json(config), rngs=nnx.Rngs(0))
+    table = network.pos_embed.pos_embed[...]
+    assert table.dtype == np.float32
+    np.testing.assert_allclose(table, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(table, sd3.position_table(SD3Config.from_json(config)))
+
+
+def test_the_angles_are_diffusers_at_full_size():
+    """Qwen-Image's own frequencies at 1328x1328 pixels and 928x1664, the longest text."""
+    widths = QWEN_IMAGE["axes_dims_rope"]
+    rope = diffusers.models.transformers.transformer_qwenimage.QwenEmbedRope(
+        10000, widths, scale_rope=True
+    )
+    for height, width in ((83, 83), (58, 104)):
+        image, text = rope([(1, height, width)], max_txt_seq_len=1024)
+        expected = torch.cat([text, image]).numpy()
+        where = qwen_image.positions(1024, height, width)
+        angles = rotary_angles(where, widths, qwen_image.THETA, dtype=np.float32)
+        np.testing.assert_allclose(np.cos(angles), expected.real, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(np.sin(angles), expected.imag, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (SD3_MEDIUM, 683),
+        (SD35_MEDIUM, 909),
+        (SD35_LARGE, 1227),
+        (QWEN_IMAGE, 1933),
+    ],
+    ids=["SD 3", "3.5 medium", "3.5 large", "Qwen-Image"],
+)
+def test_full_size(config, count):
+    """The keys are diffusers', and four devices hold about a quarter of the weights each."""
+    config_class, network = CLASSES[config["_class_name"]]
+    read = config_class.from_json(config)
+    assert config_class.from_json(read.to_json()) == read
+    shapes = abstract_network(network, read)[1]
+    with torch.device("meta"):
+        theirs = getattr(diffusers, config["_class_name"]).from_config(config).state_dict()
+    ours = file_shapes(shapes)
+    assert ours == {key: tuple(value.shape) for key, value in theirs.items()}
+    assert len(ours) == count
+
+    mesh = jax.sharding.AbstractMesh((1, 4), ("data", "model"))
+    rules = {SD3: sd3.SHARDING, QWEN: qwen_image.SHARDING}[config["_class_name"]]
+    shardings = parallel.parameter_shardings(mesh, shapes, rules)
+    parts = jax.tree.map(lambda leaf, split: split.shard_shape(leaf.shape), shapes, shardings)
+    whole = sum(math.prod(shape) for shape in ours.values())
+    part = sum(map(math.prod, jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, tuple))))
+    assert part <= 0.27 * whole
+
+
+def test_newer_files_of_qwen_image_say_the_same():
+    newer = {key: value for key, value in QWEN_IMAGE.items() if key != "pooled_projection_dim"}
+    newer |= dict.fromkeys(("use_additional_t_cond", "use_layer3d_rope", "zero_cond_t"), False)
+    assert QwenImageConfig.from_json(newer) == QwenImageConfig.from_json(QWEN_IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TINY_SD3 | {"qk_norm": "layer_norm"}, "qk_norm = 'layer_norm' is not supported"),
+        (TINY_SD3 | {"caption_projection_dim": 64}, "caption_projection_dim = 64"),
+        (TINY_SD3 | {"dual_attention_layers": ["0"]}, "dual_attention_layers = "),
+        (TINY_SD3 | {"sample_size": 1}, "sample_size = 1 is less than patch_size"),
+        (
+            TINY_SD3
+            | {"num_attention_heads": 1, "attention_head_dim": 6, "caption_projection_dim": 6},
+            "6 is not a multiple of 4",
+        ),
+        (TINY_QWEN | {"zero_cond_t": True}, "zero_cond_t = True is not supported"),
+        (TINY_QWEN | {"out_channels": 16}, "in_channels = 16 must be out_channels"),
+        (TINY_QWEN | {"axes_dims_rope": [4, 5, 7]}, "must be three even numbers that sum to"),
+    ],
+)
+def test_other_configs_are_refused(config, message):
+    with pytest.raises(InputError, match=f"^transformer/config.json: [^\n]*{message}[^\n]*$"):
+        CLASSES[config["_class_name"]][0].from_json(config)
+
+
+@pytest.mark.parametrize(
+    ("variant", "size"), [("SD 3.5", (6, 50)), ("SD 3.5", (5, 8)), ("Qwen", (6, 7))]
+)
+def test_latents_that_do_not_fit_are_refused(variant, size):
+    config, inputs = TINY[variant]
+    latents = np.zeros((2, *size, inputs["latents"].shape[-1]), np.float32)
+    with pytest.raises(ValueError, match=f"latents of {size[0]}x{size[1]}: each side must be a"):
+        output_of(config, inputs | {"latents": latents})
+
+
+def test_a_block_to_skip_has_to_exist():
+    with pytest.raises(ValueError, match="there are only 3 blocks"):
+        output_of(TINY_SD3, SD3_INPUTS, skipped=(1, 3))
