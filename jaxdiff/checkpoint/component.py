@@ -1,13 +1,13 @@
 """Describes how a pipeline's networks are stored: their folders, files and keys."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
 INDEX = "model_index.json"
 TOKENIZER_FILES = (
-    *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
+    *("vocab.json", "merges.txt", "spiece.model", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
@@ -24,6 +24,7 @@ class Component:
       prefix: the prefix of the keys in most files, which our keys do not have.
       plain_key: converts a key in an older naming to the current one; returns None for a buffer,
         which is ignored.
+      tied: keys under which files may hold another key's weight, with or without that one.
     """
 
     library: Literal["diffusers", "transformers"]
@@ -32,6 +33,7 @@ class Component:
     optional: bool = False
     prefix: str = ""
     plain_key: Callable[[str], str | None] = str
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def stem(self) -> str:

@@ -1,4 +1,4 @@
-"""Checks the files of CLIP's byte-pair tokenizer. Imports no JAX."""
+"""Checks the files of tokenizers: byte pairs, or Unigram as T5's. Imports no JAX."""
 
 import os
 import re
@@ -16,6 +16,7 @@ LEAST_TOKENS = 3  # the start, one of the text, the end
 NO_LIMIT = 1e30  # as written in old files
 END_OF_WORD = "</w>"
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<\w+>")  # <|endoftext|>, <unk>: not made by a merge
+SCORED = ([str, float], [str, int])
 # Settings by which transformers would take the vocabulary from elsewhere.
 ELSEWHERE = ("gguf_file", "init_inputs", "merges", "tokenizer_object", "vocab")
 
@@ -28,8 +29,11 @@ def check_tokenizer(folder: Path) -> None:
     lines = _lines(folder / "merges.txt") if "merges.txt" in present else None
     if "vocab.json" in found and lines is not None:
         _check_merges(folder / "vocab.json", found["vocab.json"], folder / "merges.txt", lines)
-    elif "tokenizer.json" not in found:
-        raise InputError(f"{folder} lacks vocab.json and merges.txt; copy the checkpoint again")
+    elif "tokenizer.json" not in found and SENTENCEPIECE not in present:
+        raise InputError(
+            f"{folder} lacks tokenizer.json, vocab.json with merges.txt and {SENTENCEPIECE}, of "
+            "which a tokenizer has one; copy the checkpoint again"
+        )
     checks = {
         "tokenizer.json": _check_model,
         "tokenizer_config.json": _check_config,
@@ -51,10 +55,21 @@ def _lines(path: Path) -> list[str]:
 
 def _check_model(path: Path, content: dict) -> None:
     """Checks the vocabulary, the merges and the added tokens of a tokenizer.json."""
-    model = content.get("model")
-    if not isinstance(model, dict) or not (model.get("vocab") and model.get("merges")):
+    model, added = content.get("model"), content.get("added_tokens")
+    if isinstance(model, dict) and model.get("type") == "Unigram":
+        _check_unigram(path, model)
+    elif isinstance(model, dict) and model.get("vocab") and model.get("merges"):
+        _check_byte_pairs(path, model["vocab"], model["merges"])
+    else:
         raise InputError(f"{path} lacks a vocabulary or merges; copy the checkpoint again")
-    vocabulary, merges, added = model["vocab"], model["merges"], content.get("added_tokens")
+    if not isinstance(added, list):
+        raise InputError(f"{path} lacks added_tokens, a list; copy the checkpoint again")
+    for token in added:
+        if not _is_token(token) or not _is_id(token.get("id")):
+            raise _wrong_token(path, "added_tokens", token)
+
+
+def _check_byte_pairs(path: Path, vocabulary: object, merges: object) -> None:
     _check_ids(path, vocabulary)
     for merge in merges if isinstance(merges, list) else [merges]:
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -63,11 +78,18 @@ def _check_model(path: Path, content: dict) -> None:
                 f"{path}: {shown(merge)} does not merge two tokens of the vocabulary into a third; "
                 "copy the checkpoint again"
             )
-    if not isinstance(added, list):
-        raise InputError(f"{path} lacks added_tokens, a list; copy the checkpoint again")
-    for token in added:
-        if not _is_token(token) or not _is_id(token.get("id")):
-            raise _wrong_token(path, "added_tokens", token)
+
+
+def _check_unigram(path: Path, model: dict) -> None:
+    """Checks the pieces, each with the logarithm of its probability (Kudo, 2018, 1804.10959)."""
+    pieces, unknown = model.get("vocab"), model.get("unk_id")
+    if not isinstance(pieces, list) or not _is_id(unknown) or unknown >= len(pieces):
+        raise InputError(f"{path} lacks a vocabulary with unk_id; copy the checkpoint again")
+    for piece in pieces:
+        if not isinstance(piece, list) or [type(part) for part in piece] not in SCORED:
+            raise InputError(
+                f"{path}: {shown(piece)} is not a token and its score; copy the checkpoint again"
+            )
 
 
 def _check_config(path: Path, content: dict) -> None:

@@ -117,8 +117,9 @@ def read_weights(component: Component, path: Path) -> dict[str, StoredTensor]:
     weights = {}
     for key, tensor in stored.items():
         plain = component.plain_key(key.removeprefix(component.prefix))
-        if plain is None:
+        if plain is None or component.tied.get(plain) in stored:
             continue
+        plain = component.tied.get(plain, plain)
         if plain in weights:
             raise InputError(f"{tensor.file} contains {key} twice; copy the checkpoint again")
         if tensor.dtype not in FLOATS:

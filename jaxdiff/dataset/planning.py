@@ -212,9 +212,7 @@ class _Reader:
         self.schedulers = model.schedulers(settings.scheduler)
         self.why_not = cache(partial(_why_not, schedulers=self.schedulers, eta=settings.eta))
         self.lost_tokens = model.lost_tokens(settings.prompt_chunks)
-        self.notices = Notices(
-            settings.prompt_column, negative_is_ignored=model.base.defaults.guidance_is_input
-        )
+        self.notices = Notices(settings.prompt_column, model.base.defaults.guidance)
         self.samplers: set[str] = set()
         self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
         self.first_reason = ""
@@ -311,7 +309,7 @@ class _Reader:
         return f"id {which} is already used on line {first[1]}{where}"
 
     def _check_size(self, request: Request) -> None:
-        latents_px = request.width * request.height // self.defaults.size_multiple**2
+        latents_px = request.width * request.height // self.defaults.factor**2
         values = latents_px * self.defaults.latent_channels
         if self.settings.noise == "torch" and values < MIN_TORCH_VALUES:
             raise BadValueError(

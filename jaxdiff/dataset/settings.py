@@ -10,6 +10,7 @@ from jaxdiff.diffusion.samplers import SAMPLERS
 from jaxdiff.diffusion.scheduler_config import check_steps
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
+from jaxdiff.families.family import UNGUIDED
 from jaxdiff.request import LATER, OPTION_CHECKS, Options, Request, field_checks
 
 FORMATS = tuple(formats.FORMATS)
@@ -96,4 +97,11 @@ def resolve(said: dict, model: Ensemble) -> Settings:
         check_steps(settings["sampler"], settings["steps"], model.schedulers(changes), eta)
     except checks.BadValueError as problem:
         raise InputError(str(problem)) from None
-    return Settings(**settings)
+    resolved = Settings(**settings)
+    model.check_options(resolved)
+    if defaults.guidance == UNGUIDED and resolved.guidance_scale > 1:
+        raise InputError(
+            f"--guidance-scale has no effect on {defaults.name}, which was distilled to need none; "
+            "leave it out"
+        )
+    return resolved

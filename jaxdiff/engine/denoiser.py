@@ -85,6 +85,6 @@ class LoadedDenoiser:
 
         sizes = None
         if self.model.sizes:
-            count = len(self.model.sizes(0, 0, False))
+            count = len(self.model.sizes(1, 1, False))
             sizes = jax.ShapeDtypeStruct((count,), jnp.float32)
         return jax.tree.map(placed, self.model.condition(self.prompts.abstract(), sizes))

@@ -100,6 +100,7 @@ class TextToImage:
           InputError: if the weights do not match the configs, or the networks do not fit the
             options.
         """
+        ensemble.check_options(options)
         self.ensemble, self.checkpoint = ensemble, ensemble.base
         self.options = options
         self.mesh = parallel.make_mesh(options.mesh)

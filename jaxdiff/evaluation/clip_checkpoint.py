@@ -16,7 +16,7 @@ from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor, describe_misfits
 from jaxdiff.checkpoint.tokenizer_files import check_tokenizer
 from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.errors import InputError
-from jaxdiff.families.stable_diffusion import BUFFER
+from jaxdiff.families.components import BUFFER
 from jaxdiff.models import config as config_json
 from jaxdiff.models.text.clip import OLD_EOS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxdiff.checkpoint import checkpoint
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.families.family import Family
+from jaxdiff.families.pixart import PIXART
 from jaxdiff.families.stable_diffusion import (
     LCM_PIPELINE,
     PIPELINE,
@@ -20,6 +21,7 @@ FAMILIES: dict[str, Family] = {  # by the pipeline's class in diffusers
     PIPELINE: STABLE_DIFFUSION,
     LCM_PIPELINE: STABLE_DIFFUSION,
     **dict.fromkeys(XL_PIPELINES, STABLE_DIFFUSION_XL),
+    **PIXART,
 }
 
 

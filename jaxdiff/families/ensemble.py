@@ -16,6 +16,7 @@ from jaxdiff.diffusion.solvers import SamplerTable
 from jaxdiff.diffusion.step_ranges import StepRange, step_ranges
 from jaxdiff.errors import InputError
 from jaxdiff.families import open_checkpoint, tokens
+from jaxdiff.families.family import CLASSIFIER_FREE, OWN_OPTIONS
 from jaxdiff.request import Bucket, Options
 
 
@@ -98,6 +99,16 @@ class Ensemble:
 
         return lost
 
+    def check_options(self, options: Options) -> None:
+        """Raises InputError for an option that has no effect on the base model."""
+        usual = Options()
+        for name in sorted(OWN_OPTIONS - self.base.family.own_options):
+            if getattr(options, name) != getattr(usual, name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} has no effect on {self.base.defaults.name}; leave "
+                    "it out"
+                )
+
     def steps(self, options: Options, bucket: Bucket) -> Steps:
         """Returns the sampler's tables for a bucket, and which denoiser takes which of their rows.
 
@@ -120,7 +131,7 @@ class Ensemble:
             base.timesteps,
             options,
             guided=bucket.guided,
-            guidance_is_input=[each.defaults.guidance_is_input for each in self.checkpoints],
+            guidable=[each.defaults.guidance == CLASSIFIER_FREE for each in self.checkpoints],
             clamps=[schedule.clamp for schedule in schedules],
             train_steps=scheduler_config.train_steps(configs[0]),
         )

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from jaxdiff.families.tokens import Tokenizer
 
 
+CLASSIFIER_FREE, EMBEDDED, UNGUIDED = "classifier-free", "embedded", "unguided"
+# The options that only some families have.
+OWN_OPTIONS = frozenset({"clip_skip", "deep_cache", "prompt_chunks"})
+
+
 class Defaults(Protocol):
     """A checkpoint's properties and default settings: `Checkpoint.defaults`.
 
@@ -27,12 +32,13 @@ class Defaults(Protocol):
         model's images.
       size: (width, height) in pixels.
       size_multiple: the number of pixels that width and height must be multiples of.
+      factor: the number of pixels per latent along each side.
       latent_channels: the number of channels of the autoencoder's latents.
       latents: everything that distinguishes its latents from those of another autoencoder.
       steps, guidance_scale, sampler: as in `Request`.
-      guidance_is_input: whether the denoiser takes the guidance scale as an input instead of being
-        evaluated twice (Meng et al., 2023, arXiv:2210.03142).
-      tokens: the number of tokens that the text encoder takes.
+      guidance: `CLASSIFIER_FREE`; `EMBEDDED` if the denoiser takes the guidance scale as an input
+        instead of being evaluated twice (Meng et al., 2023, arXiv:2210.03142); or `UNGUIDED`.
+      tokens: the number of a prompt's tokens that the denoiser takes.
       scheduler: the scheduler's config as the diffusers pipeline uses it.
     """
 
@@ -40,12 +46,13 @@ class Defaults(Protocol):
     base_needed: bool
     size: tuple[int, int]
     size_multiple: int
+    factor: int
     latent_channels: int
     latents: Mapping[str, Any]
     steps: int
     guidance_scale: float
     sampler: str
-    guidance_is_input: bool
+    guidance: str
     tokens: int
     scheduler: dict
 
@@ -80,6 +87,7 @@ class Family:
     Attributes:
       components: the networks of its pipelines, by folder, in the order of their use.
       absent: the `model_index.json` entries of components that its pipelines never contain.
+      own_options: those of `OWN_OPTIONS` that have an effect on its models.
       check_files: raises InputError for a checkpoint that it cannot use, from the configs alone.
       defaults: returns a checkpoint's `Defaults`.
       schedule: maps (the scheduler's config, bucket) to the noise schedule. It gets the image size
@@ -97,6 +105,7 @@ class Family:
 
     components: Mapping[str, Component]
     absent: Mapping[str, Any]
+    own_options: frozenset[str]
     check_files: Callable[[Checkpoint], None]
     defaults: Callable[[Checkpoint], Defaults]
     schedule: Callable[[dict, Bucket], NoiseSchedule]

@@ -10,6 +10,7 @@ from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
 from jaxdiff.families import tokens
+from jaxdiff.families.family import EMBEDDED, UNGUIDED
 
 HEADINGS = ("component", "class", "parameters", "stored as", "size", "file")
 SIGMAS = ("Karras", "exponential", "beta")
@@ -112,7 +113,10 @@ def _usable(checkpoint: Checkpoint) -> str:
 
 def _guidance(checkpoint: Checkpoint) -> str:
     defaults = checkpoint.defaults
-    return f"{defaults.guidance_scale:g}" + ", an input of the U-Net" * defaults.guidance_is_input
+    if defaults.guidance == UNGUIDED:
+        return "none, because it was distilled"
+    is_input = defaults.guidance == EMBEDDED
+    return f"{defaults.guidance_scale:g}" + ", an input of the denoiser" * is_input
 
 
 def _default_size(checkpoint: Checkpoint) -> str:

@@ -12,8 +12,8 @@ from jaxdiff.request import Bucket, Options
 def of_image(ensemble: Ensemble, options: Options, bucket: Bucket) -> int:
     """Counts the operations of one image of a bucket: all denoiser evaluations and the decoder."""
     base = ensemble.base
-    multiple = base.defaults.size_multiple
-    height, width = bucket.height // multiple, bucket.width // multiple
+    factor = base.defaults.factor
+    height, width = bucket.height // factor, bucket.width // factor
     total = base.family.decoder_operations(base, height, width)
     counts = evaluations(ensemble, options, bucket)
     for checkpoint, (whole, spared) in zip(ensemble.checkpoints, counts, strict=True):

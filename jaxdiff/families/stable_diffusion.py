@@ -6,19 +6,27 @@ See Rombach et al., 2022, arXiv:2112.10752, and Podell et al., 2023, arXiv:2307.
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.checkpoint.component import INDEX, Component
+from jaxdiff.checkpoint.component import Component
 from jaxdiff.checkpoint.single_file import unet_names
 from jaxdiff.diffusion import samplers
 from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.errors import InputError
 from jaxdiff.families import unet_operations
-from jaxdiff.families.family import Family
+from jaxdiff.families.components import AUTOENCODER_KL, CLIP_TEXT, CLIP_TEXT_PROJECTED
+from jaxdiff.families.config_values import (
+    integer,
+    kl_factor,
+    kl_latents,
+    sampler,
+    steps_and_guidance,
+)
+from jaxdiff.families.family import CLASSIFIER_FREE, EMBEDDED, OWN_OPTIONS, Family
 from jaxdiff.families.tokens import Tokenizer, fitting
 
 PIPELINE = "StableDiffusionPipeline"
@@ -29,39 +37,12 @@ STEPS_AND_GUIDANCE = {  # the defaults of each pipeline's __call__ in diffusers
     LCM_PIPELINE: (4, 8.5),
     **dict.fromkeys(XL_PIPELINES, (50, 5.0)),
 }
-# Our own entry in `model_index.json`: the {"steps", "guidance_scale"} that a model was trained for.
-# diffusers ignores entries that begin with an underscore.
-OWN_DEFAULTS = "_defaults"
 OTHER_NOISE_LEVELS = ("EDM", "FlowMatch")  # prefixes of schedulers with other noise levels
 CLIP_SAMPLE_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
 BEFORE_0_9 = re.compile(r"0\.[0-8](\.|$)")  # a version of diffusers
-# The keys that scale the autoencoder's latents for the U-Net, and the class's defaults.
-LATENTS = {
-    "scaling_factor": 0.18215,
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-}
 VOCABULARY = 49408  # CLIP's, if the text encoder's config gives no number
-TEXT_PREFIX = "text_model."
-BUFFER = "embeddings.position_ids"  # 0, 1, 2, ...: in old CLIP files
-OLD_ATTENTION = re.compile(r"\b(attentions\.\d+)\.(query|key|value|proj_attn)\.")
-NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def _without_buffer(key: str) -> str | None:
-    return None if key.endswith(BUFFER) else key
-
-
-def _new_attention(key: str) -> str:
-    return OLD_ATTENTION.sub(lambda found: f"{found[1]}.{NEW_ATTENTION[found[2]]}.", key)
-
-
-_clip = partial(Component, library="transformers", prefix=TEXT_PREFIX, plain_key=_without_buffer)
-TEXT_ENCODER = _clip(class_name="CLIPTextModel", tokenizer="tokenizer")
-TEXT_ENCODER_2 = _clip(class_name="CLIPTextModelWithProjection", tokenizer="tokenizer_2")
+TEXT_ENCODER_2 = replace(CLIP_TEXT_PROJECTED, tokenizer="tokenizer_2")
 UNET = Component(library="diffusers", class_name="UNet2DConditionModel")
-VAE = Component(library="diffusers", class_name="AutoencoderKL", plain_key=_new_attention)
 
 
 class Defaults:
@@ -106,30 +87,22 @@ class Defaults:
         The U-Net needs no larger one: if it halves an odd number of latents, it crops on the way
         up, as in diffusers.
         """
-        channels = self._vae.get("block_out_channels", ())
-        if not isinstance(channels, list | tuple) or not 1 <= len(channels) <= 16:
-            raise InputError(
-                f"{self._checkpoint.place('vae')}: block_out_channels must be a list of 1 to 16 "
-                "numbers"
-            )
-        return 2 ** (len(channels) - 1)
+        return kl_factor(self._checkpoint)
+
+    @property
+    def factor(self) -> int:
+        """The number of pixels per latent along each side."""
+        return self.size_multiple
 
     @cached_property
     def latent_channels(self) -> int:
         """The number of channels of the autoencoder's latents."""
-        channels = self._vae.get("latent_channels", 4)
-        if type(channels) is not int or channels < 1:
-            raise InputError(
-                f"{self._checkpoint.place('vae')}: latent_channels = {checks.shown(channels)} must "
-                "be a positive whole number"
-            )
-        return channels
+        return integer(self._checkpoint, "vae", "latent_channels", 4)
 
     @property
     def latents(self) -> Mapping:
         """Everything that distinguishes its latents from another autoencoder's."""
-        shape = {"size_multiple": self.size_multiple, "channels": self.latent_channels}
-        return shape | {key: self._vae.get(key, default) for key, default in LATENTS.items()}
+        return kl_latents(self._checkpoint)
 
     @property
     def steps(self) -> int:
@@ -143,38 +116,19 @@ class Defaults:
 
     @property
     def _steps_and_guidance(self) -> tuple[int, float]:
-        """The values in the model's index, or else the defaults of its diffusers pipeline."""
         steps, guidance_scale = STEPS_AND_GUIDANCE[self._checkpoint.pipeline]
-        own = self._checkpoint.index.get(OWN_DEFAULTS)
-        own = own if isinstance(own, dict) else {}
-        steps = own.get("steps", steps)
-        guidance_scale = own.get("guidance_scale", guidance_scale)
-        try:
-            return (
-                checks.integer("steps", steps, 1, checks.MAX_STEPS),
-                checks.number("guidance_scale", guidance_scale, 0, checks.MAX_GUIDANCE_SCALE),
-            )
-        except checks.BadValueError as problem:
-            place = self._checkpoint.path / INDEX
-            raise InputError(f"{place}: {OWN_DEFAULTS}: {problem}") from None
+        return steps_and_guidance(self._checkpoint, steps, guidance_scale)
 
     @cached_property
     def sampler(self) -> str:
         """The sampler that the scheduler's config names."""
-        config = self._checkpoint.config("scheduler")
-        sampler = samplers.of_config(config)
-        if sampler is None:
-            name = checks.shown(config.get("_class_name"))
-            raise InputError(
-                f"{self._checkpoint.place('scheduler')}: {name} is not "
-                f"supported; choose a --sampler: {', '.join(sorted(samplers.SAMPLERS))}"
-            )
-        return sampler
+        return sampler(self._checkpoint)
 
     @property
-    def guidance_is_input(self) -> bool:
-        """Whether the U-Net takes the guidance scale as an input, as LCM's does."""
-        return self._unet.get("time_cond_proj_dim") is not None
+    def guidance(self) -> str:
+        """How the U-Net is guided: LCM's takes the guidance scale as an input."""
+        takes_scale = self._unet.get("time_cond_proj_dim") is not None
+        return EMBEDDED if takes_scale else CLASSIFIER_FREE
 
     @property
     def tokens(self) -> int:
@@ -258,7 +212,8 @@ def _networks():
 
 
 STABLE_DIFFUSION = Family(
-    components={"text_encoder": TEXT_ENCODER, "unet": UNET, "vae": VAE},
+    components={"text_encoder": CLIP_TEXT, "unet": UNET, "vae": AUTOENCODER_KL},
+    own_options=OWN_OPTIONS,
     absent={  # no network checks the images
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
@@ -278,9 +233,9 @@ STABLE_DIFFUSION_XL = replace(
     STABLE_DIFFUSION,
     absent={},
     components={
-        "text_encoder": replace(TEXT_ENCODER, optional=True),
+        "text_encoder": replace(CLIP_TEXT, optional=True),
         "text_encoder_2": TEXT_ENCODER_2,
         "unet": UNET,
-        "vae": VAE,
+        "vae": AUTOENCODER_KL,
     },
 )

@@ -13,7 +13,8 @@ from jax import Array
 from jaxdiff.checkpoint.single_file import names
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
-from jaxdiff.families.model import Codec, Denoiser, Model, Network, Params, Text
+from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
+from jaxdiff.families.networks import codec
 from jaxdiff.models import unet
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.text import clip
@@ -108,14 +109,7 @@ def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
             size_multiple=unet_config.factor,
             evaluate=partial(_evaluate, networks["unet"].graph),
         ),
-        codec=Codec(
-            component="vae",
-            factor=vae.factor,
-            channels=vae.latent_channels,
-            encode=partial(_encode, networks["vae"].graph),
-            scale=vae.scale,
-            decode=partial(_decode, networks["vae"].graph, vae),
-        ),
+        codec=codec(networks["vae"], vae, vae.latent_channels),
     )
 
 
@@ -224,18 +218,3 @@ def _evaluate(
     return network.evaluate(
         latents, timesteps, deep=kept, **conditioning._asdict(), guidance_scale=guidance_scale
     )
-
-
-def _encode(graph: nnx.GraphDef, params: Params, images: Array) -> tuple[Array, Array]:
-    return nnx.merge(graph, params).encode(images)
-
-
-def _decode(
-    graph: nnx.GraphDef,
-    config: autoencoder_kl.AutoencoderKLConfig,
-    params: Params,
-    latents: Array,
-    dtype,
-) -> Array:
-    network = nnx.merge(graph, params)
-    return network.decode(config.unscale(latents).astype(dtype)).astype(jnp.float32)

@@ -14,7 +14,7 @@ from jaxdiff.checkpoint.component import CONFIG
 from jaxdiff.checkpoint.json_files import write_json
 from jaxdiff.engine.program import to_float, to_pixels
 from jaxdiff.errors import InputError
-from jaxdiff.families.stable_diffusion import VAE
+from jaxdiff.families.components import AUTOENCODER_KL
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import AutoencoderRecipe
@@ -83,7 +83,7 @@ def task(recipe: AutoencoderRecipe) -> Task:
 def save_autoencoder(directory: Path, config: AutoencoderKLConfig, params: Params) -> None:
     """Writes the config and the float32 weights in the layout of a checkpoint's `vae/`."""
     directory.mkdir(exist_ok=True)
-    save_params(params, directory / VAE.weights_file, np.float32)
+    save_params(params, directory / AUTOENCODER_KL.weights_file, np.float32)
     write_json(directory / CONFIG, config.to_json())
 
 

@@ -30,7 +30,7 @@ from jaxdiff.diffusion.solvers import SamplerTable
 from jaxdiff.diffusion.step_ranges import StepRange
 from jaxdiff.engine.program import Denoising, Inputs, Weights, denoiser, sample_pixels
 from jaxdiff.errors import InputError
-from jaxdiff.families.stable_diffusion import OWN_DEFAULTS
+from jaxdiff.families.config_values import OWN_DEFAULTS
 from jaxdiff.training import data
 from jaxdiff.training.autoencoder import VALIDATION_SEED
 from jaxdiff.training.components import Components, load_model

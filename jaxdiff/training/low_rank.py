@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from safetensors.numpy import save_file
 
-from jaxdiff.families.stable_diffusion import TEXT_PREFIX
+from jaxdiff.families.components import TEXT_PREFIX
 
 FILE = "pytorch_lora_weights.safetensors"  # where diffusers' `load_lora_weights` looks
 TARGETS = {  # attention layers of each network, by the suffixes of their dotted paths

@@ -15,7 +15,8 @@ from jax import Array
 from jaxdiff.checkpoint.component import CONFIG
 from jaxdiff.checkpoint.json_files import write_json
 from jaxdiff.families.clip_tokens import ClipTokenizer
-from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION, TEXT_ENCODER
+from jaxdiff.families.components import CLIP_TEXT
+from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION
 from jaxdiff.training.components import component
 from jaxdiff.training.loop import Params, Task
 from jaxdiff.training.recipe import TextEncoderRecipe
@@ -93,8 +94,8 @@ def task(recipe: TextEncoderRecipe) -> Task:
     def export(params: Params, frozen: Params, directory: Path) -> None:
         directory.mkdir(exist_ok=True)
         write_json(directory / CONFIG, config.to_json())
-        file = directory / TEXT_ENCODER.weights_file
-        save_params(params["text_encoder"], file, np.float32, TEXT_ENCODER.prefix)
+        file = directory / CLIP_TEXT.weights_file
+        save_params(params["text_encoder"], file, np.float32, CLIP_TEXT.prefix)
 
     return Task(
         params={"text_encoder": params, "head": head},

@@ -196,7 +196,7 @@ OPEN_WEIGHTS = "open_clip_model.safetensors"
 BROKEN = {
     "no weights": (without(WEIGHTS), "tiny has neither config.json with model.safetensors nor"),
     "no pixels": (without(PIXELS), "preprocessor_config.json is missing"),
-    "no tokenizer": (without("merges.txt"), "lacks vocab.json and merges.txt"),
+    "no tokenizer": (without("merges.txt"), "lacks tokenizer.json"),
     "cut short": (cut_short, "model.safetensors has .* bytes, but its header implies"),
     "no JSON": (
         lambda directory: (directory / CONFIG).write_text("{"),

@@ -132,7 +132,7 @@ def test_a_network_that_is_not_listed_is_named(xl, network):
 
 def test_an_inpainting_tokenizer_or_network_that_is_missing_is_named(xl):
     shutil.rmtree(xl / "tokenizer_2")
-    with pytest.raises(InputError, match=r"tokenizer_2 lacks vocab\.json"):
+    with pytest.raises(InputError, match=r"tokenizer_2 lacks tokenizer\.json"):
         open_checkpoint(xl)
     shutil.rmtree(xl / "text_encoder_2")
     with pytest.raises(InputError, match=r"text_encoder_2/model\.safetensors is missing"):

@@ -78,7 +78,7 @@ def conditioning(work: Workload, rows: int) -> dict[str, np.ndarray]:
 def step_operations(work: Workload, batch: int) -> int:
     """Counts the floating-point operations of one guided step of a batch."""
     checkpoint = work.checkpoint
-    factor = checkpoint.defaults.size_multiple
+    factor = checkpoint.defaults.factor
     size = work.height // factor, work.width // factor
     whole, _ = checkpoint.family.operations(checkpoint, *size, _tokens(checkpoint))
     return GUIDED_PAIR * batch * whole
@@ -87,7 +87,7 @@ def step_operations(work: Workload, batch: int) -> int:
 def decode_operations(work: Workload, batch: int) -> int:
     """Counts the floating-point operations of decoding a batch."""
     checkpoint = work.checkpoint
-    factor = checkpoint.defaults.size_multiple
+    factor = checkpoint.defaults.factor
     size = work.height // factor, work.width // factor
     return batch * checkpoint.family.decoder_operations(checkpoint, *size)
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 
 from jaxdiff import checks
 from jaxdiff.dataset.manifest import columns
+from jaxdiff.families.family import CLASSIFIER_FREE, UNGUIDED
 from jaxdiff.request import Request
 
 # Prompt syntax of other tools. Here, every prompt is encoded as it is written.
@@ -33,14 +34,15 @@ class Notices:
 
     Args:
       prompt_column: the name of the prompt column, if the user has given it.
-      negative_is_ignored: whether the model ignores negative prompts even where it is guided.
+      guidance: how the model is guided, as in `family.Defaults`.
     """
 
-    def __init__(self, prompt_column: str | None, *, negative_is_ignored: bool):
+    def __init__(self, prompt_column: str | None, guidance: str):
         self._prompt_column = prompt_column
-        self._negative_is_ignored = negative_is_ignored
+        self._negative_is_ignored = guidance != CLASSIFIER_FREE
+        self._scale_is_ignored = guidance == UNGUIDED
         self._copied: dict[str, bool] = {}  # whether they look like settings
-        self._cut, self._foreign, self._ignored = _Rows(), _Rows(), _Rows()
+        self._cut, self._foreign, self._ignored, self._scaled = (_Rows() for _ in range(4))
         self._most_lost = 0
 
     def add(
@@ -64,6 +66,8 @@ class Notices:
         unguided = self._negative_is_ignored or request.guidance_scale <= 1
         if request.negative_prompt and unguided:
             self._ignored.add(place)
+        if self._scale_is_ignored and request.guidance_scale > 1:
+            self._scaled.add(place)
 
     def texts(self) -> dict[str, str]:
         """Returns a line for each kind of notice that applies, by the kind's name."""
@@ -83,6 +87,8 @@ class Notices:
             "syntax of other tools": self._foreign.count
             and f"{self._foreign}; it is encoded like all other text",
             "negative prompts without effect": self._ignored.count and f"{self._ignored}; {why}",
+            "guidance scales without effect": self._scaled.count
+            and f"{self._scaled}; the model was distilled to need none",
         }
         return {kind: text for kind, text in found.items() if text}
 

@@ -1,0 +1,134 @@
+"""What the JAX halves of the transformer families share."""
+
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxdiff.checks import shown
+from jaxdiff.errors import InputError
+from jaxdiff.families.model import Codec, Model, Network, Params
+from jaxdiff.models.codecs import autoencoder_kl
+from jaxdiff.models.sharding import Rules
+from jaxdiff.weights.load import abstract_network
+
+# The config keys that say how many modules a network has.
+COUNTS = (
+    *("block_out_channels", "layers_per_block", "n_layers", "n_refiner_layers"),
+    *("num_hidden_layers", "num_layers", "num_single_layers"),
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network's classes.
+
+    Attributes:
+      config: its config dataclass, with `from_json` and `to_json`.
+      module: maps a config to the Flax module's class.
+      sharding: the rules that split its parameters over a mesh.
+    """
+
+    config: type
+    module: Callable[[Any], type[nnx.Module]]
+    sharding: Rules
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a transformer family; see `family.Networks`.
+
+    Attributes:
+      architectures: by component.
+      assemble: maps (configs, networks, index) to the `Model`; raises InputError if the networks do
+        not fit together.
+    """
+
+    architectures: Mapping[str, Architecture]
+    assemble: Callable[[Mapping, Mapping[str, Network], Mapping], Model]
+
+    def read_configs(self, parsed: Mapping[str, dict]) -> dict:
+        """Reads each network's parsed config strictly into its dataclass."""
+        return {
+            name: self.architectures[name].config.from_json(config)
+            for name, config in parsed.items()
+        }
+
+    def check_counts(self, configs: Mapping, weights: Mapping[str, Sized]) -> None:
+        """Raises InputError if a config describes more modules than its network has weights."""
+        for network, config in configs.items():
+            held, described = len(weights[network]), config.to_json()
+            for key in COUNTS:
+                value = described.get(key) or 0
+                count = len(value) if isinstance(value, list) else value
+                if count > held:
+                    raise InputError(
+                        f"{network}/config.json: {key} = {shown(described[key])} describes more "
+                        f"modules than the {held} weights in the file; copy the checkpoint again"
+                    )
+
+    def module(self, component: str, config: Any) -> Callable:
+        """Returns the Flax module's class for a component."""
+        return self.architectures[component].module(config)
+
+    def build(self, configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
+        """Builds the networks; `remat` is an option of the denoiser, "transformer"."""
+        networks = {}
+        for name, config in configs.items():
+            made = self.module(name, config)
+            if name == "transformer":
+                made = partial(made, remat=remat)
+            graph, shapes = abstract_network(made, config)
+            networks[name] = Network(graph, shapes, self.architectures[name].sharding)
+        return self.assemble(configs, networks, index)
+
+    def with_guidance_input(self, configs: Mapping, width: int) -> dict:
+        """Raises InputError: only U-Nets can be distilled."""
+        raise InputError("models of this family cannot be distilled; use Stable Diffusion")
+
+
+def fit(requirements: Sequence[tuple[str, int, int]]) -> None:
+    """Raises InputError unless the networks fit together.
+
+    Args:
+      requirements: what is compared, the width that the denoiser's config gives and the one that
+        the other networks need.
+    """
+    for what, given, needed in requirements:
+        if given != needed:
+            raise InputError(
+                f"the transformer's {what} = {given} does not fit the other networks, which need "
+                f"{needed}"
+            )
+
+
+AUTOENCODER_KL = Architecture(
+    autoencoder_kl.AutoencoderKLConfig,
+    lambda config: autoencoder_kl.AutoencoderKL,
+    autoencoder_kl.SHARDING,
+)
+
+
+def codec(network: Network, config, channels: int) -> Codec:
+    """Returns the codec of the autoencoder "vae", whose latents have these channels."""
+    return Codec(
+        component="vae",
+        factor=config.factor,
+        channels=channels,
+        encode=partial(_encode, network.graph),
+        scale=config.scale,
+        decode=partial(_decode, network.graph, config),
+    )
+
+
+def _encode(graph: nnx.GraphDef, params: Params, images: Array) -> tuple[Array, Array]:
+    return nnx.merge(graph, params).encode(images)
+
+
+def _decode(graph: nnx.GraphDef, config, params: Params, latents: Array, dtype) -> Array:
+    network = nnx.merge(graph, params)
+    return network.decode(config.unscale(latents).astype(dtype)).astype(jnp.float32)
