@@ -51,13 +51,7 @@ class AutoencoderKLConfig:
     mid_block_add_attention: bool = True
 
     def __post_init__(self):
-        count = len(self.block_out_channels)
-        if self.down_block_types != ("DownEncoderBlock2D",) * count:
-            raise ValueError(f"down_block_types {self.down_block_types} is not supported")
-        if self.up_block_types != ("UpDecoderBlock2D",) * count:
-            raise ValueError(f"up_block_types {self.up_block_types} is not supported")
-        if any(width % self.norm_num_groups for width in self.block_out_channels):
-            raise ValueError("block_out_channels must be multiples of norm_num_groups")
+        check_blocks(self)
         lengths = {len(self.latents_mean or ()), len(self.latents_std or ())}
         if lengths not in ({0}, {self.latent_channels}):
             raise ValueError("latents_mean and latents_std must have one number per channel")
@@ -92,6 +86,17 @@ class AutoencoderKLConfig:
         if self.latents_mean is None:
             return self.shift_factor or 0.0, self.scaling_factor
         return jnp.array(self.latents_mean), self.scaling_factor / jnp.array(self.latents_std)
+
+
+def check_blocks(config) -> None:
+    """Raises ValueError if `Encoder` and `Decoder` cannot be made of these blocks."""
+    count = len(config.block_out_channels)
+    if config.down_block_types != ("DownEncoderBlock2D",) * count:
+        raise ValueError(f"down_block_types {config.down_block_types} is not supported")
+    if config.up_block_types != ("UpDecoderBlock2D",) * count:
+        raise ValueError(f"up_block_types {config.up_block_types} is not supported")
+    if any(width % config.norm_num_groups for width in config.block_out_channels):
+        raise ValueError("block_out_channels must be multiples of norm_num_groups")
 
 
 class _MidBlock(nnx.Module):
