@@ -267,11 +267,12 @@ def _networks(path: Path, index: dict, family: Family) -> dict[str, Component]:
         found = index.get(name)
         if component.optional and found in (None, [None, None]):
             continue
-        wanted = [component.library, component.class_name]
-        if found != wanted:
+        classes = (component.class_name, *component.other_class_names)
+        wanted = [[component.library, each] for each in classes]
+        if found not in wanted:
             raise InputError(
-                f"{path}: {name} is {shown(found)}, but only {wanted} is supported; use "
-                "another model"
+                f"{path}: {name} is {shown(found)}, but only {' or '.join(map(str, wanted))} is "
+                "supported; use another model"
             )
         networks[name] = component
     return networks

@@ -19,6 +19,7 @@ class Component:
 
     Attributes:
       library, class_name: as in `model_index.json`.
+      other_class_names: those that checkpoints may have instead.
       tokenizer: the folder of its tokenizer; None for a network that reads no text.
       optional: whether a pipeline may lack it.
       prefix: the prefix of the keys in most files, which our keys do not have.
@@ -29,6 +30,7 @@ class Component:
 
     library: Literal["diffusers", "transformers"]
     class_name: str
+    other_class_names: tuple[str, ...] = ()
     tokenizer: str | None = None
     optional: bool = False
     prefix: str = ""

@@ -14,6 +14,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.families.model import Codec, Model, Network, Params
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.sharding import Rules
+from jaxdiff.models.text import clip, t5
 from jaxdiff.weights.load import abstract_network
 
 # The config keys that say how many modules a network has.
@@ -106,6 +107,19 @@ def fit(requirements: Sequence[tuple[str, int, int]]) -> None:
             )
 
 
+def evaluation(network: Network) -> Callable:
+    """Returns `Denoiser.evaluate` for a network that is called with the conditioning by name."""
+
+    def evaluate(params, latents, timesteps, conditioning, guidance_scale=None, kept=None):
+        scale = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+        called = nnx.merge(network.graph, params)
+        return called(latents, timesteps, **conditioning, **scale), None
+
+    return evaluate
+
+
+CLIP_TEXT = Architecture(clip.CLIPTextConfig, clip.network, clip.SHARDING)
+T5 = Architecture(t5.T5Config, lambda config: t5.T5EncoderModel, t5.SHARDING)
 AUTOENCODER_KL = Architecture(
     autoencoder_kl.AutoencoderKLConfig,
     lambda config: autoencoder_kl.AutoencoderKL,

@@ -6,9 +6,7 @@ As diffusers' pipelines do without their optional packages, prompts are stripped
 lower case. Unlike them, sizes are not changed to the nearest of a table.
 """
 
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
@@ -16,14 +14,13 @@ from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.families import config_values, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, T5
 from jaxdiff.families.family import Family
-from jaxdiff.families.tokens import Tokenizer, fitting
+from jaxdiff.families.text_tokenizers import t5_tokenizer
 from jaxdiff.families.transformer import Defaults, kl_decoder_operations, no_kohya_names
 
 ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
 NAMES = {ALPHA: "PixArt-Alpha", SIGMA: "PixArt-Sigma"}
 TOKENS = {ALPHA: 120, SIGMA: 300}
 STEPS, GUIDANCE_SCALE = 20, 4.5  # the defaults of the pipelines' __call__ in diffusers
-VOCABULARY = 32128  # T5's, if the config gives no number
 ONCE_AN_IMAGE = ("adaln_single.", "scale_shift_table")
 OF_THE_TEXT = ("caption_projection.", ".attn2.to_k.", ".attn2.to_v.")
 
@@ -69,13 +66,6 @@ def _operations(checkpoint: Checkpoint, height: int, width: int, tokens: int) ->
     return counted, counted
 
 
-def _tokenizer(pipeline_tokens: int, name: str, folder: Path, config: Mapping) -> Tokenizer:
-    from jaxdiff.families.t5_tokens import T5Tokenizer
-
-    tokenizer = T5Tokenizer(folder, pipeline_tokens, prepared=lambda text: text.lower().strip())
-    return fitting(tokenizer, folder, name, config.get("vocab_size", VOCABULARY))
-
-
 def _networks():
     from jaxdiff.families import pixart_model
 
@@ -96,7 +86,7 @@ PIXART = {
         schedule=lambda config, bucket: noise_schedule(config, bucket.sampler),
         operations=_operations,
         decoder_operations=kl_decoder_operations,
-        tokenizer=partial(_tokenizer, TOKENS[pipeline]),
+        tokenizer=partial(t5_tokenizer, TOKENS[pipeline], lambda text: text.lower().strip()),
         kohya_names=no_kohya_names,
         networks=_networks,
     )

@@ -2,16 +2,22 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from flax import nnx
 from jax import Array
 
 from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
-from jaxdiff.families.networks import AUTOENCODER_KL, Architecture, Networks, codec, fit
+from jaxdiff.families.networks import (
+    AUTOENCODER_KL,
+    T5,
+    Architecture,
+    Networks,
+    codec,
+    evaluation,
+    fit,
+)
 from jaxdiff.families.tokens import Tokens
 from jaxdiff.models import pixart
-from jaxdiff.models.text import t5
 
 
 def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) -> Model:
@@ -37,7 +43,7 @@ def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) 
             guidance_is_input=False,
             sample_size=transformer.sample_size,
             size_multiple=transformer.patch_size,
-            evaluate=partial(_evaluate, networks["transformer"].graph),
+            evaluate=evaluation(networks["transformer"]),
         ),
         codec=codec(networks["vae"], vae, vae.latent_channels),
     )
@@ -60,21 +66,9 @@ def _condition(text: Text, sizes: Array | None) -> dict[str, Array | None]:
     return {"context": text.context, "mask": text.mask, "sizes": sizes}
 
 
-def _evaluate(
-    graph: nnx.GraphDef,
-    params: Params,
-    latents: Array,
-    timesteps: Array,
-    conditioning: Mapping[str, Array | None],
-    guidance_scale: Array | None = None,
-    kept: Any = None,
-) -> tuple[Array, None]:
-    return nnx.merge(graph, params)(latents, timesteps, **conditioning), None
-
-
 NETWORKS = Networks(
     architectures={
-        "text_encoder": Architecture(t5.T5Config, lambda config: t5.T5EncoderModel, t5.SHARDING),
+        "text_encoder": T5,
         "transformer": Architecture(
             pixart.PixArtConfig, lambda config: pixart.PixArtTransformer2DModel, pixart.SHARDING
         ),

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 
 from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
@@ -27,7 +26,7 @@ from jaxdiff.families.config_values import (
     steps_and_guidance,
 )
 from jaxdiff.families.family import CLASSIFIER_FREE, EMBEDDED, OWN_OPTIONS, Family
-from jaxdiff.families.tokens import Tokenizer, fitting
+from jaxdiff.families.text_tokenizers import clip_tokenizer
 
 PIPELINE = "StableDiffusionPipeline"
 LCM_PIPELINE = "LatentConsistencyModelPipeline"
@@ -40,7 +39,6 @@ STEPS_AND_GUIDANCE = {  # the defaults of each pipeline's __call__ in diffusers
 OTHER_NOISE_LEVELS = ("EDM", "FlowMatch")  # prefixes of schedulers with other noise levels
 CLIP_SAMPLE_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
 BEFORE_0_9 = re.compile(r"0\.[0-8](\.|$)")  # a version of diffusers
-VOCABULARY = 49408  # CLIP's, if the text encoder's config gives no number
 TEXT_ENCODER_2 = replace(CLIP_TEXT_PROJECTED, tokenizer="tokenizer_2")
 UNET = Component(library="diffusers", class_name="UNet2DConditionModel")
 
@@ -195,16 +193,6 @@ def _decoder_operations(checkpoint: Checkpoint, height: int, width: int) -> int:
     return unet_operations.of_network(decoder, height, width)
 
 
-def _tokenizer(name: str, folder: Path, config: Mapping) -> Tokenizer:
-    from jaxdiff.families.clip_tokens import ClipTokenizer  # takes a second to import
-
-    positions = config.get("max_position_embeddings")
-    tokenizer = ClipTokenizer(
-        folder, positions if isinstance(positions, int) else unet_operations.TOKENS
-    )
-    return fitting(tokenizer, folder, name, config.get("vocab_size", VOCABULARY))
-
-
 def _networks():
     from jaxdiff.families import stable_diffusion_model
 
@@ -224,7 +212,7 @@ STABLE_DIFFUSION = Family(
     schedule=lambda config, bucket: noise_schedule(config, bucket.sampler),
     operations=_operations,
     decoder_operations=_decoder_operations,
-    tokenizer=_tokenizer,
+    tokenizer=clip_tokenizer,
     kohya_names=kohya_names,
     networks=_networks,
 )

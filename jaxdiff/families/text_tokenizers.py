@@ -1,0 +1,28 @@
+"""Opens the tokenizers of the families' text encoders. Imports transformers only when called."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from jaxdiff.families.tokens import Tokenizer, fitting
+
+CLIP_TOKENS, CLIP_VOCABULARY = 77, 49408  # if the text encoder's config gives no number
+T5_VOCABULARY = 32128
+
+
+def clip_tokenizer(name: str, folder: Path, config: Mapping) -> Tokenizer:
+    """Reads CLIP's tokenizer; see `Family.tokenizer`."""
+    from jaxdiff.families.clip_tokens import ClipTokenizer
+
+    positions = config.get("max_position_embeddings")
+    tokenizer = ClipTokenizer(folder, positions if isinstance(positions, int) else CLIP_TOKENS)
+    return fitting(tokenizer, folder, name, config.get("vocab_size", CLIP_VOCABULARY))
+
+
+def t5_tokenizer(
+    tokens: int, prepared: Callable[[str], str], name: str, folder: Path, config: Mapping
+) -> Tokenizer:
+    """Reads T5's tokenizer; see `Family.tokenizer` and, for the first two, `T5Tokenizer`."""
+    from jaxdiff.families.t5_tokens import T5Tokenizer
+
+    tokenizer = T5Tokenizer(folder, tokens, prepared=prepared)
+    return fitting(tokenizer, folder, name, config.get("vocab_size", T5_VOCABULARY))
