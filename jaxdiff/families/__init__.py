@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxdiff.checkpoint import checkpoint
 from jaxdiff.checkpoint.checkpoint import Checkpoint
+from jaxdiff.families import flux, stable_diffusion_3
 from jaxdiff.families.family import Family
 from jaxdiff.families.pixart import PIXART
 from jaxdiff.families.stable_diffusion import (
@@ -22,6 +23,8 @@ FAMILIES: dict[str, Family] = {  # by the pipeline's class in diffusers
     LCM_PIPELINE: STABLE_DIFFUSION,
     **dict.fromkeys(XL_PIPELINES, STABLE_DIFFUSION_XL),
     **PIXART,
+    flux.PIPELINE: flux.FLUX,
+    stable_diffusion_3.PIPELINE: stable_diffusion_3.STABLE_DIFFUSION_3,
 }
 
 

@@ -9,6 +9,11 @@ CLIP_TOKENS, CLIP_VOCABULARY = 77, 49408  # if the text encoder's config gives n
 T5_VOCABULARY = 32128
 
 
+def by_encoder(openers: Mapping[str, Callable]) -> Callable[[str, Path, Mapping], Tokenizer]:
+    """Returns `Family.tokenizer` of a family whose text encoders have different tokenizers."""
+    return lambda name, folder, config: openers[name](name, folder, config)
+
+
 def clip_tokenizer(name: str, folder: Path, config: Mapping) -> Tokenizer:
     """Reads CLIP's tokenizer; see `Family.tokenizer`."""
     from jaxdiff.families.clip_tokens import ClipTokenizer

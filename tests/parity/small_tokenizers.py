@@ -1,6 +1,7 @@
 """Small tokenizers of the real kinds, made offline."""
 
 import string
+from pathlib import Path
 
 import transformers
 
@@ -20,6 +21,14 @@ WORDS = [
     "green",
     "square",
 ]
+
+
+BUNDLED = Path(__file__).parents[2] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
+
+
+def clip(pad: str = "<|endoftext|>") -> transformers.CLIPTokenizer:
+    """The bundled model's, with a padding token."""
+    return transformers.CLIPTokenizer.from_pretrained(BUNDLED, pad_token=pad)
 
 
 def t5() -> transformers.T5Tokenizer:

@@ -60,6 +60,99 @@ def _pixart(pipeline: type, **config) -> diffusers.DiffusionPipeline:
     )
 
 
+CLIP = {
+    "vocab_size": 641,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "projection_dim": 32,
+    "max_position_embeddings": 24,
+    "bos_token_id": 0,
+    "eos_token_id": 2,  # as in published files: the largest token is meant
+    "pad_token_id": 1,
+}
+VAE_16 = {
+    **VAE,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+FLUX = {
+    "in_channels": 64,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
+FLUX_DEV_SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+SD3 = {
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 64,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 64,
+    "pos_embed_max_size": 24,
+}
+
+
+def _flux(guidance_embeds: bool, scheduler: Mapping) -> diffusers.FluxPipeline:
+    return diffusers.FluxPipeline(
+        tokenizer=small_tokenizers.clip(),
+        text_encoder=_randomised(transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP))),
+        tokenizer_2=small_tokenizers.t5(),
+        text_encoder_2=_randomised(transformers.T5EncoderModel(transformers.T5Config(**T5))),
+        transformer=_randomised(
+            diffusers.FluxTransformer2DModel(**FLUX, guidance_embeds=guidance_embeds)
+        ),
+        vae=_randomised(
+            diffusers.AutoencoderKL(**VAE_16, scaling_factor=0.3611, shift_factor=0.1159)
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+    )
+
+
+def _stable_diffusion_3(with_t5: bool, **config) -> diffusers.StableDiffusion3Pipeline:
+    t5 = transformers.T5EncoderModel(transformers.T5Config(**{**T5, "d_model": 64}))
+    clips = [
+        _randomised(
+            transformers.CLIPTextModelWithProjection(
+                transformers.CLIPTextConfig(**CLIP, hidden_act=activation)
+            )
+        )
+        for activation in ("quick_gelu", "gelu")
+    ]
+    return diffusers.StableDiffusion3Pipeline(
+        tokenizer=small_tokenizers.clip(),
+        text_encoder=clips[0],
+        tokenizer_2=small_tokenizers.clip("!"),
+        text_encoder_2=clips[1],
+        tokenizer_3=small_tokenizers.t5() if with_t5 else None,
+        text_encoder_3=_randomised(t5) if with_t5 else None,
+        transformer=_randomised(diffusers.SD3Transformer2DModel(**SD3, **config)),
+        vae=_randomised(
+            diffusers.AutoencoderKL(**VAE_16, scaling_factor=1.5305, shift_factor=0.0609)
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
 FAMILIES: Mapping[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "PixArt-Sigma": lambda: _pixart(
         diffusers.PixArtSigmaPipeline,
@@ -67,6 +160,13 @@ FAMILIES: Mapping[str, Callable[[], diffusers.DiffusionPipeline]] = {
         use_additional_conditions=False,
         interpolation_scale=2,
     ),
+    "FLUX.1 dev": lambda: _flux(True, FLUX_DEV_SCHEDULER),
+    "FLUX.1 schnell": lambda: _flux(False, {"shift": 1.0}),
+    "Stable Diffusion 3": lambda: _stable_diffusion_3(True),
+    "Stable Diffusion 3.5": lambda: _stable_diffusion_3(
+        True, qk_norm="rms_norm", dual_attention_layers=(0,)
+    ),
+    "Stable Diffusion 3 without T5": lambda: _stable_diffusion_3(False),
     "PixArt-Alpha": lambda: _pixart(diffusers.PixArtAlphaPipeline, sample_size=128),
 }
 

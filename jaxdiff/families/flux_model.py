@@ -1,0 +1,82 @@
+"""The networks of FLUX.1 as pure functions: the part that imports JAX."""
+
+from collections.abc import Mapping
+from functools import partial
+
+from flax import nnx
+from jax import Array
+
+from jaxdiff.families.flux import PATCH, SAMPLE_SIZE
+from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
+from jaxdiff.families.networks import (
+    AUTOENCODER_KL,
+    CLIP_TEXT,
+    T5,
+    Architecture,
+    Networks,
+    codec,
+    evaluation,
+    fit,
+)
+from jaxdiff.models import flux
+
+
+def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) -> Model:
+    """Assembles the model; see `networks.Networks`."""
+    transformer, vae = configs["transformer"], configs["vae"]
+    clip, t5 = configs["text_encoder"], configs["text_encoder_2"]
+    channels = PATCH**2 * vae.latent_channels
+    fit(
+        [
+            ("in_channels", transformer.in_channels, channels),
+            ("out_channels", transformer.out_channels or transformer.in_channels, channels),
+            ("pooled_projection_dim", transformer.pooled_projection_dim, clip.hidden_size),
+            ("joint_attention_dim", transformer.joint_attention_dim, t5.d_model),
+        ]
+    )
+    graphs = {name: networks[name].graph for name in ("text_encoder", "text_encoder_2")}
+    return Model(
+        configs=configs,
+        networks=networks,
+        text_encoders=tuple(graphs),
+        skippable={},
+        encode_text=partial(_encode_text, graphs),
+        zeros_for_empty=False,
+        sizes=None,
+        condition=_condition,
+        denoiser=Denoiser(
+            component="transformer",
+            guidance_is_input=transformer.guidance_embeds,
+            sample_size=SAMPLE_SIZE,
+            size_multiple=PATCH,
+            evaluate=evaluation(networks["transformer"]),
+        ),
+        codec=codec(networks["vae"], vae, vae.latent_channels),
+    )
+
+
+def _encode_text(
+    graphs: Mapping[str, nnx.GraphDef], params: Params, tokens: Mapping, clip_skip: int
+) -> Text:
+    """Encodes prompts; T5's padding is seen like all other tokens, as in training."""
+    ids = tokens["text_encoder"][:, 0]  # the only chunk
+    _, pooled = nnx.merge(graphs["text_encoder"], params["text_encoder"])(ids)
+    t5 = nnx.merge(graphs["text_encoder_2"], params["text_encoder_2"])
+    return Text(t5(tokens["text_encoder_2"].ids), pooled)
+
+
+def _condition(text: Text, sizes: None) -> dict[str, Array]:
+    return {"context": text.context, "pooled": text.pooled}
+
+
+NETWORKS = Networks(
+    architectures={
+        "text_encoder": CLIP_TEXT,
+        "text_encoder_2": T5,
+        "transformer": Architecture(
+            flux.FluxConfig, lambda config: flux.FluxTransformer2DModel, flux.SHARDING
+        ),
+        "vae": AUTOENCODER_KL,
+    },
+    assemble=assemble,
+)

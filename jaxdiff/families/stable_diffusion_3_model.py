@@ -1,0 +1,111 @@
+"""The networks of Stable Diffusion 3 as pure functions: the part that imports JAX."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
+from jaxdiff.families.networks import (
+    AUTOENCODER_KL,
+    CLIP_TEXT,
+    T5,
+    Architecture,
+    Networks,
+    codec,
+    evaluation,
+    fit,
+)
+from jaxdiff.families.stable_diffusion_3 import T5_TOKENS
+from jaxdiff.models import sd3
+
+CLIPS, OPTIONAL_T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
+LAYERS_SKIPPED = 1  # the penultimate layer's hidden states (arXiv:2403.03206, appendix B.3)
+
+
+def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) -> Model:
+    """Assembles the model; see `networks.Networks`."""
+    transformer, vae = configs["transformer"], configs["vae"]
+    clips = [configs[name] for name in CLIPS]
+    pooled = sum(clip.projection_dim for clip in clips)
+    needed = [
+        ("in_channels", transformer.in_channels, vae.latent_channels),
+        ("out_channels", transformer.out_channels or transformer.in_channels, vae.latent_channels),
+        ("pooled_projection_dim", transformer.pooled_projection_dim, pooled),
+    ]
+    encoders = CLIPS
+    if OPTIONAL_T5 in configs:
+        encoders += (OPTIONAL_T5,)
+        width = configs[OPTIONAL_T5].d_model
+        needed.append(("joint_attention_dim", transformer.joint_attention_dim, width))
+    fit(needed)
+    return Model(
+        configs=configs,
+        networks=networks,
+        text_encoders=encoders,
+        skippable={name: configs[name].num_hidden_layers - LAYERS_SKIPPED for name in CLIPS},
+        encode_text=partial(
+            _encode_text,
+            {name: networks[name].graph for name in encoders},
+            transformer.joint_attention_dim,
+        ),
+        zeros_for_empty=False,
+        sizes=None,
+        condition=_condition,
+        denoiser=Denoiser(
+            component="transformer",
+            guidance_is_input=False,
+            sample_size=transformer.sample_size,
+            size_multiple=transformer.patch_size,
+            evaluate=evaluation(networks["transformer"]),
+        ),
+        codec=codec(networks["vae"], vae, vae.latent_channels),
+    )
+
+
+def _encode_text(
+    graphs: Mapping[str, nnx.GraphDef],
+    width: int,
+    params: Params,
+    tokens: Mapping,
+    clip_skip: int,
+) -> Text:
+    """Encodes prompts: CLIP's tokens, filled up to T5's `width` with zeros, then T5's.
+
+    T5's padding is seen like all other tokens. Without T5, its tokens are zeros.
+    """
+    contexts, vectors = [], []
+    for name in CLIPS:
+        hidden, vector = nnx.merge(graphs[name], params[name])(
+            tokens[name][:, 0], layers_skipped=LAYERS_SKIPPED + clip_skip, final_norm=False
+        )
+        contexts.append(hidden)
+        vectors.append(vector)
+    of_clip = jnp.concatenate(contexts, axis=-1)
+    of_clip = jnp.pad(of_clip, ((0, 0), (0, 0), (0, width - of_clip.shape[-1])))
+    if OPTIONAL_T5 in graphs:
+        t5 = nnx.merge(graphs[OPTIONAL_T5], params[OPTIONAL_T5])
+        of_t5 = t5(tokens[OPTIONAL_T5].ids)
+    else:
+        of_t5 = jnp.zeros((len(of_clip), T5_TOKENS, width), of_clip.dtype)
+    context = jnp.concatenate([of_clip, of_t5.astype(of_clip.dtype)], axis=1)
+    return Text(context, jnp.concatenate(vectors, axis=-1))
+
+
+def _condition(text: Text, sizes: None) -> dict[str, Array]:
+    return {"context": text.context, "pooled": text.pooled}
+
+
+NETWORKS = Networks(
+    architectures={
+        **dict.fromkeys(CLIPS, CLIP_TEXT),
+        OPTIONAL_T5: T5,
+        "transformer": Architecture(
+            sd3.SD3Config, lambda config: sd3.SD3Transformer2DModel, sd3.SHARDING
+        ),
+        "vae": AUTOENCODER_KL,
+    },
+    assemble=assemble,
+)
