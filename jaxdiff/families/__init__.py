@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxdiff.checkpoint import checkpoint
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.families import flux, stable_diffusion_3
+from jaxdiff.families import flux, flux2, stable_diffusion_3, z_image
 from jaxdiff.families.family import Family
 from jaxdiff.families.pixart import PIXART
 from jaxdiff.families.stable_diffusion import (
@@ -25,6 +25,8 @@ FAMILIES: dict[str, Family] = {  # by the pipeline's class in diffusers
     **PIXART,
     flux.PIPELINE: flux.FLUX,
     stable_diffusion_3.PIPELINE: stable_diffusion_3.STABLE_DIFFUSION_3,
+    z_image.PIPELINE: z_image.Z_IMAGE,
+    flux2.PIPELINE: flux2.FLUX_2,
 }
 
 

@@ -28,6 +28,20 @@ T5 = Component(
     tokenizer="tokenizer",
     tied={"encoder.embed_tokens.weight": "shared.weight"},
 )
+
+
+def _of_language_model(key: str) -> str | None:
+    return None if key.startswith("lm_head.") else key
+
+
+QWEN3 = Component(
+    library="transformers",
+    class_name="Qwen3ForCausalLM",
+    other_class_names=("Qwen3Model",),
+    tokenizer="tokenizer",
+    prefix="model.",
+    plain_key=_of_language_model,
+)
 AUTOENCODER_KL = Component(
     library="diffusers", class_name="AutoencoderKL", plain_key=_new_attention
 )

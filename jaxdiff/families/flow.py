@@ -31,6 +31,12 @@ def tokens(bucket: Bucket) -> int:
     return (bucket.height // TOKEN_PX) * (bucket.width // TOKEN_PX)
 
 
+def empirical(config: dict, bucket: Bucket) -> NoiseSchedule:
+    """Returns the schedule of Flux.2's pipelines; see `uniform`."""
+    schedule = replace(noise_schedule(config, bucket.sampler), uniform_flow=True)
+    return schedule.shifted_by(empirical_mu(tokens(bucket), bucket.steps))
+
+
 def empirical_mu(count: int, steps: int) -> float:
     """Returns the mu of Flux.2 for a number of tokens, between those for 10 and 200 steps."""
     short, long = (slope * count + offset for slope, offset in (SHORT, LONG))

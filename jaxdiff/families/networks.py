@@ -14,7 +14,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.families.model import Codec, Model, Network, Params
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.sharding import Rules
-from jaxdiff.models.text import clip, t5
+from jaxdiff.models.text import clip, qwen, t5
 from jaxdiff.weights.load import abstract_network
 
 # The config keys that say how many modules a network has.
@@ -120,6 +120,7 @@ def evaluation(network: Network) -> Callable:
 
 CLIP_TEXT = Architecture(clip.CLIPTextConfig, clip.network, clip.SHARDING)
 T5 = Architecture(t5.T5Config, lambda config: t5.T5EncoderModel, t5.SHARDING)
+QWEN3 = Architecture(qwen.Qwen3Config, lambda config: qwen.Qwen3Model, qwen.SHARDING)
 AUTOENCODER_KL = Architecture(
     autoencoder_kl.AutoencoderKLConfig,
     lambda config: autoencoder_kl.AutoencoderKL,

@@ -6,12 +6,22 @@ from pathlib import Path
 from jaxdiff.families.tokens import Tokenizer, fitting
 
 CLIP_TOKENS, CLIP_VOCABULARY = 77, 49408  # if the text encoder's config gives no number
-T5_VOCABULARY = 32128
+T5_VOCABULARY, QWEN_VOCABULARY = 32128, 151936
 
 
 def by_encoder(openers: Mapping[str, Callable]) -> Callable[[str, Path, Mapping], Tokenizer]:
     """Returns `Family.tokenizer` of a family whose text encoders have different tokenizers."""
     return lambda name, folder, config: openers[name](name, folder, config)
+
+
+def chat_tokenizer(
+    tokens: int, before: str, after: str, name: str, folder: Path, config: Mapping
+) -> Tokenizer:
+    """Reads a language model's tokenizer; see `Family.tokenizer` and `ChatTokenizer`."""
+    from jaxdiff.families.chat_tokens import ChatTokenizer
+
+    tokenizer = ChatTokenizer(folder, tokens, before, after)
+    return fitting(tokenizer, folder, name, config.get("vocab_size", QWEN_VOCABULARY))
 
 
 def clip_tokenizer(name: str, folder: Path, config: Mapping) -> Tokenizer:

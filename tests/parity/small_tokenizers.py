@@ -3,6 +3,7 @@
 import string
 from pathlib import Path
 
+import tokenizers
 import transformers
 
 WORDS = [
@@ -23,12 +24,35 @@ WORDS = [
 ]
 
 
+# What Qwen3's template does with one message of the user.
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+)
 BUNDLED = Path(__file__).parents[2] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
 
 
 def clip(pad: str = "<|endoftext|>") -> transformers.CLIPTokenizer:
     """The bundled model's, with a padding token."""
     return transformers.CLIPTokenizer.from_pretrained(BUNDLED, pad_token=pad)
+
+
+def qwen() -> transformers.Qwen2Tokenizer:
+    """Qwen's kind: bytes and their merges, the marks of a conversation, a chat template."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "c"), ("r", "e"), ("re", "d")]
+    pieces = letters + ["".join(pair) for pair in merges]
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return transformers.Qwen2Tokenizer(
+        vocab={piece: i for i, piece in enumerate([*pieces, *marks])},
+        merges=merges,
+        additional_special_tokens=marks,
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def t5() -> transformers.T5Tokenizer:

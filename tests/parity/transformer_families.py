@@ -153,6 +153,68 @@ def _stable_diffusion_3(with_t5: bool, **config) -> diffusers.StableDiffusion3Pi
     )
 
 
+QWEN3 = {
+    "vocab_size": 280,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "tie_word_embeddings": True,
+}
+Z_IMAGE = {
+    "in_channels": 16,
+    "dim": 32,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 32,
+    "axes_dims": [4, 6, 6],
+    "axes_lens": [1024, 32, 32],
+}
+FLUX_2 = {
+    "in_channels": 128,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 96,
+    "timestep_guidance_channels": 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+    "guidance_embeds": False,
+}
+
+
+def _z_image() -> diffusers.ZImagePipeline:
+    return diffusers.ZImagePipeline(
+        tokenizer=small_tokenizers.qwen(),
+        text_encoder=_randomised(transformers.Qwen3Model(transformers.Qwen3Config(**QWEN3))),
+        transformer=_randomised(diffusers.ZImageTransformer2DModel(**Z_IMAGE)),
+        vae=_randomised(
+            diffusers.AutoencoderKL(**VAE_16, scaling_factor=0.3611, shift_factor=0.1159)
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def _flux_2(is_distilled: bool) -> diffusers.Flux2KleinPipeline:
+    qwen = transformers.Qwen3Config(**{**QWEN3, "num_hidden_layers": 28})
+    vae = _randomised(diffusers.AutoencoderKLFlux2(**{**VAE, "latent_channels": 32}))
+    with torch.no_grad():
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2.0)
+    return diffusers.Flux2KleinPipeline(
+        tokenizer=small_tokenizers.qwen(),
+        text_encoder=_randomised(transformers.Qwen3ForCausalLM(qwen)),
+        transformer=_randomised(diffusers.Flux2Transformer2DModel(**FLUX_2)),
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        is_distilled=is_distilled,
+    )
+
+
 FAMILIES: Mapping[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "PixArt-Sigma": lambda: _pixart(
         diffusers.PixArtSigmaPipeline,
@@ -167,6 +229,9 @@ FAMILIES: Mapping[str, Callable[[], diffusers.DiffusionPipeline]] = {
         True, qk_norm="rms_norm", dual_attention_layers=(0,)
     ),
     "Stable Diffusion 3 without T5": lambda: _stable_diffusion_3(False),
+    "Z-Image": _z_image,
+    "FLUX.2 klein": lambda: _flux_2(True),
+    "FLUX.2 klein base": lambda: _flux_2(False),
     "PixArt-Alpha": lambda: _pixart(diffusers.PixArtAlphaPipeline, sample_size=128),
 }
 

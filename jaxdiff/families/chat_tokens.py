@@ -1,0 +1,68 @@
+"""Converts prompts to token ids for language models that were trained on conversations."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import Qwen2Tokenizer
+
+from jaxdiff.errors import InputError
+from jaxdiff.families.tokens import Tokens, in_one_line
+
+
+class ChatTokenizer:
+    """A tokenizer that puts the prompt into a conversation; see `tokens.Tokenizer`.
+
+    Attributes:
+      tokens: the number of tokens of a row, with those of the conversation around the prompt.
+    """
+
+    def __init__(self, directory: Path, tokens: int, before: str, after: str):
+        """Reads Qwen's byte-level tokenizer.
+
+        Args:
+          directory: the tokenizer's directory.
+          tokens: the number of tokens of a row.
+          before, after: the text around the prompt. It is the family's, not the checkpoint's: a
+            chat template in a file is a program.
+
+        Raises:
+          InputError: if the files cannot be used.
+        """
+        self.tokens, self._around = tokens, (before, after)
+        self._lock = threading.Lock()  # the tokenizer has mutable settings
+        try:
+            self._tokenizer = Qwen2Tokenizer.from_pretrained(directory)
+            if self._tokenizer.pad_token_id is None:
+                raise ValueError("it has no pad_token")
+            self(["a"])
+        except Exception as error:  # of any kind
+            raise InputError(
+                f"{directory} contains no usable tokenizer ({in_one_line(error)}); copy the "
+                "checkpoint again"
+            ) from error
+
+    def __len__(self) -> int:
+        """The size of the vocabulary: one more than its largest id, since ids may have gaps."""
+        return max(self._tokenizer.get_vocab().values()) + 1
+
+    def __call__(self, texts: Sequence[str], chunks: int = 1) -> Tokens:
+        """Returns rows of `tokens` ids, cut off at the end; `chunks` must be 1."""
+        ids = np.full((len(texts), self.tokens), self._tokenizer.pad_token_id, np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for row, seen, text in zip(ids, mask, texts, strict=True):
+            words = self._words(text)[: self.tokens]
+            row[: len(words)] = words
+            seen[: len(words)] = True
+        return Tokens(ids, mask)
+
+    def lost(self, text: str, chunks: int = 1) -> int:
+        """Returns how many tokens at the end of a text, with what follows it, are cut off."""
+        return max(0, len(self._words(text)) - self.tokens)
+
+    def _words(self, text: str) -> list[int]:
+        before, after = self._around
+        with self._lock:
+            found = self._tokenizer(before + text + after, verbose=False)
+        return found["input_ids"]

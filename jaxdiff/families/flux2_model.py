@@ -1,0 +1,81 @@
+"""The networks of FLUX.2 klein as pure functions: the part that imports JAX."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxdiff.families.flux2 import SIDE_PX
+from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
+from jaxdiff.families.networks import QWEN3, Architecture, Networks, codec, evaluation, fit
+from jaxdiff.families.tokens import Tokens
+from jaxdiff.models import flux2
+from jaxdiff.models.codecs import autoencoder_kl_flux2
+
+LAYERS = (9, 18, 27)  # of the text encoder's hidden states
+
+
+def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) -> Model:
+    """Assembles the model; see `networks.Networks`."""
+    transformer, vae, qwen = configs["transformer"], configs["vae"], configs["text_encoder"]
+    fit(
+        [
+            ("in_channels", transformer.in_channels, vae.channels),
+            ("out_channels", transformer.out_channels or transformer.in_channels, vae.channels),
+            (
+                "joint_attention_dim",
+                transformer.joint_attention_dim,
+                len(LAYERS) * qwen.hidden_size,
+            ),
+            ("guidance_embeds", transformer.guidance_embeds, False),
+        ]
+    )
+    return Model(
+        configs=configs,
+        networks=networks,
+        text_encoders=("text_encoder",),
+        skippable={},
+        encode_text=partial(_encode_text, networks["text_encoder"].graph),
+        zeros_for_empty=False,
+        sizes=None,
+        condition=_condition,
+        denoiser=Denoiser(
+            component="transformer",
+            guidance_is_input=False,
+            sample_size=SIDE_PX // vae.factor,
+            size_multiple=1,
+            evaluate=evaluation(networks["transformer"]),
+        ),
+        codec=codec(networks["vae"], vae, vae.channels),
+    )
+
+
+def _encode_text(
+    graph: nnx.GraphDef, params: Params, tokens: Mapping[str, Tokens], clip_skip: int
+) -> Text:
+    """Encodes prompts; the denoiser sees the padding, whose tokens have seen only the prompt."""
+    ids, mask = tokens["text_encoder"]
+    hidden = nnx.merge(graph, params["text_encoder"])(ids, mask, layers=LAYERS)
+    return Text(jnp.concatenate(hidden, axis=-1))
+
+
+def _condition(text: Text, sizes: None) -> dict[str, Array]:
+    return {"context": text.context}
+
+
+NETWORKS = Networks(
+    architectures={
+        "text_encoder": QWEN3,
+        "transformer": Architecture(
+            flux2.Flux2Config, lambda config: flux2.Flux2Transformer2DModel, flux2.SHARDING
+        ),
+        "vae": Architecture(
+            autoencoder_kl_flux2.AutoencoderKLFlux2Config,
+            lambda config: autoencoder_kl_flux2.AutoencoderKLFlux2,
+            autoencoder_kl_flux2.SHARDING,
+        ),
+    },
+    assemble=assemble,
+)
