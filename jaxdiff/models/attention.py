@@ -40,12 +40,18 @@ def attention(
     Returns:
       [batch, tokens, width].
     """
+    query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
+    return merge_heads(attend(query, key, value, mask=mask, is_causal=is_causal))
 
-    def split(x: Array) -> Array:
-        return x.reshape(*x.shape[:2], num_heads, -1)  # [b, tokens, heads, head width]
 
-    mixed = attend(split(query), split(key), split(value), mask=mask, is_causal=is_causal)
-    return mixed.reshape(*mixed.shape[:2], -1)
+def split_heads(x: Array, num_heads: int) -> Array:
+    """Maps [batch, tokens, width] to [batch, tokens, heads, head width]."""
+    return x.reshape(*x.shape[:2], num_heads, -1)
+
+
+def merge_heads(x: Array) -> Array:
+    """Maps [batch, tokens, heads, head width] to [batch, tokens, width]."""
+    return x.reshape(*x.shape[:2], -1)
 
 
 def attend(

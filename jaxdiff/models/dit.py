@@ -1,16 +1,38 @@
 """Building blocks shared by diffusion transformers (Peebles and Xie, 2022, arXiv:2212.09748)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models.attention import attend
-from jaxdiff.models.embeddings import rotate
+from jaxdiff.models.attention import attend, merge_heads, split_heads
+from jaxdiff.models.config import ComponentConfig
+from jaxdiff.models.embeddings import rotate_pairs
 
-EPSILON = 1e-6  # of all norms here
+EPSILON = 1e-6  # of norms, unless a network has its own
+
+
+class TransformerConfig(ComponentConfig):
+    """Base of the configs of diffusion transformers."""
+
+    component = "transformer"
+
+    @property
+    def width(self) -> int:
+        """The width of the tokens."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+def refuse_axes(axes_dims_rope: tuple[int, ...], count: int, head_width: int) -> None:
+    """Raises ValueError unless `count` even shares of a head's rotary embedding fill its width."""
+    if len(axes_dims_rope) != count or any(width % 2 for width in axes_dims_rope):
+        raise ValueError(f"axes_dims_rope = {list(axes_dims_rope)} must be {count} even numbers")
+    if sum(axes_dims_rope) != head_width:
+        raise ValueError(
+            f"axes_dims_rope = {list(axes_dims_rope)} must add up to attention_head_dim = "
+            f"{head_width}"
+        )
 
 
 def layer_norm(x: Array) -> Array:
@@ -26,7 +48,9 @@ def modulated(x: Array, shift: Array, scale: Array) -> Array:
     return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
-def fed_forward(layers: nnx.Module, x: Array, shift: Array, scale: Array, gate: Array) -> Array:
+def residual(
+    layers: Callable[[Array], Array], x: Array, shift: Array, scale: Array, gate: Array
+) -> Array:
     """Adds to [batch, tokens, width] what the layers make of it, modulated and gated."""
     return x + gate[:, None] * layers(modulated(x, shift, scale))
 
@@ -41,16 +65,6 @@ class AdaLayerNorm(nnx.Module):
     def __call__(self, embedding: Array) -> Sequence[Array]:
         """Maps [batch, width] to `count` arrays of that shape."""
         return jnp.split(self.linear(nnx.silu(embedding)), self.count, axis=-1)
-
-
-def split_heads(x: Array, num_heads: int) -> Array:
-    """Maps [batch, tokens, width] to [batch, tokens, heads, head width]."""
-    return x.reshape(*x.shape[:2], num_heads, -1)
-
-
-def merge_heads(x: Array) -> Array:
-    """Maps [batch, tokens, heads, head width] to [batch, tokens, width]."""
-    return x.reshape(*x.shape[:2], -1)
 
 
 class SelfAttention(nnx.Module):
@@ -84,24 +98,13 @@ class SelfAttention(nnx.Module):
         self.to_out = nnx.List([linear()]) if out else None
 
     def __call__(
-        self,
-        x: Array,
-        *,
-        angles: Array | np.ndarray | None = None,
-        mask: Array | None = None,
+        self, x: Array, *, angles: Array | None = None, mask: Array | None = None
     ) -> Array:
         """Maps [batch, tokens, width] to the same shape; see `JointAttention` for the options."""
-        query, key, value = self.heads(x)
-        if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
-        mixed = merge_heads(attend(query, key, value, mask=mask))
+        layers, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k)
+        heads = _heads(x, layers, norms, self.num_heads)
+        mixed = _rotated_attention(*heads, angles, mask)
         return mixed if self.to_out is None else self.to_out[0](mixed)
-
-    def heads(self, x: Array) -> tuple[Array, Array, Array]:
-        """Returns queries, keys and values, each [batch, tokens, heads, head width]."""
-        return _heads(
-            x, (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k), self.num_heads
-        )
 
 
 class JointAttention(nnx.Module):
@@ -126,7 +129,7 @@ class JointAttention(nnx.Module):
           width: of both kinds of tokens.
           num_heads: divides the width.
           qk_norm: whether queries and keys are normalised (RMSNorm).
-          context_out: whether the text's tokens are wanted, too; not in a last block.
+          context_out: whether to return the text's tokens, too, which a last block need not.
           use_bias: whether the linear layers have biases.
           rngs: draws the weights.
         """
@@ -150,7 +153,7 @@ class JointAttention(nnx.Module):
         x: Array,
         context: Array,
         *,
-        angles: Array | np.ndarray | None = None,
+        angles: Array | None = None,
         mask: Array | None = None,
     ) -> tuple[Array, Array | None]:
         """Computes attention over the text's tokens followed by the image's.
@@ -158,32 +161,80 @@ class JointAttention(nnx.Module):
         Args:
           x: [batch, image tokens, width].
           context: [batch, text tokens, width].
-          angles: as in `embeddings.rotate`, for all tokens; None rotates nothing.
+          angles: as in `embeddings.rotate_pairs`, for all tokens; None rotates nothing.
           mask: bool [batch, all tokens]: which tokens are seen; None for all.
 
         Returns:
-          both kinds of tokens in the shapes of the inputs; None for the text without `context_out`.
+          the image's and the text's tokens, in the shapes of the inputs; without `context_out`,
+          None for the text's.
         """
         ours = (self.to_q, self.to_k, self.to_v)
         added = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         image = _heads(x, ours, (self.norm_q, self.norm_k), self.num_heads)
         text = _heads(context, added, (self.norm_added_q, self.norm_added_k), self.num_heads)
-        query, key, value = (
-            jnp.concatenate(both, axis=1) for both in zip(text, image, strict=True)
-        )
-        if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
-        mixed = merge_heads(attend(query, key, value, mask=mask))
+        heads = (jnp.concatenate(both, axis=1) for both in zip(text, image, strict=True))
+        mixed = _rotated_attention(*heads, angles, mask)
         of_text, of_image = jnp.split(mixed, [context.shape[1]], axis=1)
         return self.to_out[0](of_image), self.to_add_out and self.to_add_out(of_text)
 
 
 def _heads(x: Array, layers, norms, num_heads: int) -> tuple[Array, Array, Array]:
+    """Returns queries, keys and values, each [batch, tokens, heads, head width]."""
     query, key, value = (split_heads(layer(x), num_heads) for layer in layers)
     norm_query, norm_key = norms
     if norm_query is not None:
         query, key = norm_query(query), norm_key(key)
     return query, key, value
+
+
+def _rotated_attention(
+    query: Array, key: Array, value: Array, angles: Array | None, mask: Array | None
+) -> Array:
+    """Returns what the heads attend to, [batch, tokens, width]."""
+    if angles is not None:
+        query, key = rotate_pairs(query, angles), rotate_pairs(key, angles)
+    return merge_heads(attend(query, key, value, mask=mask))
+
+
+def joint_block(
+    attention: JointAttention,
+    feed_forward: nnx.Module,
+    context_feed_forward: nnx.Module,
+    x: Array,
+    context: Array,
+    of_image: Sequence[Array],
+    of_text: Sequence[Array],
+    *,
+    angles: Array,
+    mask: Array | None = None,
+) -> tuple[Array, Array]:
+    """Applies joint attention, then a feed-forward layer for each kind of token.
+
+    All are modulated and gated, and have a residual (arXiv:2403.03206, figure 2b).
+
+    Args:
+      attention, feed_forward, context_feed_forward: the layers.
+      x: [batch, image tokens, width].
+      context: [batch, text tokens, width].
+      of_image, of_text: six modulations each, [batch, width]: shift, scale and gate of attention,
+        then of the feed-forward layer.
+      angles, mask: as in `JointAttention`.
+
+    Returns:
+      the image's and the text's tokens, in the shapes of the inputs.
+    """
+    shift, scale, gate, *of_image = of_image
+    text_shift, text_scale, text_gate, *of_text = of_text
+    mixed, text_mixed = attention(
+        modulated(x, shift, scale),
+        modulated(context, text_shift, text_scale),
+        angles=angles,
+        mask=mask,
+    )
+    x = x + gate[:, None] * mixed
+    context = context + text_gate[:, None] * text_mixed
+    x = residual(feed_forward, x, *of_image)
+    return x, residual(context_feed_forward, context, *of_text)
 
 
 def packed(latents: Array, patch: int = 2, *, channels_last: bool = False) -> Array:

@@ -6,6 +6,11 @@ from flax import nnx
 from jax import Array
 
 
+def gelu_tanh(x: Array) -> Array:
+    """Computes GELU's approximation by tanh (Hendrycks and Gimpel, 2016, arXiv:1606.08415)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 class _GEGLU(nnx.Module):
     """Shazeer, 2020, arXiv:2002.05202: a linear layer gated by the GELU of another."""
 
@@ -18,37 +23,26 @@ class _GEGLU(nnx.Module):
 
 
 class _GELU(nnx.Module):
-    """Hendrycks and Gimpel, 2016, arXiv:1606.08415: a linear layer, then GELU's tanh form."""
+    """A linear layer, then `gelu_tanh`."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
         self.proj = nnx.Linear(width, hidden, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return jax.nn.gelu(self.proj(x), approximate=True)
-
-
-class _Identity(nnx.Module):
-    """Takes the place of a dropout layer, so that the indices match the checkpoint's."""
-
-    def __call__(self, x: Array) -> Array:
-        return x
+        return gelu_tanh(self.proj(x))
 
 
 class FeedForward(nnx.Module):
-    """A layer of four times the width and one back, with GELU or, if it is gated, GEGLU."""
+    """Maps tokens to four times their width, by GELU or, if it is gated, GEGLU, and back."""
 
     def __init__(self, width: int, *, gated: bool = False, rngs: nnx.Rngs):
         hidden, first = 4 * width, _GEGLU if gated else _GELU
+        # In the checkpoint, the second place is a dropout layer's.
         self.net = nnx.List(
-            [
-                first(width, hidden, rngs=rngs),
-                _Identity(),
-                nnx.Linear(hidden, width, rngs=rngs),
-            ]
+            [first(width, hidden, rngs=rngs), None, nnx.Linear(hidden, width, rngs=rngs)]
         )
 
     def __call__(self, x: Array) -> Array:
         """Maps [..., width] to the same shape."""
-        for layer in self.net:
-            x = layer(x)
-        return x
+        first, _, last = self.net
+        return last(first(x))

@@ -8,33 +8,39 @@ arXiv:2302.05442, section 2). Positions are rotary embeddings (Su et al., 2021, 
 the guidance scale of dev is one more input (Meng et al., 2023, arXiv:2210.03142).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
 from jaxdiff.models.dit import (
     AdaLayerNorm,
     JointAttention,
     SelfAttention,
-    fed_forward,
+    TransformerConfig,
+    joint_block,
     modulated,
     packed,
+    refuse_axes,
+    residual,
     unpacked,
 )
-from jaxdiff.models.embeddings import EmbeddingMLP, grid_positions, rotary_angles, sinusoids
-from jaxdiff.models.feed_forward import FeedForward
+from jaxdiff.models.embeddings import (
+    EmbeddingMLP,
+    NumberEmbedding,
+    constant_angles,
+    grid_positions,
+    rotary_angles,
+)
+from jaxdiff.models.feed_forward import FeedForward, gelu_tanh
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 PATCH = 2  # latents per token along each side
-SINUSOIDS = 256  # of the timestep and of the guidance scale
-MLP_RATIO = 4
+MLP_RATIO = 4  # of a feed-forward layer's width to the tokens'
 THETA = 10_000  # the base of the rotary frequencies
 # Keys that change what is computed; only these values are supported.
 FIXED = {"_class_name": "FluxTransformer2DModel", "patch_size": 1}
@@ -49,20 +55,11 @@ SHARDING = (
 )
 
 
-def refuse_axes(axes_dims_rope: tuple[int, ...], count: int, head_width: int) -> None:
-    """Raises ValueError unless `count` even shares of a head's rotary embedding fill its width."""
-    if len(axes_dims_rope) != count or any(width % 2 for width in axes_dims_rope):
-        raise ValueError(f"axes_dims_rope = {list(axes_dims_rope)} must be {count} even numbers")
-    if sum(axes_dims_rope) != head_width:
-        raise ValueError(
-            f"axes_dims_rope = {list(axes_dims_rope)} must add up to attention_head_dim = "
-            f"{head_width}"
-        )
-
-
 @dataclass(frozen=True)
-class FluxConfig:
+class FluxConfig(TransformerConfig):
     """The fields of `transformer/config.json` that shape the network, with diffusers' defaults."""
+
+    fixed = FIXED
 
     in_channels: int = 64
     out_channels: int | None = None
@@ -76,79 +73,57 @@ class FluxConfig:
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     def __post_init__(self):
-        for name, channels in (
-            ("in_channels", self.in_channels),
-            ("out_channels", self.token_size),
-        ):
+        sizes = {"in_channels": self.in_channels, "out_channels": self.token_size}
+        for name, channels in sizes.items():
             if channels % PATCH**2:
                 raise ValueError(f"{name} = {channels} is not a multiple of {PATCH**2}")
         refuse_axes(self.axes_dims_rope, 3, self.attention_head_dim)
-
-    @property
-    def width(self) -> int:
-        """The width of the tokens."""
-        return self.num_attention_heads * self.attention_head_dim
 
     @property
     def token_size(self) -> int:
         """Numbers per token in the output."""
         return self.out_channels or self.in_channels
 
-    @classmethod
-    def from_json(cls, data: dict) -> "FluxConfig":
-        """Reads a parsed `transformer/config.json`; raises InputError if it is not supported."""
-        return config_json.from_json(cls, "transformer", data, FIXED)
-
-    def to_json(self) -> dict:
-        """Returns the `transformer/config.json` that diffusers reads."""
-        return config_json.to_json(self, FIXED)
-
 
 class TimeEmbedding(nnx.Module):
     """Embeds the timestep and, in a network distilled from a guided one, the guidance scale."""
 
-    def __init__(self, in_width: int, guided: bool, mlp: Callable[[], nnx.Module]):
-        """Makes the layers; `mlp` makes one that maps sinusoids of `in_width` to an embedding."""
-        self.in_width = in_width
-        self.timestep_embedder = mlp()
-        self.guidance_embedder = mlp() if guided else None
+    def __init__(self, width: int, *, is_guided: bool, rngs: nnx.Rngs, **options):
+        """Makes the layers; the options are those of `NumberEmbedding`."""
+        self.timestep_embedder, self.guidance_embedder = (
+            NumberEmbedding(width, rngs=rngs, **options) if has else None
+            for has in (True, is_guided)
+        )
 
     def __call__(self, timesteps: Array, guidance_scale: Array | None, dtype) -> Array:
         """Maps [batch], [batch] and a dtype to [batch, width].
 
         Raises:
-          ValueError: unless `guidance_scale` is None exactly for networks that do not take it.
+          ValueError: if `guidance_scale` is missing or not taken.
         """
+        embedded = self.timestep_embedder(timesteps, dtype)
         if self.guidance_embedder is None:
             if guidance_scale is not None:
                 raise ValueError("guidance_scale must be None: this network does not take it")
-            return self._embedded(self.timestep_embedder, timesteps, dtype)
+            return embedded
         if guidance_scale is None:
             raise ValueError("guidance_scale is missing: this network takes it as an input")
-        return self._embedded(self.timestep_embedder, timesteps, dtype) + self._embedded(
-            self.guidance_embedder, 1000 * guidance_scale, dtype
-        )
-
-    def _embedded(self, mlp: nnx.Module, numbers: Array, dtype) -> Array:
-        return mlp(sinusoids(numbers, self.in_width).astype(dtype))
+        return embedded + self.guidance_embedder(1000 * guidance_scale, dtype)
 
 
 class _Embedding(TimeEmbedding):
     """Adds the pooled text's embedding."""
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
-        def mlp(in_width: int = SINUSOIDS) -> EmbeddingMLP:
-            return EmbeddingMLP(in_width, config.width, rngs=rngs)
-
-        super().__init__(SINUSOIDS, config.guidance_embeds, mlp)
-        self.text_embedder = mlp(config.pooled_projection_dim)
+        super().__init__(config.width, is_guided=config.guidance_embeds, rngs=rngs)
+        self.text_embedder = EmbeddingMLP(config.pooled_projection_dim, config.width, rngs=rngs)
 
     def __call__(self, timesteps: Array, pooled: Array, guidance_scale: Array | None, dtype):
         return super().__call__(timesteps, guidance_scale, dtype) + self.text_embedder(pooled)
 
 
 class DoubleBlock(nnx.Module):
-    """A block with weights for each kind of token: arXiv:2403.03206, figure 2b."""
+    """A block with weights for each kind of token, which is given its modulations."""
 
     def __init__(
         self,
@@ -163,26 +138,16 @@ class DoubleBlock(nnx.Module):
         self.ff, self.ff_context = feed_forward(), feed_forward()
 
     def __call__(
-        self, x: Array, context: Array, of_image, of_text, angles: Array
+        self,
+        x: Array,
+        context: Array,
+        of_image: Sequence[Array],
+        of_text: Sequence[Array],
+        angles: Array,
     ) -> tuple[Array, Array]:
-        """Maps the tokens of an image and of a text to the same shapes.
-
-        Args:
-          x: [batch, image tokens, width].
-          context: [batch, text tokens, width].
-          of_image, of_text: six modulations each, [batch, width]: shift, scale and gate of
-            attention, then of the feed-forward layers.
-          angles: float32 [text and image tokens, head width / 2].
-        """
-        shift, scale, gate, *of_image = of_image
-        text_shift, text_scale, text_gate, *of_text = of_text
-        mixed, text_mixed = self.attn(
-            modulated(x, shift, scale), modulated(context, text_shift, text_scale), angles=angles
-        )
-        x = x + gate[:, None] * mixed
-        context = context + text_gate[:, None] * text_mixed
-        x = fed_forward(self.ff, x, *of_image)
-        return x, fed_forward(self.ff_context, context, *of_text)
+        """Maps the image's and the text's tokens to the same shapes, as `dit.joint_block`."""
+        layers = self.attn, self.ff, self.ff_context
+        return joint_block(*layers, x, context, of_image, of_text, angles=angles)
 
 
 class _Block(DoubleBlock):
@@ -201,6 +166,8 @@ class _Block(DoubleBlock):
 
 
 class _SingleBlock(nnx.Module):
+    """Self-attention and feed-forward layers side by side, with a common last layer."""
+
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         width, hidden = config.width, MLP_RATIO * config.width
         self.norm = AdaLayerNorm(width, 3, rngs=rngs)
@@ -212,21 +179,12 @@ class _SingleBlock(nnx.Module):
 
     def __call__(self, x: Array, embedding: Array, angles: Array) -> Array:
         """Maps the text's tokens, followed by the image's, to the same shape."""
-        shift, scale, gate = self.norm(embedding)
-        y = modulated(x, shift, scale)
-        both = [self.attn(y, angles=angles), jax.nn.gelu(self.proj_mlp(y), approximate=True)]
-        return x + gate[:, None] * self.proj_out(jnp.concatenate(both, axis=-1))
 
+        def layers(x: Array) -> Array:
+            both = [self.attn(x, angles=angles), gelu_tanh(self.proj_mlp(x))]
+            return self.proj_out(jnp.concatenate(both, axis=-1))
 
-def constant_angles(positions: np.ndarray, widths: tuple[int, ...], theta: float) -> Array:
-    """Returns `rotary_angles` as one float32 array, for a traced function.
-
-    Whole turns are taken off in float64, and float32 is precise enough for the rest. NumPy's angles
-    would put their cosines and sines into the program again for each block: 5 MB for an image of
-    1024 pixels. The barrier keeps XLA from doing the same when it folds constants.
-    """
-    angles = rotary_angles(positions, widths, theta) % (2 * np.pi)
-    return jax.lax.optimization_barrier(jnp.asarray(angles, jnp.float32))
+        return residual(layers, x, *self.norm(embedding))
 
 
 class FluxTransformer2DModel(nnx.Module):
@@ -280,10 +238,10 @@ class FluxTransformer2DModel(nnx.Module):
         embedding = self.time_text_embed(timesteps, pooled, guidance_scale, latents.dtype)
         x, context = self.x_embedder(packed(latents, PATCH)), self.context_embedder(context)
         tokens = context.shape[1]
-        # All of the text is at the origin; it is not rotated.
+        # The text's tokens are all at the origin, where nothing is rotated.
         image = grid_positions(height // PATCH, width // PATCH)
         positions = np.concatenate([np.zeros((tokens, 3), image.dtype), image])
-        angles = constant_angles(positions, config.axes_dims_rope, THETA)
+        angles = constant_angles(rotary_angles(positions, config.axes_dims_rope, THETA))
         for block in self.transformer_blocks:
             x, context = call(block, x, context, embedding, angles, remat=self.remat)
         x = jnp.concatenate([context, x], axis=1)

@@ -7,6 +7,7 @@ feed-forward layers together, as in Dehghani et al., 2023, arXiv:2302.05442, fig
 paper; see Black Forest Labs' reference code.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,17 +16,22 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
-from jaxdiff.models.attention import attend
+from jaxdiff.models.attention import attend, merge_heads, split_heads
 from jaxdiff.models.dit import (
     EPSILON,
     AdaLayerNorm,
-    merge_heads,
+    TransformerConfig,
     modulated,
-    split_heads,
+    refuse_axes,
+    residual,
 )
-from jaxdiff.models.embeddings import grid_positions, rotate
-from jaxdiff.models.flux import DoubleBlock, TimeEmbedding, constant_angles, refuse_axes
+from jaxdiff.models.embeddings import (
+    constant_angles,
+    grid_positions,
+    rotary_angles,
+    rotate_pairs,
+)
+from jaxdiff.models.flux import DoubleBlock, TimeEmbedding
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
@@ -43,8 +49,10 @@ SHARDING = (
 
 
 @dataclass(frozen=True)
-class Flux2Config:
+class Flux2Config(TransformerConfig):
     """The fields of `transformer/config.json` that shape the network, with diffusers' defaults."""
+
+    fixed = FIXED
 
     in_channels: int = 128
     out_channels: int | None = None
@@ -67,37 +75,12 @@ class Flux2Config:
             )
 
     @property
-    def width(self) -> int:
-        """The width of the tokens."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
     def hidden(self) -> int:
         """The width of the feed-forward layers."""
         return int(self.width * self.mlp_ratio)
 
-    @classmethod
-    def from_json(cls, data: dict) -> "Flux2Config":
-        """Reads a parsed `transformer/config.json`; raises InputError if it is not supported."""
-        return config_json.from_json(cls, "transformer", data, FIXED)
-
-    def to_json(self) -> dict:
-        """Returns the `transformer/config.json` that diffusers reads."""
-        return config_json.to_json(self, FIXED)
-
 
 _Linear = partial(nnx.Linear, use_bias=False)
-
-
-class _MLP(nnx.Module):
-    """`embeddings.EmbeddingMLP` without biases."""
-
-    def __init__(self, in_width: int, width: int, *, rngs: nnx.Rngs):
-        self.linear_1 = _Linear(in_width, width, rngs=rngs)
-        self.linear_2 = _Linear(width, width, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        return self.linear_2(nnx.silu(self.linear_1(x)))
 
 
 def _gated(x: Array) -> Array:
@@ -116,7 +99,7 @@ class _FeedForward(nnx.Module):
 
 
 class _ParallelAttention(nnx.Module):
-    """Self-attention and feed-forward layers with common first and last linear layers."""
+    """Self-attention and feed-forward layers side by side, with common first and last layers."""
 
     def __init__(self, config: Flux2Config, *, rngs: nnx.Rngs):
         width, hidden = config.width, config.hidden
@@ -130,7 +113,8 @@ class _ParallelAttention(nnx.Module):
     def __call__(self, x: Array, angles: Array) -> Array:
         *heads, hidden = jnp.split(self.to_qkv_mlp_proj(x), self.width * np.arange(1, 4), axis=-1)
         query, key, value = (split_heads(part, self.num_heads) for part in heads)
-        query, key = rotate(self.norm_q(query), angles), rotate(self.norm_k(key), angles)
+        query = rotate_pairs(self.norm_q(query), angles)
+        key = rotate_pairs(self.norm_k(key), angles)
         mixed = merge_heads(attend(query, key, value))
         return self.to_out(jnp.concatenate([mixed, _gated(hidden)], axis=-1))
 
@@ -139,10 +123,9 @@ class _SingleBlock(nnx.Module):
     def __init__(self, config: Flux2Config, *, rngs: nnx.Rngs):
         self.attn = _ParallelAttention(config, rngs=rngs)
 
-    def __call__(self, x: Array, modulations, angles: Array) -> Array:
+    def __call__(self, x: Array, of_both: Sequence[Array], angles: Array) -> Array:
         """Maps the text's tokens, followed by the image's, to the same shape."""
-        shift, scale, gate = modulations
-        return x + gate[:, None] * self.attn(modulated(x, shift, scale), angles)
+        return residual(partial(self.attn, angles=angles), x, *of_both)
 
 
 class Flux2Transformer2DModel(nnx.Module):
@@ -153,7 +136,7 @@ class Flux2Transformer2DModel(nnx.Module):
 
         It keeps only the activations between blocks (Chen et al., 2016, arXiv:1604.06174).
         """
-        width, sinusoids = config.width, config.timestep_guidance_channels
+        width = config.width
 
         def modulation(count: int) -> AdaLayerNorm:
             return AdaLayerNorm(width, count, use_bias=False, rngs=rngs)
@@ -165,7 +148,11 @@ class Flux2Transformer2DModel(nnx.Module):
 
         self.config, self.remat = config, remat
         self.time_guidance_embed = TimeEmbedding(
-            sinusoids, config.guidance_embeds, partial(_MLP, sinusoids, width, rngs=rngs)
+            width,
+            is_guided=config.guidance_embeds,
+            num_sinusoids=config.timestep_guidance_channels,
+            use_bias=False,
+            rngs=rngs,
         )
         self.double_stream_modulation_img = modulation(6)
         self.double_stream_modulation_txt = modulation(6)
@@ -211,9 +198,8 @@ class Flux2Transformer2DModel(nnx.Module):
         x = self.x_embedder(latents.reshape(batch, -1, channels))
         context = self.context_embedder(context)
         tokens = context.shape[1]
-        angles = constant_angles(
-            _positions(tokens, height, width), config.axes_dims_rope, config.rope_theta
-        )
+        positions = _positions(tokens, height, width)
+        angles = constant_angles(rotary_angles(positions, config.axes_dims_rope, config.rope_theta))
         for block in self.transformer_blocks:
             x, context = call(block, x, context, of_image, of_text, angles, remat=self.remat)
         x = jnp.concatenate([context, x], axis=1)

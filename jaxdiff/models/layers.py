@@ -12,12 +12,39 @@ from jax import Array
 from jaxdiff.models.attention import attention
 
 
-def conv(in_channels: int, out_channels: int, size: int, *, rngs: nnx.Rngs, stride=1, padding=None):
+class Chain(nnx.List):
+    """Layers that are called one after the other; functions may be among them."""
+
+    def __call__(self, x: Array) -> Array:
+        """Passes `x` through all layers."""
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+def conv(
+    in_channels: int,
+    out_channels: int,
+    size: int,
+    *,
+    rngs: nnx.Rngs,
+    stride=1,
+    padding=None,
+    groups: int = 1,
+    use_bias: bool = True,
+) -> nnx.Conv:
     """Makes a square NHWC convolution, padded to keep the size unless `padding` is given."""
     if padding is None:
         padding = ((size // 2, size // 2),) * 2
     return nnx.Conv(
-        in_channels, out_channels, (size, size), strides=stride, padding=padding, rngs=rngs
+        in_channels,
+        out_channels,
+        (size, size),
+        strides=stride,
+        padding=padding,
+        feature_group_count=groups,
+        use_bias=use_bias,
+        rngs=rngs,
     )
 
 

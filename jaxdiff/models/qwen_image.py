@@ -8,32 +8,37 @@ the image.
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
 from jaxdiff.models.dit import (
     EPSILON,
     AdaLayerNorm,
     JointAttention,
-    fed_forward,
+    TransformerConfig,
+    joint_block,
     modulated,
     packed,
+    refuse_axes,
     unpacked,
 )
-from jaxdiff.models.embeddings import EmbeddingMLP, grid_positions, rotary_angles, sinusoids
+from jaxdiff.models.embeddings import (
+    NumberEmbedding,
+    constant_angles,
+    grid_positions,
+    rotary_angles,
+)
 from jaxdiff.models.feed_forward import FeedForward
+from jaxdiff.models.layers import Chain
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
-SINUSOIDS = 256  # of a timestep
-THETA = 10000.0  # the base of the rotary frequencies
+THETA = 10_000  # the base of the rotary frequencies
 # Keys that change what is computed; only these values are supported.
 FIXED = {"_class_name": "QwenImageTransformer2DModel"}
-IGNORED = {"pooled_projection_dim"}  # of an early version: there is no pooled text
+IGNORED = {"pooled_projection_dim"}  # left from an early version: there is no pooled text
 
 # The modulations are a third of all weights.
 SHARDING = (
@@ -44,8 +49,11 @@ SHARDING = (
 
 
 @dataclass(frozen=True)
-class QwenImageConfig:
+class QwenImageConfig(TransformerConfig):
     """The fields of `transformer/config.json` that shape the network, with diffusers' defaults."""
+
+    fixed = FIXED
+    ignored = IGNORED
 
     patch_size: int = 2
     in_channels: int = 64
@@ -61,27 +69,7 @@ class QwenImageConfig:
             raise ValueError(
                 f"in_channels = {self.in_channels} must be out_channels * patch_size^2"
             )
-        axes = self.axes_dims_rope
-        if len(axes) != 3 or sum(axes) != self.attention_head_dim or any(n % 2 for n in axes):
-            raise ValueError(
-                f"axes_dims_rope = {list(axes)} must be three even numbers that sum to "
-                f"attention_head_dim = {self.attention_head_dim}"
-            )
-
-    @property
-    def width(self) -> int:
-        """The width of both kinds of tokens."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_json(cls, data: dict) -> "QwenImageConfig":
-        """Reads a parsed `transformer/config.json`; raises InputError if it is not supported."""
-        kept = {key: value for key, value in data.items() if key not in IGNORED}
-        return config_json.from_json(cls, "transformer", kept, FIXED)
-
-    def to_json(self) -> dict:
-        """Returns the `transformer/config.json` that diffusers reads."""
-        return config_json.to_json(self, FIXED)
+        refuse_axes(self.axes_dims_rope, 3, self.attention_head_dim)
 
 
 def positions(tokens: int, height: int, width: int) -> np.ndarray:
@@ -102,53 +90,26 @@ def positions(tokens: int, height: int, width: int) -> np.ndarray:
     return np.concatenate([np.stack([text] * 3, axis=-1), image])
 
 
-class _TimeEmbedding(nnx.Module):
-    """Embeds the timestep, which modulates every block."""
-
-    def __init__(self, config: QwenImageConfig, *, rngs: nnx.Rngs):
-        self.timestep_embedder = EmbeddingMLP(SINUSOIDS, config.width, rngs=rngs)
-
-    def __call__(self, timesteps: Array, dtype) -> Array:
-        """Maps [batch] to [batch, width] in `dtype`."""
-        return self.timestep_embedder(sinusoids(timesteps, SINUSOIDS).astype(dtype))
-
-
-def _modulation(width: int, rngs: nnx.Rngs) -> nnx.List:
-    """Makes the layers from an embedding to shift, scale and gate of two norms."""
-    return nnx.List([nnx.silu, nnx.Linear(width, 6 * width, rngs=rngs)])
-
-
-def _modulations(layers: nnx.List, embedding: Array) -> list[Array]:
-    """Maps [batch, width] to six arrays of that shape."""
-    for layer in layers:
-        embedding = layer(embedding)
-    return jnp.split(embedding, 6, axis=-1)
-
-
 class _Block(nnx.Module):
     """Joint attention and feed-forward, each with a modulated norm, a gate and a residual."""
 
     def __init__(self, config: QwenImageConfig, *, rngs: nnx.Rngs):
         width = config.width
-        self.img_mod, self.txt_mod = _modulation(width, rngs), _modulation(width, rngs)
+        self.img_mod, self.txt_mod = (
+            Chain([nnx.silu, nnx.Linear(width, 6 * width, rngs=rngs)]) for _ in range(2)
+        )
         self.attn = JointAttention(width, config.num_attention_heads, qk_norm=True, rngs=rngs)
         self.img_mlp, self.txt_mlp = FeedForward(width, rngs=rngs), FeedForward(width, rngs=rngs)
 
     def __call__(
         self, x: Array, context: Array, embedding: Array, mask: Array, angles: Array
     ) -> tuple[Array, Array]:
-        """Maps the image's and the text's tokens to tokens of the same shapes."""
-        shift, scale, gate, *of_mlp = _modulations(self.img_mod, embedding)
-        text_shift, text_scale, text_gate, *of_text_mlp = _modulations(self.txt_mod, embedding)
-        mixed, text_mixed = self.attn(
-            modulated(x, shift, scale),
-            modulated(context, text_shift, text_scale),
-            angles=angles,
-            mask=mask,
+        """Maps the image's and the text's tokens to the same shapes, as `dit.joint_block`."""
+        of_image, of_text = (
+            jnp.split(layers(embedding), 6, axis=-1) for layers in (self.img_mod, self.txt_mod)
         )
-        x = fed_forward(self.img_mlp, x + gate[:, None] * mixed, *of_mlp)
-        context = context + text_gate[:, None] * text_mixed
-        return x, fed_forward(self.txt_mlp, context, *of_text_mlp)
+        layers = self.attn, self.img_mlp, self.txt_mlp
+        return joint_block(*layers, x, context, of_image, of_text, angles=angles, mask=mask)
 
 
 class QwenImageTransformer2DModel(nnx.Module):
@@ -160,7 +121,7 @@ class QwenImageTransformer2DModel(nnx.Module):
         It keeps only the activations between blocks (Chen et al., 2016, arXiv:1604.06174).
         """
         self.config, self.remat = config, remat
-        self.time_text_embed = _TimeEmbedding(config, rngs=rngs)
+        self.time_text_embed = nnx.Dict(timestep_embedder=NumberEmbedding(config.width, rngs=rngs))
         self.txt_norm = nnx.RMSNorm(config.joint_attention_dim, epsilon=EPSILON, rngs=rngs)
         self.img_in = nnx.Linear(config.in_channels, config.width, rngs=rngs)
         self.txt_in = nnx.Linear(config.joint_attention_dim, config.width, rngs=rngs)
@@ -193,14 +154,14 @@ class QwenImageTransformer2DModel(nnx.Module):
                 f"latents of {height}x{width}: each side must be a multiple of {patch}"
             )
         where = positions(context.shape[1], height // patch, width // patch)
-        # In float32, as the released weights were trained with.
-        angles = rotary_angles(where, config.axes_dims_rope, THETA, dtype=np.float32)
-        # One constant; the barrier keeps XLA from folding the sines of every block into others.
-        angles = jax.lax.optimization_barrier(jnp.asarray(angles))
+        # In float32, as when the weights were trained.
+        angles = constant_angles(
+            rotary_angles(where, config.axes_dims_rope, THETA, dtype=np.float32)
+        )
         x = self.img_in(packed(latents, patch))
         mask = jnp.concatenate([mask, jnp.ones((batch, x.shape[1]), bool)], axis=1)
         context = self.txt_in(self.txt_norm(context))
-        embedding = self.time_text_embed(timesteps, latents.dtype)
+        embedding = self.time_text_embed.timestep_embedder(timesteps, latents.dtype)
         for block in self.transformer_blocks:
             x, context = call(block, x, context, embedding, mask, angles, remat=self.remat)
         scale, shift = self.norm_out(embedding)  # in this order

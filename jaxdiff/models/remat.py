@@ -1,5 +1,6 @@
 """Recomputing activations for the gradient instead of storing them."""
 
+import jax
 from flax import nnx
 from jax import Array
 
@@ -8,4 +9,12 @@ def call(module: nnx.Module, *arrays: Array | None, remat: bool) -> Array:
     """Calls the module; with `remat` the gradient recomputes the activations inside it."""
     if not remat:
         return module(*arrays)
-    return nnx.remat(lambda module, *arrays: module(*arrays))(module, *arrays)
+    # Not `nnx.remat`: it also updates the module's variables, which flax refuses where JAX has
+    # changed the trace since they were made, as it does for weights that LoRA has just added up.
+    graph, state = nnx.split(module)
+
+    @jax.checkpoint
+    def pure(state: nnx.State, *arrays: Array | None) -> Array:
+        return nnx.merge(graph, state)(*arrays)
+
+    return pure(state, *arrays)

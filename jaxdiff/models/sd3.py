@@ -9,27 +9,24 @@ first blocks of its medium size have a second attention, over the image alone.
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
 from jaxdiff.models.dit import (
     AdaLayerNorm,
     JointAttention,
     SelfAttention,
-    fed_forward,
+    TransformerConfig,
     modulated,
+    residual,
     unpacked,
 )
-from jaxdiff.models.embeddings import EmbeddingMLP, sinusoids
+from jaxdiff.models.embeddings import EmbeddingMLP, NumberEmbedding, grid_sinusoids
 from jaxdiff.models.feed_forward import FeedForward
 from jaxdiff.models.layers import conv
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
-SINUSOIDS = 256  # of a timestep
 # Keys that change what is computed; only these values are supported.
 FIXED = {"_class_name": "SD3Transformer2DModel"}
 
@@ -42,8 +39,10 @@ SHARDING = (
 
 
 @dataclass(frozen=True)
-class SD3Config:
+class SD3Config(TransformerConfig):
     """The fields of `transformer/config.json` that shape the network, with diffusers' defaults."""
+
+    fixed = FIXED
 
     sample_size: int = 128
     patch_size: int = 2
@@ -74,46 +73,18 @@ class SD3Config:
         if self.qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm = {self.qk_norm!r} is not supported")
 
-    @property
-    def width(self) -> int:
-        """The width of both kinds of tokens."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_json(cls, data: dict) -> "SD3Config":
-        """Reads a parsed `transformer/config.json`; raises InputError if it is not supported."""
-        layers = data.get("dual_attention_layers")
-        if isinstance(layers, list):  # which would have to be sizes; these are indices, or none
-            data = data | {"dual_attention_layers": tuple(layers)}
-        return config_json.from_json(cls, "transformer", data, FIXED)
-
-    def to_json(self) -> dict:
-        """Returns the `transformer/config.json` that diffusers reads."""
-        return config_json.to_json(self, FIXED)
-
 
 def position_table(config: SD3Config) -> Array:
-    """Computes the sinusoids that are added to the patches (arXiv:2403.03206, section 5.3.2).
+    """Returns the table of positions that checkpoints have among their weights.
 
-    Checkpoints have this table among their weights. For each patch of a square of
-    `pos_embed_max_size` patches a side, in reading order, it has the sines and cosines of the
-    column, then those of the row, in units in which the whole side is as long as the side of
-    `sample_size` latents in patches.
+    It is of a square of `pos_embed_max_size` patches a side, in units in which the side of
+    `sample_size` latents is as long as the whole table's (arXiv:2403.03206, section 5.3.2).
 
     Returns:
       float32 [1, pos_embed_max_size^2, width].
     """
-    size, quarter = config.pos_embed_max_size, config.width // 4
-    unit = size / (config.sample_size // config.patch_size)
-    places = np.arange(size, dtype=np.float32) / np.float32(unit)
-    angles = np.outer(places.astype(np.float64), 10000.0 ** -(np.arange(quarter) / quarter))
-    side = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
-    # Only the device has the whole table, or nothing while the network's shapes are traced: it has
-    # 0.9 GB in Stable Diffusion 3.5 medium.
-    shape = (size, size, 2 * quarter)
-    columns = jnp.broadcast_to(side[None, :], shape)
-    rows = jnp.broadcast_to(side[:, None], shape)
-    return jnp.concatenate([columns, rows], axis=-1).reshape(1, size**2, config.width)
+    size, base = config.pos_embed_max_size, config.sample_size // config.patch_size
+    return grid_sinusoids(size, size, config.width, base=base)[None]
 
 
 class _PatchEmbedding(nnx.Module):
@@ -124,7 +95,8 @@ class _PatchEmbedding(nnx.Module):
         self.proj = conv(
             config.in_channels, config.width, self.patch, stride=self.patch, padding=0, rngs=rngs
         )
-        self.pos_embed = nnx.Param(position_table(config))  # a parameter, because files have it
+        # A parameter, because files have it.
+        self.pos_embed = nnx.Param(position_table(config))
 
     def __call__(self, latents: Array) -> Array:
         """Maps [batch, h, w, in channels] to [batch, h w / patch^2, width].
@@ -142,7 +114,7 @@ class _PatchEmbedding(nnx.Module):
         top, left = (self.max_size - height) // 2, (self.max_size - width) // 2
         table = self.pos_embed[...].reshape(self.max_size, self.max_size, -1)
         table = table[top : top + height, left : left + width]
-        # Positions are facts, which training must not change.
+        # Training must not change the positions.
         x = self.proj(latents) + jax.lax.stop_gradient(table).astype(latents.dtype)
         return x.reshape(batch, height * width, -1)
 
@@ -151,20 +123,19 @@ class _TimeTextEmbedding(nnx.Module):
     """Embeds the timestep and the pooled text, which modulate every block."""
 
     def __init__(self, config: SD3Config, *, rngs: nnx.Rngs):
-        self.timestep_embedder = EmbeddingMLP(SINUSOIDS, config.width, rngs=rngs)
+        self.timestep_embedder = NumberEmbedding(config.width, rngs=rngs)
         self.text_embedder = EmbeddingMLP(config.pooled_projection_dim, config.width, rngs=rngs)
 
     def __call__(self, timesteps: Array, pooled: Array) -> Array:
         """Maps [batch] and [batch, pooled projection dim] to [batch, width]."""
-        times = sinusoids(timesteps, SINUSOIDS).astype(pooled.dtype)
-        return self.timestep_embedder(times) + self.text_embedder(pooled)
+        return self.timestep_embedder(timesteps, pooled.dtype) + self.text_embedder(pooled)
 
 
 class _Block(nnx.Module):
     """Joint attention and feed-forward, each with a modulated norm, a gate and a residual.
 
-    See Esser et al., figure 2b. With `dual`, a second attention sees the image's tokens alone. The
-    `last` block has no use for what becomes of the text's tokens.
+    See arXiv:2403.03206, figure 2b. With `dual`, a second attention sees the image's tokens alone.
+    The `last` block returns the image's tokens only.
     """
 
     def __init__(self, config: SD3Config, *, dual: bool, last: bool, rngs: nnx.Rngs):
@@ -193,11 +164,11 @@ class _Block(nnx.Module):
         if self.attn2 is not None:
             shift, scale, gate = of_dual
             y = y + gate[:, None] * self.attn2(modulated(x, shift, scale))
-        y = fed_forward(self.ff, y, *of_feed_forward)
+        y = residual(self.ff, y, *of_feed_forward)
         if self.ff_context is None:
             return y, None
         context = context + context_gate[:, None] * context_mixed
-        return y, fed_forward(self.ff_context, context, *of_context)
+        return y, residual(self.ff_context, context, *of_context)
 
 
 class SD3Transformer2DModel(nnx.Module):

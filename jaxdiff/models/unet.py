@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
+from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.embeddings import EmbeddingMLP, sinusoids
 from jaxdiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
 from jaxdiff.models.remat import call
@@ -58,8 +58,12 @@ SHARDING = (
 
 
 @dataclass(frozen=True)
-class UNetConfig:
-    """The fields of `unet/config.json` that shape the network; the defaults are diffusers'."""
+class UNetConfig(ComponentConfig):
+    """The fields of `unet/config.json` that shape the network, with diffusers' defaults."""
+
+    component = "unet"
+    fixed = FIXED
+    ignored = IGNORED
 
     sample_size: int | tuple[int, int] | None = None
     in_channels: int = 4
@@ -132,16 +136,6 @@ class UNetConfig:
     def time_width(self) -> int:
         """The width of the timestep embedding."""
         return 4 * self.block_out_channels[0]
-
-    @classmethod
-    def from_json(cls, data: dict) -> "UNetConfig":
-        """Reads a parsed `unet/config.json`; raises InputError if it is not supported."""
-        kept = {key: value for key, value in data.items() if key not in IGNORED}
-        return config_json.from_json(cls, "unet", kept, FIXED)
-
-    def to_json(self) -> dict:
-        """Returns the `unet/config.json` that diffusers reads."""
-        return config_json.to_json(self, FIXED)
 
 
 def _resnets(widths: list[tuple[int, int]], config: UNetConfig, rngs: nnx.Rngs) -> nnx.List:

@@ -14,15 +14,16 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
+from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.dit import SelfAttention, layer_norm, packed, unpacked
-from jaxdiff.models.embeddings import grid_positions, rotary_angles, sinusoids
+from jaxdiff.models.embeddings import constant_angles, grid_positions, rotary_angles, sinusoids
+from jaxdiff.models.layers import Chain
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 PATCH = 2  # the side of a patch in latents
 MULTIPLE = 32  # the tokens of a text and of an image are filled up to a multiple of this
-SINUSOIDS = 256  # the width of the timestep's sinusoids and, at most, of its embedding
+SINUSOIDS = 256  # of the timestep, whose embedding is at most as wide
 TIME_WIDTH = 1024  # inside the timestep's MLP
 QK_EPSILON = 1e-5  # of the norms of queries and keys
 # Keys that change what is computed; only these values are supported.
@@ -42,11 +43,15 @@ SHARDING = (
 
 
 @dataclass(frozen=True)
-class ZImageConfig:
-    """The fields of `transformer/config.json` that shape the network; the defaults are diffusers'.
+class ZImageConfig(ComponentConfig):
+    """The fields of `transformer/config.json` that shape the network, with diffusers' defaults.
 
-    `axes_lens` bounds the positions: the text's padded tokens and two more, rows and columns.
+    `axes_lens` limits the positions on each axis: the padded text's tokens plus 2, rows, columns.
     """
+
+    component = "transformer"
+    fixed = FIXED
+    ignored = IGNORED
 
     in_channels: int = 16
     dim: int = 3840
@@ -69,42 +74,18 @@ class ZImageConfig:
         if self.dim != self.n_heads * sum(self.axes_dims):
             raise ValueError("dim must be n_heads times the sum of axes_dims")
 
-    @classmethod
-    def from_json(cls, data: dict) -> "ZImageConfig":
-        """Reads a parsed `transformer/config.json`; raises InputError if it is not supported."""
-        kept = {key: value for key, value in data.items() if key not in IGNORED}
-        return config_json.from_json(cls, "transformer", kept, FIXED)
+    @property
+    def time_width(self) -> int:
+        """The width of the timestep's embedding."""
+        return min(self.dim, SINUSOIDS)
 
     def to_json(self) -> dict:
-        """Returns the `transformer/config.json` that diffusers reads."""
-        return config_json.to_json(self, FIXED) | {"n_kv_heads": self.n_heads}
-
-
-class _SiLU(nnx.Module):
-    """SiLU as a module, so that the indices of the layers around it match the checkpoint's."""
-
-    def __call__(self, x: Array) -> Array:
-        return nnx.silu(x)
-
-
-class _TimeEmbedding(nnx.Module):
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.mlp = nnx.List(
-            [
-                nnx.Linear(SINUSOIDS, TIME_WIDTH, rngs=rngs),
-                _SiLU(),
-                nnx.Linear(TIME_WIDTH, width, rngs=rngs),
-            ]
-        )
-
-    def __call__(self, x: Array) -> Array:
-        for layer in self.mlp:
-            x = layer(x)
-        return x
+        """Returns the `config.json` that diffusers reads."""
+        return super().to_json() | {"n_kv_heads": self.n_heads}
 
 
 class _FeedForward(nnx.Module):
-    """Shazeer, 2020, arXiv:2002.05202: SwiGLU, 8/3 times as wide inside."""
+    """SwiGLU (Shazeer, 2020, arXiv:2002.05202), 8/3 times as wide inside."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         hidden = int(width / 3 * 8)  # in this order, which decides how it is rounded
@@ -119,7 +100,7 @@ class _FeedForward(nnx.Module):
 class _Block(nnx.Module):
     """Self-attention and feed-forward, with norms before and after both.
 
-    If it is modulated, the timestep scales what both receive, and gates what they return.
+    If the block is modulated, the timestep scales what both receive, and gates what they return.
     """
 
     def __init__(self, config: ZImageConfig, *, modulated: bool, rngs: nnx.Rngs):
@@ -135,9 +116,7 @@ class _Block(nnx.Module):
         self.attention_norm1, self.attention_norm2 = norm(), norm()
         self.ffn_norm1, self.ffn_norm2 = norm(), norm()
         self.adaLN_modulation = (
-            nnx.List([nnx.Linear(min(width, SINUSOIDS), 4 * width, rngs=rngs)])
-            if modulated
-            else None
+            Chain([nnx.Linear(config.time_width, 4 * width, rngs=rngs)]) if modulated else None
         )
 
     def __call__(
@@ -147,7 +126,7 @@ class _Block(nnx.Module):
 
         Args:
           x: the tokens.
-          angles: [batch, tokens, head width / 2], as in `embeddings.rotate`.
+          angles: [batch, tokens, head width / 2], as in `embeddings.rotate_pairs`.
           mask: bool [batch, tokens]: which tokens are seen; None for all.
           embedding: the timestep's, [batch, time width], if the block is modulated.
         """
@@ -160,21 +139,22 @@ class _Block(nnx.Module):
         """Returns a scale and a gate for the attention and the same for the feed-forward."""
         if self.adaLN_modulation is None:
             return 1, 1, 1, 1
-        factors = self.adaLN_modulation[0](embedding)[:, None]  # for all tokens
+        factors = self.adaLN_modulation(embedding)[:, None]  # for all tokens
         scale, gate, ffn_scale, ffn_gate = jnp.split(factors, 4, axis=-1)
         return 1 + scale, jnp.tanh(gate), 1 + ffn_scale, jnp.tanh(ffn_gate)
 
 
 class _FinalLayer(nnx.Module):
-    def __init__(self, width: int, out_width: int, *, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(width, out_width, rngs=rngs)
-        self.adaLN_modulation = nnx.List(
-            [_SiLU(), nnx.Linear(min(width, SINUSOIDS), width, rngs=rngs)]
+    """Maps tokens to patches, after a norm that the timestep scales."""
+
+    def __init__(self, config: ZImageConfig, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(config.dim, PATCH**2 * config.in_channels, rngs=rngs)
+        self.adaLN_modulation = Chain(
+            [nnx.silu, nnx.Linear(config.time_width, config.dim, rngs=rngs)]
         )
 
     def __call__(self, x: Array, embedding: Array) -> Array:
-        silu, linear = self.adaLN_modulation
-        return self.linear(layer_norm(x) * (1 + linear(silu(embedding)))[:, None])
+        return self.linear(layer_norm(x) * (1 + self.adaLN_modulation(embedding))[:, None])
 
 
 class ZImageTransformer2DModel(nnx.Module):
@@ -193,15 +173,22 @@ class ZImageTransformer2DModel(nnx.Module):
         def token() -> nnx.Param:
             return nnx.Param(jax.random.normal(rngs.params(), (1, width)))
 
-        self.config = config
-        self.remat = remat
-        patch_width = PATCH**2 * config.in_channels
-        self.all_x_embedder = nnx.Dict({patch: nnx.Linear(patch_width, width, rngs=rngs)})
-        self.all_final_layer = nnx.Dict({patch: _FinalLayer(width, patch_width, rngs=rngs)})
+        self.config, self.remat = config, remat
+        embedder = nnx.Linear(PATCH**2 * config.in_channels, width, rngs=rngs)
+        self.all_x_embedder = nnx.Dict({patch: embedder})
+        self.all_final_layer = nnx.Dict({patch: _FinalLayer(config, rngs=rngs)})
         self.noise_refiner = blocks(config.n_refiner_layers, True)
         self.context_refiner = blocks(config.n_refiner_layers, False)
-        self.t_embedder = _TimeEmbedding(min(width, SINUSOIDS), rngs=rngs)
-        self.cap_embedder = nnx.List(
+        self.t_embedder = nnx.Dict(
+            mlp=Chain(
+                [
+                    nnx.Linear(SINUSOIDS, TIME_WIDTH, rngs=rngs),
+                    nnx.silu,
+                    nnx.Linear(TIME_WIDTH, config.time_width, rngs=rngs),
+                ]
+            )
+        )
+        self.cap_embedder = Chain(
             [
                 nnx.RMSNorm(config.cap_feat_dim, epsilon=config.norm_eps, rngs=rngs),
                 nnx.Linear(config.cap_feat_dim, width, rngs=rngs),
@@ -216,7 +203,8 @@ class ZImageTransformer2DModel(nnx.Module):
         An image's result depends on its own text alone, without the padding.
 
         Args:
-          latents: [batch, h, w, in channels]; even height and width.
+          latents: [batch, h, w, in channels], of even height and width. Their dtype is that of
+            the activations.
           timesteps: [batch], 1000 times the noise level: from 0, an image, to 1000, noise.
           context: [batch, tokens, cap feat dim], the text encoder's hidden states, padded at the
             end to any length.
@@ -231,7 +219,7 @@ class ZImageTransformer2DModel(nnx.Module):
         _, height, width, _ = latents.shape
         self._refuse_misfits(height, width, context.shape[1])
         times = (1000 - timesteps) / 1000 * self.config.t_scale  # the weights count from noise
-        embedding = self.t_embedder(sinusoids(times, SINUSOIDS).astype(latents.dtype))
+        embedding = self.t_embedder.mlp(sinusoids(times, SINUSOIDS).astype(latents.dtype))
         text, seen = self._text(context, mask)
         image = self._image(latents)
         positions = [_image_positions(seen, height, width), _text_positions(seen)]
@@ -250,20 +238,19 @@ class ZImageTransformer2DModel(nnx.Module):
         return -unpacked(patches, height, width, PATCH, channels_last=True)
 
     def _text(self, context: Array, mask: Array) -> tuple[Array, Array]:
-        """Returns the text's tokens, as many as a multiple, and which of them are seen.
+        """Returns the text's tokens, filled up to a multiple, and which of them are seen.
 
-        Those that fill up a text itself to a multiple are seen, all later ones are not.
+        Those that fill up the text itself are seen; all later ones are not.
         """
         missing = -context.shape[1] % MULTIPLE
         context = jnp.pad(context, ((0, 0), (0, missing), (0, 0)))
         mask = jnp.pad(mask, ((0, 0), (0, missing)))
-        norm, linear = self.cap_embedder
-        tokens = jnp.where(mask[..., None], linear(norm(context)), self.cap_pad_token[...])
+        tokens = jnp.where(mask[..., None], self.cap_embedder(context), self.cap_pad_token[...])
         length = mask.sum(axis=-1, keepdims=True)
         return tokens, jnp.arange(mask.shape[1]) < length + -length % MULTIPLE
 
     def _image(self, latents: Array) -> Array:
-        """Returns the image's tokens, as many as a multiple."""
+        """Returns the image's tokens, filled up to a multiple."""
         (embedder,) = self.all_x_embedder.values()
         tokens = embedder(packed(latents, PATCH, channels_last=True))
         batch, count, width = tokens.shape
@@ -283,8 +270,8 @@ class ZImageTransformer2DModel(nnx.Module):
         angles = []
         for axis, (width, count) in enumerate(zip(config.axes_dims, config.axes_lens, strict=True)):
             table = rotary_angles(np.arange(count)[:, None], [width], config.rope_theta)
-            # Rounded like this before the cosine, as when the weights were trained.
-            angles.append(jnp.asarray(table, jnp.float32)[positions[..., axis]])
+            # Rounded to float32 first, as when the weights were trained.
+            angles.append(constant_angles(table.astype(np.float32))[positions[..., axis]])
         return jnp.concatenate(angles, axis=-1)
 
     def _run(

@@ -3,7 +3,9 @@
 import pytest
 
 from jaxdiff.errors import InputError
+from jaxdiff.models.codecs.autoencoder_dc import AutoencoderDCConfig
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKLConfig
+from jaxdiff.models.sd3 import SD3Config
 from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNetConfig
 
@@ -14,6 +16,7 @@ XL = {
     "attention_head_dim": [5, 10, 20, 20],
     "transformer_layers_per_block": [1, 2, 10, 10],
 }
+DC = {"downsample_block_type": "Conv", "upsample_block_type": "interpolate"}
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,7 @@ XL = {
         (UNetConfig, "reverse_transformer_layers_per_block", [[4, 4], 2]),
         (UNetConfig, "attention_head_dim", [5, 10]),
         (UNetConfig, "block_out_channels", [320, 640, 1280, 1300]),
+        (UNetConfig, "block_out_channels", []),
         (UNetConfig, "mid_block_type", None),
         (UNetConfig, "num_attention_heads", 8),
         (UNetConfig, "num_class_embeds", 1000),
@@ -44,6 +48,8 @@ XL = {
         (AutoencoderKLConfig, "latents_mean", [0.0] * 4),  # without latents_std
         (AutoencoderKLConfig, "norm_num_groups", 7),
         (AutoencoderKLConfig, "scaling_factor", None),
+        (AutoencoderDCConfig, "encoder_qkv_multiscales", [5]),
+        (SD3Config, "dual_attention_layers", [[0]]),
     ],
 )
 def test_unsupported_values_are_rejected_with_their_key(config, key, value):
@@ -62,6 +68,7 @@ def test_unsupported_values_are_rejected_with_their_key(config, key, value):
         (AutoencoderKLConfig, "norm_num_groups", 0),
         (AutoencoderKLConfig, "scaling_factor", 0.0),
         (clip.CLIPTextConfig, "num_attention_heads", 0),
+        (AutoencoderDCConfig, "encoder_qkv_multiscales", [[], [], [], [5], [0], [5]]),
     ],
 )
 def test_sizes_of_zero_or_less_are_rejected_with_their_key(config, key, value):
@@ -80,6 +87,9 @@ def test_sizes_of_zero_or_less_are_rejected_with_their_key(config, key, value):
         (AutoencoderKLConfig, {"shift_factor": 0.0}),
         (UNetConfig, {"freq_shift": 0}),
         (clip.CLIPTextConfig, {"architectures": ["CLIPTextModelWithProjection"]}),
+        (AutoencoderDCConfig, DC | {"encoder_qkv_multiscales": [[]] * 4 + [[3, 5], [5]]}),
+        (SD3Config, {"dual_attention_layers": []}),
+        (SD3Config, {"dual_attention_layers": [0, 1]}),
     ],
 )
 def test_configs_survive_a_round_trip(config, data):

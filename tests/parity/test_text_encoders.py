@@ -28,6 +28,16 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import networks  # noqa: E402
+from published_encoders import (  # noqa: E402  (beside this file)
+    GEMMA2_2B,
+    QWEN2_5_VL_7B,
+    QWEN3_4B,
+    QWEN3_8B,
+    QWEN_IMAGE,
+    T5_XXL,
+    T5_XXL_FLUX,
+    UMT5_XXL,
+)
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
@@ -238,160 +248,6 @@ def test_gemma_2_refuses_more_tokens_than_its_window(pair):
         pair("Gemma 2").ours(ids, ids > 0, layers=(0,))
 
 
-# The files as on the Hub; where both are in use, of transformers 4 and 5.
-T5_XXL = {  # google/t5-v1_1-xxl
-    "architectures": ["T5ForConditionalGeneration"],
-    "d_ff": 10240,
-    "d_kv": 64,
-    "d_model": 4096,
-    "decoder_start_token_id": 0,
-    "dropout_rate": 0.1,
-    "eos_token_id": 1,
-    "feed_forward_proj": "gated-gelu",
-    "initializer_factor": 1.0,
-    "is_encoder_decoder": True,
-    "layer_norm_epsilon": 1e-06,
-    "model_type": "t5",
-    "num_decoder_layers": 24,
-    "num_heads": 64,
-    "num_layers": 24,
-    "output_past": True,
-    "pad_token_id": 0,
-    "relative_attention_num_buckets": 32,
-    "tie_word_embeddings": False,
-    "vocab_size": 32128,
-}
-T5_XXL_FLUX = T5_XXL | {
-    "_name_or_path": "google/t5-v1_1-xxl",
-    "architectures": ["T5EncoderModel"],
-    "classifier_dropout": 0.0,
-    "dense_act_fn": "gelu_new",
-    "is_gated_act": True,
-    "relative_attention_max_distance": 128,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.43.3",
-    "use_cache": True,
-}
-UMT5_XXL = T5_XXL_FLUX | {
-    "_name_or_path": "google/umt5-xxl",
-    "architectures": ["UMT5EncoderModel"],
-    "model_type": "umt5",
-    "scalable_attention": True,
-    "tokenizer_class": "T5Tokenizer",
-    "transformers_version": "4.48.0.dev0",
-    "vocab_size": 256384,
-}
-QWEN3_4B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2560,
-    "initializer_range": 0.02,
-    "intermediate_size": 9728,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 36,
-    "model_type": "qwen3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-QWEN3_8B = QWEN3_4B | {
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "tie_word_embeddings": False,
-}
-ROTATION = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
-QWEN2_5_VL_7B = {  # Qwen/Qwen2.5-VL-7B-Instruct, without most of the vision part
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "hidden_act": "silu",
-    "hidden_size": 3584,
-    "image_token_id": 151655,
-    "initializer_range": 0.02,
-    "intermediate_size": 18944,
-    "max_position_embeddings": 128000,
-    "max_window_layers": 28,
-    "model_type": "qwen2_5_vl",
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {"mrope_section": [16, 24, 24], "type": "mrope"},
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.41.2",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "video_token_id": 151656,
-    "vision_config": {"depth": 32, "model_type": "qwen2_5_vl", "out_hidden_size": 3584},
-    "vision_end_token_id": 151653,
-    "vision_start_token_id": 151652,
-    "vision_token_id": 151654,
-    "vocab_size": 152064,
-}
-QWEN_IMAGE = QWEN2_5_VL_7B | {  # Qwen/Qwen-Image: has the text's fields twice
-    "rope_scaling": ROTATION,
-    "text_config": {
-        key: value for key, value in QWEN2_5_VL_7B.items() if not key.startswith("vision")
-    }
-    | {
-        "image_token_id": None,
-        "layer_types": ["full_attention"] * 28,
-        "model_type": "qwen2_5_vl_text",
-        "rope_scaling": ROTATION,
-        "sliding_window": None,
-        "torch_dtype": "float32",
-        "video_token_id": None,
-    },
-}
-GEMMA2_2B = {
-    "architectures": ["Gemma2ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "attn_logit_softcapping": 50.0,
-    "bos_token_id": 2,
-    "cache_implementation": "hybrid",
-    "eos_token_id": 1,
-    "final_logit_softcapping": 30.0,
-    "head_dim": 256,
-    "hidden_act": "gelu_pytorch_tanh",
-    "hidden_activation": "gelu_pytorch_tanh",
-    "hidden_size": 2304,
-    "initializer_range": 0.02,
-    "intermediate_size": 9216,
-    "max_position_embeddings": 8192,
-    "model_type": "gemma2",
-    "num_attention_heads": 8,
-    "num_hidden_layers": 26,
-    "num_key_value_heads": 4,
-    "pad_token_id": 0,
-    "query_pre_attn_scalar": 256,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 10000.0,
-    "sliding_window": 4096,
-    "torch_dtype": "float32",
-    "transformers_version": "4.42.4",
-    "use_cache": True,
-    "vocab_size": 256000,
-}
 FULL_SIZE = {  # the file, transformers' classes and the number of weights
     "T5-XXL": (T5_XXL, "T5Config", "T5EncoderModel", 219),
     "Flux's T5-XXL": (T5_XXL_FLUX, "T5Config", "T5EncoderModel", 219),

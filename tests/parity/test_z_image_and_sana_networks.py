@@ -1,23 +1,13 @@
 """With the same random weights, the denoisers of Z-Image and Sana give diffusers' output."""
 
-import re
-from functools import partial
-from types import SimpleNamespace
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
-from jaxdiff.errors import InputError
-from jaxdiff.models.sana import SanaConfig, SanaTransformer2DModel
-from jaxdiff.models.z_image import ZImageConfig, ZImageTransformer2DModel
-from jaxdiff.weights.load import abstract_network, file_shapes, load_params, places
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+import denoisers  # noqa: E402  (beside this file)
 import networks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -101,35 +91,7 @@ TINY = {
         "out_channels": 4,
     },
 }
-OURS = {
-    "ZImageTransformer2DModel": (ZImageConfig, ZImageTransformer2DModel),
-    "SanaTransformer2DModel": (SanaConfig, SanaTransformer2DModel),
-}
 LENGTHS = [5, 32, 40]  # of the texts, in tokens
-
-
-def shapes_of(config: dict, **options) -> tuple[nnx.GraphDef, dict]:
-    config_class, network_class = OURS[config["_class_name"]]
-    return abstract_network(partial(network_class, **options), config_class.from_json(config))
-
-
-def network(config: dict, dtype=np.float32, **options):
-    """Our network as a function of its parameters and a dict of inputs, and its parameters."""
-    graph, shapes = shapes_of(config, **options)
-    tensors = {
-        key: SimpleNamespace(shape=shape, read=partial(networks.weight, key, shape))
-        for key, shape in file_shapes(shapes).items()
-    }
-
-    def run(params: dict, inputs: dict) -> jax.Array:
-        return nnx.merge(graph, params)(**inputs)
-
-    return run, load_params(places(shapes, dtype), tensors)
-
-
-def outputs(config: dict, inputs: dict, **options) -> np.ndarray:
-    run, params = network(config, **options)
-    return np.asarray(jax.jit(run)(params, inputs))
 
 
 def inputs(size: tuple[int, int] = (6, 10), tokens: int = 50) -> dict[str, np.ndarray]:
@@ -145,13 +107,7 @@ def inputs(size: tuple[int, int] = (6, 10), tokens: int = 50) -> dict[str, np.nd
 
 def expected(config: dict, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """The velocities by diffusers, one image at a time."""
-    reference = getattr(diffusers, config["_class_name"]).from_config(config).eval()
-    reference.load_state_dict(
-        {
-            key: torch.tensor(networks.weight(key, tuple(value.shape)))
-            for key, value in reference.state_dict().items()
-        }
-    )
+    reference = denoisers.reference(config)
     found = []
     for image in zip(*(torch.tensor(array) for array in inputs.values()), strict=True):
         latents, timestep, context, mask = image
@@ -179,56 +135,32 @@ def expected(config: dict, inputs: dict[str, np.ndarray]) -> np.ndarray:
 )
 def test_outputs_are_those_of_diffusers(family, size):
     batch = inputs(size)
-    ours, theirs = outputs(TINY[family], batch), expected(TINY[family], batch)
+    ours, theirs = denoisers.compiled(TINY[family])(batch), expected(TINY[family], batch)
     for image, reference in zip(ours, theirs, strict=True):
         assert networks.difference(image, reference) <= networks.BOUND
 
 
 @pytest.mark.parametrize("family", TINY)
 def test_the_padding_of_a_text_does_not_change_its_image(family):
-    short, long = (outputs(TINY[family], inputs(tokens=tokens)) for tokens in (40, 128))
+    run = denoisers.compiled(TINY[family])
+    short, long = (np.asarray(run(inputs(tokens=tokens))) for tokens in (40, 128))
     assert networks.difference(long, short) <= 1e-5
 
 
 @pytest.mark.parametrize("family", TINY)
 def test_an_image_does_not_depend_on_its_neighbours(family):
-    run, params = network(TINY[family])
-    run, batch = jax.jit(run), inputs()
-    others = {
-        "latents": np.concatenate([batch["latents"][:1], -batch["latents"][1:]]),
-        "timesteps": np.array([1000.0, 3.0, 500.0], np.float32),
-        "context": np.concatenate([batch["context"][:1], 2 * batch["context"][1:]]),
-        "mask": batch["mask"][[0, 2, 0]],
-    }
-    one, other = np.asarray(run(params, batch)), np.asarray(run(params, others))
-    np.testing.assert_array_equal(one[0], other[0])
-    assert (one[1:] != other[1:]).any(axis=(1, 2, 3)).all()
+    denoisers.check_that_neighbours_do_not_matter(TINY[family], inputs())
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_in_bfloat16(family):
-    batch = inputs()
-    half = batch | {name: batch[name].astype(jnp.bfloat16) for name in ("latents", "context")}
-    ours = outputs(TINY[family], half, dtype=jnp.bfloat16)
-    assert ours.dtype == jnp.bfloat16
-    assert networks.difference(ours.astype(np.float32), outputs(TINY[family], batch)) < 0.05
+def test_bfloat16(family):
+    denoisers.check_bfloat16(TINY[family], inputs())
 
 
-@pytest.mark.parametrize(
-    "config",
-    [TINY["Z-Image"] | {"n_layers": 1}, TINY["Sana"] | {"num_layers": 1}],
-    ids=TINY,
-)
-def test_gradients_are_the_same_if_activations_are_recomputed(config):
-    batch = inputs()
-    gradients = {}
-    for remat in (False, True):
-        run, params = network(config, remat=remat)
-        gradient = jax.grad(lambda params, run=run: (run(params, batch) ** 2).mean())
-        assert bool(re.search("remat|checkpoint", str(jax.make_jaxpr(gradient)(params)))) == remat
-        flat, _ = jax.flatten_util.ravel_pytree(jax.jit(gradient)(params))
-        gradients[remat] = np.asarray(flat)
-    assert networks.difference(gradients[True], gradients[False]) <= 1e-5
+@pytest.mark.parametrize(("family", "blocks"), [("Z-Image", 3), ("Sana", 1)])
+def test_recomputed_activations_give_the_same_gradients(family, blocks):
+    config = TINY[family] | {"n_layers" if family == "Z-Image" else "num_layers": 1}
+    denoisers.check_recomputed_gradients(config, inputs(), blocks)
 
 
 @pytest.mark.parametrize(
@@ -236,18 +168,14 @@ def test_gradients_are_the_same_if_activations_are_recomputed(config):
     [(Z_IMAGE, 521), (SANA, 396), (SANA_SMALL, 548)],
     ids=["Z-Image", "Sana 1.6B", "Sana 0.6B"],
 )
-def test_the_keys_at_full_size_are_those_of_diffusers(config, count):
-    with torch.device("meta"):
-        theirs = getattr(diffusers, config["_class_name"]).from_config(config).state_dict()
-    ours = file_shapes(shapes_of(config)[1])
-    assert ours == {key: tuple(value.shape) for key, value in theirs.items()}
-    assert len(ours) == count
+def test_full_size(config, count):
+    denoisers.check_full_size(config, count)
 
 
 @pytest.mark.parametrize("family", TINY)
 def test_diffusers_reads_the_config_that_we_write(family):
     network_class = getattr(diffusers, TINY[family]["_class_name"])
-    written = OURS[TINY[family]["_class_name"]][0].from_json(TINY[family]).to_json()
+    written = denoisers.read(TINY[family]).to_json()
     read, same = (network_class.from_config(each).config for each in (written, TINY[family]))
     assert all(read[key] == value for key, value in same.items() if not key.startswith("_"))
 
@@ -268,8 +196,7 @@ def test_diffusers_reads_the_config_that_we_write(family):
     ],
 )
 def test_other_configs_are_refused(config, message):
-    with pytest.raises(InputError, match=f"^transformer/config.json: .*{message}[^\n]*$"):
-        OURS[config["_class_name"]][0].from_json(config)
+    denoisers.check_refusal(config, message)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +208,6 @@ def test_other_configs_are_refused(config, message):
     ],
 )
 def test_z_image_refuses_inputs_without_positions(arrays, message):
-    run, params = network(TINY["Z-Image"] | {"axes_lens": [128, 32, 32]})
+    run = denoisers.compiled(TINY["Z-Image"] | {"axes_lens": [128, 32, 32]})
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(run, params, arrays)
+        jax.eval_shape(run, arrays)

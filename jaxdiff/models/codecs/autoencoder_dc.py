@@ -1,8 +1,9 @@
 """`AutoencoderDC`: the deep compression autoencoder of Sana (Chen et al., 2024, arXiv:2410.10733).
 
-One latent stands for 32x32 pixels. Every resampling has a shortcut without weights, which moves
-pixels into channels or back and averages or repeats those; the deep blocks are EfficientViT's (Cai
-et al., 2023, arXiv:2205.14756), whose attention costs time in proportion to the pixels.
+One latent stands for 32x32 pixels. Every resampling has a shortcut without weights, which turns
+pixels into channels and averages them, or repeats channels and turns them into pixels. The deep
+blocks are EfficientViT's (Cai et al., 2023, arXiv:2205.14756), whose attention takes time in
+proportion to the pixels.
 """
 
 from dataclasses import dataclass
@@ -13,15 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
+from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.dit import packed, unpacked
-from jaxdiff.models.layers import Upsample2D, conv
+from jaxdiff.models.efficient_vit import GatedConvolutions, attend_linearly
+from jaxdiff.models.layers import Chain, Upsample2D, conv
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 EPSILON = 1e-5
-LEAST_NORMALIZER = 1e-15  # is added to the sum of the attention's weights
 LOG_VARIANCE = -30.0  # the least of the other autoencoders: a standard deviation of 3e-7
-EXPANSION = 4  # of the channels, within a feed-forward layer
+EXPANSION = 4  # of a feed-forward layer's width to its channels
 RES, VIT = "ResBlock", "EfficientViTBlock"
 FIXED = {
     "_class_name": "AutoencoderDC",
@@ -45,13 +46,16 @@ class _Stage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AutoencoderDCConfig:
+class AutoencoderDCConfig(ComponentConfig):
     """The fields of `vae/config.json`; the defaults are diffusers'.
 
     Two of the defaults are refused, `pixel_shuffle` and `pixel_unshuffle`: only Sana's resampling
-    is supported, by nearest neighbours and by a convolution of stride 2. Nor are the paper's other
-    autoencoders, which have batch norms and an empty first block.
+    is supported, by nearest neighbours and by a convolution of stride 2. The paper's other
+    autoencoders, which have batch norms and an empty first block, are not supported.
     """
+
+    component = "vae"
+    fixed = FIXED
 
     in_channels: int = 3
     latent_channels: int = 32
@@ -125,22 +129,6 @@ class AutoencoderDCConfig:
         """Channels of the latents."""
         return self.latent_channels
 
-    @classmethod
-    def from_json(cls, data: dict) -> "AutoencoderDCConfig":
-        """Reads a parsed `vae/config.json`; raises InputError if it is not supported."""
-
-        def plain(value):  # `config_json` makes tuples of outer lists only
-            if not isinstance(value, list):
-                return value
-            return [tuple(each) if isinstance(each, list) else each for each in value]
-
-        data = {key: plain(value) if "multiscales" in key else value for key, value in data.items()}
-        return config_json.from_json(cls, "vae", data, FIXED)
-
-    def to_json(self) -> dict:
-        """Returns the `vae/config.json` that diffusers reads."""
-        return config_json.to_json(self, FIXED)
-
     def scale(self, latents: Array) -> Array:
         """Scales the encoder's latents to about unit variance for the denoiser."""
         return latents * self.scaling_factor
@@ -151,7 +139,7 @@ class AutoencoderDCConfig:
 
 
 class _RMSNorm(nnx.RMSNorm):
-    """Zhang and Sennrich, 2019, arXiv:1910.07467, over the channels, and a bias."""
+    """An RMS normalisation of the channels with a bias (Zhang and Sennrich, arXiv:1910.07467)."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         super().__init__(channels, epsilon=EPSILON, rngs=rngs)
@@ -161,35 +149,12 @@ class _RMSNorm(nnx.RMSNorm):
         return super().__call__(x) + self.bias[...].astype(x.dtype)
 
 
-def _depthwise(channels: int, size: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Conv:
-    """Makes a convolution that keeps the size, and every channel apart."""
-    return nnx.Conv(
-        channels,
-        channels,
-        (size, size),
-        padding=size // 2,
-        feature_group_count=channels,
-        use_bias=bias,
-        rngs=rngs,
-    )
-
-
 class _GroupedLinear(nnx.Conv):
     """A 1x1 convolution without bias that keeps groups of channels apart.
 
-    It is computed as a product of matrices: as a convolution whose channels are split over the
-    devices of a mesh, XLA computes it wrongly (with jaxlib 0.10.2; other sizes are right).
+    It is computed as a product of matrices: XLA gets the convolution wrong if its channels are
+    split over a mesh (with jaxlib 0.10.2; other sizes are right).
     """
-
-    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
-        super().__init__(
-            channels,
-            channels,
-            (1, 1),
-            feature_group_count=groups,
-            use_bias=False,
-            rngs=rngs,
-        )
 
     def __call__(self, x: Array) -> Array:
         group = x.shape[-1] // self.feature_group_count
@@ -199,9 +164,11 @@ class _GroupedLinear(nnx.Conv):
 
 
 class _ResBlock(nnx.Module):
+    """Two convolutions and a norm, with a residual."""
+
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv1 = conv(channels, channels, 3, rngs=rngs)
-        self.conv2 = nnx.Conv(channels, channels, (3, 3), padding=1, use_bias=False, rngs=rngs)
+        self.conv2 = conv(channels, channels, 3, use_bias=False, rngs=rngs)
         self.norm = _RMSNorm(channels, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -212,8 +179,11 @@ class _Scale(nnx.Module):
     """Mixes queries, keys and values over a neighbourhood, and then within each head."""
 
     def __init__(self, channels: int, size: int, num_heads: int, *, rngs: nnx.Rngs):
-        self.proj_in = _depthwise(channels, size, bias=False, rngs=rngs)
-        self.proj_out = _GroupedLinear(channels, 3 * num_heads, rngs=rngs)
+        options = {"use_bias": False, "rngs": rngs}
+        self.proj_in = conv(channels, channels, size, groups=channels, **options)
+        self.proj_out = _GroupedLinear(
+            channels, channels, (1, 1), feature_group_count=3 * num_heads, **options
+        )
 
     def __call__(self, x: Array) -> Array:
         return self.proj_out(self.proj_in(x))
@@ -222,8 +192,8 @@ class _Scale(nnx.Module):
 class _LinearAttention(nnx.Module):
     """Multi-scale linear attention (Cai et al., 2023, arXiv:2205.14756), with norm and residual.
 
-    For at most `head_width` pixels, diffusers multiplies queries and keys first (quadratic
-    attention), in the network's dtype; that is the same function but for rounding.
+    For at most `head_width` pixels, diffusers multiplies queries and keys first, in the network's
+    dtype, which differs only by rounding.
     """
 
     def __init__(self, channels: int, head_width: int, scales: tuple[int, ...], *, rngs: nnx.Rngs):
@@ -244,42 +214,27 @@ class _LinearAttention(nnx.Module):
         all_scales = [once, *(scale(once) for scale in self.to_qkv_multiscale)]
         # As in the original, a head takes 3 * head_width neighbouring channels for its query, key
         # and value, though the first scale's are all queries, then all keys, then all values.
-        heads = jnp.concatenate(all_scales, axis=-1).astype(jnp.float32)
+        heads = jnp.concatenate(all_scales, axis=-1)
         heads = heads.reshape(batch, height * width, -1, 3, self.head_width)
-        query, key, value = (heads[..., i, :] for i in range(3))  # [b, h w, heads, head width]
-        mixed = _attend_linearly(nnx.relu(query), nnx.relu(key), value).astype(x.dtype)
+        mixed = attend_linearly(*jnp.unstack(heads, axis=-2))  # [b, h w, heads, head width]
         return x + self.norm_out(self.to_out(mixed.reshape(batch, height, width, -1)))
 
 
-def _attend_linearly(query: Array, key: Array, value: Array) -> Array:
-    """Averages the values with the weights query * key; all are [b, tokens, heads, head width]."""
-    exact = {"precision": "highest"}  # sums over all pixels: by default, TPUs round to bfloat16
-    products = jnp.einsum("bnhk,bnhv->bhkv", key, value, **exact)
-    mixed = jnp.einsum("bnhk,bhkv->bnhv", query, products, **exact)
-    weights = jnp.einsum("bnhk,bhk->bnh", query, key.sum(axis=1), **exact)
-    return mixed / (weights[..., None] + LEAST_NORMALIZER)
-
-
-class _GatedConvolutions(nnx.Module):
-    """EfficientViT's feed-forward layer with a gate, between norm and residual."""
+class _FeedForward(GatedConvolutions):
+    """EfficientViT's feed-forward layer, with norm and residual."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        hidden = EXPANSION * channels
-        self.conv_inverted = conv(channels, 2 * hidden, 1, rngs=rngs)
-        self.conv_depth = _depthwise(2 * hidden, 3, bias=True, rngs=rngs)
-        self.conv_point = nnx.Conv(hidden, channels, (1, 1), use_bias=False, rngs=rngs)
+        super().__init__(channels, EXPANSION * channels, rngs=rngs)
         self.norm = _RMSNorm(channels, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        hidden = self.conv_depth(nnx.silu(self.conv_inverted(x)))
-        hidden, gate = jnp.split(hidden, 2, axis=-1)
-        return x + self.norm(self.conv_point(hidden * nnx.silu(gate)))
+        return x + self.norm(super().__call__(x))
 
 
 class _EfficientViTBlock(nnx.Module):
     def __init__(self, channels: int, head_width: int, scales: tuple[int, ...], *, rngs: nnx.Rngs):
         self.attn = _LinearAttention(channels, head_width, scales, rngs=rngs)
-        self.conv_out = _GatedConvolutions(channels, rngs=rngs)
+        self.conv_out = _FeedForward(channels, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.conv_out(self.attn(x))
@@ -289,9 +244,7 @@ class _Downsample(nnx.Module):
     """Halves the height and the width; the shortcut averages groups of pixels and channels."""
 
     def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
-        self.conv = conv(
-            in_channels, out_channels, 3, rngs=rngs, stride=2, padding=((1, 1), (1, 1))
-        )
+        self.conv = conv(in_channels, out_channels, 3, rngs=rngs, stride=2)
 
     def __call__(self, x: Array) -> Array:
         y = self.conv(x)
@@ -329,14 +282,11 @@ class _Encoder(nnx.Module):
         for layers, (here, deeper) in zip(blocks, pairwise(stages), strict=False):
             layers.append(_Downsample(here.channels, deeper.channels, rngs=rngs))
         self.conv_in = conv(config.in_channels, stages[0].channels, 3, rngs=rngs)
-        self.down_blocks = nnx.List([nnx.List(layers) for layers in blocks])
+        self.down_blocks = Chain([Chain(layers) for layers in blocks])
         self.conv_out = conv(stages[-1].channels, config.latent_channels, 3, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        x = self.conv_in(x)
-        for layers in self.down_blocks:
-            for layer in layers:
-                x = layer(x)
+        x = self.down_blocks(self.conv_in(x))
         y = self.conv_out(x)
         return y + x.reshape(*y.shape, -1).mean(axis=-1)
 
@@ -350,16 +300,15 @@ class _Decoder(nnx.Module):
         for layers, (here, deeper) in zip(blocks, pairwise(stages), strict=False):
             layers.insert(0, _Upsample(deeper.channels, here.channels, rngs=rngs))
         self.conv_in = conv(config.latent_channels, stages[-1].channels, 3, rngs=rngs)
-        self.up_blocks = nnx.List([nnx.List(layers) for layers in blocks])
+        self.up_blocks = nnx.List([Chain(layers) for layers in blocks])
         self.norm_out = _RMSNorm(stages[0].channels, rngs=rngs)
         self.conv_out = conv(stages[0].channels, config.in_channels, 3, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         y = self.conv_in(x)
         x = y + jnp.repeat(x, y.shape[-1] // x.shape[-1], axis=-1)
-        for layers in reversed(self.up_blocks):
-            for layer in layers:
-                x = layer(x)
+        for block in reversed(self.up_blocks):
+            x = block(x)
         return self.conv_out(nnx.relu(self.norm_out(x)))
 
 
@@ -371,14 +320,14 @@ class AutoencoderDC(nnx.Module):
         self.decoder = _Decoder(config, rngs=rngs)
 
     def encode(self, images: Array) -> tuple[Array, Array]:
-        """Returns the latents as a distribution, like the other autoencoders, but without width.
+        """Returns the latents in the form of the other autoencoders' posteriors.
 
         Args:
           images: [batch, height, width, 3], -1 to 1; multiples of `factor` high and wide.
 
         Returns:
           mean and log-variance, each [batch, height / factor, width / factor, latent channels]. The
-          mean is the latents: diffusers draws nothing. The log-variance is -30 everywhere.
+          mean is the latents; the log-variance is -30 everywhere, because diffusers draws nothing.
         """
         latents = self.encoder(images)
         return latents, jnp.full_like(latents, LOG_VARIANCE)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
+from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.layers import (
     Attention,
     Downsample2D,
@@ -29,8 +29,11 @@ SHARDING = (
 
 
 @dataclass(frozen=True)
-class AutoencoderKLConfig:
-    """The fields of `vae/config.json` that shape the network; the defaults are diffusers'."""
+class AutoencoderKLConfig(ComponentConfig):
+    """The fields of `vae/config.json` that shape the network, with diffusers' defaults."""
+
+    component = "vae"
+    fixed = FIXED
 
     in_channels: int = 3
     out_channels: int = 3
@@ -60,15 +63,6 @@ class AutoencoderKLConfig:
     def factor(self) -> int:
         """Pixels per latent along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
-
-    @classmethod
-    def from_json(cls, data: dict) -> "AutoencoderKLConfig":
-        """Reads a parsed `vae/config.json`; raises InputError if it is not supported."""
-        return config_json.from_json(cls, "vae", data, FIXED)
-
-    def to_json(self) -> dict:
-        """Returns the `vae/config.json` that diffusers reads."""
-        return config_json.to_json(self, FIXED)
 
     def scale(self, latents: Array) -> Array:
         """Scales the encoder's latents to about unit variance for the denoiser."""

@@ -2,10 +2,10 @@
 
 The encoder and the decoder are `AutoencoderKL`'s (Rombach et al., 2022, arXiv:2112.10752, 3.1). The
 denoiser sees patches of 2x2 latents as one latent of four times the channels, normalised by the
-stored statistics of a batch normalisation (Ioffe and Szegedy, 2015, arXiv:1502.03167), not by a
+stored statistics of a batch normalisation (Ioffe and Szegedy, 2015, arXiv:1502.03167) instead of a
 factor in the config.
 
-Of the weights in a file, `bn.num_batches_tracked`, a counter of training steps, is not used.
+Of a file's weights, `bn.num_batches_tracked`, a counter of training steps, is not used.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, Decoder, check_blocks
+from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.dit import packed, unpacked
 
 PATCH = 2  # latents along each side of a patch
@@ -26,12 +26,15 @@ SHARDING = autoencoder_kl.SHARDING
 
 
 @dataclass(frozen=True)
-class AutoencoderKLFlux2Config:
+class AutoencoderKLFlux2Config(ComponentConfig):
     """The fields of `vae/config.json`; the defaults are diffusers'.
 
     `sample_size`, `batch_norm_momentum` and `force_upcast` change nothing here. diffusers has no
     `force_upcast`, but the published files do.
     """
+
+    component = "vae"
+    fixed = FIXED
 
     in_channels: int = 3
     out_channels: int = 3
@@ -70,17 +73,8 @@ class AutoencoderKLFlux2Config:
         """Channels of the denoiser's latents."""
         return PATCH**2 * self.latent_channels
 
-    @classmethod
-    def from_json(cls, data: dict) -> "AutoencoderKLFlux2Config":
-        """Reads a parsed `vae/config.json`; raises InputError if it is not supported."""
-        return config_json.from_json(cls, "vae", data, FIXED)
-
-    def to_json(self) -> dict:
-        """Returns the `vae/config.json` that diffusers reads."""
-        return config_json.to_json(self, FIXED)
-
     def scale(self, latents: Array) -> Array:
-        """Returns the latents themselves: the network has already normalised them."""
+        """Returns the latents unchanged: the network has already normalised them."""
         return latents
 
     def unscale(self, latents: Array) -> Array:
@@ -89,7 +83,7 @@ class AutoencoderKLFlux2Config:
 
 
 class _BatchStatistics(nnx.Module):
-    """The mean and variance of each channel that training has measured."""
+    """The mean and variance of each channel, as measured in training."""
 
     def __init__(self, channels: int):
         self.running_mean = nnx.Param(jnp.zeros(channels))
@@ -109,7 +103,7 @@ class AutoencoderKLFlux2(AutoencoderKL):
         self.epsilon = config.batch_norm_eps
 
     def encode(self, images: Array) -> tuple[Array, Array]:
-        """Returns the posterior of the latents. The pipelines take its mean.
+        """Returns the posterior of the latents, whose mean pipelines take.
 
         Args:
           images: [batch, height, width, 3], -1 to 1; multiples of `factor` high and wide.

@@ -2,7 +2,7 @@
 
 See Wan, 2025, arXiv:2503.20314, and Wu et al., 2025, arXiv:2508.02324. Its 3-D convolutions are
 causal: what comes before the first frame is zero. So for one frame only the last temporal tap of
-each kernel acts, and the network is one of 2-D convolutions. Of a file's weights, which have
+each kernel acts, and the network needs only 2-D convolutions. Of a file's weights, which have
 diffusers' keys,
 - those with `.time_conv.` in their key are dropped (`plain_key`): they resample in time, which the
   first frame skips;
@@ -21,8 +21,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
 from jaxdiff.models.attention import attention
+from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.layers import Downsample2D, Upsample2D, conv
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
@@ -57,11 +57,14 @@ def plain_weight(weight: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class AutoencoderKLQwenImageConfig:
+class AutoencoderKLQwenImageConfig(ComponentConfig):
     """The fields of `vae/config.json`; the defaults are diffusers'.
 
-    `temperal_downsample` (so spelt) says which blocks resample in time, too: nothing for one frame.
+    `temperal_downsample` (so spelt) says which blocks also resample in time; one frame needs none.
     """
+
+    component = "vae"
+    fixed = FIXED
 
     base_dim: int = 96
     z_dim: int = 16
@@ -94,15 +97,6 @@ class AutoencoderKLQwenImageConfig:
         """Channels of the latents."""
         return self.z_dim
 
-    @classmethod
-    def from_json(cls, data: dict) -> "AutoencoderKLQwenImageConfig":
-        """Reads a parsed `vae/config.json`; raises InputError if it is not supported."""
-        return config_json.from_json(cls, "vae", data, FIXED)
-
-    def to_json(self) -> dict:
-        """Returns the `vae/config.json` that diffusers reads."""
-        return config_json.to_json(self, FIXED)
-
     def scale(self, latents: Array) -> Array:
         """Scales the encoder's latents to about unit variance for the denoiser."""
         return (latents - jnp.array(self.latents_mean)) / jnp.array(self.latents_std)
@@ -113,9 +107,9 @@ class AutoencoderKLQwenImageConfig:
 
 
 class _RMSNorm(nnx.Module):
-    """Divides by the root mean square of the channels (Zhang and Sennrich, 2019, arXiv:1910.07467).
+    """An RMS normalisation of the channels (Zhang and Sennrich, 2019, arXiv:1910.07467).
 
-    `unit_axes` is how many axes of length one the file's `gamma` has after the channels.
+    In files, `gamma` has `unit_axes` axes of length one after the channels.
     """
 
     def __init__(self, channels: int, unit_axes: int = 3):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
 from jaxdiff.models.attention import attention
+from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 ACTIVATIONS = {
@@ -42,8 +42,12 @@ SHARDING = (
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig:
+class CLIPTextConfig(ComponentConfig):
     """The fields of `text_encoder/config.json` that shape the network."""
+
+    component = "text_encoder"
+    fixed = FIXED
+    ignored = IGNORED
 
     architectures: tuple[str, ...] = ("CLIPTextModel",)
     vocab_size: int = 49408
@@ -66,16 +70,6 @@ class CLIPTextConfig:
             raise ValueError(f"hidden_act = {self.hidden_act!r} is not supported")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size = {self.hidden_size} cannot be split into heads")
-
-    @classmethod
-    def from_json(cls, data: dict) -> "CLIPTextConfig":
-        """Reads a parsed `text_encoder/config.json`; raises InputError if it is not supported."""
-        kept = {key: value for key, value in data.items() if key not in IGNORED}
-        return config_json.from_json(cls, "text_encoder", kept, FIXED)
-
-    def to_json(self) -> dict:
-        """Returns the `text_encoder/config.json` that transformers reads."""
-        return config_json.to_json(self, FIXED)
 
 
 @dataclass(frozen=True)

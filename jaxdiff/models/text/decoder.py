@@ -5,25 +5,22 @@ after an RMS normalisation (Zhang and Sennrich, 2019, arXiv:1910.07467). Positio
 queries and keys (Su et al., 2021, arXiv:2104.09864).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
+from typing import ClassVar, Self
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
-from jaxdiff.models import config as config_json
-from jaxdiff.models.attention import attend
+from jaxdiff.models.attention import attend, merge_heads, split_heads
+from jaxdiff.models.config import ComponentConfig
+from jaxdiff.models.embeddings import constant_angles, rotary_angles, rotate_halves
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
-Angles = tuple[np.ndarray, np.ndarray]  # cosines and sines, each [tokens, head width / 2]
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
 # Keys that transformers also writes, but that do not change the hidden states: the rotation has no
 # limit at `max_position_embeddings`.
 IGNORED = {
@@ -43,7 +40,6 @@ IGNORED = {
     "use_cache",
 }
 
-
 SHARDING = (
     (r"\.([qkv]_proj|gate_proj|up_proj)\.kernel$", COLUMNS),
     (r"\.(o_proj|down_proj)\.kernel$", ROWS),
@@ -52,8 +48,17 @@ SHARDING = (
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """The fields that all decoders have; each also has a `head_dim`."""
+class DecoderConfig(ComponentConfig):
+    """The fields that all decoders have; each also has a `head_dim`.
+
+    Attributes:
+      rope_types: the names under which files have the plain rotation.
+      layer_types: the kinds of layers that may occur.
+    """
+
+    component = "text_encoder"
+    rope_types: ClassVar = ("default",)
+    layer_types: ClassVar = ("full_attention",)
 
     vocab_size: int
     hidden_size: int
@@ -73,102 +78,62 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} cannot be split into halves")
 
+    @classmethod
+    def from_json(cls, data: dict) -> Self:
+        """Reads a parsed `config.json` of transformers 4 or 5.
 
-def from_json(
-    cls: type[DecoderConfig],
-    data: dict,
-    *,
-    fixed: dict,
-    ignored: set[str],
-    rope_types: Sequence[str] = ("default",),
-    layer_types: Sequence[str] = ("full_attention",),
-):
-    """Builds a decoder's config from a parsed `text_encoder/config.json`.
+        `rope_theta` may stand beside the other keys, in `rope_parameters` or in `rope_scaling`.
 
-    Args:
-      cls: the config's dataclass.
-      data: the file, of transformers 4 or 5: `rope_theta` may stand beside the other keys, in
-        `rope_parameters` or in `rope_scaling`.
-      fixed, ignored: keys with only one supported value, and keys without an effect.
-      rope_types: the kinds of rotation that are the plain one.
-      layer_types: the kinds of layers that may occur.
-
-    Raises:
-      InputError: for a key or value that is not supported.
-    """
-    file = "text_encoder/config.json"
-    kept = {key: value for key, value in data.items() if key not in ignored}
-    scaling, parameters = kept.pop("rope_scaling", None), kept.pop("rope_parameters", None)
-    rotation = scaling or parameters or {}  # in the order of transformers
-    if not isinstance(rotation, dict):
-        raise InputError(f"{file}: rope_parameters = {shown(rotation)} is not supported")
-    rotation = dict(rotation)
-    for key in ("rope_type", "type"):  # the latter in older files, or in both
-        if (kind := rotation.pop(key, "default")) not in rope_types:
-            raise InputError(
-                f"{file}: {key} = {shown(kind)} is not supported (only {rope_types[0]!r} is)"
-            )
-    kinds = kept.pop("layer_types", None) or []
-    if not isinstance(kinds, list) or any(kind not in layer_types for kind in kinds):
-        raise InputError(f"{file}: layer_types = {shown(kinds)} is not supported")
-    return config_json.from_json(cls, "text_encoder", kept | rotation, fixed)
-
-
-def rotations(tokens: int, head_dim: int, theta: float) -> Angles:
-    """Returns the cosines and sines, in float32, of the angles of each position's channels."""
-    # In float32 at every step, as transformers: the angles of late positions depend on it.
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1) / np.float32(theta) ** exponents
-    angles = np.arange(tokens, dtype=np.float32)[:, None] * frequencies
-    return np.cos(angles), np.sin(angles)
-
-
-def rotate(x: Array, angles: Angles) -> Array:
-    """Rotates heads by their positions' angles; a pair is a channel and that half a head later.
-
-    Args:
-      x: [batch, tokens, heads, head width].
-      angles: from `rotations`.
-
-    Returns:
-      like `x`; computed in float32.
-    """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cosines, sines = (table[:, None] for table in angles)
-    turned = (first * cosines - second * sines, second * cosines + first * sines)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+        Raises:
+          InputError: for a key or value that is not supported.
+        """
+        file, kept = f"{cls.component}/config.json", dict(data)
+        scaling, parameters = kept.pop("rope_scaling", None), kept.pop("rope_parameters", None)
+        rotation = scaling or parameters or {}  # in the order of transformers
+        if not isinstance(rotation, dict):
+            raise InputError(f"{file}: rope_parameters = {shown(rotation)} is not supported")
+        rotation = dict(rotation)
+        for key in ("rope_type", "type"):  # the latter in older files, or in both
+            if (kind := rotation.pop(key, "default")) not in cls.rope_types:
+                raise InputError(
+                    f"{file}: {key} = {shown(kind)} is not supported (only 'default' is)"
+                )
+        kinds = kept.pop("layer_types", None) or []
+        if not isinstance(kinds, list) or any(kind not in cls.layer_types for kind in kinds):
+            raise InputError(f"{file}: layer_types = {shown(kinds)} is not supported")
+        return super().from_json(kept | rotation)
 
 
 class SelfAttention(nnx.Module):
-    """Causal attention of rotated heads, several to a key (Ainslie et al., arXiv:2305.13245)."""
+    """Causal attention of rotated heads; groups of queries share a key and a value.
+
+    See Ainslie et al., 2023, arXiv:2305.13245.
+    """
 
     def __init__(
         self, config: DecoderConfig, *, rngs: nnx.Rngs, qkv_bias: bool = False, qk_norm=False
     ):
-        self.head_dim = config.head_dim
-        width, epsilon = config.hidden_size, config.rms_norm_eps
-        queries = config.num_attention_heads * self.head_dim
-        keys = config.num_key_value_heads * self.head_dim
-        self.q_proj = nnx.Linear(width, queries, use_bias=qkv_bias, rngs=rngs)
-        self.k_proj = nnx.Linear(width, keys, use_bias=qkv_bias, rngs=rngs)
-        self.v_proj = nnx.Linear(width, keys, use_bias=qkv_bias, rngs=rngs)
-        self.o_proj = nnx.Linear(queries, width, use_bias=False, rngs=rngs)
-
-        def norm():
-            return nnx.RMSNorm(self.head_dim, epsilon=epsilon, rngs=rngs) if qk_norm else None
-
-        self.q_norm, self.k_norm = norm(), norm()
-
-    def __call__(self, x: Array, mask: Array, angles: Angles) -> Array:
-        """Maps [batch, tokens, width] to its shape; tokens outside the mask are not seen."""
-        query, key, value = (
-            projected.reshape(*x.shape[:2], -1, self.head_dim)
-            for projected in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        width, head_width = config.hidden_size, config.head_dim
+        self.num_heads, self.num_groups = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj, self.k_proj, self.v_proj = (
+            nnx.Linear(width, heads * head_width, use_bias=qkv_bias, rngs=rngs)
+            for heads in (self.num_heads, self.num_groups, self.num_groups)
         )
+        self.o_proj = nnx.Linear(self.num_heads * head_width, width, use_bias=False, rngs=rngs)
+        self.q_norm, self.k_norm = (
+            nnx.RMSNorm(head_width, epsilon=config.rms_norm_eps, rngs=rngs) if qk_norm else None
+            for _ in range(2)
+        )
+
+    def __call__(self, x: Array, mask: Array, angles: Array) -> Array:
+        """Maps [batch, tokens, width] to the same shape; tokens outside the mask are not seen."""
+        query = split_heads(self.q_proj(x), self.num_heads)
+        key = split_heads(self.k_proj(x), self.num_groups)
+        value = split_heads(self.v_proj(x), self.num_groups)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        mixed = self.mixed(rotate(query, angles), rotate(key, angles), value, mask)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+        query, key = rotate_halves(query, angles), rotate_halves(key, angles)
+        return self.o_proj(merge_heads(self.mixed(query, key, value, mask)))
 
     def mixed(self, query: Array, key: Array, value: Array, mask: Array) -> Array:
         """Mixes the values, [batch, tokens, heads, head width], by how queries fit keys."""
@@ -178,7 +143,13 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
     """A linear layer gated by the activation of another, and a linear layer."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, activation: str = "silu"):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        activation: Callable[[Array], Array] = nnx.silu,
+        rngs: nnx.Rngs,
+    ):
         width, hidden = config.hidden_size, config.intermediate_size
         self.activation = activation
         self.gate_proj = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
@@ -186,9 +157,8 @@ class MLP(nnx.Module):
         self.down_proj = nnx.Linear(hidden, width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """Maps [batch, tokens, width] to its shape."""
-        gate = ACTIVATIONS[self.activation](self.gate_proj(x))
-        return self.down_proj(gate * self.up_proj(x))
+        """Maps [batch, tokens, width] to the same shape."""
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Decoder(nnx.Module):
@@ -213,7 +183,7 @@ class Decoder(nnx.Module):
         return self.embed_tokens.embedding[...][token_ids]  # nnx.Embed would return another dtype
 
     def __call__(self, token_ids: Array, mask: Array, *, layers: tuple[int, ...]) -> list[Array]:
-        """Encodes prompts that are padded on the right; computes only the layers that it needs.
+        """Encodes prompts that are padded on the right; computes only the layers it needs.
 
         Args:
           token_ids: int32 [batch, tokens].
@@ -234,7 +204,11 @@ class Decoder(nnx.Module):
             if not -count <= index < count:
                 raise ValueError(f"layer {index} is not one of the {count} hidden states")
         indices = [index % count for index in layers]
-        angles = rotations(token_ids.shape[1], self.head_dim, self.rope_theta)
+        positions = np.arange(token_ids.shape[1])[:, None]
+        # In float32 at every step, as transformers: the angles of late positions depend on it.
+        angles = constant_angles(
+            rotary_angles(positions, [self.head_dim], self.rope_theta, dtype=np.float32)
+        )
         states = [self.embedded(token_ids)]
         for layer in islice(self.layers, max(indices)):
             states.append(layer(states[-1], mask, angles))

@@ -7,20 +7,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
+from jaxdiff.models.feed_forward import gelu_tanh
 from jaxdiff.models.text import decoder
-from jaxdiff.models.text.decoder import Angles
 
 SHARDING = decoder.SHARDING
-ACTIVATION = "gelu_pytorch_tanh"
-FIXED = {"model_type": "gemma2", "hidden_activation": ACTIVATION}
-# The former is the logits'; the latter was replaced by `hidden_activation`.
+FIXED = {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
+# The first is for logits; `hidden_activation` has replaced the second.
 IGNORED = decoder.IGNORED | {"final_logit_softcapping", "hidden_act"}
 
 
 @dataclass(frozen=True)
 class Gemma2Config(decoder.DecoderConfig):
     """The fields of Gemma 2's `config.json` that shape the network."""
+
+    fixed = FIXED
+    ignored = IGNORED
+    # No prompt is longer than the window, so it does not matter which layers slide.
+    layer_types = ("full_attention", "sliding_attention")
 
     vocab_size: int = 256000
     hidden_size: int = 2304
@@ -35,20 +38,9 @@ class Gemma2Config(decoder.DecoderConfig):
     attn_logit_softcapping: float = 50.0
     sliding_window: int = 4096
 
-    @classmethod
-    def from_json(cls, data: dict) -> "Gemma2Config":
-        """Reads a parsed `text_encoder/config.json`; raises InputError if it is not supported."""
-        # No prompt is longer than the window, so it does not matter which layers slide.
-        kinds = ("full_attention", "sliding_attention")
-        return decoder.from_json(cls, data, fixed=FIXED, ignored=IGNORED, layer_types=kinds)
-
-    def to_json(self) -> dict:
-        """Returns the `text_encoder/config.json` that transformers reads."""
-        return config_json.to_json(self, FIXED)
-
 
 class _RMSNorm(nnx.Module):
-    """An RMS normalisation whose weights are what its scales are above one."""
+    """An RMS normalisation that scales by one plus its weights."""
 
     def __init__(self, width: int, *, epsilon: float, rngs: nnx.Rngs):
         self.epsilon = epsilon
@@ -80,15 +72,15 @@ class _SelfAttention(decoder.SelfAttention):
 
 class _Layer(nnx.Module):
     def __init__(self, config: Gemma2Config, *, rngs: nnx.Rngs):
-        width, epsilon = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = _RMSNorm(width, epsilon=epsilon, rngs=rngs)
-        self.self_attn = _SelfAttention(config, rngs=rngs)
-        self.post_attention_layernorm = _RMSNorm(width, epsilon=epsilon, rngs=rngs)
-        self.pre_feedforward_layernorm = _RMSNorm(width, epsilon=epsilon, rngs=rngs)
-        self.mlp = decoder.MLP(config, rngs=rngs, activation=ACTIVATION)
-        self.post_feedforward_layernorm = _RMSNorm(width, epsilon=epsilon, rngs=rngs)
+        def norm() -> _RMSNorm:
+            return _RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
 
-    def __call__(self, x: Array, mask: Array, angles: Angles) -> Array:
+        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
+        self.self_attn = _SelfAttention(config, rngs=rngs)
+        self.mlp = decoder.MLP(config, activation=gelu_tanh, rngs=rngs)
+
+    def __call__(self, x: Array, mask: Array, angles: Array) -> Array:
         mixed = self.self_attn(self.input_layernorm(x), mask, angles)
         x = x + self.post_attention_layernorm(mixed)
         hidden = self.mlp(self.pre_feedforward_layernorm(x))

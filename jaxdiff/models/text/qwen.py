@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Self
 
 from flax import nnx
 from jax import Array
 
 from jaxdiff.errors import InputError
-from jaxdiff.models import config as config_json
 from jaxdiff.models.text import decoder
-from jaxdiff.models.text.decoder import Angles
 
 SHARDING = decoder.SHARDING
 QWEN3 = {"model_type": "qwen3", "hidden_act": "silu"}
@@ -31,6 +30,9 @@ VISION = {
 class Qwen3Config(decoder.DecoderConfig):
     """The fields of Qwen3's `config.json` that shape the network."""
 
+    fixed = QWEN3
+    ignored = IGNORED
+
     vocab_size: int = 151936
     hidden_size: int = 4096
     intermediate_size: int = 22016
@@ -41,19 +43,15 @@ class Qwen3Config(decoder.DecoderConfig):
     rope_theta: float = 10000.0
     head_dim: int = 128
 
-    @classmethod
-    def from_json(cls, data: dict) -> "Qwen3Config":
-        """Reads a parsed `text_encoder/config.json`; raises InputError if it is not supported."""
-        return decoder.from_json(cls, data, fixed=QWEN3, ignored=IGNORED)
-
-    def to_json(self) -> dict:
-        """Returns the `text_encoder/config.json` that transformers reads."""
-        return config_json.to_json(self, QWEN3)
-
 
 @dataclass(frozen=True)
 class Qwen2_5_VLConfig(decoder.DecoderConfig):
     """The fields of Qwen2.5-VL's `config.json` that shape the text network."""
+
+    fixed = QWEN2_5_VL
+    ignored = IGNORED | VISION
+    # A token of text has the same position along all axes of M-RoPE, which is then plain.
+    rope_types = ("default", "mrope")
 
     vocab_size: int = 152064
     hidden_size: int = 8192
@@ -81,13 +79,13 @@ class Qwen2_5_VLConfig(decoder.DecoderConfig):
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def from_json(cls, data: dict) -> "Qwen2_5_VLConfig":
-        """Reads a parsed `text_encoder/config.json`; raises InputError if it is not supported.
+    def from_json(cls, data: dict) -> Self:
+        """Reads a parsed `config.json`; raises InputError for what is not supported.
 
-        The text's fields are those in `text_config`, or beside the others in older files.
+        The text's fields are in `text_config` or, in older files, beside the others.
         """
-        text = data.get("text_config")
-        data = {key: value for key, value in data.items() if key not in VISION | {"text_config"}}
+        data = dict(data)
+        text = data.pop("text_config", None)
         if text is not None:
             if not isinstance(text, dict) or text.get("model_type") != "qwen2_5_vl_text":
                 raise InputError(
@@ -97,17 +95,12 @@ class Qwen2_5_VLConfig(decoder.DecoderConfig):
             # Some files have both; transformers takes these ones.
             flat = {field.name for field in fields(cls)} | {"rope_parameters", "rope_scaling"}
             data = {key: value for key, value in data.items() if key not in flat}
-            data |= {
-                key: value for key, value in text.items() if key not in VISION | {"model_type"}
-            }
-        # A token of text has the same position along all of the axes of M-RoPE, which then is RoPE.
-        return decoder.from_json(
-            cls, data, fixed=QWEN2_5_VL, ignored=IGNORED, rope_types=("default", "mrope")
-        )
+            data |= {key: value for key, value in text.items() if key != "model_type"}
+        return super().from_json(data)
 
     def to_json(self) -> dict:
-        """Returns the `text_encoder/config.json` that transformers reads."""
-        data = config_json.to_json(self, QWEN2_5_VL)
+        """Returns the `config.json` that transformers reads."""
+        data = super().to_json()
         rotation = {key: data.pop(key) for key in ("rope_theta", "mrope_section")}
         return data | {"rope_parameters": {"rope_type": "default", **rotation}}
 
@@ -120,7 +113,7 @@ class _Layer(nnx.Module):
         self.post_attention_layernorm = nnx.RMSNorm(width, epsilon=epsilon, rngs=rngs)
         self.mlp = decoder.MLP(config, rngs=rngs)
 
-    def __call__(self, x: Array, mask: Array, angles: Angles) -> Array:
+    def __call__(self, x: Array, mask: Array, angles: Array) -> Array:
         x = x + self.self_attn(self.input_layernorm(x), mask, angles)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -4,13 +4,16 @@ Their feed-forward networks are gated (Shazeer, 2020, arXiv:2002.05202).
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import config as config_json
+from jaxdiff.models.attention import merge_heads, split_heads
+from jaxdiff.models.config import ComponentConfig
+from jaxdiff.models.feed_forward import gelu_tanh
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 MODEL_TYPES = ("t5", "umt5")
@@ -43,7 +46,6 @@ IGNORED = {
     "use_cache",
 }
 
-
 SHARDING = (
     (r"\.([qkv]|wi_[01])\.kernel$", COLUMNS),
     (r"\.(o|wo)\.kernel$", ROWS),
@@ -52,8 +54,12 @@ SHARDING = (
 
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(ComponentConfig):
     """The fields of T5's and UMT5's `config.json` that shape the encoder."""
+
+    component = "text_encoder"
+    fixed = FIXED
+    ignored = IGNORED
 
     model_type: str = "t5"
     vocab_size: int = 32128
@@ -83,23 +89,17 @@ class T5Config:
             )
 
     @classmethod
-    def from_json(cls, data: dict) -> "T5Config":
-        """Reads a parsed `text_encoder/config.json`; raises InputError if it is not supported."""
+    def from_json(cls, data: dict) -> Self:
+        """Reads a parsed `config.json`; raises InputError for what is not supported."""
         # Files from before T5 1.1, whose network is not gated, do not have the key.
-        kept = {"feed_forward_proj": "relu"} | data
-        kept = {key: value for key, value in kept.items() if key not in IGNORED}
-        return config_json.from_json(cls, "text_encoder", kept, FIXED)
-
-    def to_json(self) -> dict:
-        """Returns the `text_encoder/config.json` that transformers reads."""
-        return config_json.to_json(self, FIXED)
+        return super().from_json({"feed_forward_proj": "relu"} | data)
 
 
 def relative_buckets(tokens: int, buckets: int, max_distance: int) -> np.ndarray:
     """Returns the bucket, int [tokens, tokens], of each query's (row's) distance to each key.
 
-    Half of the buckets are for keys after the query. Of each half, one half is for the shortest
-    distances, one each; the others are wider by the logarithm, and the last is open.
+    Half of the buckets are for keys after the query. In each half, the first half of the buckets is
+    for one distance each; the others become wider with the logarithm, and the last is open.
     """
     distance = np.arange(tokens)[None] - np.arange(tokens)[:, None]
     half, exact = buckets // 2, buckets // 4
@@ -115,9 +115,9 @@ class _SelfAttention(nnx.Module):
     def __init__(self, config: T5Config, *, has_bias: bool, rngs: nnx.Rngs):
         width, inner = config.d_model, config.num_heads * config.d_kv
         self.num_heads = config.num_heads
-        self.q = nnx.Linear(width, inner, use_bias=False, rngs=rngs)
-        self.k = nnx.Linear(width, inner, use_bias=False, rngs=rngs)
-        self.v = nnx.Linear(width, inner, use_bias=False, rngs=rngs)
+        self.q, self.k, self.v = (
+            nnx.Linear(width, inner, use_bias=False, rngs=rngs) for _ in range(3)
+        )
         self.o = nnx.Linear(inner, width, use_bias=False, rngs=rngs)
         self.relative_attention_bias = (
             nnx.Embed(config.relative_attention_num_buckets, config.num_heads, rngs=rngs)
@@ -131,8 +131,7 @@ class _SelfAttention(nnx.Module):
 
     def __call__(self, x: Array, bias: Array, mask: Array | None) -> Array:
         query, key, value = (
-            projected.reshape(*x.shape[:2], self.num_heads, -1)
-            for projected in (self.q(x), self.k(x), self.v(x))
+            split_heads(layer(x), self.num_heads) for layer in (self.q, self.k, self.v)
         )
         # The kernels of `attend` add nothing to the scores. T5 does not scale them by the width.
         mixed = jax.nn.dot_product_attention(
@@ -143,12 +142,16 @@ class _SelfAttention(nnx.Module):
             None if mask is None else mask[:, None, None, :],
             scale=1.0,
         )
-        return self.o(mixed.reshape(*x.shape[:2], -1))
+        return self.o(merge_heads(mixed))
+
+
+def _norm(config: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, rngs=rngs)
 
 
 class _SelfAttentionLayer(nnx.Module):
     def __init__(self, config: T5Config, *, has_bias: bool, rngs: nnx.Rngs):
-        self.layer_norm = nnx.RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, rngs=rngs)
+        self.layer_norm = _norm(config, rngs)
         self.SelfAttention = _SelfAttention(config, has_bias=has_bias, rngs=rngs)
 
     def __call__(self, x: Array, bias: Array, mask: Array | None) -> Array:
@@ -162,12 +165,12 @@ class _FeedForward(nnx.Module):
         self.wo = nnx.Linear(config.d_ff, config.d_model, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.wo(jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
+        return self.wo(gelu_tanh(self.wi_0(x)) * self.wi_1(x))
 
 
 class _FeedForwardLayer(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        self.layer_norm = nnx.RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, rngs=rngs)
+        self.layer_norm = _norm(config, rngs)
         self.DenseReluDense = _FeedForward(config, rngs=rngs)  # the files' name
 
     def __call__(self, x: Array) -> Array:
@@ -197,9 +200,7 @@ class _Encoder(nnx.Module):
                 for i in range(config.num_layers)
             ]
         )
-        self.final_layer_norm = nnx.RMSNorm(
-            config.d_model, epsilon=config.layer_norm_epsilon, rngs=rngs
-        )
+        self.final_layer_norm = _norm(config, rngs)
 
     def __call__(self, x: Array, buckets: np.ndarray, mask: Array | None) -> Array:
         for block in self.block:
