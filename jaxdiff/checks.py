@@ -120,6 +120,16 @@ def scheduler(name: str, value) -> str:
     return ", ".join(f"{key}={said}" for key, said in sorted(plain.items()))
 
 
+def layers(name: str, value) -> str:
+    """Returns numbers of layers as text, in order and once each; accepts text or a list."""
+    parts = value.split(",") if isinstance(value, str) else value
+    parts = parts if isinstance(parts, list) else [None]
+    said = [str(part).strip() for part in parts if str(part).strip()]
+    if not all(re.fullmatch(r"[0-9]{1,4}", part) for part in said):
+        raise BadValueError(f'{name} must have the form "7, 8, 9", not {shown(value)}')
+    return ", ".join(map(str, sorted(set(map(int, said)))))
+
+
 def key_values(text: str) -> dict:
     """Parses text in the form of `scheduler` into a dictionary."""
     parts = (part.partition("=") for part in text.split(",") if part.strip())

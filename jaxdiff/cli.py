@@ -86,11 +86,12 @@ def _inspect(arguments: list[str]) -> int:
         "and the fingerprint that identifies it in datasets.",
     )
     parser.add_argument("model", metavar="MODEL", help="as for jaxdiff generate --model")
+    parser.add_argument("--base", metavar="MODEL", help="as for jaxdiff generate --base")
     parser.add_argument("--variant", metavar="NAME", help="a variant of its files, such as fp16")
     said = parser.parse_args(arguments)
     from jaxdiff.families import inspect, open_checkpoint
 
-    print(inspect.report(open_checkpoint(said.model, said.variant)))
+    print(inspect.report(open_checkpoint(said.model, said.variant, said.base)))
     return 0
 
 

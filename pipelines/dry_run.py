@@ -50,7 +50,7 @@ def report(job: Job, options: PipelineOptions) -> str:
     ):
         folder = Path(temporary) / "plan"
         identity = planning.identify(manifest, settings, ensemble)
-        models = vars(job.models)
+        models = job.models.planned()
         plan = planning.make(manifest, settings, ensemble, identity, folder, models=models)
         shares = _shares(folder, plan)
         rows = _rows(folder, plan)

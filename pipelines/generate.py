@@ -207,7 +207,7 @@ def _make_plan(
 ) -> Run:
     store = LocalStore(job.output)
     folder = store.scratch("plan")
-    models = vars(job.models.anywhere())
+    models = job.models.anywhere().planned()
     try:
         plan = planning.make(
             manifest, settings, ensemble, identity, folder, models=models, extended=extended

@@ -49,18 +49,24 @@ class Models:
     variant: str | None = None
     refiner: str | None = None
     lora: tuple[str, ...] = ()
+    base: str | None = None
 
     def open(self) -> Ensemble:
         """Opens the models; raises InputError if one is missing or incomplete."""
-        return open_ensemble(self.model, self.variant, self.refiner, self.lora)
+        return open_ensemble(self.model, self.variant, self.refiner, self.lora, self.base)
 
     def anywhere(self) -> "Models":
         """Returns the same models with absolute paths, for other working directories."""
         files = tuple(
             f"{_absolute(file)}:{weight!r}" for file, weight in map(lora.parse, self.lora)
         )
-        refiner = self.refiner and _absolute(self.refiner)
-        return Models(_absolute(self.model), self.variant, refiner, files)
+        refiner, base = (model and _absolute(model) for model in (self.refiner, self.base))
+        return Models(_absolute(self.model), self.variant, refiner, files, base)
+
+    def planned(self) -> dict:
+        """Returns the models as plans store them: those of earlier versions know no base."""
+        said = vars(self)
+        return {name: said[name] for name in said if name != "base" or said[name] is not None}
 
 
 def _absolute(model: str) -> str:
@@ -139,7 +145,8 @@ def _with_hyphens(word: str) -> str:
 def _models(said: dict) -> Models:
     files = said.get("lora", ())
     files = (files,) if isinstance(files, str) else tuple(files)
-    return Models(said.get("model", "shapes64"), said.get("variant"), said.get("refiner"), files)
+    others = {name: said.get(name) for name in ("variant", "refiner", "base")}
+    return Models(said.get("model", "shapes64"), lora=files, **others)
 
 
 def _workers(said: dict) -> Workers:
@@ -226,6 +233,11 @@ HELP = {
         "prompt_column": ("NAME", "the manifest's column of prompts (default: prompt)"),
         "output": ("DIR", "the dataset's directory: a new one, or one to continue"),
         "model": ("MODEL", MODEL),
+        "base": (
+            "MODEL",
+            "for a .safetensors file without text encoders or other parts: the model to take them "
+            "from, a diffusers directory, a Hub id or a URL, such as black-forest-labs/FLUX.1-dev",
+        ),
         "variant": (
             "NAME",
             "the weights to use, such as fp16 (default: the full weights)",
@@ -302,6 +314,11 @@ HELP = {
             "run the whole U-Net only at every Nth evaluation, and its outermost layers at the "
             "others: faster, slightly worse images (default: 1, off)",
         ),
+        "skip_layers": (
+            "N,...",
+            "layers to leave out in skip-layer guidance, such as 7,8,9 for Stable Diffusion 3.5 "
+            "medium; early steps take 1.5 times as long (default: none)",
+        ),
     },
     "performance": {
         "batch_size": (
@@ -325,7 +342,8 @@ HELP = {
 }
 OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
 NAMES = (  # always text, even if it looks like a number
-    *("manifest", "prompt_column", "output", "model", "variant", "refiner", "lora", "profile"),
+    *("manifest", "prompt_column", "output", "model", "base", "variant", "refiner"),
+    *("lora", "profile"),
 )
 REPEATED = ("lora",)
 FLAGS = tuple(name for name, value in OPTIONS.items() if value is None)

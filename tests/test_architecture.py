@@ -88,6 +88,8 @@ def test_nothing_else_lies_loose():
 @pytest.mark.parametrize("package", ["jaxdiff.checkpoint", "jaxdiff.dataset", "jaxdiff.families"])
 def test_planning_loads_no_jax(package):
     """Whatever it imports on its way; the JAX halves of families are imported when they build."""
-    names = [name for name in modules() if name.startswith(package) and not name.endswith(JAX_HALVES)]
+    names = [
+        name for name in modules() if name.startswith(package) and not name.endswith(JAX_HALVES)
+    ]
     code = f"import sys, {', '.join(names)}; assert not {{'jax', 'flax'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -6,7 +6,7 @@ What the networks are used for is defined in `families`, which are passed to thi
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from jaxdiff.checkpoint import single_file, sources
 from jaxdiff.checkpoint.component import INDEX, TOKENIZER_FILES, Component, config_file
 from jaxdiff.checkpoint.fingerprint import fingerprint
 from jaxdiff.checkpoint.json_files import read_json
+from jaxdiff.checkpoint.lora_names import Layer
 from jaxdiff.checkpoint.prediction import config_beside
 from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.checkpoint.tokenizer_files import check_tokenizer
@@ -26,6 +27,8 @@ from jaxdiff.errors import InputError
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {file.parent.name: file.parent for file in sorted(ASSETS.glob(f"*/{INDEX}"))}
 
+SINGLE_FILE = "checkpoint.safetensors"  # the name of any single file within its checkpoint
+
 
 class Family(Protocol):
     """The part of a model family that this module uses.
@@ -34,14 +37,14 @@ class Family(Protocol):
       components: the networks of its pipelines, by folder.
       defaults: returns a checkpoint's properties and default settings.
       check_files: raises InputError for a checkpoint whose configs it cannot use.
-      kohya_names: maps (checkpoint, component) to our keys by the names of layers in kohya's LoRA
+      kohya_names: maps (checkpoint, component) to layers by their names in kohya's LoRA
         files, for the layers whose names differ from ours.
     """
 
     components: Mapping[str, Component]
     defaults: Callable[["Checkpoint"], Any]
     check_files: Callable[["Checkpoint"], None]
-    kohya_names: Callable[["Checkpoint", str], Mapping[str, str]]
+    kohya_names: Callable[["Checkpoint", str], Mapping[str, Layer]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,10 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    model: str | Path, variant: str | None, families: Mapping[str, Family]
+    model: str | Path,
+    variant: str | None,
+    families: Mapping[str, Family],
+    base: str | Path | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint, downloads it if necessary, and checks that it is complete.
 
@@ -125,6 +131,8 @@ def open_checkpoint(
       variant: which weights to use, such as "fp16"; networks without this variant use their full
         weights. With None, networks without full weights use their fp16 or bf16 variant.
       families: the model families by the class of their pipelines in diffusers.
+      base: for a single file without all networks, a model in the diffusers layout from which the
+        others, the tokenizers and the scheduler are taken; `variant` is for its weights.
 
     Raises:
       InputError: if the pipeline's family is unknown, or a file is missing, truncated or invalid.
@@ -133,17 +141,28 @@ def open_checkpoint(
     if variant is not None and not re.fullmatch(r"[\w-]+", variant):
         raise InputError(f'variant {variant!r} must be a word like "fp16"')
     try:
-        checkpoint = _open(model, variant, families)
+        checkpoint = _open(model, variant, families, base)
         checkpoint.family.check_files(checkpoint)
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
-        raise InputError(f"model {str(model)!r} cannot be read ({reason})") from error
+        where = f"model {str(model)!r}" + (f" with --base {str(base)!r}" if base else "")
+        raise InputError(f"{where} cannot be read ({reason})") from error
     return checkpoint
 
 
-def _open(model: str | Path, variant: str | None, families: Mapping[str, Family]) -> Checkpoint:
+def _open(
+    model: str | Path,
+    variant: str | None,
+    families: Mapping[str, Family],
+    base: str | Path | None,
+) -> Checkpoint:
     every = {name: it for family in families.values() for name, it in family.components.items()}
     path = BUNDLED.get(model) or sources.local_path(str(model), variant, every)
+    if path.is_dir() and base is not None:
+        raise InputError(
+            f"model {str(model)!r} is a directory and needs no --base, which is for single files; "
+            "leave it out"
+        )
     if path.is_dir():
         return _open_directory(path, _name(str(model), path), variant, families)
     if path.is_file() and path.suffix != ".safetensors":
@@ -152,10 +171,10 @@ def _open(model: str | Path, variant: str | None, families: Mapping[str, Family]
             "it with PyTorch diffusers: "
             "StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
         )
-    if path.is_file() and variant is not None:
+    if path.is_file() and variant is not None and base is None:
         raise NoVariantError(f"{path} is a single file and has no variants; leave out --variant")
     if path.is_file():
-        return _open_single_file(path, families)
+        return _open_single_file(path, variant, families, base)
     raise InputError(
         f"model {str(model)!r} is neither a diffusers directory, a .safetensors file, a Hub id "
         f'("owner/name") nor a bundled model ({", ".join(BUNDLED)})'
@@ -170,8 +189,13 @@ def _name(model: str, path: Path) -> str:
 
 
 def _open_directory(
-    path: Path, name: str, variant: str | None, families: Mapping[str, Family]
+    path: Path,
+    name: str,
+    variant: str | None,
+    families: Mapping[str, Family],
+    only: Collection[str] | None = None,
 ) -> Checkpoint:
+    """Opens a directory, with all networks or `only` with some."""
     if not (path / INDEX).exists():
         if (path.absolute().parent / INDEX).is_file():
             raise InputError(
@@ -182,6 +206,8 @@ def _open_directory(
     index = read_json(path / INDEX)
     family = _family(path / INDEX, index, families)
     networks = _networks(path / INDEX, index, family)
+    if only is not None:
+        networks = {name: it for name, it in networks.items() if name in only}
     folders = {network: _listing(path / network) for network in networks}
     chosen = choose(folders, variant, path, networks)
     tensors = {
@@ -208,18 +234,31 @@ def _open_directory(
     )
 
 
-def _open_single_file(path: Path, families: Mapping[str, Family]) -> Checkpoint:
+def _open_single_file(
+    path: Path, variant: str | None, families: Mapping[str, Family], base: str | Path | None
+) -> Checkpoint:
     found = single_file.read(path)
-    family = families[found.index["_class_name"]]
+    family = _family(path, found.index, families)
+    lacking = [name for name in family.components if name not in found.weights]
+    if base is not None:
+        if not found.base or not lacking:
+            raise InputError(f"{path} lacks no part of {found.name}; leave out --base")
+        added = _open_base(base, variant, families, family, lacking)
+        return _completed(path, family, found, added)
+    needed = [name for name in lacking if not family.components[name].optional]
+    if needed:
+        raise InputError(
+            f"{path} is {found.name} without {', '.join(needed)}; take them from another model: "
+            f"--base {found.base}, or a local diffusers directory"
+        )
     networks = {name: it for name, it in family.components.items() if name in found.weights}
-    tensors = {network: found.weights[network] for network in networks}
 
     def tokenizer(network: str, folder: str) -> Path:
         beside = path.parent / folder
         return beside if os.path.lexists(beside) else _hub_tokenizer(path, folder, found, network)
 
     tokenizers = _tokenizers(networks, tokenizer)
-    files = {"checkpoint.safetensors": path}
+    files = {SINGLE_FILE: path}
     if found.configs["scheduler"].get("prediction_type") == "v_prediction":
         beside = config_beside(path)  # which may be where that is written
         files |= {"checkpoint.yaml": beside} if beside else {}
@@ -229,9 +268,45 @@ def _open_single_file(path: Path, families: Mapping[str, Family]) -> Checkpoint:
         family=family,
         index=found.index,
         configs=found.configs,
-        tensors=tensors,
+        tensors={network: found.weights[network] for network in networks},
         tokenizers=tokenizers,
         files=files | _tokenizer_files(networks, tokenizers),
+    )
+
+
+def _open_base(
+    base: str | Path,
+    variant: str | None,
+    families: Mapping[str, Family],
+    family: Family,
+    lacking: Collection[str],
+) -> Checkpoint:
+    """Opens the networks that a single file lacks, as far as the base has them."""
+    # Tokenizers are also for text encoders that the file has.
+    wanted = {name: it for name, it in family.components.items() if name in lacking or it.tokenizer}
+    path = sources.local_path(str(base), variant, wanted)
+    if not path.is_dir():
+        raise InputError(f"--base {str(base)!r} is not a diffusers directory or a Hub id; name one")
+    same = {name: it for name, it in families.items() if it is family}
+    return _open_directory(path, str(base), variant, same, only=lacking)
+
+
+def _completed(
+    path: Path, family: Family, found: single_file.SingleFile, added: Checkpoint
+) -> Checkpoint:
+    """Returns what a single file and its base make together."""
+    weights = found.weights | added.tensors
+    networks = {name: it for name, it in family.components.items() if name in weights}
+    tokenizers = _tokenizers(networks, lambda _, folder: added.path / folder)
+    return Checkpoint(
+        path=path,
+        name=path.stem,
+        family=family,
+        index=added.index | {name: found.index[name] for name in found.weights},
+        configs=found.configs | added.configs,
+        tensors={name: weights[name] for name in networks},
+        tokenizers=tokenizers,
+        files={SINGLE_FILE: path} | added.files | _tokenizer_files(networks, tokenizers),
     )
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxdiff.checkpoint.tensors import StoredTensor
+
 CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
 INDEX = "model_index.json"
 TOKENIZER_FILES = (
@@ -25,6 +27,7 @@ class Component:
       prefix: the prefix of the keys in most files, which our keys do not have.
       plain_key: converts a key in an older naming to the current one; returns None for a buffer,
         which is ignored.
+      plain_tensor: converts the location of a weight to that of the part that we use.
       tied: keys under which files may hold another key's weight, with or without that one.
     """
 
@@ -35,6 +38,7 @@ class Component:
     optional: bool = False
     prefix: str = ""
     plain_key: Callable[[str], str | None] = str
+    plain_tensor: Callable[[StoredTensor], StoredTensor] = lambda tensor: tensor
     tied: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -5,13 +5,10 @@ al., 2021, arXiv:2106.09685): weight + scale * up @ down. The product is added o
 is read: `adapted` just records it with the weight's location, so an adapted checkpoint is like any
 other and has its own fingerprint.
 
-There are four naming schemes for layers: diffusers' current one, which is PEFT's with the network
-in front; diffusers' first one (`attn1.processor.to_q_lora.down`); PEFT's own (`base_model.model.`);
-and kohya's (`lora_unet_..._to_q.lora_down`), which replaces dots by underscores and uses the
-original names for Stable Diffusion XL. With underscores throughout, all four can be matched.
+How files name the layers: see `lora_keys`.
 """
 
-import difflib
+import itertools
 import json
 import math
 import os
@@ -24,39 +21,21 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxdiff import checks
-from jaxdiff.checkpoint import sources
+from jaxdiff.checkpoint import lora_keys, sources
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.json_files import read_json
+from jaxdiff.checkpoint.lora_names import Layer
 from jaxdiff.checkpoint.safetensors_header import read_header, read_metadata
 from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.errors import InputError
 
 MAX_WEIGHT = 100
 SAID = re.compile(r"(.+\.safetensors)(?::(.*))?", re.DOTALL)
-KEY = re.compile(
-    r"""(?P<layer>.+?)
-    ( [._]lora (_linear_layer)? [._] (?P<part> A | B | down | up | mid) (\.default)? \.weight
-    | ([._]lora)? \.alpha )""",
-    re.VERBOSE,
-)
-PARTS = {"A": "down", "B": "up", None: "alpha"}
-PREFIXES = {
-    **dict.fromkeys(("unet.", "lora_unet_"), "unet"),
-    **dict.fromkeys(("text_encoder.", "lora_te_", "lora_te1_"), "text_encoder"),
-    **dict.fromkeys(("text_encoder_2.", "lora_te2_"), "text_encoder_2"),
-}
-# diffusers' first names for the last part of a layer's name.
-FIRST_NAMES = {
-    **{"to_out_0": "to_out", "q_proj": "to_q", "k_proj": "to_k"},
-    **{"v_proj": "to_v", "out_proj": "to_out"},
-}
-PEFT_PREFIX = "base_model.model."
 MAX_PATTERN_CHARACTERS = 200  # of a key of PEFT's alpha_pattern
 # A repeated group, or many repetitions: Python's regular expressions may take exponential time.
 SLOW_PATTERN = re.compile(r"\)[*+?{]|([*+}].*){6}|\\[1-9]|\(\?")
 # Ways of PEFT to begin a training that change the base model's weights too.
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "eva")
-TEXT_PREFIX = "text_model."  # prefix of CLIP's layers in most files, but not in ours
 PEFT_CONFIG = "adapter_config.json"  # next to PEFT's own files, which lack the alpha
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # the same inside a file written by diffusers
 # Other kinds of files that change layers, by a pattern in their keys.
@@ -67,7 +46,6 @@ OTHERS = {
     r"oft_(blocks|diag)": "an OFT",
     r"\.(diff|diff_b|set_weight)$": "a file of full weight differences",
     r"(lora_B|lora_up|lora)\.bias$": "a LoRA with biases",
-    r"^(transformer\.|lora_transformer_|.*double_blocks)": "a LoRA for a transformer",
 }
 
 
@@ -149,13 +127,20 @@ def adapted(checkpoint: Checkpoint, loras: Sequence[str]) -> Checkpoint:
         path = _local(lora.file)
         stored = read_header(path)
         configs = _configs(path, stored)
+        _reject_others(path, stored)
         _reject_changed_base(path, configs)
         tensors = {network: dict(weights) for network, weights in checkpoint.tensors.items()}
-        for (network, key), parts in _layers(path, stored, checkpoint).items():
-            tensor = tensors[network][key]
-            scale = lora.weight * _scale(path, key, parts, configs.get(network, {}))
-            update = _update(path, parts, scale, tensor)
-            tensors[network][key] = replace(tensor, updates=(*tensor.updates, update))
+        for (network, layer), parts in _layers(path, stored, checkpoint).items():
+            weights, config = tensors[network], configs.get(network, {})
+            prefix = checkpoint.family.components[network].prefix
+            scales = [
+                lora.weight * _scale(path, (key, f"{prefix}{key}"), parts, config)
+                for key in layer.keys
+            ]
+            shapes = [weights[key].shape for key in layer.keys]
+            updates = _updates(path, parts, layer, shapes, scales)
+            for key, update in zip(layer.keys, updates, strict=True):
+                weights[key] = replace(weights[key], updates=(*weights[key].updates, update))
         # The name and the weight are part of the images' records, so the fingerprint covers them.
         files = {f"lora-{number}/{lora.weight!r}/{lora.name}": path}
         if _is_peft(stored):
@@ -176,92 +161,55 @@ def _local(file: str) -> Path:
     return path
 
 
-def _layers(
-    path: Path, stored: Mapping[str, StoredTensor], checkpoint: Checkpoint
-) -> dict[tuple[str, str], dict[str, StoredTensor]]:
-    """Returns each weight's parts, by network and key: "down", "up", perhaps "mid" and "alpha"."""
-    for key, (pattern, what) in ((key, other) for key in stored for other in OTHERS.items()):
+def _reject_others(path: Path, stored: Mapping[str, StoredTensor]) -> None:
+    for key, (pattern, what) in itertools.product(stored, OTHERS.items()):
         if re.search(pattern, key):
             raise InputError(
                 f"lora {path} is {what} ({key}), which is not supported; use a plain LoRA"
             )
-    names = {network: _names(checkpoint, network) for network in checkpoint.networks}
-    layers: dict[tuple[str, str], dict[str, StoredTensor]] = {}
+
+
+def _layers(
+    path: Path, stored: Mapping[str, StoredTensor], checkpoint: Checkpoint
+) -> dict[tuple[str, Layer], dict[str, StoredTensor]]:
+    """Returns each layer's parts, by network and layer: "down", "up", perhaps "mid" and "alpha"."""
+    names = lora_keys.names_of(checkpoint)
+    layers: dict[tuple[str, Layer], dict[str, StoredTensor]] = {}
+    owners: dict[tuple[str, str], Layer] = {}  # of each weight; fused layers have several weights
     unknown = []
     for key, tensor in stored.items():
-        found = KEY.fullmatch(key)
-        place = found and _place(found["layer"], names)
+        place = lora_keys.find(key, names)
         if not place:
             unknown.append(key)
             continue
-        part = PARTS.get(found["part"], found["part"])
-        if part in layers.setdefault(place, {}):
-            raise InputError(f"lora {path}: {key} and {layers[place][part].key} are for one layer")
-        layers[place][part] = tensor
+        network, layer, part = place
+        parts = layers.setdefault((network, layer), {})
+        rivals = [owners.setdefault((network, ours), layer) for ours in layer.keys]
+        other = next((rival for rival in rivals if rival != layer), layer)
+        if part in parts or other != layer:
+            clash = parts.get(part) or next(iter(layers[network, other].values()))
+            raise InputError(f"lora {path}: {key} and {clash.key} are for one layer")
+        parts[part] = tensor
         if not np.isfinite(tensor.read()).all():
             raise InputError(f"lora {path}: {key} is not finite; use one from an earlier step")
     if unknown or not layers:
+        misfit = lora_keys.describe_misfit(unknown, len(stored), names)
         raise InputError(
-            f"lora {path} does not fit {checkpoint.name}: {_misfit(unknown, len(stored), names)}; "
-            "use a LoRA that was made for this model"
+            f"lora {path} does not fit {checkpoint.name}: {misfit}; use a LoRA that was made for "
+            "this model"
         )
     return layers
 
 
-def _names(checkpoint: Checkpoint, network: str) -> dict[str, str]:
-    """Returns the keys of a network's layers by each of their names, with underscores."""
-    if network not in PREFIXES.values():
-        return {}
-    keys = {
-        key.removesuffix(".weight").replace(".", "_"): key
-        for key, tensor in checkpoint.weights(network).items()
-        if key.endswith(".weight") and len(tensor.shape) in (2, 4)
-    }
-    names = dict(keys)
-    for new, first in FIRST_NAMES.items():
-        names |= {n.removesuffix(new) + first: key for n, key in keys.items() if n.endswith(new)}
-    for original, key in checkpoint.family.kohya_names(checkpoint, network).items():
-        names[original.removesuffix(".weight").replace(".", "_")] = key
-    return names
-
-
-def _place(layer: str, names: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
-    """Returns the network and key of a layer; without a prefix, of the first network that fits."""
-    prefix = next(filter(layer.startswith, PREFIXES), "")
-    name = _plain(layer.removeprefix(prefix))
-    for network in [PREFIXES[prefix]] if prefix else names:
-        if name in names.get(network, {}):
-            return network, names[network][name]
-    return None
-
-
-def _plain(layer: str) -> str:
-    layer = layer.removeprefix(PEFT_PREFIX).replace(".processor", "").replace(".", "_")
-    return layer.removeprefix(TEXT_PREFIX.replace(".", "_"))
-
-
-def _misfit(unknown: list[str], count: int, names: Mapping[str, Mapping[str, str]]) -> str:
-    """Describes which keys fit no layer, and the layer whose name is nearest to the first."""
-    if not unknown:
-        return "it is empty"
-    found = KEY.fullmatch(unknown[0])
-    name = _plain(found["layer"] if found else unknown[0])
-    every = {name: f"{network}.{key}" for network in names for name, key in names[network].items()}
-    near = difflib.get_close_matches(name, every, n=1)
-    nearest = f", nearest to {every[near[0]]}" if near else ""
-    return f"{len(unknown)} of its {count} keys fit no layer (the first is {unknown[0]}{nearest})"
-
-
 def _is_peft(stored: Mapping[str, StoredTensor]) -> bool:
-    return any(key.startswith(PEFT_PREFIX) for key in stored)
+    return any(key.startswith(lora_keys.PEFT_PREFIX) for key in stored)
 
 
 def _configs(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, dict]:
     """Returns PEFT's config for each network, empty if there is none."""
-    networks = dict.fromkeys(PREFIXES.values())
     if _is_peft(stored):
         config = read_json(path.with_name(PEFT_CONFIG))
-        return dict.fromkeys(networks, config)
+        return dict.fromkeys(lora_keys.NETWORKS, config)
     text = read_metadata(path).get(DIFFUSERS_CONFIG, "{}")
     try:
         said = json.loads(text).items()
@@ -273,7 +221,7 @@ def _configs(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, dict]:
             for name, value in said
             if name.startswith(f"{network}.")
         }
-        for network in networks
+        for network in lora_keys.NETWORKS
     }
 
 
@@ -289,20 +237,26 @@ def _reject_changed_base(path: Path, configs: Mapping[str, dict]) -> None:
             )
 
 
-def _scale(path: Path, key: str, parts: Mapping[str, StoredTensor], config: dict) -> float:
-    """Returns the factor of the product: alpha / rank, or 1 if no alpha is given."""
+def _scale(
+    path: Path, keys: Sequence[str], parts: Mapping[str, StoredTensor], config: dict
+) -> float:
+    """Returns the factor of the product: alpha / rank, or 1 if no alpha is given.
+
+    Args:
+      keys: the weight's, first ours and then the one that has the network's prefix.
+    """
     rank = parts["down"].shape[0] if "down" in parts and parts["down"].shape else 1
-    alpha = _alpha(path, key.removesuffix(".weight"), config)
+    alpha = _alpha(path, [key.removesuffix(".weight") for key in keys], config)
     alpha = rank if alpha is None else alpha
     if "alpha" in parts:
         alpha = parts["alpha"].read().item() if parts["alpha"].size == 1 else None
     if type(alpha) not in (int, float) or not math.isfinite(alpha) or not rank:
-        raise InputError(f"lora {path}: the alpha of {key} is not a number; copy it again")
+        raise InputError(f"lora {path}: the alpha of {keys[0]} is not a number; copy it again")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
 
 
-def _alpha(path: Path, layer: str, config: dict):
-    """Returns a layer's alpha by PEFT's config, None if it has none.
+def _alpha(path: Path, layers: Sequence[str], config: dict):
+    """Returns the alpha by PEFT's config of a layer with these names, None if it has none.
 
     As in PEFT, a key of `alpha_pattern` is a regular expression for the end of the layer's name,
     from the start or from a dot on, and the first key that matches applies.
@@ -323,20 +277,51 @@ def _alpha(path: Path, layer: str, config: dict):
                 f"lora {path}: alpha_pattern has {pattern!r}, which is not a regular expression "
                 f"({problem})"
             ) from None
-        if matches(layer) or matches(TEXT_PREFIX + layer):
+        if any(map(matches, layers)):
             return alpha
     return config.get("lora_alpha")
 
 
-def _update(
-    path: Path, parts: Mapping[str, StoredTensor], scale: float, tensor: StoredTensor
-) -> Update:
-    """Makes an update, after checking that its parts fit each other and the weight."""
+def _updates(
+    path: Path,
+    parts: Mapping[str, StoredTensor],
+    layer: Layer,
+    shapes: Sequence[tuple[int, ...]],
+    scales: Sequence[float],
+) -> list[Update]:
+    """Makes the updates of a layer's weights, after checking that parts and weights fit.
+
+    Args:
+      shapes, scales: those of each weight, in the layer's order.
+    """
     if not {"down", "up"} <= parts.keys():
         key = next(iter(parts.values())).key
         raise InputError(f"lora {path}: {key} lacks its other half; copy the file again")
+    _refuse_misfits(path, parts, layer, shapes)
+    down, up, mid = parts["down"], parts["up"], parts.get("mid")
+    if layer.halves_swapped:
+        return [Update(down, up.swap(), mid, scales[0], shapes[0])]
+    ends = itertools.accumulate(shape[0] for shape in shapes)
+    return [
+        Update(down, up.rows(end - shape[0], end), mid, scale, shape)
+        for end, shape, scale in zip(ends, shapes, scales, strict=True)
+    ]
+
+
+def _refuse_misfits(
+    path: Path,
+    parts: Mapping[str, StoredTensor],
+    layer: Layer,
+    shapes: Sequence[tuple[int, ...]],
+) -> None:
+    """Raises InputError unless the parts fit each other and the weights."""
     down, up, mid = parts["down"], parts["up"], parts.get("mid")
     rank, core = down.shape[:1], (mid or down).shape
+    if mid and len(mid.shape) != 4:
+        raise InputError(
+            f"lora {path}: {mid.key} {list(mid.shape)} is not for a convolution; copy the file "
+            "again"
+        )
     if up.shape[1:2] != rank or (mid and mid.shape[:2] != rank * 2):
         raise InputError(
             f"lora {path}: {down.key} {list(down.shape)} and {up.key} {list(up.shape)} differ in "
@@ -344,12 +329,14 @@ def _update(
         )
     product = (*up.shape[:1], *down.shape[1:2], *core[2:])
     inner = [up.shape[2:]] + [down.shape[2:]] * (mid is not None)
-    if _matrix(product) != _matrix(tensor.shape) or any(map(_matrix, inner)):
+    rows = sum(shape[0] for shape in shapes)
+    needed = [(rows, *shape[1:]) for shape in shapes]
+    odd = layer.halves_swapped and rows % 2
+    if odd or any(map(_matrix, inner)) or {_matrix(product)} != set(map(_matrix, needed)):
         raise InputError(
             f"lora {path} does not fit: {up.key} and {down.key} make {list(product)}, but "
-            f"{list(tensor.shape)} is needed; use a LoRA that was made for this model"
+            f"{list(needed[0])} is needed; use a LoRA that was made for this model"
         )
-    return Update(down, up, mid, scale, tensor.shape)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,41 +1,27 @@
 """Single-file checkpoints: a whole pipeline in the naming of its original code. Imports no JAX.
 
-The names of Stable Diffusion 1 come from CompVis's latent-diffusion, those of XL from Stability
-AI's generative-models. A file states neither its family nor its configs: the family is recognised
-by its keys and shapes, and the configs are the family's on the Hub, which diffusers'
-`from_single_file` uses, too.
+A file states neither its family nor its configs: the family is recognised by its keys and shapes.
+The configs of Stable Diffusion 1 and XL are those on the Hub, which diffusers' `from_single_file`
+uses, too; those of later models follow from the shapes (see `transformer_files`).
 
-Only the names differ, and the layout of a few weights. The functions `*_names` pair every key that
-a network has in diffusers or transformers with its key in the file, so missing and unknown keys are
-always found.
+Only the names differ, and the layout of a few weights: see `naming` and `original_*`.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jaxdiff.checkpoint import transformer_files
+from jaxdiff.checkpoint.naming import Names
+from jaxdiff.checkpoint.original_ldm import clip_names, openclip_names, unet_names, vae_names
 from jaxdiff.checkpoint.prediction import prediction_type
 from jaxdiff.checkpoint.safetensors_header import read_header, read_metadata
+from jaxdiff.checkpoint.scaled_weights import with_scales
 from jaxdiff.checkpoint.single_file_configs import CONTENTS, UNET, Contents
 from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor, describe_misfits
 from jaxdiff.errors import InputError
 
-# The key in diffusers or transformers, the key in the file, and the function that converts the
-# file's tensor (None: no conversion). Neither key has the network's prefix.
-Names = Iterator[tuple[str, str, Callable[[StoredTensor], StoredTensor] | None]]
-
-PARAMETERS = ("weight", "bias")
-TRANSFORMER_BLOCK = (
-    *("norm1", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
-    *("norm2", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
-    *("norm3", "ff.net.0.proj", "ff.net.2"),
-)
-CLIP_LAYER = (
-    *("layer_norm1", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    *("self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2"),
-)
 # Keys that are not weights of the networks.
 IGNORED = re.compile(
     r"""model_ema\. .*                         # a running mean of the U-Net; diffusers ignores it
@@ -46,19 +32,20 @@ IGNORED = re.compile(
     | .* \.logit_scale                         # the temperature of CLIP's training
     | (cond_stage_model | conditioner\.embedders\.0)
       (\.transformer)?\.text_projection(\.weight)?  # CLIP-L's projection to its image space
+    | text_encoders\.clip_l\.transformer\.text_projection\.weight  # not used by any family
+    | text_encoders\.t5xxl\.transformer\.encoder\.embed_tokens\.weight  # a second shared.weight
+    | (model\.diffusion_model\.)?norm_final\.weight  # of Z-Image, which does not use it
     | v_pred | ztsnr                           # flags: `_scheduler` reads them
     | global_step | epoch""",
     re.VERBOSE,
 )
 # Other kinds of single safetensors files, by the start of one of their keys.
 FOREIGN = {
-    r"(model\.diffusion_model\.)?joint_blocks\.": "a Stable Diffusion 3 checkpoint",
-    r"(model\.diffusion_model\.)?double_blocks\.": "a FLUX checkpoint",
-    r"(model\.diffusion_model\.)?double_stream_modulation": "a FLUX.2 checkpoint",
+    r"(model\.diffusion_model\.)?distilled_guidance_layer\.": "a Chroma checkpoint",
     r"(control_model|controlnet_cond_embedding)\.": "a ControlNet",
     r"lora_|.*\.lora_": "a LoRA, which --lora adds to a model",
     r"edm_mean|edm_vpred\.": "a checkpoint with EDM's noise levels (Playground 2.5, CosXL)",
-    r"(down_blocks|text_model|encoder|decoder)\.": "a single network",
+    r"(down_blocks|transformer_blocks|text_model|encoder|decoder)\.": "a single network",
 }
 # The place where early files of Stable Diffusion 1 lack "text_model.".
 BARE_CLIP = re.compile(
@@ -77,36 +64,52 @@ class SingleFile:
       weights: for each network, the location of each weight by its key in diffusers or
         transformers (without "text_model.").
       tokenizers: for each text encoder, the Hub repository and folder of its tokenizer.
+      name: of the family, for messages.
+      base: a model on the Hub that has what the file may lack; None if nothing may be lacking.
     """
 
     index: dict
     configs: dict[str, dict]
     weights: dict[str, dict[str, StoredTensor]]
     tokenizers: dict[str, tuple[str, str]]
+    name: str
+    base: str | None
 
 
 def read(path: Path) -> SingleFile:
     """Reads the contents of a single-file checkpoint from its header alone.
 
     Raises:
-      InputError: if it is not a whole safetensors file, is not Stable Diffusion 1 or XL, or its
-        keys are not exactly those of its family.
+      InputError: if it is not a whole safetensors file, its family is not supported, or its keys
+        are not exactly those of its family.
     """
-    tensors = read_header(path)
-    contents = _recognise(path, tensors)
-    scheduler = _scheduler(path, contents.configs["scheduler"], tensors)
-    configs = contents.configs | {"scheduler": scheduler}
-    found = weights(path, tensors, contents)
-    return SingleFile(contents.index, configs, found, contents.tokenizers)
+    tensors = with_scales(read_header(path))
+    _refuse_foreign(path, tensors)
+    contents = transformer_files.contents(path, tensors)
+    if contents is None:
+        contents = _recognise(path, tensors)
+        scheduler = _scheduler(path, contents.configs["scheduler"], tensors)
+        contents = replace(contents, configs=contents.configs | {"scheduler": scheduler})
+    return SingleFile(
+        index=contents.index,
+        configs=contents.configs,
+        weights=weights(path, tensors, contents),
+        tokenizers=contents.tokenizers,
+        name=contents.name,
+        base=contents.base,
+    )
 
 
-def _recognise(path: Path, tensors: Mapping[str, StoredTensor]) -> Contents:
+def _refuse_foreign(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     for pattern, what in FOREIGN.items():
         if any(re.match(pattern, key) for key in tensors):
             raise InputError(
-                f"{path} is {what}; use a single file of a whole Stable Diffusion 1 or XL model, "
+                f"{path} is {what}; use a single file of a supported model in the original naming, "
                 "or a diffusers directory"
             )
+
+
+def _recognise(path: Path, tensors: Mapping[str, StoredTensor]) -> Contents:
     widths = {
         tensor.shape[-1]
         for key, tensor in tensors.items()
@@ -127,8 +130,8 @@ def _recognise(path: Path, tensors: Mapping[str, StoredTensor]) -> Contents:
         )
     if width not in CONTENTS:
         raise InputError(
-            f"{path} is not a Stable Diffusion model in the original naming; use a single file of "
-            "Stable Diffusion 1 or XL, or a diffusers directory"
+            f"{path} is not a Stable Diffusion model in the original naming, nor another supported "
+            "one; use a diffusers directory"
         )
     return CONTENTS[width]
 
@@ -158,7 +161,8 @@ def weights(
                 "model, or a diffusers directory"
             )
         found[network] = {}
-        for ours, theirs, cut in names(contents.configs[network]):
+        table = contents.names.get(network, names)
+        for ours, theirs, cut in table(contents.configs[network]):
             key = prefix + theirs
             used.add(key)
             if key in stored:
@@ -194,160 +198,3 @@ def names(config: dict) -> Names:
     if config["architectures"] == ["CLIPTextModelWithProjection"]:
         return openclip_names(config)
     return clip_names(config)
-
-
-def unet_names(config: dict) -> Names:
-    """Yields the U-Net's names; its modules are numbered consecutively on the way down and up."""
-    widths, layers = config["block_out_channels"], config["layers_per_block"]
-    depths = config.get("transformer_layers_per_block", 1)
-    depths = depths if isinstance(depths, list) else [depths] * len(widths)
-    last = len(widths) - 1
-    yield from _module("conv_in", "input_blocks.0.0")
-    yield from _module("time_embedding.linear_1", "time_embed.0")
-    yield from _module("time_embedding.linear_2", "time_embed.2")
-    if config.get("addition_embed_type"):
-        yield from _module("add_embedding.linear_1", "label_emb.0.0")
-        yield from _module("add_embedding.linear_2", "label_emb.0.2")
-    for i, kind in enumerate(config["down_block_types"]):
-        ours = f"down_blocks.{i}"
-        for j in range(layers):
-            theirs = f"input_blocks.{1 + i * (layers + 1) + j}"
-            widens = j == 0 and widths[i] != widths[max(i - 1, 0)]
-            yield from _unet_resnet(f"{ours}.resnets.{j}", f"{theirs}.0", shortcut=widens)
-            if kind.startswith("CrossAttn"):
-                yield from _transformer(f"{ours}.attentions.{j}", f"{theirs}.1", depths[i])
-        if i < last:
-            yield from _module(
-                f"{ours}.downsamplers.0.conv", f"input_blocks.{(i + 1) * (layers + 1)}.0.op"
-            )
-    yield from _unet_resnet("mid_block.resnets.0", "middle_block.0", shortcut=False)
-    yield from _transformer("mid_block.attentions.0", "middle_block.1", depths[-1])
-    yield from _unet_resnet("mid_block.resnets.1", "middle_block.2", shortcut=False)
-    for i, kind in enumerate(config["up_block_types"]):
-        ours, attends = f"up_blocks.{i}", kind.startswith("CrossAttn")
-        for j in range(layers + 1):
-            theirs = f"output_blocks.{i * (layers + 1) + j}"
-            yield from _unet_resnet(f"{ours}.resnets.{j}", f"{theirs}.0", shortcut=True)
-            if attends:
-                yield from _transformer(f"{ours}.attentions.{j}", f"{theirs}.1", depths[last - i])
-        if i < last:
-            yield from _module(f"{ours}.upsamplers.0.conv", f"{theirs}.{1 + attends}.conv")
-    yield from _module("conv_norm_out", "out.0")
-    yield from _module("conv_out", "out.2")
-
-
-def _unet_resnet(ours: str, theirs: str, shortcut: bool) -> Names:
-    yield from _module(f"{ours}.norm1", f"{theirs}.in_layers.0")
-    yield from _module(f"{ours}.conv1", f"{theirs}.in_layers.2")
-    yield from _module(f"{ours}.time_emb_proj", f"{theirs}.emb_layers.1")
-    yield from _module(f"{ours}.norm2", f"{theirs}.out_layers.0")
-    yield from _module(f"{ours}.conv2", f"{theirs}.out_layers.3")
-    if shortcut:
-        yield from _module(f"{ours}.conv_shortcut", f"{theirs}.skip_connection")
-
-
-def _transformer(ours: str, theirs: str, depth: int) -> Names:
-    """Yields a transformer's names, which diffusers kept from the original."""
-    for part in ("norm", "proj_in", "proj_out"):
-        yield from _module(f"{ours}.{part}", f"{theirs}.{part}")
-    for k in range(depth):
-        for part in TRANSFORMER_BLOCK:
-            block = f"transformer_blocks.{k}.{part}"
-            parameters = ("weight",) if part.endswith(("to_q", "to_k", "to_v")) else PARAMETERS
-            yield from _module(f"{ours}.{block}", f"{theirs}.{block}", parameters)
-
-
-def vae_names(config: dict) -> Names:
-    """Yields the autoencoder's names.
-
-    The decoder's blocks are numbered from shallow to deep, the reverse of the order of their use.
-    """
-    widths, layers = config["block_out_channels"], config["layers_per_block"]
-    last = len(widths) - 1
-    for i, width in enumerate(widths):
-        ours, theirs = f"encoder.down_blocks.{i}", f"encoder.down.{i}"
-        for j in range(layers):
-            widens = j == 0 and width != widths[max(i - 1, 0)]
-            yield from _vae_resnet(f"{ours}.resnets.{j}", f"{theirs}.block.{j}", shortcut=widens)
-        if i < last:
-            yield from _module(f"{ours}.downsamplers.0.conv", f"{theirs}.downsample.conv")
-        ours, theirs = f"decoder.up_blocks.{last - i}", f"decoder.up.{i}"
-        for j in range(layers + 1):
-            narrows = j == 0 and width != widths[min(i + 1, last)]
-            yield from _vae_resnet(f"{ours}.resnets.{j}", f"{theirs}.block.{j}", shortcut=narrows)
-        if i > 0:
-            yield from _module(f"{ours}.upsamplers.0.conv", f"{theirs}.upsample.conv")
-    for half in ("encoder", "decoder"):
-        yield from _module(f"{half}.conv_in", f"{half}.conv_in")
-        for j in (0, 1):
-            ours, theirs = f"{half}.mid_block.resnets.{j}", f"{half}.mid.block_{j + 1}"
-            yield from _vae_resnet(ours, theirs, shortcut=False)
-        yield from _vae_attention(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1")
-        yield from _module(f"{half}.conv_norm_out", f"{half}.norm_out")
-        yield from _module(f"{half}.conv_out", f"{half}.conv_out")
-    yield from _module("quant_conv", "quant_conv")
-    yield from _module("post_quant_conv", "post_quant_conv")
-
-
-def _vae_resnet(ours: str, theirs: str, shortcut: bool) -> Names:
-    for part in ("norm1", "conv1", "norm2", "conv2"):
-        yield from _module(f"{ours}.{part}", f"{theirs}.{part}")
-    if shortcut:
-        yield from _module(f"{ours}.conv_shortcut", f"{theirs}.nin_shortcut")
-
-
-def _vae_attention(ours: str, theirs: str) -> Names:
-    yield from _module(f"{ours}.group_norm", f"{theirs}.norm")
-    for part, original in {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
-        yield f"{ours}.{part}.weight", f"{theirs}.{original}.weight", _linear
-        yield f"{ours}.{part}.bias", f"{theirs}.{original}.bias", None
-
-
-def clip_names(config: dict) -> Names:
-    """Yields the names of CLIP's text encoder, which are transformers' own."""
-    for part in ("token_embedding", "position_embedding"):
-        yield f"embeddings.{part}.weight", f"text_model.embeddings.{part}.weight", None
-    for i in range(config["num_hidden_layers"]):
-        for part in CLIP_LAYER:
-            module = f"encoder.layers.{i}.{part}"
-            yield from _module(module, f"text_model.{module}")
-    yield from _module("final_layer_norm", "text_model.final_layer_norm")
-
-
-def openclip_names(config: dict) -> Names:
-    """Yields the names of OpenCLIP's text encoder.
-
-    Queries, keys and values are one matrix, and the last projection multiplies from the right.
-    """
-    yield "embeddings.token_embedding.weight", "token_embedding.weight", None
-    yield "embeddings.position_embedding.weight", "positional_embedding", None
-    for i in range(config["num_hidden_layers"]):
-        ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
-        for parameter in PARAMETERS:
-            for third, part in enumerate(("q_proj", "k_proj", "v_proj")):
-                key = f"{ours}.self_attn.{part}.{parameter}"
-                yield key, f"{theirs}.attn.in_proj_{parameter}", partial(_third, third)
-        yield from _module(f"{ours}.self_attn.out_proj", f"{theirs}.attn.out_proj")
-        yield from _module(f"{ours}.layer_norm1", f"{theirs}.ln_1")
-        yield from _module(f"{ours}.layer_norm2", f"{theirs}.ln_2")
-        yield from _module(f"{ours}.mlp.fc1", f"{theirs}.mlp.c_fc")
-        yield from _module(f"{ours}.mlp.fc2", f"{theirs}.mlp.c_proj")
-    yield from _module("final_layer_norm", "ln_final")
-    yield "text_projection.weight", "text_projection", StoredTensor.transpose
-
-
-def _module(ours: str, theirs: str, parameters: tuple[str, ...] = PARAMETERS) -> Names:
-    for parameter in parameters:
-        yield f"{ours}.{parameter}", f"{theirs}.{parameter}", None
-
-
-def _linear(tensor: StoredTensor) -> StoredTensor:
-    """Converts a 1x1 convolution to the equivalent matrix."""
-    return tensor.reshape(*tensor.shape[:2])
-
-
-def _third(third: int, tensor: StoredTensor) -> StoredTensor:
-    rows, rest = divmod(tensor.shape[0], 3)
-    if rest:
-        raise ValueError(f"{tensor.shape[0]} rows cannot be split into queries, keys and values")
-    return tensor.rows(third * rows, (third + 1) * rows)

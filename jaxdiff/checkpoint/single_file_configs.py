@@ -5,7 +5,10 @@ stable-diffusion-xl-refiner-1.0, as in diffusers' `from_single_file`. Most value
 None there are left out.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from jaxdiff.checkpoint.naming import Names
 
 CLIP_L = {
     "architectures": ["CLIPTextModel"],
@@ -142,7 +145,7 @@ INDEX_XL_REFINER = INDEX_XL | {
 
 @dataclass(frozen=True)
 class Contents:
-    """What all files of a family share.
+    """What a file contains; all files of Stable Diffusion 1 or XL contain the same.
 
     Attributes:
       name: the name shown to users.
@@ -150,6 +153,8 @@ class Contents:
       configs: each network's config and the scheduler's, by component.
       prefixes: the prefix of each network's keys, by network.
       tokenizers: the Hub repository and folder of each text encoder's tokenizer.
+      names: the table of a network's names, unless it is that of `single_file.names`.
+      base: a model on the Hub that has what a file may lack; None if nothing may be lacking.
     """
 
     name: str
@@ -157,6 +162,8 @@ class Contents:
     configs: dict[str, dict]
     prefixes: dict[str, str]
     tokenizers: dict[str, tuple[str, str]]
+    names: Mapping[str, Callable[[dict], Names]] = field(default_factory=dict)
+    base: str | None = None
 
 
 CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", "")

@@ -70,7 +70,7 @@ def hub_tokenizer(model: str, folder: str) -> Path:
     snapshot = from_hub(
         model,
         lambda names: [name for name in wanted if name in names],
-        probe=f"{folder}/vocab.json" if folder else "vocab.json",
+        probe=f"{folder}/tokenizer_config.json" if folder else "tokenizer_config.json",
     )
     return snapshot / folder
 

@@ -16,6 +16,8 @@ FLOATS = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 SHOWN = 4  # keys of each kind that an error lists
 
@@ -31,6 +33,9 @@ class StoredTensor:
       shape: the shape of the array that `read` returns.
       offset: in bytes, from the start of the file to the first element.
       transposed: whether the file holds the axes in reverse order.
+      swapped: whether the file holds the second half of the first axis before the first half.
+      taps: how many times as much the file holds, of which `last_tap` reads the last.
+      scale: what the stored numbers are multiplied by, in float32; None: they are the weight.
       updates: objects whose `read` returns float32 of this shape, to add to the stored weight.
     """
 
@@ -40,7 +45,14 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     transposed: bool = False
+    swapped: bool = False
+    taps: int = 1
+    scale: float | None = None
     updates: tuple[Any, ...] = ()
+
+    @property
+    def _reordered(self) -> bool:
+        return self.transposed or self.swapped or self.taps > 1
 
     @property
     def size(self) -> int:
@@ -49,7 +61,7 @@ class StoredTensor:
 
     def rows(self, start: int, stop: int) -> "StoredTensor":
         """Returns a slice along the first axis, so that only these rows are read."""
-        if self.transposed or not 0 <= start <= stop <= self.shape[0]:
+        if self._reordered or not 0 <= start <= stop <= self.shape[0]:
             raise ValueError(f"cannot slice rows {start} to {stop} of {self}")
         row_bytes = math.prod(self.shape[1:]) * FLOATS[self.dtype].itemsize
         shape = (stop - start, *self.shape[1:])
@@ -57,37 +69,70 @@ class StoredTensor:
 
     def reshape(self, *shape: int) -> "StoredTensor":
         """Returns the same elements, in the same order, in another shape."""
-        if self.transposed or math.prod(shape) != self.size:
+        if self._reordered or math.prod(shape) != self.size:
             raise ValueError(f"cannot reshape {self} to {shape}")
         return replace(self, shape=shape)
 
+    def swap(self) -> "StoredTensor":
+        """Returns the tensor with the halves of its first axis in the other order."""
+        if self._reordered or not self.shape or self.shape[0] % 2:
+            raise ValueError(f"cannot swap the halves of {self}")
+        return replace(self, swapped=True)
+
+    def last_tap(self) -> "StoredTensor":
+        """Returns the last of the third axis of a kernel, [out, in, time, h, w]: one frame's."""
+        if self._reordered or len(self.shape) != 5:
+            raise ValueError(f"{self} has no axis of time")
+        out_size, in_size, taps, *rest = self.shape
+        return replace(self, shape=(out_size, in_size, *rest), taps=taps)
+
     def transpose(self) -> "StoredTensor":
         """Returns the tensor with its axes in reverse order."""
+        if self.swapped or self.taps > 1:
+            raise ValueError(f"cannot transpose {self}")
         return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
     def read(self) -> np.ndarray:
         """Reads only this tensor's bytes; returns a view with other strides if it is transposed.
 
-        The file is not memory-mapped, because mapped pages would count as resident memory.
+        With a scale or updates, its numbers are float32. The file is not memory-mapped, because
+        mapped pages would count as resident memory.
 
         Raises:
           InputError: if it is not stored as floating-point numbers, or the file has changed.
         """
+        tensor = self._stored()
+        if self.swapped:
+            tensor = np.roll(tensor, len(tensor) // 2, axis=0)
+        if self.scale is not None:
+            tensor = tensor.astype(np.float32) * np.float32(self.scale)
+        for update in self.updates:
+            tensor = tensor.astype(np.float32, copy=False) + update.read()
+        return tensor
+
+    def _stored(self) -> np.ndarray:
         if self.dtype not in FLOATS:
             raise InputError(
                 f"{self.file}: {self.key} is stored as {self.dtype}; only {', '.join(FLOATS)} "
                 "are supported"
             )
         try:
-            flat = np.fromfile(self.file, FLOATS[self.dtype], self.size, offset=self.offset)
+            held = self.size * self.taps
+            flat = np.fromfile(self.file, FLOATS[self.dtype], held, offset=self.offset)
         except OSError as error:
             raise InputError(f"{self.file} cannot be read ({error.strerror})") from error
-        if flat.size != self.size:
+        if flat.size != held:
             raise InputError(f"{self.file} was truncated while it was read; copy it again")
-        tensor = flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
-        for update in self.updates:
-            tensor = tensor.astype(np.float32, copy=False) + update.read()
-        return tensor
+        if self.taps > 1:
+            return flat.reshape(*self.shape[:2], self.taps, *self.shape[2:])[:, :, -1]
+        return flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
+
+
+class Identity(StoredTensor):
+    """An identity matrix that a file leaves out; its offset means nothing."""
+
+    def _stored(self) -> np.ndarray:
+        return np.eye(*self.shape, dtype=np.float32)
 
 
 def describe_misfits(faults: dict[str, Collection[str]]) -> str:

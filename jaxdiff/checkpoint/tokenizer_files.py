@@ -27,6 +27,8 @@ def check_tokenizer(folder: Path) -> None:
     present = [name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
     found = {name: read_json(folder / name) for name in present if name.endswith(".json")}
     lines = _lines(folder / "merges.txt") if "merges.txt" in present else None
+    if SENTENCEPIECE in present:
+        _bytes(folder / SENTENCEPIECE)
     if "vocab.json" in found and lines is not None:
         _check_merges(folder / "vocab.json", found["vocab.json"], folder / "merges.txt", lines)
     elif "tokenizer.json" not in found and SENTENCEPIECE not in present:
@@ -47,8 +49,15 @@ def check_tokenizer(folder: Path) -> None:
 
 def _lines(path: Path) -> list[str]:
     try:
+        return _bytes(path).decode().splitlines()
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({error}); copy it again") from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
         with opened(path) as file:
-            return file.read(MAX_JSON_BYTES).decode().splitlines()
+            return file.read(MAX_JSON_BYTES)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); copy it again") from error
 

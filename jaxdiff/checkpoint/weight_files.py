@@ -15,6 +15,7 @@ from jaxdiff.checkpoint.safetensors_header import (
     MAX_NAME_CHARACTERS,
     read_header,
 )
+from jaxdiff.checkpoint.scaled_weights import with_scales
 from jaxdiff.checkpoint.tensors import FLOATS, SHOWN, StoredTensor
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
@@ -114,6 +115,7 @@ def read_weights(component: Component, path: Path) -> dict[str, StoredTensor]:
         stored as floating-point numbers.
     """
     stored = read_header(path) if path.suffix == ".safetensors" else _read_shards(path)
+    stored = with_scales(stored)
     weights = {}
     for key, tensor in stored.items():
         plain = component.plain_key(key.removeprefix(component.prefix))
@@ -127,7 +129,7 @@ def read_weights(component: Component, path: Path) -> dict[str, StoredTensor]:
                 f"{tensor.file}: {key} is stored as {tensor.dtype}; only {', '.join(FLOATS)} "
                 "are supported"
             )
-        weights[plain] = tensor
+        weights[plain] = component.plain_tensor(tensor)
     if not weights:
         raise InputError(f"{path} contains no weights; copy the checkpoint again")
     return weights

@@ -1,6 +1,7 @@
 """Divides an image's steps between the denoisers and into guided and unguided. Imports no JAX."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,10 @@ import numpy as np
 
 from jaxdiff.diffusion.schedule import Clamp
 from jaxdiff.request import Options
+
+# Skip-layer guidance goes from the first share of the steps to the second, both exclusive, as in
+# diffusers and Stability AI's code.
+SKIP_AFTER, SKIP_UNTIL = 0.01, 0.2
 
 
 class StepRange(NamedTuple):
@@ -18,12 +23,19 @@ class StepRange(NamedTuple):
       rows: the number of rows; each is an evaluation of the denoiser, on two batches if guided.
       guided: whether classifier-free guidance is on.
       clamp: how the denoiser's estimates of x_0 are clamped; None if they are not.
+      skips: whether there is a third evaluation, without `Options.skip_layers`.
     """
 
     denoiser: int
     rows: int
     guided: bool
     clamp: Clamp | None = None
+    skips: bool = False
+
+    @property
+    def evaluations(self) -> int:
+        """The number of evaluations of the denoiser in each row, for one image."""
+        return 1 + self.guided + self.skips
 
 
 def step_ranges(
@@ -34,6 +46,7 @@ def step_ranges(
     guidable: Sequence[bool],
     clamps: Sequence[Clamp | None],
     train_steps: int,
+    steps: int,
 ) -> tuple[StepRange, ...]:
     """Returns the ranges of a table, which cover all its rows.
 
@@ -45,6 +58,7 @@ def step_ranges(
         guided step, and not once because it takes the guidance scale as an input or none.
       clamps: for each denoiser, how its estimates are clamped, as in `StepRange`.
       train_steps: the number of timesteps that the base model was trained with.
+      steps: the number of sampling steps.
     """
     rows = refined_from = len(timesteps)
     if len(guidable) > 1:
@@ -52,11 +66,17 @@ def step_ranges(
         refined_from = int((timesteps >= cut).sum())
     guided_from = round(rows * options.guidance_start)
     guided_until = round(rows * options.guidance_stop)
-    edges = sorted({0, min(guided_from, rows), min(guided_until, rows), refined_from, rows})
+    skip_from = skip_until = 0
+    if options.skip_layers:
+        skip_from = int(SKIP_AFTER * steps) + 1
+        skip_until = max(math.ceil(SKIP_UNTIL * steps), skip_from)
+    places = (guided_from, guided_until, refined_from, skip_from, skip_until)
+    edges = sorted({0, *(min(place, rows) for place in places), rows})
     ranges = []
     for begin, end in itertools.pairwise(edges):
         denoiser = int(begin >= refined_from)
         is_guided = guided and guided_from <= begin and end <= guided_until
         is_guided = is_guided and guidable[denoiser]
-        ranges.append(StepRange(denoiser, end - begin, is_guided, clamps[denoiser]))
+        skips = is_guided and skip_from <= begin and end <= skip_until
+        ranges.append(StepRange(denoiser, end - begin, is_guided, clamps[denoiser], skips))
     return tuple(ranges)

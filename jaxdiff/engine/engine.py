@@ -52,6 +52,7 @@ def load(
     variant: str | None = None,
     refiner: str | Path | None = None,
     lora: str | Path | Sequence[str | Path] = (),
+    base: str | Path | None = None,
     expecting: Mapping[Request, int] = MappingProxyType({}),
     **options,
 ) -> "TextToImage":
@@ -64,6 +65,8 @@ def load(
       refiner: a second model that takes the last steps, such as Stable Diffusion XL's refiner.
       lora: one or several LoRAs, "FILE.safetensors" or "FILE.safetensors:WEIGHT", to add to the
         model's weights.
+      base: for a single file that lacks text encoders or other parts, the model to take them from:
+        a directory in the diffusers layout, a Hub id or a URL.
       expecting: an example of each kind of request to come, with its batch size as in
         `TextToImage.generate`; their programs are compiled while the weights are read.
       **options: the fields of `Options`.
@@ -79,7 +82,8 @@ def load(
                 raise InputError(str(problem)) from None
     compilation.keep_programs()
     loras = [str(each) for each in ((lora,) if isinstance(lora, str | Path) else lora)]
-    loaded = TextToImage(open_ensemble(model, variant, refiner, loras), Options(**options))
+    ensemble = open_ensemble(model, variant, refiner, loras, base)
+    loaded = TextToImage(ensemble, Options(**options))
     for request, batch_size in expecting.items():
         loaded.compile(loaded.resolve(request), batch_size)
     try:
@@ -120,6 +124,7 @@ class TextToImage:
             dtype,
             guidance_rescale=options.guidance_rescale,
             deep_cache=options.deep_cache,
+            skipped=options.skipped_layers,
         )
         self._sample = compilation.jit(
             # weights, inputs, initial scale, columns: only the inputs have a batch axis

@@ -42,6 +42,7 @@ class Weights(NamedTuple):
     codec: dict
 
 
+SKIP_SCALE = 2.8  # of skip-layer guidance, as in diffusers and Stability AI's code
 # The batch axis of each input.
 AXES = Inputs(noise=0, fresh_noise=1, positive=0, negative=0, guidance_scale=0)
 
@@ -71,6 +72,7 @@ def sample_pixels(
     decoded_at_once: int,
     guidance_rescale: float = 0.0,
     deep_cache: int = 1,
+    skipped: tuple[int, ...] = (),
 ) -> tuple[Array, Array]:
     """Samples pixels from noise; a pure function, for `jax.jit`.
 
@@ -84,6 +86,7 @@ def sample_pixels(
       step_ranges: which denoiser evaluates which rows of the table; they cover all rows.
       decoded_at_once: the number of images to decode at once, a divisor of the batch size.
       guidance_rescale, deep_cache: as in `Options`.
+      skipped: its `skipped_layers`.
 
     Returns:
       pixels, uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
@@ -99,10 +102,11 @@ def sample_pixels(
                 inputs.negative[index] if guided else None,
                 inputs.guidance_scale,
                 guidance_rescale,
+                skipped if skips else (),
             ),
             clamp,
         )
-        for index, rows, guided, clamp in step_ranges
+        for index, rows, guided, clamp, skips in step_ranges
     ]
     latents = sampling.sample(
         walk, inputs.noise, initial_scale, columns, inputs.fresh_noise, whole_every=deep_cache
@@ -126,6 +130,7 @@ def denoiser(
     negative,
     guidance_scale: Array,
     guidance_rescale: float,
+    skipped: tuple[int, ...] = (),
 ) -> sampling.Denoiser:
     """Makes a denoiser for `sampling.sample`; it is guided if `negative` is not None.
 
@@ -147,8 +152,17 @@ def denoiser(
             kept,
         )
         output = output.astype(jnp.float32)
+        paired = output
         if guided:
-            output = guidance.guide(output, guidance_scale, guidance_rescale)
+            output = guidance.guide(
+                output, guidance_scale, guidance_rescale, norm_patch=network.norm_patch
+            )
+        if skipped:
+            times = jnp.full(len(x), timestep)
+            without, _ = network.evaluate(
+                params, x.astype(dtype), times, positive, None, None, skipped=skipped
+            )
+            output = output + SKIP_SCALE * (paired[1::2] - without)
         return objective.to_x0(output, x, alpha, sigma, denoising.prediction_type), kept
 
     return denoise

@@ -62,7 +62,7 @@ class PromptEncoder:
             for skip in (0, clip_skip)
         }
         self._clip_skip = clip_skip
-        self._cache: dict[int, dict[str, Text]] = {skip: {} for skip in self._encode}
+        self._cache: dict[bool, dict[str, Text]] = {False: {}, True: {}}  # by `negative`
         self._programs: dict[int, Future[jax.stages.Compiled]] = {}
 
     def load(self) -> None:
@@ -83,23 +83,26 @@ class PromptEncoder:
 
     def _abstract_arguments(self) -> tuple[dict, dict]:
         params = {name: stored.places for name, stored in self._stored.items()}
-        tokens = self._tokens([""] * TEXT_BATCH)
+        tokens = self._tokens([""] * TEXT_BATCH, negative=False)
         return params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tokens)
 
-    def _tokens(self, texts: Sequence[str]) -> dict:
-        return {name: each(texts, self.chunks) for name, each in self._tokenizers.items()}
+    def _tokens(self, texts: Sequence[str], *, negative: bool) -> dict:
+        return {
+            name: tokenizer(texts, self.chunks, negative=negative)
+            for name, tokenizer in self._tokenizers.items()
+        }
 
     def __call__(self, prompts: Iterable[str], *, negative: bool = False) -> dict[str, Text]:
         """Returns each prompt's embedding; as in diffusers, negative ones ignore `clip_skip`."""
         self.compile()
         clip_skip = 0 if negative else self._clip_skip
-        cached = self._cache[clip_skip]
+        cached = self._cache[negative]
         found = {p: cached.pop(p) for p in set(prompts) if p in cached}
         new = sorted(set(prompts) - found.keys())
         for start in range(0, len(new), TEXT_BATCH):
             texts = new[start : start + TEXT_BATCH]
             padded = texts + [""] * (TEXT_BATCH - len(texts))
-            tokens = self._tokens(padded)
+            tokens = self._tokens(padded, negative=negative)
             encoded = compilation.wait(self._programs, clip_skip)(self.params, tokens)
             if not parallel.may_run_ahead(self.mesh):
                 jax.block_until_ready(encoded)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxdiff.checkpoint import checkpoint
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.families import flux, flux2, stable_diffusion_3, z_image
+from jaxdiff.families import flux, flux2, qwen_image, sana, stable_diffusion_3, z_image
 from jaxdiff.families.family import Family
 from jaxdiff.families.pixart import PIXART
 from jaxdiff.families.stable_diffusion import (
@@ -27,9 +27,13 @@ FAMILIES: dict[str, Family] = {  # by the pipeline's class in diffusers
     stable_diffusion_3.PIPELINE: stable_diffusion_3.STABLE_DIFFUSION_3,
     z_image.PIPELINE: z_image.Z_IMAGE,
     flux2.PIPELINE: flux2.FLUX_2,
+    qwen_image.PIPELINE: qwen_image.QWEN_IMAGE,
+    sana.PIPELINE: sana.SANA,
 }
 
 
-def open_checkpoint(model: str | Path, variant: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, variant: str | None = None, base: str | Path | None = None
+) -> Checkpoint:
     """Opens a checkpoint of any family; see `checkpoint.open_checkpoint`."""
-    return checkpoint.open_checkpoint(model, variant, FAMILIES)
+    return checkpoint.open_checkpoint(model, variant, FAMILIES, base)

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import Qwen2Tokenizer
 
 from jaxdiff.errors import InputError
-from jaxdiff.families.tokens import Tokens, in_one_line
+from jaxdiff.families.tokens import Tokens, in_one_line, require_one
 
 
 class ChatTokenizer:
@@ -32,6 +32,7 @@ class ChatTokenizer:
         """
         self.tokens, self._around = tokens, (before, after)
         self._lock = threading.Lock()  # the tokenizer has mutable settings
+        require_one(directory, "vocab.json", "tokenizer.json")
         try:
             self._tokenizer = Qwen2Tokenizer.from_pretrained(directory)
             if self._tokenizer.pad_token_id is None:
@@ -47,7 +48,7 @@ class ChatTokenizer:
         """The size of the vocabulary: one more than its largest id, since ids may have gaps."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
-    def __call__(self, texts: Sequence[str], chunks: int = 1) -> Tokens:
+    def __call__(self, texts: Sequence[str], chunks: int = 1, *, negative: bool = False) -> Tokens:
         """Returns rows of `tokens` ids, cut off at the end; `chunks` must be 1."""
         ids = np.full((len(texts), self.tokens), self._tokenizer.pad_token_id, np.int32)
         mask = np.zeros(ids.shape, bool)

@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 
 from jaxdiff.checkpoint.tokenizer_files import LEAST_TOKENS
 from jaxdiff.errors import InputError
-from jaxdiff.families.tokens import in_one_line
+from jaxdiff.families.tokens import in_one_line, require_one
 
 
 class ClipTokenizer:
@@ -29,11 +29,7 @@ class ClipTokenizer:
         Raises:
           InputError: if the directory contains no tokenizer, or one that cannot be used.
         """
-        # Without this check transformers would look for the name on the Hub.
-        if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-            raise InputError(
-                f"{directory} contains no tokenizer (vocab.json or tokenizer.json); copy it again"
-            )
+        require_one(directory, "vocab.json", "tokenizer.json")
         self._tokenizer = read_tokenizer(directory)
         self.tokens = min(self._tokenizer.model_max_length, positions)
         if self.tokens < LEAST_TOKENS:
@@ -47,7 +43,9 @@ class ClipTokenizer:
         """The size of the vocabulary: one more than its largest id, since ids may have gaps."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
-    def __call__(self, texts: Sequence[str], chunks: int = 1) -> np.ndarray:
+    def __call__(
+        self, texts: Sequence[str], chunks: int = 1, *, negative: bool = False
+    ) -> np.ndarray:
         """Returns token ids, int32 [texts, chunks, tokens]; see `chunked_tokens`."""
         with self._lock:
             return chunked_tokens(self._tokenizer, texts, self.tokens, chunks)

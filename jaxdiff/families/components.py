@@ -1,6 +1,7 @@
 """The networks that several families have, as files store them. Imports no JAX."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 from jaxdiff.checkpoint.component import Component
@@ -41,6 +42,19 @@ QWEN3 = Component(
     tokenizer="tokenizer",
     prefix="model.",
     plain_key=_of_language_model,
+)
+GEMMA_2 = replace(QWEN3, class_name="Gemma2Model", other_class_names=("Gemma2ForCausalLM",))
+
+
+def _of_language_tower(key: str) -> str | None:
+    return None if key.startswith(("lm_head.", "visual.")) else key.removeprefix("language_model.")
+
+
+QWEN_2_5_VL = replace(
+    QWEN3,
+    class_name="Qwen2_5_VLForConditionalGeneration",
+    other_class_names=(),
+    plain_key=_of_language_tower,
 )
 AUTOENCODER_KL = Component(
     library="diffusers", class_name="AutoencoderKL", plain_key=_new_attention

@@ -37,16 +37,19 @@ def integer(checkpoint: Checkpoint, component: str, key: str, default: int) -> i
 
 
 def kl_factor(checkpoint: Checkpoint) -> int:
-    """Returns the number of pixels per latent along each side of an `AutoencoderKL`.
+    """Returns the number of pixels per latent along each side of an `AutoencoderKL`."""
+    return factor_of_blocks(checkpoint, "block_out_channels")
+
+
+def factor_of_blocks(checkpoint: Checkpoint, key: str) -> int:
+    """Returns the number of pixels per latent of an autoencoder, by the key that lists its blocks.
 
     Raises:
       InputError: if the config does not say.
     """
-    channels = checkpoint.config("vae").get("block_out_channels", ())
+    channels = checkpoint.config("vae").get(key, ())
     if not isinstance(channels, list | tuple) or not 1 <= len(channels) <= 16:
-        raise InputError(
-            f"{checkpoint.place('vae')}: block_out_channels must be a list of 1 to 16 numbers"
-        )
+        raise InputError(f"{checkpoint.place('vae')}: {key} must be a list of 1 to 16 numbers")
     return 2 ** (len(channels) - 1)
 
 

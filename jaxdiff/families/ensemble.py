@@ -15,7 +15,7 @@ from jaxdiff.diffusion import samplers, scheduler_config
 from jaxdiff.diffusion.solvers import SamplerTable
 from jaxdiff.diffusion.step_ranges import StepRange, step_ranges
 from jaxdiff.errors import InputError
-from jaxdiff.families import open_checkpoint, tokens
+from jaxdiff.families import config_values, open_checkpoint, tokens
 from jaxdiff.families.family import CLASSIFIER_FREE, OWN_OPTIONS
 from jaxdiff.request import Bucket, Options
 
@@ -108,6 +108,14 @@ class Ensemble:
                     f"--{name.replace('_', '-')} has no effect on {self.base.defaults.name}; leave "
                     "it out"
                 )
+        skipped = options.skipped_layers
+        if skipped:
+            count = config_values.integer(self.base, "transformer", "num_layers", 18)
+            if skipped[-1] >= count:
+                raise InputError(
+                    f"--skip-layers {options.skip_layers}: the model has only the layers 0 to "
+                    f"{count - 1}"
+                )
 
     def steps(self, options: Options, bucket: Bucket) -> Steps:
         """Returns the sampler's tables for a bucket, and which denoiser takes which of their rows.
@@ -133,6 +141,7 @@ class Ensemble:
             guided=bucket.guided,
             guidable=[each.defaults.guidance == CLASSIFIER_FREE for each in self.checkpoints],
             clamps=[schedule.clamp for schedule in schedules],
+            steps=bucket.steps,
             train_steps=scheduler_config.train_steps(configs[0]),
         )
         begin = sum(part.rows for part in ranges if part.denoiser == 0)
@@ -145,36 +154,37 @@ def open_ensemble(
     variant: str | None = None,
     refiner: str | Path | None = None,
     lora: Sequence[str] = (),
+    base: str | Path | None = None,
 ) -> Ensemble:
-    """Opens a model and, if given, its refiner and LoRAs.
+    """Opens a model and, if given, its base, its refiner and LoRAs.
 
     Args:
-      model, variant: as in `open_checkpoint`. The model must have the variant; a refiner without it
-        uses its default weights.
+      model, variant, base: as in `open_checkpoint`. The model must have the variant; a refiner
+        without it uses its default weights.
       refiner: a second model for the same latents, which takes the last steps (Podell et al., 2023,
         arXiv:2307.01952, 2.5).
-      lora: LoRAs to add to the base model's weights, as in `lora.adapted`.
+      lora: LoRAs to add to the model's weights, as in `lora.adapted`.
 
     Raises:
       InputError: if one of them cannot be read, or they do not fit together.
     """
-    base = open_checkpoint(model, variant)
-    if base.defaults.base_needed:
+    first = open_checkpoint(model, variant, base)
+    if first.defaults.base_needed:
         raise InputError(
             f"model {str(model)!r} is a refiner; use a base model, and this one as --refiner"
         )
-    base = loras.adapted(base, lora)
+    first = loras.adapted(first, lora)
     if refiner is None:
-        return Ensemble(base)
+        return Ensemble(first)
     try:
         last = open_checkpoint(refiner, variant)
     except NoVariantError:
         last = open_checkpoint(refiner)
-    ours, theirs = base.defaults.latents, last.defaults.latents
+    ours, theirs = first.defaults.latents, last.defaults.latents
     for what in ours:
         if ours[what] != theirs.get(what):
             raise InputError(
                 f"--refiner {str(refiner)!r} has different latents from the model "
                 f"({what} {theirs.get(what)}, not {ours[what]}); use the refiner of this model"
             )
-    return Ensemble(base, last)
+    return Ensemble(first, last)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
+from jaxdiff.checkpoint.lora_names import Layer
 from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.request import Bucket
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 CLASSIFIER_FREE, EMBEDDED, UNGUIDED = "classifier-free", "embedded", "unguided"
 # The options that only some families have.
-OWN_OPTIONS = frozenset({"clip_skip", "deep_cache", "prompt_chunks"})
+OWN_OPTIONS = frozenset({"clip_skip", "deep_cache", "prompt_chunks", "skip_layers"})
 
 
 class Defaults(Protocol):
@@ -112,5 +113,5 @@ class Family:
     operations: Callable[[Checkpoint, int, int, int], tuple[int, int]]
     decoder_operations: Callable[[Checkpoint, int, int], int]
     tokenizer: Callable[[str, Path, Mapping], "Tokenizer"]
-    kohya_names: Callable[[Checkpoint, str], Mapping[str, str]]
+    kohya_names: Callable[[Checkpoint, str], Mapping[str, Layer]]
     networks: Callable[[], Networks]

@@ -6,13 +6,14 @@ See Black Forest Labs' code and report, 2025, arXiv:2506.15742.
 from dataclasses import replace
 from functools import partial
 
+from jaxdiff.checkpoint import lora_names
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, CLIP_TEXT, T5
 from jaxdiff.families.family import EMBEDDED, UNGUIDED, Family
 from jaxdiff.families.text_tokenizers import by_encoder, clip_tokenizer, t5_tokenizer
-from jaxdiff.families.transformer import Defaults, kl_decoder_operations, no_kohya_names
+from jaxdiff.families.transformer import Defaults, kl_decoder_operations, kohya_names
 
 PIPELINE = "FluxPipeline"
 PATCH = 2  # latents along each side of a token
@@ -70,7 +71,7 @@ def _operations(checkpoint: Checkpoint, height: int, width: int, tokens: int) ->
 def _networks():
     from jaxdiff.families import flux_model
 
-    return flux_model.NETWORKS
+    return flux_model.networks(patch=PATCH, sample_size=SAMPLE_SIZE)
 
 
 FLUX = Family(
@@ -90,6 +91,6 @@ FLUX = Family(
     tokenizer=by_encoder(
         {"text_encoder": clip_tokenizer, "text_encoder_2": partial(t5_tokenizer, TOKENS, str)}
     ),
-    kohya_names=no_kohya_names,
+    kohya_names=partial(kohya_names, lora_names.FLUX),
     networks=_networks,
 )

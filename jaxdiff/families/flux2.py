@@ -5,13 +5,14 @@ See Black Forest Labs' code. Its latents are patches of 2x2, normalised for each
 
 from functools import partial
 
+from jaxdiff.checkpoint import lora_names
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import QWEN3
 from jaxdiff.families.family import CLASSIFIER_FREE, UNGUIDED, Family
 from jaxdiff.families.text_tokenizers import chat_tokenizer
-from jaxdiff.families.transformer import Defaults, kl_decoder_operations, no_kohya_names
+from jaxdiff.families.transformer import Defaults, kl_decoder_operations, kohya_names
 
 PIPELINE = "Flux2KleinPipeline"
 PATCH = 2  # of the autoencoder's latents, along each side of the denoiser's
@@ -84,7 +85,7 @@ def _without_counter(key: str) -> str | None:
 def _networks():
     from jaxdiff.families import flux2_model
 
-    return flux2_model.NETWORKS
+    return flux2_model.networks(side_px=SIDE_PX)
 
 
 FLUX_2 = Family(
@@ -103,6 +104,6 @@ FLUX_2 = Family(
     operations=_operations,
     decoder_operations=_decoder_operations,
     tokenizer=partial(chat_tokenizer, TOKENS, BEFORE, AFTER),
-    kohya_names=no_kohya_names,
+    kohya_names=partial(kohya_names, lora_names.FLUX_2),
     networks=_networks,
 )

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.families.flux2 import SIDE_PX
 from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
 from jaxdiff.families.networks import QWEN3, Architecture, Networks, codec, evaluation, fit
 from jaxdiff.families.tokens import Tokens
@@ -17,8 +16,9 @@ from jaxdiff.models.codecs import autoencoder_kl_flux2
 LAYERS = (9, 18, 27)  # of the text encoder's hidden states
 
 
-def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) -> Model:
-    """Assembles the model; see `networks.Networks`."""
+def _assemble(
+    configs: Mapping, networks: Mapping[str, Network], index: Mapping, *, side_px: int
+) -> Model:
     transformer, vae, qwen = configs["transformer"], configs["vae"], configs["text_encoder"]
     fit(
         [
@@ -36,15 +36,11 @@ def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) 
         configs=configs,
         networks=networks,
         text_encoders=("text_encoder",),
-        skippable={},
         encode_text=partial(_encode_text, networks["text_encoder"].graph),
-        zeros_for_empty=False,
-        sizes=None,
         condition=_condition,
         denoiser=Denoiser(
             component="transformer",
-            guidance_is_input=False,
-            sample_size=SIDE_PX // vae.factor,
+            sample_size=side_px // vae.factor,
             size_multiple=1,
             evaluate=evaluation(networks["transformer"]),
         ),
@@ -65,17 +61,19 @@ def _condition(text: Text, sizes: None) -> dict[str, Array]:
     return {"context": text.context}
 
 
-NETWORKS = Networks(
-    architectures={
-        "text_encoder": QWEN3,
-        "transformer": Architecture(
-            flux2.Flux2Config, lambda config: flux2.Flux2Transformer2DModel, flux2.SHARDING
-        ),
-        "vae": Architecture(
-            autoencoder_kl_flux2.AutoencoderKLFlux2Config,
-            lambda config: autoencoder_kl_flux2.AutoencoderKLFlux2,
-            autoencoder_kl_flux2.SHARDING,
-        ),
-    },
-    assemble=assemble,
-)
+def networks(*, side_px: int) -> Networks:
+    """Returns the networks; the arguments are constants of the family's page."""
+    return Networks(
+        architectures={
+            "text_encoder": QWEN3,
+            "transformer": Architecture(
+                flux2.Flux2Config, lambda config: flux2.Flux2Transformer2DModel, flux2.SHARDING
+            ),
+            "vae": Architecture(
+                autoencoder_kl_flux2.AutoencoderKLFlux2Config,
+                lambda config: autoencoder_kl_flux2.AutoencoderKLFlux2,
+                autoencoder_kl_flux2.SHARDING,
+            ),
+        },
+        assemble=partial(_assemble, side_px=side_px),
+    )

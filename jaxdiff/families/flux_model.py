@@ -6,7 +6,6 @@ from functools import partial
 from flax import nnx
 from jax import Array
 
-from jaxdiff.families.flux import PATCH, SAMPLE_SIZE
 from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
 from jaxdiff.families.networks import (
     AUTOENCODER_KL,
@@ -21,11 +20,17 @@ from jaxdiff.families.networks import (
 from jaxdiff.models import flux
 
 
-def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) -> Model:
-    """Assembles the model; see `networks.Networks`."""
+def _assemble(
+    configs: Mapping,
+    networks: Mapping[str, Network],
+    index: Mapping,
+    *,
+    patch: int,
+    sample_size: int,
+) -> Model:
     transformer, vae = configs["transformer"], configs["vae"]
     clip, t5 = configs["text_encoder"], configs["text_encoder_2"]
-    channels = PATCH**2 * vae.latent_channels
+    channels = patch**2 * vae.latent_channels
     fit(
         [
             ("in_channels", transformer.in_channels, channels),
@@ -39,16 +44,13 @@ def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) 
         configs=configs,
         networks=networks,
         text_encoders=tuple(graphs),
-        skippable={},
         encode_text=partial(_encode_text, graphs),
-        zeros_for_empty=False,
-        sizes=None,
         condition=_condition,
         denoiser=Denoiser(
             component="transformer",
             guidance_is_input=transformer.guidance_embeds,
-            sample_size=SAMPLE_SIZE,
-            size_multiple=PATCH,
+            sample_size=sample_size,
+            size_multiple=patch,
             evaluate=evaluation(networks["transformer"]),
         ),
         codec=codec(networks["vae"], vae, vae.latent_channels),
@@ -69,14 +71,16 @@ def _condition(text: Text, sizes: None) -> dict[str, Array]:
     return {"context": text.context, "pooled": text.pooled}
 
 
-NETWORKS = Networks(
-    architectures={
-        "text_encoder": CLIP_TEXT,
-        "text_encoder_2": T5,
-        "transformer": Architecture(
-            flux.FluxConfig, lambda config: flux.FluxTransformer2DModel, flux.SHARDING
-        ),
-        "vae": AUTOENCODER_KL,
-    },
-    assemble=assemble,
-)
+def networks(*, patch: int, sample_size: int) -> Networks:
+    """Returns the networks; the arguments are constants of the family's page."""
+    return Networks(
+        architectures={
+            "text_encoder": CLIP_TEXT,
+            "text_encoder_2": T5,
+            "transformer": Architecture(
+                flux.FluxConfig, lambda config: flux.FluxTransformer2DModel, flux.SHARDING
+            ),
+            "vae": AUTOENCODER_KL,
+        },
+        assemble=partial(_assemble, patch=patch, sample_size=sample_size),
+    )

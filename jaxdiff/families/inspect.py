@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.checkpoint.json_files import read_json
 from jaxdiff.checkpoint.safetensors_header import ITEM_BYTES
 from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor
 from jaxdiff.diffusion import scheduler_config
@@ -85,7 +84,11 @@ def _scheduler(scheduler: dict) -> str:
         _brief(scheduler.get("_class_name")),
         f"{_brief(scheduler.get('num_train_timesteps', 1000))} timesteps",
     ]
-    if "timestep_spacing" in scheduler:
+    if scheduler_config.is_flow(scheduler):
+        shift = _brief(scheduler.get("shift", scheduler.get("flow_shift", 1.0)))
+        is_dynamic = scheduler.get("use_dynamic_shifting")
+        parts.append("shift by image size" if is_dynamic else f"shift {shift}")
+    elif "timestep_spacing" in scheduler:
         parts.append(f"{_brief(scheduler['timestep_spacing'])} spacing")
     parts += [f"{kind} sigmas" for kind in SIGMAS if scheduler.get(f"use_{kind.lower()}_sigmas")]
     return ", ".join(parts)
@@ -126,15 +129,12 @@ def _default_size(checkpoint: Checkpoint) -> str:
 
 
 def _tokenizer(checkpoint: Checkpoint, encoder: str) -> tuple[str, str]:
-    folder, config = checkpoint.tokenizer(encoder), checkpoint.config(encoder)
-    file = folder / "tokenizer_config.json"
-    lengths = [
-        read_json(file).get("model_max_length") if file.is_file() else None,
-        config.get("max_position_embeddings"),
-    ]
-    length = min((n for n in lengths if isinstance(n, int)), default="any number of")
-    name = encoder.replace("text_encoder", "tokenizer")
-    return name, f"{_brief(length)} tokens, vocabulary of {_brief(config.get('vocab_size'))}"
+    def described() -> str:
+        folder, config = checkpoint.tokenizer(encoder), checkpoint.config(encoder)
+        tokenizer = checkpoint.family.tokenizer(encoder, folder, config)
+        return f"{tokenizer.tokens} tokens, vocabulary of {len(tokenizer)}"
+
+    return encoder.replace("text_encoder", "tokenizer"), _or_reason(described)
 
 
 def _brief(value: object) -> str:

@@ -1,6 +1,7 @@
 """A family's networks as pure functions of their parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -46,19 +47,22 @@ class Denoiser(NamedTuple):
 
     Attributes:
       component: its folder in a checkpoint.
-      guidance_is_input: as in `family.Defaults`.
       sample_size: the height and width that it was trained for, in latents.
       size_multiple: the number of latents that height and width must be multiples of in training.
       evaluate: maps (params, latents [b, h, w, c], timesteps [b], conditioning, guidance scale [b]
         or None, kept) to the output, in the latents' shape, and to the features that a later
-        evaluation at a nearby timestep may reuse as `kept`; with None, everything is computed.
+        evaluation at a nearby timestep may reuse as `kept`; with None, everything is computed. If
+        the family has the option `skip_layers`, `skipped` are the numbers of blocks to leave out.
+      guidance_is_input: whether `evaluate` needs the guidance scale.
+      norm_patch: as in `guidance.guide`.
     """
 
     component: str
-    guidance_is_input: bool
     sample_size: int
     size_multiple: int
     evaluate: Callable[[Params, Array, Array, Any, Array | None, Any], tuple[Array, Any]]
+    guidance_is_input: bool = False
+    norm_patch: int | None = None
 
 
 class Codec(NamedTuple):
@@ -90,28 +94,28 @@ class Model(NamedTuple):
       configs: the networks' config dataclasses, by component.
       networks: the networks, by component.
       text_encoders: the components that encode prompts, in the order of their vectors.
-      skippable: how many of its last layers each text encoder can skip (`Options.clip_skip`).
       encode_text: maps (params by text encoder, what its tokenizer returns by text encoder,
         clip_skip) to `Text`.
-      zeros_for_empty: whether an empty negative prompt becomes zeros instead of its encoding.
-      sizes: maps (height and width in pixels, negative) to the numbers of the denoiser's size
-        conditioning; None if the denoiser has none.
       condition: maps (Text, sizes [b, numbers] or None) to the denoiser's conditioning, a tree of
         arrays [b, ...].
       denoiser: the network that removes noise.
       codec: the autoencoder.
+      skippable: how many of its last layers each text encoder can skip (`Options.clip_skip`).
+      zeros_for_empty: whether an empty negative prompt becomes zeros instead of its encoding.
+      sizes: maps (height and width in pixels, negative) to the numbers of the denoiser's size
+        conditioning; None if the denoiser has none.
     """
 
     configs: Mapping[str, Any]
     networks: Mapping[str, Network]
     text_encoders: Sequence[str]
-    skippable: Mapping[str, int]
     encode_text: Callable[..., Text]
-    zeros_for_empty: bool
-    sizes: Callable[[int, int, bool], tuple[float, ...]] | None
     condition: Callable[[Text, Array | None], Any]
     denoiser: Denoiser
     codec: Codec
+    skippable: Mapping[str, int] = MappingProxyType({})
+    zeros_for_empty: bool = False
+    sizes: Callable[[int, int, bool], tuple[float, ...]] | None = None
 
 
 def networks_of(checkpoint: Checkpoint) -> Model:

@@ -110,10 +110,13 @@ def fit(requirements: Sequence[tuple[str, int, int]]) -> None:
 def evaluation(network: Network) -> Callable:
     """Returns `Denoiser.evaluate` for a network that is called with the conditioning by name."""
 
-    def evaluate(params, latents, timesteps, conditioning, guidance_scale=None, kept=None):
-        scale = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    def evaluate(
+        params, latents, timesteps, conditioning, guidance_scale=None, kept=None, **options
+    ):
+        if guidance_scale is not None:
+            options["guidance_scale"] = guidance_scale
         called = nnx.merge(network.graph, params)
-        return called(latents, timesteps, **conditioning, **scale), None
+        return called(latents, timesteps, **conditioning, **options), None
 
     return evaluate
 

@@ -26,11 +26,11 @@ def of_image(ensemble: Ensemble, options: Options, bucket: Bucket) -> int:
 def evaluations(ensemble: Ensemble, options: Options, bucket: Bucket) -> list[tuple[int, int]]:
     """Counts each denoiser's full evaluations for one image, and those of its outermost layers.
 
-    A guided step takes two evaluations.
+    A guided step takes two evaluations, or three with skip-layer guidance.
     """
     counts = [(0, 0)] * len(ensemble.checkpoints)
     for part in ensemble.steps(options, bucket).ranges:
-        turns, groups = 1 + part.guided, -(-part.rows // options.deep_cache)
+        turns, groups = part.evaluations, -(-part.rows // options.deep_cache)
         whole, spared = counts[part.denoiser]
         counts[part.denoiser] = whole + turns * groups, spared + turns * (part.rows - groups)
     return counts

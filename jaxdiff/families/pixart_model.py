@@ -20,8 +20,7 @@ from jaxdiff.families.tokens import Tokens
 from jaxdiff.models import pixart
 
 
-def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) -> Model:
-    """Assembles the model; see `networks.Networks`."""
+def _assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) -> Model:
     transformer, vae = configs["transformer"], configs["vae"]
     fit(
         [
@@ -33,14 +32,11 @@ def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) 
         configs=configs,
         networks=networks,
         text_encoders=("text_encoder",),
-        skippable={},
         encode_text=partial(_encode_text, networks["text_encoder"].graph),
-        zeros_for_empty=False,
         sizes=_sizes if transformer.takes_sizes else None,
         condition=_condition,
         denoiser=Denoiser(
             component="transformer",
-            guidance_is_input=False,
             sample_size=transformer.sample_size,
             size_multiple=transformer.patch_size,
             evaluate=evaluation(networks["transformer"]),
@@ -74,5 +70,5 @@ NETWORKS = Networks(
         ),
         "vae": AUTOENCODER_KL,
     },
-    assemble=assemble,
+    assemble=_assemble,
 )

@@ -12,6 +12,7 @@ from itertools import islice
 from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
+from jaxdiff.checkpoint.lora_names import Layer
 from jaxdiff.checkpoint.single_file import unet_names
 from jaxdiff.diffusion import samplers
 from jaxdiff.diffusion.scheduler_config import noise_schedule
@@ -162,14 +163,14 @@ def check_files(checkpoint: Checkpoint) -> None:
         )
 
 
-def kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, str]:
-    """Returns the original names of XL's U-Net layers, which kohya's files use, with our keys."""
+def kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, Layer]:
+    """Returns XL's U-Net layers by their original names, which kohya's files use."""
     if component != "unet" or checkpoint.pipeline not in XL_PIPELINES:
         return {}
     # No more than there are weights, whatever the config says: it has not been read strictly.
     known = islice(unet_names(checkpoint.config("unet")), len(checkpoint.weights("unet")))
     try:
-        return {original: key for key, original, _ in known}
+        return {original: Layer((key,)) for key, original, _ in known}
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise InputError(
             f"{checkpoint.place('unet')} does not describe a U-Net; copy the checkpoint again"
@@ -201,7 +202,7 @@ def _networks():
 
 STABLE_DIFFUSION = Family(
     components={"text_encoder": CLIP_TEXT, "unet": UNET, "vae": AUTOENCODER_KL},
-    own_options=OWN_OPTIONS,
+    own_options=OWN_OPTIONS - {"skip_layers"},
     absent={  # no network checks the images
         "safety_checker": [None, None],
         "feature_extractor": [None, None],

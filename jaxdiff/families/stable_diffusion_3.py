@@ -6,8 +6,10 @@ See Esser et al., 2024, arXiv:2403.03206.
 from dataclasses import replace
 from functools import partial
 
+from jaxdiff.checkpoint import lora_names
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
+from jaxdiff.checkpoint.lora_names import Layer
 from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, CLIP_TEXT_PROJECTED, T5
@@ -18,7 +20,7 @@ from jaxdiff.families.text_tokenizers import (
     clip_tokenizer,
     t5_tokenizer,
 )
-from jaxdiff.families.transformer import Defaults, kl_decoder_operations, no_kohya_names
+from jaxdiff.families.transformer import Defaults, kl_decoder_operations, kohya_names
 from jaxdiff.request import Bucket
 
 PIPELINE = "StableDiffusion3Pipeline"
@@ -60,6 +62,19 @@ def _schedule(config: dict, bucket: Bucket):
     return noise_schedule(config, bucket.sampler).shifted_for(flow.tokens(bucket))
 
 
+def _kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, Layer]:
+    """Returns the transformer's layers by Stability AI's names, which kohya's files use.
+
+    Only the last block's text has no feed-forward layers, and in the file its modulation is shift,
+    then scale; here it is the other way round.
+    """
+    layers = kohya_names(lora_names.STABLE_DIFFUSION_3, checkpoint, component)
+    for name in [name for name in layers if name.endswith("context_block.adaLN_modulation.1")]:
+        if name.replace("adaLN_modulation.1", "mlp.fc2") not in layers:
+            layers[name] = layers[name]._replace(halves_swapped=True)
+    return layers
+
+
 def _operations(checkpoint: Checkpoint, height: int, width: int, tokens: int) -> tuple[int, int]:
     image = height * width // config_values.integer(checkpoint, "transformer", "patch_size", 2) ** 2
 
@@ -80,7 +95,7 @@ def _operations(checkpoint: Checkpoint, height: int, width: int, tokens: int) ->
 def _networks():
     from jaxdiff.families import stable_diffusion_3_model
 
-    return stable_diffusion_3_model.NETWORKS
+    return stable_diffusion_3_model.networks(t5_tokens=T5_TOKENS)
 
 
 STABLE_DIFFUSION_3 = Family(
@@ -92,7 +107,7 @@ STABLE_DIFFUSION_3 = Family(
         "vae": AUTOENCODER_KL,
     },
     absent={"image_encoder": [None, None], "feature_extractor": [None, None]},
-    own_options=frozenset({"clip_skip"}),
+    own_options=frozenset({"clip_skip", "skip_layers"}),
     check_files=lambda checkpoint: None,
     defaults=defaults,
     schedule=_schedule,
@@ -105,6 +120,6 @@ STABLE_DIFFUSION_3 = Family(
             "text_encoder_3": partial(t5_tokenizer, T5_TOKENS, str),
         }
     ),
-    kohya_names=no_kohya_names,
+    kohya_names=_kohya_names,
     networks=_networks,
 )

@@ -18,28 +18,29 @@ from jaxdiff.families.networks import (
     evaluation,
     fit,
 )
-from jaxdiff.families.stable_diffusion_3 import T5_TOKENS
 from jaxdiff.models import sd3
 
 CLIPS, OPTIONAL_T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 LAYERS_SKIPPED = 1  # the penultimate layer's hidden states (arXiv:2403.03206, appendix B.3)
 
 
-def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) -> Model:
-    """Assembles the model; see `networks.Networks`."""
+def _assemble(
+    configs: Mapping, networks: Mapping[str, Network], index: Mapping, *, t5_tokens: int
+) -> Model:
     transformer, vae = configs["transformer"], configs["vae"]
     clips = [configs[name] for name in CLIPS]
     pooled = sum(clip.projection_dim for clip in clips)
+    joint, of_clip = transformer.joint_attention_dim, sum(clip.hidden_size for clip in clips)
     needed = [
         ("in_channels", transformer.in_channels, vae.latent_channels),
         ("out_channels", transformer.out_channels or transformer.in_channels, vae.latent_channels),
         ("pooled_projection_dim", transformer.pooled_projection_dim, pooled),
+        ("joint_attention_dim", joint, max(joint, of_clip)),
     ]
     encoders = CLIPS
     if OPTIONAL_T5 in configs:
         encoders += (OPTIONAL_T5,)
-        width = configs[OPTIONAL_T5].d_model
-        needed.append(("joint_attention_dim", transformer.joint_attention_dim, width))
+        needed.append(("joint_attention_dim", joint, configs[OPTIONAL_T5].d_model))
     fit(needed)
     return Model(
         configs=configs,
@@ -49,14 +50,12 @@ def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) 
         encode_text=partial(
             _encode_text,
             {name: networks[name].graph for name in encoders},
-            transformer.joint_attention_dim,
+            joint,
+            t5_tokens,
         ),
-        zeros_for_empty=False,
-        sizes=None,
         condition=_condition,
         denoiser=Denoiser(
             component="transformer",
-            guidance_is_input=False,
             sample_size=transformer.sample_size,
             size_multiple=transformer.patch_size,
             evaluate=evaluation(networks["transformer"]),
@@ -68,11 +67,12 @@ def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) 
 def _encode_text(
     graphs: Mapping[str, nnx.GraphDef],
     width: int,
+    t5_tokens: int,
     params: Params,
     tokens: Mapping,
     clip_skip: int,
 ) -> Text:
-    """Encodes prompts: CLIP's tokens, filled up to T5's `width` with zeros, then T5's.
+    """Encodes prompts: CLIP's tokens, filled up to T5's `width` with zeros, then `t5_tokens`.
 
     T5's padding is seen like all other tokens. Without T5, its tokens are zeros.
     """
@@ -89,7 +89,7 @@ def _encode_text(
         t5 = nnx.merge(graphs[OPTIONAL_T5], params[OPTIONAL_T5])
         of_t5 = t5(tokens[OPTIONAL_T5].ids)
     else:
-        of_t5 = jnp.zeros((len(of_clip), T5_TOKENS, width), of_clip.dtype)
+        of_t5 = jnp.zeros((len(of_clip), t5_tokens, width), of_clip.dtype)
     context = jnp.concatenate([of_clip, of_t5.astype(of_clip.dtype)], axis=1)
     return Text(context, jnp.concatenate(vectors, axis=-1))
 
@@ -98,14 +98,16 @@ def _condition(text: Text, sizes: None) -> dict[str, Array]:
     return {"context": text.context, "pooled": text.pooled}
 
 
-NETWORKS = Networks(
-    architectures={
-        **dict.fromkeys(CLIPS, CLIP_TEXT),
-        OPTIONAL_T5: T5,
-        "transformer": Architecture(
-            sd3.SD3Config, lambda config: sd3.SD3Transformer2DModel, sd3.SHARDING
-        ),
-        "vae": AUTOENCODER_KL,
-    },
-    assemble=assemble,
-)
+def networks(*, t5_tokens: int) -> Networks:
+    """Returns the networks; the arguments are constants of the family's page."""
+    return Networks(
+        architectures={
+            **dict.fromkeys(CLIPS, CLIP_TEXT),
+            OPTIONAL_T5: T5,
+            "transformer": Architecture(
+                sd3.SD3Config, lambda config: sd3.SD3Transformer2DModel, sd3.SHARDING
+            ),
+            "vae": AUTOENCODER_KL,
+        },
+        assemble=partial(_assemble, t5_tokens=t5_tokens),
+    )

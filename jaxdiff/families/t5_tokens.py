@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdiff.checkpoint.tokenizer_files import SENTENCEPIECE
 from jaxdiff.errors import InputError
-from jaxdiff.families.tokens import Tokens, in_one_line
+from jaxdiff.families.tokens import Tokens, in_one_line, require_one
 
 
 class T5Tokenizer:
@@ -31,6 +31,7 @@ class T5Tokenizer:
         """
         self.tokens, self._prepared = tokens, prepared
         self._lock = threading.Lock()  # tokenizers have mutable settings
+        require_one(directory, "tokenizer.json", SENTENCEPIECE)
         try:
             if (directory / "tokenizer.json").is_file():
                 self._read_json(directory)
@@ -64,7 +65,7 @@ class T5Tokenizer:
         """The size of the vocabulary: one more than its largest id."""
         return self._size
 
-    def __call__(self, texts: Sequence[str], chunks: int = 1) -> Tokens:
+    def __call__(self, texts: Sequence[str], chunks: int = 1, *, negative: bool = False) -> Tokens:
         """Returns rows of `tokens` ids, each ended by the end token; `chunks` must be 1."""
         ids = np.full((len(texts), self.tokens), self._pad, np.int32)
         mask = np.zeros(ids.shape, bool)

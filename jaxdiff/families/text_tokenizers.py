@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxdiff.families.tokens import Tokenizer, fitting
 
 CLIP_TOKENS, CLIP_VOCABULARY = 77, 49408  # if the text encoder's config gives no number
-T5_VOCABULARY, QWEN_VOCABULARY = 32128, 151936
+T5_VOCABULARY, QWEN_VOCABULARY, GEMMA_VOCABULARY = 32128, 151936, 256000
 
 
 def by_encoder(openers: Mapping[str, Callable]) -> Callable[[str, Path, Mapping], Tokenizer]:
@@ -21,7 +21,19 @@ def chat_tokenizer(
     from jaxdiff.families.chat_tokens import ChatTokenizer
 
     tokenizer = ChatTokenizer(folder, tokens, before, after)
+    nested = config.get("text_config")  # of models that also see images
+    config = nested if isinstance(nested, Mapping) else config
     return fitting(tokenizer, folder, name, config.get("vocab_size", QWEN_VOCABULARY))
+
+
+def instructed_tokenizer(
+    tokens: int, instruction: str, name: str, folder: Path, config: Mapping
+) -> Tokenizer:
+    """Reads Gemma's tokenizer; see `Family.tokenizer` and `InstructedTokenizer`."""
+    from jaxdiff.families.gemma_tokens import InstructedTokenizer
+
+    tokenizer = InstructedTokenizer(folder, tokens, instruction)
+    return fitting(tokenizer, folder, name, config.get("vocab_size", GEMMA_VOCABULARY))
 
 
 def clip_tokenizer(name: str, folder: Path, config: Mapping) -> Tokenizer:

@@ -36,12 +36,13 @@ class Tokenizer(Protocol):
     def __len__(self) -> int:
         """The size of the vocabulary: one more than its largest id, since ids may have gaps."""
 
-    def __call__(self, texts: Sequence[str], chunks: int = 1) -> Any:
+    def __call__(self, texts: Sequence[str], chunks: int = 1, *, negative: bool = False) -> Any:
         """Returns what the family's `encode_text` takes: a tree of arrays [texts, ...].
 
         Args:
           texts: any number of prompts, of which those that are too long are cut off at the end.
           chunks: as in `Options.prompt_chunks`.
+          negative: whether they are negative prompts, which some families treat differently.
         """
 
     def lost(self, text: str, chunks: int = 1) -> int:
@@ -72,6 +73,16 @@ def fitting(tokenizer: Tokenizer, directory: Path, name: str, vocab_size: object
             "belongs to another model; copy the checkpoint again"
         )
     return tokenizer
+
+
+def require_one(directory: Path, *names: str) -> None:
+    """Raises InputError unless a tokenizer's directory has one of these files.
+
+    Without them, transformers would look for the directory's name on the Hub, or make a tokenizer
+    that has hardly any tokens.
+    """
+    if not any((directory / name).is_file() for name in names):
+        raise InputError(f"{directory} contains no tokenizer ({' or '.join(names)}); copy it again")
 
 
 def in_one_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
+from jaxdiff.checkpoint.lora_names import Layer, layers_of
 from jaxdiff.families import unet_operations
 from jaxdiff.families.family import CLASSIFIER_FREE
 
@@ -28,7 +29,14 @@ class Defaults:
     base_needed: bool = False
 
 
-def no_kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, str]:
+def kohya_names(
+    table: Mapping[str, Layer], checkpoint: Checkpoint, component: str
+) -> dict[str, Layer]:
+    """Returns the transformer's layers by the names of a table; see `Family.kohya_names`."""
+    return layers_of(table, checkpoint.weights(component)) if component == "transformer" else {}
+
+
+def no_kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, Layer]:
     """Returns no names: the layers of transformers have the same names in kohya's files."""
     return {}
 

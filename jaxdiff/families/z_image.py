@@ -7,13 +7,14 @@ do not differ from those of Z-Image: use `--steps 9 --guidance-scale 1`.
 
 from functools import partial
 
+from jaxdiff.checkpoint import lora_names
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, QWEN3
 from jaxdiff.families.family import Family
 from jaxdiff.families.text_tokenizers import chat_tokenizer
-from jaxdiff.families.transformer import Defaults, kl_decoder_operations, no_kohya_names
+from jaxdiff.families.transformer import Defaults, kl_decoder_operations, kohya_names
 
 PIPELINE = "ZImagePipeline"
 PATCH = 2  # latents along each side of a token
@@ -69,7 +70,7 @@ def _operations(checkpoint: Checkpoint, height: int, width: int, tokens: int) ->
 def _networks():
     from jaxdiff.families import z_image_model
 
-    return z_image_model.NETWORKS
+    return z_image_model.networks(patch=PATCH, side_px=SIDE_PX)
 
 
 Z_IMAGE = Family(
@@ -86,6 +87,6 @@ Z_IMAGE = Family(
     operations=_operations,
     decoder_operations=kl_decoder_operations,
     tokenizer=partial(chat_tokenizer, TOKENS, BEFORE, AFTER),
-    kohya_names=no_kohya_names,
+    kohya_names=partial(kohya_names, lora_names.Z_IMAGE),
     networks=_networks,
 )

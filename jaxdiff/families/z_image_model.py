@@ -17,14 +17,14 @@ from jaxdiff.families.networks import (
     fit,
 )
 from jaxdiff.families.tokens import Tokens
-from jaxdiff.families.z_image import PATCH, SIDE_PX
 from jaxdiff.models import z_image
 
 LAYER = -2  # the last but one of the text encoder's hidden states
 
 
-def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) -> Model:
-    """Assembles the model; see `networks.Networks`."""
+def _assemble(
+    configs: Mapping, networks: Mapping[str, Network], index: Mapping, *, patch: int, side_px: int
+) -> Model:
     transformer, vae = configs["transformer"], configs["vae"]
     fit(
         [
@@ -36,16 +36,12 @@ def assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) 
         configs=configs,
         networks=networks,
         text_encoders=("text_encoder",),
-        skippable={},
         encode_text=partial(_encode_text, networks["text_encoder"].graph),
-        zeros_for_empty=False,
-        sizes=None,
         condition=_condition,
         denoiser=Denoiser(
             component="transformer",
-            guidance_is_input=False,
-            sample_size=SIDE_PX // vae.factor,
-            size_multiple=PATCH,
+            sample_size=side_px // vae.factor,
+            size_multiple=patch,
             evaluate=evaluation(networks["transformer"]),
         ),
         codec=codec(networks["vae"], vae, vae.latent_channels),
@@ -64,13 +60,17 @@ def _condition(text: Text, sizes: None) -> dict[str, Array]:
     return {"context": text.context, "mask": text.mask}
 
 
-NETWORKS = Networks(
-    architectures={
-        "text_encoder": QWEN3,
-        "transformer": Architecture(
-            z_image.ZImageConfig, lambda config: z_image.ZImageTransformer2DModel, z_image.SHARDING
-        ),
-        "vae": AUTOENCODER_KL,
-    },
-    assemble=assemble,
-)
+def networks(*, patch: int, side_px: int) -> Networks:
+    """Returns the networks; the arguments are constants of the family's page."""
+    return Networks(
+        architectures={
+            "text_encoder": QWEN3,
+            "transformer": Architecture(
+                z_image.ZImageConfig,
+                lambda config: z_image.ZImageTransformer2DModel,
+                z_image.SHARDING,
+            ),
+            "vae": AUTOENCODER_KL,
+        },
+        assemble=partial(_assemble, patch=patch, side_px=side_px),
+    )

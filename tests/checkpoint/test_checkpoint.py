@@ -247,8 +247,8 @@ def test_the_error_for_pickled_weights_tells_how_to_convert_them(checkpoint):
 
 
 def test_an_unsupported_pipeline_is_rejected(checkpoint):
-    edit_json(checkpoint / "model_index.json", _class_name="FluxPipeline")
-    assert "'FluxPipeline' is not supported" in refusal(checkpoint)
+    edit_json(checkpoint / "model_index.json", _class_name="KolorsPipeline")
+    assert "'KolorsPipeline' is not supported" in refusal(checkpoint)
 
 
 def test_an_unsupported_network_is_rejected(checkpoint):

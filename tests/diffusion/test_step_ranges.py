@@ -23,6 +23,7 @@ def stretches(distilled=(False,), guided=True, **options):
             guidable=[not each for each in distilled],
             clamps=CLAMPS,
             train_steps=1000,
+            steps=len(TIMESTEPS),
         )
     ]
 
@@ -48,4 +49,18 @@ def stretches(distilled=(False,), guided=True, **options):
     ids=str,
 )
 def test_stretches_cover_the_rows(said, expected):
-    assert stretches(**said) == [(*each, CLAMPS[each[0]]) for each in expected]
+    assert stretches(**said) == [(*each, CLAMPS[each[0]], False) for each in expected]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, [(1, True, False), (1, True, True), (8, True, False)]),  # after 0.1, before 2
+        ({"guided": False}, [(1, False, False), (1, False, False), (8, False, False)]),
+        ({"guidance_stop": 0.1}, [(1, True, False), (1, False, False), (8, False, False)]),
+    ],
+    ids=str,
+)
+def test_layers_are_skipped_in_early_guided_steps(said, expected):
+    found = stretches(skip_layers="7, 8", **said)
+    assert [(rows, guided, skips) for _, rows, guided, _, skips in found] == expected

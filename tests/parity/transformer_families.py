@@ -215,6 +215,111 @@ def _flux_2(is_distilled: bool) -> diffusers.Flux2KleinPipeline:
     )
 
 
+GEMMA_2 = {
+    "vocab_size": 368,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+}
+SANA = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "caption_channels": 32,
+    "sample_size": 32,
+    "patch_size": 1,
+}
+AUTOENCODER_DC = {
+    "latent_channels": 8,
+    "attention_head_dim": 4,
+    "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "encoder_block_out_channels": (8, 16),
+    "decoder_block_out_channels": (8, 16),
+    "encoder_qkv_multiscales": ((), (5,)),
+    "decoder_qkv_multiscales": ((), (5,)),
+    "encoder_layers_per_block": (1, 1),
+    "decoder_layers_per_block": (1, 1),
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
+
+
+def _sana() -> diffusers.SanaPipeline:
+    return diffusers.SanaPipeline(
+        tokenizer=small_tokenizers.gemma(),
+        text_encoder=_randomised(transformers.Gemma2Model(transformers.Gemma2Config(**GEMMA_2))),
+        transformer=_randomised(diffusers.SanaTransformer2DModel(**SANA)),
+        vae=_randomised(diffusers.AutoencoderDC(**AUTOENCODER_DC)),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+        ),
+    )
+
+
+QWEN_2_5_VL = {
+    "text_config": {
+        **{key: QWEN3[key] for key in QWEN3.keys() - {"head_dim", "tie_word_embeddings"}},
+        "num_hidden_layers": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [1, 1, 2],
+        },
+    },
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [0],
+    },
+}
+QWEN_IMAGE = {
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
+AUTOENCODER_KL_QWEN_IMAGE = {
+    "base_dim": 8,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 2, 2],
+    "num_res_blocks": 1,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+}
+
+
+def _qwen_image() -> diffusers.QwenImagePipeline:
+    qwen = transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(**QWEN_2_5_VL)
+    )
+    return diffusers.QwenImagePipeline(
+        tokenizer=small_tokenizers.qwen(),
+        text_encoder=_randomised(qwen),
+        transformer=_randomised(diffusers.QwenImageTransformer2DModel(**QWEN_IMAGE)),
+        vae=_randomised(diffusers.AutoencoderKLQwenImage(**AUTOENCODER_KL_QWEN_IMAGE)),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+    )
+
+
 FAMILIES: Mapping[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "PixArt-Sigma": lambda: _pixart(
         diffusers.PixArtSigmaPipeline,
@@ -232,6 +337,8 @@ FAMILIES: Mapping[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "Z-Image": _z_image,
     "FLUX.2 klein": lambda: _flux_2(True),
     "FLUX.2 klein base": lambda: _flux_2(False),
+    "Sana": _sana,
+    "Qwen-Image": _qwen_image,
     "PixArt-Alpha": lambda: _pixart(diffusers.PixArtAlphaPipeline, sample_size=128),
 }
 

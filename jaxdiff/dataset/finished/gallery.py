@@ -191,7 +191,7 @@ def _options(plan: Plan) -> dict[str, str | None]:
     contain any. So if a value has one, there are no `options`, and `unprintable` names its option.
     """
     settings = plan.settings
-    said = {name: plan.models.get(name) for name in ("model", "variant", "refiner")}
+    said = {name: plan.models.get(name) for name in ("model", "variant", "refiner", "base")}
     for name in DECISIVE:
         value = getattr(settings, name)
         if name in ALWAYS_SAID or value != getattr(Settings, name):

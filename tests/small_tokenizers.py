@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
     "{%- if enable_thinking is defined and enable_thinking is false %}"
     "{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
 )
-BUNDLED = Path(__file__).parents[2] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
+BUNDLED = Path(__file__).parents[1] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
 
 
 def clip(pad: str = "<|endoftext|>") -> transformers.CLIPTokenizer:
@@ -53,6 +53,21 @@ def qwen() -> transformers.Qwen2Tokenizer:
         additional_special_tokens=marks,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def gemma() -> transformers.GemmaTokenizer:
+    """Gemma's kind: pieces with bytes for all else."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.printable[:94]]
+    merges = [("▁", "a"), ("r", "e"), ("re", "d")]
+    pieces += ["".join(pair) for pair in merges]
+    found = transformers.GemmaTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges
+    )
+    found.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", special.index("<bos>"))]
+    )
+    return found
 
 
 def t5() -> transformers.T5Tokenizer:

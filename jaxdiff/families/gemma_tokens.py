@@ -1,0 +1,91 @@
+"""Converts prompts to token ids for Sana, whose text encoder gets an instruction before them."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from transformers import GemmaTokenizer
+
+from jaxdiff.errors import InputError
+from jaxdiff.families.tokens import in_one_line, require_one
+
+
+class InstructedTokens(NamedTuple):
+    """Texts after an instruction, as rows of one length.
+
+    Attributes:
+      ids: int32 [texts, tokens], padded on the right.
+      mask: bool [texts, tokens]: False for padding.
+      kept: int32 [texts, kept tokens], the places of the tokens that the denoiser gets.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    kept: np.ndarray
+
+
+class InstructedTokenizer:
+    """Gemma's tokenizer, which puts an instruction before prompts; see `tokens.Tokenizer`.
+
+    Negative prompts get no instruction. The denoiser gets the first token and the last ones of a
+    row, so that it does not see the instruction (Xie et al., 2024, arXiv:2410.10629, section 3.1).
+
+    Attributes:
+      tokens: the number of tokens that the denoiser gets.
+    """
+
+    def __init__(self, directory: Path, tokens: int, instruction: str):
+        """Reads Gemma's tokenizer.
+
+        Args:
+          directory: the tokenizer's directory.
+          tokens: the number of tokens that the denoiser gets.
+          instruction: the text before prompts.
+
+        Raises:
+          InputError: if the files cannot be used.
+        """
+        self.tokens, self._instruction = tokens, instruction
+        self._lock = threading.Lock()  # the tokenizer has mutable settings
+        require_one(directory, "tokenizer.json")
+        try:
+            self._tokenizer = GemmaTokenizer.from_pretrained(directory)
+            self._row = len(self._words(instruction)) + tokens - 2
+            self(["a"])
+        except Exception as error:  # of any kind
+            raise InputError(
+                f"{directory} contains no usable tokenizer ({in_one_line(error)}); copy the "
+                "checkpoint again"
+            ) from error
+
+    def __len__(self) -> int:
+        """The size of the vocabulary: one more than its largest id, since ids may have gaps."""
+        return max(self._tokenizer.get_vocab().values()) + 1
+
+    def __call__(
+        self, texts: Sequence[str], chunks: int = 1, *, negative: bool = False
+    ) -> InstructedTokens:
+        """Returns rows of one length for prompts and negative prompts; `chunks` must be 1."""
+        ids = np.full((len(texts), self._row), self._tokenizer.pad_token_id, np.int32)
+        mask = np.zeros(ids.shape, bool)
+        most = self.tokens if negative else self._row
+        for row, seen, text in zip(ids, mask, texts, strict=True):
+            words = self._words(self._prepared(text, negative))[:most]
+            row[: len(words)] = words
+            seen[: len(words)] = True
+        kept = np.append(0, np.arange(most - self.tokens + 1, most)).astype(np.int32)
+        return InstructedTokens(ids, mask, np.tile(kept, (len(texts), 1)))
+
+    def lost(self, text: str, chunks: int = 1) -> int:
+        """Returns how many tokens at the end of a prompt are cut off."""
+        return max(0, len(self._words(self._prepared(text, False))) - self._row)
+
+    def _prepared(self, text: str, negative: bool) -> str:
+        text = text.lower().strip()
+        return text if negative else self._instruction + text
+
+    def _words(self, text: str) -> list[int]:
+        with self._lock:
+            return self._tokenizer(text, verbose=False)["input_ids"]
