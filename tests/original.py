@@ -1,6 +1,6 @@
 """Single-file checkpoints with the keys of real ones and next to no data."""
 
-from jaxdiff.checkpoint import single_file
+from jaxdiff.checkpoint.original import ldm
 from jaxdiff.checkpoint.single_file_configs import CONTENTS
 
 SD1, XL, REFINER = 768, 2048, 1280
@@ -13,7 +13,7 @@ def shapes(width):
     family = CONTENTS[width]
     found = {}
     for network, prefix in family.prefixes.items():
-        for _, key, _ in single_file.names(family.configs[network]):
+        for _, key, _ in ldm.names(family.configs[network]):
             found[prefix + key] = (1,)
             if ".in_proj_" in key:
                 found[prefix + key] = (3, 2)[: 2 if key.endswith("weight") else 1]

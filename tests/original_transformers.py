@@ -3,6 +3,10 @@
 import re
 from collections.abc import Callable, Mapping
 
+from jaxdiff.checkpoint.checkpoint import Checkpoint
+from jaxdiff.checkpoint.lora_names import Layer
+
+XLABS = re.compile(r".*_lora[12]|single_blocks\.\d+\.(qkv|proj)")  # their names of layers
 PARTS = ["q", "k", "v", "proj_mlp"]  # in the order of the original's fused layers
 P = r"(?P<p>weight|bias)"
 I = r"(?P<i>\d+)"  # noqa: E741
@@ -148,6 +152,17 @@ def original(names: Mapping[str, str], state: Mapping, concatenate: Callable) ->
         name: concatenate([parts[place] for place in sorted(parts)])
         for name, parts in fused.items()
     }
+
+
+def lora_layers(checkpoint: Checkpoint) -> dict[str, Layer]:
+    """Returns the layers that LoRAs can adapt by their original names, leaving out XLabs'."""
+    weights, layers = checkpoint.weights("transformer"), {}
+    for key, layer in checkpoint.family.kohya_names(checkpoint, "transformer").items():
+        name = key.removesuffix(".weight")
+        matrices = all(len(weights[ours].shape) in (2, 4) for ours in layer.keys)
+        if name != key and matrices and not XLABS.fullmatch(name):
+            layers[name] = layer
+    return layers
 
 
 def autoencoder(state: Mapping, prefix: str, levels: int) -> dict:

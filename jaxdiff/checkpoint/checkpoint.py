@@ -37,8 +37,8 @@ class Family(Protocol):
       components: the networks of its pipelines, by folder.
       defaults: returns a checkpoint's properties and default settings.
       check_files: raises InputError for a checkpoint whose configs it cannot use.
-      kohya_names: maps (checkpoint, component) to layers by their names in kohya's LoRA
-        files, for the layers whose names differ from ours.
+      kohya_names: maps (checkpoint, network) to layers by their keys in the original code, which
+        kohya's LoRA files use. Keys that the network lacks are ignored.
     """
 
     components: Mapping[str, Component]

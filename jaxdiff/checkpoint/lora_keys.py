@@ -1,21 +1,28 @@
 """The keys of LoRA files: which layer of a checkpoint each of them is for. Imports no JAX.
 
-Keys begin with the network, then name the layer, then the matrix. There are many schemes:
-diffusers' current one (`transformer.<layer>.lora_A.weight`) and its first one
-(`unet.<layers>.attn1.processor.to_q_lora.down.weight`); PEFT's own (`base_model.model.`); kohya's
-(`lora_unet_<layer>.lora_down.weight`), which replaces dots by underscores; ComfyUI's
-(`diffusion_model.`); and XLabs' (`double_blocks.0.processor.qkv_lora1.down.weight`). A layer has
-diffusers' name or that of the model's authors: see `lora_names`. With underscores throughout, all
-of them can be matched.
+A key names the network, then the layer, then the matrix. There are many schemes:
+
+- diffusers' current one: `transformer.<layer>.lora_A.weight`
+- diffusers' first one: `unet.<layer>.attn1.processor.to_q_lora.down.weight`
+- PEFT's own: `base_model.model.<layer>.lora_A.weight`
+- kohya's: `lora_unet_<layer>.lora_down.weight`, where the layer has underscores instead of dots
+- ComfyUI's: `diffusion_model.<layer>.lora_A.weight`
+- XLabs': `double_blocks.0.processor.qkv_lora1.down.weight`
+
+The layer has diffusers' name or that of the model's authors (see `lora_names`). All names are
+compared with underscores instead of dots.
 """
 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from typing import NamedTuple
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.checkpoint.lora_names import Layer
+from jaxdiff.checkpoint.lora_names import Layer, layers_of
+from jaxdiff.checkpoint.original.naming import Table
+from jaxdiff.errors import InputError
 
 KEY = re.compile(
     r"""(?P<layer>.+?)
@@ -47,19 +54,19 @@ FIRST_NAMES = {
 }
 PEFT_PREFIX = "base_model.model."
 
-Names = Mapping[str, Mapping[str, Layer]]
+LayersByName = Mapping[str, Mapping[str, Layer]]  # of each network
 
 
 class Place(NamedTuple):
-    """What a key is for: a matrix ("down", "up" or "mid") or the "alpha" of a layer."""
+    """What a key is for: a layer's matrix ("down", "up" or "mid") or its "alpha"."""
 
     network: str
     layer: Layer
     part: str
 
 
-def names_of(checkpoint: Checkpoint) -> Names:
-    """Returns the layers of each network by each of their names, with underscores."""
+def names_of(checkpoint: Checkpoint) -> LayersByName:
+    """Returns each network's layers by all names that they may have, with underscores."""
     return {
         network: _names(checkpoint, network)
         for network in checkpoint.networks
@@ -67,8 +74,11 @@ def names_of(checkpoint: Checkpoint) -> Names:
     }
 
 
-def find(key: str, names: Names) -> Place | None:
-    """Returns what a key is for, or None; without a prefix, the first network that fits counts."""
+def find(key: str, names: LayersByName) -> Place | None:
+    """Returns what a key is for, or None if no layer has its name.
+
+    A key without a prefix belongs to the first network that has such a layer.
+    """
     found = KEY.fullmatch(key)
     if not found:
         return None
@@ -79,8 +89,8 @@ def find(key: str, names: Names) -> Place | None:
     return None
 
 
-def describe_misfit(unknown: Sequence[str], count: int, names: Names) -> str:
-    """Says which of a file's keys fit no layer, and the layer whose name is nearest to the first.
+def describe_misfit(unknown: Sequence[str], count: int, names: LayersByName) -> str:
+    """Says how many of a file's keys fit no layer, and which layer's name is nearest to the first.
 
     Args:
       unknown: those keys; empty if the file is.
@@ -101,23 +111,50 @@ def describe_misfit(unknown: Sequence[str], count: int, names: Names) -> str:
     return f"{len(unknown)} of its {count} keys fit no layer (the first is {unknown[0]}{nearest})"
 
 
+def original_layers(
+    tables: Sequence[Table], checkpoint: Checkpoint, network: str
+) -> dict[str, Layer]:
+    """Returns a network's layers by their keys in tables of original names.
+
+    Raises:
+      InputError: if the network's config does not describe such a network.
+    """
+    config, most = checkpoint.config(network), len(checkpoint.weights(network))
+    try:
+        # No more names than there are weights, for the config has not been read strictly.
+        names = chain.from_iterable(islice(table(config), most) for table in tables)
+        return layers_of(names)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        what = "a U-Net" if network == "unet" else f"a {network}"
+        raise InputError(
+            f"{checkpoint.place(network)} does not describe {what}; copy the checkpoint again"
+        ) from error
+
+
 def _names(checkpoint: Checkpoint, network: str) -> dict[str, Layer]:
-    keys = {
-        key.removesuffix(".weight").replace(".", "_"): key
+    matrices = {
+        key: Layer((key,))
         for key, tensor in checkpoint.weights(network).items()
         if key.endswith(".weight") and len(tensor.shape) in (2, 4)
     }
-    names = {name: Layer((key,)) for name, key in keys.items()}
+    names = {_name(key): layer for key, layer in matrices.items()}
     for new, first in FIRST_NAMES.items():
         names |= {
-            name.removesuffix(new) + first: Layer((key,))
-            for name, key in keys.items()
+            name.removesuffix(new) + first: layer
+            for name, layer in names.items()
             if name.endswith(new)
         }
-    for original, layer in checkpoint.family.kohya_names(checkpoint, network).items():
-        names[original.removesuffix(".weight").replace(".", "_")] = layer
+    names |= {
+        _name(original): layer
+        for original, layer in checkpoint.family.kohya_names(checkpoint, network).items()
+        if matrices.keys() >= set(layer.keys)
+    }
     prefix = checkpoint.family.components[network].prefix.replace(".", "_")
     return names | {f"{prefix}{name}": layer for name, layer in names.items()}
+
+
+def _name(key: str) -> str:
+    return key.removesuffix(".weight").replace(".", "_")
 
 
 def _split(layer: str) -> tuple[str, str]:

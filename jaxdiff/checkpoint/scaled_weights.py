@@ -1,7 +1,7 @@
-"""Weights that are stored in 8 bits with a scale beside each: ComfyUI's files. Imports no JAX.
+"""Reads weights that ComfyUI's files store in 8 bits, each with a scale. Imports no JAX.
 
-Beside `X.weight` is a number `X.scale_weight`, or `X.weight_scale` in newer files: the weight is
-their product. What else is there concerns arithmetic in 8 bits, which we do not do.
+Next to `X.weight` there is a number: `X.scale_weight` or, in newer files, `X.weight_scale`. Their
+product is the weight. The other keys are for arithmetic in 8 bits, which we do not do.
 """
 
 import json
@@ -16,7 +16,7 @@ from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor
 from jaxdiff.errors import InputError
 
 SCALES = (".scale_weight", ".weight_scale")
-# The scale of a layer's input, in both kinds of files, and the mark of older files.
+# The scale of a layer's input, in older and newer files, and the mark of older files.
 IGNORED = re.compile(r".*\.(scale_input|input_scale)|(.*\.)?scaled_fp8")
 FORMAT = ".comfy_quant"  # the mark of a layer in newer files: JSON as bytes
 MAX_FORMAT_BYTES = 1000

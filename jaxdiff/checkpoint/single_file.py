@@ -4,7 +4,7 @@ A file states neither its family nor its configs: the family is recognised by it
 The configs of Stable Diffusion 1 and XL are those on the Hub, which diffusers' `from_single_file`
 uses, too; those of later models follow from the shapes (see `transformer_files`).
 
-Only the names differ, and the layout of a few weights: see `naming` and `original_*`.
+Only the names differ, and the layout of a few weights: see the tables in `original`.
 """
 
 import re
@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxdiff.checkpoint import transformer_files
-from jaxdiff.checkpoint.naming import Names
-from jaxdiff.checkpoint.original_ldm import clip_names, openclip_names, unet_names, vae_names
+from jaxdiff.checkpoint.original import ldm
 from jaxdiff.checkpoint.prediction import prediction_type
 from jaxdiff.checkpoint.safetensors_header import read_header, read_metadata
 from jaxdiff.checkpoint.scaled_weights import with_scales
@@ -161,7 +160,7 @@ def weights(
                 "model, or a diffusers directory"
             )
         found[network] = {}
-        table = contents.names.get(network, names)
+        table = contents.names.get(network, ldm.names)
         for ours, theirs, cut in table(contents.configs[network]):
             key = prefix + theirs
             used.add(key)
@@ -187,14 +186,3 @@ def _cut(tensor: StoredTensor, cut: Callable[[StoredTensor], StoredTensor] | Non
         raise InputError(
             f"{tensor.file}: {tensor.key} has the wrong shape {list(tensor.shape)}; copy it again"
         ) from error
-
-
-def names(config: dict) -> Names:
-    """Yields the names of the weights of the network with this config."""
-    if config.get("_class_name") == "UNet2DConditionModel":
-        return unet_names(config)
-    if config.get("_class_name") == "AutoencoderKL":
-        return vae_names(config)
-    if config["architectures"] == ["CLIPTextModelWithProjection"]:
-        return openclip_names(config)
-    return clip_names(config)

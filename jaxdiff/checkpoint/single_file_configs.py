@@ -5,10 +5,10 @@ stable-diffusion-xl-refiner-1.0, as in diffusers' `from_single_file`. Most value
 None there are left out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from jaxdiff.checkpoint.naming import Names
+from jaxdiff.checkpoint.original.naming import Table
 
 CLIP_L = {
     "architectures": ["CLIPTextModel"],
@@ -153,7 +153,7 @@ class Contents:
       configs: each network's config and the scheduler's, by component.
       prefixes: the prefix of each network's keys, by network.
       tokenizers: the Hub repository and folder of each text encoder's tokenizer.
-      names: the table of a network's names, unless it is that of `single_file.names`.
+      names: the table of names, by network; other networks have the names of `original.ldm`.
       base: a model on the Hub that has what a file may lack; None if nothing may be lacking.
     """
 
@@ -162,7 +162,7 @@ class Contents:
     configs: dict[str, dict]
     prefixes: dict[str, str]
     tokenizers: dict[str, tuple[str, str]]
-    names: Mapping[str, Callable[[dict], Names]] = field(default_factory=dict)
+    names: Mapping[str, Table] = field(default_factory=dict)
     base: str | None = None
 
 

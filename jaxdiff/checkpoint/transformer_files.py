@@ -8,15 +8,10 @@ model in the diffusers layout; so does the scheduler, if there is a base.
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
-from jaxdiff.checkpoint import (
-    original_flux,
-    original_flux2,
-    original_sd3,
-    original_text_encoders,
-    original_z_image,
-)
-from jaxdiff.checkpoint.naming import Names, Shapes
+from jaxdiff.checkpoint.original import flux, flux2, sd3, text_encoders, z_image
+from jaxdiff.checkpoint.original.naming import Names, Shapes, Table
 from jaxdiff.checkpoint.single_file_configs import (
     CLIP_TOKENIZER,
     OPENCLIP_TOKENIZER,
@@ -27,7 +22,8 @@ from jaxdiff.checkpoint.single_file_configs import (
 )
 from jaxdiff.checkpoint.tensors import StoredTensor
 
-# T5's, which is the same in all models; those of FLUX.1 and Stable Diffusion 3 are gated.
+# All models have the same tokenizer for T5; the repositories of FLUX.1 and Stable Diffusion 3 are
+# gated, so it is fetched from another.
 T5_TOKENIZER = ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "tokenizer")
 FLOW = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -43,6 +39,22 @@ FLUX_DEV_SCHEDULER = FLOW | {
 }
 
 
+class Original(Protocol):
+    """The original naming of a transformer: a module in `original`.
+
+    Attributes:
+      CLASS: the transformer's class in diffusers.
+    """
+
+    CLASS: str
+
+    def config(self, shapes: Shapes) -> dict:
+        """Returns the config that a file's shapes tell; raises InputError if they do not fit."""
+
+    def names(self, config: dict) -> Names:
+        """Yields the transformer's names."""
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A text encoder of whole files.
@@ -50,20 +62,21 @@ class Encoder:
     Attributes:
       class_name: in transformers.
       prefix: of its keys.
-      config, names: as in `Format`.
+      config: finds its config in the shapes of its tensors.
+      names: the table of its names.
       tokenizer: the Hub repository and folder of its tokenizer.
     """
 
     class_name: str
     prefix: str
     config: Callable[[Shapes], dict]
-    names: Callable[[dict], Names]
+    names: Table
     tokenizer: tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of files.
+    """A kind of file.
 
     Attributes:
       probes: starts of keys that together distinguish its transformer from those after it in
@@ -71,21 +84,17 @@ class Format:
       name: the name shown to users.
       pipeline: the class of its pipeline in diffusers.
       base: a model on the Hub that has the other parts.
-      transformer: its class in diffusers.
-      config: finds the transformer's config in the shapes of its tensors.
-      names: the table of its names.
+      transformer: the original naming of its transformer.
       encoders: the text encoders that whole files have, by component.
-      vae: what the autoencoder's config has beside its sizes; empty if files have none.
-      scheduler: the config of the scheduler, which is used without a base.
+      vae: the factors in the autoencoder's config; empty if files have no autoencoder.
+      scheduler: the scheduler's config, unless there is a base.
     """
 
     probes: tuple[str, ...]
     name: str
     pipeline: str
     base: str
-    transformer: str
-    config: Callable[[Shapes], dict]
-    names: Callable[[dict], Names]
+    transformer: Original
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     vae: Mapping[str, float] = field(default_factory=dict)
     scheduler: dict = field(default_factory=lambda: FLOW)
@@ -94,29 +103,29 @@ class Format:
 CLIP_L = Encoder(
     "CLIPTextModel",
     "text_encoders.clip_l.transformer.",
-    original_text_encoders.clip_l_config,
-    original_text_encoders.clip_names,
+    text_encoders.clip_l_config,
+    text_encoders.clip_names,
     CLIP_TOKENIZER,
 )
 PROJECTED_CLIP_L = Encoder(
     "CLIPTextModelWithProjection",
     CLIP_L.prefix,
-    original_text_encoders.projected_clip_l_config,
-    original_text_encoders.projected_clip_l_names,
+    text_encoders.projected_clip_l_config,
+    text_encoders.projected_clip_l_names,
     CLIP_L.tokenizer,
 )
 CLIP_G = Encoder(
     "CLIPTextModelWithProjection",
     "text_encoders.clip_g.transformer.",
-    original_text_encoders.clip_g_config,
-    original_text_encoders.clip_g_names,
+    text_encoders.clip_g_config,
+    text_encoders.clip_g_names,
     OPENCLIP_TOKENIZER,
 )
 T5 = Encoder(
     "T5EncoderModel",
     "text_encoders.t5xxl.transformer.",
-    original_text_encoders.t5_config,
-    original_text_encoders.t5_names,
+    text_encoders.t5_config,
+    text_encoders.t5_names,
     T5_TOKENIZER,
 )
 STABLE_DIFFUSION_3 = Format(
@@ -124,9 +133,7 @@ STABLE_DIFFUSION_3 = Format(
     name="Stable Diffusion 3",
     pipeline="StableDiffusion3Pipeline",
     base="stabilityai/stable-diffusion-3.5-medium",
-    transformer=original_sd3.CLASS,
-    config=original_sd3.config,
-    names=original_sd3.names,
+    transformer=sd3,
     encoders={"text_encoder": PROJECTED_CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5},
     vae={"scaling_factor": 1.5305, "shift_factor": 0.0609},
 )
@@ -135,35 +142,29 @@ FLUX_SCHNELL = Format(
     name="FLUX.1 schnell",
     pipeline="FluxPipeline",
     base="black-forest-labs/FLUX.1-schnell",
-    transformer=original_flux.CLASS,
-    config=original_flux.config,
-    names=original_flux.names,
+    transformer=flux,
     encoders={"text_encoder": CLIP_L, "text_encoder_2": T5},
     vae={"scaling_factor": 0.3611, "shift_factor": 0.1159},
     scheduler=FLOW | {"shift": 1.0},
 )
 FORMATS = (
     Format(
-        probes=("double_stream_modulation_img.", original_flux.GUIDANCE),
+        probes=("double_stream_modulation_img.", flux.GUIDANCE),
         name="FLUX.2 dev",
         pipeline="Flux2Pipeline",
         base="black-forest-labs/FLUX.2-dev",
-        transformer=original_flux2.CLASS,
-        config=original_flux2.config,
-        names=original_flux2.names,
+        transformer=flux2,
     ),
     Format(
         probes=("double_stream_modulation_img.",),
         name="FLUX.2 klein",
         pipeline="Flux2KleinPipeline",
         base="black-forest-labs/FLUX.2-klein-4B",
-        transformer=original_flux2.CLASS,
-        config=original_flux2.config,
-        names=original_flux2.names,
+        transformer=flux2,
     ),
     replace(
         FLUX_SCHNELL,
-        probes=(*FLUX_SCHNELL.probes, original_flux.GUIDANCE),
+        probes=(*FLUX_SCHNELL.probes, flux.GUIDANCE),
         name="FLUX.1 dev",
         base="black-forest-labs/FLUX.1-dev",
         scheduler=FLUX_DEV_SCHEDULER,
@@ -175,9 +176,7 @@ FORMATS = (
         name="Z-Image",
         pipeline="ZImagePipeline",
         base="Tongyi-MAI/Z-Image-Turbo",
-        transformer=original_z_image.CLASS,
-        config=original_z_image.config,
-        names=original_z_image.names,
+        transformer=z_image,
     ),
 )
 
@@ -214,7 +213,7 @@ def _contents(
     }
     encoders = {name: encoder for name, encoder in kind.encoders.items() if name in found}
     configs = {name: encoder.config(found[name]) for name, encoder in encoders.items()}
-    configs["transformer"] = kind.config(found["transformer"])
+    configs["transformer"] = kind.transformer.config(found["transformer"])
     if "vae" in found:
         configs["vae"] = _vae_config(found["vae"]) | kind.vae
     names = {name: encoder.names for name, encoder in encoders.items()}
@@ -224,7 +223,7 @@ def _contents(
         configs=configs | {"scheduler": kind.scheduler},
         prefixes={name: prefixes[name] for name in found},
         tokenizers={name: encoder.tokenizer for name, encoder in encoders.items()},
-        names=names | {"transformer": kind.names},
+        names=names | {"transformer": kind.transformer.names},
         base=kind.base,
     )
 
@@ -252,7 +251,7 @@ def _vae_config(shapes: Shapes) -> dict:
 def _index(kind: Format, found: Collection[str]) -> dict:
     """Returns the `model_index.json` of what was found, which names no tokenizers."""
     classes = {name: ["transformers", each.class_name] for name, each in kind.encoders.items()}
-    classes["transformer"] = ["diffusers", kind.transformer]
+    classes["transformer"] = ["diffusers", kind.transformer.CLASS]
     classes["vae"] = ["diffusers", "AutoencoderKL"]
     return {
         "_class_name": kind.pipeline,

@@ -10,8 +10,9 @@ from jaxdiff.checkpoint import sources
 from jaxdiff.checkpoint.component import TOKENIZER_FILES, Component
 from jaxdiff.checkpoint.fingerprint import fingerprint
 from jaxdiff.checkpoint.json_files import read_json
+from jaxdiff.checkpoint.original.ldm import openclip_names
+from jaxdiff.checkpoint.original.naming import Names
 from jaxdiff.checkpoint.safetensors_header import read_header
-from jaxdiff.checkpoint.single_file import Names, openclip_names
 from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor, describe_misfits
 from jaxdiff.checkpoint.tokenizer_files import check_tokenizer
 from jaxdiff.checkpoint.weight_files import read_weights

@@ -6,9 +6,10 @@ See Black Forest Labs' code and report, 2025, arXiv:2506.15742.
 from dataclasses import replace
 from functools import partial
 
-from jaxdiff.checkpoint import lora_names
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
+from jaxdiff.checkpoint.lora_names import xlabs_names
+from jaxdiff.checkpoint.original import flux as original
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, CLIP_TEXT, T5
 from jaxdiff.families.family import EMBEDDED, UNGUIDED, Family
@@ -91,6 +92,6 @@ FLUX = Family(
     tokenizer=by_encoder(
         {"text_encoder": clip_tokenizer, "text_encoder_2": partial(t5_tokenizer, TOKENS, str)}
     ),
-    kohya_names=partial(kohya_names, lora_names.FLUX),
+    kohya_names=partial(kohya_names, (original.names, xlabs_names)),
     networks=_networks,
 )

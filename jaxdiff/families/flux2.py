@@ -5,9 +5,9 @@ See Black Forest Labs' code. Its latents are patches of 2x2, normalised for each
 
 from functools import partial
 
-from jaxdiff.checkpoint import lora_names
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
+from jaxdiff.checkpoint.original import flux2 as original
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import QWEN3
 from jaxdiff.families.family import CLASSIFIER_FREE, UNGUIDED, Family
@@ -104,6 +104,6 @@ FLUX_2 = Family(
     operations=_operations,
     decoder_operations=_decoder_operations,
     tokenizer=partial(chat_tokenizer, TOKENS, BEFORE, AFTER),
-    kohya_names=partial(kohya_names, lora_names.FLUX_2),
+    kohya_names=partial(kohya_names, (original.names,)),
     networks=_networks,
 )

@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 
 from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
+from jaxdiff.checkpoint.lora_keys import original_layers
 from jaxdiff.checkpoint.lora_names import Layer
-from jaxdiff.checkpoint.single_file import unet_names
+from jaxdiff.checkpoint.original import ldm
 from jaxdiff.diffusion import samplers
 from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.errors import InputError
@@ -164,17 +164,10 @@ def check_files(checkpoint: Checkpoint) -> None:
 
 
 def kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, Layer]:
-    """Returns XL's U-Net layers by their original names, which kohya's files use."""
+    """Returns the layers of XL's U-Net by their original keys; see `Family.kohya_names`."""
     if component != "unet" or checkpoint.pipeline not in XL_PIPELINES:
         return {}
-    # No more than there are weights, whatever the config says: it has not been read strictly.
-    known = islice(unet_names(checkpoint.config("unet")), len(checkpoint.weights("unet")))
-    try:
-        return {original: Layer((key,)) for key, original, _ in known}
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{checkpoint.place('unet')} does not describe a U-Net; copy the checkpoint again"
-        ) from error
+    return original_layers([ldm.unet_names], checkpoint, component)
 
 
 def _operations(checkpoint: Checkpoint, height: int, width: int, tokens: int) -> tuple[int, int]:

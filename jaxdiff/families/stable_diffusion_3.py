@@ -6,10 +6,9 @@ See Esser et al., 2024, arXiv:2403.03206.
 from dataclasses import replace
 from functools import partial
 
-from jaxdiff.checkpoint import lora_names
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
-from jaxdiff.checkpoint.lora_names import Layer
+from jaxdiff.checkpoint.original import sd3 as original
 from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, CLIP_TEXT_PROJECTED, T5
@@ -62,19 +61,6 @@ def _schedule(config: dict, bucket: Bucket):
     return noise_schedule(config, bucket.sampler).shifted_for(flow.tokens(bucket))
 
 
-def _kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, Layer]:
-    """Returns the transformer's layers by Stability AI's names, which kohya's files use.
-
-    Only the last block's text has no feed-forward layers, and in the file its modulation is shift,
-    then scale; here it is the other way round.
-    """
-    layers = kohya_names(lora_names.STABLE_DIFFUSION_3, checkpoint, component)
-    for name in [name for name in layers if name.endswith("context_block.adaLN_modulation.1")]:
-        if name.replace("adaLN_modulation.1", "mlp.fc2") not in layers:
-            layers[name] = layers[name]._replace(halves_swapped=True)
-    return layers
-
-
 def _operations(checkpoint: Checkpoint, height: int, width: int, tokens: int) -> tuple[int, int]:
     image = height * width // config_values.integer(checkpoint, "transformer", "patch_size", 2) ** 2
 
@@ -120,6 +106,6 @@ STABLE_DIFFUSION_3 = Family(
             "text_encoder_3": partial(t5_tokenizer, T5_TOKENS, str),
         }
     ),
-    kohya_names=_kohya_names,
+    kohya_names=partial(kohya_names, (original.names,)),
     networks=_networks,
 )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.checkpoint.single_file import names
+from jaxdiff.checkpoint.original.ldm import names
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
 from jaxdiff.families.model import Denoiser, Model, Network, Params, Text

@@ -1,11 +1,13 @@
 """What the pages of the transformer families share. Imports no JAX."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.checkpoint.lora_names import Layer, layers_of
+from jaxdiff.checkpoint.lora_keys import original_layers
+from jaxdiff.checkpoint.lora_names import Layer
+from jaxdiff.checkpoint.original.naming import Table
 from jaxdiff.families import unet_operations
 from jaxdiff.families.family import CLASSIFIER_FREE
 
@@ -30,10 +32,10 @@ class Defaults:
 
 
 def kohya_names(
-    table: Mapping[str, Layer], checkpoint: Checkpoint, component: str
+    tables: Sequence[Table], checkpoint: Checkpoint, component: str
 ) -> dict[str, Layer]:
-    """Returns the transformer's layers by the names of a table; see `Family.kohya_names`."""
-    return layers_of(table, checkpoint.weights(component)) if component == "transformer" else {}
+    """Returns the transformer's layers by their keys in tables; see `Family.kohya_names`."""
+    return original_layers(tables, checkpoint, component) if component == "transformer" else {}
 
 
 def no_kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, Layer]:

@@ -7,9 +7,9 @@ do not differ from those of Z-Image: use `--steps 9 --guidance-scale 1`.
 
 from functools import partial
 
-from jaxdiff.checkpoint import lora_names
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
+from jaxdiff.checkpoint.original import z_image as original
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, QWEN3
 from jaxdiff.families.family import Family
@@ -87,6 +87,6 @@ Z_IMAGE = Family(
     operations=_operations,
     decoder_operations=kl_decoder_operations,
     tokenizer=partial(chat_tokenizer, TOKENS, BEFORE, AFTER),
-    kohya_names=partial(kohya_names, lora_names.Z_IMAGE),
+    kohya_names=partial(kohya_names, (original.names,)),
     networks=_networks,
 )

@@ -1,25 +1,22 @@
 """LoRA files for transformers: every naming of the layers of every family, and rejected files."""
 
 import json
-import re
-from functools import cache, partial
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+import original_transformers
 import pytest
 from safetensors.numpy import save_file
 
-from jaxdiff.checkpoint import lora, lora_names
+from jaxdiff.checkpoint import lora
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.checkpoint.component import Component
-from jaxdiff.checkpoint.lora_names import Layer
 from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.errors import InputError
-from jaxdiff.families.flux import FLUX
+from jaxdiff.families import flux, flux2, qwen_image, sana, z_image
 from jaxdiff.families.pixart import PIXART, SIGMA
 from jaxdiff.families.stable_diffusion_3 import STABLE_DIFFUSION_3
-from jaxdiff.families.transformer import kohya_names
 from jaxdiff.models.flux import FluxConfig, FluxTransformer2DModel
 from jaxdiff.models.flux2 import Flux2Config, Flux2Transformer2DModel
 from jaxdiff.models.pixart import PixArtConfig, PixArtTransformer2DModel
@@ -68,27 +65,18 @@ SANA = SanaConfig(
 )
 
 
-def page(table: dict[str, Layer]) -> SimpleNamespace:
-    """What LoRAs need of a family's page."""
-    transformer = Component(library="diffusers", class_name="")
-    return SimpleNamespace(
-        components={"transformer": transformer}, kohya_names=partial(kohya_names, table)
-    )
-
-
-# A family's page, then the class and the config of its transformer and of its text encoders.
+# A family, then the class and the config of its transformer and of its text encoders.
 MODELS = {
-    "FLUX.1": (FLUX, (FluxTransformer2DModel, FLUX_1), CLIP, T5),
+    "FLUX.1": (flux.FLUX, (FluxTransformer2DModel, FLUX_1), CLIP, T5),
     "Stable Diffusion 3.5": (STABLE_DIFFUSION_3, (SD3Transformer2DModel, SD_3), CLIP, CLIP, T5),
     "PixArt": (PIXART[SIGMA], (PixArtTransformer2DModel, SIGMAS), T5),
-    "FLUX.2": (page(lora_names.FLUX_2), (Flux2Transformer2DModel, FLUX_2)),
-    "Z-Image": (page(lora_names.Z_IMAGE), (ZImageTransformer2DModel, Z_IMAGE)),
-    "Qwen-Image": (page({}), (QwenImageTransformer2DModel, QWEN)),
-    "Sana": (page({}), (SanaTransformer2DModel, SANA)),
+    "FLUX.2": (flux2.FLUX_2, (Flux2Transformer2DModel, FLUX_2)),
+    "Z-Image": (z_image.Z_IMAGE, (ZImageTransformer2DModel, Z_IMAGE)),
+    "Qwen-Image": (qwen_image.QWEN_IMAGE, (QwenImageTransformer2DModel, QWEN)),
+    "Sana": (sana.SANA, (SanaTransformer2DModel, SANA)),
 }
 NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 WITH_ORIGINAL_NAMES = ("FLUX.1", "FLUX.2", "Stable Diffusion 3.5", "Z-Image")
-XLABS = re.compile(r"_lora\d$|^single_blocks\.\d+\.(qkv|proj)$")
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +85,11 @@ def checkpoint(tmp_path_factory):
 
     @cache
     def make(name: str) -> Checkpoint:
-        page, *networks = MODELS[name]
+        family, *networks = MODELS[name]
         folder, tensors = tmp_path_factory.mktemp("model"), {}
         random = np.random.default_rng(0)
         for network, (kind, config) in zip(NETWORKS, networks, strict=False):
-            component, file = page.components[network], folder / f"{network}.safetensors"
+            component, file = family.components[network], folder / f"{network}.safetensors"
             shapes = file_shapes(abstract_network(kind, config)[1])
             saved(
                 {
@@ -111,7 +99,8 @@ def checkpoint(tmp_path_factory):
                 file,
             )
             tensors[network] = read_weights(component, file)
-        return Checkpoint(folder, "small", page, {}, {}, tensors, {}, {})
+        configs = {"transformer": asdict(networks[0][1])}
+        return Checkpoint(folder, "small", family, {}, configs, tensors, {}, {})
 
     return make
 
@@ -210,15 +199,12 @@ def original_lora(plain: Checkpoint, write, prefix: str, names) -> tuple[dict, d
 @pytest.mark.parametrize("model", WITH_ORIGINAL_NAMES)
 def test_every_layer_by_its_original_name(checkpoint, tmp_path, model, write, prefix):
     """Which layers these are is tested against diffusers: `test_transformer_lora_images`."""
-    plain, weights = checkpoint(model), checkpoint(model).weights("transformer")
+    plain = checkpoint(model)
     names = {
         name: layer
-        for name, layer in plain.family.kohya_names(plain, "transformer").items()
-        if not XLABS.search(name) and len(weights[layer.keys[0]].shape) == 2
+        for name, layer in original_transformers.lora_layers(plain).items()
+        if layer.keys != ("pos_embed.proj.weight",)  # a convolution
     }
-    named = {key for layer in names.values() for key in layer.keys}
-    # The others have the same names.
-    names |= {n: Layer((f"{n}.weight",)) for n in layers(plain) if f"{n}.weight" not in named}
     tensors, updates = original_lora(plain, write, prefix, names)
     file = saved(tensors, tmp_path / "style.safetensors")
     assert_merged(plain, lora.adapted(plain, [file]), updates)
@@ -367,6 +353,17 @@ def test_files_that_do_not_fit_give_a_one_line_error(checkpoint, tmp_path, tenso
         lora.adapted(checkpoint("FLUX.1"), [file])
     assert file in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_original_names_need_a_config_that_describes_the_transformer(checkpoint, tmp_path):
+    plain = checkpoint("FLUX.1")
+    file = saved(kohya(QKV, drawn((72, 24), "qkv"), ""), tmp_path / "flux.safetensors")
+    config = plain.config("transformer")
+    endless = replace(plain, configs={"transformer": config | {"num_layers": 10**9}})
+    assert lora.adapted(endless, [file]).name == "small + flux:1"  # without 10**9 names
+    wrong = replace(plain, configs={"transformer": config | {"num_layers": "two"}})
+    with pytest.raises(InputError, match="does not describe a transformer; copy the checkpoint"):
+        lora.adapted(wrong, [file])
 
 
 def test_a_lora_for_another_family_does_not_fit(checkpoint, tiny_checkpoint, tmp_path):

@@ -1,22 +1,20 @@
 """LoRA files for transformers have the same effect in jaxdiff as in diffusers and PEFT."""
 
 import re
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+import original_transformers
 import pytest
 from safetensors.numpy import save_file
 
 import jaxdiff
-from jaxdiff.checkpoint import lora, lora_names
+from jaxdiff.checkpoint import lora
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.checkpoint.component import Component
 from jaxdiff.checkpoint.tensors import StoredTensor
-from jaxdiff.families import open_checkpoint
+from jaxdiff.families import flux, flux2, open_checkpoint, z_image
 from jaxdiff.families.stable_diffusion_3 import STABLE_DIFFUSION_3
-from jaxdiff.families.transformer import kohya_names
 from jaxdiff.models.flux import FluxConfig, FluxTransformer2DModel
 from jaxdiff.models.flux2 import Flux2Config, Flux2Transformer2DModel
 from jaxdiff.models.sd3 import SD3Config, SD3Transformer2DModel
@@ -40,7 +38,6 @@ TARGETS = [*BLOCKS, *ENDS, "norm1.linear", "norm1_context.linear", "norm.linear"
 TEXT_TARGETS = ["q_proj", "out_proj", "fc1"]
 FILE = "pytorch_lora_weights.safetensors"
 KOHYAS = re.compile(r"double_blocks\.\d+\.\w+\.\w+|single_blocks\.\d+\.(linear2|modulation\.lin)")
-XLABS = re.compile(r".*_lora[12]|single_blocks\.\d+\.(qkv|proj)")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +79,15 @@ def assert_same_images(record, pipeline, plain: np.ndarray, directory: Path, *lo
     record("difference", f"{difference.max()} {difference.mean():.4f}")
     assert difference.max() <= 2
     assert np.abs(plain - theirs).mean() > 2
+
+
+def assert_same_effect(record, directory: Path, file: Path, tensors: dict) -> None:
+    """Asserts that a LoRA file with these tensors changes diffusers' image as it changes ours."""
+    save_file(tensors, file)
+    pipeline = pipeline_of(directory)
+    plain = image_of(pipeline)
+    pipeline.load_lora_weights(file)
+    assert_same_images(record, pipeline, plain, directory, str(file))
 
 
 def write_peft(pipeline, folder: Path, rank: int, encoders: tuple[str, ...]) -> None:
@@ -166,7 +172,7 @@ def test_kohyas_names_for_flux(directory, tmp_path, record_property):
     checkpoint = open_checkpoint(model)
     names = {
         name: layer
-        for name, layer in checkpoint.family.kohya_names(checkpoint, "transformer").items()
+        for name, layer in original_transformers.lora_layers(checkpoint).items()
         if KOHYAS.fullmatch(name)
     }
     tensors = kohya_tensors(checkpoint.weights("transformer"), names)
@@ -176,12 +182,7 @@ def test_kohyas_names_for_flux(directory, tmp_path, record_property):
             down, up = drawn(*tensor.shape, len(tensors))
             tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
             tensors[f"{name}.alpha"] = np.array(1, np.float32)
-    file = tmp_path / "kohya.safetensors"
-    save_file(tensors, file)
-    pipeline = pipeline_of(model)
-    plain = image_of(pipeline)
-    pipeline.load_lora_weights(file)
-    assert_same_images(record_property, pipeline, plain, model, str(file))
+    assert_same_effect(record_property, model, tmp_path / "kohya.safetensors", tensors)
 
 
 def test_xlabs_names_for_flux(directory, tmp_path, record_property):
@@ -194,12 +195,7 @@ def test_xlabs_names_for_flux(directory, tmp_path, record_property):
     }
     for seed, (name, shape) in enumerate(shapes.items()):
         tensors[f"{name}.down.weight"], tensors[f"{name}.up.weight"] = drawn(*shape, seed)
-    file = tmp_path / "xlabs.safetensors"
-    save_file(tensors, file)
-    pipeline = pipeline_of(model)
-    plain = image_of(pipeline)
-    pipeline.load_lora_weights(file)
-    assert_same_images(record_property, pipeline, plain, model, str(file))
+    assert_same_effect(record_property, model, tmp_path / "xlabs.safetensors", tensors)
 
 
 class Original(dict):
@@ -209,30 +205,23 @@ class Original(dict):
         return super().pop(key, *default or [torch.zeros(21504)])
 
 
-def page(table):
-    transformer = Component(library="diffusers", class_name="")
-    return SimpleNamespace(
-        components={"transformer": transformer}, kohya_names=partial(kohya_names, table)
-    )
-
-
 @pytest.mark.parametrize(
-    ("page", "network", "config", "convert"),
+    ("family", "network", "config", "convert"),
     [
         (
-            page(lora_names.FLUX),
+            flux.FLUX,
             FluxTransformer2DModel,
             FluxConfig(num_layers=2, num_single_layers=2, guidance_embeds=True),
             single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
         ),
         (
-            page(lora_names.FLUX_2),
+            flux2.FLUX_2,
             Flux2Transformer2DModel,
             Flux2Config(num_layers=2, num_single_layers=2),
             single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
         ),
         (
-            page(lora_names.Z_IMAGE),
+            z_image.Z_IMAGE,
             ZImageTransformer2DModel,
             ZImageConfig(n_layers=2),
             single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
@@ -247,26 +236,22 @@ def page(table):
     ids=["FLUX.1", "FLUX.2", "Z-Image", "Stable Diffusion 3.5"],
 )
 def test_original_names_and_rows_are_those_of_single_files(
-    tmp_path, page, network, config, convert
+    tmp_path, family, network, config, convert
 ):
     """A LoRA's product with original names, converted by diffusers, is what we add.
 
     The rows are those of the published models; of each layer's columns, there are two.
     """
     weights = {
-        key: StoredTensor(tmp_path, key, "F32", (shape[0], 2), 0)
+        key: StoredTensor(tmp_path, key, "F32", (shape[0], 2) if len(shape) in (2, 4) else shape, 0)
         for key, shape in file_shapes(abstract_network(network, config)[1]).items()
-        if key.endswith(".weight") and len(shape) in (2, 4)
     }
-    plain = Checkpoint(tmp_path, "small", page, {}, {}, {"transformer": weights}, {}, {})
-    names = {
-        name: layer
-        for name, layer in page.kohya_names(plain, "transformer").items()
-        if not XLABS.fullmatch(name)
-    }
+    configs = {"transformer": asdict(config)}
+    plain = Checkpoint(tmp_path, "small", family, {}, configs, {"transformer": weights}, {}, {})
+    names = original_transformers.lora_layers(plain)
     tensors = kohya_tensors(weights, names)
     save_file(tensors, tmp_path / "style.safetensors")
-    original = Original({"context_embedder.weight": torch.zeros(SD3Config().width, 2)})
+    original = Original()
     for name in names:
         kohya = f"lora_unet_{name.replace('.', '_')}"
         down, up = (tensors[f"{kohya}.lora_{part}.weight"] for part in ("down", "up"))

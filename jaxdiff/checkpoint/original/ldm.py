@@ -4,7 +4,7 @@ Those of Stable Diffusion 1 come from CompVis's latent-diffusion, those of XL fr
 generative-models. Later models kept the autoencoder's; Stable Diffusion 3 also the CLIPs' names.
 """
 
-from jaxdiff.checkpoint.naming import PARAMETERS, WEIGHT, Names, module, thirds
+from jaxdiff.checkpoint.original.naming import PARAMETERS, WEIGHT, Names, module, thirds
 from jaxdiff.checkpoint.tensors import StoredTensor
 
 TRANSFORMER_BLOCK = (
@@ -16,7 +16,17 @@ CLIP_LAYER = (
     *("layer_norm1", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     *("self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2"),
 )
-QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def names(config: dict) -> Names:
+    """Yields the names of the network with this config."""
+    if config.get("_class_name") == "UNet2DConditionModel":
+        return unet_names(config)
+    if config.get("_class_name") == "AutoencoderKL":
+        return vae_names(config)
+    if config["architectures"] == ["CLIPTextModelWithProjection"]:
+        return openclip_names(config)
+    return clip_names(config)
 
 
 def unet_names(config: dict) -> Names:
@@ -148,8 +158,9 @@ def openclip_names(config: dict) -> Names:
     for i in range(config["num_hidden_layers"]):
         ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
         for parameter in PARAMETERS:
-            parts = [f"{ours}.self_attn.{part}.{parameter}" for part in QKV]
-            yield from thirds(parts, f"{theirs}.attn.in_proj_{parameter}")
+            yield from thirds(
+                f"{ours}.self_attn.*_proj.{parameter}", f"{theirs}.attn.in_proj_{parameter}"
+            )
         yield from module(f"{ours}.self_attn.out_proj", f"{theirs}.attn.out_proj")
         yield from module(f"{ours}.layer_norm1", f"{theirs}.ln_1")
         yield from module(f"{ours}.layer_norm2", f"{theirs}.ln_2")

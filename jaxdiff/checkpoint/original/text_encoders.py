@@ -1,18 +1,19 @@
 """The names of the text encoders in whole files of transformer models. Imports no JAX.
 
-They are transformers' own names, so only configs have to be found, from the shapes.
+The names are transformers' own; only the configs have to be found, from the shapes.
 """
 
-from jaxdiff.checkpoint.naming import WEIGHT, Names, Shapes, module
-from jaxdiff.checkpoint.original_ldm import clip_names
+from jaxdiff.checkpoint.original.ldm import clip_names
+from jaxdiff.checkpoint.original.naming import WEIGHT, Names, Shapes, module
 from jaxdiff.checkpoint.single_file_configs import CLIP_L, OPENCLIP_BIGG
 from jaxdiff.checkpoint.tensors import Identity, StoredTensor
 
 CLIP_HEAD_WIDTH = 64
-T5_BLOCK = {
-    "layer.0.SelfAttention": ("q", "k", "v", "o"),
-    "layer.1.DenseReluDense": ("wi_0", "wi_1", "wo"),
-}
+T5_BLOCK = (
+    *(f"layer.0.SelfAttention.{part}" for part in ("q", "k", "v", "o")),
+    *(f"layer.1.DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")),
+    *("layer.0.layer_norm", "layer.1.layer_norm"),
+)
 
 
 def clip_l_config(shapes: Shapes) -> dict:
@@ -95,8 +96,6 @@ def t5_names(config: dict) -> Names:
     for layer in ("shared", "encoder.final_layer_norm", bias):
         yield from module(layer, layer, WEIGHT)
     for i in range(config["num_layers"]):
-        for part, layers in T5_BLOCK.items():
-            names = [f"{part}.{layer}" for layer in layers]
-            for name in (*names, f"{part.rpartition('.')[0]}.layer_norm"):
-                layer = f"encoder.block.{i}.{name}"
-                yield from module(layer, layer, WEIGHT)
+        for part in T5_BLOCK:
+            layer = f"encoder.block.{i}.{part}"
+            yield from module(layer, layer, WEIGHT)

@@ -1,11 +1,13 @@
 """What the tables of original names share. Imports no JAX.
 
-A table is a function of a network's config that pairs every key that the network has in diffusers
-or transformers with its key in the file, so missing and unknown keys are always found.
+A table is a function of a network's config. It pairs every key that the network has in diffusers or
+transformers with its key in the file, so missing and unknown keys are always found. Single files
+are read with these tables, and LoRA files may name layers by them. A config may lack keys that old
+versions of diffusers did not write.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from jaxdiff.errors import InputError
 # The key in diffusers or transformers, the key in the file, and the function that converts the
 # file's tensor (None: no conversion). Neither key has the network's prefix.
 Names = Iterator[tuple[str, str, Callable[[StoredTensor], StoredTensor] | None]]
+Table = Callable[[dict], Names]
 
 PARAMETERS = ("weight", "bias")
 WEIGHT = ("weight",)
@@ -34,22 +37,26 @@ def swapped(ours: str, theirs: str, parameters: tuple[str, ...] = PARAMETERS) ->
         yield f"{ours}.{parameter}", f"{theirs}.{parameter}", StoredTensor.swap
 
 
-def fused(
-    ours: tuple[str, str, str], theirs: str, parameters: tuple[str, ...] = PARAMETERS
-) -> Names:
-    """Yields the names of queries, keys and values that are one layer in the file."""
+def fused(ours: str, theirs: str, parameters: tuple[str, ...] = PARAMETERS) -> Names:
+    """Yields the names of queries, keys and values that are one layer in the file.
+
+    Args:
+      ours: our layers, with "*" for "q", "k" or "v".
+      theirs: the file's layer.
+      parameters: those of each layer.
+    """
     for parameter in parameters:
-        yield from thirds([f"{part}.{parameter}" for part in ours], f"{theirs}.{parameter}")
+        yield from thirds(f"{ours}.{parameter}", f"{theirs}.{parameter}")
 
 
-def thirds(ours: Sequence[str], theirs: str) -> Names:
-    """Yields the keys of queries, keys and values that are one tensor in the file."""
-    for third, key in enumerate(ours):
-        yield key, theirs, partial(_third, third)
+def thirds(ours: str, theirs: str) -> Names:
+    """Yields the keys of queries, keys and values that are one tensor in the file; see `fused`."""
+    for third, letter in enumerate("qkv"):
+        yield ours.replace("*", letter), theirs, partial(_third, third)
 
 
 def rows(start: int, stop: int | None) -> Callable[[StoredTensor], StoredTensor]:
-    """Returns the function that cuts these rows from a tensor; None: up to the last."""
+    """Returns a function that cuts these rows from a tensor; None stands for the last row."""
     return lambda tensor: tensor.rows(start, tensor.shape[0] if stop is None else stop)
 
 
@@ -90,7 +97,11 @@ class Shapes:
         return tensor.shape[axis]
 
     def count(self, blocks: str) -> int:
-        """Returns the number of blocks, whose keys are `blocks`, a dot and a number."""
+        """Returns the number of blocks, whose keys begin with `blocks`, a dot and a number.
+
+        Raises:
+          InputError: if there are none, or more than `MOST_BLOCKS`.
+        """
         pattern = re.compile(rf"{re.escape(self.prefix + blocks)}\.([0-9]{{1,4}})\.")
         found = {match[1] for key in self.tensors if (match := pattern.match(key))}
         if not 0 < len(found) <= MOST_BLOCKS:

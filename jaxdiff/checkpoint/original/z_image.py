@@ -3,7 +3,7 @@
 Imports no JAX.
 """
 
-from jaxdiff.checkpoint.naming import WEIGHT, Names, Shapes, fused, module
+from jaxdiff.checkpoint.original.naming import WEIGHT, Names, Shapes, fused, module
 
 CLASS = "ZImageTransformer2DModel"
 AXES, LENGTHS = [32, 48, 48], [1536, 512, 512]  # of a head's rotary embedding
@@ -52,11 +52,11 @@ def names(config: dict) -> Names:
 
 
 def _block(name: str, modulated: bool) -> Names:
-    ours = theirs = f"{name}.attention"
-    yield from fused((f"{ours}.to_q", f"{ours}.to_k", f"{ours}.to_v"), f"{theirs}.qkv", WEIGHT)
-    yield from module(f"{ours}.to_out.0", f"{theirs}.out", WEIGHT)
-    yield from module(f"{ours}.norm_q", f"{theirs}.q_norm", WEIGHT)
-    yield from module(f"{ours}.norm_k", f"{theirs}.k_norm", WEIGHT)
+    attention = f"{name}.attention"
+    yield from fused(f"{attention}.to_*", f"{attention}.qkv", WEIGHT)
+    yield from module(f"{attention}.to_out.0", f"{attention}.out", WEIGHT)
+    yield from module(f"{attention}.norm_q", f"{attention}.q_norm", WEIGHT)
+    yield from module(f"{attention}.norm_k", f"{attention}.k_norm", WEIGHT)
     for part in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
         yield from module(f"{name}.{part}", f"{name}.{part}", WEIGHT)
     for part in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):

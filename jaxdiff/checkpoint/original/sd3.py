@@ -2,7 +2,7 @@
 
 import math
 
-from jaxdiff.checkpoint.naming import WEIGHT, Names, Shapes, fused, module, swapped
+from jaxdiff.checkpoint.original.naming import WEIGHT, Names, Shapes, fused, module, swapped
 
 CLASS = "SD3Transformer2DModel"
 HEAD_WIDTH = 64
@@ -53,12 +53,12 @@ def _image_half(config: dict, ours: str, theirs: str, block: int) -> Names:
     yield from module(f"{ours}.norm1.linear", f"{theirs}.adaLN_modulation.1")
     yield from module(f"{ours}.ff.net.0.proj", f"{theirs}.mlp.fc1")
     yield from module(f"{ours}.ff.net.2", f"{theirs}.mlp.fc2")
-    for attention in ("attn", "attn2") if block in config["dual_attention_layers"] else ("attn",):
+    dual = block in config.get("dual_attention_layers", ())
+    for attention in ("attn", "attn2") if dual else ("attn",):
         of_ours, of_theirs = f"{ours}.{attention}", f"{theirs}.{attention}"
-        parts = f"{of_ours}.to_q", f"{of_ours}.to_k", f"{of_ours}.to_v"
-        yield from fused(parts, f"{of_theirs}.qkv")
+        yield from fused(f"{of_ours}.to_*", f"{of_theirs}.qkv")
         yield from module(f"{of_ours}.to_out.0", f"{of_theirs}.proj")
-        if config["qk_norm"]:
+        if config.get("qk_norm"):
             yield from module(f"{of_ours}.norm_q", f"{of_theirs}.ln_q", WEIGHT)
             yield from module(f"{of_ours}.norm_k", f"{of_theirs}.ln_k", WEIGHT)
 
@@ -67,9 +67,8 @@ def _text_half(config: dict, ours: str, theirs: str, last: bool) -> Names:
     """Yields the names of what is for the text; the last block needs its keys and values alone."""
     norm = swapped if last else module
     yield from norm(f"{ours}.norm1_context.linear", f"{theirs}.adaLN_modulation.1")
-    parts = f"{ours}.attn.add_q_proj", f"{ours}.attn.add_k_proj", f"{ours}.attn.add_v_proj"
-    yield from fused(parts, f"{theirs}.attn.qkv")
-    if config["qk_norm"]:
+    yield from fused(f"{ours}.attn.add_*_proj", f"{theirs}.attn.qkv")
+    if config.get("qk_norm"):
         yield from module(f"{ours}.attn.norm_added_q", f"{theirs}.attn.ln_q", WEIGHT)
         yield from module(f"{ours}.attn.norm_added_k", f"{theirs}.attn.ln_k", WEIGHT)
     if not last:

@@ -1,6 +1,14 @@
 """The names of FLUX.1's transformer in Black Forest Labs' code. Imports no JAX."""
 
-from jaxdiff.checkpoint.naming import PARAMETERS, Names, Shapes, fused, module, rows, swapped
+from jaxdiff.checkpoint.original.naming import (
+    PARAMETERS,
+    Names,
+    Shapes,
+    fused,
+    module,
+    rows,
+    swapped,
+)
 from jaxdiff.errors import InputError
 
 CLASS = "FluxTransformer2DModel"
@@ -36,7 +44,7 @@ def names(config: dict) -> Names:
     """Yields the transformer's names."""
     width = config["num_attention_heads"] * HEAD_WIDTH
     embedders = {"timestep": "time_in", "text": "vector_in"}
-    if config["guidance_embeds"]:
+    if config.get("guidance_embeds"):
         embedders["guidance"] = "guidance_in"
     for ours, theirs in embedders.items():
         yield from module(f"time_text_embed.{ours}_embedder.linear_1", f"{theirs}.in_layer")
@@ -60,11 +68,9 @@ def _double_block(ours: str, theirs: str) -> Names:
 
 
 def attention(ours: str, theirs: str, parameters: tuple[str, ...]) -> Names:
-    """Yields the names of a double block's attention."""
-    of_image = f"{ours}.to_q", f"{ours}.to_k", f"{ours}.to_v"
-    of_text = f"{ours}.add_q_proj", f"{ours}.add_k_proj", f"{ours}.add_v_proj"
-    yield from fused(of_image, f"{theirs}.img_attn.qkv", parameters)
-    yield from fused(of_text, f"{theirs}.txt_attn.qkv", parameters)
+    """Yields the names of a double block's attention, in FLUX.1 or FLUX.2."""
+    yield from fused(f"{ours}.to_*", f"{theirs}.img_attn.qkv", parameters)
+    yield from fused(f"{ours}.add_*_proj", f"{theirs}.txt_attn.qkv", parameters)
     yield from module(f"{ours}.to_out.0", f"{theirs}.img_attn.proj", parameters)
     yield from module(f"{ours}.to_add_out", f"{theirs}.txt_attn.proj", parameters)
     yield from norms(ours, f"{theirs}.img_attn.norm")
@@ -72,19 +78,21 @@ def attention(ours: str, theirs: str, parameters: tuple[str, ...]) -> Names:
 
 
 def norms(ours: str, theirs: str, which: str = "") -> Names:
-    """Yields the names of the norms of queries and keys."""
+    """Yields the names of the norms of queries and keys; `which` is "added_" for the text's."""
     yield f"{ours}.norm_{which}q.weight", f"{theirs}.query_norm.scale", None
     yield f"{ours}.norm_{which}k.weight", f"{theirs}.key_norm.scale", None
 
 
 def _single_block(ours: str, theirs: str, width: int) -> Names:
-    """Yields a single block's names; its first layer makes queries, keys, values and the MLP's."""
+    """Yields the names of a single block.
+
+    The rows of its first layer are those of the queries, the keys, the values and the MLP.
+    """
     yield from module(f"{ours}.norm.linear", f"{theirs}.modulation.lin")
-    parts = ("attn.to_q", "attn.to_k", "attn.to_v")
     for parameter in PARAMETERS:
-        fused_key = f"{theirs}.linear1.{parameter}"
-        for i, part in enumerate(parts):
-            yield f"{ours}.{part}.{parameter}", fused_key, rows(i * width, (i + 1) * width)
-        yield f"{ours}.proj_mlp.{parameter}", fused_key, rows(3 * width, None)
+        key = f"{theirs}.linear1.{parameter}"
+        for i, part in enumerate(("to_q", "to_k", "to_v")):
+            yield f"{ours}.attn.{part}.{parameter}", key, rows(i * width, (i + 1) * width)
+        yield f"{ours}.proj_mlp.{parameter}", key, rows(3 * width, None)
     yield from norms(f"{ours}.attn", f"{theirs}.norm")
     yield from module(f"{ours}.proj_out", f"{theirs}.linear2")

@@ -1,7 +1,7 @@
 """The names of FLUX.2's transformer in Black Forest Labs' code. Imports no JAX."""
 
-from jaxdiff.checkpoint.naming import WEIGHT, Names, Shapes, module, swapped
-from jaxdiff.checkpoint.original_flux import GUIDANCE, attention, norms
+from jaxdiff.checkpoint.original.flux import GUIDANCE, attention, norms
+from jaxdiff.checkpoint.original.naming import WEIGHT, Names, Shapes, module, swapped
 
 CLASS = "Flux2Transformer2DModel"
 HEAD_WIDTH = 128
@@ -31,9 +31,9 @@ def config(shapes: Shapes) -> dict:
 
 
 def names(config: dict) -> Names:
-    """Yields the transformer's names, which are all of weights without a bias."""
+    """Yields the transformer's names; no layer has a bias."""
     embedders = {"timestep": "time_in"}
-    if config["guidance_embeds"]:
+    if config.get("guidance_embeds", True):
         embedders["guidance"] = "guidance_in"
     for ours, theirs in embedders.items():
         embedder = f"time_guidance_embed.{ours}_embedder"
