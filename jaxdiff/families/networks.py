@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -17,10 +19,15 @@ from jaxdiff.models.sharding import Rules
 from jaxdiff.models.text import clip, qwen, t5
 from jaxdiff.weights.load import abstract_network
 
-# The config keys that say how many modules a network has.
+# The config keys that say how many modules a network has: as a number, or a number for each block,
 COUNTS = (
-    *("block_out_channels", "layers_per_block", "n_layers", "n_refiner_layers"),
-    *("num_hidden_layers", "num_layers", "num_single_layers"),
+    *("decoder_layers_per_block", "encoder_layers_per_block", "layers_per_block", "n_layers"),
+    *("n_refiner_layers", "num_hidden_layers", "num_layers", "num_res_blocks", "num_single_layers"),
+)
+# and by the length of a list.
+LISTS = (
+    *("block_out_channels", "decoder_block_out_channels", "decoder_qkv_multiscales", "dim_mult"),
+    *("encoder_block_out_channels", "encoder_qkv_multiscales"),
 )
 
 
@@ -32,11 +39,32 @@ class Architecture:
       config: its config dataclass, with `from_json` and `to_json`.
       module: maps a config to the Flax module's class.
       sharding: the rules that split its parameters over a mesh.
+      model_types: those that its config may have, if it is not one that the config's class fixes.
     """
 
     config: type
     module: Callable[[Any], type[nnx.Module]]
     sharding: Rules
+    model_types: tuple[str, ...] = ()
+
+    def read(self, folder: str, parsed: dict) -> Any:
+        """Reads a parsed config strictly into its dataclass; raises InputError, naming the folder.
+
+        A wrong `model_type` comes first: it says more than the keys that only other networks have.
+        """
+        fixed = self.config.fixed.get("model_type")
+        known = self.model_types or ((fixed,) if fixed else ())
+        found = parsed.get("model_type")
+        if known and found is not None and found not in known:
+            raise InputError(
+                f"{folder}/config.json: model_type = {shown(found)} is not supported (only "
+                f"{' or '.join(map(repr, known))} is); copy the checkpoint again"
+            )
+        try:
+            return self.config.from_json(parsed)
+        except InputError as problem:  # which names the folder that such networks mostly have
+            said = str(problem).removeprefix(f"{self.config.component}/")
+            raise InputError(f"{folder}/{said}") from problem
 
 
 @dataclass(frozen=True)
@@ -55,17 +83,16 @@ class Networks:
     def read_configs(self, parsed: Mapping[str, dict]) -> dict:
         """Reads each network's parsed config strictly into its dataclass."""
         return {
-            name: self.architectures[name].config.from_json(config)
-            for name, config in parsed.items()
+            name: self.architectures[name].read(name, config) for name, config in parsed.items()
         }
 
     def check_counts(self, configs: Mapping, weights: Mapping[str, Sized]) -> None:
         """Raises InputError if a config describes more modules than its network has weights."""
         for network, config in configs.items():
             held, described = len(weights[network]), config.to_json()
-            for key in COUNTS:
-                value = described.get(key) or 0
-                count = len(value) if isinstance(value, list) else value
+            counts = {key: np.sum(described.get(key) or 0) for key in COUNTS}
+            counts |= {key: len(jax.tree.leaves(described.get(key))) for key in LISTS}
+            for key, count in counts.items():
                 if count > held:
                     raise InputError(
                         f"{network}/config.json: {key} = {shown(described[key])} describes more "
@@ -107,8 +134,11 @@ def fit(requirements: Sequence[tuple[str, int, int]]) -> None:
             )
 
 
-def evaluation(network: Network) -> Callable:
-    """Returns `Denoiser.evaluate` for a network that is called with the conditioning by name."""
+def evaluation(network: Network, **fixed) -> Callable:
+    """Returns `Denoiser.evaluate` for a network that is called with the conditioning by name.
+
+    The `fixed` options are added to every call.
+    """
 
     def evaluate(
         params, latents, timesteps, conditioning, guidance_scale=None, kept=None, **options
@@ -116,13 +146,13 @@ def evaluation(network: Network) -> Callable:
         if guidance_scale is not None:
             options["guidance_scale"] = guidance_scale
         called = nnx.merge(network.graph, params)
-        return called(latents, timesteps, **conditioning, **options), None
+        return called(latents, timesteps, **conditioning, **fixed, **options), None
 
     return evaluate
 
 
 CLIP_TEXT = Architecture(clip.CLIPTextConfig, clip.network, clip.SHARDING)
-T5 = Architecture(t5.T5Config, lambda config: t5.T5EncoderModel, t5.SHARDING)
+T5 = Architecture(t5.T5Config, lambda config: t5.T5EncoderModel, t5.SHARDING, tuple(t5.MODEL_TYPES))
 QWEN3 = Architecture(qwen.Qwen3Config, lambda config: qwen.Qwen3Model, qwen.SHARDING)
 AUTOENCODER_KL = Architecture(
     autoencoder_kl.AutoencoderKLConfig,

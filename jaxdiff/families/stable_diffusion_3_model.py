@@ -51,14 +51,16 @@ def _assemble(
             _encode_text,
             {name: networks[name].graph for name in encoders},
             joint,
-            t5_tokens,
         ),
         condition=_condition,
         denoiser=Denoiser(
             component="transformer",
             sample_size=transformer.sample_size,
             size_multiple=transformer.patch_size,
-            evaluate=evaluation(networks["transformer"]),
+            evaluate=evaluation(
+                networks["transformer"],
+                last_counts=1 if OPTIONAL_T5 in configs else t5_tokens,
+            ),
         ),
         codec=codec(networks["vae"], vae, vae.latent_channels),
     )
@@ -67,14 +69,14 @@ def _assemble(
 def _encode_text(
     graphs: Mapping[str, nnx.GraphDef],
     width: int,
-    t5_tokens: int,
     params: Params,
     tokens: Mapping,
     clip_skip: int,
 ) -> Text:
-    """Encodes prompts: CLIP's tokens, filled up to T5's `width` with zeros, then `t5_tokens`.
+    """Encodes prompts: CLIP's tokens, filled up to T5's `width` with zeros, then T5's.
 
-    T5's padding is seen like all other tokens. Without T5, its tokens are zeros.
+    T5's padding is seen like all other tokens. Without T5, its tokens are zeros, of which one
+    stands for all; see `last_counts` of the network.
     """
     contexts, vectors = [], []
     for name in CLIPS:
@@ -89,7 +91,7 @@ def _encode_text(
         t5 = nnx.merge(graphs[OPTIONAL_T5], params[OPTIONAL_T5])
         of_t5 = t5(tokens[OPTIONAL_T5].ids)
     else:
-        of_t5 = jnp.zeros((len(of_clip), t5_tokens, width), of_clip.dtype)
+        of_t5 = jnp.zeros((len(of_clip), 1, width), of_clip.dtype)
     context = jnp.concatenate([of_clip, of_t5.astype(of_clip.dtype)], axis=1)
     return Text(context, jnp.concatenate(vectors, axis=-1))
 

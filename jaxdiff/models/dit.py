@@ -155,6 +155,7 @@ class JointAttention(nnx.Module):
         *,
         angles: Array | None = None,
         mask: Array | None = None,
+        last_counts: int = 1,
     ) -> tuple[Array, Array | None]:
         """Computes attention over the text's tokens followed by the image's.
 
@@ -163,6 +164,7 @@ class JointAttention(nnx.Module):
           context: [batch, text tokens, width].
           angles: as in `embeddings.rotate_pairs`, for all tokens; None rotates nothing.
           mask: bool [batch, all tokens]: which tokens are seen; None for all.
+          last_counts: how often the last of the text's tokens is seen, without angles or mask.
 
         Returns:
           the image's and the text's tokens, in the shapes of the inputs; without `context_out`,
@@ -172,6 +174,13 @@ class JointAttention(nnx.Module):
         added = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         image = _heads(x, ours, (self.norm_q, self.norm_k), self.num_heads)
         text = _heads(context, added, (self.norm_added_q, self.norm_added_k), self.num_heads)
+        if last_counts > 1:  # seen so often, but what each of them sees is computed once
+            query, *seen = text
+            copies = [x[:, -1:].repeat(last_counts - 1, axis=1) for x in seen]
+            text = (
+                query,
+                *(jnp.concatenate(both, axis=1) for both in zip(seen, copies, strict=True)),
+            )
         heads = (jnp.concatenate(both, axis=1) for both in zip(text, image, strict=True))
         mixed = _rotated_attention(*heads, angles, mask)
         of_text, of_image = jnp.split(mixed, [context.shape[1]], axis=1)

@@ -148,7 +148,9 @@ class _Block(nnx.Module):
         self.ff = FeedForward(width, rngs=rngs)
         self.ff_context = None if last else FeedForward(width, rngs=rngs)
 
-    def __call__(self, x: Array, context: Array, embedding: Array) -> tuple[Array, Array | None]:
+    def __call__(
+        self, x: Array, context: Array, embedding: Array, *, last_counts: int
+    ) -> tuple[Array, Array | None]:
         """Maps the image's and the text's tokens to such tokens; None for the text if last."""
         shift, scale, gate, *of_rest = self.norm1(embedding)
         of_feed_forward, of_dual = of_rest[:3], of_rest[3:]
@@ -158,7 +160,9 @@ class _Block(nnx.Module):
             context_shift, context_scale, context_gate, *of_context = self.norm1_context(embedding)
 
         mixed, context_mixed = self.attn(
-            modulated(x, shift, scale), modulated(context, context_shift, context_scale)
+            modulated(x, shift, scale),
+            modulated(context, context_shift, context_scale),
+            last_counts=last_counts,
         )
         y = x + gate[:, None] * mixed
         if self.attn2 is not None:
@@ -207,6 +211,7 @@ class SD3Transformer2DModel(nnx.Module):
         context: Array,
         pooled: Array,
         skipped: tuple[int, ...] = (),
+        last_counts: int = 1,
     ) -> Array:
         """Evaluates the denoiser once.
 
@@ -218,6 +223,8 @@ class SD3Transformer2DModel(nnx.Module):
             tokens are seen.
           pooled: [batch, pooled projection dim], the pooled text embeddings.
           skipped: the indices of blocks to leave out, as skip-layer guidance does.
+          last_counts: how many tokens like the last one of the context there are. Tokens have no
+            positions here, so equal ones stay equal, and one can be computed for all of them.
 
         Returns:
           [batch, h, w, out channels].
@@ -234,7 +241,9 @@ class SD3Transformer2DModel(nnx.Module):
         context = self.context_embedder(context)
         for i, block in enumerate(self.transformer_blocks):
             if i not in skipped:
-                x, context = call(block, x, context, embedding, remat=self.remat)
+                x, context = call(
+                    block, x, context, embedding, remat=self.remat, last_counts=last_counts
+                )
         scale, shift = self.norm_out(embedding)  # in this order
         x = self.proj_out(modulated(x, shift, scale))
         return unpacked(x, *latents.shape[1:3], config.patch_size, channels_last=True)
