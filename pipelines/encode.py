@@ -268,7 +268,8 @@ def _finish(encoding: Encoding, shards: list[encoded.Shard], output: Path) -> No
         )
     encoder = _encoder(encoding.model, encoding.embeddings)
     if encoding.embeddings:
-        empty = {name: array[0] for name, array in encoder.embeddings([""]).items()}
+        empty = encoder.embeddings([""], negative=True)  # what guidance steers away from
+        empty = {name: array[0] for name, array in empty.items()}
         _commit(output, encoded.EMPTY, encoded.empty_bytes(empty))
     LocalStore(output).swap(encoded.INDEX, encoded.index_text(shards, encoder.made_with))
     LocalStore(output).tidy()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -32,8 +33,9 @@ class Batches:
 
     Attributes:
       batch: maps a batch's number to "latents" [b, h, w, c] or "pixels" uint8 [b, h, w, 3];
-        "token_ids" int32 [b, tokens] by text encoder, or "context" [b, tokens, width] and perhaps
-        "pooled"; and perhaps "weights" [b], or "places" as in `places.maps`. Thread-safe.
+        "token_ids", what each text encoder's tokenizer returns, or "context" [b, tokens, width]
+        and perhaps "pooled" and "mask"; and perhaps "weights" [b], or "places" as in `places.maps`.
+        Thread-safe.
       validation: batches of held-out examples, without caption dropout.
       captions: the captions for the sample grids.
     """
@@ -88,11 +90,8 @@ def prepare(recipe: TextToImageRecipe, output: Path, class_images: ClassImages |
 
 def _refuse_unused(recipe: TextToImageRecipe) -> None:
     """Raises InputError for a setting that has no effect in this recipe."""
-    lora, of_scenes = recipe.method == "lora", recipe.data.path == scenes.PIXELS
-    unused = {
-        "train": lora and recipe.train != ("unet",),
-        "lora": not lora and recipe.lora != Lora(),
-    }
+    of_scenes = recipe.data.path == scenes.PIXELS
+    unused = {"lora": recipe.method != "lora" and recipe.lora != Lora()}
     for name in ONLY_IMAGES if of_scenes else ONLY_SCENES:
         unused[f"data.{name}"] = getattr(recipe.data, name) != getattr(Data(), name)
     for name, is_set in unused.items():
@@ -101,8 +100,6 @@ def _refuse_unused(recipe: TextToImageRecipe) -> None:
             if name.startswith("data."):
                 where = f'data.path = "{recipe.data.path}"'
             raise InputError(f"{name} has no effect with {where}; leave it out")
-    if not recipe.train:
-        raise InputError("train is empty; list at least one component")
 
 
 def of(parts: Components, recipe: TextToImageRecipe, output: Path) -> Batches:
@@ -116,25 +113,27 @@ def of(parts: Components, recipe: TextToImageRecipe, output: Path) -> Batches:
     else:
         source = _of_examples(parts, recipe)
     train = _with_prior(source, parts, recipe, output) if recipe.prior else source.train
-    empty = {name: tokenize([""])[0, 0] for name, tokenize in parts.tokenizers.items()}
+    dropout = recipe.caption_dropout if parts.classifier_free else 0.0
+    empty = parts.tokenized([""], negative=True)  # as the prompts that guidance steers away from
 
     def conditioned(number: int, make: Callable[[int], dict], dropout: float) -> dict:
         made = make(number)
         captions = made.pop("captions")
         rng = np.random.default_rng([recipe.seed, DROPOUT, number])
         dropped = rng.random(len(captions)) < dropout
-        for name, vector in source.empty.items():
-            made[name] = np.where(dropped.reshape(-1, *[1] * vector.ndim), vector, made[name])
+
+        def without_dropped(nothing: np.ndarray, each: np.ndarray) -> np.ndarray:
+            return np.where(dropped.reshape(-1, *[1] * (each.ndim - 1)), nothing, each)
+
+        for name, nothing in source.empty.items():
+            made[name] = without_dropped(nothing, made[name])
         if "context" not in made:
-            made["token_ids"] = {
-                name: np.where(dropped[:, None], empty[name], tokenize(captions)[:, 0])
-                for name, tokenize in parts.tokenizers.items()
-            }
+            made["token_ids"] = jax.tree.map(without_dropped, empty, parts.tokenized(captions))
         return made
 
     validation = range(VALIDATION_BATCHES) if source.held_out else ()
     return Batches(
-        batch=partial(conditioned, make=train, dropout=recipe.caption_dropout),
+        batch=partial(conditioned, make=train, dropout=dropout),
         validation=[conditioned(number, source.held_out, 0.0) for number in validation],
         captions=source.captions,
     )
@@ -205,7 +204,7 @@ def _refuse_encoded(
     """Raises InputError if the latents or embeddings do not fit the recipe."""
     config = parts.model.configs[parts.model.codec.component]
     data.check_encoders(examples, config, parts.params)
-    learns = recipe.lora.text_encoder if recipe.method == "lora" else recipe.train != ("unet",)
+    learns = recipe.lora.text_encoder or {*(recipe.train or ())} & {*parts.model.text_encoders}
     if examples.empty and learns:
         raise InputError(
             f"{examples.path} contains embedded captions, on which a text encoder cannot be "

@@ -1,26 +1,37 @@
 """The model that a recipe trains: new, loaded from folders, or taken from a checkpoint."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
-from jaxdiff.checkpoint.component import CONFIG
+from jaxdiff.checkpoint.component import CONFIG, Component
 from jaxdiff.checkpoint.json_files import read_json
 from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError, suggestion
 from jaxdiff.families import FAMILIES, open_checkpoint
-from jaxdiff.families.family import Family
+from jaxdiff.families.family import UNGUIDED, Family
 from jaxdiff.families.model import Model, networks_of
 from jaxdiff.families.stable_diffusion import PIPELINE
 from jaxdiff.families.tokens import Tokenizer, of_checkpoint
 from jaxdiff.training.loop import Params
 from jaxdiff.training.recipe import TextToImageRecipe
-from jaxdiff.weights.load import abstract_network, load_params, places
+from jaxdiff.weights.load import abstract_network, load_params, name_of, places
 from jaxdiff.weights.save import save_pipeline
+
+# The recipe's keys for components.
+COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer", "vae")
+# The layers of a new transformer that are zero at first: those that modulate its blocks, each of
+# which so begins as the identity (adaLN-Zero: Peebles and Xie, 2022, arXiv:2212.09748, 3.2), and
+# the last one.
+ZERO_AT_FIRST = re.compile(r"(.*\.(norm|norm1|norm1_context)|norm_out)\.linear|proj_out")
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Components:
       tokenizer_folders: the folders that the tokenizers were read from.
       scheduler: the contents of `scheduler_config.json`.
       pipeline: the entries of `model_index.json` other than components.
+      unguided: whether it was distilled to need no guidance.
     """
 
     model: Model
@@ -42,6 +54,7 @@ class Components:
     tokenizer_folders: dict[str, Path]
     scheduler: dict
     pipeline: dict
+    unguided: bool = False
 
     @property
     def family(self) -> Family:
@@ -58,8 +71,23 @@ class Components:
         """The number of pixels that height and width must be multiples of in training."""
         return self.model.codec.factor * self.model.denoiser.size_multiple
 
+    @property
+    def classifier_free(self) -> bool:
+        """Whether its images are made with classifier-free guidance."""
+        return not self.unguided and not self.model.denoiser.guidance_is_input
+
+    def tokenized(self, texts: Sequence[str], *, negative: bool = False) -> dict[str, Any]:
+        """Returns what each text encoder's tokenizer returns for texts."""
+        return {name: each(texts, negative=negative) for name, each in self.tokenizers.items()}
+
     def save(self, directory: Path, params: Mapping[str, Params], dtype) -> None:
         """Writes the model as a diffusers directory, with `params` in place of its own."""
+        left_out = {
+            folder: [None, None]
+            for name, files in self.family.components.items()
+            for folder in (name, files.tokenizer)
+            if files.optional and folder and name not in self.model.configs
+        }
         save_pipeline(
             directory,
             components=self.family.components,
@@ -67,7 +95,7 @@ class Components:
             params={**self.params, **params},
             scheduler=self.scheduler,
             tokenizers=self.tokenizer_folders,
-            pipeline={**self.pipeline, **self.family.absent},
+            pipeline={**self.pipeline, **self.family.absent, **left_out},
             dtype=dtype,
         )
 
@@ -92,6 +120,7 @@ def load_model(model: str) -> Components:
         pipeline={
             key: value for key, value in checkpoint.index.items() if not isinstance(value, list)
         },
+        unguided=checkpoint.defaults.guidance == UNGUIDED,
     )
 
 
@@ -101,41 +130,81 @@ def from_recipe(recipe: TextToImageRecipe) -> Components:
     Raises:
       InputError: if a part is missing or cannot be read, or the parts do not fit together.
     """
-    configs, params, tokenizers, folders, scheduler = {}, {}, {}, {}, {}
-    pipeline = {"_class_name": PIPELINE}
-    if recipe.model:
-        base = load_model(recipe.model)
-        configs, params = dict(base.model.configs), dict(base.params)
-        tokenizers, folders = base.tokenizers, base.tokenizer_folders
-        scheduler, pipeline = base.scheduler, base.pipeline
-    family = FAMILIES[pipeline["_class_name"]]
+    base = load_model(recipe.model) if recipe.model else None
+    pipeline = base.pipeline if base else {"_class_name": recipe.pipeline or PIPELINE}
+    family = _family(recipe, pipeline["_class_name"])
+    configs, params = (dict(base.model.configs), dict(base.params)) if base else ({}, {})
     rngs = nnx.Rngs(recipe.seed)
-    for name in ("text_encoder", "unet", "vae"):
-        given = getattr(recipe, name)
+    for name, files in family.components.items():
+        given = getattr(recipe, name, "")
         if given:
             configs[name], _, params[name] = component(family, name, given, rngs)
-        elif name not in configs:
+            _refuse_other_class(name, files, configs[name])
+        elif name not in configs and not files.optional:
             raise InputError(f"the recipe sets neither {name} nor model; add one of them")
-    if recipe.tokenizer:
-        folders = {"text_encoder": Path(recipe.tokenizer)}
-        config = configs["text_encoder"].to_json()
-        tokenizers = {
-            name: family.tokenizer(name, folder, config) for name, folder in folders.items()
-        }
+    tokenizers, folders = _tokenizers(recipe, family, configs, base)
+    scheduler = _scheduler(recipe, base)
+    configs = {name: configs[name] for name in family.components if name in configs}
+    try:
+        model = family.networks().build(configs, pipeline, remat=recipe.computing.remat)
+    except InputError as problem:
+        raise InputError(f"the recipe's networks do not fit together: {problem}") from None
+    unguided = base.unguided if base else False
+    return Components(model, params, tokenizers, folders, scheduler, pipeline, unguided)
+
+
+def _family(recipe: TextToImageRecipe, pipeline: str) -> Family:
+    """Returns the family of a pipeline's class; raises InputError if the recipe does not fit it."""
+    if recipe.model and recipe.pipeline:
+        raise InputError("pipeline has no effect with model, which has its own; leave it out")
+    if pipeline not in FAMILIES:
+        hint = suggestion(pipeline, FAMILIES) or f"; known: {', '.join(FAMILIES)}"
+        raise InputError(f"pipeline = {pipeline!r} is not supported{hint}")
+    components = FAMILIES[pipeline].components
+    for name in COMPONENTS:
+        if getattr(recipe, name) and name not in components:
+            raise InputError(
+                f"the recipe sets {name}, but a {pipeline} consists of {', '.join(components)}"
+            )
+    return FAMILIES[pipeline]
+
+
+def _refuse_other_class(name: str, files: Component, config) -> None:
+    """Raises InputError for a text encoder of another class than the pipeline's."""
+    found = getattr(config, "architectures", (files.class_name,))
+    if not {*found} <= {files.class_name, *files.other_class_names}:
+        raise InputError(
+            f"{name} is a {found[0]}, but the pipeline needs a {files.class_name}; use another one"
+        )
+
+
+def _tokenizers(
+    recipe: TextToImageRecipe, family: Family, configs: Mapping, base: Components | None
+) -> tuple[dict[str, Tokenizer], dict[str, Path]]:
+    """Returns the tokenizer of each text encoder, and its folder."""
+    if not recipe.tokenizer and base:
+        return base.tokenizers, base.tokenizer_folders
+    if not recipe.tokenizer:
+        raise InputError("the recipe sets neither tokenizer nor model; add one of them")
+    encoders = [name for name in configs if family.components[name].tokenizer]
+    folders = dict.fromkeys(encoders, Path(recipe.tokenizer))
+    tokenizers = {
+        name: family.tokenizer(name, folder, configs[name].to_json())
+        for name, folder in folders.items()
+    }
+    return tokenizers, folders
+
+
+def _scheduler(recipe: TextToImageRecipe, base: Components | None) -> dict:
+    """Returns the contents of `scheduler_config.json`."""
     known = scheduler_config.KEYS
     for key in recipe.scheduler.keys() - known - {"_class_name"}:
         hint = suggestion(key, known) or f"; known keys: {', '.join(sorted(known))}"
         raise InputError(f"the recipe's scheduler.{key}: unknown key{hint}")
-    scheduler = scheduler | recipe.scheduler
-    for name, value in (("tokenizer", tokenizers), ("scheduler", scheduler)):
-        if not value:
-            raise InputError(f"the recipe sets neither {name} nor model; add one of them")
-    try:
-        configs = {name: configs[name] for name in family.components if name in configs}
-        model = family.networks().build(configs, pipeline, remat=recipe.computing.remat)
-    except InputError as problem:
-        raise InputError(f"the recipe's networks do not fit together: {problem}") from None
-    return Components(model, params, tokenizers, folders, scheduler, pipeline)
+    scheduler = (base.scheduler if base else {}) | recipe.scheduler
+    if not scheduler:
+        raise InputError("the recipe sets neither scheduler nor model; add one of them")
+    return scheduler
 
 
 def component(family: Family, name: str, given: dict | str, rngs: nnx.Rngs) -> tuple:
@@ -155,9 +224,19 @@ def component(family: Family, name: str, given: dict | str, rngs: nnx.Rngs) -> t
     """
     if isinstance(given, str):
         return _read(family, name, Path(given))
+    if family.components[name].library == "transformers":
+        given = {"architectures": [family.components[name].class_name], **given}
     config = family.networks().read_configs({name: given})[name]
     graph, state = nnx.split(family.networks().module(name, config)(config, rngs=rngs))
-    return config, graph, nnx.to_pure_dict(state)
+    params = nnx.to_pure_dict(state)
+    if name == "transformer":
+        params = jax.tree_util.tree_map_with_path(_at_first, params)
+    return config, graph, params
+
+
+def _at_first(path, leaf: Array) -> Array:
+    layer = name_of(path[:-1])
+    return jnp.zeros_like(leaf) if ZERO_AT_FIRST.fullmatch(layer) else leaf
 
 
 def _read(family: Family, name: str, folder: Path) -> tuple:

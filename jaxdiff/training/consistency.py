@@ -37,7 +37,7 @@ from jaxdiff.training.components import Components, load_model
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import ConsistencyRecipe, Data
 from jaxdiff.training.shapes import scenes
-from jaxdiff.training.text_to_image import DTYPES, conditioning, in_dtype, tokenized
+from jaxdiff.training.text_to_image import DTYPES, conditioning, in_dtype
 
 ANCESTRAL = "EulerAncestralDiscreteScheduler"
 RESCALED = "rescale_betas_zero_snr"
@@ -237,7 +237,7 @@ def _batches(parts: _Parts) -> tuple[Callable[[int], dict], list[dict]]:
         rng = np.random.default_rng([seed, step])
         captions = [caption(rng) for _ in range(recipe.batch_size)]
         return {
-            "token_ids": tokenized(parts.teacher, captions),
+            "token_ids": parts.teacher.tokenized(captions),
             "noise": rng.standard_normal(shape, np.float32),
             "guidance_scale": rng.uniform(*recipe.guidance_scale, len(captions)).astype(np.float32),
         }
@@ -256,7 +256,7 @@ def _captions(source: Data) -> Callable[[np.random.Generator], str]:
 
 def _loss(parts: _Parts) -> Callable[[Params, Params, dict, Array], tuple[Array, dict]]:
     rows, steps = parts.short.columns(), parts.recipe.student_steps
-    empty_ids = tokenized(parts.teacher, [""])
+    empty_ids = parts.teacher.tokenized([""])
 
     def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
         noise, scale = batch["noise"], batch["guidance_scale"]
@@ -355,7 +355,7 @@ def _preview(parts: _Parts) -> Callable[[Params, Params], np.ndarray]:
     """Returns a function that draws the student's sample grid."""
     student, shape = parts.student, _latent_shape(parts.student, parts.recipe)
     captions, table = scenes.preview_captions(), parts.short
-    token_ids, codec = tokenized(student, captions), student.model.codec
+    token_ids, codec = student.tokenized(captions), student.model.codec
     scale = jnp.full(len(captions), sum(parts.recipe.guidance_scale) / 2)
 
     @compilation.jit

@@ -19,19 +19,22 @@ from safetensors.numpy import save_file
 from jaxdiff.families.components import TEXT_PREFIX
 
 FILE = "pytorch_lora_weights.safetensors"  # where diffusers' `load_lora_weights` looks
-TARGETS = {  # attention layers of each network, by the suffixes of their dotted paths
-    "unet": (".to_q", ".to_k", ".to_v", ".to_out.0"),
-    "text_encoder": (".q_proj", ".k_proj", ".v_proj", ".out_proj"),
-    "text_encoder_2": (".q_proj", ".k_proj", ".v_proj", ".out_proj"),
-}
+DENOISERS = ("unet", "transformer")
+# The adapted layers, by the ends of their dotted paths: the attention's. A transformer's blocks may
+# have layers of their own for the text ("add").
+OF_DENOISERS = (
+    *(".to_q", ".to_k", ".to_v", ".to_out.0"),
+    *(".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out"),
+)
+OF_CLIP = (".q_proj", ".k_proj", ".v_proj", ".out_proj")  # other encoders are never adapted
 
 
 def init(params: dict, rank: int, key: Array) -> dict:
     """Creates adapters for the attention of some networks that initially have no effect.
 
     Args:
-      params: the parameters of each network to adapt ("unet", "text_encoder", "text_encoder_2"), as
-        nested dicts whose leaves have a `.shape`.
+      params: the parameters of each network to adapt by component, as nested dicts whose leaves
+        have a `.shape`.
       rank: at least 1.
       key: the random key for the A matrices, which are uniform in +-1 / sqrt(in), as in PEFT.
 
@@ -40,9 +43,10 @@ def init(params: dict, rank: int, key: Array) -> dict:
     """
     adapters: dict = {}
     for network, tree in params.items():
+        targets = OF_DENOISERS if network in DENOISERS else OF_CLIP
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             *module, last = (entry.key for entry in path)
-            if last != "kernel" or not _name(module).endswith(TARGETS[network]):
+            if last != "kernel" or not _name(module).endswith(targets):
                 continue
             key, own = jax.random.split(key)
             inputs, outputs = leaf.shape
@@ -90,7 +94,7 @@ def save_lora(adapters: dict, alpha: float, file: Path) -> None:
         for each in module:
             layer = layer[each]
         scale = _scale(layer, alpha) if part == "lora_B" else 1.0
-        prefix = TEXT_PREFIX if network != "unet" else ""
+        prefix = "" if network in DENOISERS else TEXT_PREFIX
         key = f"{network}.{prefix}{_name(module)}.{part}.weight"
         tensors[key] = np.ascontiguousarray((scale * np.asarray(leaf, np.float32)).T)
     scratch = file.with_name(f".{file.name}-{os.getpid()}")

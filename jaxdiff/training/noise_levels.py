@@ -41,9 +41,11 @@ def draw(schedule: NoiseSchedule, loss: Loss, key: Array, count: int) -> NoiseLe
     steps = schedule.num_train_timesteps
     if schedule.prediction_type == "flow":
         # Esser et al., 2024, arXiv:2403.03206, equation 23; the network gets the shifted timestep.
+        # A shift that depends on the size is left to sampling, as in diffusers' training scripts.
         # The minimum of a tenth of a timestep ensures that every image has some noise.
+        shift = 1.0 if schedule.use_dynamic_shifting else schedule.shift
         shares = jnp.maximum(shares, 0.1 / steps)
-        sigma = schedule.shift * shares / (1 + (schedule.shift - 1) * shares)
+        sigma = shift * shares / (1 + (shift - 1) * shares)
         timesteps, alpha = sigma * steps, 1.0 - sigma
     else:
         timesteps = jnp.minimum((shares * steps).astype(jnp.int32), steps - 1)

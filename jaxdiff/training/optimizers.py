@@ -11,6 +11,8 @@ from jax import Array
 
 from jaxdiff.training.recipe import Average, Optimizer
 
+# Ends of the names of what is added to tokens or modulations: positions, shifts and padding.
+TABLES = ("pos_embed", "scale_shift_table", "pad_token")
 ADAMS_SIZE = 0.2  # RMS of Adam's updates; Muon's are scaled to match
 
 
@@ -83,18 +85,27 @@ def _direction(config: Optimizer) -> optax.GradientTransformation:
 
 
 def _decays(params: dict) -> dict:
-    """Marks kernels and embeddings True, biases and the scales of norms False."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    """Marks kernels and embeddings True; biases, the scales of norms and tables False.
+
+    A table of positions must not change, and has no gradient either.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim > 1 and not _name(path).endswith(TABLES), params
+    )
 
 
 def _learns_by(params: dict) -> dict:
-    """Labels kernels "muon"; labels vectors and embeddings, which multiply nothing, "adam"."""
+    """Labels kernels "muon", and what multiplies nothing "adam": vectors, embeddings, tables."""
 
     def label(path, leaf) -> str:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return "muon" if leaf.ndim > 1 and not name.endswith("embedding") else "adam"
+        is_kernel = leaf.ndim > 1 and not _name(path).endswith(("embedding", *TABLES))
+        return "muon" if is_kernel else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _matrix_axes(params: dict) -> dict:

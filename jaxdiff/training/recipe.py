@@ -3,13 +3,12 @@
 import dataclasses
 import sys
 import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jaxdiff.errors import InputError, suggestion
+from jaxdiff.errors import InputError
+from jaxdiff.training import strict
 from jaxdiff.worlds.shapes.scene import CANVAS
 
 ANY = sys.float_info.max
@@ -167,9 +166,10 @@ class Loss:
 
     Attributes:
       timesteps: their distribution: "uniform", or "logit_normal" (Esser et al., 2024,
-        arXiv:2403.03206, 3.1) with the two values below.
+        arXiv:2403.03206, equation 19) with the two values below. For flow matching, the scheduler's
+        `shift` is applied after that (equation 23), unless it is dynamic.
       logit_mean, logit_std: mean and standard deviation of the logit of the timestep, scaled to
-        [0, 1]; a mean above 0 gives more noise.
+        [0, 1]; a mean above 0 gives more noise, a mean of ln(s) is a shift of s.
       min_snr_gamma: limits the weight of low noise levels (Hang et al., 2023, arXiv:2303.09556);
         0 disables this.
       offset_noise: standard deviation of noise that is constant across a channel (Guttenberg,
@@ -276,26 +276,33 @@ class TextToImageRecipe(_Run):
 
     Attributes:
       model: a checkpoint that `jaxdiff generate` accepts; provides all components not set below.
-      vae, tokenizer: directories.
-      text_encoder, unet: tables or directories.
+      pipeline: without a `model`, the new model's pipeline class in diffusers, which determines its
+        components.
+      vae, tokenizer: directories; the tokenizer is that of every text encoder.
+      text_encoder, text_encoder_2, text_encoder_3, unet, transformer: tables or directories.
       scheduler: the keys of `scheduler_config.json`; missing keys are taken from `model`.
       data: the captioned images.
-      train: the components to train; the others are frozen.
+      train: the components to train, by default the denoiser; the others are frozen.
       method: "full", or "lora" to train low-rank updates of frozen weights.
       lora: the LoRA settings.
       prior: DreamBooth's prior preservation.
       loss: the settings of the denoising loss.
-      caption_dropout: the fraction of captions replaced by the empty one, for guidance.
+      caption_dropout: the fraction of captions replaced by the empty one, for classifier-free
+        guidance; models without it see every caption.
     """
 
     model: str = ""
+    pipeline: str = ""
     vae: str = ""
     tokenizer: str = ""
     text_encoder: dict | str = ""
+    text_encoder_2: dict | str = ""
+    text_encoder_3: dict | str = ""
     unet: dict | str = ""
+    transformer: dict | str = ""
     scheduler: dict = field(default_factory=dict)
     data: Data = Data()
-    train: tuple[str, ...] = ("unet",)
+    train: tuple[str, ...] | None = None
     method: Literal["full", "lora"] = "full"
     lora: Lora = Lora()
     prior: Prior | None = None
@@ -351,7 +358,7 @@ def read(path: Path) -> Recipe:
         raise InputError(
             f"{path}: objective = {objective!r}; it must be one of {', '.join(OBJECTIVES)}"
         )
-    recipe = _build(OBJECTIVES[objective], data, f"{path}: ")
+    recipe = strict.build(OBJECTIVES[objective], data, f"{path}: ")
     for name, value in flat(dataclasses.asdict(recipe)).items():
         low, high = RANGES.get(name, (value, value))
         if name in RANGES and not low <= value <= high:
@@ -379,47 +386,3 @@ def flat(table: dict, before: str = "") -> dict:
         else:
             found[f"{before}{key}"] = value
     return found
-
-
-def _build(cls, data: dict, where: str):
-    kinds = typing.get_type_hints(cls)
-    for key in data:
-        if key not in kinds:
-            hint = suggestion(key, kinds) or f"; known keys: {', '.join(sorted(kinds))}"
-            raise InputError(f"{where}{key}: unknown key{hint}")
-    values = {}
-    for spec in dataclasses.fields(cls):
-        if spec.name in data:
-            values[spec.name] = _value(kinds[spec.name], data[spec.name], where + spec.name)
-        elif spec.default is spec.default_factory is dataclasses.MISSING:
-            raise InputError(f"{where}{spec.name} is missing")
-    return cls(**values)
-
-
-def _value(kind, value, where: str):
-    """Checks that `value` is of this kind; turns tables into dataclasses and arrays into tuples."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for one in kinds:
-        if dataclasses.is_dataclass(one) and isinstance(value, dict):
-            return _build(one, value, f"{where}.")
-        if typing.get_origin(one) is Literal and value in typing.get_args(one):
-            return value
-        if typing.get_origin(one) is tuple and isinstance(value, list):
-            item = typing.get_args(one)[0]
-            return tuple(_value(item, part, f"{where}[{i}]") for i, part in enumerate(value))
-        if one is float and type(value) is int:
-            return float(value)
-        if isinstance(one, type) and type(value) is one:
-            return value
-    wanted = " or ".join(_description(one) for one in kinds if one is not types.NoneType)
-    raise InputError(f"{where} must be {wanted}, not {value!r}")
-
-
-def _description(kind) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
-    if typing.get_origin(kind) is tuple:
-        return "an array"
-    if dataclasses.is_dataclass(kind) or kind is dict:
-        return "a table"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]

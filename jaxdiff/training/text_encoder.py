@@ -52,7 +52,9 @@ def answers(caption: Caption) -> list[int]:
 def task(recipe: TextEncoderRecipe) -> Task:
     """Builds the task that trains the encoder and a linear layer that answers `QUESTIONS`.
 
-    The linear layer reads the encoder's last hidden states.
+    The linear layer reads the encoder's last hidden states. A `CLIPTextModelWithProjection` is read
+    as Stable Diffusion 3 reads it: its penultimate states without the final norm and, by a linear
+    layer of their own, its pooled vectors.
 
     Raises:
       InputError: if the tokenizer or the encoder cannot be read.
@@ -61,7 +63,14 @@ def task(recipe: TextEncoderRecipe) -> Task:
     config, graph, params = component(STABLE_DIFFUSION, "text_encoder", recipe.text_encoder, rngs)
     tokenize = ClipTokenizer(Path(recipe.tokenizer), config.max_position_embeddings)
     sizes = [len(options) for options in QUESTIONS]
-    head = jax.random.normal(rngs.params(), (config.hidden_size, sum(sizes))) * 0.02
+    is_projected = config.architectures == ("CLIPTextModelWithProjection",)
+    widths = {"head": config.hidden_size}
+    if is_projected:
+        widths["pooled_head"] = config.projection_dim
+    heads = {
+        name: jax.random.normal(rngs.params(), (width, sum(sizes))) * 0.02
+        for name, width in widths.items()
+    }
 
     def batch(seed: int, step: int) -> dict:
         rng = np.random.default_rng([seed, step])
@@ -71,11 +80,10 @@ def task(recipe: TextEncoderRecipe) -> Task:
             "answers": np.array([answers(caption) for caption in drawn], np.int32),
         }
 
-    def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
-        states, _ = nnx.merge(graph, params["text_encoder"])(batch["token_ids"])
-        is_end = batch["token_ids"] == config.eos_token_id  # padding too: the denoiser sees it
-        logits = jnp.split(states @ params["head"], np.cumsum(sizes)[:-1], axis=-1)
-        right = jnp.moveaxis(batch["answers"], 1, 0)[..., None]
+    def answered(logits: Array, wanted: Array) -> tuple[Array, Array]:
+        """Returns the cross-entropy of all answers at each token, and whether all are right."""
+        logits = jnp.split(logits, np.cumsum(sizes)[:-1], axis=-1)
+        right = jnp.moveaxis(wanted, 1, 0)[..., None]
         entropies = jnp.stack(
             [
                 -jnp.take_along_axis(jax.nn.log_softmax(one), answer[..., None], axis=-1)[..., 0]
@@ -83,8 +91,23 @@ def task(recipe: TextEncoderRecipe) -> Task:
             ]
         )
         all_right = jnp.all(jnp.stack([one.argmax(-1) for one in logits]) == right, axis=0)
+        return entropies.sum(axis=0), all_right
+
+    def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
+        states, pooled = nnx.merge(graph, params["text_encoder"])(
+            batch["token_ids"], layers_skipped=int(is_projected), final_norm=not is_projected
+        )
+        is_end = batch["token_ids"] == config.eos_token_id  # padding too: the denoiser sees it
         share = is_end / is_end.sum(axis=1, keepdims=True) / len(is_end)
-        return (entropies.sum(axis=0) * share).sum(), {"understood": (all_right * share).sum()}
+        entropies, all_right = answered(states @ params["head"], batch["answers"])
+        total, logged = (entropies * share).sum(), {"understood": (all_right * share).sum()}
+        if is_projected:
+            entropies, all_right = answered(
+                (pooled @ params["pooled_head"])[:, None], batch["answers"]
+            )
+            total += entropies.mean()
+            logged["pooled_understood"] = all_right.mean()
+        return total, logged
 
     preview_ids = tokenize(preview_captions())[:, 0]
 
@@ -98,7 +121,7 @@ def task(recipe: TextEncoderRecipe) -> Task:
         save_params(params["text_encoder"], file, np.float32, CLIP_TEXT.prefix)
 
     return Task(
-        params={"text_encoder": params, "head": head},
+        params={"text_encoder": params, **heads},
         frozen={},
         loss=loss,
         batch=lambda step: batch(recipe.seed, step),

@@ -16,7 +16,10 @@ from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.diffusion.step_ranges import StepRange
 from jaxdiff.engine.program import Denoising, Inputs, Weights, sample_pixels, to_float
 from jaxdiff.errors import InputError
-from jaxdiff.families.model import Text
+from jaxdiff.families.model import Model, Text
+from jaxdiff.models.sd3 import SD3Config
+from jaxdiff.models.unet import UNetConfig
+from jaxdiff.request import Bucket
 from jaxdiff.training import batches, low_rank, noise_levels
 from jaxdiff.training.components import Components, from_recipe
 from jaxdiff.training.loop import Params, Task, grid
@@ -45,28 +48,12 @@ def task(
     batches.prepare(recipe, output, class_images)
     parts = from_recipe(recipe)
     schedule = scheduler_config.noise_schedule(parts.scheduler, _sampler(parts))
-    denoiser, encoders = parts.model.denoiser, parts.model.text_encoders
-    for name in recipe.train:
-        if name not in (denoiser.component, *encoders):
-            known = ", ".join((denoiser.component, *encoders))
-            raise InputError(f"train: {name!r} must be one of {known}")
-    if denoiser.guidance_is_input:
+    if parts.model.denoiser.guidance_is_input and not schedule.is_flow:
         raise InputError(
             "the denoiser is distilled: it takes the guidance scale as an input; train its teacher"
         )
-    if recipe.loss.places and (recipe.method == "lora" or denoiser.component not in recipe.train):
-        raise InputError('loss.places requires method = "full" and the denoiser in train')
-    if recipe.method == "lora":
-        adapted = (denoiser.component, *(encoders if recipe.lora.text_encoder else ()))
-        adapted = {name: parts.params[name] for name in adapted}
-        params = low_rank.init(adapted, recipe.lora.rank, jax.random.key(recipe.seed))
-        frozen = parts.params
-    else:
-        params = {name: parts.params[name] for name in recipe.train}
-        if recipe.loss.places:
-            params[denoiser.component] = places.widened(params[denoiser.component])
-        frozen = {name: tree for name, tree in parts.params.items() if name not in params}
-    all_params = partial(_all_params, recipe, denoiser.component)
+    params, frozen = _split(parts, recipe, _trained(recipe, parts.model))
+    all_params = partial(_all_params, recipe, parts.model)
     made = batches.of(parts, recipe, output)
     return Task(
         params=params,
@@ -74,19 +61,54 @@ def task(
         loss=_loss(parts, recipe, schedule, all_params),
         batch=made.batch,
         validation=made.validation,
-        preview=preview(
-            parts, schedule, all_params, made.captions, batches.size_of(parts, recipe.data)
-        ),
+        preview=preview(parts, all_params, made.captions, batches.size_of(parts, recipe.data)),
         export=partial(_export, parts, recipe),
     )
 
 
-def _all_params(recipe: TextToImageRecipe, denoiser: str, params: Params, frozen: Params) -> Params:
+def _trained(recipe: TextToImageRecipe, model: Model) -> tuple[str, ...]:
+    """Returns the components to train; raises InputError if the recipe's do not fit the model."""
+    denoiser, known = model.denoiser.component, (model.denoiser.component, *model.text_encoders)
+    names = (denoiser,) if recipe.train is None else recipe.train
+    for name in names:
+        if name not in known:
+            raise InputError(f"train: {name!r} must be one of {', '.join(known)}")
+    if not names:
+        raise InputError("train is empty; list at least one component")
+    if recipe.method == "lora" and names != (denoiser,):
+        raise InputError('train has no effect with method = "lora"; leave it out')
+    if recipe.loss.places and (recipe.method == "lora" or denoiser not in names):
+        raise InputError('loss.places requires method = "full" and the denoiser in train')
+    if recipe.loss.places and not isinstance(model.configs[denoiser], UNetConfig | SD3Config):
+        raise InputError("loss.places requires a U-Net or Stable Diffusion 3; leave it out")
+    return names
+
+
+def _split(
+    parts: Components, recipe: TextToImageRecipe, trained: Sequence[str]
+) -> tuple[Params, Params]:
+    """Returns the parameters to train and the frozen ones."""
+    if recipe.method == "lora":
+        encoders = parts.model.text_encoders if recipe.lora.text_encoder else ()
+        adapted = {name: parts.params[name] for name in (*trained, *encoders)}
+        params = low_rank.init(adapted, recipe.lora.rank, jax.random.key(recipe.seed))
+        if encoders and not params.keys() & set(encoders):
+            raise InputError("lora.text_encoder: only CLIP's can be adapted, and there is none")
+        return params, parts.params
+    params = {name: parts.params[name] for name in trained}
+    if recipe.loss.places:
+        denoiser = parts.model.denoiser.component
+        params[denoiser] = places.widened(params[denoiser], parts.model.codec.channels)
+    return params, {name: tree for name, tree in parts.params.items() if name not in params}
+
+
+def _all_params(recipe: TextToImageRecipe, model: Model, params: Params, frozen: Params) -> Params:
     """Returns the parameters of every component by name, as they are used and exported."""
     if recipe.method == "lora":
         return low_rank.merged(frozen, params, recipe.lora.alpha)
     if recipe.loss.places:
-        params = {**params, denoiser: places.narrowed(params[denoiser])}
+        denoiser = model.denoiser.component
+        params = {**params, denoiser: places.narrowed(params[denoiser], model.codec.channels)}
     return {**frozen, **params}
 
 
@@ -97,8 +119,7 @@ def _export(
         directory.mkdir(exist_ok=True)
         low_rank.save_lora(params, recipe.lora.alpha, directory / low_rank.FILE)
     else:
-        denoiser = parts.model.denoiser.component
-        parts.save(directory, _all_params(recipe, denoiser, params, frozen), np.float16)
+        parts.save(directory, _all_params(recipe, parts.model, params, frozen), np.float16)
 
 
 def _loss(
@@ -123,8 +144,11 @@ def _loss(
         weights = networks[denoiser.component]
         if settings.places:
             weights = in_dtype(params[denoiser.component], dtype)
+        # A flow network that was distilled from a guided one learns the data's own flow, which is
+        # its flow at the scale 1. diffusers' training scripts for FLUX.1 dev do the same.
+        scale = jnp.ones(len(x0)) if denoiser.guidance_is_input else None
         output, _ = denoiser.evaluate(
-            weights, x.astype(dtype), levels.timesteps, conditions, None, None
+            weights, x.astype(dtype), levels.timesteps, conditions, scale, None
         )
         output, of_places = jnp.split(output, [x0.shape[-1]], axis=-1)
         target = objective.target(x0, noise, levels.alpha, levels.sigma, schedule.prediction_type)
@@ -165,26 +189,22 @@ def conditioning(parts: Components, networks: Params, batch: dict, size: tuple[i
     """Returns the denoiser's conditioning for a batch's captions and the latents' size (h, w)."""
     model = parts.model
     if "context" in batch:
-        context, pooled = batch["context"], batch.get("pooled")
+        text = Text(*(batch.get(name) for name in Text._fields))
     else:
-        context, pooled = model.encode_text(
-            {name: networks[name] for name in model.text_encoders},
-            {name: batch["token_ids"][name][:, None] for name in model.text_encoders},
-            clip_skip=0,
+        text = model.encode_text(
+            {name: networks[name] for name in model.text_encoders}, batch["token_ids"], clip_skip=0
         )
     dtype = jax.tree.leaves(networks[model.denoiser.component])[0].dtype
-    context = context.astype(dtype)
+    text = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(dtype), text)
     if not model.sizes:
-        return model.condition(Text(context, None), None)
+        return model.condition(text, None)
     height, width = (side * model.codec.factor for side in size)
     sizes = jnp.array(model.sizes(height, width, False), jnp.float32)
-    text = Text(context, pooled.astype(dtype))
-    return model.condition(text, jnp.tile(sizes, (len(context), 1)))
+    return model.condition(text, jnp.tile(sizes, (len(text.context), 1)))
 
 
 def preview(
     parts: Components,
-    schedule: NoiseSchedule,
     all_params: Callable[[Params, Params], Params],
     captions: Sequence[str],
     size: int,
@@ -193,36 +213,42 @@ def preview(
 
     Args:
       parts: the model.
-      schedule: the noise schedule.
       all_params: maps (trained, frozen) parameters to the parameters of every component.
       captions: the captions to choose from; the first ones are used.
       size: the side of the square images, in pixels.
     """
-    codec = parts.model.codec
+    codec, guided = parts.model.codec, parts.classifier_free
     count = min(len(captions), max(4, PREVIEW_PX // size**2))
     captions = captions[:count]
     side = size // codec.factor
-    table = samplers.sampler_table(_sampler(parts), schedule, PREVIEW_STEPS)
-    tokens = {
-        sign: {"token_ids": tokenized(parts, texts)}
-        for sign, texts in (("positive", captions), ("negative", [""] * count))
-    }
+    bucket = Bucket(size, size, PREVIEW_STEPS, guided, _sampler(parts))
+    schedule = parts.family.schedule(parts.scheduler, bucket)
+    table = samplers.sampler_table(bucket.sampler, schedule, bucket.steps)
+    ranges = [StepRange(0, len(table.timesteps), guided=guided, clamp=schedule.clamp)]
+    positive = parts.tokenized(captions)
+    negative = parts.tokenized([""] * count, negative=True) if guided else None
 
     @compilation.jit
     def sample(params: Params, frozen: Params, noise: Array, fresh_noise: Array | None) -> Array:
         networks = all_params(params, frozen)
-        positive, negative = (
-            [conditioning(parts, networks, batch, (side, side))] for batch in tokens.values()
+        conditions = (
+            ids and conditioning(parts, networks, {"token_ids": ids}, (side, side))
+            for ids in (positive, negative)
         )
         pixels, _ = sample_pixels(
             [Denoising(parts.model, schedule.prediction_type)],
             codec,
             jnp.float32,
             Weights([networks[parts.model.denoiser.component]], networks[codec.component]),
-            Inputs(noise, fresh_noise, positive, negative, jnp.full(count, PREVIEW_GUIDANCE)),
+            Inputs(
+                noise,
+                fresh_noise,
+                *([each] for each in conditions),
+                jnp.full(count, PREVIEW_GUIDANCE),
+            ),
             table.initial_scale,
             table.columns(),
-            step_ranges=[StepRange(0, len(table.timesteps), guided=True, clamp=schedule.clamp)],
+            step_ranges=ranges,
             decoded_at_once=1 if size > DECODED_ALONE_PX else count,
         )
         return pixels
@@ -234,11 +260,6 @@ def preview(
         return grid(np.asarray(pixels), columns=min(8, count))
 
     return picture
-
-
-def tokenized(parts: Components, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Returns the token ids of texts for each text encoder, int32 [texts, tokens]."""
-    return {name: tokenize(texts)[:, 0] for name, tokenize in parts.tokenizers.items()}
 
 
 def _sampler(parts: Components) -> str:

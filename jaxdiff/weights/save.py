@@ -16,7 +16,7 @@ from jaxdiff.checkpoint.component import (
     TOKENIZER_FILES,
     Component,
 )
-from jaxdiff.checkpoint.json_files import write_json
+from jaxdiff.checkpoint.json_files import read_json, write_json
 from jaxdiff.errors import InputError
 from jaxdiff.weights.load import file_axes, key_of, name_of
 
@@ -67,8 +67,7 @@ def save_pipeline(
       configs: the networks' config dataclasses.
       params: the networks' parameters, a nested dict of arrays for each.
       scheduler: the contents of `scheduler_config.json`, including `_class_name`.
-      tokenizers: each text encoder's tokenizer directory in the CLIPTokenizer format, whose files
-        are copied.
+      tokenizers: each text encoder's tokenizer directory, whose files are copied.
       pipeline: the entries of `model_index.json` other than components, including `_class_name`.
       dtype: the dtype of the stored weights, np.float16 or np.float32.
 
@@ -79,7 +78,7 @@ def save_pipeline(
     index = {
         **pipeline,
         **{name: [components[name].library, components[name].class_name] for name in configs},
-        **{folder: ["transformers", "CLIPTokenizer"] for folder in folders},
+        **{folder: ["transformers", _class(source)] for folder, source in folders.items()},
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
     _refuse_foreign_files(directory, {INDEX, "scheduler", *folders, *configs})
@@ -102,6 +101,12 @@ def save_pipeline(
         if directory.exists():  # if killed right after this, both are in `scratch`, complete
             directory.rename(Path(scratch) / "old")
         new.rename(directory)
+
+
+def _class(tokenizer: Path) -> str:
+    """Returns the class of the tokenizer in a directory, which only some files name."""
+    config = tokenizer / "tokenizer_config.json"
+    return (read_json(config) if config.is_file() else {}).get("tokenizer_class", "CLIPTokenizer")
 
 
 def _save_network(folder: Path, component: Component, config: dict, params: dict, dtype) -> None:

@@ -211,7 +211,7 @@ def test_captions_are_dropped_as_often_as_the_recipe_sets(tiny_checkpoint, folde
     often = recipe(tiny_checkpoint, folder, caption_dropout=0.5)
     task = text_to_image.task(dataclasses.replace(often, batch_size=8), tmp_path)
     ids = np.concatenate([task.batch(step)["token_ids"]["text_encoder"] for step in range(50)])
-    assert 0.4 < (ids[:, 1] == 640).mean() < 0.6  # the end token right after the start token
+    assert 0.4 < (ids[:, 0, 1] == 640).mean() < 0.6  # the end token right after the start token
 
 
 def test_a_trained_checkpoint_generates_and_keeps_frozen_networks(

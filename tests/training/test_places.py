@@ -55,7 +55,7 @@ def test_the_task_adds_a_loss_and_is_not_exported(with_places, tmp_path):
     task.export(task.params, task.frozen, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "unet" / "config.json").read_text())
     assert config["out_channels"] == config["in_channels"] == 4
-    assert places.narrowed(task.params["unet"])["conv_out"]["bias"].shape == (4,)
+    assert places.narrowed(task.params["unet"], 4)["conv_out"]["bias"].shape == (4,)
 
 
 @pytest.mark.parametrize(

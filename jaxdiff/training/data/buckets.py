@@ -73,8 +73,8 @@ def batches(
       a function from a step to {"pixels": uint8 [batch, h, w, 3], "captions": list of str}. For
       encoded images, "latents", float32 [batch, h, w, channels], drawn from the posterior, replace
       the pixels, and any embeddings are added: "context" [batch, tokens, width], "pooled"
-      [batch, width]. The function is thread-safe, and raises InputError for an image that cannot be
-      decoded.
+      [batch, width], "mask" [batch, tokens]. The function is thread-safe, and raises InputError for
+      an image that cannot be decoded.
 
     Raises:
       InputError: if an image is smaller than its target size, or if encoded images do not match

@@ -29,9 +29,9 @@ INDEX = "encoded.json"
 SETTINGS = "encoding.json"
 EMPTY = "empty.safetensors"
 VERSION = 1
-EMBEDDINGS = ("context", "pooled")
-ENCODER = ("encoder", "quant_conv")  # the parts of an autoencoder that compute latents
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+EMBEDDINGS = ("context", "pooled", "mask")
+DECODER = ("decoder", "post_quant_conv")  # the parts of an autoencoder that latents do not need
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 DTYPES = {"F16": np.dtype("<f2"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
 
@@ -63,7 +63,7 @@ class EncodedExamples:
       made_with: digests of the encoders: "autoencoder", from `latents_digest`, and, if captions are
         embedded, "text_encoders": the `weights_digest` of {name: parameters}.
       empty: the embedding of the empty caption, float32: "context" [tokens, width] and, for some
-        models, "pooled" [width]; {} if captions are not embedded.
+        models, "pooled" [width] and "mask", bool [tokens]; {} if captions are not embedded.
     """
 
     path: Path
@@ -89,7 +89,7 @@ class EncodedExamples:
     def embedding(self, index: int) -> dict[str, np.ndarray]:
         """Returns the embedding of a caption, with the keys and shapes of `empty`."""
         shard, row = self._find(index)
-        return {name: shard[name][row].astype(np.float32) for name in self.empty}
+        return {name: shard[name][row].astype(like.dtype) for name, like in self.empty.items()}
 
     def _find(self, index: int) -> tuple[dict[str, np.ndarray], int]:
         number = int(np.searchsorted(self._starts, index, "right")) - 1
@@ -124,7 +124,9 @@ def open_encoded(folder: Path) -> EncodedExamples:
     empty = _mapped(folder / EMPTY) if has_embeddings else {}
     if has_embeddings != bool(empty) or not set(empty) <= set(EMBEDDINGS):
         raise InputError(f"{folder / EMPTY} contains no embeddings; encode into another folder")
-    empty = {name: array.astype(np.float32) for name, array in empty.items()}
+    empty = {
+        name: array.astype(bool if name == "mask" else np.float32) for name, array in empty.items()
+    }
     maps = [_shard(folder, shard, empty) for shard in shards]
     counts = [shard.images for shard in shards]
     starts = np.cumsum([0, *counts[:-1]])
@@ -184,7 +186,7 @@ def shard_bytes(
       embeddings: of the captions, [n, ...], with the keys of `EMBEDDINGS`.
     """
     texts = [caption.encode() for caption in captions]
-    tensors = _halves({"mean": mean, "std": std, **embeddings})
+    tensors = _stored({"mean": mean, "std": std, **embeddings})
     tensors["captions"] = np.frombuffer(b"".join(texts), np.uint8)
     tensors["caption_ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
     return save(tensors)
@@ -192,11 +194,15 @@ def shard_bytes(
 
 def empty_bytes(embeddings: dict[str, np.ndarray]) -> bytes:
     """Serializes the embeddings of the empty caption, [...] each."""
-    return save(_halves(embeddings))
+    return save(_stored(embeddings))
 
 
-def _halves(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(array, "<f2") for name, array in arrays.items()}
+def _stored(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Converts masks to bytes and everything else to float16."""
+    return {
+        name: np.ascontiguousarray(array, "u1" if array.dtype == bool else "<f2")
+        for name, array in arrays.items()
+    }
 
 
 def index_text(shards: Sequence[Shard], made_with: dict[str, str]) -> str:
@@ -209,7 +215,7 @@ def check_encoders(examples: EncodedExamples, config, params: dict) -> None:
     """Checks that the examples were encoded by this model's own networks.
 
     Args:
-      config: the `AutoencoderKLConfig` of the model.
+      config: the config dataclass of the model's autoencoder.
       params: the model's parameters, nested dicts with the keys "vae", "text_encoder" and so on.
 
     Raises:
@@ -231,11 +237,11 @@ def latents_digest(config, params: dict) -> str:
     """Computes a SHA-256 digest (hex) of everything latents depend on, so not of the decoder.
 
     Args:
-      config: the `AutoencoderKLConfig`.
+      config: the autoencoder's config dataclass.
       params: the autoencoder's parameters, a nested dict.
     """
-    scale = {name: getattr(config, name) for name in SCALE}
-    parts = {name: params[name] for name in ENCODER if name in params}
+    scale = {name: getattr(config, name) for name in SCALE if hasattr(config, name)}
+    parts = {name: values for name, values in params.items() if name not in DECODER}
     return weights_digest(parts, repr(scale))
 
 

@@ -83,11 +83,13 @@ class Encoder:
         mean, std = self._posterior(self._params, padded)
         return np.asarray(mean)[:count], np.asarray(std)[:count]
 
-    def embeddings(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """Embeds captions for the denoiser: float32 [n, ...] by name, or {} without `embed`."""
+    def embeddings(
+        self, captions: Sequence[str], *, negative: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Embeds captions for the denoiser: arrays [n, ...] by name, or {} without `embed`."""
         if self._prompts is None:
             return {}
-        found = self._prompts(captions)
+        found = self._prompts(captions, negative=negative)
         return {
             name: np.stack([np.asarray(getattr(found[caption], name)) for caption in captions])
             for name in EMBEDDINGS

@@ -1,13 +1,13 @@
 """An auxiliary task for a denoiser that learns the shapes world: predicting each shape's place.
 
-The U-Net's last convolution gets an extra channel for every shape, which predicts the shape's
-places from noisy latents and the caption; the exported model does not have it. So the denoiser also
+The denoiser's last layer gets an extra channel for every shape, which predicts the shape's places
+from noisy latents and the caption; the exported model does not have it. So the denoiser also
 learns what an image shows, everywhere and at all noise levels, not only how it looks; for
 photographs, alignment with another network's features has this effect (Yu et al., 2024,
 arXiv:2410.06940).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -45,7 +45,7 @@ def maps(scenes: Sequence[Scene], side: int) -> np.ndarray:
 
 
 def widened_denoiser(parts: Components, remat: bool) -> Denoiser:
-    """Returns the U-Net with an extra output channel for every shape."""
+    """Returns the denoiser with an extra output channel for every shape."""
     component = parts.model.denoiser.component
     config = parts.model.configs[component]
     wide = replace(config, out_channels=config.out_channels + len(SHAPES))
@@ -53,28 +53,41 @@ def widened_denoiser(parts: Components, remat: bool) -> Denoiser:
     graph, _ = abstract_network(module, wide)
 
     def evaluate(params, latents, timesteps, conditioning, guidance_scale, kept):
-        unet = nnx.merge(graph, params)
-        return unet.evaluate(latents, timesteps, deep=kept, **conditioning._asdict())
+        named = conditioning if isinstance(conditioning, dict) else conditioning._asdict()
+        return nnx.merge(graph, params)(latents, timesteps, **named), None
 
     return parts.model.denoiser._replace(evaluate=evaluate)
 
 
-def widened(unet: Params) -> Params:
-    """Returns the U-Net's parameters with the extra channels, initialized to zero."""
+def widened(denoiser: Params, channels: int) -> Params:
+    """Returns the denoiser's parameters with the extra channels, initialized to zero.
+
+    Args:
+      denoiser: the parameters, whose last layer's outputs are the channels of the latents or, for a
+        transformer, of each latent of a patch in turn.
+      channels: the number of channels.
+    """
 
     def wider(leaf: Array) -> Array:
         return jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, len(SHAPES))])
 
-    return _with_last(unet, wider)
+    return _with_last(denoiser, channels, wider)
 
 
-def narrowed(unet: Params) -> Params:
-    """Returns the U-Net's parameters without the extra channels: the inverse of `widened`."""
-    return _with_last(unet, lambda leaf: leaf[..., : -len(SHAPES)])
+def narrowed(denoiser: Params, channels: int) -> Params:
+    """Returns the denoiser's parameters without the extra channels: the inverse of `widened`."""
+    return _with_last(denoiser, channels + len(SHAPES), lambda leaf: leaf[..., :channels])
 
 
-def _with_last(unet: Params, change) -> Params:
-    return {**unet, "conv_out": {name: change(leaf) for name, leaf in unet["conv_out"].items()}}
+def _with_last(denoiser: Params, channels: int, change: Callable[[Array], Array]) -> Params:
+    """Changes the channels, the last axis of what `change` gets, of the last layer."""
+    last = "conv_out" if "conv_out" in denoiser else "proj_out"
+
+    def changed(leaf: Array) -> Array:
+        by_channel = change(leaf.reshape(*leaf.shape[:-1], -1, channels))
+        return by_channel.reshape(*leaf.shape[:-1], -1)
+
+    return {**denoiser, last: {name: changed(leaf) for name, leaf in denoiser[last].items()}}
 
 
 def errors(predicted: Array, wanted: Array) -> Array:

@@ -64,6 +64,23 @@ def test_everything_is_read_back_as_it_was_written(folder):
     }
 
 
+def test_a_mask_is_read_back_as_truth_values(folder):
+    mask = np.arange(7) < np.arange(1, 6)[:, None]
+    for number, rows in enumerate((slice(3), slice(3, 5))):
+        captions = CAPTIONS[rows]
+        made = arrays(len(captions), number)
+        made["embeddings"]["mask"] = mask[rows]
+        content = encoded.shard_bytes(captions=captions, **made)
+        (folder / f"data/{number:05d}.safetensors").write_bytes(content)
+    empty = {name: array[0] for name, array in arrays(1, 9)["embeddings"].items()}
+    empty["mask"] = mask[0]
+    (folder / encoded.EMPTY).write_bytes(encoded.empty_bytes(empty))
+    examples = open_examples(Data(path=str(folder)))
+    found = np.stack([examples.embedding(index)["mask"] for index in range(5)])
+    assert found.dtype == examples.empty["mask"].dtype == bool
+    np.testing.assert_array_equal(found, mask)
+
+
 def test_a_batch_has_embeddings_and_captions(folder):
     examples = open_examples(Data(path=str(folder)))
     batch = batches(examples, batch_size=3, seed=0, sizes=[(32, 16)])(0)
