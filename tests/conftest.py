@@ -55,6 +55,8 @@ def compiled_fast():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """Returns a diffusers directory: 64x64 pixels, 8x8 latents, about 0.4 million weights."""
+    from random_weights import random_params
+
     from jaxdiff.families.stable_diffusion import PIPELINE, STABLE_DIFFUSION
     from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
     from jaxdiff.models.text.clip import CLIPTextConfig, CLIPTextModel
@@ -115,23 +117,3 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
         dtype=np.float32,
     )
     return directory
-
-
-def random_params(model_class, config, seed: int) -> dict:
-    """Returns random weights of the magnitude of trained ones, without compiling anything."""
-    import jax
-
-    from jaxdiff.weights.load import abstract_network
-
-    random = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name = path[-1].key
-        if name == "scale":
-            return (1 + 0.1 * random.standard_normal(leaf.shape)).astype(np.float32)
-        if name == "bias":
-            return (0.1 * random.standard_normal(leaf.shape)).astype(np.float32)
-        fan_in = np.prod(leaf.shape[:-1]) if name == "kernel" else 1
-        return (random.standard_normal(leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract_network(model_class, config)[1])

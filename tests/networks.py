@@ -1,6 +1,7 @@
 """Networks from weights that are drawn from their keys: the same wherever they are drawn."""
 
 import json
+import math
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -12,11 +13,15 @@ import numpy as np
 from flax import nnx
 
 from jaxdiff.checkpoint.weight_files import read_weights
+from jaxdiff.devices import parallel
+from jaxdiff.families import FAMILIES
+from jaxdiff.families import networks as families
 from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION_XL
+from jaxdiff.models import sd3
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.weights.load import abstract_network, file_shapes, load_params, places
+from jaxdiff.weights.load import abstract_network, file_shapes, key_of, load_params, places
 
 BOUND = 1e-4  # of a component's `difference` from the reference
 POOLED = 40  # the width of the small models' pooled text
@@ -26,6 +31,22 @@ NETWORKS = {
     "unet": (UNetConfig, lambda config: UNet2DConditionModel),
     "vae": (AutoencoderKLConfig, lambda config: AutoencoderKL),
 }
+
+
+def _architectures() -> dict[str, families.Architecture]:
+    """Those of the transformer families by the networks' classes in diffusers or transformers."""
+    found = {"UMT5EncoderModel": families.T5}  # of no family yet
+    for family in FAMILIES.values():
+        if isinstance(made := family.networks(), families.Networks):
+            for name, component in family.components.items():
+                classes = (component.class_name, *component.other_class_names)
+                found |= dict.fromkeys(classes, made.architectures[name])
+    return found
+
+
+ARCHITECTURES = _architectures()
+POSITIONS = "pos_embed.pos_embed"  # no weights: each library computes its own
+LAYERS = (1, -1)  # the hidden states of language models that are compared
 
 
 def load(network: str, folder: Path) -> Callable:
@@ -64,6 +85,77 @@ def _compiled(network: str, config: dict, tensors: Callable) -> Callable:
         return jax.jit(call)(params, arrays, named)
 
     return run
+
+
+def architecture(config: dict) -> families.Architecture:
+    """The architecture of a parsed config of a transformer family, which names its class."""
+    return ARCHITECTURES[config.get("_class_name") or config["architectures"][0]]
+
+
+def read(config: dict):
+    """A parsed config of a transformer family as our dataclass."""
+    return architecture(config).config.from_json(config)
+
+
+def shapes_of(config: dict, **options) -> tuple[nnx.GraphDef, dict]:
+    """The graph and the shapes of its network; the options are the network's own."""
+    ours = read(config)
+    return abstract_network(partial(architecture(config).module(ours), **options), ours)
+
+
+def opened(config: dict, dtype=np.float32, **options) -> tuple[nnx.GraphDef, dict]:
+    """The graph of its network and the weights of `weight`, read by our loader."""
+    graph, shapes = shapes_of(config, **options)
+
+    def numbers(key: str, shape: tuple[int, ...]) -> np.ndarray:
+        if key == POSITIONS:
+            return np.asarray(sd3.position_table(read(config)))
+        return weight(key, shape)
+
+    tensors = {
+        key: SimpleNamespace(shape=shape, read=partial(numbers, key, shape))
+        for key, shape in file_shapes(shapes).items()
+    }
+    return graph, load_params(places(shapes, dtype), tensors)
+
+
+def shares(config: dict, devices: int = 4) -> tuple[dict[str, int], dict[str, int]]:
+    """How many numbers each weight has, and how many of them a device of `model` holds."""
+    _, shapes = shapes_of(config)
+    mesh = jax.sharding.AbstractMesh((1, devices), parallel.AXES)
+    rules = architecture(config).sharding
+    splits = parallel.parameter_shardings(mesh, shapes, rules)
+    held = jax.tree.map(
+        lambda leaf, split: math.prod(split.shard_shape(leaf.shape)), shapes, splits
+    )
+    whole = jax.tree.map(lambda leaf: math.prod(leaf.shape), shapes)
+    return tuple(
+        {key_of(path): size for path, size in jax.tree_util.tree_leaves_with_path(sizes)}
+        for sizes in (whole, held)
+    )
+
+
+def outputs_of(config: dict, inputs: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """What the network of a transformer family makes of inputs, by name; of text, what is seen."""
+    graph, params = opened(config)
+
+    def run(params, inputs):
+        network, ours = nnx.merge(graph, params), read(config)
+        if ours.component == "transformer":
+            return {"output": network(**inputs)}
+        if ours.component == "vae":
+            mean, log_variance = network.encode(inputs["images"])
+            images = network.decode(ours.unscale(inputs["latents"]))
+            return {"mean": mean, "log_variance": log_variance, "images": images}
+        if "d_model" in config:  # T5's
+            return {"hidden": network(**inputs)}
+        hidden = network(**inputs, layers=LAYERS)
+        return {f"hidden {layer}": each for layer, each in zip(LAYERS, hidden, strict=True)}
+
+    found = jax.jit(run)(params, inputs)
+    if read(config).component == "text_encoder":
+        return {name: hidden[inputs["mask"]] for name, hidden in found.items()}
+    return found
 
 
 def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import Qwen2Tokenizer
 
 from jaxdiff.errors import InputError
-from jaxdiff.families.tokens import Tokens, in_one_line, require_one
+from jaxdiff.families.tokens import Tokens, in_one_line, refuse_other_kinds, require_one
 
 
 class ChatTokenizer:
@@ -33,6 +33,7 @@ class ChatTokenizer:
         self.tokens, self._around = tokens, (before, after)
         self._lock = threading.Lock()  # the tokenizer has mutable settings
         require_one(directory, "vocab.json", "tokenizer.json")
+        refuse_other_kinds(directory, "Qwen2Tokenizer")
         try:
             self._tokenizer = Qwen2Tokenizer.from_pretrained(directory)
             if self._tokenizer.pad_token_id is None:

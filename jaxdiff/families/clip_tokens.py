@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 
 from jaxdiff.checkpoint.tokenizer_files import LEAST_TOKENS
 from jaxdiff.errors import InputError
-from jaxdiff.families.tokens import in_one_line, require_one
+from jaxdiff.families.tokens import in_one_line, refuse_other_kinds, require_one
 
 
 class ClipTokenizer:
@@ -30,6 +30,7 @@ class ClipTokenizer:
           InputError: if the directory contains no tokenizer, or one that cannot be used.
         """
         require_one(directory, "vocab.json", "tokenizer.json")
+        refuse_other_kinds(directory, "CLIPTokenizer")
         self._tokenizer = read_tokenizer(directory)
         self.tokens = min(self._tokenizer.model_max_length, positions)
         if self.tokens < LEAST_TOKENS:

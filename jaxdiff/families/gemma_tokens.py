@@ -9,7 +9,7 @@ import numpy as np
 from transformers import GemmaTokenizer
 
 from jaxdiff.errors import InputError
-from jaxdiff.families.tokens import in_one_line, require_one
+from jaxdiff.families.tokens import in_one_line, refuse_other_kinds, require_one
 
 
 class InstructedTokens(NamedTuple):
@@ -50,6 +50,7 @@ class InstructedTokenizer:
         self.tokens, self._instruction = tokens, instruction
         self._lock = threading.Lock()  # the tokenizer has mutable settings
         require_one(directory, "tokenizer.json")
+        refuse_other_kinds(directory, "GemmaTokenizer")
         try:
             self._tokenizer = GemmaTokenizer.from_pretrained(directory)
             self._row = len(self._words(instruction)) + tokens - 2

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdiff.checkpoint.tokenizer_files import SENTENCEPIECE
 from jaxdiff.errors import InputError
-from jaxdiff.families.tokens import Tokens, in_one_line, require_one
+from jaxdiff.families.tokens import Tokens, in_one_line, refuse_other_kinds, require_one
 
 
 class T5Tokenizer:
@@ -32,6 +32,7 @@ class T5Tokenizer:
         self.tokens, self._prepared = tokens, prepared
         self._lock = threading.Lock()  # tokenizers have mutable settings
         require_one(directory, "tokenizer.json", SENTENCEPIECE)
+        refuse_other_kinds(directory, "T5Tokenizer")
         try:
             if (directory / "tokenizer.json").is_file():
                 self._read_json(directory)

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
+from jaxdiff.checkpoint.json_files import read_json
 from jaxdiff.errors import InputError
 
 MAX_REASON_CHARACTERS = 200
+KINDS = ("CLIPTokenizer", "GemmaTokenizer", "Qwen2Tokenizer", "T5Tokenizer")
 
 
 class Tokens(NamedTuple):
@@ -83,6 +85,20 @@ def require_one(directory: Path, *names: str) -> None:
     """
     if not any((directory / name).is_file() for name in names):
         raise InputError(f"{directory} contains no tokenizer ({' or '.join(names)}); copy it again")
+
+
+def refuse_other_kinds(directory: Path, kind: str) -> None:
+    """Raises InputError if a tokenizer's files are of one of `KINDS` other than this one.
+
+    transformers reads many of them as each other, with other tokens than the text encoder knows.
+    """
+    file = directory / "tokenizer_config.json"
+    found = read_json(file).get("tokenizer_class") if file.is_file() else None
+    if isinstance(found, str) and found.removesuffix("Fast") in set(KINDS) - {kind}:
+        raise InputError(
+            f"{file}: tokenizer_class = {found!r}, but the text encoder needs a {kind}; it belongs "
+            "to another model; copy the checkpoint again"
+        )
 
 
 def in_one_line(error: Exception) -> str:

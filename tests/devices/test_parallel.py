@@ -1,5 +1,6 @@
 """Meshes exchange nothing over `data` and split the weights over `model`."""
 
+import dataclasses
 import json
 import math
 import os
@@ -101,13 +102,13 @@ REQUESTS = [  # one image per device at a time; enough tokens for attention in b
 ]
 ON_EIGHT_DEVICES = """
 import json, os, sys
-import jax, numpy as np, jaxdiff
-import tests.devices.test_parallel as t
-checkpoint, directory = sys.argv[1:]
+import numpy as np, jaxdiff
+checkpoint, directory, meshes, requests = sys.argv[1:]
+requests = [jaxdiff.Request(**request) for request in json.loads(requests)]
 made, programs = {}, {}
-for mesh in t.MESHES:
+for mesh in json.loads(meshes):
     before = set(os.listdir(directory))
-    images = jaxdiff.load(checkpoint, mesh=mesh).generate(t.REQUESTS)
+    images = jaxdiff.load(checkpoint, mesh=mesh).generate(requests)
     made[mesh] = np.stack([image.pixels for image in images])
     programs[mesh] = sorted(set(os.listdir(directory)) - before)
 np.savez(f"{directory}/pixels.npz", **made)
@@ -116,17 +117,16 @@ with open(f"{directory}/programs.json", "w") as file:
 """
 
 
-@pytest.fixture(scope="module")
-def on_eight_devices(tiny_checkpoint, tmp_path_factory):
+def made_on_eight_devices(checkpoint, directory, meshes, requests):
     """Returns, by mesh, the pixels that it makes and the text of all compiled programs it ran."""
-    directory = tmp_path_factory.mktemp("programs")
     environment = {
         **os.environ,
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # or programs might be neither compiled nor dumped
         "XLA_FLAGS": f"{UNOPTIMIZED} --xla_force_host_platform_device_count=8 "
         f"--xla_dump_hlo_as_text --xla_dump_to={directory}",
     }
-    command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(tiny_checkpoint), str(directory)]
+    arguments = [json.dumps([*meshes]), json.dumps([*map(dataclasses.asdict, requests)])]
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(checkpoint), str(directory), *arguments]
     subprocess.run(command, check=True, env=environment)
     programs = json.loads((directory / "programs.json").read_text())
     with np.load(directory / "pixels.npz") as pixels:
@@ -139,8 +139,14 @@ def on_eight_devices(tiny_checkpoint, tmp_path_factory):
                     if name.endswith("after_optimizations.txt")
                 ],
             )
-            for mesh in MESHES
+            for mesh in meshes
         }
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices(tiny_checkpoint, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("programs")
+    return made_on_eight_devices(tiny_checkpoint, directory, MESHES, REQUESTS)
 
 
 @pytest.mark.parametrize(("mesh", "parts"), MESHES.items())

@@ -1,13 +1,11 @@
 """What the comparisons of denoisers with diffusers share.
 
-A parsed config chooses the network by its `_class_name`. Both sides get the weights of
-`networks.weight`.
+A parsed config chooses the network by its `_class_name`; both sides get the weights of
+`networks.weight`. That part needs no torch and is in `networks`.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 
 import diffusers
 import jax
@@ -17,55 +15,10 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from networks import POSITIONS, opened, read, shapes_of
 
-from jaxdiff.devices import parallel
 from jaxdiff.errors import InputError
-from jaxdiff.models import flux, flux2, qwen_image, sana, sd3, z_image
-from jaxdiff.weights.load import abstract_network, file_shapes, key_of, load_params, places
-
-OURS = {  # module, config and network
-    "FluxTransformer2DModel": (flux, flux.FluxConfig, flux.FluxTransformer2DModel),
-    "Flux2Transformer2DModel": (flux2, flux2.Flux2Config, flux2.Flux2Transformer2DModel),
-    "SD3Transformer2DModel": (sd3, sd3.SD3Config, sd3.SD3Transformer2DModel),
-    "QwenImageTransformer2DModel": (
-        qwen_image,
-        qwen_image.QwenImageConfig,
-        qwen_image.QwenImageTransformer2DModel,
-    ),
-    "ZImageTransformer2DModel": (
-        z_image,
-        z_image.ZImageConfig,
-        z_image.ZImageTransformer2DModel,
-    ),
-    "SanaTransformer2DModel": (sana, sana.SanaConfig, sana.SanaTransformer2DModel),
-}
-POSITIONS = "pos_embed.pos_embed"  # no weights: each side has its own
-
-
-def read(config: dict):
-    """The config as our dataclass."""
-    return OURS[config["_class_name"]][1].from_json(config)
-
-
-def shapes_of(config: dict, **options) -> tuple[nnx.GraphDef, dict]:
-    """The graph and the shapes of our network; the options are its own."""
-    return abstract_network(partial(OURS[config["_class_name"]][2], **options), read(config))
-
-
-def opened(config: dict, dtype=np.float32, **options) -> tuple[nnx.GraphDef, dict]:
-    """The graph of our network and its weights, read by our loader."""
-    graph, shapes = shapes_of(config, **options)
-
-    def weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
-        if key == POSITIONS:
-            return np.asarray(sd3.position_table(read(config)))
-        return networks.weight(key, shape)
-
-    tensors = {
-        key: SimpleNamespace(shape=shape, read=partial(weight, key, shape))
-        for key, shape in file_shapes(shapes).items()
-    }
-    return graph, load_params(places(shapes, dtype), tensors)
+from jaxdiff.weights.load import file_shapes
 
 
 def compiled(config: dict, dtype=np.float32, **options) -> Callable[[dict], jax.Array]:
@@ -143,20 +96,10 @@ def check_full_size(config: dict, count: int) -> dict[str, tuple[int, ...]]:
     assert read(written) == read(config)
     assert written | config == config | written  # where both have a key
 
-    mesh = jax.sharding.AbstractMesh((1, 4), ("data", "model"))
-    rules = OURS[config["_class_name"]][0].SHARDING
-    shardings = parallel.parameter_shardings(mesh, shapes, rules)
-    parts = jax.tree.map(lambda leaf, split: split.shard_shape(leaf.shape), shapes, shardings)
-    parts = {
-        key_of(path): math.prod(shape)
-        for path, shape in jax.tree_util.tree_leaves_with_path(
-            parts, is_leaf=lambda x: isinstance(x, tuple)
-        )
-    }
-    sizes = {key: math.prod(shape) for key, shape in ours.items()}
+    sizes, held = networks.shares(config)
     total = sum(sizes.values())
-    assert sum(parts.values()) <= 0.27 * total
-    assert [key for key in sizes if parts[key] == sizes[key] > 0.01 * total] == []
+    assert sum(held.values()) <= 0.27 * total
+    assert [key for key in sizes if held[key] == sizes[key] > 0.01 * total] == []
     return ours
 
 

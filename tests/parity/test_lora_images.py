@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxdiff
-from jaxdiff.checkpoint import single_file
 from jaxdiff.checkpoint.checkpoint import BUNDLED
+from jaxdiff.checkpoint.original import ldm
 from jaxdiff.families import open_checkpoint
 from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.families.model import networks_of
@@ -197,7 +197,7 @@ def test_kohyas_names(sd, tmp_path):
 def test_kohyas_names_for_xl_are_the_original_ones(tmp_path):
     xl = families.save("SDXL", tmp_path)
     config = open_checkpoint(xl).config("unet")
-    theirs = {ours: original for ours, original, _ in single_file.unet_names(config)}
+    theirs = {ours: original for ours, original, _ in ldm.unet_names(config)}
 
     def names():
         for key in adaptable(xl, "unet", (*TARGETS, "time_emb_proj", "upsamplers.0.conv")):

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxdiff.checkpoint import single_file
+from jaxdiff.checkpoint.original import ldm
 from jaxdiff.checkpoint.safetensors_header import read_header
 from jaxdiff.checkpoint.single_file_configs import CONTENTS
 from jaxdiff.checkpoint.tensors import StoredTensor
@@ -71,7 +72,7 @@ def original_shapes(family):
     found = {}
     for network, prefix in family.prefixes.items():
         wanted = shapes(reference(family.configs[network]))
-        for ours, key, _ in single_file.names(family.configs[network]):
+        for ours, key, _ in ldm.names(family.configs[network]):
             shape = wanted[ours]
             if ".in_proj_" in key:
                 shape = (3 * shape[0], *shape[1:])

@@ -82,8 +82,8 @@ class Notices:
             and f"{_shown(settings)}: copied, without effect on images; the columns with an effect "
             f"are {effective}",
             "cut prompts": self._cut.count
-            and f"{self._cut}, up to {self._most_lost} tokens are lost at the end; --prompt-chunks "
-            "encodes longer prompts",
+            and f"{self._cut}, up to {self._most_lost} tokens are lost at the end; shorten them, "
+            "or use --prompt-chunks if the model has it",
             "syntax of other tools": self._foreign.count
             and f"{self._foreign}; it is encoded like all other text",
             "negative prompts without effect": self._ignored.count and f"{self._ignored}; {why}",
