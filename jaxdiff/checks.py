@@ -78,9 +78,9 @@ def integer_or(name: str, value, word: str, low: int, high: int) -> int | str:
         ) from None
 
 
-def side(name: str, value, multiple: int) -> int:
+def side(name: str, value, multiple: int, largest: int) -> int:
     """Returns a width or height in pixels."""
-    px = integer(name, value, multiple, MAX_SIDE_PX)
+    px = integer(name, value, multiple, largest)
     if px % multiple:
         nearest = multiple * max(1, round(px / multiple))
         raise BadValueError(

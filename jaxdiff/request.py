@@ -76,14 +76,18 @@ FIELDS = {
 }
 
 
-def field_checks(size_multiple: int, samplers: Sequence[str]) -> dict[str, tuple]:
+def field_checks(
+    size_multiple: int, largest_side: int, samplers: Sequence[str]
+) -> dict[str, tuple]:
     """Returns the checks of a `Request` for a model: by field name, the check and its arguments.
 
     Args:
       size_multiple: width and height must be multiples of it, in pixels.
+      largest_side: width and height must be at most this, in pixels.
       samplers: the names of the samplers that the model supports.
     """
-    of_model = {"width": (size_multiple,), "height": (size_multiple,), "sampler": (samplers,)}
+    sides = size_multiple, largest_side
+    of_model = {"width": sides, "height": sides, "sampler": (samplers,)}
     return {
         name: (field.check, *field.arguments, *of_model.get(name, ()))
         for name, field in FIELDS.items()

@@ -208,7 +208,9 @@ class _Reader:
         self.manifest, self.settings, self.defaults = manifest, settings, model.base.defaults
         self.rejected = rejected
         self.known, self.next_key = known, len(known)
-        self.checks = field_checks(model.base.defaults.size_multiple, tuple(SAMPLERS))
+        defaults = model.base.defaults
+        sides = defaults.size_multiple, defaults.largest_side
+        self.checks = field_checks(*sides, tuple(SAMPLERS))
         self.schedulers = model.schedulers(settings.scheduler)
         self.why_not = cache(partial(_why_not, schedulers=self.schedulers, eta=settings.eta))
         self.lost_tokens = model.lost_tokens(settings.prompt_chunks)

@@ -79,7 +79,11 @@ def resolve(said: dict, model: Ensemble) -> Settings:
     defaults = model.base.defaults
     said = {name: value for name, value in said.items() if value is not None}
     said.setdefault("steps", defaults.steps)  # may be too many for the sampler
-    every = CHECKS | field_checks(defaults.size_multiple, tuple(SAMPLERS)) | OPTION_CHECKS
+    every = (
+        CHECKS
+        | field_checks(defaults.size_multiple, defaults.largest_side, tuple(SAMPLERS))
+        | OPTION_CHECKS
+    )
     settings = {"guidance_scale": defaults.guidance_scale}
     for name, value in said.items():
         check, *arguments = every[name]

@@ -10,7 +10,7 @@ from jaxdiff.diffusion import scheduler_config
 from jaxdiff.engine.program import Denoising
 from jaxdiff.engine.prompts import PromptEncoder
 from jaxdiff.families.model import networks_of
-from jaxdiff.families.tokens import of_checkpoint
+from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 from jaxdiff.request import Options, Request
 from jaxdiff.weights.load import open_network
 

@@ -160,7 +160,7 @@ class TextToImage:
         }
         given = {name: value for name, value in asdict(request).items() if value is not None}
         values = {**defaults, **given}
-        rules = field_checks(default.size_multiple, tuple(SAMPLERS))
+        rules = field_checks(default.size_multiple, default.largest_side, tuple(SAMPLERS))
         try:
             for name, (check, *arguments) in rules.items():
                 values[name] = check(name, values[name], *arguments)

@@ -9,7 +9,7 @@ import jax
 from jaxdiff.devices import compilation, parallel
 from jaxdiff.errors import InputError
 from jaxdiff.families.model import Model, Text
-from jaxdiff.families.tokens import Tokenizer
+from jaxdiff.families.tokenizers.tokenizer import Tokenizer
 from jaxdiff.weights.load import StoredNetwork
 
 # Prompts are encoded in batches of this size, independent of the size of the image batches, so that

@@ -20,7 +20,7 @@ from transformers import CLIPTokenizer
 from jaxdiff.devices import compilation, parallel
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import clip_checkpoint
-from jaxdiff.families.clip_tokens import chunked_tokens, read_tokenizer
+from jaxdiff.families.tokenizers.clip import chunked_tokens, read_tokenizer
 from jaxdiff.models.text.clip import OLD_EOS, SHARDING, CLIPModel
 from jaxdiff.weights.load import abstract_network, open_network
 

@@ -15,8 +15,9 @@ from jaxdiff.diffusion import samplers, scheduler_config
 from jaxdiff.diffusion.solvers import SamplerTable
 from jaxdiff.diffusion.step_ranges import StepRange, step_ranges
 from jaxdiff.errors import InputError
-from jaxdiff.families import config_values, open_checkpoint, tokens
+from jaxdiff.families import config_values, open_checkpoint
 from jaxdiff.families.family import CLASSIFIER_FREE, OWN_OPTIONS
+from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 from jaxdiff.request import Bucket, Options
 
 
@@ -92,7 +93,7 @@ class Ensemble:
         Args:
           chunks: `Options.prompt_chunks`.
         """
-        each = [tokens.of_checkpoint(checkpoint).values() for checkpoint in self.checkpoints]
+        each = [of_checkpoint(checkpoint).values() for checkpoint in self.checkpoints]
 
         def lost(prompt: str) -> int:
             return max(min(tokenizer.lost(prompt, chunks) for tokenizer in of) for of in each)

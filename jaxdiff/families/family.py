@@ -13,7 +13,7 @@ from jaxdiff.request import Bucket
 
 if TYPE_CHECKING:
     from jaxdiff.families.model import Model
-    from jaxdiff.families.tokens import Tokenizer
+    from jaxdiff.families.tokenizers.tokenizer import Tokenizer
 
 
 CLASSIFIER_FREE, EMBEDDED, UNGUIDED = "classifier-free", "embedded", "unguided"
@@ -33,6 +33,7 @@ class Defaults(Protocol):
         model's images.
       size: (width, height) in pixels.
       size_multiple: the number of pixels that width and height must be multiples of.
+      largest_side: the largest width or height, in pixels.
       factor: the number of pixels per latent along each side.
       latent_channels: the number of channels of the autoencoder's latents.
       latents: everything that distinguishes its latents from those of another autoencoder.
@@ -47,6 +48,7 @@ class Defaults(Protocol):
     base_needed: bool
     size: tuple[int, int]
     size_multiple: int
+    largest_side: int
     factor: int
     latent_channels: int
     latents: Mapping[str, Any]

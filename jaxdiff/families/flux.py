@@ -13,7 +13,7 @@ from jaxdiff.checkpoint.original import flux as original
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, CLIP_TEXT, T5
 from jaxdiff.families.family import EMBEDDED, UNGUIDED, Family
-from jaxdiff.families.text_tokenizers import by_encoder, clip_tokenizer, t5_tokenizer
+from jaxdiff.families.tokenizers.openers import by_encoder, clip_tokenizer, t5_tokenizer
 from jaxdiff.families.transformer import Defaults, kl_decoder_operations, kohya_names
 
 PIPELINE = "FluxPipeline"

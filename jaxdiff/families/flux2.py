@@ -11,7 +11,7 @@ from jaxdiff.checkpoint.original import flux2 as original
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import QWEN3
 from jaxdiff.families.family import CLASSIFIER_FREE, UNGUIDED, Family
-from jaxdiff.families.text_tokenizers import chat_tokenizer
+from jaxdiff.families.tokenizers.openers import chat_tokenizer
 from jaxdiff.families.transformer import Defaults, kl_decoder_operations, kohya_names
 
 PIPELINE = "Flux2KleinPipeline"

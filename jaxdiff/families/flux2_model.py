@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxdiff.errors import InputError
 from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
 from jaxdiff.families.networks import QWEN3, Architecture, Networks, codec, evaluation, fit
-from jaxdiff.families.tokens import Tokens
+from jaxdiff.families.tokenizers.tokenizer import Tokens
 from jaxdiff.models import flux2
 from jaxdiff.models.codecs import autoencoder_kl_flux2
 
@@ -32,6 +33,11 @@ def _assemble(
             ("guidance_embeds", transformer.guidance_embeds, False),
         ]
     )
+    if qwen.num_hidden_layers < LAYERS[-1]:
+        raise InputError(
+            f"text_encoder/config.json: num_hidden_layers = {qwen.num_hidden_layers} must be at "
+            f"least {LAYERS[-1]}"
+        )
     return Model(
         configs=configs,
         networks=networks,

@@ -8,8 +8,8 @@ from jaxdiff.checkpoint.safetensors_header import ITEM_BYTES
 from jaxdiff.checkpoint.tensors import FLOATS, StoredTensor
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
-from jaxdiff.families import tokens
 from jaxdiff.families.family import EMBEDDED, UNGUIDED
+from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 
 HEADINGS = ("component", "class", "parameters", "stored as", "size", "file")
 SIGMAS = ("Karras", "exponential", "beta")
@@ -108,7 +108,7 @@ def _usable(checkpoint: Checkpoint) -> str:
         model = networks_of(checkpoint)
         for name, network in model.networks.items():
             refuse_misfits(network.shapes, checkpoint.weights(name))
-        tokens.of_checkpoint(checkpoint)
+        of_checkpoint(checkpoint)
     except InputError as error:
         return f"no: {error}"
     return "yes"

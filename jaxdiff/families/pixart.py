@@ -14,7 +14,7 @@ from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.families import config_values, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, T5
 from jaxdiff.families.family import Family
-from jaxdiff.families.text_tokenizers import t5_tokenizer
+from jaxdiff.families.tokenizers.openers import t5_tokenizer
 from jaxdiff.families.transformer import Defaults, kl_decoder_operations, no_kohya_names
 
 ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
@@ -76,7 +76,11 @@ PIXART = {
     pipeline: Family(
         components={
             "text_encoder": T5,
-            "transformer": Component(library="diffusers", class_name="PixArtTransformer2DModel"),
+            "transformer": Component(
+                library="diffusers",
+                class_name="PixArtTransformer2DModel",
+                other_class_names=("Transformer2DModel",),
+            ),
             "vae": AUTOENCODER_KL,
         },
         absent={},

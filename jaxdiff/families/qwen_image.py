@@ -11,7 +11,7 @@ from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import QWEN_2_5_VL
 from jaxdiff.families.family import Family
-from jaxdiff.families.text_tokenizers import chat_tokenizer
+from jaxdiff.families.tokenizers.openers import chat_tokenizer
 from jaxdiff.families.transformer import Defaults, no_kohya_names
 
 PIPELINE = "QwenImagePipeline"

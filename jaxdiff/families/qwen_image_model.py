@@ -8,7 +8,7 @@ from jax import Array
 
 from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
 from jaxdiff.families.networks import Architecture, Networks, codec, evaluation, fit
-from jaxdiff.families.tokens import Tokens
+from jaxdiff.families.tokenizers.tokenizer import Tokens
 from jaxdiff.models import qwen_image
 from jaxdiff.models.codecs import autoencoder_kl_qwen_image
 from jaxdiff.models.text import qwen

@@ -13,7 +13,7 @@ from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.families import config_values, transformer_operations
 from jaxdiff.families.components import GEMMA_2
 from jaxdiff.families.family import Family
-from jaxdiff.families.text_tokenizers import instructed_tokenizer
+from jaxdiff.families.tokenizers.openers import instructed_tokenizer
 from jaxdiff.families.transformer import Defaults, no_kohya_names
 
 PIPELINE = "SanaPipeline"

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.families.gemma_tokens import InstructedTokens
 from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
 from jaxdiff.families.networks import Architecture, Networks, codec, evaluation, fit
+from jaxdiff.families.tokenizers.instructed import InstructedTokens
 from jaxdiff.models import sana
 from jaxdiff.models.codecs import autoencoder_dc
 from jaxdiff.models.text import gemma2

@@ -27,7 +27,7 @@ from jaxdiff.families.config_values import (
     steps_and_guidance,
 )
 from jaxdiff.families.family import CLASSIFIER_FREE, EMBEDDED, OWN_OPTIONS, Family
-from jaxdiff.families.text_tokenizers import clip_tokenizer
+from jaxdiff.families.tokenizers.openers import clip_tokenizer
 
 PIPELINE = "StableDiffusionPipeline"
 LCM_PIPELINE = "LatentConsistencyModelPipeline"
@@ -87,6 +87,11 @@ class Defaults:
         up, as in diffusers.
         """
         return kl_factor(self._checkpoint)
+
+    @property
+    def largest_side(self) -> int:
+        """The largest width or height: the U-Net itself has no limit."""
+        return checks.MAX_SIDE_PX
 
     @property
     def factor(self) -> int:

@@ -9,11 +9,12 @@ from functools import partial
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
 from jaxdiff.checkpoint.original import sd3 as original
+from jaxdiff.checks import MAX_SIDE_PX
 from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, CLIP_TEXT_PROJECTED, T5
 from jaxdiff.families.family import Family
-from jaxdiff.families.text_tokenizers import (
+from jaxdiff.families.tokenizers.openers import (
     CLIP_TOKENS,
     by_encoder,
     clip_tokenizer,
@@ -41,10 +42,12 @@ def defaults(checkpoint: Checkpoint) -> Defaults:
     steps, guidance_scale = config_values.steps_and_guidance(checkpoint, STEPS, GUIDANCE_SCALE)
     factor = config_values.kl_factor(checkpoint)
     side = integer("transformer", "sample_size", 128) * factor
+    patch_px = factor * integer("transformer", "patch_size", 2)
     return Defaults(
         name=f"Stable Diffusion {'3.5' if config.get('qk_norm') else '3'}",
         size=(side, side),
-        size_multiple=factor * integer("transformer", "patch_size", 2),
+        size_multiple=patch_px,
+        largest_side=min(patch_px * integer("transformer", "pos_embed_max_size", 96), MAX_SIDE_PX),
         factor=factor,
         latent_channels=integer("vae", "latent_channels", 4),
         latents=config_values.kl_latents(checkpoint),

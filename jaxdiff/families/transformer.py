@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.lora_keys import original_layers
 from jaxdiff.checkpoint.lora_names import Layer
@@ -19,6 +20,7 @@ class Defaults:
     name: str
     size: tuple[int, int]
     size_multiple: int
+    largest_side: int = checks.MAX_SIDE_PX
     factor: int
     latent_channels: int
     latents: Mapping[str, Any]

@@ -10,10 +10,12 @@ from functools import partial
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
 from jaxdiff.checkpoint.original import z_image as original
+from jaxdiff.checks import MAX_SIDE_PX, shown
+from jaxdiff.errors import InputError
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, QWEN3
 from jaxdiff.families.family import Family
-from jaxdiff.families.text_tokenizers import chat_tokenizer
+from jaxdiff.families.tokenizers.openers import chat_tokenizer
 from jaxdiff.families.transformer import Defaults, kl_decoder_operations, kohya_names
 
 PIPELINE = "ZImagePipeline"
@@ -40,6 +42,7 @@ def defaults(checkpoint: Checkpoint) -> Defaults:
         name="Z-Image",
         size=(SIDE_PX, SIDE_PX),
         size_multiple=PATCH * factor,
+        largest_side=min(PATCH * factor * _positions(checkpoint), MAX_SIDE_PX),
         factor=factor,
         latent_channels=config_values.integer(checkpoint, "vae", "latent_channels", 4),
         latents=config_values.kl_latents(checkpoint),
@@ -49,6 +52,17 @@ def defaults(checkpoint: Checkpoint) -> Defaults:
         tokens=TOKENS,
         scheduler=checkpoint.config("scheduler"),
     )
+
+
+def _positions(checkpoint: Checkpoint) -> int:
+    """Returns the number of tokens that fit along the shorter of the two spatial axes."""
+    lengths = checkpoint.config("transformer").get("axes_lens", [1024, 512, 512])
+    if not isinstance(lengths, list) or [type(n) for n in lengths] != [int] * 3 or min(lengths) < 1:
+        raise InputError(
+            f"{checkpoint.place('transformer')}: axes_lens = {shown(lengths)} must be three "
+            "positive whole numbers"
+        )
+    return min(lengths[1:])
 
 
 def _operations(checkpoint: Checkpoint, height: int, width: int, tokens: int) -> tuple[int, int]:

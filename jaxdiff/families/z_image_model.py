@@ -16,7 +16,7 @@ from jaxdiff.families.networks import (
     evaluation,
     fit,
 )
-from jaxdiff.families.tokens import Tokens
+from jaxdiff.families.tokenizers.tokenizer import Tokens
 from jaxdiff.models import z_image
 
 LAYER = -2  # the last but one of the text encoder's hidden states

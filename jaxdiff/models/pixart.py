@@ -19,9 +19,11 @@ from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 WITH_SIZES = 128  # unless the config says, networks of this sample size are conditioned on sizes
+# The published checkpoints have the old name, of a class that had other networks, too.
+NAME, OLD_NAME = "PixArtTransformer2DModel", "Transformer2DModel"
 # Keys that change what is computed; only these values are supported.
 FIXED = {
-    "_class_name": "PixArtTransformer2DModel",
+    "_class_name": NAME,
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
     "attention_type": "default",
@@ -52,6 +54,12 @@ class PixArtConfig(TransformerConfig):
 
     fixed = FIXED
     ignored = IGNORED
+
+    @classmethod
+    def from_json(cls, data: dict) -> "PixArtConfig":
+        """Reads a parsed `config.json`, also one in which the class has its old name."""
+        is_old = data.get("_class_name") == OLD_NAME
+        return super().from_json({**data, "_class_name": NAME} if is_old else data)
 
     num_attention_heads: int = 16
     attention_head_dim: int = 72

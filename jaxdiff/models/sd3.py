@@ -28,6 +28,7 @@ from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 # Keys that change what is computed; only these values are supported.
+MOST_PATCHES = 1024  # along a side; the table of positions grows with the square
 FIXED = {"_class_name": "SD3Transformer2DModel"}
 
 SHARDING = (
@@ -70,6 +71,8 @@ class SD3Config(TransformerConfig):
             )
         if self.sample_size < self.patch_size:
             raise ValueError(f"sample_size = {self.sample_size} is less than patch_size")
+        if self.pos_embed_max_size > MOST_PATCHES:
+            raise ValueError(f"pos_embed_max_size must be at most {MOST_PATCHES}")
         if self.qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm = {self.qk_norm!r} is not supported")
 

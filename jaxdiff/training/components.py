@@ -20,7 +20,7 @@ from jaxdiff.families import FAMILIES, open_checkpoint
 from jaxdiff.families.family import UNGUIDED, Family
 from jaxdiff.families.model import Model, networks_of
 from jaxdiff.families.stable_diffusion import PIPELINE
-from jaxdiff.families.tokens import Tokenizer, of_checkpoint
+from jaxdiff.families.tokenizers.tokenizer import Tokenizer, of_checkpoint
 from jaxdiff.training.loop import Params
 from jaxdiff.training.recipe import TextToImageRecipe
 from jaxdiff.weights.load import abstract_network, load_params, name_of, places

@@ -14,9 +14,9 @@ from jax import Array
 
 from jaxdiff.checkpoint.component import CONFIG
 from jaxdiff.checkpoint.json_files import write_json
-from jaxdiff.families.clip_tokens import ClipTokenizer
 from jaxdiff.families.components import CLIP_TEXT
 from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION
+from jaxdiff.families.tokenizers.clip import ClipTokenizer
 from jaxdiff.training.components import component
 from jaxdiff.training.loop import Params, Task
 from jaxdiff.training.recipe import TextEncoderRecipe

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.errors import InputError
-from jaxdiff.families.clip_tokens import ClipTokenizer
+from jaxdiff.families.tokenizers.clip import ClipTokenizer
 from jaxdiff.worlds.shapes.captions import draw_caption
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_tokenizer.py"

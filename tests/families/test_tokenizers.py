@@ -11,10 +11,10 @@ import tokenizers
 import transformers
 
 from jaxdiff.errors import InputError
-from jaxdiff.families.chat_tokens import ChatTokenizer
-from jaxdiff.families.gemma_tokens import InstructedTokenizer
-from jaxdiff.families.t5_tokens import T5Tokenizer
-from jaxdiff.families.text_tokenizers import t5_tokenizer
+from jaxdiff.families.tokenizers.chat import ChatTokenizer
+from jaxdiff.families.tokenizers.instructed import InstructedTokenizer
+from jaxdiff.families.tokenizers.openers import t5_tokenizer
+from jaxdiff.families.tokenizers.t5 import T5Tokenizer
 
 TEXTS = ["a red circle", "  two  blue\tstars ", "", "naïve ﬁve 日本", "a" * 40, "a-b, c!"]
 CORPUS = "a red circle two blue stars on the left of five green crosses naïve black white ring-b, !"

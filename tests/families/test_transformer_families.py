@@ -11,10 +11,12 @@ from small_families import SMALL
 
 import jaxdiff
 from jaxdiff import cli
+from jaxdiff.dataset import settings as job_settings
 from jaxdiff.errors import InputError
 from jaxdiff.families import open_checkpoint
+from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.families.model import networks_of
-from jaxdiff.families.tokens import of_checkpoint
+from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
@@ -290,3 +292,38 @@ def test_prompts_that_are_too_long_are_noticed(planned, name):
     assert found.keys() == {"cut prompts"}
     assert found["cut prompts"].startswith("1 row on line 2 of ")
     assert "encodes longer prompts" not in found["cut prompts"]  # as if the option were there
+
+
+def test_published_pixart_checkpoints_have_an_older_class(copied):
+    """Their config also has keys of other networks, which this class had besides."""
+    folder = copied("PixArt-Sigma")
+    edit(folder / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
+    older = {
+        "_class_name": "Transformer2DModel",
+        "_diffusers_version": "0.28.0.dev0",
+        "attention_type": "default",
+        "double_self_attention": False,
+        "num_vector_embeds": None,
+        "only_cross_attention": False,
+        "use_linear_projection": False,
+    }
+    edit(folder / "transformer" / "config.json", **older)
+    assert networks_of(open_checkpoint(folder)).denoiser.component == "transformer"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [(SD3, {"pos_embed_max_size": 6}), ("Z-Image", {"axes_lens": [1024, 6, 8]})],
+)
+def test_images_larger_than_the_positions_are_refused_before_they_are_made(copied, family, changes):
+    folder = copied(family)
+    edit(folder / "transformer" / "config.json", **changes)
+    with pytest.raises(InputError, match="--width must be a whole number from 16 to 96, not 112"):
+        job_settings.resolve({"width": 112, "height": 16}, open_ensemble(folder))
+
+
+def test_a_text_encoder_with_too_few_layers_is_refused(copied):
+    folder = copied(KLEIN)
+    edit(folder / "text_encoder" / "config.json", num_hidden_layers=26)
+    with pytest.raises(InputError, match="num_hidden_layers = 26 must be at least 27"):
+        networks_of(open_checkpoint(folder))

@@ -13,7 +13,7 @@ from jaxdiff.devices import batching, compilation, parallel
 from jaxdiff.engine.program import to_float
 from jaxdiff.engine.prompts import PromptEncoder
 from jaxdiff.families.model import Codec, networks_of
-from jaxdiff.families.tokens import of_checkpoint
+from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 from jaxdiff.training.data.encoded import EMBEDDINGS, latents_digest, weights_digest
 from jaxdiff.weights.load import StoredNetwork, open_network
 

@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 
 from jaxdiff.checkpoint.tokenizer_files import LEAST_TOKENS
 from jaxdiff.errors import InputError
-from jaxdiff.families.tokens import in_one_line, refuse_other_kinds, require_one
+from jaxdiff.families.tokenizers.tokenizer import in_one_line, refuse_other_kinds, require_one
 
 
 class ClipTokenizer:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jaxdiff.families.tokens import Tokenizer, fitting
+from jaxdiff.families.tokenizers.tokenizer import Tokenizer, fitting
 
 CLIP_TOKENS, CLIP_VOCABULARY = 77, 49408  # if the text encoder's config gives no number
 T5_VOCABULARY, QWEN_VOCABULARY, GEMMA_VOCABULARY = 32128, 151936, 256000
@@ -18,7 +18,7 @@ def chat_tokenizer(
     tokens: int, before: str, after: str, name: str, folder: Path, config: Mapping
 ) -> Tokenizer:
     """Reads a language model's tokenizer; see `Family.tokenizer` and `ChatTokenizer`."""
-    from jaxdiff.families.chat_tokens import ChatTokenizer
+    from jaxdiff.families.tokenizers.chat import ChatTokenizer
 
     tokenizer = ChatTokenizer(folder, tokens, before, after)
     nested = config.get("text_config")  # of models that also see images
@@ -30,7 +30,7 @@ def instructed_tokenizer(
     tokens: int, instruction: str, name: str, folder: Path, config: Mapping
 ) -> Tokenizer:
     """Reads Gemma's tokenizer; see `Family.tokenizer` and `InstructedTokenizer`."""
-    from jaxdiff.families.gemma_tokens import InstructedTokenizer
+    from jaxdiff.families.tokenizers.instructed import InstructedTokenizer
 
     tokenizer = InstructedTokenizer(folder, tokens, instruction)
     return fitting(tokenizer, folder, name, config.get("vocab_size", GEMMA_VOCABULARY))
@@ -38,7 +38,7 @@ def instructed_tokenizer(
 
 def clip_tokenizer(name: str, folder: Path, config: Mapping) -> Tokenizer:
     """Reads CLIP's tokenizer; see `Family.tokenizer`."""
-    from jaxdiff.families.clip_tokens import ClipTokenizer
+    from jaxdiff.families.tokenizers.clip import ClipTokenizer
 
     positions = config.get("max_position_embeddings")
     tokenizer = ClipTokenizer(folder, positions if isinstance(positions, int) else CLIP_TOKENS)
@@ -49,7 +49,7 @@ def t5_tokenizer(
     tokens: int, prepared: Callable[[str], str], name: str, folder: Path, config: Mapping
 ) -> Tokenizer:
     """Reads T5's tokenizer; see `Family.tokenizer` and, for the first two, `T5Tokenizer`."""
-    from jaxdiff.families.t5_tokens import T5Tokenizer
+    from jaxdiff.families.tokenizers.t5 import T5Tokenizer
 
     tokenizer = T5Tokenizer(folder, tokens, prepared=prepared)
     return fitting(tokenizer, folder, name, config.get("vocab_size", T5_VOCABULARY))

@@ -8,7 +8,12 @@ import numpy as np
 
 from jaxdiff.checkpoint.tokenizer_files import SENTENCEPIECE
 from jaxdiff.errors import InputError
-from jaxdiff.families.tokens import Tokens, in_one_line, refuse_other_kinds, require_one
+from jaxdiff.families.tokenizers.tokenizer import (
+    Tokens,
+    in_one_line,
+    refuse_other_kinds,
+    require_one,
+)
 
 
 class T5Tokenizer:

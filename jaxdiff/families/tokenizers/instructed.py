@@ -9,7 +9,7 @@ import numpy as np
 from transformers import GemmaTokenizer
 
 from jaxdiff.errors import InputError
-from jaxdiff.families.tokens import in_one_line, refuse_other_kinds, require_one
+from jaxdiff.families.tokenizers.tokenizer import in_one_line, refuse_other_kinds, require_one
 
 
 class InstructedTokens(NamedTuple):
