@@ -1,7 +1,7 @@
 """The interface of a model family. Imports no JAX."""
 
 from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -107,13 +107,13 @@ class Family:
     """
 
     components: Mapping[str, Component]
-    absent: Mapping[str, Any]
-    own_options: frozenset[str]
-    check_files: Callable[[Checkpoint], None]
     defaults: Callable[[Checkpoint], Defaults]
     schedule: Callable[[dict, Bucket], NoiseSchedule]
     operations: Callable[[Checkpoint, int, int, int], tuple[int, int]]
     decoder_operations: Callable[[Checkpoint, int, int], int]
     tokenizer: Callable[[str, Path, Mapping], "Tokenizer"]
-    kohya_names: Callable[[Checkpoint, str], Mapping[str, Layer]]
     networks: Callable[[], Networks]
+    kohya_names: Callable[[Checkpoint, str], Mapping[str, Layer]] = lambda checkpoint, component: {}
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    own_options: frozenset[str] = frozenset()
+    check_files: Callable[[Checkpoint], None] = lambda checkpoint: None

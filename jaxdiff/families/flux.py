@@ -83,8 +83,6 @@ FLUX = Family(
         "vae": AUTOENCODER_KL,
     },
     absent={"image_encoder": [None, None], "feature_extractor": [None, None]},
-    own_options=frozenset(),
-    check_files=lambda checkpoint: None,
     defaults=defaults,
     schedule=flow.uniform,
     operations=_operations,

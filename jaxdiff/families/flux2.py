@@ -96,9 +96,6 @@ FLUX_2 = Family(
             library="diffusers", class_name="AutoencoderKLFlux2", plain_key=_without_counter
         ),
     },
-    absent={},
-    own_options=frozenset(),
-    check_files=lambda checkpoint: None,
     defaults=defaults,
     schedule=flow.empirical,
     operations=_operations,

@@ -5,11 +5,10 @@ from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
 
 from jaxdiff.errors import InputError
-from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
-from jaxdiff.families.networks import QWEN3, Architecture, Networks, codec, evaluation, fit
+from jaxdiff.families.model import Model, Network, Text
+from jaxdiff.families.networks import QWEN3, Architecture, Networks, fit, model
 from jaxdiff.families.tokenizers.tokenizer import Tokens
 from jaxdiff.models import flux2
 from jaxdiff.models.codecs import autoencoder_kl_flux2
@@ -17,9 +16,7 @@ from jaxdiff.models.codecs import autoencoder_kl_flux2
 LAYERS = (9, 18, 27)  # of the text encoder's hidden states
 
 
-def _assemble(
-    configs: Mapping, networks: Mapping[str, Network], index: Mapping, *, side_px: int
-) -> Model:
+def _assemble(configs: Mapping, networks: Mapping[str, Network], *, side_px: int) -> Model:
     transformer, vae, qwen = configs["transformer"], configs["vae"], configs["text_encoder"]
     fit(
         [
@@ -38,33 +35,23 @@ def _assemble(
             f"text_encoder/config.json: num_hidden_layers = {qwen.num_hidden_layers} must be at "
             f"least {LAYERS[-1]}"
         )
-    return Model(
-        configs=configs,
-        networks=networks,
-        text_encoders=("text_encoder",),
-        encode_text=partial(_encode_text, networks["text_encoder"].graph),
-        condition=_condition,
-        denoiser=Denoiser(
-            component="transformer",
-            sample_size=side_px // vae.factor,
-            size_multiple=1,
-            evaluate=evaluation(networks["transformer"]),
-        ),
-        codec=codec(networks["vae"], vae, vae.channels),
+    return model(
+        configs,
+        networks,
+        _encode_text,
+        channels=vae.channels,
+        sample_size=side_px // vae.factor,
+        size_multiple=1,
     )
 
 
 def _encode_text(
-    graph: nnx.GraphDef, params: Params, tokens: Mapping[str, Tokens], clip_skip: int
+    encoders: Mapping[str, nnx.Module], tokens: Mapping[str, Tokens], clip_skip: int
 ) -> Text:
     """Encodes prompts; the denoiser sees the padding, whose tokens have seen only the prompt."""
     ids, mask = tokens["text_encoder"]
-    hidden = nnx.merge(graph, params["text_encoder"])(ids, mask, layers=LAYERS)
+    hidden = encoders["text_encoder"](ids, mask, layers=LAYERS)
     return Text(jnp.concatenate(hidden, axis=-1))
-
-
-def _condition(text: Text, sizes: None) -> dict[str, Array]:
-    return {"context": text.context}
 
 
 def networks(*, side_px: int) -> Networks:

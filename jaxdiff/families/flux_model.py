@@ -4,18 +4,16 @@ from collections.abc import Mapping
 from functools import partial
 
 from flax import nnx
-from jax import Array
 
-from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
+from jaxdiff.families.model import Model, Network, Text
 from jaxdiff.families.networks import (
     AUTOENCODER_KL,
     CLIP_TEXT,
     T5,
     Architecture,
     Networks,
-    codec,
-    evaluation,
     fit,
+    model,
 )
 from jaxdiff.models import flux
 
@@ -23,7 +21,6 @@ from jaxdiff.models import flux
 def _assemble(
     configs: Mapping,
     networks: Mapping[str, Network],
-    index: Mapping,
     *,
     patch: int,
     sample_size: int,
@@ -39,36 +36,23 @@ def _assemble(
             ("joint_attention_dim", transformer.joint_attention_dim, t5.d_model),
         ]
     )
-    graphs = {name: networks[name].graph for name in ("text_encoder", "text_encoder_2")}
-    return Model(
-        configs=configs,
-        networks=networks,
-        text_encoders=tuple(graphs),
-        encode_text=partial(_encode_text, graphs),
-        condition=_condition,
-        denoiser=Denoiser(
-            component="transformer",
-            guidance_is_input=transformer.guidance_embeds,
-            sample_size=sample_size,
-            size_multiple=patch,
-            evaluate=evaluation(networks["transformer"]),
-        ),
-        codec=codec(networks["vae"], vae, vae.latent_channels),
+    return model(
+        configs,
+        networks,
+        _encode_text,
+        text_encoders=("text_encoder", "text_encoder_2"),
+        channels=vae.latent_channels,
+        guidance_is_input=transformer.guidance_embeds,
+        sample_size=sample_size,
+        size_multiple=patch,
     )
 
 
-def _encode_text(
-    graphs: Mapping[str, nnx.GraphDef], params: Params, tokens: Mapping, clip_skip: int
-) -> Text:
+def _encode_text(encoders: Mapping[str, nnx.Module], tokens: Mapping, clip_skip: int) -> Text:
     """Encodes prompts; T5's padding is seen like all other tokens, as in training."""
     ids = tokens["text_encoder"][:, 0]  # the only chunk
-    _, pooled = nnx.merge(graphs["text_encoder"], params["text_encoder"])(ids)
-    t5 = nnx.merge(graphs["text_encoder_2"], params["text_encoder_2"])
-    return Text(t5(tokens["text_encoder_2"].ids), pooled)
-
-
-def _condition(text: Text, sizes: None) -> dict[str, Array]:
-    return {"context": text.context, "pooled": text.pooled}
+    _, pooled = encoders["text_encoder"](ids)
+    return Text(encoders["text_encoder_2"](tokens["text_encoder_2"].ids), pooled)
 
 
 def networks(*, patch: int, sample_size: int) -> Networks:

@@ -53,6 +53,7 @@ class Denoiser(NamedTuple):
         or None, kept) to the output, in the latents' shape, and to the features that a later
         evaluation at a nearby timestep may reuse as `kept`; with None, everything is computed. If
         the family has the option `skip_layers`, `skipped` are the numbers of blocks to leave out.
+      fixed: options of every call of the network's module.
       guidance_is_input: whether `evaluate` needs the guidance scale.
       norm_patch: as in `guidance.guide`.
     """
@@ -61,6 +62,7 @@ class Denoiser(NamedTuple):
     sample_size: int
     size_multiple: int
     evaluate: Callable[[Params, Array, Array, Any, Array | None, Any], tuple[Array, Any]]
+    fixed: Mapping[str, Any] = MappingProxyType({})
     guidance_is_input: bool = False
     norm_patch: int | None = None
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax import Array
 
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
-from jaxdiff.families.model import Codec, Model, Network, Params
+from jaxdiff.families.model import Codec, Denoiser, Model, Network, Params, Text
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.sharding import Rules
 from jaxdiff.models.text import clip, qwen, t5
@@ -73,12 +74,12 @@ class Networks:
 
     Attributes:
       architectures: by component.
-      assemble: maps (configs, networks, index) to the `Model`; raises InputError if the networks do
-        not fit together.
+      assemble: maps (configs, networks) to the `Model`; raises InputError if the networks do not
+        fit together.
     """
 
     architectures: Mapping[str, Architecture]
-    assemble: Callable[[Mapping, Mapping[str, Network], Mapping], Model]
+    assemble: Callable[[Mapping, Mapping[str, Network]], Model]
 
     def read_configs(self, parsed: Mapping[str, dict]) -> dict:
         """Reads each network's parsed config strictly into its dataclass."""
@@ -112,7 +113,7 @@ class Networks:
                 made = partial(made, remat=remat)
             graph, shapes = abstract_network(made, config)
             networks[name] = Network(graph, shapes, self.architectures[name].sharding)
-        return self.assemble(configs, networks, index)
+        return self.assemble(configs, networks)
 
     def with_guidance_input(self, configs: Mapping, width: int) -> dict:
         """Raises InputError: only U-Nets can be distilled."""
@@ -134,11 +135,59 @@ def fit(requirements: Sequence[tuple[str, int, int]]) -> None:
             )
 
 
-def evaluation(network: Network, **fixed) -> Callable:
-    """Returns `Denoiser.evaluate` for a network that is called with the conditioning by name.
+def model(
+    configs: Mapping,
+    networks: Mapping[str, Network],
+    encode_text: Callable[..., Text],
+    *,
+    text_encoders: Sequence[str] = ("text_encoder",),
+    channels: int,
+    fixed: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] = MappingProxyType({}),
+    **denoiser,
+) -> Model:
+    """Puts the networks of a transformer family together.
 
-    The `fixed` options are added to every call.
+    Args:
+      configs, networks: by component; the denoiser is "transformer", the autoencoder "vae".
+      encode_text: maps (modules of the text encoders by component, what their tokenizers return,
+        clip_skip) to `Text`.
+      text_encoders: the components that encode prompts.
+      channels: of the latents.
+      fixed: as in `Denoiser`.
+      options: further fields of `Model`.
+      **denoiser: further fields of `Denoiser`.
     """
+
+    def encode(params: Params, tokens: Mapping, clip_skip: int) -> Text:
+        modules = {name: nnx.merge(networks[name].graph, params[name]) for name in text_encoders}
+        return encode_text(modules, tokens, clip_skip)
+
+    return Model(
+        configs=configs,
+        networks=networks,
+        text_encoders=text_encoders,
+        encode_text=encode,
+        condition=_condition,
+        denoiser=Denoiser(
+            component="transformer",
+            evaluate=_evaluation(networks["transformer"], fixed),
+            fixed=fixed,
+            **denoiser,
+        ),
+        codec=codec(networks["vae"], configs["vae"], channels),
+        **options,
+    )
+
+
+def _condition(text: Text, sizes: Array | None) -> dict[str, Array]:
+    """Returns the arguments of the denoiser by name, without those that a family does not have."""
+    named = {**text._asdict(), "sizes": sizes}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _evaluation(network: Network, fixed: Mapping) -> Callable:
+    """Returns `Denoiser.evaluate` for a network that is called with the conditioning by name."""
 
     def evaluate(
         params, latents, timesteps, conditioning, guidance_scale=None, kept=None, **options

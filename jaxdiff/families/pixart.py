@@ -15,7 +15,7 @@ from jaxdiff.families import config_values, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, T5
 from jaxdiff.families.family import Family
 from jaxdiff.families.tokenizers.openers import t5_tokenizer
-from jaxdiff.families.transformer import Defaults, kl_decoder_operations, no_kohya_names
+from jaxdiff.families.transformer import Defaults, kl_decoder_operations
 
 ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
 NAMES = {ALPHA: "PixArt-Alpha", SIGMA: "PixArt-Sigma"}
@@ -83,15 +83,11 @@ PIXART = {
             ),
             "vae": AUTOENCODER_KL,
         },
-        absent={},
-        own_options=frozenset(),
-        check_files=lambda checkpoint: None,
         defaults=defaults,
         schedule=lambda config, bucket: noise_schedule(config, bucket.sampler),
         operations=_operations,
         decoder_operations=kl_decoder_operations,
         tokenizer=partial(t5_tokenizer, TOKENS[pipeline], lambda text: text.lower().strip()),
-        kohya_names=no_kohya_names,
         networks=_networks,
     )
     for pipeline in NAMES

@@ -1,26 +1,23 @@
 """The networks of PixArt as pure functions: the part that imports JAX."""
 
 from collections.abc import Mapping
-from functools import partial
 
 from flax import nnx
-from jax import Array
 
-from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
+from jaxdiff.families.model import Model, Network, Text
 from jaxdiff.families.networks import (
     AUTOENCODER_KL,
     T5,
     Architecture,
     Networks,
-    codec,
-    evaluation,
     fit,
+    model,
 )
 from jaxdiff.families.tokenizers.tokenizer import Tokens
 from jaxdiff.models import pixart
 
 
-def _assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping) -> Model:
+def _assemble(configs: Mapping, networks: Mapping[str, Network]) -> Model:
     transformer, vae = configs["transformer"], configs["vae"]
     fit(
         [
@@ -28,38 +25,28 @@ def _assemble(configs: Mapping, networks: Mapping[str, Network], index: Mapping)
             ("caption_channels", transformer.caption_channels, configs["text_encoder"].d_model),
         ]
     )
-    return Model(
-        configs=configs,
-        networks=networks,
-        text_encoders=("text_encoder",),
-        encode_text=partial(_encode_text, networks["text_encoder"].graph),
-        sizes=_sizes if transformer.takes_sizes else None,
-        condition=_condition,
-        denoiser=Denoiser(
-            component="transformer",
-            sample_size=transformer.sample_size,
-            size_multiple=transformer.patch_size,
-            evaluate=evaluation(networks["transformer"]),
-        ),
-        codec=codec(networks["vae"], vae, vae.latent_channels),
+    return model(
+        configs,
+        networks,
+        _encode_text,
+        channels=vae.latent_channels,
+        options={"sizes": _sizes} if transformer.takes_sizes else {},
+        sample_size=transformer.sample_size,
+        size_multiple=transformer.patch_size,
     )
 
 
 def _encode_text(
-    graph: nnx.GraphDef, params: Params, tokens: Mapping[str, Tokens], clip_skip: int
+    encoders: Mapping[str, nnx.Module], tokens: Mapping[str, Tokens], clip_skip: int
 ) -> Text:
     ids, mask = tokens["text_encoder"]
-    hidden = nnx.merge(graph, params["text_encoder"])(ids, mask)
+    hidden = encoders["text_encoder"](ids, mask)
     return Text(hidden, mask=mask)
 
 
 def _sizes(height: int, width: int, negative: bool) -> tuple[float, ...]:
     """Returns an image's size and aspect ratio (arXiv:2310.00426, appendix A.2)."""
     return height, width, height / width
-
-
-def _condition(text: Text, sizes: Array | None) -> dict[str, Array | None]:
-    return {"context": text.context, "mask": text.mask, "sizes": sizes}
 
 
 NETWORKS = Networks(

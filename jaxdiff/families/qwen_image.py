@@ -12,7 +12,7 @@ from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import QWEN_2_5_VL
 from jaxdiff.families.family import Family
 from jaxdiff.families.tokenizers.openers import chat_tokenizer
-from jaxdiff.families.transformer import Defaults, no_kohya_names
+from jaxdiff.families.transformer import Defaults
 
 PIPELINE = "QwenImagePipeline"
 PATCH = 2  # latents along each side of a token
@@ -102,14 +102,10 @@ QWEN_IMAGE = Family(
             plain_tensor=_of_one_frame,
         ),
     },
-    absent={},
-    own_options=frozenset(),
-    check_files=lambda checkpoint: None,
     defaults=defaults,
     schedule=flow.uniform,
     operations=_operations,
     decoder_operations=_decoder_operations,
     tokenizer=partial(chat_tokenizer, HIDDEN_TOKENS + TOKENS, BEFORE, AFTER),
-    kohya_names=no_kohya_names,
     networks=_networks,
 )

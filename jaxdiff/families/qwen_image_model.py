@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from functools import partial
 
 from flax import nnx
-from jax import Array
 
-from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
-from jaxdiff.families.networks import Architecture, Networks, codec, evaluation, fit
+from jaxdiff.families.model import Model, Network, Text
+from jaxdiff.families.networks import Architecture, Networks, fit, model
 from jaxdiff.families.tokenizers.tokenizer import Tokens
 from jaxdiff.models import qwen_image
 from jaxdiff.models.codecs import autoencoder_kl_qwen_image
@@ -17,7 +16,6 @@ from jaxdiff.models.text import qwen
 def _assemble(
     configs: Mapping,
     networks: Mapping[str, Network],
-    index: Mapping,
     *,
     hidden_tokens: int,
     patch: int,
@@ -32,37 +30,26 @@ def _assemble(
             ("joint_attention_dim", transformer.joint_attention_dim, width),
         ]
     )
-    return Model(
-        configs=configs,
-        networks=networks,
-        text_encoders=("text_encoder",),
-        encode_text=partial(_encode_text, networks["text_encoder"].graph, hidden_tokens),
-        condition=_condition,
-        denoiser=Denoiser(
-            component="transformer",
-            sample_size=side_px // vae.factor,
-            size_multiple=patch,
-            evaluate=evaluation(networks["transformer"]),
-            norm_patch=patch,
-        ),
-        codec=codec(networks["vae"], vae, vae.channels),
+    return model(
+        configs,
+        networks,
+        partial(_encode_text, hidden_tokens),
+        channels=vae.channels,
+        sample_size=side_px // vae.factor,
+        size_multiple=patch,
+        norm_patch=patch,
     )
 
 
 def _encode_text(
-    graph: nnx.GraphDef,
     hidden_tokens: int,
-    params: Params,
+    encoders: Mapping[str, nnx.Module],
     tokens: Mapping[str, Tokens],
     clip_skip: int,
 ) -> Text:
     ids, mask = tokens["text_encoder"]
-    (hidden,) = nnx.merge(graph, params["text_encoder"])(ids, mask, layers=(-1,))
+    (hidden,) = encoders["text_encoder"](ids, mask, layers=(-1,))
     return Text(hidden[:, hidden_tokens:], mask=mask[:, hidden_tokens:])
-
-
-def _condition(text: Text, sizes: None) -> dict[str, Array]:
-    return {"context": text.context, "mask": text.mask}
 
 
 def networks(*, hidden_tokens: int, patch: int, side_px: int) -> Networks:

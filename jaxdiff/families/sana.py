@@ -14,7 +14,7 @@ from jaxdiff.families import config_values, transformer_operations
 from jaxdiff.families.components import GEMMA_2
 from jaxdiff.families.family import Family
 from jaxdiff.families.tokenizers.openers import instructed_tokenizer
-from jaxdiff.families.transformer import Defaults, no_kohya_names
+from jaxdiff.families.transformer import Defaults
 
 PIPELINE = "SanaPipeline"
 TOKENS = 300
@@ -104,14 +104,10 @@ SANA = Family(
         "transformer": Component(library="diffusers", class_name="SanaTransformer2DModel"),
         "vae": Component(library="diffusers", class_name="AutoencoderDC"),
     },
-    absent={},
-    own_options=frozenset(),
-    check_files=lambda checkpoint: None,
     defaults=defaults,
     schedule=lambda config, bucket: noise_schedule(config, bucket.sampler),
     operations=_operations,
     decoder_operations=_decoder_operations,
     tokenizer=partial(instructed_tokenizer, TOKENS, INSTRUCTION),
-    kohya_names=no_kohya_names,
     networks=_networks,
 )

@@ -97,7 +97,6 @@ STABLE_DIFFUSION_3 = Family(
     },
     absent={"image_encoder": [None, None], "feature_extractor": [None, None]},
     own_options=frozenset({"clip_skip", "skip_layers"}),
-    check_files=lambda checkpoint: None,
     defaults=defaults,
     schedule=_schedule,
     operations=_operations,

@@ -5,18 +5,16 @@ from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
 
-from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
+from jaxdiff.families.model import Model, Network, Text
 from jaxdiff.families.networks import (
     AUTOENCODER_KL,
     CLIP_TEXT,
     T5,
     Architecture,
     Networks,
-    codec,
-    evaluation,
     fit,
+    model,
 )
 from jaxdiff.models import sd3
 
@@ -24,9 +22,7 @@ CLIPS, OPTIONAL_T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 LAYERS_SKIPPED = 1  # the penultimate layer's hidden states (arXiv:2403.03206, appendix B.3)
 
 
-def _assemble(
-    configs: Mapping, networks: Mapping[str, Network], index: Mapping, *, t5_tokens: int
-) -> Model:
+def _assemble(configs: Mapping, networks: Mapping[str, Network], *, t5_tokens: int) -> Model:
     transformer, vae = configs["transformer"], configs["vae"]
     clips = [configs[name] for name in CLIPS]
     pooled = sum(clip.projection_dim for clip in clips)
@@ -42,34 +38,24 @@ def _assemble(
         encoders += (OPTIONAL_T5,)
         needed.append(("joint_attention_dim", joint, configs[OPTIONAL_T5].d_model))
     fit(needed)
-    return Model(
-        configs=configs,
-        networks=networks,
+    return model(
+        configs,
+        networks,
+        partial(_encode_text, joint),
         text_encoders=encoders,
-        skippable={name: configs[name].num_hidden_layers - LAYERS_SKIPPED for name in CLIPS},
-        encode_text=partial(
-            _encode_text,
-            {name: networks[name].graph for name in encoders},
-            joint,
-        ),
-        condition=_condition,
-        denoiser=Denoiser(
-            component="transformer",
-            sample_size=transformer.sample_size,
-            size_multiple=transformer.patch_size,
-            evaluate=evaluation(
-                networks["transformer"],
-                last_counts=1 if OPTIONAL_T5 in configs else t5_tokens,
-            ),
-        ),
-        codec=codec(networks["vae"], vae, vae.latent_channels),
+        channels=vae.latent_channels,
+        fixed={} if OPTIONAL_T5 in configs else {"last_counts": t5_tokens},
+        options={
+            "skippable": {name: configs[name].num_hidden_layers - LAYERS_SKIPPED for name in CLIPS}
+        },
+        sample_size=transformer.sample_size,
+        size_multiple=transformer.patch_size,
     )
 
 
 def _encode_text(
-    graphs: Mapping[str, nnx.GraphDef],
     width: int,
-    params: Params,
+    encoders: Mapping[str, nnx.Module],
     tokens: Mapping,
     clip_skip: int,
 ) -> Text:
@@ -80,24 +66,19 @@ def _encode_text(
     """
     contexts, vectors = [], []
     for name in CLIPS:
-        hidden, vector = nnx.merge(graphs[name], params[name])(
+        hidden, vector = encoders[name](
             tokens[name][:, 0], layers_skipped=LAYERS_SKIPPED + clip_skip, final_norm=False
         )
         contexts.append(hidden)
         vectors.append(vector)
     of_clip = jnp.concatenate(contexts, axis=-1)
     of_clip = jnp.pad(of_clip, ((0, 0), (0, 0), (0, width - of_clip.shape[-1])))
-    if OPTIONAL_T5 in graphs:
-        t5 = nnx.merge(graphs[OPTIONAL_T5], params[OPTIONAL_T5])
-        of_t5 = t5(tokens[OPTIONAL_T5].ids)
+    if OPTIONAL_T5 in encoders:
+        of_t5 = encoders[OPTIONAL_T5](tokens[OPTIONAL_T5].ids)
     else:
         of_t5 = jnp.zeros((len(of_clip), 1, width), of_clip.dtype)
     context = jnp.concatenate([of_clip, of_t5.astype(of_clip.dtype)], axis=1)
     return Text(context, jnp.concatenate(vectors, axis=-1))
-
-
-def _condition(text: Text, sizes: None) -> dict[str, Array]:
-    return {"context": text.context, "pooled": text.pooled}
 
 
 def networks(*, t5_tokens: int) -> Networks:

@@ -40,11 +40,6 @@ def kohya_names(
     return original_layers(tables, checkpoint, component) if component == "transformer" else {}
 
 
-def no_kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, Layer]:
-    """Returns no names: the layers of transformers have the same names in kohya's files."""
-    return {}
-
-
 def kl_decoder_operations(checkpoint: Checkpoint, height: int, width: int) -> int:
     """Counts the operations of an `AutoencoderKL`'s decoder; see `Family.decoder_operations`."""
     decoder = {

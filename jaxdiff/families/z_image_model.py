@@ -4,17 +4,15 @@ from collections.abc import Mapping
 from functools import partial
 
 from flax import nnx
-from jax import Array
 
-from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
+from jaxdiff.families.model import Model, Network, Text
 from jaxdiff.families.networks import (
     AUTOENCODER_KL,
     QWEN3,
     Architecture,
     Networks,
-    codec,
-    evaluation,
     fit,
+    model,
 )
 from jaxdiff.families.tokenizers.tokenizer import Tokens
 from jaxdiff.models import z_image
@@ -23,7 +21,7 @@ LAYER = -2  # the last but one of the text encoder's hidden states
 
 
 def _assemble(
-    configs: Mapping, networks: Mapping[str, Network], index: Mapping, *, patch: int, side_px: int
+    configs: Mapping, networks: Mapping[str, Network], *, patch: int, side_px: int
 ) -> Model:
     transformer, vae = configs["transformer"], configs["vae"]
     fit(
@@ -32,32 +30,22 @@ def _assemble(
             ("cap_feat_dim", transformer.cap_feat_dim, configs["text_encoder"].hidden_size),
         ]
     )
-    return Model(
-        configs=configs,
-        networks=networks,
-        text_encoders=("text_encoder",),
-        encode_text=partial(_encode_text, networks["text_encoder"].graph),
-        condition=_condition,
-        denoiser=Denoiser(
-            component="transformer",
-            sample_size=side_px // vae.factor,
-            size_multiple=patch,
-            evaluate=evaluation(networks["transformer"]),
-        ),
-        codec=codec(networks["vae"], vae, vae.latent_channels),
+    return model(
+        configs,
+        networks,
+        _encode_text,
+        channels=vae.latent_channels,
+        sample_size=side_px // vae.factor,
+        size_multiple=patch,
     )
 
 
 def _encode_text(
-    graph: nnx.GraphDef, params: Params, tokens: Mapping[str, Tokens], clip_skip: int
+    encoders: Mapping[str, nnx.Module], tokens: Mapping[str, Tokens], clip_skip: int
 ) -> Text:
     ids, mask = tokens["text_encoder"]
-    (hidden,) = nnx.merge(graph, params["text_encoder"])(ids, mask, layers=(LAYER,))
+    (hidden,) = encoders["text_encoder"](ids, mask, layers=(LAYER,))
     return Text(hidden, mask=mask)
-
-
-def _condition(text: Text, sizes: None) -> dict[str, Array]:
-    return {"context": text.context, "mask": text.mask}
 
 
 def networks(*, patch: int, side_px: int) -> Networks:

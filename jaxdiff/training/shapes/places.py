@@ -46,7 +46,7 @@ def maps(scenes: Sequence[Scene], side: int) -> np.ndarray:
 
 def widened_denoiser(parts: Components, remat: bool) -> Denoiser:
     """Returns the denoiser with an extra output channel for every shape."""
-    component = parts.model.denoiser.component
+    component, fixed = parts.model.denoiser.component, parts.model.denoiser.fixed
     config = parts.model.configs[component]
     wide = replace(config, out_channels=config.out_channels + len(SHAPES))
     module = partial(parts.family.networks().module(component, wide), remat=remat)
@@ -54,7 +54,7 @@ def widened_denoiser(parts: Components, remat: bool) -> Denoiser:
 
     def evaluate(params, latents, timesteps, conditioning, guidance_scale, kept):
         named = conditioning if isinstance(conditioning, dict) else conditioning._asdict()
-        return nnx.merge(graph, params)(latents, timesteps, **named), None
+        return nnx.merge(graph, params)(latents, timesteps, **named, **fixed), None
 
     return parts.model.denoiser._replace(evaluate=evaluate)
 
