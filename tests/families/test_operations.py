@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxdiff.checkpoint.single_file_configs import CONTENTS
 from jaxdiff.dataset import settings as job_settings
-from jaxdiff.families import operations, unet_operations
+from jaxdiff.families import FAMILIES, operations, unet_operations
 from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.families.model import networks_of
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
@@ -102,3 +102,54 @@ def test_a_refiners_steps_are_counted_with_its_own_network(tiny_checkpoint):
     assert operations.of_image(both, settings, bucket) == operations.of_image(
         alone, settings, bucket
     )
+
+
+SD3_MEDIUM = {
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "in_channels": 16,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 24,
+    "out_channels": 16,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+KLEIN_4B = {
+    "attention_head_dim": 128,
+    "guidance_embeds": False,
+    "in_channels": 128,
+    "joint_attention_dim": 7680,
+    "num_attention_heads": 24,
+    "num_layers": 5,
+    "num_single_layers": 20,
+}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "config", "tokens", "published"),
+    [
+        ("FluxPipeline", {"guidance_embeds": True}, 512, 74.4),
+        ("StableDiffusion3Pipeline", SD3_MEDIUM, 333, 8.9),
+        ("PixArtSigmaPipeline", {"use_additional_conditions": False}, 300, 6.6),
+        ("SanaPipeline", {}, 300, 3.0),
+        ("Flux2KleinPipeline", KLEIN_4B, 512, 34.8),
+        ("ZImagePipeline", {}, 32, 55.6),
+        ("QwenImagePipeline", {}, 16, 69.3),
+    ],
+)
+def test_transformers_have_the_count_of_pytorchs_counter(pipeline, config, tokens, published):
+    """In 10^12 operations for one evaluation at 1024 px, measured with torch's FlopCounterMode."""
+    family = FAMILIES[pipeline]
+    networks, stored = family.networks(), family.components["transformer"]
+    parsed = {"transformer": {"_class_name": stored.class_name, **config}}
+    read = networks.read_configs(parsed)["transformer"]
+    _, shapes = abstract_network(networks.module("transformer", read), read)
+    weights = {
+        key: SimpleNamespace(shape=shape, size=math.prod(shape))
+        for key, shape in file_shapes(shapes).items()
+    }
+    checkpoint = SimpleNamespace(weights=lambda _: weights, config=lambda _: read.to_json())
+    side = 1024 // {"SanaPipeline": 32, "Flux2KleinPipeline": 16}.get(pipeline, 8)
+    counted, spared = family.operations(checkpoint, side, side, tokens)
+    assert counted == spared == pytest.approx(published * 1e12, rel=0.02)
