@@ -57,7 +57,8 @@ def defaults(checkpoint: Checkpoint) -> Defaults:
 def _positions(checkpoint: Checkpoint) -> int:
     """Returns the number of tokens that fit along the shorter of the two spatial axes."""
     lengths = checkpoint.config("transformer").get("axes_lens", [1024, 512, 512])
-    if not isinstance(lengths, list) or [type(n) for n in lengths] != [int] * 3 or min(lengths) < 1:
+    is_list = isinstance(lengths, list | tuple)
+    if not is_list or [type(n) for n in lengths] != [int] * 3 or min(lengths) < 1:
         raise InputError(
             f"{checkpoint.place('transformer')}: axes_lens = {shown(lengths)} must be three "
             "positive whole numbers"
