@@ -1,5 +1,6 @@
 """Single files of transformer models: the weights are those of diffusers' converters."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -388,7 +389,10 @@ def test_later_models_are_usable_with_a_base(name, kind, config, tmp_path):
     opened = open_checkpoint(file, base=base)
     assert opened.networks == ("text_encoder", "transformer", "vae")
     assert inspect.report(opened).splitlines()[-1].split() == ["usable", "yes"]
-    assert opened.defaults == open_checkpoint(base).defaults
+    small = open_checkpoint(base).defaults.largest_side  # no weight tells how many positions fit
+    assert (
+        dataclasses.replace(opened.defaults, largest_side=small) == open_checkpoint(base).defaults
+    )
 
 
 def test_a_family_that_is_not_supported_is_named(tmp_path):
