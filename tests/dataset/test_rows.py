@@ -4,7 +4,7 @@ from datetime import date
 import numpy as np
 import pytest
 
-from jaxdiff.checks import BadValueError
+from jaxdiff.checks import MAX_SIDE_PX, BadValueError
 from jaxdiff.dataset.manifest import rows
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.diffusion.samplers import SAMPLERS
@@ -19,7 +19,7 @@ SETTINGS = Settings(
     num_images=2,
     negative_prompt="blur",
 )
-CHECKS = field_checks(8, tuple(SAMPLERS))
+CHECKS = field_checks(8, MAX_SIDE_PX, tuple(SAMPLERS))
 
 
 def parse(**values) -> rows.Row:
