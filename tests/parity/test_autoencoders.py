@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from jaxdiff.errors import InputError
+from jaxdiff.families import qwen_image
 from jaxdiff.models.codecs import autoencoder_kl_qwen_image as qwen
 from jaxdiff.models.codecs.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from jaxdiff.models.codecs.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
@@ -131,7 +132,12 @@ def made(name: str, options: dict):
 
 def plain(weights: dict) -> dict[str, np.ndarray]:
     """diffusers' weights by our keys, without those that no image needs."""
-    found = {qwen.plain_key(key): qwen.plain_weight(value) for key, value in weights.items()}
+    found = {
+        qwen_image.QWEN_IMAGE.components["vae"].plain_key(key): value[:, :, -1]
+        if value.ndim == 5
+        else value
+        for key, value in weights.items()
+    }
     return {
         key: value for key, value in found.items() if key not in (None, "bn.num_batches_tracked")
     }

@@ -2,14 +2,9 @@
 
 See Wan, 2025, arXiv:2503.20314, and Wu et al., 2025, arXiv:2508.02324. Its 3-D convolutions are
 causal: what comes before the first frame is zero. So for one frame only the last temporal tap of
-each kernel acts, and the network needs only 2-D convolutions. Of a file's weights, which have
-diffusers' keys,
-- those with `.time_conv.` in their key are dropped (`plain_key`): they resample in time, which the
-  first frame skips;
-- those with five axes [out, in, time, h, w], the kernels of `conv_in`, `conv1`, `conv2`,
-  `conv_shortcut`, `conv_out`, `quant_conv` and `post_quant_conv`, become [out, in, h, w]
-  (`plain_weight`);
-- all others stay as they are, also the norms' `gamma`, [c, 1, 1, 1] or, for attention, [c, 1, 1].
+each kernel acts, and the network needs only 2-D convolutions. The family's page drops a file's
+other taps, and the `time_conv` layers, which resample in time and which the first frame skips. The
+norms' `gamma` keep the file's shape, [c, 1, 1, 1] or, for attention, [c, 1, 1].
 """
 
 import itertools
@@ -17,7 +12,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -44,16 +38,6 @@ LATENTS_STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
-
-
-def plain_key(key: str) -> str | None:
-    """Returns the network's key for a key of a file, or None if one frame does not need it."""
-    return None if ".time_conv." in key else key
-
-
-def plain_weight(weight: np.ndarray) -> np.ndarray:
-    """Returns a file's weight as the network has it: of a 3-D kernel, the last temporal tap."""
-    return weight[:, :, -1] if weight.ndim == 5 else weight
 
 
 @dataclass(frozen=True)
