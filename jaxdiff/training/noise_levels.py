@@ -41,7 +41,7 @@ def draw(schedule: NoiseSchedule, loss: Loss, key: Array, count: int) -> NoiseLe
     steps = schedule.num_train_timesteps
     if schedule.prediction_type == "flow":
         # Esser et al., 2024, arXiv:2403.03206, equation 23; the network gets the shifted timestep.
-        # A shift that depends on the size is left to sampling, as in diffusers' training scripts.
+        # A shift that depends on the size is left to sampling, as by diffusers' scheduler.
         # The minimum of a tenth of a timestep ensures that every image has some noise.
         shift = 1.0 if schedule.use_dynamic_shifting else schedule.shift
         shares = jnp.maximum(shares, 0.1 / steps)

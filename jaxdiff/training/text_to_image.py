@@ -145,7 +145,7 @@ def _loss(
         if settings.places:
             weights = in_dtype(params[denoiser.component], dtype)
         # A flow network that was distilled from a guided one learns the data's own flow, which is
-        # its flow at the scale 1. diffusers' training scripts for FLUX.1 dev do the same.
+        # its flow at the scale 1.
         scale = jnp.ones(len(x0)) if denoiser.guidance_is_input else None
         output, _ = denoiser.evaluate(
             weights, x.astype(dtype), levels.timesteps, conditions, scale, None
