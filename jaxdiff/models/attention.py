@@ -61,6 +61,7 @@ def attend(
     *,
     mask: Array | None = None,
     is_causal: bool = False,
+    repeats: np.ndarray | None = None,
 ) -> Array:
     """Computes scaled dot-product attention (Vaswani et al., 2017) with a float32 softmax.
 
@@ -81,11 +82,21 @@ def attend(
       mask: bool [batch, context tokens]: which context tokens are seen; None for all. Every row
         needs at least one.
       is_causal: whether a token attends only to itself and to earlier tokens.
+      repeats: int [context tokens]: how many tokens like it each one stands for; None for one.
+        It goes with neither of the other options.
 
     Returns:
       [batch, tokens, heads, head width].
     """
     kernel = partial(_attend_at_once, is_causal=True) if is_causal else _kernel(query, key)
+    if repeats is not None and query.shape[1] * key.shape[1] < BLOCKWISE:
+        # exp(score + log n) is n exp(score), the share of n such tokens in the softmax.
+        bias = np.log(repeats).astype(query.dtype)[None, None, None, :]
+        kernel = partial(_attend_at_once, bias=bias)
+    elif repeats is not None:  # few among many, and the kernels for many take no bias
+        key, value = (
+            x.repeat(repeats, axis=1, total_repeat_length=repeats.sum()) for x in (key, value)
+        )
     return _with_whole_heads(kernel, key.shape[2])(query, key, value, mask)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -174,15 +175,12 @@ class JointAttention(nnx.Module):
         added = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         image = _heads(x, ours, (self.norm_q, self.norm_k), self.num_heads)
         text = _heads(context, added, (self.norm_added_q, self.norm_added_k), self.num_heads)
-        if last_counts > 1:  # seen so often, but what each of them sees is computed once
-            query, *seen = text
-            copies = [x[:, -1:].repeat(last_counts - 1, axis=1) for x in seen]
-            text = (
-                query,
-                *(jnp.concatenate(both, axis=1) for both in zip(seen, copies, strict=True)),
-            )
         heads = (jnp.concatenate(both, axis=1) for both in zip(text, image, strict=True))
-        mixed = _rotated_attention(*heads, angles, mask)
+        repeats = None
+        if last_counts > 1:  # seen so often, but what each of them sees is computed once
+            repeats = np.ones(context.shape[1] + x.shape[1], int)
+            repeats[context.shape[1] - 1] = last_counts
+        mixed = _rotated_attention(*heads, angles, mask, repeats)
         of_text, of_image = jnp.split(mixed, [context.shape[1]], axis=1)
         return self.to_out[0](of_image), self.to_add_out and self.to_add_out(of_text)
 
@@ -197,12 +195,17 @@ def _heads(x: Array, layers, norms, num_heads: int) -> tuple[Array, Array, Array
 
 
 def _rotated_attention(
-    query: Array, key: Array, value: Array, angles: Array | None, mask: Array | None
+    query: Array,
+    key: Array,
+    value: Array,
+    angles: Array | None,
+    mask: Array | None,
+    repeats: np.ndarray | None = None,
 ) -> Array:
     """Returns what the heads attend to, [batch, tokens, width]."""
     if angles is not None:
         query, key = rotate_pairs(query, angles), rotate_pairs(key, angles)
-    return merge_heads(attend(query, key, value, mask=mask))
+    return merge_heads(attend(query, key, value, mask=mask, repeats=repeats))
 
 
 def joint_block(
