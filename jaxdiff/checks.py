@@ -21,6 +21,9 @@ MAX_PROMPT_CHUNKS = 16
 MAX_DEEP_CACHE = 100
 DTYPES = ("float32", "bfloat16")
 NOISES = ("jax", "torch")
+SWITCH = ("on", "off")
+MAX_MARGIN_PX = 4096
+MARGINS = ("left", "top", "right", "bottom")
 
 
 class BadValueError(ValueError):
@@ -128,6 +131,28 @@ def layers(name: str, value) -> str:
     if not all(re.fullmatch(r"[0-9]{1,4}", part) for part in said):
         raise BadValueError(f'{name} must have the form "7, 8, 9", not {shown(value)}')
     return ", ".join(map(str, sorted(set(map(int, said)))))
+
+
+def margins(name: str, value) -> tuple[int, int, int, int]:
+    """Returns four widths in pixels, not all 0, from "64,0,64,0" or {"left": 64, "right": 64}."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _json_or_text(value)
+    if isinstance(value, dict):
+        said = {side: 0 if px is None else px for side, px in value.items()}
+        if unknown := said.keys() - set(MARGINS):
+            raise BadValueError(
+                f"{name} has {shown(sorted(unknown)[0])}; it may have {', '.join(MARGINS)}"
+            )
+        parts = [said.get(side, 0) for side in MARGINS]
+    else:
+        parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or len(parts) != len(MARGINS):
+        form = "left,top,right,bottom"
+        raise BadValueError(f'{name} must have the form "{form}", not {shown(value)}')
+    px = tuple(integer(f"each side of {name}", part, 0, MAX_MARGIN_PX) for part in parts)
+    if not any(px):
+        raise BadValueError(f"{name} adds nothing; give one side a width in pixels")
+    return px
 
 
 def key_values(text: str) -> dict:

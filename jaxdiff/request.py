@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxdiff import checks
 
@@ -18,6 +18,20 @@ class Bucket(NamedTuple):
     steps: int
     guided: bool
     sampler: str
+    strength: float | None = None  # None without an image to begin with
+    masked: bool = False
+
+
+class Source(NamedTuple):
+    """An image that a row names.
+
+    Attributes:
+      address: a path below the folder of images, or a URL.
+      sha256: of its bytes (hex), when the row was planned.
+    """
+
+    address: str
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +46,14 @@ class Request:
       steps: sampling steps, at least 1.
       guidance_scale: w in uncond + w (cond - uncond); guidance is off at 1 and below.
       sampler: one of `samplers.SAMPLERS`; `None` selects the one in the model's scheduler.
+      image: another image to begin with: a path, a PIL image, uint8 [h, w, 3] or a `Source`. Its
+        largest part with the aspect ratio of `width` and `height` is resized to them.
+      strength: the share of the steps that are taken from there, 0 to 1 (Meng et al., 2022,
+        arXiv:2108.01073); only with an image.
+      mask_image: which part of the image is painted anew: white. As `image`, but grey, or bool
+        [h, w].
+      outpaint: the width in pixels of what is painted on the left, top, right and bottom of the
+        image, which takes the rest of `width` and `height`.
     """
 
     prompt: str
@@ -42,11 +64,17 @@ class Request:
     steps: int | None = None
     guidance_scale: float | None = None
     sampler: str | None = None
+    image: Any = None
+    strength: float | None = None
+    mask_image: Any = None
+    outpaint: tuple[int, int, int, int] | None = None
 
     @property
     def bucket(self) -> Bucket:
-        """The bucket of this image, whose fields must all be resolved (not None)."""
-        return Bucket(self.width, self.height, self.steps, self.guidance_scale > 1, self.sampler)
+        """The bucket of this image, whose fields must all be resolved."""
+        masked = self.mask_image is not None or self.outpaint is not None
+        size, guided = (self.width, self.height), self.guidance_scale > 1
+        return Bucket(*size, self.steps, guided, self.sampler, self.strength, masked)
 
 
 class Field(NamedTuple):
@@ -74,6 +102,42 @@ FIELDS = {
     "guidance_scale": Field(checks.number, (0, checks.MAX_GUIDANCE_SCALE), "float64"),
     "sampler": Field(checks.choice, (), "string"),
 }
+# The fields of a request that begins with an image, in the same form.
+SOURCES = ("image", "mask_image")
+IMAGE_FIELDS = {
+    "image": Field(checks.text, (), "string"),
+    "strength": Field(checks.number, (0, 1), "float64"),
+    "mask_image": Field(checks.text, (), "string"),
+    "outpaint": Field(checks.margins, (), "string"),
+}
+
+# The columns of such requests in plans and records, with their Arrow types.
+IMAGE_COLUMNS = {
+    column: field.column
+    for name, field in IMAGE_FIELDS.items()
+    for column in ((name, f"{name}_sha256") if name in SOURCES else (name,))
+}
+
+
+def to_columns(request: Request) -> dict:
+    """Returns a request, whose images are sources, as values by column."""
+    values = dict(vars(request))
+    for name in SOURCES:
+        values[name], values[f"{name}_sha256"] = values[name] or (None, None)
+    if request.outpaint is not None:
+        values["outpaint"] = ",".join(map(str, request.outpaint))
+    return values
+
+
+def from_columns(values: dict) -> Request:
+    """Returns the request that `to_columns` wrote; image columns may be missing."""
+    values = {"strength": None, "outpaint": None, **values}
+    for name in SOURCES:
+        address, sha256 = values.pop(name, None), values.pop(f"{name}_sha256", None)
+        values[name] = None if address is None else Source(address, sha256)
+    if values["outpaint"] is not None:
+        values["outpaint"] = checks.margins("outpaint", values["outpaint"])
+    return Request(**values)
 
 
 def field_checks(
@@ -121,6 +185,8 @@ class Options:
       skip_layers: the denoiser's blocks, such as "7, 8, 9", that a third evaluation of early guided
         steps leaves out; the images are led away from what it predicts (Stability AI's skip-layer
         guidance for Stable Diffusion 3.5 medium). "" for none.
+      keep_unmasked: "on" pastes what a mask leaves out from the original image, with a soft edge
+        inside the painted part; "off" returns it as the autoencoder decodes it.
     """
 
     dtype: str = "float32"
@@ -136,6 +202,7 @@ class Options:
     refiner_start: float = 0.8
     deep_cache: int = 1
     skip_layers: str = field(default="", metadata=LATER)
+    keep_unmasked: str = field(default="on", metadata=LATER)
 
     @property
     def skipped_layers(self) -> tuple[int, ...]:
@@ -159,4 +226,5 @@ OPTION_CHECKS = {
     "refiner_start": FRACTION,
     "deep_cache": (checks.integer, 1, checks.MAX_DEEP_CACHE),
     "skip_layers": (checks.layers,),
+    "keep_unmasked": (checks.choice, checks.SWITCH),
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.plan import Plan
@@ -17,8 +18,17 @@ from jaxdiff.request import Bucket
 from pipelines import inputs
 from pipelines.generate_options import Job
 
-BUCKET_COLUMNS = ["width", "height", "steps", "guidance_scale", "sampler"]
-HEADINGS = ("size", "steps", "sampler", "guided", "images", "batches", "padded slots", "shards")
+HEADINGS = (
+    "size",
+    "steps",
+    "sampler",
+    "guided",
+    "begins with",
+    "images",
+    "batches",
+    "padded slots",
+    "shards",
+)
 # Operations per second. The first was measured with shapes64 on two cores shared with other work.
 SPEEDS = ((0.1e12, "two CPU cores"), (100e12, "a fast accelerator"))
 
@@ -51,7 +61,15 @@ def report(job: Job, options: PipelineOptions) -> str:
         folder = Path(temporary) / "plan"
         identity = planning.identify(manifest, settings, ensemble)
         models = job.models.planned()
-        plan = planning.make(manifest, settings, ensemble, identity, folder, models=models)
+        plan = planning.make(
+            manifest,
+            settings,
+            ensemble,
+            identity,
+            folder,
+            models=models,
+            image_root=job.image_root,
+        )
         shares = _shares(folder, plan)
         rows = _rows(folder, plan)
     work = sum(
@@ -83,13 +101,12 @@ def _rows(folder: Path, plan: Plan) -> str:
 
 
 def _shares(folder: Path, plan: Plan) -> dict[Bucket, Share]:
-    table = pq.read_table(folder / plan.images_file, columns=BUCKET_COLUMNS)
+    table = pq.read_table(folder / plan.images_file, columns=[*plans.BUCKET_COLUMNS])
     shares: dict[Bucket, Share] = {}
     batch_size, start = _batch_size(plan), 0
     for size in plan.shard_sizes:
-        row = {name: table[name][start].as_py() for name in BUCKET_COLUMNS}
-        row["guided"] = row.pop("guidance_scale") > 1
-        share = shares.setdefault(Bucket(**row), Share())
+        (row,) = table.slice(start, 1).to_pylist()
+        share = shares.setdefault(plans.example(**row).bucket, Share())
         batches = -(-size // batch_size)
         share.images += size
         share.batches += batches
@@ -112,13 +129,14 @@ def _may_differ(plan: Plan) -> str:
 
 def _table(shares: dict[Bucket, Share]) -> list[str]:
     rows = [HEADINGS]
-    for bucket, share in sorted(shares.items()):
+    for bucket, share in sorted(shares.items(), key=lambda item: item[0][:5]):
         rows.append(
             (
                 f"{bucket.width}x{bucket.height}",
                 str(bucket.steps),
                 bucket.sampler,
                 "yes" if bucket.guided else "no",
+                _start(bucket),
                 str(share.images),
                 str(share.batches),
                 str(share.slots - share.images),
@@ -130,6 +148,12 @@ def _table(shares: dict[Bucket, Share]) -> list[str]:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
+
+
+def _start(bucket: Bucket) -> str:
+    if bucket.strength is None:
+        return "noise"
+    return f"{'image and mask' if bucket.masked else 'image'}, {bucket.strength:g}"
 
 
 def _time(work: int) -> str:

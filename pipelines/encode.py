@@ -36,7 +36,8 @@ from jaxdiff.dataset.local import LocalStore
 from jaxdiff.errors import InputError
 from jaxdiff.families import open_checkpoint
 from jaxdiff.families.model import networks_of
-from jaxdiff.training.data import Examples, assign, buckets, decoding, encoded, open_examples
+from jaxdiff.images import fitting
+from jaxdiff.training.data import Examples, assign, buckets, encoded, open_examples
 from jaxdiff.training.data.encoder import Encoder
 from jaxdiff.training.recipe import Data
 from pipelines import command_line, encode_options, jobs, runners
@@ -228,7 +229,7 @@ def _batches(
     """Yields batches of images in the shard's size, uint8 [n, h, w, 3], decoded ahead of use."""
 
     def decoded(index: int) -> np.ndarray:
-        return decoding.fitted(examples.pixels(index), shard.height, shard.width)
+        return fitting.fitted(examples.pixels(index), shard.height, shard.width)
 
     waiting = deque()
     for start in [*range(0, len(indices), at_once), *[None] * AHEAD]:

@@ -210,7 +210,14 @@ def _make_plan(
     models = job.models.anywhere().planned()
     try:
         plan = planning.make(
-            manifest, settings, ensemble, identity, folder, models=models, extended=extended
+            manifest,
+            settings,
+            ensemble,
+            identity,
+            folder,
+            models=models,
+            image_root=job.image_root,
+            extended=extended,
         )
         _check_strict(job, plan, folder)
         if extended:

@@ -22,9 +22,9 @@ is interrupted, run the same command again to continue.
 
 A manifest is a text file with one prompt per line, or JSON Lines, CSV, TSV, Parquet or a JSON list
 (each may be gzipped). It has a column `prompt` and, optionally, id, negative_prompt, seed or seeds,
-num_images, width, height, steps, guidance_scale, sampler. Other columns are copied to the images'
-metadata. A manifest can also be several files, as a glob, or a folder of text files with one prompt
-each.
+num_images, width, height, steps, guidance_scale, sampler; and for rows that begin with an image:
+image, strength, mask_image, outpaint. Other columns are copied to the images' metadata. A manifest
+can also be several files, as a glob, or a folder of text files with one prompt each.
 """
 EPILOG = """\
 example:
@@ -102,6 +102,7 @@ class Job:
     strict: bool = False
     retry_failed: bool = False
     dry_run: bool = False
+    image_root: str | None = None
 
 
 def parse(arguments: list[str]) -> tuple[Job, list[str]]:
@@ -130,6 +131,7 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
         models=_models(said),
         settings={name: said[name] for name in settings.NAMES if name in said},
         workers=_workers(said),
+        image_root=_image_root(said.get("image_root")),
         **{name: bool(said.get(name)) for name in FLAGS},
     )
     return job, rest
@@ -170,6 +172,14 @@ def _trace_folder(profile: str) -> str:
     if not usable:
         raise InputError(f"--profile {checks.shown(profile)} is no folder to write to; name one")
     return str(path)
+
+
+def _image_root(said: str | None) -> str | None:
+    if said is None or "://" in said:
+        return said
+    if not Path(said).is_dir():
+        raise InputError(f"--image-root {checks.shown(said)} is not a folder; name one")
+    return str(Path(said).absolute())
 
 
 def _read_job(path: Path) -> dict:
@@ -231,6 +241,11 @@ HELP = {
             "folder of .txt files with one prompt each; or a quoted glob; local, gs:// or s3://",
         ),
         "prompt_column": ("NAME", "the manifest's column of prompts (default: prompt)"),
+        "image_root": (
+            "DIR",
+            "the folder, or its gs:// or s3:// URL, that the manifest's paths of images are "
+            "relative to (default: the manifest's folder)",
+        ),
         "output": ("DIR", "the dataset's directory: a new one, or one to continue"),
         "model": ("MODEL", MODEL),
         "base": (
@@ -277,6 +292,11 @@ HELP = {
         ),
         "sampler": ("NAME", f"{', '.join(SAMPLERS)} (default: the model's)"),
         "negative_prompt": ("TEXT", "what to avoid in the image (default: nothing)"),
+        "strength": (
+            "SHARE",
+            "for rows with an image: how much to change it, 0 to 1 (default: as in the model's "
+            "diffusers pipeline, such as 0.8)",
+        ),
     },
     "output files": {
         "format": ("NAME", f"{' or '.join(settings.FORMATS)} (default: webdataset)"),
@@ -319,6 +339,11 @@ HELP = {
             "layers to leave out in skip-layer guidance, such as 7,8,9 for Stable Diffusion 3.5 "
             "medium; early steps take 1.5 times as long (default: none)",
         ),
+        "keep_unmasked": (
+            "on|off",
+            "for rows with a mask: whether to paste what it leaves out from the original image "
+            "(default: on)",
+        ),
     },
     "performance": {
         "batch_size": (
@@ -342,7 +367,7 @@ HELP = {
 }
 OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
 NAMES = (  # always text, even if it looks like a number
-    *("manifest", "prompt_column", "output", "model", "base", "variant", "refiner"),
+    *("manifest", "prompt_column", "image_root", "output", "model", "base", "variant", "refiner"),
     *("lora", "profile"),
 )
 REPEATED = ("lora",)

@@ -116,7 +116,7 @@ def _resolve(model: "TextToImage", request: Request) -> Request | Failure:
     if not isinstance(request, Request):
         return Failure(f"expected a jaxdiff.Request, not {type(request).__name__}")
     try:
-        return model.resolve(request)
+        return model.prepare(request)
     except InputError as problem:
         return Failure(str(problem))
 

@@ -5,6 +5,7 @@ stays the same), so only they fail. An image fails too if its values are not fin
 against an image if an empty prompt fails in the same way: then the model is broken.
 """
 
+import itertools
 import os
 import time
 from collections import deque
@@ -14,18 +15,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from jaxdiff.checks import BadValueError
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.plan import Plan, PlannedImage
 from jaxdiff.errors import InputError
-from jaxdiff.request import Bucket
+from jaxdiff.images import loading
+from jaxdiff.request import Bucket, Request
 from pipelines.jobs import StoppedError
 from pipelines.profiling import Profile
 
 if TYPE_CHECKING:
     from jaxdiff.engine.engine import Image, TextToImage
 
-ENCODING_THREADS = min(4, os.cpu_count() or 1)
+ENCODING_THREADS = READING_THREADS = min(4, os.cpu_count() or 1)
 NOT_FINITE = "the model's values were not finite"
 MAX_REASON_CHARACTERS = 300
 NOTHING = {"prompt": "", "negative_prompt": "", "seed": 0}  # what any working model can make
@@ -73,6 +76,7 @@ class ShardImages:
         self._is_stopping, self._profile = is_stopping, profile
         self._batch_size = batch_size
         self._running: dict[str, PlannedImage] = {}
+        self._unreadable: dict[str, str] = {}  # why an image that a row names cannot be used
         self._waited, self._waited_before = compilation.seconds_waited, compilation.seconds_waited()
         self._encode_seconds = 0.0
         self._write_seconds = 0.0
@@ -189,26 +193,36 @@ class ShardImages:
         images = self._model.stream(requests, self._batch_size)
         for image, made in zip(planned, images, strict=True):
             del self._running[image.key]
-            yield image, made
+            yield image, self._unreadable.get(image.key, made)
         self._tell({"running": []})
 
     def _announced(self, planned: list[PlannedImage]) -> Iterator:
         """Yields the images' requests, and announces each batch before its first request."""
         slots = self._model.slots(planned[0].request, self._batch_size)
-        for start in range(0, len(planned), slots):
-            if self._is_stopping():
-                raise StoppedError
-            batch = planned[start : start + slots]
-            self.padded += slots - len(batch)
-            self._running |= {image.key: image for image in batch}
-            self._tell({"running": [*self._running]})
-            self._profile.batch(only=len(planned) <= slots)
-            yield from (image.request for image in batch)
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            requests = _ahead(self._prepared, planned, pool, 2 * slots)
+            for start in range(0, len(planned), slots):
+                if self._is_stopping():
+                    raise StoppedError
+                batch = planned[start : start + slots]
+                self.padded += slots - len(batch)
+                self._running |= {image.key: image for image in batch}
+                self._tell({"running": [*self._running]})
+                self._profile.batch(only=len(planned) <= slots)
+                yield from itertools.islice(requests, len(batch))
+
+    def _prepared(self, image: PlannedImage) -> Request:
+        """Returns an image's request with what it names read, or something else in its place."""
+        try:
+            return loading.prepared(image.request, self._plan.image_root)
+        except BadValueError as problem:
+            self._unreadable[image.key] = str(problem)
+            return loading.blank(image.request)
 
     def _works(self, image: PlannedImage) -> bool:
         """Returns whether the model can make an image of an empty prompt, in its own size."""
         width, height = self._model.checkpoint.defaults.size
-        plain = replace(image.request, **NOTHING, width=width, height=height)
+        plain = loading.blank(replace(image.request, **NOTHING, width=width, height=height))
         try:
             list(self._model.stream([plain], self._batch_size))
         except Exception:
@@ -224,7 +238,8 @@ class ShardImages:
         if image.request.bucket in sound:
             return
         try:
-            (plain,) = self._model.stream([replace(image.request, **NOTHING)], self._batch_size)
+            nothing = loading.blank(replace(image.request, **NOTHING))
+            (plain,) = self._model.stream([nothing], self._batch_size)
         except Exception as problem:
             if _is_fatal(problem):
                 raise self._explained(problem, image) from problem

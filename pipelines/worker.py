@@ -246,7 +246,9 @@ def _known_batch_size(run: Run, request: Request) -> int | None:
 
 
 def _pin(request: Request) -> str:
-    return f"{names.BATCH}/{'-'.join(map(str, request.bucket))}"
+    *usual, strength, masked = request.bucket
+    images = [] if strength is None else [f"{strength:g}", "masked" if masked else "image"]
+    return f"{names.BATCH}/{'-'.join(map(str, [*usual, *images]))}"
 
 
 def _facts(

@@ -13,15 +13,18 @@ ROOT = Path(__file__).parents[1]
 # room "values", but for the command line.
 ALLOWED = {
     "values": "",
-    **dict.fromkeys(("models", "diffusion", "worlds", "checkpoint"), "values"),
+    **dict.fromkeys(("images", "models", "diffusion", "worlds", "checkpoint"), "values"),
     "devices": "values checkpoint",
     "weights": "values checkpoint devices",
     "families": "values checkpoint weights models diffusion",
-    "engine": "values checkpoint weights diffusion devices families",
-    "dataset": "values checkpoint diffusion devices families",
-    "training": "values checkpoint weights models diffusion worlds devices families engine dataset",
-    "evaluation": "values checkpoint weights models worlds devices families dataset training",
-    "pipelines": "values checkpoint diffusion devices families engine dataset training evaluation",
+    "engine": "values images checkpoint weights diffusion devices families",
+    "dataset": "values images checkpoint diffusion devices families",
+    "training": "values images checkpoint weights models diffusion worlds devices families engine "
+    "dataset",
+    "evaluation": "values images checkpoint weights models worlds devices families dataset "
+    "training",
+    "pipelines": "values images checkpoint diffusion devices families engine dataset training "
+    "evaluation",
     "cli": "values families dataset training pipelines",
 }
 LOOSE = {"__init__", "__main__", "checks", "cli", "errors", "request"}
@@ -85,11 +88,13 @@ def test_nothing_else_lies_loose():
     assert {path.stem for path in (ROOT / "jaxdiff").glob("*.py")} == LOOSE
 
 
-@pytest.mark.parametrize("package", ["jaxdiff.checkpoint", "jaxdiff.dataset", "jaxdiff.families"])
-def test_planning_loads_no_jax(package):
+@pytest.mark.parametrize("room_name", ["checkpoint", "dataset", "families", "images"])
+def test_planning_loads_no_jax(room_name):
     """Whatever it imports on its way; the JAX halves of families are imported when they build."""
     names = [
-        name for name in modules() if name.startswith(package) and not name.endswith(JAX_HALVES)
+        name
+        for name in modules()
+        if name.startswith(f"jaxdiff.{room_name}") and not name.endswith(JAX_HALVES)
     ]
     code = f"import sys, {', '.join(names)}; assert not {{'jax', 'flax'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

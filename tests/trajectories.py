@@ -39,7 +39,7 @@ def ours(sampler, config, steps, eta=0.0, begin=0):
     """
     schedule = noise_schedule(config, sampler)
     table = samplers.sampler_table(sampler, schedule, steps, eta=eta, begin=begin)
-    start, fresh = noise.draw(np.array([SEED]), SHAPE, "torch", draws=table.draws)
+    start, fresh, _ = noise.draw(np.array([SEED]), SHAPE, "torch", draws=table.draws)
     x = start[0] * (1.0 if begin else table.initial_scale)
     points, remembered = [x], [np.zeros(SHAPE)] * table.b.shape[1]
     for i in range(begin, len(table.timesteps)):

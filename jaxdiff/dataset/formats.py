@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff.request import FIELDS
+from jaxdiff.request import FIELDS, IMAGE_COLUMNS
 
 ROW_GROUP_IMAGES = 64
 RECORDS = "metadata.jsonl"  # of an imagefolder; the Hub requires this name
@@ -25,6 +25,7 @@ RECORD_FIELDS = (  # of an image's record, in the order in which they are writte
     ("id", pa.string()),
     ("image_index", pa.int32()),
     *((name, pa.type_for_alias(field.column)) for name, field in FIELDS.items()),
+    *((name, pa.type_for_alias(column)) for name, column in IMAGE_COLUMNS.items()),
     ("tokens_lost", pa.int32()),  # of both prompts, at their ends; see `Plan.counts_tokens`
     ("noise", pa.string()),
     ("dtype", pa.string()),

@@ -111,6 +111,7 @@ def parameters(settings: dict) -> str:
         "CFG scale": f"{settings['guidance_scale']:g}",
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
+        "Denoising strength": settings.get("strength"),
         "Model hash": settings["model"][:10],
         "Clip skip": int(options.pop("clip_skip", 0)) + 1,  # 1 uses all layers
         "RNG": "CPU" if described["noise"] == "torch" else None,

@@ -19,7 +19,15 @@ from jaxdiff.dataset import formats, names, paths
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
-from jaxdiff.request import FIELDS, Options, Request
+from jaxdiff.request import (
+    FIELDS,
+    IMAGE_COLUMNS,
+    Options,
+    Request,
+    Source,
+    from_columns,
+    to_columns,
+)
 
 VERSION = 5
 PLAN_JSON = "plan.json"
@@ -56,7 +64,7 @@ class PlannedImage:
     def columns(self) -> dict:
         """Returns the image as a row of the plan."""
         own = {name: getattr(self, name) for name in self.__slots__}
-        return own | vars(own.pop("request"))
+        return own | to_columns(own.pop("request"))
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,8 @@ class Plan:
       notices: what the job does that the manifest's author may not expect; see `notices.Notices`.
       counts_tokens: whether records say how many tokens their prompts lost, as they do unless an
         earlier version made the plan or the one that it extends.
+      takes_images: whether any row has an image; only then do records have the columns of images.
+      image_root: the folder or URL that addresses of images are relative to.
     """
 
     id: str
@@ -88,16 +98,20 @@ class Plan:
     sha256: dict[str, str]
     notices: dict[str, str] = field(default_factory=dict)
     counts_tokens: bool = False
+    takes_images: bool = False
+    image_root: str = ""
 
     @property
     def record_fields(self) -> formats.Fields:
         """The names and types of the fields of its images' records."""
         missing = () if self.counts_tokens else ("tokens_lost",)
+        if not self.takes_images:
+            missing += tuple(IMAGE_COLUMNS)
         return [each for each in formats.RECORD_FIELDS if each[0] not in missing]
 
     @property
     def schema(self) -> pa.Schema:
-        """The schema of the plan's Parquet file."""
+        """The schema of the plan's Parquet file: that of its records and where rows are from."""
         planned = [each for each in self.record_fields if each[0] not in NOT_PLANNED]
         return pa.schema([*planned, ("source", pa.string()), ("line", pa.int64())])
 
@@ -133,6 +147,29 @@ class Plan:
     def images(self) -> int:
         """The number of planned images."""
         return sum(self.shard_sizes)
+
+
+# The columns that decide an image's bucket.
+BUCKET_COLUMNS = (
+    *("width", "height", "steps", "guidance_scale", "sampler"),
+    *("strength", "mask_image", "outpaint"),
+)
+
+
+def example(*, strength: float | None = None, mask_image=None, outpaint=None, **values) -> Request:
+    """Returns a request without a prompt in the bucket of these values of `BUCKET_COLUMNS`.
+
+    Only whether there is a mask counts, so what it names cannot be read.
+    """
+    masked = mask_image is not None or outpaint is not None
+    nothing = Source("", "")
+    return Request(
+        prompt="",
+        image=nothing if strength is not None else None,
+        strength=strength,
+        mask_image=nothing if masked else None,
+        **values,
+    )
 
 
 def digest(identity: dict) -> str:
@@ -181,6 +218,7 @@ def _is_sound(plan: Plan) -> bool:
         and isinstance(plan.options, str)
         and isinstance(plan.manifest, str)
         and isinstance(plan.model_name, str)
+        and isinstance(plan.image_root, str)
     )
 
 
@@ -195,9 +233,10 @@ def differences(old: dict, new: dict) -> str:
 
 def planned_images(table: pa.Table) -> list[PlannedImage]:
     """Returns the rows of a plan's Parquet file as images."""
+    names = FIELDS.keys() | IMAGE_COLUMNS.keys()
     return [
         PlannedImage(
-            request=Request(**{name: row.pop(name) for name in FIELDS if name in row}), **row
+            request=from_columns({name: row.pop(name) for name in names & row.keys()}), **row
         )
         for row in table.to_pylist()
     ]

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
-from operator import attrgetter
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.dataset.manifest.notices import Notices
 from jaxdiff.dataset.manifest.readers import Entry
+from jaxdiff.dataset.manifest.sources import Sources, root_of
 from jaxdiff.dataset.plan import (
     PLAN_JSON,
     ROW_GROUP_IMAGES,
@@ -37,7 +37,7 @@ from jaxdiff.diffusion import scheduler_config
 from jaxdiff.diffusion.samplers import SAMPLERS
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
-from jaxdiff.request import FIELDS, Bucket, Request, field_checks
+from jaxdiff.request import IMAGE_COLUMNS, Bucket, Request, field_checks
 
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algorithm
@@ -72,6 +72,7 @@ def make(
     folder: Path,
     *,
     models: dict[str, str | Sequence[str] | None],
+    image_root: str | None = None,
     extended: Run | None = None,
 ) -> Plan:
     """Plans a manifest into a new folder; the manifest is not needed afterwards.
@@ -79,6 +80,7 @@ def make(
     Args:
       identity: as `identify` returns it.
       models: as in `Plan`.
+      image_root: as in `Plan`; None for the manifest's folder.
       extended: the run to extend; the new plan begins with all its shards.
 
     Raises:
@@ -87,7 +89,15 @@ def make(
     """
     folder.mkdir()
     plan_id = digest(identity)
-    plan = Plan(plan_id, identity, manifest.name, model.name, models, {}, [], [], {}, {}, True)
+    root = image_root or root_of(manifest)
+    # While it is written, the plan has columns for images, in case that a row has one.
+    plan = Plan(
+        plan_id,
+        *(identity, manifest.name, model.name, models, {}, [], [], {}),
+        counts_tokens=True,
+        takes_images=True,
+        image_root=root,
+    )
     if extended:
         old = extended.plan
         shards = {"shard_sizes": [*old.shard_sizes], "shard_ids": [*old.shard_ids]}
@@ -98,11 +108,18 @@ def make(
         pq.ParquetWriter(folder / plan.images_file, plan.schema, write_statistics=False) as writer,
     ):
         known = _copy_shards(extended, writer) if extended else {}
-        reader = _Reader(manifest, settings, model, rejected, known)
+        reader = _Reader(manifest, settings, model, rejected, known, Sources(root))
         tables = (_table(images, plan.schema) for images in _shards(reader.images(), settings))
         for table in _row_groups(_noted(tables, plan)):
             writer.write_table(table, row_group_size=len(table))
     _check(manifest, settings, plan, reader)
+    takes_images = reader.takes_images or (extended is not None and extended.plan.takes_images)
+    if extended and takes_images and not extended.plan.takes_images:
+        raise InputError(
+            f"manifest {manifest.name} has images, but the dataset to extend has rows without "
+            "images only; choose another --output"
+        )
+    plan = replace(plan, takes_images=takes_images, image_root=root if takes_images else "")
     sha256 = {file.name: paths.digest(file) for file in sorted(folder.iterdir())}
     plan = replace(plan, rows=reader.counts, sha256=sha256, notices=reader.notices.texts())
     (folder / PLAN_JSON).write_text(json.dumps(asdict(plan), indent=2) + "\n", "utf-8")
@@ -140,7 +157,7 @@ def _copy_shards(run: Run, writer: pq.ParquetWriter) -> dict:
     with pq.ParquetFile(run.images_file) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
-            writer.write_table(table, row_group_size=len(table))
+            writer.write_table(_widened(table, writer.schema), row_group_size=len(table))
             for image in planned_images(table):
                 known[image.id, image.image_index] = _image_digest(image)
     return known
@@ -154,10 +171,15 @@ def _image_digest(image: PlannedImage) -> bytes:
 
 def _table(images: list[PlannedImage], schema: pa.Schema) -> pa.Table:
     """Returns a shard's images as rows of the plan."""
-    requests = [image.request for image in images]
-    sources = {name: requests if name in FIELDS else images for name in schema.names}
-    columns = {name: list(map(attrgetter(name), values)) for name, values in sources.items()}
-    return pa.table(columns, schema)
+    rows = [image.columns() for image in images]
+    return pa.table({name: [row[name] for row in rows] for name in schema.names}, schema)
+
+
+def _widened(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Returns a table of an earlier version with all columns of a plan."""
+    return pa.concat_tables([table, schema.empty_table()], promote_options="default").select(
+        schema.names
+    )
 
 
 def _noted(shards: Iterable[pa.Table], plan: Plan) -> Iterator[pa.Table]:
@@ -184,7 +206,8 @@ def _row_groups(shards: Iterable[pa.Table]) -> Iterator[pa.Table]:
 def _shard_id(identity: dict, table: pa.Table) -> str:
     """Returns the digest of the shard's images and all else that determines its bytes."""
     kept = {name: value for name, value in identity.items() if name not in EXTENDABLE}
-    table = table.drop_columns(["source", "line"])
+    without_images = [*IMAGE_COLUMNS] if table["image"].null_count else []  # all or none has one
+    table = table.drop_columns(["source", "line", *without_images])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
@@ -203,10 +226,17 @@ class _Reader:
     """Turns a manifest into planned images and lists the rows that it rejects."""
 
     def __init__(
-        self, manifest: Manifest, settings: Settings, model: Ensemble, rejected, known: dict
+        self,
+        manifest: Manifest,
+        settings: Settings,
+        model: Ensemble,
+        rejected,
+        known: dict,
+        sources: Sources,
     ):
         self.manifest, self.settings, self.defaults = manifest, settings, model.base.defaults
-        self.rejected = rejected
+        self.rejected, self.sources, self.takes_images = rejected, sources, False
+        self.with_strength = partial(model.with_strength, strength=settings.strength)
         self.known, self.next_key = known, len(known)
         defaults = model.base.defaults
         sides = defaults.size_multiple, defaults.largest_side
@@ -295,6 +325,9 @@ class _Reader:
         self.samplers.add(request.sampler)
         if reason := self.why_not(request.sampler, request.steps):
             raise BadValueError(reason)
+        request = self.sources.pinned(self.with_strength(request))
+        row = replace(row, request=request)
+        self.takes_images |= request.image is not None
         first = self.place_of_id.setdefault(row.id, place)
         if columns.has_repeated_items(entry.values):
             said = self.prompt_of_item.setdefault(row.id, request.prompt)

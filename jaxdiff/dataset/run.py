@@ -65,17 +65,19 @@ class Run:
 
     def kinds(self) -> dict[Request, int]:
         """Returns a request with an empty prompt for each bucket, and its number of images."""
-        columns = ["width", "height", "steps", "sampler", "guidance_scale"]
         counts: Counter[Request] = Counter()
         with pq.ParquetFile(self.images_file) as file:
+            columns = [name for name in plans.BUCKET_COLUMNS if name in file.schema_arrow.names]
             for batch in file.iter_batches(columns=columns):
-                guided = pc.greater(batch["guidance_scale"], 1.0)
-                part = pa.Table.from_batches([batch]).drop_columns("guidance_scale")
-                part = part.append_column("guided", guided)
+                part = pa.Table.from_batches([batch])
+                guided = pc.if_else(pc.greater(part["guidance_scale"], 1.0), 2.0, 1.0)
+                part = _with_column(part, "guidance_scale", guided)
+                for name in {"mask_image", "outpaint"} & {*columns}:
+                    part = _with_column(part, name, pc.if_else(part[name].is_valid(), "", None))
                 groups = part.group_by(part.column_names).aggregate([([], "count_all")])
                 for row in groups.to_pylist():
-                    count, scale = row.pop("count_all"), 2.0 if row.pop("guided") else 1.0
-                    counts[Request(prompt="", guidance_scale=scale, **row)] += count
+                    count = row.pop("count_all")
+                    counts[plans.example(**row)] += count
         return dict(counts.most_common())
 
     @property
@@ -89,6 +91,10 @@ class Run:
             is_plans = re.fullmatch(r"(images|rejected)-[0-9a-f]{16}\.[a-z]+", path.name)
             if is_plans and path.name not in self.plan.sha256:
                 path.unlink()
+
+
+def _with_column(table: pa.Table, name: str, values) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, values)
 
 
 def begin(folder: Path, store: LocalStore) -> Run:

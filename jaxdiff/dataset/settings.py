@@ -1,6 +1,6 @@
 """The settings that determine a dataset's bytes, along with its manifest and its model."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from jaxdiff import checks
@@ -33,6 +33,7 @@ class Settings(Options):
     guidance_scale: float
     sampler: str
     negative_prompt: str = Request.negative_prompt
+    strength: float | None = field(default=None, metadata=LATER)
     limit: int | None = None
     prompt_column: str | None = None
     format: str = "webdataset"
@@ -56,6 +57,7 @@ def written(settings: Settings) -> dict:
 # The checks of the settings that are not fields of `Request`, with their arguments.
 CHECKS = {
     "num_images": (checks.integer, 1, checks.MAX_IMAGES),
+    "strength": (checks.number, 0, 1),
     "limit": (checks.integer, 1, 10**9),
     "prompt_column": (checks.text,),
     "format": (checks.choice, FORMATS),

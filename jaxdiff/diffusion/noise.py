@@ -1,6 +1,7 @@
 """Draws each image's noise from its own seed, whatever its place in a batch."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,46 +12,73 @@ KINDS = ("jax", "torch")
 TORCH_BLOCK = 16
 
 
+class Noise(NamedTuple):
+    """Standard normal noise for a batch of images, float32.
+
+    Attributes:
+      start: [batch, height, width, channels], for the first step.
+      fresh: [draws, batch, height, width, channels], for a stochastic sampler; None without draws.
+      encoded: [before + after, batch, height, width, channels], for samples of images' latents;
+        None if there are none.
+    """
+
+    start: Array | np.ndarray
+    fresh: Array | np.ndarray | None
+    encoded: Array | np.ndarray | None = None
+
+
 def draw(
-    seeds: np.ndarray, shape: tuple[int, int, int], kind: str, draws: int = 0
-) -> tuple[Array | np.ndarray, Array | np.ndarray | None]:
-    """Standard normal noise for a batch of images.
+    seeds: np.ndarray,
+    shape: tuple[int, int, int],
+    kind: str,
+    draws: int = 0,
+    *,
+    before: int = 0,
+    after: int = 0,
+) -> Noise:
+    """Draws noise for a batch of images; no kind of noise depends on how much is drawn of another.
 
     Args:
       seeds: uint32 [batch].
       shape: (height, width, channels) of one image's latents.
       kind: "jax" draws on the device; "torch" reproduces `torch.randn` of a latent tensor
-        (channels, height, width) with `torch.Generator("cpu").manual_seed(seed)`, called once for
-        the start and once for each row of a stochastic sampler, as diffusers' pipelines do with a
-        generator for each image.
+        (channels, height, width) with `torch.Generator("cpu").manual_seed(seed)`, called in the
+        order of diffusers' pipelines with a generator for each image: `before` times for encoded
+        images, once for the start, `after` times for encoded images, and once for each row of a
+        stochastic sampler. So torch's noise for the start does depend on `before`.
       draws: how many times a stochastic sampler draws fresh noise.
-
-    Returns:
-      the starting noise, float32 [batch, height, width, channels], which does not depend on
-      `draws`; and the fresh noise, float32 [draws, batch, height, width, channels], or None if
-      `draws` is 0.
+      before, after: how many samples of encoded images are drawn before and after the start.
     """
     if kind == "jax":
-        return _jax_normal(seeds, shape, draws)
+        return _jax_normal(seeds, shape, draws, before + after)
     height, width, channels = shape
-    images = [torch_normal(int(seed), height * width * channels, 1 + draws) for seed in seeds]
-    noise = np.stack(images, axis=1).reshape(1 + draws, -1, channels, height, width)
+    count = before + 1 + after + draws
+    images = [torch_normal(int(seed), height * width * channels, count) for seed in seeds]
+    noise = np.stack(images, axis=1).reshape(count, -1, channels, height, width)
     noise = noise.transpose(0, 1, 3, 4, 2)
-    return noise[0], noise[1:] if draws else None
+    encoded = np.concatenate([noise[:before], noise[before + 1 :][:after]])
+    return Noise(
+        start=noise[before],
+        fresh=noise[before + 1 + after :] if draws else None,
+        encoded=encoded if len(encoded) else None,
+    )
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _jax_normal(
-    seeds: Array, shape: tuple[int, int, int], draws: int
-) -> tuple[Array, Array | None]:
+ENCODED = 2**31  # numbers from here on are of draws for encoded images
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _jax_normal(seeds: Array, shape: tuple[int, int, int], draws: int, encoded: int) -> Noise:
     # Named explicitly: JAX's default generator may change, but a seed's image must not.
     keys = jax.vmap(partial(jax.random.key, impl="threefry2x32"))(seeds)
+    normal = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
 
-    for_draw = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
-    keys = jnp.concatenate([keys[None], for_draw(keys, jnp.arange(draws))])
-    normal = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32)))
-    noise = normal(keys)
-    return noise[0], noise[1:] if draws else None
+    def others(first: int, count: int) -> Array | None:
+        for_draw = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+        numbers = np.arange(first, first + count, dtype=np.uint32)
+        return jax.vmap(normal)(for_draw(keys, numbers)) if count else None
+
+    return Noise(normal(keys), others(0, draws), others(ENCODED, encoded))
 
 
 def torch_normal(seed: int, size: int, draws: int = 1) -> np.ndarray:

@@ -38,6 +38,7 @@ class Sampler:
       flow: whether it can sample models that were trained by flow matching.
       multistep: whether it uses the estimates of earlier steps.
       one_more_timestep: as in `NoiseSchedule`.
+      rows_per_step: how many rows of its table each skipped step stands for.
     """
 
     solver: Callable[..., SamplerTable]
@@ -48,6 +49,7 @@ class Sampler:
     flow: bool = False
     multistep: bool = False
     one_more_timestep: bool = False
+    rows_per_step: int = 1
 
 
 _BETAS = {
@@ -152,6 +154,7 @@ SAMPLERS = {
         },
         title="Heun",
         flow=True,
+        rows_per_step=2,
     ),
     "dpmpp_2m": Sampler(
         solver=solvers.dpmpp_2m,

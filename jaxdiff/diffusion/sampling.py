@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxdiff.diffusion.objective import clamped
+from jaxdiff.diffusion.objective import clamped, noisy
 from jaxdiff.diffusion.schedule import Clamp
 from jaxdiff.diffusion.solvers import REMEMBERED
 
@@ -32,6 +32,18 @@ class Stretch(NamedTuple):
     clamp: Clamp | None = None
 
 
+class Kept(NamedTuple):
+    """The part of an image that must not change.
+
+    Attributes:
+      latents: [batch, h, w, channels], x_0 of what is kept.
+      mask: [batch, h, w, 1], 1 where the image may change and 0 where it is kept.
+    """
+
+    latents: Array
+    mask: Array
+
+
 def sample(
     stretches: Sequence[Stretch],
     noise: Array,
@@ -39,9 +51,11 @@ def sample(
     columns: dict[str, Array],
     fresh_noise: Array | None = None,
     *,
+    start: Array | None = None,
+    kept: Kept | None = None,
     whole_every: int = 1,
 ) -> Array:
-    """Runs a sampler from noise to x_0.
+    """Runs a sampler from noise, or from an image with noise, to x_0.
 
     Args:
       stretches: the denoisers, in order; their rows add up to all rows of the table. The sampler's
@@ -50,6 +64,10 @@ def sample(
       initial_scale, columns: of a `SamplerTable`.
       fresh_noise: [draws, batch, ...], standard normal, for a table with at most as many `draws`;
         None if it has none.
+      start: x_0 of an image to begin with, which is noised to the level of the table's first row
+        (Meng et al., 2022, arXiv:2108.01073, algorithm 1); None begins with noise alone.
+      kept: what is put back after each row, noised to the level of the next one (Lugmayr et al.,
+        2022, arXiv:2201.09865, equation 8, without its resampling); None keeps nothing.
       whole_every: the size of a group of rows, of which a denoiser evaluates the first in full and
         the others with what that evaluation kept; 1 evaluates every row in full.
 
@@ -60,9 +78,11 @@ def sample(
     if sum(stretch.rows for stretch in stretches) != rows:
         raise ValueError(f"the denoisers' rows must add up to {rows}")
 
-    def step(stretch, state, row, kept=None):
+    def step(stretch, state, row, features=None):
         x, remembered = state
-        estimate, kept = stretch.denoise(x, row["timesteps"], row["alpha"], row["sigma"], kept)
+        estimate, features = stretch.denoise(
+            x, row["timesteps"], row["alpha"], row["sigma"], features
+        )
         used = estimate if stretch.clamp is None else clamped(estimate, stretch.clamp)
         remembered = (row["p"] * x + row["q"] * used, *remembered[:-1])
         x = row["a"] * x + sum(b * h for b, h in zip(row["b"], remembered, strict=True))
@@ -71,10 +91,19 @@ def sample(
         if fresh_noise is not None:  # past its end, s is 0 and the last draw is read again
             fresh = jax.lax.dynamic_index_in_dim(fresh_noise, row["index"], keepdims=False)
             x = x + row["s"] * fresh
-        return (x, remembered), kept
+        if kept is not None:
+            known = noisy(kept.latents, noise, row["next_alpha"], row["next_sigma"])
+            x = kept.mask * x + (1.0 - kept.mask) * known
+        return (x, remembered), features
 
     columns = {**columns, "index": np.arange(rows)}
-    x = noise * initial_scale
+    if kept is not None:
+        columns["next_alpha"] = jnp.append(columns["alpha"][1:], 1.0)
+        columns["next_sigma"] = jnp.append(columns["sigma"][1:], 0.0)
+    if start is None:
+        x = noise * initial_scale
+    else:
+        x = noisy(start, noise, columns["alpha"][0], columns["sigma"][0])
     state, begin = (x, (jnp.zeros_like(x),) * REMEMBERED), 0
     for stretch in stretches:
         end = begin + stretch.rows

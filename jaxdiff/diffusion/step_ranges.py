@@ -38,6 +38,31 @@ class StepRange(NamedTuple):
         return 1 + self.guided + self.skips
 
 
+def skipped_steps(steps: int, strength: float, *, is_flow: bool) -> int:
+    """Returns how many of an image's steps are skipped because it begins with another image.
+
+    As in diffusers, a model of flow matching rounds in another way than others.
+
+    Args:
+      steps: the number of sampling steps.
+      strength: the share of the steps to take, 0 to 1.
+      is_flow: whether the model was trained by flow matching.
+    """
+    taken = min(steps * strength, steps)
+    return int(steps - taken) if is_flow else steps - int(taken)
+
+
+def after(ranges: Sequence[StepRange], begin: int) -> tuple[StepRange, ...]:
+    """Returns the ranges of a table without its first `begin` rows."""
+    rest = []
+    for part in ranges:
+        cut = min(begin, part.rows)
+        begin -= cut
+        if part.rows > cut:
+            rest.append(part._replace(rows=part.rows - cut))
+    return tuple(rest)
+
+
 def step_ranges(
     timesteps: np.ndarray,
     options: Options,

@@ -5,10 +5,11 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,14 @@ from jaxdiff.devices import batching, compilation, parallel
 from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.diffusion.samplers import SAMPLERS
+from jaxdiff.diffusion.sampling import Kept
 from jaxdiff.engine.denoiser import LoadedDenoiser
+from jaxdiff.engine.images import ImageEncoder
 from jaxdiff.engine.program import AXES, Inputs, Weights, sample_pixels
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble, Steps, open_ensemble
-from jaxdiff.request import OPTION_CHECKS, Bucket, Options, Request, field_checks
+from jaxdiff.images import loading, pasting
+from jaxdiff.request import IMAGE_FIELDS, OPTION_CHECKS, Bucket, Options, Request, field_checks
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # The most pixels to decode at once: an autoencoder's activations are many times as large as them.
@@ -115,6 +119,7 @@ class TextToImage:
             for checkpoint, scheduler in zip(ensemble.checkpoints, self._schedulers, strict=True)
         ]
         self._codec = self._denoisers[-1].model.codec
+        self._encode = ImageEncoder(self._codec, self._denoisers[-1].codec.places, self.mesh)
         self._programs: dict[tuple, Future[jax.stages.Compiled]] = {}
         self._steps: dict[Bucket, Steps] = {}
         pixels = partial(
@@ -158,18 +163,33 @@ class TextToImage:
             "guidance_scale": default.guidance_scale,
             "sampler": default.sampler if request.sampler is None else None,
         }
-        given = {name: value for name, value in asdict(request).items() if value is not None}
+        given = {name: value for name, value in vars(request).items() if value is not None}
         values = {**defaults, **given}
         rules = field_checks(default.size_multiple, default.largest_side, tuple(SAMPLERS))
         try:
             for name, (check, *arguments) in rules.items():
                 values[name] = check(name, values[name], *arguments)
+            for name in ("strength", "outpaint"):
+                if name in given:
+                    field = IMAGE_FIELDS[name]
+                    values[name] = field.check(name, given[name], *field.arguments)
             scheduler_config.check_steps(
                 values["sampler"], values["steps"], self._schedulers, self.options.eta
             )
+            return self.ensemble.with_strength(Request(**values))
         except checks.BadValueError as problem:
             raise InputError(str(problem)) from None
-        return Request(**values)
+
+    def prepare(self, request: Request) -> Request:
+        """Resolves a request and reads its images; see `loading.prepared`.
+
+        Raises:
+          InputError: as `resolve` does, or naming the image that cannot be used.
+        """
+        try:
+            return loading.prepared(self.resolve(request))
+        except checks.BadValueError as problem:
+            raise InputError(str(problem)) from None
 
     def generate(self, requests: Sequence[Request], batch_size: int = 8) -> list[Image]:
         """Generates one image for each request, in the same order.
@@ -183,7 +203,7 @@ class TextToImage:
         Raises:
           InputError: if this model cannot fulfil a request.
         """
-        resolved = [self.resolve(request) for request in requests]
+        resolved = [self.prepare(request) for request in requests]
         buckets: dict[tuple, list[int]] = {}
         for index, request in enumerate(resolved):
             buckets.setdefault(request.bucket, []).append(index)
@@ -198,7 +218,7 @@ class TextToImage:
         """Generates images of one bucket, computing one batch ahead of the caller.
 
         Args:
-          requests: resolved requests with the same `Request.bucket`; consumed as needed.
+          requests: from `prepare`, with the same `Request.bucket`; consumed as needed.
           batch_size: as in `generate`; a short last batch is filled up with copies.
         """
         requests, running = iter(requests), deque()
@@ -208,9 +228,9 @@ class TextToImage:
             batch = [first, *itertools.islice(requests, slots - 1)]
             running.append((batch, self._dispatch(batch, slots)))
             if len(running) > ahead:
-                yield from _fetch(*running.popleft())
+                yield from self._fetch(*running.popleft())
         while running:
-            yield from _fetch(*running.popleft())
+            yield from self._fetch(*running.popleft())
 
     def slots(self, request: Request, batch_size: int) -> int:
         """Returns how many images like a resolved request all devices compute at once."""
@@ -261,6 +281,8 @@ class TextToImage:
         """Starts compiling the programs for images like a resolved request; returns at once."""
         for denoiser in self._denoisers:
             denoiser.prompts.compile()
+        if request.strength is not None:
+            self._encode.compile(request.height, request.width)
         self._program(request, self.slots(request, batch_size))
 
     @property
@@ -279,7 +301,8 @@ class TextToImage:
         clamp estimates differently.
         """
         steps = self._steps_of(request.bucket)
-        key = (request.width, request.height, slots, steps.ranges, steps.draws)
+        brings = self._brings(request)
+        key = (request.width, request.height, slots, steps.ranges, steps.draws, brings)
         if key not in self._programs:
             self._programs[key] = compilation.ahead(
                 self._sample,
@@ -301,25 +324,37 @@ class TextToImage:
         struct = jax.ShapeDtypeStruct
         shape = (slots, *self._latent_shape(request))
         each = [denoiser.abstract_conditioning(slots, first) for denoiser in self._denoisers]
+        latents, mask, channels = (
+            struct((*shape[:-1], count), np.float32, sharding=first)
+            for count in (shape[-1], 1, self._channels)
+        )
+        brings = self._brings(request)
         return Inputs(
-            noise=struct(shape, np.float32, sharding=first),
+            noise=latents,
             fresh_noise=struct((steps.draws, *shape), np.float32, sharding=second)
             if steps.draws
             else None,
             positive=each,
             negative=each if steps.is_guided else [None] * len(each),
             guidance_scale=struct((slots,), np.float32, sharding=first),
+            start=latents if brings.start else None,
+            kept=Kept(latents, mask) if brings.kept else None,
+            channels=channels if brings.channels else None,
         )
 
     def _inputs(self, batch: list[Request], steps: Steps) -> Inputs:
         """Puts the inputs of a full batch on the devices."""
         place = partial(jax.device_put, device=parallel.batch_sharding(self.mesh))
-        noise, fresh_noise = random_noise.draw(
+        brings = self._brings(batch[0])
+        noise = random_noise.draw(
             np.array([request.seed for request in batch], np.uint32),
             self._latent_shape(batch[0]),
             self.options.noise,
             steps.draws,
+            before=int(brings.start or brings.kept),
+            after=int(brings.kept or brings.channels),
         )
+        fresh_noise = noise.fresh
         if fresh_noise is not None:
             fresh_noise = jax.device_put(fresh_noise, parallel.batch_sharding(self.mesh, axis=1))
         positive = place([denoiser.conditioning(batch) for denoiser in self._denoisers])
@@ -329,14 +364,52 @@ class TextToImage:
                 [denoiser.conditioning(batch, negative=True) for denoiser in self._denoisers]
             )
         return Inputs(
-            noise=place(noise),
+            noise=place(noise.start),
             fresh_noise=fresh_noise,
             positive=positive,
             negative=negative,
             guidance_scale=place(
                 np.array([request.guidance_scale for request in batch], np.float32)
             ),
+            **place(self._of_images(batch, brings, noise.encoded)),
         )
+
+    def _brings(self, request: Request) -> "_Brings":
+        """Returns what the image of a resolved request gives to the program."""
+        bucket = request.bucket
+        if bucket.strength is None:
+            return _Brings(False, False, False)
+        # A network for inpainting sees what is kept; to others it is given back after each step.
+        channels = bucket.masked and self._channels > 0
+        start = bucket.strength < 1 or not bucket.masked  # as in diffusers
+        return _Brings(start, bucket.masked and not channels, channels)
+
+    def _of_images(self, batch: list[Request], brings: "_Brings", noise: Array | None) -> dict:
+        """Returns the inputs that come from images, by name.
+
+        Args:
+          noise: for the samples of encoded images, in the order in which diffusers draws them.
+        """
+        found, params = {}, self._weights.codec
+        images = [request.image for request in batch]
+        if brings.kept or brings.channels:
+            masks = np.stack([request.mask_image for request in batch])
+            factor = self._codec.factor
+            latent_masks = masks[:, ::factor, ::factor, None].astype(np.float32)
+        if brings.start or brings.kept:
+            latents = self._encode(params, images, noise[0])
+        if brings.start:
+            found["start"] = latents
+        if brings.kept:
+            found["kept"] = Kept(latents, latent_masks)
+        if brings.channels:
+            seen = self._encode(params, images, noise[-1], hidden=masks)
+            found["channels"] = jnp.concatenate([latent_masks, seen], axis=-1)
+        return found
+
+    @property
+    def _channels(self) -> int:
+        return self._denoisers[0].model.denoiser.channels
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         factor = self._codec.factor
@@ -352,6 +425,13 @@ class TextToImage:
             self._weights, inputs, np.float32(steps.tables[0].initial_scale), steps.columns()
         )
 
+    def _fetch(self, batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]:
+        pixels, finite = (np.asarray(array) for array in result)
+        for request, image, is_finite in zip(batch, pixels, finite, strict=False):
+            if request.bucket.masked and self.options.keep_unmasked == "on":
+                image = pasting.pasted(image, request.image, request.mask_image)
+            yield Image(pixels=image, request=request, finite=bool(is_finite))
+
     def _steps_of(self, bucket: Bucket) -> Steps:
         if bucket not in self._steps:
             self._steps[bucket] = self.ensemble.steps(self.options, bucket)
@@ -364,10 +444,12 @@ class TextToImage:
         return max(n for n in range(1, on_device + 1) if on_device % n == 0 and n <= most)
 
 
-def _fetch(batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]:
-    pixels, finite = (np.asarray(array) for array in result)
-    for request, image, is_finite in zip(batch, pixels, finite, strict=False):
-        yield Image(pixels=image, request=request, finite=bool(is_finite))
+class _Brings(NamedTuple):
+    """Which of the inputs that come from images a request has; see `Inputs`."""
+
+    start: bool
+    kept: bool
+    channels: bool
 
 
 def _without_memory(problem: jax.errors.JaxRuntimeError) -> int:

@@ -21,6 +21,10 @@ class Inputs(NamedTuple):
       positive, negative: the conditioning of each denoiser, a tree of arrays [batch, ...]; the
         negative one is None if no step is guided.
       guidance_scale: float32 [batch].
+      start: float32 latents [batch, h, w, channels] to begin with; None to begin with noise.
+      kept: the part of the latents that must not change; None if all may.
+      channels: float32 [batch, h, w, more channels], which the denoisers get beside the latents;
+        None if they take none.
     """
 
     noise: Any
@@ -28,6 +32,9 @@ class Inputs(NamedTuple):
     positive: Sequence[Any]
     negative: Sequence[Any]
     guidance_scale: Any
+    start: Any = None
+    kept: sampling.Kept | None = None
+    channels: Any = None
 
 
 class Weights(NamedTuple):
@@ -44,7 +51,16 @@ class Weights(NamedTuple):
 
 SKIP_SCALE = 2.8  # of skip-layer guidance, as in diffusers and Stability AI's code
 # The batch axis of each input.
-AXES = Inputs(noise=0, fresh_noise=1, positive=0, negative=0, guidance_scale=0)
+AXES = Inputs(
+    noise=0,
+    fresh_noise=1,
+    positive=0,
+    negative=0,
+    guidance_scale=0,
+    start=0,
+    kept=0,
+    channels=0,
+)
 
 
 class Denoising(NamedTuple):
@@ -103,13 +119,21 @@ def sample_pixels(
                 inputs.guidance_scale,
                 guidance_rescale,
                 skipped if skips else (),
+                inputs.channels,
             ),
             clamp,
         )
         for index, rows, guided, clamp, skips in step_ranges
     ]
     latents = sampling.sample(
-        walk, inputs.noise, initial_scale, columns, inputs.fresh_noise, whole_every=deep_cache
+        walk,
+        inputs.noise,
+        initial_scale,
+        columns,
+        inputs.fresh_noise,
+        start=inputs.start,
+        kept=inputs.kept,
+        whole_every=deep_cache,
     )
 
     def decode(latents: Array) -> tuple[Array, Array]:
@@ -131,6 +155,7 @@ def denoiser(
     guidance_scale: Array,
     guidance_rescale: float,
     skipped: tuple[int, ...] = (),
+    channels: Array | None = None,
 ) -> sampling.Denoiser:
     """Makes a denoiser for `sampling.sample`; it is guided if `negative` is not None.
 
@@ -142,7 +167,8 @@ def denoiser(
     def denoise(
         x: Array, timestep: Array, alpha: Array, sigma: Array, kept: Any
     ) -> tuple[Array, Any]:
-        latents = (guidance.paired(x, x) if guided else x).astype(dtype)
+        known = x if channels is None else jnp.concatenate([x, channels], axis=-1)
+        latents = (guidance.paired(known, known) if guided else known).astype(dtype)
         output, kept = network.evaluate(
             params,
             latents,
@@ -160,7 +186,7 @@ def denoiser(
         if skipped:
             times = jnp.full(len(x), timestep)
             without, _ = network.evaluate(
-                params, x.astype(dtype), times, positive, None, None, skipped=skipped
+                params, known.astype(dtype), times, positive, None, None, skipped=skipped
             )
             output = output + SKIP_SCALE * (paired[1::2] - without)
         return objective.to_x0(output, x, alpha, sigma, denoising.prediction_type), kept

@@ -26,7 +26,8 @@ from scipy import fft
 
 from jaxdiff.dataset import image_files
 from jaxdiff.errors import InputError
-from jaxdiff.training.data import EncodedExamples, decoding, open_examples
+from jaxdiff.images import fitting
+from jaxdiff.training.data import EncodedExamples, open_examples
 from jaxdiff.training.recipe import Data
 
 SIDE = 32  # px, the side of the transformed image
@@ -171,7 +172,7 @@ def read_training_set(path: str, height: int, width: int) -> TrainingSet:
     hashes = np.empty((2, len(examples)), np.uint64)
 
     def look(number: int) -> None:
-        pixels = decoding.fitted(examples.pixels(number), height, width)
+        pixels = fitting.fitted(examples.pixels(number), height, width)
         hashes[0, number] = pixel_hashes([image_files.pixel_sha256(pixels)])[0]
         hashes[1, number] = perceptual_hash(pixels)
 

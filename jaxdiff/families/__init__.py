@@ -11,6 +11,7 @@ from jaxdiff.families import flux, flux2, qwen_image, sana, stable_diffusion_3, 
 from jaxdiff.families.family import Family
 from jaxdiff.families.pixart import PIXART
 from jaxdiff.families.stable_diffusion import (
+    INPAINT_PIPELINE,
     LCM_PIPELINE,
     PIPELINE,
     STABLE_DIFFUSION,
@@ -21,6 +22,7 @@ from jaxdiff.families.stable_diffusion import (
 FAMILIES: dict[str, Family] = {  # by the pipeline's class in diffusers
     PIPELINE: STABLE_DIFFUSION,
     LCM_PIPELINE: STABLE_DIFFUSION,
+    INPAINT_PIPELINE: STABLE_DIFFUSION,
     **dict.fromkeys(XL_PIPELINES, STABLE_DIFFUSION_XL),
     **PIXART,
     flux.PIPELINE: flux.FLUX,

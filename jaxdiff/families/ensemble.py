@@ -13,12 +13,12 @@ from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.weight_files import NoVariantError
 from jaxdiff.diffusion import samplers, scheduler_config
 from jaxdiff.diffusion.solvers import SamplerTable
-from jaxdiff.diffusion.step_ranges import StepRange, step_ranges
+from jaxdiff.diffusion.step_ranges import StepRange, after, skipped_steps, step_ranges
 from jaxdiff.errors import InputError
-from jaxdiff.families import config_values, open_checkpoint
+from jaxdiff.families import config_values, doors, open_checkpoint
 from jaxdiff.families.family import CLASSIFIER_FREE, OWN_OPTIONS
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
-from jaxdiff.request import Bucket, Options
+from jaxdiff.request import Bucket, Options, Request
 
 
 class Steps(NamedTuple):
@@ -27,15 +27,17 @@ class Steps(NamedTuple):
     Attributes:
       tables: the sampler's table for each denoiser.
       ranges: which denoiser evaluates which rows, whether guided, and how estimates are clamped.
+      begin: the number of rows before them, which are skipped because another image is the start.
     """
 
     tables: Sequence[SamplerTable]
     ranges: tuple[StepRange, ...]
+    begin: int = 0
 
     @property
     def draws(self) -> int:
         """The number of times that fresh noise is drawn."""
-        return max(table.draws for table in self.tables)
+        return max(0, max(table.draws for table in self.tables) - self.begin)
 
     @property
     def is_guided(self) -> bool:
@@ -46,8 +48,9 @@ class Steps(NamedTuple):
         """Returns the columns of one table that takes each row from its denoiser's table."""
         owner = np.repeat([r.denoiser for r in self.ranges], [r.rows for r in self.ranges])
         columns = [table.columns() for table in self.tables]
+        rows = [*enumerate(owner, self.begin)]
         return {
-            name: np.stack([columns[denoiser][name][row] for row, denoiser in enumerate(owner)])
+            name: np.stack([columns[denoiser][name][row] for row, denoiser in rows])
             for name in columns[0]
         }
 
@@ -118,6 +121,11 @@ class Ensemble:
                     f"{count - 1}"
                 )
 
+    def with_strength(self, request: Request, strength: float | None = None) -> Request:
+        """Returns a request with its strength, if it has an image; see `doors.resolved`."""
+        is_flow = scheduler_config.prediction_type(self.base.defaults.scheduler) == "flow"
+        return doors.resolved(request, self.base.family.doors(self.base), strength, is_flow=is_flow)
+
     def steps(self, options: Options, bucket: Bucket) -> Steps:
         """Returns the sampler's tables for a bucket, and which denoiser takes which of their rows.
 
@@ -130,12 +138,17 @@ class Ensemble:
             for checkpoint, config in zip(self.checkpoints, configs, strict=True)
         ]
 
-        def table(number: int, begin: int = 0) -> SamplerTable:
+        skipped = 0
+        if bucket.strength is not None:
+            skipped = skipped_steps(bucket.steps, bucket.strength, is_flow=schedules[0].is_flow)
+        skipped *= samplers.SAMPLERS[bucket.sampler].rows_per_step
+
+        def table(number: int, begin: int) -> SamplerTable:
             return samplers.sampler_table(
                 bucket.sampler, schedules[number], bucket.steps, eta=options.eta, begin=begin
             )
 
-        base = table(0)
+        base = table(0, skipped)
         ranges = step_ranges(
             base.timesteps,
             options,
@@ -145,9 +158,9 @@ class Ensemble:
             steps=bucket.steps,
             train_steps=scheduler_config.train_steps(configs[0]),
         )
-        begin = sum(part.rows for part in ranges if part.denoiser == 0)
-        others = [table(number, begin) for number in range(1, len(self.checkpoints))]
-        return Steps([base, *others], ranges)
+        refined = max(skipped, sum(part.rows for part in ranges if part.denoiser == 0))
+        others = [table(number, refined) for number in range(1, len(self.checkpoints))]
+        return Steps([base, *others], after(ranges, skipped), skipped)
 
 
 def open_ensemble(

@@ -9,6 +9,7 @@ from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
 from jaxdiff.checkpoint.lora_names import Layer
 from jaxdiff.diffusion.schedule import NoiseSchedule
+from jaxdiff.families.doors import Doors
 from jaxdiff.request import Bucket
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Family:
         operations of decoding one image.
       tokenizer: maps (text encoder, its tokenizer's folder, its parsed config) to its tokenizer;
         raises InputError if it cannot be used. Imports transformers.
+      doors: returns the images that a checkpoint's denoiser takes; None if it takes none.
       kohya_names: as in `checkpoint.Family`.
       networks: imports JAX and returns the module with the family's networks.
     """
@@ -113,6 +115,7 @@ class Family:
     decoder_operations: Callable[[Checkpoint, int, int], int]
     tokenizer: Callable[[str, Path, Mapping], "Tokenizer"]
     networks: Callable[[], Networks]
+    doors: Callable[[Checkpoint], Doors | None] = lambda checkpoint: None
     kohya_names: Callable[[Checkpoint, str], Mapping[str, Layer]] = lambda checkpoint, component: {}
     absent: Mapping[str, Any] = field(default_factory=dict)
     own_options: frozenset[str] = frozenset()

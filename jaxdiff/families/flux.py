@@ -12,6 +12,7 @@ from jaxdiff.checkpoint.lora_names import xlabs_names
 from jaxdiff.checkpoint.original import flux as original
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, CLIP_TEXT, T5
+from jaxdiff.families.doors import Doors
 from jaxdiff.families.family import EMBEDDED, UNGUIDED, Family
 from jaxdiff.families.tokenizers.openers import by_encoder, clip_tokenizer, t5_tokenizer
 from jaxdiff.families.transformer import Defaults, kl_decoder_operations, kohya_names
@@ -91,5 +92,6 @@ FLUX = Family(
         {"text_encoder": clip_tokenizer, "text_encoder_2": partial(t5_tokenizer, TOKENS, str)}
     ),
     kohya_names=partial(kohya_names, (original.names, xlabs_names)),
+    doors=lambda checkpoint: Doors(strength=0.6, masked_strength=0.6),
     networks=_networks,
 )

@@ -56,6 +56,8 @@ class Denoiser(NamedTuple):
       fixed: options of every call of the network's module.
       guidance_is_input: whether `evaluate` needs the guidance scale.
       norm_patch: as in `guidance.guide`.
+      channels: how many channels besides the latents the network takes: a mask and the latents of
+        what it leaves out, in networks for inpainting.
     """
 
     component: str
@@ -65,6 +67,7 @@ class Denoiser(NamedTuple):
     fixed: Mapping[str, Any] = MappingProxyType({})
     guidance_is_input: bool = False
     norm_patch: int | None = None
+    channels: int = 0
 
 
 class Codec(NamedTuple):

@@ -26,16 +26,25 @@ from jaxdiff.families.config_values import (
     sampler,
     steps_and_guidance,
 )
+from jaxdiff.families.doors import Doors
 from jaxdiff.families.family import CLASSIFIER_FREE, EMBEDDED, OWN_OPTIONS, Family
 from jaxdiff.families.tokenizers.openers import clip_tokenizer
 
 PIPELINE = "StableDiffusionPipeline"
 LCM_PIPELINE = "LatentConsistencyModelPipeline"
-XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+INPAINT_PIPELINE = "StableDiffusionInpaintPipeline"
+XL_INPAINT_PIPELINE = "StableDiffusionXLInpaintPipeline"
+XL_PIPELINES = (
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    XL_INPAINT_PIPELINE,
+)
 STEPS_AND_GUIDANCE = {  # the defaults of each pipeline's __call__ in diffusers
     PIPELINE: (50, 7.5),
     LCM_PIPELINE: (4, 8.5),
+    INPAINT_PIPELINE: (50, 7.5),
     **dict.fromkeys(XL_PIPELINES, (50, 5.0)),
+    XL_INPAINT_PIPELINE: (50, 7.5),
 }
 OTHER_NOISE_LEVELS = ("EDM", "FlowMatch")  # prefixes of schedulers with other noise levels
 CLIP_SAMPLE_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
@@ -67,7 +76,8 @@ class Defaults:
     def size(self) -> tuple[int, int]:
         """The (width, height) that the U-Net was trained for, in pixels."""
         size = self._unet.get("sample_size")
-        if self._checkpoint.pipeline == PIPELINE and type(size) is int and 0 < size < 64:
+        is_first = self._checkpoint.pipeline in (PIPELINE, INPAINT_PIPELINE)
+        if is_first and type(size) is int and 0 < size < 64:
             # As in the diffusers pipeline: early files of Stable Diffusion 1 have 32.
             early = BEFORE_0_9.match(str(self._unet.get("_diffusers_version", "")))
             size = 64 if early else size
@@ -145,14 +155,16 @@ class Defaults:
     def scheduler(self) -> dict:
         """The scheduler's config, corrected as in diffusers' `StableDiffusionPipeline`.
 
-        The pipeline corrects two values that are wrong or missing in early files. As in diffusers,
+        The pipeline corrects two values that are wrong or missing in early files, the one for
+        inpainting only the first. As in diffusers,
         a value that is missing in the file is listed in "_use_default_values": a scheduler of
         another class that is made from this config uses its own default instead.
         """
         config = self._checkpoint.config("scheduler")
-        if self._checkpoint.pipeline != PIPELINE:
+        if self._checkpoint.pipeline not in (PIPELINE, INPAINT_PIPELINE):
             return config
         clips = config.get("clip_sample", config.get("_class_name") in CLIP_SAMPLE_BY_DEFAULT)
+        clips = clips and self._checkpoint.pipeline == PIPELINE
         corrected = {"steps_offset": 1} | ({"clip_sample": False} if clips is True else {})
         left_out = [key for key in corrected if key not in config]
         return config | corrected | ({"_use_default_values": left_out} if left_out else {})
@@ -166,6 +178,19 @@ def check_files(checkpoint: Checkpoint) -> None:
             f"{checkpoint.place('scheduler')}: {scheduler} has noise levels that no sampler here "
             "supports (Playground 2.5 and CosXL use EDM's); use another model"
         )
+
+
+def doors(checkpoint: Checkpoint) -> Doors:
+    """Returns the images that the U-Net takes, with the defaults of diffusers' pipelines.
+
+    A U-Net for inpainting has channels for the mask and for the latents of what it leaves out. XL's
+    strength of almost 1 skips the first step and begins with the image and noise.
+    """
+    latents = integer(checkpoint, "vae", "latent_channels", 4)
+    inpaints = integer(checkpoint, "unet", "in_channels", 4) == 2 * latents + 1
+    if checkpoint.pipeline in XL_PIPELINES:
+        return Doors(strength=0.3, masked_strength=0.9999, needed=inpaints)
+    return Doors(strength=0.8, masked_strength=1.0, needed=inpaints)
 
 
 def kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, Layer]:
@@ -213,6 +238,7 @@ STABLE_DIFFUSION = Family(
     decoder_operations=_decoder_operations,
     tokenizer=clip_tokenizer,
     kohya_names=kohya_names,
+    doors=doors,
     networks=_networks,
 )
 # The refiner has only the second text encoder.

@@ -108,6 +108,7 @@ def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
             sample_size=unet_config.sample_size,
             size_multiple=unet_config.factor,
             evaluate=partial(_evaluate, networks["unet"].graph),
+            channels=unet_config.in_channels - vae.latent_channels,
         ),
         codec=codec(networks["vae"], vae, vae.latent_channels),
     )
@@ -117,8 +118,9 @@ def check_fit(configs: Mapping, index: Mapping) -> None:
     """Raises InputError unless the networks fit together."""
     encoders = [config for name, config in configs.items() if name not in CONFIGS]
     unet_config, vae = configs["unet"], configs["vae"]
+    inpaints = unet_config.in_channels == 2 * vae.latent_channels + 1
     needed = {
-        "in_channels": vae.latent_channels,
+        "in_channels": 2 * vae.latent_channels + 1 if inpaints else vae.latent_channels,
         "out_channels": vae.latent_channels,
         "cross_attention_dim": sum(encoder.hidden_size for encoder in encoders),
     }

@@ -376,7 +376,7 @@ def _preview(parts: _Parts) -> Callable[[Params, Params], np.ndarray]:
 
     def preview(params: Params, frozen: Params) -> np.ndarray:
         seeds = np.arange(len(captions), dtype=np.uint32)
-        noise, fresh_noise = random_noise.draw(seeds, shape, "jax", table.draws)
-        return grid(np.asarray(sample(params, frozen, noise, fresh_noise)), columns=8)
+        noise = random_noise.draw(seeds, shape, "jax", table.draws)
+        return grid(np.asarray(sample(params, frozen, noise.start, noise.fresh)), columns=8)
 
     return preview

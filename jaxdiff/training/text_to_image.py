@@ -255,8 +255,8 @@ def preview(
 
     def picture(params: Params, frozen: Params) -> np.ndarray:
         seeds, shape = np.arange(count, dtype=np.uint32), (side, side, codec.channels)
-        noise, fresh_noise = random_noise.draw(seeds, shape, "jax", table.draws)
-        pixels = sample(params, frozen, noise, fresh_noise)
+        noise = random_noise.draw(seeds, shape, "jax", table.draws)
+        pixels = sample(params, frozen, noise.start, noise.fresh)
         return grid(np.asarray(pixels), columns=min(8, count))
 
     return picture

@@ -203,12 +203,24 @@ FAMILIES = {
         options=SAFETY,
     ),
 }
+# Checkpoints whose U-Net also takes a mask and the latents of what it leaves out.
+INPAINTING = {
+    f"inpainting {name}": Family(
+        **vars(FAMILIES[name])
+        | {"pipeline": pipeline, "unet": FAMILIES[name].unet | {"in_channels": 9}}
+    )
+    for name, pipeline in (
+        ("SD 1.5", diffusers.StableDiffusionInpaintPipeline),
+        ("SDXL", diffusers.StableDiffusionXLInpaintPipeline),
+    )
+}
 
 
 def save(name: str, directory: Path) -> Path:
-    """Writes the small checkpoint of a family of `FAMILIES`; returns the directory."""
-    family = FAMILIES[name]
-    torch.manual_seed(sorted(FAMILIES).index(name))
+    """Writes the small checkpoint of a family of the tables above; returns the directory."""
+    every = FAMILIES | INPAINTING
+    family = every[name]
+    torch.manual_seed(sorted(every).index(name))
     networks = {
         "unet": diffusers.UNet2DConditionModel(**family.unet),
         "vae": diffusers.AutoencoderKL(**family.vae),

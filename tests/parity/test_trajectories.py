@@ -178,7 +178,7 @@ def test_the_scan_ends_where_diffusers_loop_ends(sampler, changes):
     eta = 0.5 if sampler == "ddim" else 0.0
     schedule = noise_schedule(case, sampler)
     table = samplers.sampler_table(sampler, schedule, 20, eta=eta)
-    start, fresh = noise.draw(np.array([SEED]), SHAPE, "torch", draws=table.draws)
+    start, fresh, _ = noise.draw(np.array([SEED]), SHAPE, "torch", draws=table.draws)
     assert (table.draws > 0) == (sampler in STOCHASTIC)
 
     def denoise(x, timestep, alpha, sigma, kept):

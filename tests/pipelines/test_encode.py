@@ -19,7 +19,8 @@ from jaxdiff import cli
 from jaxdiff.errors import InputError
 from jaxdiff.families import open_checkpoint
 from jaxdiff.families.model import networks_of
-from jaxdiff.training.data import batches, buckets, check_encoders, decoding, encoded, open_examples
+from jaxdiff.images import fitting
+from jaxdiff.training.data import batches, buckets, check_encoders, encoded, open_examples
 from jaxdiff.training.data.encoded import EncodedExamples
 from jaxdiff.training.recipe import Data
 from jaxdiff.weights.load import load_params, places
@@ -100,7 +101,7 @@ def test_latents_match_the_images(finished, photos, tiny_checkpoint):
     for index in (0, 7, 19):
         number = int(latents.caption(index).split()[1])
         height, width = latents.sizes[index]
-        pixels = decoding.fitted(images.pixels(number), height, width)
+        pixels = fitting.fitted(images.pixels(number), height, width)
         mean, log_variance = encode(jnp.asarray(pixels[None], jnp.float32))
         expected = config.scaling_factor * np.stack([mean[0], jnp.exp(0.5 * log_variance[0])])
         found = np.stack(latents.posterior(index))

@@ -7,12 +7,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import jaxdiff
 from jaxdiff import cli
 
-# Two sizes, two samplers that draw noise at every step, guidance, and several batches of each.
+# Two sizes, two samplers that draw noise at every step, guidance, images to begin with and masks,
+# and several batches of each.
 ROWS = [
+    {"id": "from", "prompt": "a ring", "image": "a.png", "strength": 0.5, "num_images": 5},
+    {"id": "from-b", "prompt": "a star", "image": "b.png", "strength": 0.5, "num_images": 2},
+    {"id": "in", "prompt": "a ring", "image": "b.png", "mask_image": "mask.png", "num_images": 3},
     {"id": "ring", "prompt": "a ring", "num_images": 9, "guidance_scale": 3},
     {"id": "wide", "prompt": "a star", "num_images": 7, "width": 96, "sampler": "ddpm"},
     {"id": "not", "prompt": "a blue square", "negative_prompt": "a ring", "seeds": [5, 9, 5]},
@@ -31,6 +36,13 @@ SHUFFLED = random.Random(0).sample(ROWS, len(ROWS))
 def generate(tmp_path_factory, tiny_checkpoint):
     """Returns a function that runs a job and returns the hash of each image's pixels."""
     folder = tmp_path_factory.mktemp("promises")
+    random_pixels = np.random.default_rng(0)
+    for name in ("a", "b"):
+        picture = random_pixels.integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(picture).save(folder / f"{name}.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (20, 30, 50, 64))
+    mask.save(folder / "mask.png")
 
     def generate(*arguments: str, rows: list = ROWS, directory: str | None = None) -> dict:
         manifest = folder / "rows.jsonl"
@@ -57,8 +69,8 @@ def pixels(directory: Path) -> dict[tuple[str, int], str]:
 
 
 def test_the_images_differ_from_each_other(plain):
-    assert len(plain) == 20
-    assert len({*plain.values()}) == 19  # one seed occurs twice
+    assert len(plain) == 30
+    assert len({*plain.values()}) == 29  # one seed occurs twice
     assert plain["not", 0] == plain["not", 2]
 
 

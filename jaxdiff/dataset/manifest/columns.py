@@ -8,15 +8,18 @@ from collections.abc import Iterable
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
-from jaxdiff.request import FIELDS, Options
+from jaxdiff.request import FIELDS, IMAGE_FIELDS, Options
 
 # The columns that jaxdiff interprets; any other is copied to the image's metadata.
-COLUMNS = ("id", "seeds", "num_images", *FIELDS)
+COLUMNS = ("id", "seeds", "num_images", *FIELDS, *IMAGE_FIELDS)
 # Names that diffusers and the usual web interfaces give to them.
 ALIASES = {
     "cfg": "guidance_scale",
     "cfg_scale": "guidance_scale",
+    "denoising_strength": "strength",
+    "init_image": "image",
     "inference_steps": "steps",
+    "mask": "mask_image",
     "neg_prompt": "negative_prompt",
     "num_images_per_prompt": "num_images",
     "num_inference_steps": "steps",
@@ -26,7 +29,7 @@ ALIASES = {
 OTHER_SETTINGS = (
     *(field.name for field in dataclasses.fields(Options)),
     *("batch_size", "checkpoint", "guidance", "lora", "loras", "model", "negative", "noise_seed"),
-    *("prompt_2", "refiner", "resolution", "sampler_name", "strength", "vae"),
+    *("prompt_2", "refiner", "resolution", "sampler_name", "vae"),
 )
 SIMILAR = 0.85  # by difflib's ratio: "seeed" is similar to "seed", "prompt_id" not to "prompt"
 # DiffusionDB's metadata.parquet (Wang et al., 2022, arXiv:2210.14896) records with codes, for

@@ -9,7 +9,7 @@ from jaxdiff import checks
 from jaxdiff.checks import MAX_SEED, BadValueError
 from jaxdiff.dataset.manifest import columns
 from jaxdiff.dataset.settings import Settings
-from jaxdiff.request import Request
+from jaxdiff.request import IMAGE_FIELDS, Request
 
 MAX_ID_CHARACTERS = 500
 JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -20,7 +20,7 @@ class Row:
     """One accepted row.
 
     Attributes:
-      request: shared by its images; does not contain their seeds yet.
+      request: shared by its images; does not contain their seeds yet. Its images are addresses.
       seeds: of its images; None if they are derived from its id.
       metadata: its other columns, as a JSON object.
     """
@@ -59,6 +59,9 @@ def parse(values: dict, row_number: int, settings: Settings, request_checks: dic
             wanted[name] = check(name, said[name], *arguments)
         else:
             wanted[name] = getattr(settings, name)
+    for name, field in IMAGE_FIELDS.items():
+        if name in said:
+            wanted[name] = field.check(name, said[name], *field.arguments)
     request = Request(**wanted)
     num_images, seeds = _seeds(said, settings.num_images)
     row_id = _id(said.get("id", row_number))

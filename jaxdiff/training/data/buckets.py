@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from jaxdiff.errors import InputError
-from jaxdiff.training.data import decoding
+from jaxdiff.images import fitting
 from jaxdiff.training.data.encoded import EncodedExamples
 from jaxdiff.training.data.examples import Examples
 
@@ -139,7 +139,7 @@ def _pixel_batch(
     count = len(indices)
     positions = rng.random((count, 2)) if random_crop else np.full((count, 2), 0.5)
     cut = [
-        decoding.fitted(examples.pixels(index), *size, position)
+        fitting.fitted(examples.pixels(index), *size, position)
         for index, position in zip(indices, positions, strict=True)
     ]
     mirrored = rng.random(count) < 0.5 * flip

@@ -10,7 +10,8 @@ import numpy as np
 from jaxdiff.dataset import ledger, run
 from jaxdiff.dataset.names import PLAN
 from jaxdiff.errors import InputError
-from jaxdiff.training.data import decoding, encoded, files
+from jaxdiff.images import decoding
+from jaxdiff.training.data import encoded, files
 from jaxdiff.training.data.encoded import EncodedExamples
 from jaxdiff.training.recipe import Data
 

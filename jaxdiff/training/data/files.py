@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from jaxdiff import checks
 from jaxdiff.dataset.manifest.readers import JSON, MAX_LINE_BYTES, READERS
 from jaxdiff.errors import InputError
-from jaxdiff.training.data import decoding
+from jaxdiff.images import decoding
 
 CAPTIONS = ("text", "caption", "prompt")  # default caption columns
 METADATA = ("metadata.jsonl", "metadata.csv")

@@ -29,7 +29,8 @@ from PIL import Image
 from jaxdiff.dataset import ledger
 from jaxdiff.dataset.paths import delete
 from jaxdiff.errors import InputError
-from jaxdiff.training.data import decoding, files, open_examples
+from jaxdiff.images import decoding
+from jaxdiff.training.data import files, open_examples
 from jaxdiff.training.recipe import Data
 
 

@@ -10,7 +10,7 @@ import pytest
 from captioned import SIZES, encoded
 
 from jaxdiff.errors import InputError
-from jaxdiff.training.data import Examples, batches, buckets, decoding, open_examples
+from jaxdiff.training.data import Examples, batches, buckets, open_examples
 from jaxdiff.training.recipe import Data
 
 BUCKETS = buckets(16, 2.0, 4)
@@ -127,22 +127,6 @@ def test_images_of_the_right_size_are_unchanged(examples):
     for pixels, caption in zip(batch["pixels"], batch["captions"], strict=True):
         number = int(caption.split()[1])
         np.testing.assert_array_equal(pixels, examples.pixels(number))
-
-
-def test_crops_are_in_the_middle_or_anywhere_and_never_distorted():
-    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3))
-    middle = decoding.fitted(ramp, 50, 50)
-    assert middle[:, :, 0].mean() == pytest.approx(99.5, abs=0.5)
-    assert decoding.fitted(ramp, 50, 50, (0, 0))[:, :, 0].mean() == pytest.approx(49.5, abs=0.5)
-    assert decoding.fitted(ramp, 50, 50, (1, 1))[:, :, 0].mean() == pytest.approx(149.5, abs=0.5)
-    steps = np.diff(middle[0, 5:45, 0].astype(int))
-    assert steps.mean() == pytest.approx(2, abs=0.05)  # two pixels of the ramp become one
-
-
-def test_shrinking_does_not_alias():
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    assert np.ptp(decoding.fitted(stripes, 16, 16)[4:-4, 4:-4].astype(int)) <= 4
 
 
 def test_half_of_the_images_are_mirrored_on_request(examples):

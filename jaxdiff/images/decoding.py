@@ -1,4 +1,4 @@
-"""Reads untrusted image files: size from the header, pixels, and resized crops."""
+"""Reads untrusted image files: size from the header, pixels, and masks. Imports no JAX."""
 
 import contextlib
 import io
@@ -13,6 +13,7 @@ from jaxdiff.errors import InputError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # some of Pillow's other formats run external programs
 MOST_PX = 2**26  # per image, 192 MiB as RGB; each loading thread may hold one image
 EXIF_ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # the values that swap height and width
+ANIMATIONS = ("PNG", "WEBP")  # what else has several pictures are JPEGs with a preview or depths
 
 
 def read_size(file: BinaryIO, name: str) -> tuple[int, int]:
@@ -28,20 +29,43 @@ def read_size(file: BinaryIO, name: str) -> tuple[int, int]:
         return (width, height) if rotated else (height, width)
 
 
+def check_still(content: bytes, name: str) -> None:
+    """Raises InputError, naming the image, if it is animated or not a readable image."""
+    with _opened(io.BytesIO(content), name) as image:
+        frames = getattr(image, "n_frames", 1)
+        if image.format in ANIMATIONS and frames > 1:
+            raise InputError(f"{name} is animated ({frames} frames); save one frame")
+
+
 def decode(content: bytes, name: str) -> np.ndarray:
     """Decodes an image file to uint8 [height, width, 3], upright and composited on white.
+
+    Of an animation, it takes the first frame.
 
     Raises:
       InputError: naming the image, if it cannot be decoded.
     """
+    return _decoded(content, name, "white", "RGB")
+
+
+def decode_grey(content: bytes, name: str) -> np.ndarray:
+    """Decodes an image file to its brightness, uint8 [height, width], upright and on black.
+
+    Raises:
+      InputError: naming the image, if it cannot be decoded.
+    """
+    return _decoded(content, name, "black", "L")
+
+
+def _decoded(content: bytes, name: str, background: str, mode: str) -> np.ndarray:
     with _opened(io.BytesIO(content), name) as image:
         if image.mode.startswith(("I", "F")):  # Pillow would clip the values at 255
             raise InputError(f"{name} has {image.mode} pixels; save it with 8 bits per channel")
         upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
         if upright.has_transparency_data:
-            white = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(white, upright.convert("RGBA"))
-        return np.asarray(upright.convert("RGB"))
+            behind = Image.new("RGBA", upright.size, background)
+            upright = Image.alpha_composite(behind, upright.convert("RGBA"))
+        return np.asarray(upright.convert(mode))
 
 
 @contextlib.contextmanager
@@ -58,30 +82,8 @@ def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
         raise
     except Exception as problem:  # Pillow's plugins raise many kinds of errors
         reason, *_ = str(problem).splitlines() or [type(problem).__name__]
-        reason = "unknown format" if isinstance(problem, Image.UnidentifiedImageError) else reason
+        if isinstance(problem, Image.UnidentifiedImageError):
+            reason = f"none of {', '.join(FORMATS)}"
         raise InputError(
             f"{name} is not a readable image ({reason}); replace or remove it"
         ) from problem
-
-
-def fitted(
-    pixels: np.ndarray, height: int, width: int, position: tuple[float, float] = (0.5, 0.5)
-) -> np.ndarray:
-    """Crops the largest part of an image with the target aspect ratio, and resizes it.
-
-    Args:
-      pixels: uint8 [h, w, 3].
-      position: of the crop, (vertical, horizontal), from 0 (top, left) to 1 (bottom, right).
-
-    Returns:
-      uint8 [height, width, 3], resampled with a Lanczos filter, antialiased when shrinking.
-    """
-    full_height, full_width, _ = pixels.shape
-    scale = min(full_height / height, full_width / width)
-    top = position[0] * (full_height - scale * height)
-    left = position[1] * (full_width - scale * width)
-    bottom = min(full_height, top + scale * height)  # rounding may exceed the edge slightly
-    right = min(full_width, left + scale * width)
-    box = (left, top, right, bottom)
-    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box)
-    return np.asarray(image)

@@ -1,0 +1,111 @@
+"""Encodes images to latents on the devices, with an LRU cache."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxdiff.devices import batching, compilation, parallel
+from jaxdiff.engine.program import to_float
+from jaxdiff.families.model import Codec
+
+CACHED_BYTES = 2**28  # of latents, on each device
+
+
+class ImageEncoder:
+    """The autoencoder's encoder, with an LRU cache of the latents of images.
+
+    Images are encoded in batches of a size that depends on theirs alone, so that an image's latents
+    never depend on the other images of its batch.
+    """
+
+    def __init__(self, codec: Codec, places: dict, mesh: jax.sharding.Mesh):
+        """Prepares the encoder.
+
+        Args:
+          codec: the autoencoder.
+          places: the shapes and shardings of its parameters.
+          mesh: the devices.
+        """
+        self._places, self._mesh = places, mesh
+
+        def encode(params: dict, pixels: Array, hidden: Array) -> Array:
+            images = jnp.where(hidden[..., None], 0.0, to_float(pixels))
+            mean, log_variance = codec.encode(params, images)
+            return jnp.stack([mean, jnp.exp(log_variance / 2)], axis=1).astype(jnp.float32)
+
+        def sample(encoded: Array, noise: Array) -> Array:
+            return codec.scale(encoded[:, 0] + encoded[:, 1] * noise)
+
+        self._encode = compilation.jit(parallel.over_data(encode, mesh, (None, 0, 0)))
+        self._sample = compilation.jit(parallel.over_data(sample, mesh, (0, 0)))
+        self._programs: dict[tuple[int, int], Future[jax.stages.Compiled]] = {}
+        self._cache: dict[bytes, Array] = {}
+
+    def compile(self, height: int, width: int) -> None:
+        """Starts compiling the encoder for images of this size; returns at once."""
+        if (height, width) not in self._programs:
+            shape = (self._slots(height, width), height, width)
+            arrays = (
+                jax.ShapeDtypeStruct(dims, dtype, sharding=parallel.batch_sharding(self._mesh))
+                for dims, dtype in (((*shape, 3), np.uint8), (shape, bool))
+            )
+            self._programs[height, width] = compilation.ahead(self._encode, self._places, *arrays)
+
+    def __call__(
+        self,
+        params: dict,
+        images: Sequence[np.ndarray],
+        noise: Array,
+        hidden: Sequence[np.ndarray] | None = None,
+    ) -> Array:
+        """Encodes a batch of images of one size.
+
+        Args:
+          params: the autoencoder's parameters.
+          images: each uint8 [height, width, 3].
+          noise: standard normal, float32 [batch, h, w, channels]: which sample of each image's
+            distribution is drawn (Kingma and Welling, 2014, arXiv:1312.6114, 2.3).
+          hidden: bool [height, width] for each image, True where it is made grey; None hides
+            nothing.
+
+        Returns:
+          scaled latents, float32 [batch, h, w, channels].
+        """
+        height, width, _ = images[0].shape
+        self.compile(height, width)
+        if hidden is None:
+            hidden = [np.zeros((height, width), bool)] * len(images)
+        names = [*map(_name, images, hidden)]
+        found = {name: self._cache.pop(name) for name in set(names) & self._cache.keys()}
+        pairs = dict(zip(names, zip(images, hidden, strict=True), strict=True))
+        new = [name for name in pairs if name not in found]
+        slots, place = self._slots(height, width), parallel.batch_sharding(self._mesh)
+        for start in range(0, len(new), slots):
+            part = new[start : start + slots]
+            padded = part + part[-1:] * (slots - len(part))
+            stacked = map(np.stack, zip(*(pairs[name] for name in padded), strict=True))
+            program = compilation.wait(self._programs, (height, width))
+            encoded = program(params, *jax.device_put([*stacked], place))
+            found |= {name: encoded[i] for i, name in enumerate(part)}
+        self._cache |= found  # the newest last
+        most = CACHED_BYTES // found[names[0]].nbytes
+        while len(self._cache) > most:
+            del self._cache[next(iter(self._cache))]
+        encoded = jax.device_put(jnp.stack([found[name] for name in names]), place)
+        return self._sample(encoded, jax.device_put(noise, place))
+
+    def _slots(self, height: int, width: int) -> int:
+        """Returns how many images are encoded at once."""
+        return batching.on_cpu(width, height) * self._mesh.shape["data"]
+
+
+def _name(image: np.ndarray, hidden: np.ndarray) -> bytes:
+    """Returns a digest of an image and what is hidden of it."""
+    digest = hashlib.blake2b(image, digest_size=16)
+    digest.update(np.packbits(hidden))
+    return digest.digest()

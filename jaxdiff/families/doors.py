@@ -1,0 +1,58 @@
+"""Checks what a request brings besides text, and fills in its strength. Imports no JAX."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from jaxdiff.checks import BadValueError
+from jaxdiff.diffusion.step_ranges import skipped_steps
+from jaxdiff.request import Request
+
+
+class Doors(NamedTuple):
+    """The images that a model takes.
+
+    Attributes:
+      strength: the default strength for an image.
+      masked_strength: the default strength for an image with a mask.
+      needed: whether every request needs an image and a mask.
+    """
+
+    strength: float
+    masked_strength: float
+    needed: bool = False
+
+
+def resolved(
+    request: Request, doors: Doors | None, strength: float | None = None, *, is_flow: bool
+) -> Request:
+    """Returns a request with its strength.
+
+    Args:
+      request: its number of steps must be known.
+      doors: the images that the model takes; None if it takes none.
+      strength: the job's, for an image without its own.
+      is_flow: whether the model was trained by flow matching.
+
+    Raises:
+      BadValueError: for an image that the model does not take, for what makes no sense without an
+        image, or if no step is taken.
+    """
+    is_masked = request.mask_image is not None or request.outpaint is not None
+    if request.image is None:
+        for name in ("mask_image", "outpaint", "strength"):
+            if getattr(request, name) is not None:
+                raise BadValueError(f"{name} needs an image; add one, or leave {name} out")
+        if doors is not None and doors.needed:
+            raise BadValueError("this model only paints in images: give it image and mask_image")
+        return request
+    if doors is None:
+        raise BadValueError("this model takes no images; leave image out, or use another model")
+    if doors.needed and not is_masked:
+        raise BadValueError("this model needs a mask: give it mask_image or outpaint")
+    own = doors.masked_strength if is_masked else doors.strength
+    chosen = next(value for value in (request.strength, strength, own) if value is not None)
+    if skipped_steps(request.steps, chosen, is_flow=is_flow) == request.steps:
+        raise BadValueError(
+            f"strength = {chosen:g} takes none of {request.steps} steps; raise one of them"
+        )
+    return replace(request, strength=chosen)

@@ -1,0 +1,1 @@
+"""Images that others made: safe decoding, addresses, fitting. Imports no JAX."""

@@ -1,0 +1,126 @@
+"""Reads the images of a request and fits them to its size."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from jaxdiff.checks import BadValueError
+from jaxdiff.images import fitting, sources
+from jaxdiff.request import Request, Source
+
+
+def prepared(request: Request, root: str = "") -> Request:
+    """Returns a request whose images are arrays of its size, ready for the engine.
+
+    Args:
+      request: with its width and height. Without an image, it is returned as it is.
+      root: the folder or URL that addresses are relative to.
+
+    Returns:
+      the request with `image`, uint8 [height, width, 3], and, if a part of it is to be painted,
+      `mask_image`, bool [height, width], True where it is; `outpaint` is None.
+
+    Raises:
+      BadValueError: naming the image that cannot be read, has changed since the row was planned, or
+        does not fit.
+    """
+    if request.image is None:
+        return request
+    left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
+    inner = inner_size(request)
+    original, mask = _pixels(request.image, root), None
+    pixels = fitting.fitted(original, *inner)
+    if request.mask_image is not None:
+        grey = _mask(request.mask_image, root)
+        mask = fitting.fitted_mask(grey, *inner)
+        check_mask(grey.shape, original.shape[:2], not mask.any())
+    if request.outpaint is not None:
+        pixels, border = fitting.outpainted(pixels, left, top, right, bottom)
+        if mask is not None:
+            border |= np.pad(mask, ((top, bottom), (left, right)))
+        mask = border
+    return replace(request, image=pixels, mask_image=mask, outpaint=None)
+
+
+def inner_size(request: Request) -> tuple[int, int]:
+    """Returns the height and width of the image inside its painted borders, in pixels.
+
+    Raises:
+      BadValueError: if they leave no room for it.
+    """
+    left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
+    height, width = request.height - top - bottom, request.width - left - right
+    if min(height, width) < 1:
+        raise BadValueError(
+            f"outpaint leaves no room for the image in {request.width}x{request.height}; make "
+            "width or height larger"
+        )
+    return height, width
+
+
+def blank(request: Request) -> Request:
+    """Returns a request of the same bucket that begins with grey instead of its image, if any."""
+    if request.image is None:
+        return request
+    size = request.height, request.width
+    masked = request.bucket.masked
+    return replace(
+        request,
+        image=np.full((*size, 3), 128, np.uint8),
+        mask_image=np.ones(size, bool) if masked else None,
+        outpaint=None,
+    )
+
+
+def check_mask(size: tuple[int, int], image_size: tuple[int, int], is_black: bool) -> None:
+    """Raises BadValueError unless a mask has the (height, width) of its image and some white."""
+    if size != image_size:
+        (height, width), (image_height, image_width) = size, image_size
+        raise BadValueError(
+            f"mask_image is {width}x{height}, but image is {image_width}x{image_height}; make them "
+            "equal"
+        )
+    if is_black:
+        raise BadValueError("mask_image is black: nothing would be painted; white is painted")
+
+
+def _pixels(said, root: str) -> np.ndarray:
+    if isinstance(said, np.ndarray):
+        return _checked("image", said, 3)
+    if isinstance(said, Image.Image):
+        return np.asarray(said.convert("RGB"))
+    return sources.opened(_content(said, root), _name(said))
+
+
+def _mask(said, root: str) -> np.ndarray:
+    if isinstance(said, np.ndarray):
+        grey = said.astype(np.uint8) * 255 if said.dtype == bool else said
+        return _checked("mask_image", grey, 2)
+    if isinstance(said, Image.Image):
+        return np.asarray(said.convert("L"))
+    return sources.mask(_content(said, root), _name(said))
+
+
+def _checked(name: str, pixels: np.ndarray, axes: int) -> np.ndarray:
+    wanted = "uint8 [h, w, 3]" if axes == 3 else "uint8 or bool [h, w]"
+    fits = pixels.ndim == axes and pixels.size and (axes == 2 or pixels.shape[-1] == 3)
+    if pixels.dtype != np.uint8 or not fits:
+        raise BadValueError(f"{name} must be {wanted}, not {pixels.dtype} {[*pixels.shape]}")
+    return pixels
+
+
+def _content(said: Source | str | Path, root: str) -> bytes:
+    if not isinstance(said, Source):
+        path = Path(said).absolute()
+        return sources.read(path.name, str(path.parent))
+    content = sources.read(said.address, root)
+    if hashlib.sha256(content).hexdigest() != said.sha256:
+        raise BadValueError(f"{said.address} has changed since the job was planned")
+    return content
+
+
+def _name(said: Source | str | Path) -> str:
+    return said.address if isinstance(said, Source) else str(said)

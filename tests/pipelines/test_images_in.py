@@ -1,0 +1,231 @@
+"""Rows that begin with other images: what they name is pinned, read and kept apart."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import jaxdiff
+from jaxdiff import cli
+from jaxdiff.dataset import image_files
+from jaxdiff.dataset import run as runs
+from jaxdiff.errors import InputError
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """A smooth random picture of (width, height)."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with two pictures and a mask of their lower half."""
+    picture(0).save(tmp_path / "a.png")
+    picture(1).save(tmp_path / "b.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 32, 64, 64))
+    mask.save(tmp_path / "mask.png")
+    return tmp_path
+
+
+@pytest.fixture
+def generate(folder, tiny_checkpoint):
+    """Returns a function that runs a job of the rows and returns its exit code."""
+
+    def generate(rows: list[dict], *more: str, model: Path = tiny_checkpoint) -> int:
+        manifest = folder / "rows.jsonl"
+        manifest.write_text("".join(json.dumps({"prompt": "a ring", **row}) + "\n" for row in rows))
+        said = {"manifest": manifest, "output": folder / "out", "model": model, "steps": 4}
+        return cli.main(["generate", *(f"--{name}={value}" for name, value in said.items()), *more])
+
+    return generate
+
+
+def records(output: Path) -> list[dict]:
+    return pq.read_table(output / "metadata").to_pylist()
+
+
+def pixels(output: Path) -> dict[str, np.ndarray]:
+    """The pixels of every image, by its key."""
+    found = {}
+    for path in sorted((output / "data").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                if extension == "png":
+                    found[key] = image_files.decode(tar.extractfile(member).read())
+    return found
+
+
+def reasons(output: Path) -> list[str]:
+    lines = (output / "rejected.jsonl").read_text().splitlines()
+    return [json.loads(line)["reason"] for line in lines]
+
+
+def test_records_name_what_an_image_began_with(generate, folder):
+    assert generate([{"image": "a.png", "mask_image": "mask.png"}, {"image": "./b.png"}, {}]) == 0
+    masked, varied, plain = records(folder / "out")
+    assert (masked["image"], masked["strength"], masked["mask_image"]) == ("a.png", 1.0, "mask.png")
+    assert (varied["image"], varied["strength"], varied["mask_image"]) == ("b.png", 0.8, None)
+    assert plain["image"] is plain["strength"] is plain["image_sha256"] is None
+    assert len(masked["mask_image_sha256"]) == 64
+    assert masked["image_sha256"] != varied["image_sha256"]
+    assert cli.main(["verify", str(folder / "out")]) == 0
+    with tarfile.open(folder / "out" / "data" / "train-00000.tar") as tar:
+        (name,) = [each for each in tar.getnames() if each.endswith("png")]
+        with Image.open(tar.extractfile(name)) as image:
+            assert "Denoising strength: 1" in image.text["parameters"]
+
+
+def test_datasets_without_images_have_no_columns_for_them(generate, folder):
+    assert generate([{}]) == 0
+    assert "image" not in records(folder / "out")[0]
+
+
+def test_what_a_mask_leaves_out_comes_back_as_it_was(generate, folder):
+    assert generate([{"image": "a.png", "mask_image": "mask.png"}]) == 0
+    (made,) = pixels(folder / "out").values()
+    given = np.asarray(Image.open(folder / "a.png"))
+    np.testing.assert_array_equal(made[:32], given[:32])
+    assert (made[40:] != given[40:]).any(axis=(1, 2)).all()
+
+
+def test_without_pasting_the_autoencoder_changes_it_slightly(generate, folder):
+    row = {"image": "a.png", "mask_image": "mask.png"}
+    assert generate([row], "--keep-unmasked=off") == 0
+    (made,) = pixels(folder / "out").values()
+    assert (made[:32] != np.asarray(Image.open(folder / "a.png"))[:32]).any()
+
+
+def test_outpainting_keeps_the_image_inside_its_borders(generate, folder):
+    row = {"image": "a.png", "outpaint": {"left": 32, "bottom": 16}, "width": 96, "height": 80}
+    assert generate([row]) == 0
+    (made,) = pixels(folder / "out").values()
+    assert made.shape == (80, 96, 3)
+    np.testing.assert_array_equal(made[:64, 32:], np.asarray(Image.open(folder / "a.png")))
+    assert records(folder / "out")[0]["outpaint"] == "32,0,0,16"
+
+
+def test_larger_images_are_cropped_in_the_middle_and_resized(generate, folder):
+    wide = Image.new("RGB", (256, 128), "white")
+    wide.paste(picture(3, (128, 128)), (64, 0))
+    wide.save(folder / "wide.png")
+    picture(3, (128, 128)).save(folder / "square.png")
+    assert generate([{"image": "wide.png", "seed": 1}, {"image": "square.png", "seed": 1}]) == 0
+    one, other = (image.astype(int) for image in pixels(folder / "out").values())
+    assert np.abs(one - other).max() <= 3  # resizing rounds
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"image": "none.png"}, "image none.png does not exist in"),
+        ({"image": "../a.png"}, "is not a path inside"),
+        ({"image": "notes.png"}, "is not a readable image"),
+        ({"image": 7}, "image must be text, not 7"),
+        ({"mask_image": "mask.png"}, "mask_image needs an image"),
+        ({"outpaint": "8,0,0,0"}, "outpaint needs an image"),
+        ({"strength": 0.5}, "strength needs an image"),
+        ({"image": "a.png", "strength": 2}, "strength must be a number from 0 to 1, not 2"),
+        ({"image": "a.png", "strength": 0.2}, "strength = 0.2 takes none of 4 steps"),
+        ({"image": "a.png", "mask_image": "small.png"}, "mask_image is 8x8, but image is 64x64"),
+        ({"image": "a.png", "mask_image": "black.png"}, "mask_image is black"),
+        ({"image": "a.png", "outpaint": "0,0,0,0"}, "outpaint adds nothing"),
+        ({"image": "a.png", "outpaint": {"up": 8}}, "outpaint has 'up'"),
+        ({"image": "a.png", "outpaint": "32,0,32,0"}, "outpaint leaves no room for the image"),
+    ],
+)
+def test_a_bad_row_is_rejected_alone(generate, folder, row, reason):
+    (folder / "notes.png").write_text("no image")
+    Image.new("L", (64, 64)).save(folder / "black.png")
+    Image.new("L", (8, 8), 255).save(folder / "small.png")
+    assert generate([row, {"image": "b.png"}]) == 0
+    (said,) = reasons(folder / "out")
+    assert reason in said
+    assert len(records(folder / "out")) == 1
+
+
+def test_a_source_that_changes_after_planning_fails_its_rows_alone(generate, folder, monkeypatch):
+    rows = [{"image": "a.png", "num_images": 3}, {"image": "b.png", "num_images": 7}]
+    assert generate(rows) == 0
+    before = pixels(folder / "out")
+    again = folder / "again"
+    begin = runs.begin
+
+    def planned(*said):
+        run = begin(*said)
+        picture(9).save(folder / "a.png")
+        return run
+
+    monkeypatch.setattr(runs, "begin", planned)
+    assert generate(rows, f"--output={again}", "--batch-size=4") == 3
+    failed = [json.loads(line) for line in (again / "failed.jsonl").read_text().splitlines()]
+    assert len(failed) == 3
+    assert all("a.png has changed since" in row["reason"] for row in failed)
+    made = pixels(again)
+    assert len(made) == 7
+    for key, image in made.items():
+        np.testing.assert_array_equal(image, before[key])
+    assert cli.main(["verify", str(again)]) == 0
+
+
+def test_images_are_relative_to_the_image_root(generate, folder):
+    (folder / "elsewhere").mkdir()
+    picture(5).save(folder / "elsewhere" / "c.png")
+    assert generate([{"image": "c.png"}], f"--image-root={folder / 'elsewhere'}") == 0
+    assert generate([{"image": "c.png"}], f"--image-root={folder / 'none'}") == 2
+
+
+def test_a_dry_run_says_what_images_begin_with(generate, folder, capsys):
+    rows = [{"image": "a.png", "mask_image": "mask.png"}, {"image": "a.png", "strength": 0.5}, {}]
+    assert generate(rows, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "image and mask, 1" in said
+    assert "image, 0.5" in said
+
+
+def test_a_dataset_without_images_is_not_extended_by_them(generate, folder, capsys):
+    assert generate([{"id": "a"}]) == 0
+    assert generate([{"id": "a"}, {"id": "b", "image": "a.png"}]) == 2
+    assert "has rows without images only" in capsys.readouterr().err
+
+
+def test_python_takes_paths_pictures_and_arrays(tiny_checkpoint, folder):
+    model = jaxdiff.load(tiny_checkpoint)
+    pixels = np.asarray(Image.open(folder / "a.png"))
+    mask = np.asarray(Image.open(folder / "mask.png"))
+    ways = [
+        (folder / "a.png", folder / "mask.png"),
+        (str(folder / "a.png"), Image.fromarray(mask)),
+        (Image.fromarray(pixels), mask),
+        (pixels, mask > 127),
+    ]
+    made = model.generate(
+        [
+            jaxdiff.Request(prompt="a ring", seed=3, steps=4, image=image, mask_image=of_image)
+            for image, of_image in ways
+        ]
+    )
+    for image in made[1:]:
+        np.testing.assert_array_equal(image.pixels, made[0].pixels)
+    with pytest.raises(InputError, match=r"image must be uint8 \[h, w, 3\], not float64"):
+        model.generate([jaxdiff.Request(prompt="", image=pixels / 255.0)])
+    with pytest.raises(InputError, match="mask_image needs an image"):
+        model.generate([jaxdiff.Request(prompt="", mask_image=mask)])
+
+
+def test_the_model_decodes_what_it_encoded():
+    """At a low strength, the bundled model gives the image back."""
+    model = jaxdiff.load("shapes64")
+    (first,) = model.generate([jaxdiff.Request(prompt="a red circle", seed=3)])
+    request = jaxdiff.Request(prompt="a red circle", seed=4, image=first.pixels, strength=0.2)
+    (again,) = model.generate([request])
+    difference = np.abs(again.pixels.astype(int) - first.pixels)
+    assert difference.mean() < 4
+    (other,) = model.generate([jaxdiff.Request(prompt="a red circle", seed=4)])
+    assert np.abs(other.pixels.astype(int) - first.pixels).mean() > 4 * difference.mean()
