@@ -23,6 +23,7 @@ DTYPES = ("float32", "bfloat16")
 NOISES = ("jax", "torch")
 SWITCH = ("on", "off")
 MAX_MARGIN_PX = 4096
+MAX_CONTROLS = 8
 MARGINS = ("left", "top", "right", "bottom")
 
 
@@ -131,6 +132,26 @@ def layers(name: str, value) -> str:
     if not all(re.fullmatch(r"[0-9]{1,4}", part) for part in said):
         raise BadValueError(f'{name} must have the form "7, 8, 9", not {shown(value)}')
     return ", ".join(map(str, sorted(set(map(int, said)))))
+
+
+def texts(name: str, value) -> tuple[str, ...]:
+    """Returns several texts, from a list, a JSON list or one text."""
+    return tuple(text(name, part) for part in _several(name, value))
+
+
+def numbers_in(name: str, value, low: float, high: float) -> tuple[float, ...]:
+    """Returns several numbers from `low` to `high`, from a list, a JSON list or one number."""
+    return tuple(number(name, part, low, high) for part in _several(name, value))
+
+
+def _several(name: str, value) -> list:
+    parts = value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        parts = _json_or_text(value)
+    parts = [*parts] if isinstance(parts, list | tuple) else [parts]
+    if not 1 <= len(parts) <= MAX_CONTROLS:
+        raise BadValueError(f"{name} must be 1 to {MAX_CONTROLS} values, not {len(parts)}")
+    return parts
 
 
 def margins(name: str, value) -> tuple[int, int, int, int]:

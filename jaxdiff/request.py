@@ -20,6 +20,7 @@ class Bucket(NamedTuple):
     sampler: str
     strength: float | None = None  # None without an image to begin with
     masked: bool = False
+    control: tuple[float, float] | None = None  # when control begins and ends; None without images
 
 
 class Source(NamedTuple):
@@ -54,6 +55,11 @@ class Request:
         [h, w].
       outpaint: the width in pixels of what is painted on the left, top, right and bottom of the
         image, which takes the rest of `width` and `height`.
+      control_image: what the model's ControlNets see, an image for each, in any form of `image`;
+        for one net, it need not be in a list.
+      controlnet_conditioning_scale: how strongly each of them steers, or one number for all.
+      control_guidance_start, control_guidance_end: the part of the steps in which they steer, as
+        fractions from 0 to 1.
     """
 
     prompt: str
@@ -68,13 +74,20 @@ class Request:
     strength: float | None = None
     mask_image: Any = None
     outpaint: tuple[int, int, int, int] | None = None
+    control_image: Any = None
+    controlnet_conditioning_scale: float | tuple[float, ...] | None = None
+    control_guidance_start: float | None = None
+    control_guidance_end: float | None = None
 
     @property
     def bucket(self) -> Bucket:
         """The bucket of this image, whose fields must all be resolved."""
         masked = self.mask_image is not None or self.outpaint is not None
+        control = None
+        if self.control_image is not None:
+            control = self.control_guidance_start, self.control_guidance_end
         size, guided = (self.width, self.height), self.guidance_scale > 1
-        return Bucket(*size, self.steps, guided, self.sampler, self.strength, masked)
+        return Bucket(*size, self.steps, guided, self.sampler, self.strength, masked, control)
 
 
 class Field(NamedTuple):
@@ -102,16 +115,19 @@ FIELDS = {
     "guidance_scale": Field(checks.number, (0, checks.MAX_GUIDANCE_SCALE), "float64"),
     "sampler": Field(checks.choice, (), "string"),
 }
-# The fields of a request that begins with an image, in the same form.
-SOURCES = ("image", "mask_image")
+# The fields of a request that brings images, in the same form.
 IMAGE_FIELDS = {
     "image": Field(checks.text, (), "string"),
     "strength": Field(checks.number, (0, 1), "float64"),
     "mask_image": Field(checks.text, (), "string"),
     "outpaint": Field(checks.margins, (), "string"),
+    "control_image": Field(checks.texts, (), "strings"),
+    "controlnet_conditioning_scale": Field(checks.numbers_in, (0, 10), "numbers"),
+    "control_guidance_start": Field(checks.number, (0, 1), "float64"),
+    "control_guidance_end": Field(checks.number, (0, 1), "float64"),
 }
-
-# The columns of such requests in plans and records, with their Arrow types.
+SOURCES = ("image", "mask_image", "control_image")
+# The columns of such requests in plans and records, with the names of their types.
 IMAGE_COLUMNS = {
     column: field.column
     for name, field in IMAGE_FIELDS.items()
@@ -123,20 +139,33 @@ def to_columns(request: Request) -> dict:
     """Returns a request, whose images are sources, as values by column."""
     values = dict(vars(request))
     for name in SOURCES:
-        values[name], values[f"{name}_sha256"] = values[name] or (None, None)
+        sources = values[name]
+        if isinstance(sources, Source):
+            values[name], values[f"{name}_sha256"] = sources
+        elif sources is not None:  # one for each net
+            values[name], values[f"{name}_sha256"] = map(list, zip(*sources, strict=True))
+        else:
+            values[f"{name}_sha256"] = None
     if request.outpaint is not None:
         values["outpaint"] = ",".join(map(str, request.outpaint))
+    if request.controlnet_conditioning_scale is not None:
+        values["controlnet_conditioning_scale"] = list(request.controlnet_conditioning_scale)
     return values
 
 
 def from_columns(values: dict) -> Request:
     """Returns the request that `to_columns` wrote; image columns may be missing."""
-    values = {"strength": None, "outpaint": None, **values}
+    values = {**dict.fromkeys(IMAGE_FIELDS), **values}
     for name in SOURCES:
-        address, sha256 = values.pop(name, None), values.pop(f"{name}_sha256", None)
-        values[name] = None if address is None else Source(address, sha256)
+        address, sha256 = values[name], values.pop(f"{name}_sha256", None)
+        if isinstance(address, str):
+            values[name] = Source(address, sha256)
+        elif address is not None:
+            values[name] = tuple(map(Source, address, sha256))
     if values["outpaint"] is not None:
         values["outpaint"] = checks.margins("outpaint", values["outpaint"])
+    if values["controlnet_conditioning_scale"] is not None:
+        values["controlnet_conditioning_scale"] = tuple(values["controlnet_conditioning_scale"])
     return Request(**values)
 
 
@@ -187,6 +216,8 @@ class Options:
         guidance for Stable Diffusion 3.5 medium). "" for none.
       keep_unmasked: "on" pastes what a mask leaves out from the original image, with a soft edge
         inside the painted part; "off" returns it as the autoencoder decodes it.
+      guess_mode: "on" lets ControlNets steer the prompt's half of a guided step only, and the
+        deep layers more than the outer ones (Zhang et al., 2023, arXiv:2302.05543).
     """
 
     dtype: str = "float32"
@@ -203,6 +234,7 @@ class Options:
     deep_cache: int = 1
     skip_layers: str = field(default="", metadata=LATER)
     keep_unmasked: str = field(default="on", metadata=LATER)
+    guess_mode: str = field(default="off", metadata=LATER)
 
     @property
     def skipped_layers(self) -> tuple[int, ...]:
@@ -227,4 +259,5 @@ OPTION_CHECKS = {
     "deep_cache": (checks.integer, 1, checks.MAX_DEEP_CACHE),
     "skip_layers": (checks.layers,),
     "keep_unmasked": (checks.choice, checks.SWITCH),
+    "guess_mode": (checks.choice, checks.SWITCH),
 }

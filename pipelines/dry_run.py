@@ -106,6 +106,7 @@ def _shares(folder: Path, plan: Plan) -> dict[Bucket, Share]:
     batch_size, start = _batch_size(plan), 0
     for size in plan.shard_sizes:
         (row,) = table.slice(start, 1).to_pylist()
+        row["control_image"] = row["control_image"] and len(row["control_image"])
         share = shares.setdefault(plans.example(**row).bucket, Share())
         batches = -(-size // batch_size)
         share.images += size
@@ -151,9 +152,10 @@ def _table(shares: dict[Bucket, Share]) -> list[str]:
 
 
 def _start(bucket: Bucket) -> str:
+    control = ", control" if bucket.control else ""
     if bucket.strength is None:
-        return "noise"
-    return f"{'image and mask' if bucket.masked else 'image'}, {bucket.strength:g}"
+        return f"noise{control}"
+    return f"{'image and mask' if bucket.masked else 'image'}, {bucket.strength:g}{control}"
 
 
 def _time(work: int) -> str:

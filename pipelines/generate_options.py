@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxdiff import checks
-from jaxdiff.checkpoint import lora
+from jaxdiff.checkpoint import controlnet, lora
 from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.dataset import settings
 from jaxdiff.dataset.settings import Settings
@@ -22,9 +22,10 @@ is interrupted, run the same command again to continue.
 
 A manifest is a text file with one prompt per line, or JSON Lines, CSV, TSV, Parquet or a JSON list
 (each may be gzipped). It has a column `prompt` and, optionally, id, negative_prompt, seed or seeds,
-num_images, width, height, steps, guidance_scale, sampler; and for rows that begin with an image:
-image, strength, mask_image, outpaint. Other columns are copied to the images' metadata. A manifest
-can also be several files, as a glob, or a folder of text files with one prompt each.
+num_images, width, height, steps, guidance_scale, sampler; to begin with another image: image,
+strength, mask_image, outpaint; for ControlNets: control_image, controlnet_conditioning_scale,
+control_guidance_start, control_guidance_end. Other columns are copied to the images' metadata. A
+manifest can also be several files, as a glob, or a folder of text files with one prompt each.
 """
 EPILOG = """\
 example:
@@ -50,10 +51,13 @@ class Models:
     refiner: str | None = None
     lora: tuple[str, ...] = ()
     base: str | None = None
+    controlnet: tuple[str, ...] = ()
 
     def open(self) -> Ensemble:
         """Opens the models; raises InputError if one is missing or incomplete."""
-        return open_ensemble(self.model, self.variant, self.refiner, self.lora, self.base)
+        return open_ensemble(
+            self.model, self.variant, self.refiner, self.lora, self.base, self.controlnet
+        )
 
     def anywhere(self) -> "Models":
         """Returns the same models with absolute paths, for other working directories."""
@@ -61,12 +65,14 @@ class Models:
             f"{_absolute(file)}:{weight!r}" for file, weight in map(lora.parse, self.lora)
         )
         refiner, base = (model and _absolute(model) for model in (self.refiner, self.base))
-        return Models(_absolute(self.model), self.variant, refiner, files, base)
+        nets = (controlnet.scaled(said, "--controlnet") for said in self.controlnet)
+        nets = tuple(f"{_absolute(path)}:{scale!r}" for path, scale in nets)
+        return Models(_absolute(self.model), self.variant, refiner, files, base, nets)
 
     def planned(self) -> dict:
-        """Returns the models as plans store them: those of earlier versions know no base."""
-        said = vars(self)
-        return {name: said[name] for name in said if name != "base" or said[name] is not None}
+        """Returns the models as plans store them: earlier versions know no base or ControlNet."""
+        later = ("base", "controlnet")
+        return {name: said for name, said in vars(self).items() if name not in later or said}
 
 
 def _absolute(model: str) -> str:
@@ -145,10 +151,10 @@ def _with_hyphens(word: str) -> str:
 
 
 def _models(said: dict) -> Models:
-    files = said.get("lora", ())
-    files = (files,) if isinstance(files, str) else tuple(files)
+    several = {name: said.get(name, ()) for name in REPEATED}
+    several = {n: (each,) if isinstance(each, str) else tuple(each) for n, each in several.items()}
     others = {name: said.get(name) for name in ("variant", "refiner", "base")}
-    return Models(said.get("model", "shapes64"), lora=files, **others)
+    return Models(said.get("model", "shapes64"), **several, **others)
 
 
 def _workers(said: dict) -> Workers:
@@ -262,6 +268,10 @@ HELP = {
             "FILE[:WEIGHT]",
             "a LoRA (.safetensors) to add to the model's weights; may be repeated",
         ),
+        "controlnet": (
+            "DIR[:SCALE]",
+            "a ControlNet that steers each image by the row's control_image; may be repeated",
+        ),
         "limit": ("N", "generate only the first N images of the manifest"),
         "overwrite": (
             None,
@@ -344,6 +354,10 @@ HELP = {
             "for rows with a mask: whether to paste what it leaves out from the original image "
             "(default: on)",
         ),
+        "guess_mode": (
+            "on|off",
+            "let ControlNets guess what to draw from the image alone (default: off)",
+        ),
     },
     "performance": {
         "batch_size": (
@@ -368,7 +382,7 @@ HELP = {
 OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
 NAMES = (  # always text, even if it looks like a number
     *("manifest", "prompt_column", "image_root", "output", "model", "base", "variant", "refiner"),
-    *("lora", "profile"),
+    *("lora", "controlnet", "profile"),
 )
-REPEATED = ("lora",)
+REPEATED = ("lora", "controlnet")
 FLAGS = tuple(name for name, value in OPTIONS.items() if value is None)

@@ -11,10 +11,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import pyarrow as pa
 
-from jaxdiff.checkpoint import lora
+from jaxdiff.checkpoint import controlnet, lora
 from jaxdiff.dataset import formats, names, paths
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.settings import Settings
@@ -141,6 +142,9 @@ class Plan:
             if option.name not in elsewhere and getattr(settings, option.name) != option.default
         ]
         changed += [f"lora={lora.parse(said).name}" for said in self.models.get("lora", ())]
+        for said in self.models.get("controlnet", ()):
+            path, scale = controlnet.scaled(said, "--controlnet")
+            changed.append(f"controlnet={Path(path).name}:{scale:g}")
         return ", ".join(changed + [settings.scheduler] * bool(settings.scheduler))
 
     @property
@@ -153,13 +157,21 @@ class Plan:
 BUCKET_COLUMNS = (
     *("width", "height", "steps", "guidance_scale", "sampler"),
     *("strength", "mask_image", "outpaint"),
+    *("control_image", "control_guidance_start", "control_guidance_end"),
 )
 
 
-def example(*, strength: float | None = None, mask_image=None, outpaint=None, **values) -> Request:
+def example(
+    *,
+    strength: float | None = None,
+    mask_image: str | None = None,
+    outpaint: str | None = None,
+    control_image: int | None = None,
+    **values,
+) -> Request:
     """Returns a request without a prompt in the bucket of these values of `BUCKET_COLUMNS`.
 
-    Only whether there is a mask counts, so what it names cannot be read.
+    Only whether there is a mask counts, and the number of control images; none can be read.
     """
     masked = mask_image is not None or outpaint is not None
     nothing = Source("", "")
@@ -168,6 +180,7 @@ def example(*, strength: float | None = None, mask_image=None, outpaint=None, **
         image=nothing if strength is not None else None,
         strength=strength,
         mask_image=nothing if masked else None,
+        control_image=(nothing,) * control_image if control_image else None,
         **values,
     )
 
@@ -213,7 +226,7 @@ def _is_sound(plan: Plan) -> bool:
         and all(re.fullmatch(r"[0-9a-f]{32}", shard_id) for shard_id in plan.shard_ids)
         and all(re.fullmatch(r"[a-z]+-[0-9a-f]{16}\.[a-z]+", name) for name in plan.sha256)
         and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in plan.sha256.values())
-        and plan.models.keys() <= {"model", "variant", "refiner", "lora", "base"}
+        and plan.models.keys() <= {*("model", "variant", "refiner", "lora", "base", "controlnet")}
         and isinstance(plan.models["model"], str)
         and isinstance(plan.options, str)
         and isinstance(plan.manifest, str)

@@ -206,8 +206,9 @@ def _row_groups(shards: Iterable[pa.Table]) -> Iterator[pa.Table]:
 def _shard_id(identity: dict, table: pa.Table) -> str:
     """Returns the digest of the shard's images and all else that determines its bytes."""
     kept = {name: value for name, value in identity.items() if name not in EXTENDABLE}
-    without_images = [*IMAGE_COLUMNS] if table["image"].null_count else []  # all or none has one
-    table = table.drop_columns(["source", "line", *without_images])
+    unused = [name for name in IMAGE_COLUMNS if table[name].null_count == len(table)]
+    # A shard of an earlier version has no such columns.
+    table = table.drop_columns(["source", "line", *unused])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
@@ -236,7 +237,7 @@ class _Reader:
     ):
         self.manifest, self.settings, self.defaults = manifest, settings, model.base.defaults
         self.rejected, self.sources, self.takes_images = rejected, sources, False
-        self.with_strength = partial(model.with_strength, strength=settings.strength)
+        self.with_images = partial(model.with_images, strength=settings.strength)
         self.known, self.next_key = known, len(known)
         defaults = model.base.defaults
         sides = defaults.size_multiple, defaults.largest_side
@@ -325,9 +326,9 @@ class _Reader:
         self.samplers.add(request.sampler)
         if reason := self.why_not(request.sampler, request.steps):
             raise BadValueError(reason)
-        request = self.sources.pinned(self.with_strength(request))
+        request = self.sources.pinned(self.with_images(request))
         row = replace(row, request=request)
-        self.takes_images |= request.image is not None
+        self.takes_images |= request.image is not None or request.control_image is not None
         first = self.place_of_id.setdefault(row.id, place)
         if columns.has_repeated_items(entry.values):
             said = self.prompt_of_item.setdefault(row.id, request.prompt)

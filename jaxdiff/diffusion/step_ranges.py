@@ -24,6 +24,7 @@ class StepRange(NamedTuple):
       guided: whether classifier-free guidance is on.
       clamp: how the denoiser's estimates of x_0 are clamped; None if they are not.
       skips: whether there is a third evaluation, without `Options.skip_layers`.
+      controlled: whether ControlNets steer it.
     """
 
     denoiser: int
@@ -31,6 +32,7 @@ class StepRange(NamedTuple):
     guided: bool
     clamp: Clamp | None = None
     skips: bool = False
+    controlled: bool = False
 
     @property
     def evaluations(self) -> int:
@@ -61,6 +63,26 @@ def after(ranges: Sequence[StepRange], begin: int) -> tuple[StepRange, ...]:
         if part.rows > cut:
             rest.append(part._replace(rows=part.rows - cut))
     return tuple(rest)
+
+
+def with_control(ranges: Sequence[StepRange], start: float, end: float) -> tuple[StepRange, ...]:
+    """Splits ranges where ControlNets begin and end to steer the first denoiser.
+
+    Args:
+      ranges: of the rows that are evaluated.
+      start, end: the part of these rows that is steered, as fractions; a row counts if it lies
+        within them as a whole, as in diffusers.
+    """
+    rows = sum(part.rows for part in ranges)
+    within = [not (row / rows < start or (row + 1) / rows > end) for row in range(rows)]
+    split, begin = [], 0
+    for part in ranges:
+        steered = within[begin : begin + part.rows]
+        begin += part.rows
+        for controlled, group in itertools.groupby(steered):
+            count, controlled = len([*group]), controlled and part.denoiser == 0
+            split.append(part._replace(rows=count, controlled=controlled))
+    return tuple(split)
 
 
 def step_ranges(

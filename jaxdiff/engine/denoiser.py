@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
+from jaxdiff.checkpoint.controlnet import ControlNetFiles
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.engine.program import Denoising
 from jaxdiff.engine.prompts import PromptEncoder
-from jaxdiff.families.model import networks_of
+from jaxdiff.errors import InputError
+from jaxdiff.families.model import Control, Model, networks_of
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 from jaxdiff.request import Options, Request
 from jaxdiff.weights.load import open_network
@@ -23,6 +25,7 @@ class LoadedDenoiser:
       stored: the denoiser's weights in their files.
       codec: the autoencoder's weights in their files.
       prompts: the text encoders.
+      controls: the weights of its ControlNets in their files.
       denoising: how the program evaluates the denoiser.
     """
 
@@ -33,6 +36,7 @@ class LoadedDenoiser:
         dtype,
         mesh: jax.sharding.Mesh,
         options: Options,
+        controls: Sequence[ControlNetFiles] = (),
     ):
         """Locates the weights of the networks; reads none of them.
 
@@ -42,6 +46,7 @@ class LoadedDenoiser:
           dtype: of the weights and the arithmetic.
           mesh: the devices.
           options: how the model is loaded and sampled.
+          controls: the ControlNets that steer it.
 
         Raises:
           InputError: if the weights do not match the configs, or the networks do not fit the
@@ -62,7 +67,13 @@ class LoadedDenoiser:
             clip_skip=options.clip_skip,
             chunks=options.prompt_chunks,
         )
-        self.denoising = Denoising(model, scheduler_config.prediction_type(scheduler))
+        nets = [_control(checkpoint, model, files) for files in controls]
+        self.controls = [
+            open_network(net.network.shapes, net.network.sharding, files.tensors, dtype, mesh)
+            for net, files in zip(nets, controls, strict=True)
+        ]
+        prediction_type = scheduler_config.prediction_type(scheduler)
+        self.denoising = Denoising(model, prediction_type, tuple(nets))
 
     def conditioning(self, batch: Sequence[Request], *, negative: bool = False):
         """Returns the denoiser's conditioning for a batch's prompts or negative prompts."""
@@ -88,3 +99,10 @@ class LoadedDenoiser:
             count = len(self.model.sizes(1, 1, False))
             sizes = jax.ShapeDtypeStruct((count,), jnp.float32)
         return jax.tree.map(placed, self.model.condition(self.prompts.abstract(), sizes))
+
+
+def _control(checkpoint: Checkpoint, model: Model, files: ControlNetFiles) -> Control:
+    try:
+        return checkpoint.family.networks().control(model.configs, files.config)
+    except InputError as problem:
+        raise InputError(f"{files.path}: {problem}") from problem

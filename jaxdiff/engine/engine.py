@@ -28,7 +28,15 @@ from jaxdiff.engine.program import AXES, Inputs, Weights, sample_pixels
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble, Steps, open_ensemble
 from jaxdiff.images import loading, pasting
-from jaxdiff.request import IMAGE_FIELDS, OPTION_CHECKS, Bucket, Options, Request, field_checks
+from jaxdiff.request import (
+    IMAGE_FIELDS,
+    OPTION_CHECKS,
+    SOURCES,
+    Bucket,
+    Options,
+    Request,
+    field_checks,
+)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # The most pixels to decode at once: an autoencoder's activations are many times as large as them.
@@ -57,6 +65,7 @@ def load(
     refiner: str | Path | None = None,
     lora: str | Path | Sequence[str | Path] = (),
     base: str | Path | None = None,
+    controlnet: str | Path | Sequence[str | Path] = (),
     expecting: Mapping[Request, int] = MappingProxyType({}),
     **options,
 ) -> "TextToImage":
@@ -71,6 +80,8 @@ def load(
         model's weights.
       base: for a single file that lacks text encoders or other parts, the model to take them from:
         a directory in the diffusers layout, a Hub id or a URL.
+      controlnet: one or several ControlNets, "DIR" or "DIR:SCALE", that every request brings an
+        image for.
       expecting: an example of each kind of request to come, with its batch size as in
         `TextToImage.generate`; their programs are compiled while the weights are read.
       **options: the fields of `Options`.
@@ -85,8 +96,11 @@ def load(
             except checks.BadValueError as problem:
                 raise InputError(str(problem)) from None
     compilation.keep_programs()
-    loras = [str(each) for each in ((lora,) if isinstance(lora, str | Path) else lora)]
-    ensemble = open_ensemble(model, variant, refiner, loras, base)
+    loras, nets = (
+        [str(each) for each in ((said,) if isinstance(said, str | Path) else said)]
+        for said in (lora, controlnet)
+    )
+    ensemble = open_ensemble(model, variant, refiner, loras, base, nets)
     loaded = TextToImage(ensemble, Options(**options))
     for request, batch_size in expecting.items():
         loaded.compile(loaded.resolve(request), batch_size)
@@ -114,9 +128,12 @@ class TextToImage:
         self.mesh = parallel.make_mesh(options.mesh)
         dtype = DTYPES[options.dtype]
         self._schedulers = ensemble.schedulers(options.scheduler)
+        nets = [control.files for control in ensemble.controls]
         self._denoisers = [
-            LoadedDenoiser(checkpoint, scheduler, dtype, self.mesh, options)
-            for checkpoint, scheduler in zip(ensemble.checkpoints, self._schedulers, strict=True)
+            LoadedDenoiser(checkpoint, scheduler, dtype, self.mesh, options, steering)
+            for checkpoint, scheduler, steering in zip(
+                ensemble.checkpoints, self._schedulers, [nets, []], strict=False
+            )
         ]
         self._codec = self._denoisers[-1].model.codec
         self._encode = ImageEncoder(self._codec, self._denoisers[-1].codec.places, self.mesh)
@@ -130,6 +147,7 @@ class TextToImage:
             guidance_rescale=options.guidance_rescale,
             deep_cache=options.deep_cache,
             skipped=options.skipped_layers,
+            guesses=options.guess_mode == "on",
         )
         self._sample = compilation.jit(
             # weights, inputs, initial scale, columns: only the inputs have a batch axis
@@ -146,6 +164,7 @@ class TextToImage:
         self._weights = Weights(
             [denoiser.stored.load() for denoiser in self._denoisers],
             self._denoisers[-1].codec.load(),
+            [control.load() for control in self._denoisers[0].controls],
         )
 
     def resolve(self, request: Request) -> Request:
@@ -169,14 +188,13 @@ class TextToImage:
         try:
             for name, (check, *arguments) in rules.items():
                 values[name] = check(name, values[name], *arguments)
-            for name in ("strength", "outpaint"):
-                if name in given:
-                    field = IMAGE_FIELDS[name]
+            for name, field in IMAGE_FIELDS.items():
+                if name in given and name not in SOURCES:
                     values[name] = field.check(name, given[name], *field.arguments)
             scheduler_config.check_steps(
                 values["sampler"], values["steps"], self._schedulers, self.options.eta
             )
-            return self.ensemble.with_strength(Request(**values))
+            return self.ensemble.with_images(Request(**values))
         except checks.BadValueError as problem:
             raise InputError(str(problem)) from None
 
@@ -309,6 +327,7 @@ class TextToImage:
                 Weights(
                     [denoiser.stored.places for denoiser in self._denoisers],
                     self._denoisers[-1].codec.places,
+                    [control.places for control in self._denoisers[0].controls],
                 ),
                 self._abstract_inputs(request, slots, steps),
                 np.float32(steps.tables[0].initial_scale),
@@ -340,6 +359,13 @@ class TextToImage:
             start=latents if brings.start else None,
             kept=Kept(latents, mask) if brings.kept else None,
             channels=channels if brings.channels else None,
+            controls=[
+                (
+                    struct((slots, request.height, request.width, 3), np.uint8, sharding=first),
+                    struct((slots,), np.float32, sharding=first),
+                )
+            ]
+            * len(self._denoisers[0].controls),
         )
 
     def _inputs(self, batch: list[Request], steps: Steps) -> Inputs:
@@ -372,6 +398,18 @@ class TextToImage:
                 np.array([request.guidance_scale for request in batch], np.float32)
             ),
             **place(self._of_images(batch, brings, noise.encoded)),
+            controls=[
+                place(
+                    (
+                        np.stack([request.control_image[net] for request in batch]),
+                        np.array(
+                            [request.controlnet_conditioning_scale[net] for request in batch],
+                            np.float32,
+                        ),
+                    )
+                )
+                for net in range(len(self._denoisers[0].controls))
+            ],
         )
 
     def _brings(self, request: Request) -> "_Brings":

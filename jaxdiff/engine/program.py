@@ -9,7 +9,8 @@ from jax import Array
 
 from jaxdiff.diffusion import guidance, objective, sampling
 from jaxdiff.diffusion.step_ranges import StepRange
-from jaxdiff.families.model import Codec, Model
+from jaxdiff.engine import steering
+from jaxdiff.families.model import Codec, Control, Model
 
 
 class Inputs(NamedTuple):
@@ -25,6 +26,8 @@ class Inputs(NamedTuple):
       kept: the part of the latents that must not change; None if all may.
       channels: float32 [batch, h, w, more channels], which the denoisers get beside the latents;
         None if they take none.
+      controls: for each ControlNet, uint8 images [batch, height, width, 3] and float32 scales
+        [batch]; empty if none steers.
     """
 
     noise: Any
@@ -35,6 +38,7 @@ class Inputs(NamedTuple):
     start: Any = None
     kept: sampling.Kept | None = None
     channels: Any = None
+    controls: Sequence[tuple[Any, Any]] = ()
 
 
 class Weights(NamedTuple):
@@ -43,10 +47,12 @@ class Weights(NamedTuple):
     Attributes:
       denoisers: one tree for each denoiser.
       codec: the autoencoder's tree.
+      controls: one tree for each ControlNet.
     """
 
     denoisers: Sequence[dict]
     codec: dict
+    controls: Sequence[dict] = ()
 
 
 SKIP_SCALE = 2.8  # of skip-layer guidance, as in diffusers and Stability AI's code
@@ -60,6 +66,7 @@ AXES = Inputs(
     start=0,
     kept=0,
     channels=0,
+    controls=0,
 )
 
 
@@ -69,10 +76,12 @@ class Denoising(NamedTuple):
     Attributes:
       model: its checkpoint's networks.
       prediction_type: as in `objective.to_x0`.
+      controls: the ControlNets that steer it.
     """
 
     model: Model
     prediction_type: str
+    controls: tuple[Control, ...] = ()
 
 
 def sample_pixels(
@@ -89,6 +98,7 @@ def sample_pixels(
     guidance_rescale: float = 0.0,
     deep_cache: int = 1,
     skipped: tuple[int, ...] = (),
+    guesses: bool = False,
 ) -> tuple[Array, Array]:
     """Samples pixels from noise; a pure function, for `jax.jit`.
 
@@ -103,10 +113,12 @@ def sample_pixels(
       decoded_at_once: the number of images to decode at once, a divisor of the batch size.
       guidance_rescale, deep_cache: as in `Options`.
       skipped: its `skipped_layers`.
+      guesses: whether its `guess_mode` is on.
 
     Returns:
       pixels, uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
     """
+    steer = steering.steer(denoisers[0].controls, weights.controls, inputs.controls, guesses)
     walk = [
         sampling.Stretch(
             rows,
@@ -120,10 +132,11 @@ def sample_pixels(
                 guidance_rescale,
                 skipped if skips else (),
                 inputs.channels,
+                steer if controlled else None,
             ),
             clamp,
         )
-        for index, rows, guided, clamp, skips in step_ranges
+        for index, rows, guided, clamp, skips, controlled in step_ranges
     ]
     latents = sampling.sample(
         walk,
@@ -156,6 +169,7 @@ def denoiser(
     guidance_rescale: float,
     skipped: tuple[int, ...] = (),
     channels: Array | None = None,
+    steer: steering.Steer | None = None,
 ) -> sampling.Denoiser:
     """Makes a denoiser for `sampling.sample`; it is guided if `negative` is not None.
 
@@ -169,6 +183,9 @@ def denoiser(
     ) -> tuple[Array, Any]:
         known = x if channels is None else jnp.concatenate([x, channels], axis=-1)
         latents = (guidance.paired(known, known) if guided else known).astype(dtype)
+        options = {}
+        if steer is not None:
+            options["residuals"] = steer(x.astype(dtype), timestep, positive, conditioning)
         output, kept = network.evaluate(
             params,
             latents,
@@ -176,6 +193,7 @@ def denoiser(
             conditioning,
             guidance_scale if network.guidance_is_input else None,
             kept,
+            **options,
         )
         output = output.astype(jnp.float32)
         paired = output

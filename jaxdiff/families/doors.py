@@ -1,11 +1,18 @@
 """Checks what a request brings besides text, and fills in its strength. Imports no JAX."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from jaxdiff.checks import BadValueError
 from jaxdiff.diffusion.step_ranges import skipped_steps
 from jaxdiff.request import Request
+
+CONTROL_FIELDS = (
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+)
 
 
 class Doors(NamedTuple):
@@ -20,6 +27,53 @@ class Doors(NamedTuple):
     strength: float
     masked_strength: float
     needed: bool = False
+
+
+def steered(request: Request, scales: Sequence[float]) -> Request:
+    """Returns a request with an image and a scale for each of the model's ControlNets.
+
+    Args:
+      request: its control image may be alone, and its scale a number for all nets.
+      scales: the default scale of each net.
+
+    Raises:
+      BadValueError: unless there is an image for each net.
+    """
+    images, chosen = request.control_image, request.controlnet_conditioning_scale
+    if images is None:
+        for name in CONTROL_FIELDS:
+            if getattr(request, name) is not None:
+                raise BadValueError(f"{name} needs a control_image; add one, or leave {name} out")
+        if scales:
+            raise BadValueError("the job has a --controlnet: give the row a control_image")
+        return request
+    images = tuple(images) if isinstance(images, list | tuple) else (images,)
+    if len(images) != len(scales):
+        raise BadValueError(
+            f"control_image has {len(images)} images, but the job has {len(scales)} ControlNets; "
+            "name one with --controlnet for each image"
+        )
+    chosen = scales if chosen is None else chosen
+    chosen = tuple(chosen) if isinstance(chosen, Sequence) else (chosen,) * len(scales)
+    if len(chosen) == 1:
+        chosen *= len(scales)
+    if len(chosen) != len(scales):
+        raise BadValueError(
+            f"controlnet_conditioning_scale has {len(chosen)} numbers for {len(scales)} ControlNets"
+        )
+    start, end = request.control_guidance_start or 0.0, request.control_guidance_end
+    end = 1.0 if end is None else end
+    if start >= end:
+        raise BadValueError(
+            f"control_guidance_start = {start:g} must be less than control_guidance_end = {end:g}"
+        )
+    return replace(
+        request,
+        control_image=images,
+        controlnet_conditioning_scale=chosen,
+        control_guidance_start=start,
+        control_guidance_end=end,
+    )
 
 
 def resolved(

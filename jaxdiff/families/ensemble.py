@@ -10,10 +10,17 @@ import numpy as np
 
 from jaxdiff.checkpoint import lora as loras
 from jaxdiff.checkpoint.checkpoint import Checkpoint
+from jaxdiff.checkpoint.controlnet import ControlNetFiles, open_controlnet, scaled
 from jaxdiff.checkpoint.weight_files import NoVariantError
 from jaxdiff.diffusion import samplers, scheduler_config
 from jaxdiff.diffusion.solvers import SamplerTable
-from jaxdiff.diffusion.step_ranges import StepRange, after, skipped_steps, step_ranges
+from jaxdiff.diffusion.step_ranges import (
+    StepRange,
+    after,
+    skipped_steps,
+    step_ranges,
+    with_control,
+)
 from jaxdiff.errors import InputError
 from jaxdiff.families import config_values, doors, open_checkpoint
 from jaxdiff.families.family import CLASSIFIER_FREE, OWN_OPTIONS
@@ -55,12 +62,26 @@ class Steps(NamedTuple):
         }
 
 
+class Control(NamedTuple):
+    """A ControlNet and its default scale."""
+
+    files: ControlNetFiles
+    scale: float
+
+
 @dataclass(frozen=True)
 class Ensemble:
-    """The checkpoint that starts an image, and the refiner, if any, that takes the last steps."""
+    """The checkpoint that starts an image, and what is used with it.
+
+    Attributes:
+      base: the checkpoint that starts an image.
+      refiner: the one that takes the last steps, if any.
+      controls: the ControlNets that steer the base.
+    """
 
     base: Checkpoint
     refiner: Checkpoint | None = None
+    controls: tuple[Control, ...] = ()
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -74,10 +95,11 @@ class Ensemble:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all files that affect the pixels; without a refiner, the base's own."""
-        if self.refiner is None:
+        """SHA-256 (hex) of all files that affect the pixels; of a base alone, its own."""
+        every = [*self.checkpoints, *(control.files for control in self.controls)]
+        if len(every) == 1:
             return self.base.fingerprint
-        parts = " ".join(checkpoint.fingerprint for checkpoint in self.checkpoints)
+        parts = " ".join(each.fingerprint for each in every)
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def schedulers(self, changes: str) -> list[dict]:
@@ -121,10 +143,20 @@ class Ensemble:
                     f"{count - 1}"
                 )
 
-    def with_strength(self, request: Request, strength: float | None = None) -> Request:
-        """Returns a request with its strength, if it has an image; see `doors.resolved`."""
+    def with_images(self, request: Request, strength: float | None = None) -> Request:
+        """Returns a request whose values about images are filled in and fit the models.
+
+        Args:
+          request: with its number of steps.
+          strength: the job's default.
+
+        Raises:
+          BadValueError: as `doors.resolved` and `doors.steered` do.
+        """
         is_flow = scheduler_config.prediction_type(self.base.defaults.scheduler) == "flow"
-        return doors.resolved(request, self.base.family.doors(self.base), strength, is_flow=is_flow)
+        taken = self.base.family.doors(self.base)
+        request = doors.resolved(request, taken, strength, is_flow=is_flow)
+        return doors.steered(request, tuple(control.scale for control in self.controls))
 
     def steps(self, options: Options, bucket: Bucket) -> Steps:
         """Returns the sampler's tables for a bucket, and which denoiser takes which of their rows.
@@ -160,7 +192,10 @@ class Ensemble:
         )
         refined = max(skipped, sum(part.rows for part in ranges if part.denoiser == 0))
         others = [table(number, refined) for number in range(1, len(self.checkpoints))]
-        return Steps([base, *others], after(ranges, skipped), skipped)
+        ranges = after(ranges, skipped)
+        if bucket.control is not None:
+            ranges = with_control(ranges, *bucket.control)
+        return Steps([base, *others], ranges, skipped)
 
 
 def open_ensemble(
@@ -169,8 +204,9 @@ def open_ensemble(
     refiner: str | Path | None = None,
     lora: Sequence[str] = (),
     base: str | Path | None = None,
+    controlnet: Sequence[str] = (),
 ) -> Ensemble:
-    """Opens a model and, if given, its base, its refiner and LoRAs.
+    """Opens a model and, if given, its base, its refiner, LoRAs and ControlNets.
 
     Args:
       model, variant, base: as in `open_checkpoint`. The model must have the variant; a refiner
@@ -178,6 +214,7 @@ def open_ensemble(
       refiner: a second model for the same latents, which takes the last steps (Podell et al., 2023,
         arXiv:2307.01952, 2.5).
       lora: LoRAs to add to the model's weights, as in `lora.adapted`.
+      controlnet: each "DIR" or "DIR:SCALE".
 
     Raises:
       InputError: if one of them cannot be read, or they do not fit together.
@@ -188,8 +225,14 @@ def open_ensemble(
             f"model {str(model)!r} is a refiner; use a base model, and this one as --refiner"
         )
     first = loras.adapted(first, lora)
+    if controlnet and first.family.check_controlnet is None:
+        raise InputError(
+            f"--controlnet works with Stable Diffusion 1, 2 and XL only, not with "
+            f"{first.defaults.name}; leave it out"
+        )
+    controls = tuple(_control(said, first) for said in controlnet)
     if refiner is None:
-        return Ensemble(first)
+        return Ensemble(first, controls=controls)
     try:
         last = open_checkpoint(refiner, variant)
     except NoVariantError:
@@ -201,4 +244,14 @@ def open_ensemble(
                 f"--refiner {str(refiner)!r} has different latents from the model "
                 f"({what} {theirs.get(what)}, not {ours[what]}); use the refiner of this model"
             )
-    return Ensemble(first, last)
+    return Ensemble(first, last, controls)
+
+
+def _control(said: str, base: Checkpoint) -> Control:
+    path, scale = scaled(said, "--controlnet")
+    files = open_controlnet(path)
+    try:
+        base.family.check_controlnet(base, files.config)
+    except InputError as problem:
+        raise InputError(f"{files.path}: {problem}") from problem
+    return Control(files, scale)

@@ -13,7 +13,7 @@ from jaxdiff.families.doors import Doors
 from jaxdiff.request import Bucket
 
 if TYPE_CHECKING:
-    from jaxdiff.families.model import Model
+    from jaxdiff.families.model import Control, Model
     from jaxdiff.families.tokenizers.tokenizer import Tokenizer
 
 
@@ -76,6 +76,13 @@ class Networks(Protocol):
     def build(self, configs: Mapping, index: Mapping, *, remat: bool = False) -> "Model":
         """Builds the networks, as pure functions, from configs and `model_index.json`."""
 
+    def control(self, configs: Mapping, config: Mapping) -> "Control":
+        """Builds a ControlNet for a model with these configs from its own parsed config.
+
+        Raises:
+          InputError: if there is none for models of this family, or it does not fit the model.
+        """
+
     def with_guidance_input(self, configs: Mapping, width: int) -> dict:
         """Returns the configs with a denoiser that embeds the guidance scale in `width` numbers.
 
@@ -104,6 +111,8 @@ class Family:
       tokenizer: maps (text encoder, its tokenizer's folder, its parsed config) to its tokenizer;
         raises InputError if it cannot be used. Imports transformers.
       doors: returns the images that a checkpoint's denoiser takes; None if it takes none.
+      check_controlnet: raises InputError for a ControlNet's parsed config that does not fit a
+        checkpoint, as far as the configs tell; None if there are no ControlNets for its models.
       kohya_names: as in `checkpoint.Family`.
       networks: imports JAX and returns the module with the family's networks.
     """
@@ -119,4 +128,5 @@ class Family:
     kohya_names: Callable[[Checkpoint, str], Mapping[str, Layer]] = lambda checkpoint, component: {}
     absent: Mapping[str, Any] = field(default_factory=dict)
     own_options: frozenset[str] = frozenset()
+    check_controlnet: Callable[[Checkpoint, Mapping], None] | None = None
     check_files: Callable[[Checkpoint], None] = lambda checkpoint: None

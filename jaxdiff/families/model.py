@@ -52,7 +52,8 @@ class Denoiser(NamedTuple):
       evaluate: maps (params, latents [b, h, w, c], timesteps [b], conditioning, guidance scale [b]
         or None, kept) to the output, in the latents' shape, and to the features that a later
         evaluation at a nearby timestep may reuse as `kept`; with None, everything is computed. If
-        the family has the option `skip_layers`, `skipped` are the numbers of blocks to leave out.
+        the family has the option `skip_layers`, `skipped` are the numbers of blocks to leave out;
+        if it takes ControlNets, `residuals` is the sum of what they return.
       fixed: options of every call of the network's module.
       guidance_is_input: whether `evaluate` needs the guidance scale.
       norm_patch: as in `guidance.guide`.
@@ -68,6 +69,22 @@ class Denoiser(NamedTuple):
     guidance_is_input: bool = False
     norm_patch: int | None = None
     channels: int = 0
+
+
+class Control(NamedTuple):
+    """A network that steers the denoiser by an image.
+
+    Attributes:
+      network: without its weights.
+      evaluate: maps (params, latents [b, h, w, c], timesteps [b], the denoiser's conditioning,
+        images in 0..1 [b, height, width, 3]) to what the denoiser's `evaluate` takes as
+        `residuals`, a tree of arrays [b, ...], unscaled, from the outer layers to the deepest.
+      is_pooled: whether it steers the prompt's half of a guided step only.
+    """
+
+    network: Network
+    evaluate: Callable[[Params, Array, Array, Any, Array], Any]
+    is_pooled: bool
 
 
 class Codec(NamedTuple):

@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
-from jaxdiff.families.model import Codec, Denoiser, Model, Network, Params, Text
+from jaxdiff.families.model import Codec, Control, Denoiser, Model, Network, Params, Text
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.sharding import Rules
 from jaxdiff.models.text import clip, qwen, t5
@@ -114,6 +114,10 @@ class Networks:
             graph, shapes = abstract_network(made, config)
             networks[name] = Network(graph, shapes, self.architectures[name].sharding)
         return self.assemble(configs, networks)
+
+    def control(self, configs: Mapping, config: Mapping) -> Control:
+        """Raises InputError: there are no ControlNets for these models yet."""
+        raise InputError("models of this family take no ControlNets; use Stable Diffusion")
 
     def with_guidance_input(self, configs: Mapping, width: int) -> dict:
         """Raises InputError: only U-Nets can be distilled."""

@@ -193,6 +193,20 @@ def doors(checkpoint: Checkpoint) -> Doors:
     return Doors(strength=0.8, masked_strength=1.0, needed=inpaints)
 
 
+def check_controlnet(checkpoint: Checkpoint, config: Mapping) -> None:
+    """Raises InputError if a ControlNet has other widths or layers than the U-Net.
+
+    The network itself is compared in full when it is built.
+    """
+    ours = checkpoint.config("unet")
+    for key in ("block_out_channels", "layers_per_block", "cross_attention_dim"):
+        if key in ours and key in config and ours[key] != config[key]:
+            raise InputError(
+                f"the ControlNet's {key} = {checks.shown(config[key])} does not fit the model, "
+                f"which has {checks.shown(ours[key])}; use one that was trained for this model"
+            )
+
+
 def kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, Layer]:
     """Returns the layers of XL's U-Net by their original keys; see `Family.kohya_names`."""
     if component != "unet" or checkpoint.pipeline not in XL_PIPELINES:
@@ -239,6 +253,7 @@ STABLE_DIFFUSION = Family(
     tokenizer=clip_tokenizer,
     kohya_names=kohya_names,
     doors=doors,
+    check_controlnet=check_controlnet,
     networks=_networks,
 )
 # The refiner has only the second text encoder.

@@ -1,7 +1,7 @@
 """The networks of Stable Diffusion 1, 2 and XL as pure functions: the part that imports JAX."""
 
 from collections.abc import Mapping, Sized
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -13,9 +13,9 @@ from jax import Array
 from jaxdiff.checkpoint.original.ldm import names
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
-from jaxdiff.families.model import Denoiser, Model, Network, Params, Text
+from jaxdiff.families.model import Control, Denoiser, Model, Network, Params, Text
 from jaxdiff.families.networks import codec
-from jaxdiff.models import unet
+from jaxdiff.models import controlnet, unet
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.text import clip
 from jaxdiff.weights.load import abstract_network
@@ -138,6 +138,53 @@ def check_fit(configs: Mapping, index: Mapping) -> None:
         raise InputError(f"the autoencoder's out_channels = {vae.out_channels} must be 3 (RGB)")
 
 
+def control(configs: Mapping, config: Mapping) -> Control:
+    """Builds a ControlNet for the U-Net of these configs from its own parsed config.
+
+    Raises:
+      InputError: if a value of the config is not supported, or does not fit the U-Net.
+    """
+    read = controlnet.ControlNetConfig.from_json(config)
+    for key in fields(unet.UNetEncoderConfig):
+        ours, theirs = getattr(configs["unet"], key.name), getattr(read, key.name)
+        if key.name == "in_channels":
+            ours = configs["vae"].latent_channels  # a U-Net for inpainting has more
+        if ours != theirs:
+            raise InputError(
+                f"the ControlNet's {key.name} = {theirs} does not fit the model, which has {ours}; "
+                "use one that was trained for this model"
+            )
+    if read.conditioning_channels != 3:
+        raise InputError(
+            f"the ControlNet's conditioning_channels = {read.conditioning_channels} must be 3 (RGB)"
+        )
+    factor = read.control_factor
+    if factor != configs["vae"].factor:
+        raise InputError(
+            f"the ControlNet takes {factor} pixels per latent, the model {configs['vae'].factor}; "
+            "use one that was trained for this model"
+        )
+    graph, shapes = abstract_network(controlnet.ControlNetModel, read)
+    return Control(
+        Network(graph, shapes, controlnet.SHARDING),
+        partial(_steer, graph),
+        is_pooled=read.global_pool_conditions,
+    )
+
+
+def _steer(
+    graph: nnx.GraphDef,
+    params: Params,
+    latents: Array,
+    timesteps: Array,
+    conditioning: Conditioning,
+    images: Array,
+) -> tuple[list[Array], Array]:
+    context, pooled, time_ids = conditioning
+    network = nnx.merge(graph, params)
+    return network(latents, timesteps, context, images, pooled=pooled, time_ids=time_ids)
+
+
 def with_guidance_input(configs: Mapping, width: int) -> dict:
     """Returns the configs with a U-Net that embeds the guidance scale in `width` numbers."""
     return {**configs, "unet": replace(configs["unet"], time_cond_proj_dim=width)}
@@ -215,8 +262,15 @@ def _evaluate(
     conditioning: Conditioning,
     guidance_scale: Array | None = None,
     kept: Array | None = None,
+    *,
+    residuals: tuple[list[Array], Array] | None = None,
 ) -> tuple[Array, Array]:
     network = nnx.merge(graph, params)
     return network.evaluate(
-        latents, timesteps, deep=kept, **conditioning._asdict(), guidance_scale=guidance_scale
+        latents,
+        timesteps,
+        deep=kept,
+        **conditioning._asdict(),
+        guidance_scale=guidance_scale,
+        residuals=residuals,
     )

@@ -16,17 +16,22 @@ def prepared(request: Request, root: str = "") -> Request:
     """Returns a request whose images are arrays of its size, ready for the engine.
 
     Args:
-      request: with its width and height. Without an image, it is returned as it is.
+      request: with its width and height, and with its control images as a tuple.
       root: the folder or URL that addresses are relative to.
 
     Returns:
       the request with `image`, uint8 [height, width, 3], and, if a part of it is to be painted,
-      `mask_image`, bool [height, width], True where it is; `outpaint` is None.
+      `mask_image`, bool [height, width], True where it is; `outpaint` is None. Images in
+      `control_image` are as `image`.
 
     Raises:
       BadValueError: naming the image that cannot be read, has changed since the row was planned, or
         does not fit.
     """
+    if request.control_image is not None:
+        size = request.height, request.width
+        seen = [fitting.fitted(_pixels(image, root), *size) for image in request.control_image]
+        request = replace(request, control_image=tuple(seen))
     if request.image is None:
         return request
     left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
@@ -62,14 +67,17 @@ def inner_size(request: Request) -> tuple[int, int]:
 
 
 def blank(request: Request) -> Request:
-    """Returns a request of the same bucket that begins with grey instead of its image, if any."""
+    """Returns a request of the same bucket with grey in the place of its images, if any."""
+    size = request.height, request.width
+    grey = np.full((*size, 3), 128, np.uint8)
+    if request.control_image is not None:
+        request = replace(request, control_image=(grey,) * len(request.control_image))
     if request.image is None:
         return request
-    size = request.height, request.width
     masked = request.bucket.masked
     return replace(
         request,
-        image=np.full((*size, 3), 128, np.uint8),
+        image=grey,
         mask_image=np.ones(size, bool) if masked else None,
         outpaint=None,
     )

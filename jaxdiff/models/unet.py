@@ -6,9 +6,11 @@ arXiv:2307.01952, section 2) also adds the pooled text and the image's size to t
 embedding; latent consistency models (Luo et al., 2023, arXiv:2310.04378) add the guidance scale.
 
 DeepCache (Ma et al., 2023, arXiv:2312.00858) is built in: the features of all but the outermost
-layers can be reused from an earlier evaluation.
+layers can be reused from an earlier evaluation. What ControlNets add (Zhang et al., 2023,
+arXiv:2302.05543) is an input of the network.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -25,25 +27,27 @@ from jaxdiff.models.transformer import Transformer2DModel
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # name: has attention
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 # Keys that change what is computed; only these values are supported.
-FIXED = {
-    "_class_name": "UNet2DConditionModel",
+ENCODER_FIXED = {
     "act_fn": "silu",
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
     "downsample_padding": 1,
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "resnet_out_scale_factor": 1.0,
     "resnet_time_scale_shift": "default",
+}
+FIXED = {
+    **ENCODER_FIXED,
+    "_class_name": "UNet2DConditionModel",
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "resnet_out_scale_factor": 1.0,
     "time_embedding_type": "positional",
 }
 # Keys without effect unless another key is set, which is then rejected.
-IGNORED = {
+ENCODER_IGNORED = {
     "addition_embed_type_num_heads",
-    "attention_type",
-    "dropout",
     "upcast_attention",  # attention is always computed with a float32 softmax
 }
+IGNORED = ENCODER_IGNORED | {"attention_type", "dropout"}
 
 
 # Columns, then rows, also inside residual blocks. GEGLU's value and gate share one kernel, so each
@@ -58,20 +62,13 @@ SHARDING = (
 
 
 @dataclass(frozen=True)
-class UNetConfig(ComponentConfig):
-    """The fields of `unet/config.json` that shape the network, with diffusers' defaults."""
+class UNetEncoderConfig(ComponentConfig):
+    """What the config files of a U-Net and of a ControlNet share, with diffusers' defaults."""
 
-    component = "unet"
-    fixed = FIXED
-    ignored = IGNORED
-
-    sample_size: int | tuple[int, int] | None = None
     in_channels: int = 4
-    out_channels: int = 4
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     norm_num_groups: int = 32
@@ -83,16 +80,10 @@ class UNetConfig(ComponentConfig):
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
-    time_cond_proj_dim: int | None = None
 
     def __post_init__(self):
+        self._check_types("down_block_types", self.down_block_types, DOWN_BLOCKS)
         count = len(self.block_out_channels)
-        for name, types, known in (
-            ("down_block_types", self.down_block_types, DOWN_BLOCKS),
-            ("up_block_types", self.up_block_types, UP_BLOCKS),
-        ):
-            if len(types) != count or not set(types) <= set(known):
-                raise ValueError(f"{name} = {list(types)} is not supported")
         for name, values in (
             ("attention_head_dim", self.heads),
             ("transformer_layers_per_block", self.depths),
@@ -113,6 +104,10 @@ class UNetConfig(ComponentConfig):
                 "addition_embed_type needs addition_time_embed_dim and "
                 "projection_class_embeddings_input_dim"
             )
+
+    def _check_types(self, name: str, types: tuple[str, ...], known: Collection[str]) -> None:
+        if len(types) != len(self.block_out_channels) or not set(types) <= set(known):
+            raise ValueError(f"{name} = {list(types)} is not supported")
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -137,8 +132,35 @@ class UNetConfig(ComponentConfig):
         """The width of the timestep embedding."""
         return 4 * self.block_out_channels[0]
 
+    @property
+    def skip_widths(self) -> tuple[int, ...]:
+        """The widths of the feature maps that the up blocks reuse, in the order they are made."""
+        last = len(self.block_out_channels) - 1
+        widths = [self.block_out_channels[0]]
+        for i, width in enumerate(self.block_out_channels):
+            widths += [width] * (self.layers_per_block + (i < last))
+        return tuple(widths)
 
-def _resnets(widths: list[tuple[int, int]], config: UNetConfig, rngs: nnx.Rngs) -> nnx.List:
+
+@dataclass(frozen=True)
+class UNetConfig(UNetEncoderConfig):
+    """The fields of `unet/config.json` that shape the network, with diffusers' defaults."""
+
+    component = "unet"
+    fixed = FIXED
+    ignored = IGNORED
+
+    sample_size: int | tuple[int, int] | None = None
+    out_channels: int = 4
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    time_cond_proj_dim: int | None = None
+
+    def __post_init__(self):
+        self._check_types("up_block_types", self.up_block_types, UP_BLOCKS)
+        super().__post_init__()
+
+
+def _resnets(widths: list[tuple[int, int]], config: UNetEncoderConfig, rngs: nnx.Rngs) -> nnx.List:
     return nnx.List(
         [
             ResnetBlock2D(
@@ -155,7 +177,11 @@ def _resnets(widths: list[tuple[int, int]], config: UNetConfig, rngs: nnx.Rngs) 
 
 
 def _transformers(
-    widths: list[tuple[int, int]], num_heads: int, depth: int, config: UNetConfig, rngs: nnx.Rngs
+    widths: list[tuple[int, int]],
+    num_heads: int,
+    depth: int,
+    config: UNetEncoderConfig,
+    rngs: nnx.Rngs,
 ) -> nnx.List:
     """Makes a transformer for each residual block, or none if `depth` is 0."""
     return nnx.List(
@@ -178,7 +204,7 @@ def _transformers(
 class _Block(nnx.Module):
     """The common part of down and up blocks: residual blocks, each with its transformer."""
 
-    def __init__(self, widths, num_heads, depth, config: UNetConfig, remat: bool, *, rngs):
+    def __init__(self, widths, num_heads, depth, config: UNetEncoderConfig, remat: bool, *, rngs):
         self.remat = remat
         self.resnets = _resnets(widths, config, rngs)
         self.attentions = _transformers(widths, num_heads, depth, config, rngs)
@@ -205,7 +231,7 @@ class _DownBlock(_Block):
 
 
 class _MidBlock(nnx.Module):
-    def __init__(self, config: UNetConfig, remat: bool, *, rngs: nnx.Rngs):
+    def __init__(self, config: UNetEncoderConfig, remat: bool, *, rngs: nnx.Rngs):
         self.remat = remat
         same = (config.block_out_channels[-1],) * 2
         self.resnets = _resnets([same] * 2, config, rngs)
@@ -234,21 +260,26 @@ class _UpBlock(_Block):
         return x
 
 
-class UNet2DConditionModel(nnx.Module):
-    """Predicts the noise (or v) in latents from the timestep and the text."""
+class UNetEncoder(nnx.Module):
+    """The first convolution, the embeddings, and the down and mid blocks of a U-Net."""
 
-    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, remat: bool = False):
-        """Makes the network; `remat` trades time for memory when gradients are taken.
+    def __init__(
+        self,
+        config: UNetEncoderConfig,
+        remat: bool = False,
+        *,
+        condition_width: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the layers; a condition of `condition_width` may be added to the timestep's.
 
-        It keeps only the activations between residual blocks and transformers (Chen et al., 2016,
-        arXiv:1604.06174).
+        With `remat`, gradients recompute what is inside the blocks, as in `UNet2DConditionModel`.
         """
-        channels, layers = config.block_out_channels, config.layers_per_block
-        last = len(channels) - 1
+        channels = config.block_out_channels
         self.config = config
         self.conv_in = conv(config.in_channels, channels[0], 3, rngs=rngs)
         self.time_embedding = EmbeddingMLP(
-            channels[0], config.time_width, condition_width=config.time_cond_proj_dim, rngs=rngs
+            channels[0], config.time_width, condition_width=condition_width, rngs=rngs
         )
         self.add_embedding = (
             EmbeddingMLP(config.projection_class_embeddings_input_dim, config.time_width, rngs=rngs)
@@ -258,21 +289,79 @@ class UNet2DConditionModel(nnx.Module):
         self.down_blocks = nnx.List(
             [
                 _DownBlock(
-                    [(channels[max(i - 1, 0)], width)] + [(width, width)] * (layers - 1),
+                    [(channels[max(i - 1, 0)], width)]
+                    + [(width, width)] * (config.layers_per_block - 1),
                     config.heads[i],
                     config.depths[i] if DOWN_BLOCKS[config.down_block_types[i]] else 0,
                     config,
                     remat,
-                    downsample=i < last,
+                    downsample=i < len(channels) - 1,
                     rngs=rngs,
                 )
                 for i, width in enumerate(channels)
             ]
         )
         self.mid_block = _MidBlock(config, remat, rngs=rngs)
-        skips = [channels[0]]  # the widths of the feature maps that the up blocks reuse
-        for i, width in enumerate(channels):
-            skips += [width] * (layers + (i < last))
+
+    def embedded(
+        self,
+        timesteps: Array,
+        pooled: Array | None,
+        time_ids: Array | None,
+        dtype: jnp.dtype,
+        condition: Array | None = None,
+    ) -> Array:
+        """Embeds everything that conditions the residual blocks.
+
+        Args:
+          timesteps, pooled, time_ids: as for `UNet2DConditionModel`.
+          dtype: that of the result.
+          condition: [batch, condition width], is projected and added to the timesteps' sinusoids.
+
+        Returns:
+          [batch, time width].
+        """
+        config = self.config
+        order = {"cosine_first": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
+        times = sinusoids(timesteps, config.block_out_channels[0], **order)
+        embedded = self.time_embedding(times.astype(dtype), condition)
+        if self.add_embedding is not None:
+            sizes = sinusoids(time_ids, config.addition_time_embed_dim, **order)
+            sizes = sizes.reshape(len(time_ids), -1)  # [b, ids * dim]
+            added = jnp.concatenate([pooled, sizes], axis=-1).astype(dtype)
+            embedded = embedded + self.add_embedding(added)
+        return embedded
+
+    def encode(self, x: Array, time_embedding: Array, context: Array) -> tuple[list[Array], Array]:
+        """Runs the down and mid blocks.
+
+        Args:
+          x: [batch, h, w, first width], the output of the first convolution.
+          time_embedding: [batch, time width], of `embedded`.
+          context: [batch, tokens, cross attention dim].
+
+        Returns:
+          the skips, which begin with x: feature maps [batch, h_i, w_i, c_i] with the widths
+          `skip_widths`; and the mid block's output, [batch, h_last, w_last, c_last].
+        """
+        skips = [x]
+        for block in self.down_blocks:
+            skips += block(skips[-1], time_embedding, context)
+        return skips, self.mid_block(skips[-1], time_embedding, context)
+
+
+class UNet2DConditionModel(UNetEncoder):
+    """Predicts the noise (or v) in latents from the timestep and the text."""
+
+    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, remat: bool = False):
+        """Makes the network; `remat` trades time for memory when gradients are taken.
+
+        It keeps only the activations between residual blocks and transformers (Chen et al., 2016,
+        arXiv:1604.06174).
+        """
+        super().__init__(config, remat, condition_width=config.time_cond_proj_dim, rngs=rngs)
+        channels, layers = config.block_out_channels, config.layers_per_block
+        last, skips = len(channels) - 1, list(config.skip_widths)
         self.up_blocks = nnx.List([])
         for i in reversed(range(len(channels))):
             below = [channels[min(i + 1, last)]] + [channels[i]] * layers
@@ -301,6 +390,7 @@ class UNet2DConditionModel(nnx.Module):
         pooled: Array | None = None,
         time_ids: Array | None = None,
         guidance_scale: Array | None = None,
+        residuals: tuple[list[Array], Array] | None = None,
     ) -> Array:
         """Evaluates the denoiser once.
 
@@ -315,12 +405,16 @@ class UNet2DConditionModel(nnx.Module):
             aesthetic score in place of the last two (the refiner).
           guidance_scale: [batch], for networks with `time_cond_proj_dim`, which are distilled from
             a guided network; None leaves it out, as diffusers does.
+          residuals: what is added to each skip after all down blocks, [batch, h_i, w_i, c_i] in
+            the order of `skip_widths` (or [batch, 1, 1, c_i]), and to the mid block's output; of
+            the latents' dtype. A ControlNet computes them (Zhang et al., section 3.2); those of
+            several are summed. None adds nothing.
 
         Returns:
           [batch, h, w, out channels].
         """
         conditions = {"pooled": pooled, "time_ids": time_ids, "guidance_scale": guidance_scale}
-        return self.evaluate(latents, timesteps, context, **conditions)[0]
+        return self.evaluate(latents, timesteps, context, **conditions, residuals=residuals)[0]
 
     def evaluate(
         self,
@@ -332,56 +426,48 @@ class UNet2DConditionModel(nnx.Module):
         pooled: Array | None = None,
         time_ids: Array | None = None,
         guidance_scale: Array | None = None,
+        residuals: tuple[list[Array], Array] | None = None,
     ) -> tuple[Array, Array]:
         """Evaluates the denoiser and also returns features that a later evaluation can reuse.
 
         Args:
-          latents, timesteps, context, pooled, time_ids, guidance_scale: as for `__call__`.
+          latents, timesteps, context, pooled, time_ids, guidance_scale, residuals: as for
+            `__call__`.
           deep: the second result for the same batch at a nearby timestep; with it, only the first
-            convolution and the last layer of the up blocks are computed (Ma et al., figure 3).
-            None computes everything.
+            convolution and the last layer of the up blocks are computed (Ma et al., figure 3),
+            and only the first of the residuals is used. None computes everything.
 
         Returns:
           [batch, h, w, out channels]; and `deep`, the input of the last layer of the up blocks
           without its skip, [batch, h, w, channels].
         """
-        time_embedding = self._embedded(timesteps, pooled, time_ids, guidance_scale, latents.dtype)
-        entry = self.conv_in(latents)
-        if deep is None:
-            deep = self._deep(entry, time_embedding, context)
-        last = slice(-1, None)
-        x = self.up_blocks[-1](deep, [entry], time_embedding, context, last)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x))), deep
-
-    def _deep(self, x: Array, time_embedding: Array, context: Array) -> Array:
-        """Computes everything between the first convolution and the last layer of the up blocks."""
-        skips = [x]
-        for block in self.down_blocks:
-            skips += block(skips[-1], time_embedding, context)
-        x = self.mid_block(skips[-1], time_embedding, context)
-        *blocks, last = self.up_blocks
-        for block in blocks:
-            x = block(x, skips, time_embedding, context)
-        return last(x, skips, time_embedding, context, slice(-1))
-
-    def _embedded(self, timesteps, pooled, time_ids, guidance_scale, dtype) -> Array:
-        """Embeds everything that conditions the residual blocks, as [batch, time width]."""
-        config = self.config
-        order = {"cosine_first": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
         condition = None
         if guidance_scale is not None:
             # Luo et al., 2023, use w, which is 0 without guidance; diffusers' scale is then 1.
             condition = sinusoids(
                 1000 * (guidance_scale - 1),
-                config.time_cond_proj_dim,
+                self.config.time_cond_proj_dim,
                 cosine_first=False,
                 freq_shift=1,
-            ).astype(dtype)
-        times = sinusoids(timesteps, config.block_out_channels[0], **order)
-        embedded = self.time_embedding(times.astype(dtype), condition)
-        if self.add_embedding is not None:
-            sizes = sinusoids(time_ids, config.addition_time_embed_dim, **order)
-            sizes = sizes.reshape(len(time_ids), -1)  # [b, ids * dim]
-            added = jnp.concatenate([pooled, sizes], axis=-1).astype(dtype)
-            embedded = embedded + self.add_embedding(added)
-        return embedded
+            ).astype(latents.dtype)
+        time_embedding = self.embedded(timesteps, pooled, time_ids, latents.dtype, condition)
+        entry = self.conv_in(latents)
+        if deep is None:
+            deep = self._deep(entry, time_embedding, context, residuals)
+        if residuals is not None:
+            entry = entry + residuals[0][0]
+        last = slice(-1, None)
+        x = self.up_blocks[-1](deep, [entry], time_embedding, context, last)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x))), deep
+
+    def _deep(self, x: Array, time_embedding: Array, context: Array, residuals) -> Array:
+        """Computes everything between the first convolution and the last layer of the up blocks."""
+        skips, x = self.encode(x, time_embedding, context)
+        if residuals is not None:
+            added, to_mid = residuals
+            skips = [skip + each for skip, each in zip(skips, added, strict=True)]
+            x = x + to_mid
+        *blocks, last = self.up_blocks
+        for block in blocks:
+            x = block(x, skips, time_embedding, context)
+        return last(x, skips, time_embedding, context, slice(-1))

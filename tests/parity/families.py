@@ -244,6 +244,18 @@ def save(name: str, directory: Path) -> Path:
     return directory
 
 
+def save_controlnet(name: str, directory: Path, seed: int = 0) -> Path:
+    """Writes a small ControlNet for the U-Net of a family; returns the directory."""
+    torch.manual_seed(seed)
+    unet = diffusers.UNet2DConditionModel(**FAMILIES[name].unet)
+    network = diffusers.ControlNetModel.from_unet(
+        unet, conditioning_embedding_out_channels=(4, 4, 8, 8)
+    )
+    _randomise(network)  # its last convolutions were zero
+    network.save_pretrained(directory)
+    return directory
+
+
 def _tokenizer(pad: str):
     return transformers.CLIPTokenizer.from_pretrained(TOKENIZER, pad_token=pad)
 

@@ -1,0 +1,123 @@
+"""Opens ControlNets (Zhang et al., 2023, arXiv:2302.05543): one network in a folder of its own.
+
+Imports no JAX.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from jaxdiff import checks
+from jaxdiff.checkpoint.component import CONFIG, INDEX, Component
+from jaxdiff.checkpoint.fingerprint import fingerprint
+from jaxdiff.checkpoint.json_files import read_json
+from jaxdiff.checkpoint.tensors import StoredTensor
+from jaxdiff.checkpoint.weight_files import UNREADABLE, choose, read_weights
+from jaxdiff.checks import shown
+from jaxdiff.errors import InputError
+
+CONTROLNET = Component(library="diffusers", class_name="ControlNetModel")
+MAX_SCALE = 10
+UNION_KEY = "task_embedding"  # a weight that only union networks have
+
+
+@dataclass(frozen=True)
+class ControlNetFiles:
+    """A complete ControlNet on this machine; `open_controlnet` makes it.
+
+    Attributes:
+      path: its folder.
+      config: the parsed `config.json`.
+      tensors: the location of each weight by its key.
+      files: every file that affects the pixels, by its name in the folder.
+    """
+
+    path: Path
+    config: dict
+    tensors: dict[str, StoredTensor]
+    files: dict[str, Path]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of every file that affects the pixels, independent of the path."""
+        return fingerprint(self.files)
+
+
+def scaled(said: str, option: str) -> tuple[str, float]:
+    """Splits "DIR" or "DIR:SCALE" into the folder and the scale, 1 if it is left out.
+
+    Raises:
+      InputError: naming the option, if the scale is no number from 0 to `MAX_SCALE`.
+    """
+    path, colon, scale = said.rpartition(":")
+    if not colon or Path(said).exists() or "/" in scale:
+        return said, 1.0
+    try:
+        return path, checks.number(f"{option} {said}: the scale", scale, 0, MAX_SCALE)
+    except checks.BadValueError as problem:
+        raise InputError(str(problem)) from None
+
+
+def open_controlnet(said: str) -> ControlNetFiles:
+    """Opens a ControlNet and checks that its files are complete; reads no weights.
+
+    Args:
+      said: the path of a folder with `config.json` and safetensors weights as diffusers names them:
+        `diffusion_pytorch_model.safetensors` or shards with an index. Without full weights, the
+        variant fp16 or bf16 is used.
+
+    Raises:
+      InputError: if there is no such folder; if it holds no config, another kind of network, or no
+        safetensors weights; or if a file is damaged.
+    """
+    try:
+        return _open(said, Path(said))
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise InputError(f"ControlNet {said!r} cannot be read ({reason})") from error
+
+
+def _open(said: str, path: Path) -> ControlNetFiles:
+    if not path.is_dir():
+        raise InputError(f"ControlNet {said!r} {_no_folder(path)}")
+    names = [file.name for file in path.iterdir()]
+    if CONFIG not in names:
+        remedy = "name a folder that diffusers' ControlNetModel.save_pretrained(...) has written"
+        if INDEX in names:
+            remedy = "it is a whole pipeline; name the folder of its ControlNet"
+        raise InputError(f"{path} contains no {CONFIG}; {remedy}")
+    config = read_json(path / CONFIG)
+    found = config.get("_class_name")
+    if found != CONTROLNET.class_name:
+        raise _unsupported(path / CONFIG, found)
+    # The folder is its own parent's network.
+    chosen = choose({path.name: names}, None, path.parent, {path.name: CONTROLNET})[path.name]
+    tensors = read_weights(CONTROLNET, path / chosen)
+    if UNION_KEY in tensors:  # their authors' configs name the other class
+        raise _unsupported(tensors[UNION_KEY].file, "ControlNetUnionModel")
+    weights = {tensor.file.name: tensor.file for tensor in tensors.values()}
+    return ControlNetFiles(
+        path=path,
+        config=config,
+        tensors=tensors,
+        files={CONFIG: path / CONFIG, **weights},
+    )
+
+
+def _no_folder(path: Path) -> str:
+    """Says what is there instead of a ControlNet's folder, and what to do."""
+    if not path.is_file():
+        return "is not a folder on this machine; download it, or correct the path"
+    if path.name.endswith(UNREADABLE):
+        return (
+            "is not a safetensors file, and other formats are not safe to read; convert it with "
+            "PyTorch diffusers: ControlNetModel.from_single_file(...).save_pretrained(...)"
+        )
+    return f"is a file; name a folder with {CONFIG} and {CONTROLNET.weights_file}"
+
+
+def _unsupported(file: Path, found: object) -> InputError:
+    return InputError(
+        f"{file}: {shown(found)} is not supported; use a {CONTROLNET.class_name} for Stable "
+        "Diffusion 1, 2 or XL"
+    )

@@ -1,0 +1,63 @@
+"""Lets ControlNets steer a denoiser (Zhang et al., 2023, arXiv:2302.05543)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxdiff.diffusion import guidance
+from jaxdiff.families.model import Control
+
+# Maps (latents [b, h, w, c], timestep, the prompts' conditioning, that of the whole step, whose
+# batch is twice as large if it is guided) to the sum of what the nets add to the denoiser's layers.
+Steer = Callable[[Array, Array, Any, Any], Any]
+
+
+def steer(
+    controls: Sequence[Control],
+    weights: Sequence[dict],
+    inputs: Sequence[tuple[Array, Array]],
+    guesses: bool,
+) -> Steer:
+    """Returns the function that evaluates all nets and adds up their scaled residuals.
+
+    Args:
+      controls, weights: the nets and their parameters.
+      inputs: for each net, uint8 images [batch, height, width, 3] and scales [batch].
+      guesses: whether each net steers only the prompt's half of a guided step, and its outer layers
+        less than the deeper ones.
+    """
+
+    def steer(latents: Array, timestep: Array, positive: Any, conditioning: Any) -> Any:
+        batch = len(latents)
+        guided = len(jax.tree.leaves(conditioning)[0]) == 2 * batch
+
+        def residuals(net: Control, params: dict, images: Array, scales: Array) -> Any:
+            images = images.astype(jnp.float32) / 255.0
+            halved = guided and (guesses or net.is_pooled)
+            x, given = latents, positive
+            if guided and not halved:
+                x, images = guidance.paired(latents, latents), guidance.paired(images, images)
+                given, scales = conditioning, guidance.paired(scales, scales)
+            found = net.evaluate(params, x, jnp.full(len(x), timestep), given, images)
+            leaves, structure = jax.tree.flatten(found)
+            weights = jnp.ones(len(leaves))
+            if guesses and not net.is_pooled:
+                weights = jnp.logspace(-1, 0, len(leaves))
+            leaves = [
+                (leaf * (weight * scales)[:, None, None, None]).astype(leaf.dtype)
+                for leaf, weight in zip(leaves, weights, strict=True)
+            ]
+            if halved:
+                leaves = [guidance.paired(jnp.zeros_like(leaf), leaf) for leaf in leaves]
+            return jax.tree.unflatten(structure, leaves)
+
+        each = [
+            residuals(net, params, *given)
+            for net, params, given in zip(controls, weights, inputs, strict=True)
+        ]
+        return jax.tree.map(lambda *leaves: sum(leaves), *each)
+
+    return steer
