@@ -20,6 +20,7 @@ from jaxdiff.dataset import formats, names, paths
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
+from jaxdiff.images import sources
 from jaxdiff.request import (
     FIELDS,
     IMAGE_COLUMNS,
@@ -231,7 +232,7 @@ def _is_sound(plan: Plan) -> bool:
         and isinstance(plan.options, str)
         and isinstance(plan.manifest, str)
         and isinstance(plan.model_name, str)
-        and isinstance(plan.image_root, str)
+        and sources.is_root(plan.image_root)
     )
 
 

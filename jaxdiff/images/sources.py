@@ -29,6 +29,14 @@ PACKAGES = {
 }
 
 
+def is_root(said: object) -> bool:
+    """Returns whether a plan may name this as its root: a folder, or a URL that rows may use."""
+    if not isinstance(said, str) or CONTROL.search(said):
+        return False
+    url = URL.fullmatch(said)
+    return url is None or url[1] in PACKAGES
+
+
 def address(said: str, root: str) -> str:
     """Returns the address of an image, as the plan and the records name it.
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from chromium import browser
 from making import make_plan, make_shard
+from PIL import Image
 
 from jaxdiff import cli
 from jaxdiff.dataset.finished import gallery
@@ -204,6 +205,44 @@ def test_the_full_view_has_every_setting_and_the_way_to_its_likes(page, few):
     page.run(f"{links}.find((link) => link.textContent === 'shapes').click()")
     page.wait("!element('view').open")
     assert shown(page) == ["a red circle above a star", "a blue circle"]
+
+
+def test_the_full_view_shows_what_an_image_begins_with(page, tmp_path, tiny_checkpoint):
+    Image.new("RGB", (16, 8), "red").save(tmp_path / "red.png")
+    Image.new("L", (16, 8), 255).save(tmp_path / "white.png")
+    image = {"prompt": "a ring", "image": "red.png", "strength": 0.5}
+    rows = [{**image, "mask_image": "white.png"}, image, {"prompt": "a star"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = make_plan(tmp_path / "out", tmp_path / "rows.jsonl", tiny_checkpoint, steps=4)
+    for shard in run.shards:
+        make_shard(run, shard)
+    address = gallery.write(tmp_path / "out").as_uri()
+    shown = "[...document.querySelectorAll('figure')].filter((e) => e.clientWidth)"
+    captions = f"{shown}.map((e) => e.innerText)"
+    seen = f"{shown}.every((e) => e.firstElementChild.naturalWidth === 16)"
+    page.open(f"{address}#image=000000000")
+    page.wait(seen)
+    assert page.run(captions) == ["begins with", "mask"]
+    assert page.run(f"{shown}.every((e) => e.firstElementChild.alt)")
+    picture = "document.querySelectorAll('figure img')"
+    assert page.run(f"getComputedStyle({picture}[1]).imageRendering") == "pixelated"
+    places = ("element('image')", f"{picture}[0]", f"{picture}[1]")
+    boxes = [f"{place}.getBoundingClientRect()" for place in places]
+    assert page.run(f"{boxes[0]}.right < {boxes[1]}.left && {boxes[1]}.bottom < {boxes[2]}.top")
+    expected = {"image": "red.png", "strength": "0.5", "mask_image": "white.png"}
+    assert expected.items() <= settings(page).items()
+    row = text(page, "command").split("\n")[0]
+    assert '"image":"red.png","strength":0.5,"mask_image":"white.png"}' in row
+    page.press("ArrowRight")
+    page.wait(seen)
+    assert page.run(captions) == ["begins with"]
+    assert "mask_image" not in settings(page)
+    page.press("ArrowRight")
+    assert page.run(captions) == []
+    assert not {"image", "strength", "mask_image", "outpaint"} & settings(page).keys()
+    assert '"image"' not in text(page, "command")
+    page.run("setQuery('image=red.png')")
+    assert page.run("results.length") == 2
 
 
 def test_a_failed_image_says_why(page, few):

@@ -79,6 +79,16 @@ def test_no_name_or_setting_breaks_the_card(finished):
     assert json.loads(card.croissant(plan))["description"].endswith(shown)
 
 
+def test_the_card_names_the_images_that_others_begin_with(finished):
+    plan = open_run(finished()).plan
+    counts = {"made": 9, "failed": 0, "accepted": 5, "rejected": 1}
+    text = card.readme(replace(plan, takes_images=True), counts)
+    assert card.SOURCES in text
+    for column in ("image", "mask_image", "control_image", "image_sha256"):
+        assert f"`{column}`" in card.SOURCES
+    assert "begins with another" not in card.readme(plan, counts)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of mlcroissant's own calls
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
 @pytest.mark.parametrize("format_", formats.FORMATS)

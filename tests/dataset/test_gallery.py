@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -151,6 +152,102 @@ def test_options_with_control_characters_are_not_offered(finished, name, value):
     path.write_text(json.dumps(said))
     job, *_ = read(gallery.write(directory))
     assert (job["options"], job["unprintable"]) == (None, f"--{name}")
+
+
+def with_images(tmp_path: Path, checkpoint: Path) -> Path:
+    """Makes a dataset of rows of 400x200 that begin with an image in four ways, and one without."""
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None], (200, 400, 3))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    mask = np.zeros((200, 400), np.uint8)
+    mask[:, 200:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    image = {"prompt": "x", "image": "ramp.png"}
+    rows = [
+        {**image, "strength": 0.5, "width": 32, "height": 16},
+        {**image, "mask_image": "mask.png", "width": 32, "height": 16},
+        {**image, "outpaint": "8,0,8,0", "width": 32, "height": 16},
+        {**image, "mask_image": "mask.png", "width": 800, "height": 400},
+        {"prompt": "x"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = make_plan(tmp_path / "out", tmp_path / "rows.jsonl", checkpoint, steps=4)
+    for shard in run.shards:
+        make_shard(run, shard, failing=["000000001"])
+    return tmp_path / "out"
+
+
+def test_what_images_begin_with_is_shown_in_their_size(tmp_path, tiny_checkpoint):
+    job, records, files = read(gallery.write(with_images(tmp_path, tiny_checkpoint)))
+    assert (job["made"], job["failed"]) == (4, 1)
+    files_of = {int(r["key"]): r["source_files"] for r in records}
+    both = ["sources", "masks"]
+    assert files_of == {0: ["sources"], 1: both, 2: both, 3: both, 4: []}
+    first, last = (next(r for r in records if r["key"] == f"00000000{n}") for n in (0, 4))
+    assert (first["image"], first["strength"], first["mask_image"]) == ("ramp.png", 0.5, None)
+    assert (last["image"], last["strength"], last["outpaint"]) == (None, None, None)
+    pictures = {}
+    for path in (*files.glob("sources/000000/*.webp"), *files.glob("masks/000000/*.webp")):
+        with Image.open(path) as opened:
+            pictures[path.parts[-3], int(path.stem)] = np.asarray(opened.convert("L"))
+    assert len(pictures) == 7
+    half, borders = np.arange(32) >= 16, (np.arange(32) < 8) | (np.arange(32) >= 24)
+    np.testing.assert_array_equal(pictures["masks", 1], np.tile(half * np.uint8(255), (16, 1)))
+    np.testing.assert_array_equal(pictures["masks", 2], np.tile(borders * np.uint8(255), (16, 1)))
+    for key in range(3):
+        assert pictures["sources", key].shape == (16, 32)
+    assert pictures["sources", 3].shape == pictures["masks", 3].shape == (192, 384)
+
+
+def test_images_that_are_gone_changed_or_remote_are_only_named(tmp_path, tiny_checkpoint):
+    directory = with_images(tmp_path, tiny_checkpoint)
+    Image.new("RGB", (400, 200), "red").save(tmp_path / "ramp.png")
+    before = read(gallery.write(directory))[1]
+    (tmp_path / "ramp.png").unlink()
+    after = read(gallery.write(directory))[1]
+    path = directory / "_jaxdiff" / "plan" / "plan.json"
+    said = json.loads(path.read_text())
+    for root in ("gs://bucket", "/nowhere"):
+        path.write_text(json.dumps({**said, "image_root": root}))
+        _, records, files = read(gallery.write(directory))
+        assert records == before == after
+        assert not any(r["source_files"] for r in records)
+        assert {r["image"] for r in records} == {"ramp.png", None}
+        assert not (files / "sources").exists()
+    for root in ("memory://folder", "a\0b"):
+        path.write_text(json.dumps({**said, "image_root": root}))
+        with pytest.raises(InputError, match="it is damaged"):
+            gallery.write(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("width", 2**31 - 1),
+        ("height", 0),
+        ("outpaint", "junk"),
+        ("image", "../rows.jsonl"),
+        ("image_sha256", None),
+    ],
+)
+def test_a_hostile_row_with_an_image_shows_none(tmp_path, tiny_checkpoint, name, value):
+    directory = with_images(tmp_path, tiny_checkpoint)
+    path = directory / "metadata" / "train-00000.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[0][name] = value
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
+    records = read(gallery.write(directory))[1]
+    assert [r["source_files"] for r in records if r["key"] == rows[0]["key"]] == [[]]
+
+
+def test_the_command_says_what_the_paths_of_images_are_relative_to(tmp_path, tiny_checkpoint):
+    directory = with_images(tmp_path, tiny_checkpoint)
+    assert f" --image-root={tmp_path}" in read(gallery.write(directory))[0]["options"]
+    path = directory / "_jaxdiff" / "plan" / "plan.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "image_root": "a\u202eb"}))
+    job = read(gallery.write(directory))[0]
+    assert (job["options"], job["unprintable"]) == (None, "--image-root")
 
 
 def test_options_of_every_script_are_offered(finished):

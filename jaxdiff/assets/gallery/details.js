@@ -1,8 +1,16 @@
 // The full view: one image with its settings, and the command that generates it again.
 "use strict";
 
+const IMAGE_FIELDS = ["image", "strength", "mask_image", "outpaint", "control_image",
+  "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"];
 const ROW = ["id", "prompt", "negative_prompt", "seed", "width", "height", "steps",
-  "guidance_scale", "sampler"];
+  "guidance_scale", "sampler", ...IMAGE_FIELDS];
+
+const CAPTIONS = { // and alternative texts, by folder
+  sources: ["begins with", "The image that this one begins with"],
+  masks: ["mask", "The mask, white where the image is painted anew"],
+  controls: ["control", "An image that steers this one through a ControlNet"],
+};
 
 // Returns two lines for a POSIX shell. The row is JSON in single quotes. Invisible characters and
 // single quotes are written as JSON escapes: the row is the same, and no terminal code is left.
@@ -14,7 +22,7 @@ function commandFor(image, job) {
   }
   const row = {};
   for (const name of ROW) {
-    if (image[name] !== "") row[name] = image[name];
+    if (image[name] != null && image[name] !== "") row[name] = image[name];
   }
   const json = JSON.stringify(row).replace(/['\p{C}\p{Zl}\p{Zp}]/gu, escapeCharacter);
   const name = `image-${image.key}`;
@@ -30,8 +38,9 @@ function escapeCharacter(character) {
   return escaped;
 }
 
-// Fills the full view; `link` returns the address of the gallery for a query.
-function showDetails(image, job, url, link) {
+// Fills the full view; `sources` are [folder, url] of the images that the row brought, and `link`
+// returns the address of the gallery for a query.
+function showDetails(image, job, url, sources, link) {
   const img = element("image");
   const failed = image.status === "failed";
   element("original").hidden = failed;
@@ -44,6 +53,7 @@ function showDetails(image, job, url, link) {
     img.alt = image.prompt;
     img.className = isSmall(image) ? "pixels" : "";
   }
+  showSources(image, sources);
   element("prompt").textContent = image.prompt;
   element("settings").replaceChildren(...searchableSettings(image).flatMap(([name, value]) => {
     const query = queryFor(name, value);
@@ -56,12 +66,27 @@ function showDetails(image, job, url, link) {
   element("hashes").replaceChildren(...rows({ sha256, pixel_sha256, model: job.fingerprint }));
 }
 
+function showSources(image, sources) {
+  element("sources").hidden = !sources.length;
+  element("sources").replaceChildren(...sources.map(([folder, url]) => {
+    const figure = document.createElement("figure");
+    const caption = document.createElement("figcaption");
+    const img = document.createElement("img");
+    [caption.textContent, img.alt] = CAPTIONS[folder.split("-")[0]];
+    img.src = url;
+    img.className = isSmall(image) ? "pixels" : "";
+    figure.append(img, caption);
+    return figure;
+  }));
+}
+
 // Returns [name, value] of all that differs between images, except the prompt.
 function searchableSettings(image) {
-  return ["id", "image_index", "negative_prompt", "seed", "sampler", "steps", "guidance_scale"]
+  return ["id", "image_index", "negative_prompt", "seed", "sampler", "steps", "guidance_scale",
+    ...IMAGE_FIELDS]
     .map((name) => [name, image[name]])
     .concat(Object.entries(image.metadata))
-    .filter(([, value]) => value !== null && value !== "");
+    .filter(([, value]) => value != null && value !== "");
 }
 
 function rows(values) {

@@ -61,13 +61,22 @@ function load(name, then) {
   document.head.append(script);
 }
 
+function fileUrl(folder, image, extension) {
+  return `${FILES}${folder}/${image.key.slice(0, 6)}/${image.key}.${extension}`;
+}
+
 function imageUrl(image) {
-  return `${FILES}images/${image.key.slice(0, 6)}/${image.key}.${job.extension}`;
+  return fileUrl("images", image, job.extension);
 }
 
 function thumbnailUrl(image) {
   if (Math.max(image.width, image.height) <= job.thumbnail_px) return imageUrl(image);
-  return `${FILES}thumbnails/${image.key.slice(0, 6)}/${image.key}.webp`;
+  return fileUrl("thumbnails", image, "webp");
+}
+
+// Returns [folder, url] of the images that a row brought.
+function sourcesOf(image) {
+  return (image.source_files ?? []).map((folder) => [folder, fileUrl(folder, image, "webp")]);
 }
 
 // --- the address ---
@@ -223,7 +232,7 @@ function moveCursor(step) {
 function openView() {
   const image = images.find(({ key }) => key === state.key);
   if (!image) return; // not loaded yet, or not of this dataset
-  showDetails(image, job, imageUrl(image), (query) => addressOf({ query }));
+  showDetails(image, job, imageUrl(image), sourcesOf(image), (query) => addressOf({ query }));
   showPosition();
   if (element("view").open) return;
   element("view").showModal();

@@ -23,13 +23,15 @@ from pathlib import Path
 
 from PIL import Image
 
+from jaxdiff.checks import MAX_SIDE_PX
 from jaxdiff.dataset import image_files
 from jaxdiff.dataset.finished import reader
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.dataset.run import Run, open_run
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
-from jaxdiff.request import FIELDS, Options
+from jaxdiff.images import loading
+from jaxdiff.request import FIELDS, IMAGE_COLUMNS, Options, from_columns
 
 ASSETS = Path(__file__).parents[2] / "assets" / "gallery"
 INDEX = "index.html"
@@ -43,6 +45,8 @@ COLUMNS = (
     *("key", "id", "image_index", *FIELDS),
     *("metadata", "sha256", "pixel_sha256", "error"),
 )
+# Only where rows bring images; `source_files` lists the folders that have a file for the image.
+SOURCE_COLUMNS = (*IMAGE_COLUMNS, "source_files")
 # The job's settings that determine an image's file, along with its own.
 ALWAYS_SAID = ("noise", "dtype", "batch_size")
 DECISIVE = dict.fromkeys((*ALWAYS_SAID, "image_format", *(field.name for field in fields(Options))))
@@ -114,23 +118,29 @@ def _check_ours(target: Path) -> None:
 def _fill(folder: Path, run: Run) -> None:
     """Writes all files that `index.html` needs, in constant memory."""
     shutil.copytree(ASSETS, folder, ignore=shutil.ignore_patterns(INDEX))
-    extension = image_files.EXTENSIONS[run.plan.settings.image_format]
+    columns = _columns(run.plan)
     counts = {"made": 0, "failed": 0}
     chunks = _Chunks(folder / "data")
     waiting = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL
         for row, image in reader.images(run):
             counts["failed" if image is None else "made"] += 1
-            chunks.add([row[name] for name in COLUMNS])
-            if image is not None:
-                waiting.append(pool.submit(_store, folder, row, image, extension))
+            waiting.append(pool.submit(_store, folder, row, image, run.plan))
             if len(waiting) == WAITING_IMAGES:
-                waiting.popleft().result()
+                chunks.add(_record(waiting.popleft().result(), columns))
         for stored in waiting:
-            stored.result()
+            chunks.add(_record(stored.result(), columns))
     chunks.close()
     job = _job(run) | counts | {"chunks": chunks.count}
     _write_script(folder / "data" / "job.js", "open", job)
+
+
+def _columns(plan: Plan) -> tuple[str, ...]:
+    return (*COLUMNS, *SOURCE_COLUMNS) if plan.takes_images else COLUMNS
+
+
+def _record(row: dict, columns: tuple[str, ...]) -> list:
+    return [row[name] for name in columns]
 
 
 class _Chunks:
@@ -168,7 +178,7 @@ def _job(run: Run) -> dict:
     return {
         "name": run.directory.resolve().name,
         "planned": run.plan.images,
-        "columns": COLUMNS,
+        "columns": _columns(run.plan),
         "extension": image_files.EXTENSIONS[settings.image_format],
         "thumbnail_px": THUMBNAIL_PX,
         "aspect": settings.width / settings.height,
@@ -196,15 +206,29 @@ def _options(plan: Plan) -> dict[str, str | None]:
         value = getattr(settings, name)
         if name in ALWAYS_SAID or value != getattr(Settings, name):
             said[name] = value
+    if plan.takes_images:
+        said["image_root"] = plan.image_root
     words = [(name, value) for name, value in said.items() if value is not None]
-    words += [("lora", file) for file in plan.models.get("lora", ())]
+    for name in ("lora", "controlnet"):
+        words += [(name, file) for file in plan.models.get(name, ())]
     words = [(f"--{name.replace('_', '-')}", str(value)) for name, value in words]
     unprintable = next((name for name, value in words if not value.isprintable()), None)
     options = shlex.join(f"{name}={value}" for name, value in words)
     return {"options": None if unprintable else options, "unprintable": unprintable}
 
 
-def _store(folder: Path, row: dict, image: bytes, extension: str) -> None:
+def _store(folder: Path, row: dict, image: bytes | None, plan: Plan) -> dict:
+    """Writes the files of one image; returns its row with its number of `source_files`."""
+    if image is not None:
+        _store_image(folder, row, image, image_files.EXTENSIONS[plan.settings.image_format])
+    pictures = _sources(row, plan.image_root) if plan.takes_images else {}
+    for name, picture in pictures.items():
+        lossless = max(picture.size) <= THUMBNAIL_PX
+        _write_webp(folder / name, row["key"], _thumbnail(picture), lossless=lossless)
+    return row | {"source_files": [*pictures]}
+
+
+def _store_image(folder: Path, row: dict, image: bytes, extension: str) -> None:
     """Writes an image unchanged, and its thumbnail if it is larger than one."""
     key = row["key"]
     path = folder / "images" / key[:6] / f"{key}.{extension}"
@@ -214,10 +238,47 @@ def _store(folder: Path, row: dict, image: bytes, extension: str) -> None:
         return
     try:
         with Image.open(io.BytesIO(image), formats=list(image_files.EXTENSIONS)) as opened:
-            opened.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), reducing_gap=2.0)
-            thumbnail = opened.convert("RGB")
+            thumbnail = _thumbnail(opened)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
         raise InputError(f"image {key} is damaged ({problem})") from None
-    path = folder / "thumbnails" / key[:6] / f"{key}.webp"
+    _write_webp(folder / "thumbnails", key, thumbnail)
+
+
+def _sources(row: dict, root: str) -> dict[str, Image.Image]:
+    """Returns the images that a row brought, in the image's size, by the folder for them.
+
+    There are none if one of the files is gone, has changed or is not on this machine: datasets may
+    be anybody's, and nothing is fetched because of them.
+    """
+    if max(row["width"], row["height"]) > MAX_SIDE_PX:
+        return {}
+    try:
+        request = from_columns({name: row[name] for name in (*FIELDS, *IMAGE_COLUMNS)})
+        named = (request.image, request.mask_image, *(request.control_image or ()))
+        if any("://" in said for said in (root, *(each.address for each in named if each))):
+            return {}
+        brought = loading.prepared(request, root)
+    except ValueError:
+        return {}
+    controls = enumerate(brought.control_image or ())
+    pictures = {
+        "sources": brought.image,
+        "masks": brought.mask_image,
+        **{f"controls-{number}": pixels for number, pixels in controls},
+    }
+    return {
+        folder: Image.fromarray(pixels).convert("RGB")
+        for folder, pixels in pictures.items()
+        if pixels is not None
+    }
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), reducing_gap=2.0)
+    return image.convert("RGB")
+
+
+def _write_webp(folder: Path, key: str, picture: Image.Image, *, lossless: bool = False) -> None:
+    path = folder / key[:6] / f"{key}.webp"
     path.parent.mkdir(parents=True, exist_ok=True)
-    thumbnail.save(path, "webp", quality=85, method=2)
+    picture.save(path, "webp", quality=85, method=2, lossless=lossless)
