@@ -22,6 +22,7 @@ MAX_DEEP_CACHE = 100
 DTYPES = ("float32", "bfloat16")
 NOISES = ("jax", "torch")
 SWITCH = ("on", "off")
+PREPROCESSORS = ("none", "canny")
 MAX_MARGIN_PX = 4096
 MAX_CONTROLS = 8
 MARGINS = ("left", "top", "right", "bottom")

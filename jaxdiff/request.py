@@ -218,6 +218,7 @@ class Options:
         inside the painted part; "off" returns it as the autoencoder decodes it.
       guess_mode: "on" lets ControlNets steer the prompt's half of a guided step only, and the
         deep layers more than the outer ones (Zhang et al., 2023, arXiv:2302.05543).
+      preprocess: "canny" shows ControlNets the edges of their images, "none" the images themselves.
     """
 
     dtype: str = "float32"
@@ -235,6 +236,7 @@ class Options:
     skip_layers: str = field(default="", metadata=LATER)
     keep_unmasked: str = field(default="on", metadata=LATER)
     guess_mode: str = field(default="off", metadata=LATER)
+    preprocess: str = field(default="none", metadata=LATER)
 
     @property
     def skipped_layers(self) -> tuple[int, ...]:
@@ -260,4 +262,5 @@ OPTION_CHECKS = {
     "skip_layers": (checks.layers,),
     "keep_unmasked": (checks.choice, checks.SWITCH),
     "guess_mode": (checks.choice, checks.SWITCH),
+    "preprocess": (checks.choice, checks.PREPROCESSORS),
 }

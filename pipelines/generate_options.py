@@ -354,6 +354,11 @@ HELP = {
             "for rows with a mask: whether to paste what it leaves out from the original image "
             "(default: on)",
         ),
+        "preprocess": (
+            "NAME",
+            "canny to show ControlNets the edges of their images (default: none, the images "
+            "themselves)",
+        ),
         "guess_mode": (
             "on|off",
             "let ControlNets guess what to draw from the image alone (default: off)",

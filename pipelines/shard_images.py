@@ -214,7 +214,8 @@ class ShardImages:
     def _prepared(self, image: PlannedImage) -> Request:
         """Returns an image's request with what it names read, or something else in its place."""
         try:
-            return loading.prepared(image.request, self._plan.image_root)
+            settings = self._plan.settings
+            return loading.prepared(image.request, self._plan.image_root, settings.preprocess)
         except BadValueError as problem:
             self._unreadable[image.key] = str(problem)
             return loading.blank(image.request)

@@ -11,6 +11,7 @@ from jaxdiff.diffusion.scheduler_config import check_steps
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.families.family import UNGUIDED
+from jaxdiff.images import preprocessing
 from jaxdiff.request import LATER, OPTION_CHECKS, Options, Request, field_checks
 
 FORMATS = tuple(formats.FORMATS)
@@ -105,6 +106,7 @@ def resolve(said: dict, model: Ensemble) -> Settings:
         raise InputError(str(problem)) from None
     resolved = Settings(**settings)
     model.check_options(resolved)
+    preprocessing.check(resolved.preprocess)
     if defaults.guidance == UNGUIDED and resolved.guidance_scale > 1:
         raise InputError(
             f"--guidance-scale has no effect on {defaults.name}, which was distilled to need none; "

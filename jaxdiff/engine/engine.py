@@ -27,7 +27,7 @@ from jaxdiff.engine.images import ImageEncoder
 from jaxdiff.engine.program import AXES, Inputs, Weights, sample_pixels
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble, Steps, open_ensemble
-from jaxdiff.images import loading, pasting
+from jaxdiff.images import loading, pasting, preprocessing
 from jaxdiff.request import (
     IMAGE_FIELDS,
     OPTION_CHECKS,
@@ -123,6 +123,7 @@ class TextToImage:
             options.
         """
         ensemble.check_options(options)
+        preprocessing.check(options.preprocess)
         self.ensemble, self.checkpoint = ensemble, ensemble.base
         self.options = options
         self.mesh = parallel.make_mesh(options.mesh)
@@ -205,7 +206,7 @@ class TextToImage:
           InputError: as `resolve` does, or naming the image that cannot be used.
         """
         try:
-            return loading.prepared(self.resolve(request))
+            return loading.prepared(self.resolve(request), preprocess=self.options.preprocess)
         except checks.BadValueError as problem:
             raise InputError(str(problem)) from None
 

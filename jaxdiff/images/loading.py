@@ -8,16 +8,17 @@ import numpy as np
 from PIL import Image
 
 from jaxdiff.checks import BadValueError
-from jaxdiff.images import fitting, sources
+from jaxdiff.images import fitting, preprocessing, sources
 from jaxdiff.request import Request, Source
 
 
-def prepared(request: Request, root: str = "") -> Request:
+def prepared(request: Request, root: str = "", preprocess: str = "none") -> Request:
     """Returns a request whose images are arrays of its size, ready for the engine.
 
     Args:
       request: with its width and height, and with its control images as a tuple.
       root: the folder or URL that addresses are relative to.
+      preprocess: as in `Options`.
 
     Returns:
       the request with `image`, uint8 [height, width, 3], and, if a part of it is to be painted,
@@ -31,7 +32,8 @@ def prepared(request: Request, root: str = "") -> Request:
     if request.control_image is not None:
         size = request.height, request.width
         seen = [fitting.fitted(_pixels(image, root), *size) for image in request.control_image]
-        request = replace(request, control_image=tuple(seen))
+        seen = tuple(preprocessing.preprocessed(pixels, preprocess) for pixels in seen)
+        request = replace(request, control_image=seen)
     if request.image is None:
         return request
     left, top, right, bottom = request.outpaint or (0, 0, 0, 0)

@@ -1,10 +1,14 @@
 """Jobs whose images are steered by ControlNets."""
 
 import json
+import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from random_weights import random_params
 from test_images_in import picture
 
@@ -146,6 +150,29 @@ def test_what_else_does_not_fit_is_refused(tiny_checkpoint, tmp_path, config, re
     net = write_net(tmp_path / "net", 1, **config)
     with pytest.raises(InputError, match=reason):
         jaxdiff.load(tiny_checkpoint, controlnet=net)
+
+
+def test_canny_shows_the_edges(generate, nets, tmp_path):
+    square = Image.new("RGB", (64, 64), "white")
+    square.paste("red", (16, 16, 48, 48))
+    square.save(tmp_path / "square.png")
+    edges = cv2.Canny(np.asarray(square), 100, 200)
+    assert 100 < (edges > 0).sum() < 200
+    Image.fromarray(edges).save(tmp_path / "edges.png")
+    row = {"id": "x", "seed": 1}
+    arguments = [f"--controlnet={nets[0]}", "--preprocess=canny"]
+    assert generate([{**row, "control_image": "square.png"}], *arguments) == 0
+    assert generate([{**row, "control_image": "edges.png"}], arguments[0], output="other") == 0
+    ours, theirs = (records(tmp_path / name)["x"] for name in ("out", "other"))
+    assert ours["pixel_sha256"] == theirs["pixel_sha256"]
+    assert "preprocess=canny" in ours["options"]
+
+
+def test_canny_without_opencv_is_refused(generate, nets, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    arguments = [f"--controlnet={nets[0]}", "--preprocess=canny"]
+    assert generate([{"control_image": "a.png"}], *arguments) == 2
+    assert "pip install 'jaxdiff[control]'" in capsys.readouterr().err
 
 
 def test_what_is_no_controlnet_is_refused(generate, tmp_path, capsys):

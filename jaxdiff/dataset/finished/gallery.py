@@ -221,7 +221,7 @@ def _store(folder: Path, row: dict, image: bytes | None, plan: Plan) -> dict:
     """Writes the files of one image; returns its row with its number of `source_files`."""
     if image is not None:
         _store_image(folder, row, image, image_files.EXTENSIONS[plan.settings.image_format])
-    pictures = _sources(row, plan.image_root) if plan.takes_images else {}
+    pictures = _sources(row, plan) if plan.takes_images else {}
     for name, picture in pictures.items():
         lossless = max(picture.size) <= THUMBNAIL_PX
         _write_webp(folder / name, row["key"], _thumbnail(picture), lossless=lossless)
@@ -244,7 +244,7 @@ def _store_image(folder: Path, row: dict, image: bytes, extension: str) -> None:
     _write_webp(folder / "thumbnails", key, thumbnail)
 
 
-def _sources(row: dict, root: str) -> dict[str, Image.Image]:
+def _sources(row: dict, plan: Plan) -> dict[str, Image.Image]:
     """Returns the images that a row brought, in the image's size, by the folder for them.
 
     There are none if one of the files is gone, has changed or is not on this machine: datasets may
@@ -252,13 +252,14 @@ def _sources(row: dict, root: str) -> dict[str, Image.Image]:
     """
     if max(row["width"], row["height"]) > MAX_SIDE_PX:
         return {}
+    root = plan.image_root
     try:
         request = from_columns({name: row[name] for name in (*FIELDS, *IMAGE_COLUMNS)})
         named = (request.image, request.mask_image, *(request.control_image or ()))
         if any("://" in said for said in (root, *(each.address for each in named if each))):
             return {}
-        brought = loading.prepared(request, root)
-    except ValueError:
+        brought = loading.prepared(request, root, plan.settings.preprocess)
+    except (ImportError, ValueError):  # the former without OpenCV
         return {}
     controls = enumerate(brought.control_image or ())
     pictures = {
