@@ -117,3 +117,30 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
         dtype=np.float32,
     )
     return directory
+
+
+@pytest.fixture(scope="session")
+def inpainting_checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
+    """Returns the tiny checkpoint with a U-Net that also takes a mask and masked latents."""
+    import json
+    import shutil
+
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    directory = tmp_path_factory.mktemp("checkpoint") / "inpainting"
+    shutil.copytree(tiny_checkpoint, directory)
+    weights = directory / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    first = tensors["conv_in.weight"]
+    more = np.random.default_rng(0).normal(0, 0.2, (len(first), 5, *first.shape[2:]))
+    tensors["conv_in.weight"] = np.concatenate([first, more.astype(first.dtype)], axis=1)
+    save_file(tensors, weights)
+    changes = {
+        "unet/config.json": {"in_channels": 9},
+        "model_index.json": {"_class_name": "StableDiffusionInpaintPipeline"},
+    }
+    for name, change in changes.items():
+        said = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps(said | change))
+    return directory

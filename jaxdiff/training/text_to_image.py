@@ -52,6 +52,11 @@ def task(
         raise InputError(
             "the denoiser is distilled: it takes the guidance scale as an input; train its teacher"
         )
+    if parts.model.denoiser.channels:
+        raise InputError(
+            "the denoiser is for inpainting; training those is not built: train a model without "
+            "the channels for a mask"
+        )
     params, frozen = _split(parts, recipe, _trained(recipe, parts.model))
     all_params = partial(_all_params, recipe, parts.model)
     made = batches.of(parts, recipe, output)

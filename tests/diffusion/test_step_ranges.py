@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from jaxdiff.diffusion.schedule import Clamp
-from jaxdiff.diffusion.step_ranges import step_ranges
+from jaxdiff.diffusion.step_ranges import (
+    StepRange,
+    after,
+    skipped_steps,
+    step_ranges,
+    with_control,
+)
 from jaxdiff.request import Options
 
 TIMESTEPS = np.arange(950, 0, -100)  # ten rows
@@ -49,7 +55,7 @@ def stretches(distilled=(False,), guided=True, **options):
     ids=str,
 )
 def test_stretches_cover_the_rows(said, expected):
-    assert stretches(**said) == [(*each, CLAMPS[each[0]], False) for each in expected]
+    assert stretches(**said) == [(*each, CLAMPS[each[0]], False, False) for each in expected]
 
 
 @pytest.mark.parametrize(
@@ -63,4 +69,43 @@ def test_stretches_cover_the_rows(said, expected):
 )
 def test_layers_are_skipped_in_early_guided_steps(said, expected):
     found = stretches(skip_layers="7, 8", **said)
-    assert [(rows, guided, skips) for _, rows, guided, _, skips in found] == expected
+    assert [(rows, guided, skips) for _, rows, guided, _, skips, _ in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "of_flow", "others"),
+    [
+        (50, 0.8, 10, 10),
+        (5, 0.5, 2, 3),  # flow matching takes 3 steps, the others 2
+        (4, 0.9999, 0, 1),
+        (4, 1.0, 0, 0),
+        (4, 0.2, 3, 4),
+        (4, 0.0, 4, 4),
+    ],
+)
+def test_strength_skips_steps_as_in_diffusers(steps, strength, of_flow, others):
+    assert skipped_steps(steps, strength, is_flow=True) == of_flow
+    assert skipped_steps(steps, strength, is_flow=False) == others
+
+
+def test_rows_are_cut_off_the_first_ranges():
+    ranges = [StepRange(0, 3, True), StepRange(0, 4, False), StepRange(1, 2, False)]
+    assert after(ranges, 0) == tuple(ranges)
+    assert after(ranges, 2) == (ranges[0]._replace(rows=1), *ranges[1:])
+    assert after(ranges, 3) == (*ranges[1:],)
+    assert after(ranges, 8) == (ranges[2]._replace(rows=1),)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [
+        (0.0, 1.0, [(6, True), (4, False)]),
+        (0.0, 0.5, [(5, True), (1, False), (4, False)]),
+        (0.25, 0.5, [(3, False), (2, True), (1, False), (4, False)]),
+        (0.0, 0.05, [(6, False), (4, False)]),  # no row lies within it
+    ],
+)
+def test_control_splits_the_rows_of_the_base(start, end, expected):
+    ranges = [StepRange(0, 6, True), StepRange(1, 4, True)]
+    found = with_control(ranges, start, end)
+    assert [(part.rows, part.controlled) for part in found] == expected

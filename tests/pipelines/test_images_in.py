@@ -195,6 +195,19 @@ def test_a_dataset_without_images_is_not_extended_by_them(generate, folder, caps
     assert "has rows without images only" in capsys.readouterr().err
 
 
+def test_a_model_for_inpainting_needs_an_image_and_a_mask(generate, folder, inpainting_checkpoint):
+    rows = [{"image": "a.png", "mask_image": "mask.png"}, {"image": "a.png"}, {}]
+    assert generate(rows, model=inpainting_checkpoint) == 0
+    assert reasons(folder / "out") == [
+        "this model needs a mask: give it mask_image or outpaint",
+        "this model only paints in images: give it image and mask_image",
+    ]
+    (made,) = pixels(folder / "out").values()
+    given = np.asarray(Image.open(folder / "a.png"))
+    np.testing.assert_array_equal(made[:32], given[:32])
+    assert cli.main(["verify", str(folder / "out")]) == 0
+
+
 def test_python_takes_paths_pictures_and_arrays(tiny_checkpoint, folder):
     model = jaxdiff.load(tiny_checkpoint)
     pixels = np.asarray(Image.open(folder / "a.png"))
