@@ -15,7 +15,7 @@ import numpy as np
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
 from jaxdiff.errors import InputError
-from jaxdiff.images import decoding
+from jaxdiff.images import archives, decoding
 
 MOST_BYTES = 2**27  # per file
 TIMEOUT_SECONDS = 30  # for each answer of a remote file system
@@ -45,7 +45,8 @@ def address(said: str, root: str) -> str:
       root: what paths are relative to: a local folder, or the URL of a remote one.
 
     Returns:
-      The URL unchanged, or a relative POSIX path without "." and "..", such as "cats/1.png".
+      The URL unchanged, or a relative POSIX path without "." and "..", such as "cats/1.png", or
+      "cats.tar#1.png" for a file in an archive.
 
     Raises:
       BadValueError: for what is no address, or not one inside `root`, or has a scheme that is not
@@ -105,9 +106,10 @@ def read(said: str, root: str) -> bytes:
 
 
 def _read_local(root: Path, place: str, name: str) -> bytes:
+    file_name, member = archives.split(place)
     try:
         folder = root.resolve(strict=True)
-        path = (folder / place).resolve(strict=True)
+        path = (folder / file_name).resolve(strict=True)
         if not path.is_relative_to(folder):
             raise BadValueError(f"{name} is a link to a place outside {root}; copy the file there")
         # Opening a pipe would wait for a writer, and opening a device may have effects.
@@ -116,8 +118,15 @@ def _read_local(root: Path, place: str, name: str) -> bytes:
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(file.fileno())
             _check_kind(status.st_mode, name)
-            _check_bytes(status.st_size, name)
-            content = file.read(MOST_BYTES + 1)
+            size = status.st_size
+            if member:
+                found = archives.members(path).get(member)
+                if found is None:
+                    raise BadValueError(f"{name} is not in the archive; correct the name")
+                size = found.size
+                file.seek(found.offset)
+            _check_bytes(size, name)
+            content = file.read(size)
     except (FileNotFoundError, NotADirectoryError):
         raise BadValueError(
             f"{name} does not exist in {root}; add it or correct the path"

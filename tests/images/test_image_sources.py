@@ -1,8 +1,10 @@
 """What rows name is read only inside the manifest's folder, and every failure is one clear line."""
 
+import io
 import os
 import re
 import socket
+import tarfile
 from pathlib import Path
 
 import fsspec
@@ -12,7 +14,7 @@ from pictures import animated, encoded, noise, png
 from PIL import Image
 
 from jaxdiff.checks import BadValueError
-from jaxdiff.images import sources
+from jaxdiff.images import archives, sources
 
 CONTENT = encoded(noise(8, 8))
 
@@ -245,3 +247,45 @@ def test_white_in_a_mask_is_what_is_repainted():
 def test_bad_images_and_masks_are_bad_values(content, expected):
     assert expected in refusal(sources.opened, content, "a")
     assert expected in refusal(sources.mask, content, "a")
+
+
+def archive(path, members: dict[str, bytes], **how) -> None:
+    with tarfile.open(path, **{"mode": "w", **how}) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_a_file_in_an_archive_is_read(tmp_path):
+    members = {"x/1.png": CONTENT, "x/2.png": CONTENT * 2, "x/1#2.png": CONTENT * 3}
+    archive(tmp_path / "a.tar", members)
+    for name, content in members.items():
+        assert sources.address(f"./a.tar#{name}", str(tmp_path)) == f"a.tar#{name}"
+        assert sources.read(f"a.tar#{name}", str(tmp_path)) == content
+    assert "is not in the archive" in refusal(sources.read, "a.tar#x/3.png", str(tmp_path))
+    assert "does not exist" in refusal(sources.read, "b.tar#x/1.png", str(tmp_path))
+    archive(tmp_path / "a.tar", {"x/1.png": CONTENT * 4})  # no index of the old file is used
+    assert sources.read("a.tar#x/1.png", str(tmp_path)) == CONTENT * 4
+
+
+def test_archives_are_not_trusted(tmp_path, monkeypatch):
+    archive(tmp_path / "packed.tar", {"1.png": CONTENT}, mode="w:gz")
+    archive(tmp_path / "cut.tar", {"1.png": CONTENT * 100})
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "cut.tar").read_bytes()[:1000])
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            member = tarfile.TarInfo("1.png")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    archive(tmp_path / "many.tar", {f"{number}.png": b"x" for number in range(4)})
+    for name in ("packed", "cut"):
+        said = refusal(sources.read, f"{name}.tar#1.png", str(tmp_path))
+        assert "is not a complete tar archive" in said
+    assert "is not in the archive" in refusal(sources.read, "links.tar#1.png", str(tmp_path))
+    monkeypatch.setattr(archives, "MOST_MEMBERS", 3)
+    assert "more than 3 files" in refusal(sources.read, "many.tar#1.png", str(tmp_path))
+    with tarfile.open(tmp_path / "twice.tar", "w") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("1.png"))
+    assert "has two files '1.png'" in refusal(sources.read, "twice.tar#1.png", str(tmp_path))

@@ -1,5 +1,6 @@
 """Rows that begin with other images: what they name is pinned, read and kept apart."""
 
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -179,6 +180,49 @@ def test_images_are_relative_to_the_image_root(generate, folder):
     picture(5).save(folder / "elsewhere" / "c.png")
     assert generate([{"image": "c.png"}], f"--image-root={folder / 'elsewhere'}") == 0
     assert generate([{"image": "c.png"}], f"--image-root={folder / 'none'}") == 2
+
+
+def test_a_dataset_can_be_the_manifest_of_another(generate, folder, tiny_checkpoint):
+    assert generate([{"id": "one", "num_images": 3}, {"prompt": "a star"}]) == 0
+    arguments = [f"--model={tiny_checkpoint}", "--steps=4", "--strength=0.5"]
+    made = folder / "varied"
+    source = f"--manifest={folder / 'out'}"
+    assert cli.main(["generate", source, f"--output={made}", *arguments]) == 0
+    rows = records(made)
+    assert [row["prompt"] for row in rows] == ["a ring"] * 3 + ["a star"]
+    assert [row["id"] for row in rows] == [f"{key:09d}" for key in range(4)]
+    assert rows[1]["image"] == "train-00000.tar#000000001.png"
+    assert json.loads(rows[1]["metadata"])["record"]["id"] == "one"
+    first = {row["key"]: row["sha256"] for row in records(folder / "out")}
+    assert {row["id"]: row["image_sha256"] for row in rows} == first
+    assert cli.main(["verify", str(made)]) == 0
+
+
+def test_foreign_archives_and_imagefolders_are_manifests(folder, tiny_checkpoint):
+    shards = folder / "shards"
+    shards.mkdir()
+    with tarfile.open(shards / "0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for key, text in (("x/1", "a ring"), ("x/2", "a star")):
+            picture(int(key[-1])).save(shards / "picture.jpg")
+            tar.add(shards / "picture.jpg", f"{key}.jpg")
+            for ending, content in (("txt", text.encode()), ("json", b'{"url": "u"}')):
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    picture(1).save(pictures / "1.png")
+    (pictures / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a ring"}')
+    arguments = [f"--model={tiny_checkpoint}", "--steps=2"]
+    for name, more in (("shards", []), ("pictures", ["--prompt-column=text"])):
+        said = [f"--manifest={folder / name}", f"--output={folder / f'of-{name}'}"]
+        assert cli.main(["generate", *said, *arguments, *more]) == 0
+    found = records(folder / "of-shards")
+    assert [row["image"] for row in found] == ["0.tar#x/1.jpg", "0.tar#x/2.jpg"]
+    assert [row["prompt"] for row in found] == ["a ring", "a star"]
+    assert json.loads(found[0]["metadata"]) == {"record": {"url": "u"}}
+    (row,) = records(folder / "of-pictures")
+    assert (row["image"], row["prompt"]) == ("1.png", "a ring")
 
 
 def test_a_dry_run_says_what_images_begin_with(generate, folder, capsys):

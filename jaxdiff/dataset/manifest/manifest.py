@@ -12,9 +12,12 @@ from pathlib import Path
 
 from jaxdiff.dataset import paths
 from jaxdiff.dataset.manifest.readers import READERS, Entry, read_item
+from jaxdiff.dataset.names import DATA, WORK
 from jaxdiff.errors import InputError
+from jaxdiff.images import archives
 
 ITEM_ENDING = ".txt"  # of files with one prompt each, in a folder
+IMAGEFOLDER = "metadata.jsonl"  # lists the files of an imagefolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +49,10 @@ class Manifest:
 
 
 def find(where: str | Path) -> Manifest:
-    """Finds a manifest: a local file, a folder of one-prompt text files, or a glob.
+    """Finds a manifest: a local file, a glob, a folder of one-prompt text files, or a dataset.
 
-    Several files are read in the order of their names.
+    A dataset is one that `jaxdiff generate` made as WebDataset, another folder of tar archives, or
+    an imagefolder. Several files are read in the order of their names.
 
     Raises:
       InputError: if there is none, or a file name has an unknown ending.
@@ -56,6 +60,8 @@ def find(where: str | Path) -> Manifest:
     path, name = Path(where), str(where)
     if path.is_file():
         return of_names(name, {name: path})
+    if path.is_dir() and (images := _of_images(path)):
+        return of_names(name, {str(each): each for each in images})
     if path.is_dir():
         found = (item for item in path.glob(f"*{ITEM_ENDING}") if item.is_file())
         # Hidden files are not prompts: macOS leaves "._NAME.txt" beside each file it copies.
@@ -63,6 +69,14 @@ def find(where: str | Path) -> Manifest:
         return of_names(name, items, are_items=True)
     found = glob.glob(name, recursive=True) if glob.has_magic(name) else []
     return of_names(name, {each: Path(each) for each in found if Path(each).is_file()})
+
+
+def _of_images(folder: Path) -> list[Path]:
+    """Returns the files that list the images of a dataset."""
+    if (folder / IMAGEFOLDER).is_file():
+        return [folder / IMAGEFOLDER]
+    is_ours = (folder / WORK).is_dir()
+    return [*(folder / DATA if is_ours else folder).glob(f"*{archives.ENDING}")]
 
 
 def of_names(name: str, paths: dict[str, Path], are_items: bool = False) -> Manifest:
@@ -122,4 +136,15 @@ def read(source: Source, prompt_column: str | None = None) -> Iterator[Entry]:
         name = Path(source.name).name.removesuffix(ITEM_ENDING)
         return read_item(source.path, name, prompt_column)
     reader = READERS[kind(source)]
-    return reader(source.path, source.name, prompt_column)
+    entries = reader(source.path, source.name, prompt_column)
+    if Path(source.name).name == IMAGEFOLDER:
+        return map(_with_image, entries)
+    return entries
+
+
+def _with_image(entry: Entry) -> Entry:
+    """Gives the column of an imagefolder's files the name that it has in manifests."""
+    if entry.values is None or "image" in entry.values or "file_name" not in entry.values:
+        return entry
+    values = dict(entry.values)
+    return entry._replace(values={"image": values.pop("file_name"), **values})

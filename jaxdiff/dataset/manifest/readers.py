@@ -1,4 +1,4 @@
-"""Reads a file's rows, one at a time, from JSONL, CSV, TSV, Parquet, JSON or plain text.
+"""Reads a file's rows, one at a time: JSONL, CSV, TSV, Parquet, JSON, plain text or tar.
 
 Each reader takes the file's path, its name in messages, and the name of the prompt column, if the
 user has given it.
@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -23,10 +23,12 @@ from jaxdiff.dataset.manifest import columns, json_list
 from jaxdiff.dataset.manifest.json_list import JSON
 from jaxdiff.dataset.manifest.parquet import ParquetRows
 from jaxdiff.errors import InputError
+from jaxdiff.images import archives
 
 MAX_LINE_BYTES = 2**20
 MAX_RAW_CHARACTERS = 500
 MAX_PARQUET_BYTES = 2**36  # of a gzipped Parquet file, which is unpacked into a temporary one
+IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp", "bmp")
 LINE_END = re.compile(rb"(?<=\r)(?!\n)")  # after a CR alone
 
 
@@ -196,6 +198,53 @@ def _unpack(path: Path, name: str, target: BinaryIO) -> None:
                 )
 
 
+def _read_tar(path: Path, name: str, prompt_column: str | None) -> Iterator[Entry]:
+    """Reads a WebDataset: the files KEY.png (or another image), KEY.txt and KEY.json of each row.
+
+    The prompt is the text, or else what the JSON object says; the object is copied as `record`.
+    """
+    try:
+        found = archives.members(path)
+    except BadValueError as problem:
+        raise InputError(f"manifest {problem}") from None
+    rows: dict[str, dict[str, str]] = {}
+    for member in found:
+        folder, slash, base = member.rpartition("/")
+        key, _, ending = base.partition(".")
+        rows.setdefault(f"{folder}{slash}{key}", {})[ending.lower()] = member
+    for number, (key, files) in enumerate(rows.items(), 1):
+        try:
+            yield Entry(number, key, _tar_row(path, key, files, found, prompt_column))
+        except ValueError as problem:
+            yield Entry(number, key, error=f"{key}: {problem}")
+
+
+def _tar_row(
+    path: Path, key: str, files: dict[str, str], found: Mapping, prompt_column: str | None
+) -> dict:
+    def text(ending: str) -> str:
+        member = found[files[ending]]
+        if member.size > MAX_LINE_BYTES:
+            raise BadValueError(f"its .{ending} file is longer than 1 MiB")
+        with path.open("rb") as file:
+            file.seek(member.offset)
+            return _decode(file.read(member.size))
+
+    values = {"id": key}
+    image = next((files[each] for each in IMAGE_ENDINGS if each in files), None)
+    if image is not None:
+        values["image"] = f"{path.name}{archives.MARK}{image}"
+    if "json" in files:
+        record = JSON.decode(text("json"))
+        values["record"] = record
+        said = record if isinstance(record, dict) else {}
+        meaning = columns.meaning(tuple(said), prompt_column)
+        values |= {m: said[c] for c, m in meaning.items() if m == "prompt"}
+    if "txt" in files and prompt_column is None:
+        values["prompt"] = _without_newline(text("txt"))
+    return values
+
+
 READERS = {
     "jsonl": _read_jsonl,
     "ndjson": _read_jsonl,
@@ -204,6 +253,7 @@ READERS = {
     "tsv": _read_tsv,
     "parquet": _read_parquet,
     "txt": _read_text,
+    "tar": _read_tar,
 }
 
 
