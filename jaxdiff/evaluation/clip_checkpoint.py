@@ -18,6 +18,7 @@ from jaxdiff.checkpoint.tokenizer_files import check_tokenizer
 from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.errors import InputError
 from jaxdiff.families.components import BUFFER
+from jaxdiff.images.clip_pixels import MEAN, STD
 from jaxdiff.models import config as config_json
 from jaxdiff.models.text.clip import OLD_EOS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
@@ -30,8 +31,6 @@ SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PROBE = "tokenizer_config.json"  # in every repository of either kind
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, the default in OpenCLIP's configs
-STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3  # Pillow's number
 LARGEST = 2**20  # limit on a config's numbers, which are used before any weight is checked
 # The keys of OpenCLIP's configs with their defaults, and the corresponding fields of our configs.

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from PIL import Image
 from transformers import CLIPTokenizer
 
 from jaxdiff.devices import compilation, parallel
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import clip_checkpoint
 from jaxdiff.families.tokenizers.clip import chunked_tokens, read_tokenizer
+from jaxdiff.images.clip_pixels import centre_of_resized
 from jaxdiff.models.text.clip import OLD_EOS, SHARDING, CLIPModel
 from jaxdiff.weights.load import abstract_network, open_network
 
@@ -171,21 +171,6 @@ def _batches(rows: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     rows = iter(rows)
     while batch := list(islice(rows, size)):
         yield np.stack(batch)
-
-
-def centre_of_resized(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes and center-crops uint8 [height, width, 3] to CLIP's input, uint8 [size, size, 3].
-
-    Like `CLIPImageProcessor`, resizes the shortest side to `size` with Pillow's antialiased bicubic
-    filter, then crops the center. OpenCLIP's torchvision differs by one pixel where an odd number
-    of pixels is cropped.
-    """
-    height, width, _ = image.shape
-    shortest = min(height, width)
-    new_height, new_width = size * height // shortest, size * width // shortest
-    resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
-    top, left = (new_height - size) // 2, (new_width - size) // 2
-    return np.asarray(resized)[top : top + size, left : left + size]
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:

@@ -3,6 +3,9 @@
 Attribute names match the checkpoint's keys, so loading needs no table per model.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +58,19 @@ def group_norm(channels: int, groups: int, epsilon: float, *, rngs: nnx.Rngs) ->
     )
 
 
+class ImagePrompt(NamedTuple):
+    """What an image adds to a cross-attention (Ye et al., 2023, arXiv:2308.06721, section 3.2.2).
+
+    Attributes:
+      key, value: [batch, image tokens, width], projected; of the queries' dtype.
+      scale: float [batch], of the attention to them; 0 adds nothing.
+    """
+
+    key: Array
+    value: Array
+    scale: Array
+
+
 class Attention(nnx.Module):
     """Multi-head attention of `query` tokens over `context` tokens (or over themselves)."""
 
@@ -68,14 +84,25 @@ class Attention(nnx.Module):
         self.to_v = nnx.Linear(context_width, width, use_bias=qkv_bias, rngs=rngs)
         self.to_out = nnx.List([nnx.Linear(width, width, rngs=rngs)])
 
-    def __call__(self, x: Array, context: Array | None = None, mask: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        context: Array | None = None,
+        mask: Array | None = None,
+        prompts: Sequence[ImagePrompt] = (),
+    ) -> Array:
         """Maps [batch, tokens, width] and [batch, context tokens, context width] to x's shape.
 
-        The mask is that of `attend`.
+        The mask is that of `attend`. The same queries also attend to each of the image prompts, by
+        a softmax of its own.
         """
         context = x if context is None else context
         query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out[0](attention(query, key, value, self.num_heads, mask=mask))
+        mixed = attention(query, key, value, self.num_heads, mask=mask)
+        for key, value, scale in prompts:
+            seen = attention(query, key, value, self.num_heads)
+            mixed = mixed + scale[:, None, None].astype(seen.dtype) * seen
+        return self.to_out[0](mixed)
 
 
 class ResnetBlock2D(nnx.Module):

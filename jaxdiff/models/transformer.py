@@ -3,11 +3,14 @@
 Rombach et al., 2022, arXiv:2112.10752, section 3.3 and appendix E.2.1.
 """
 
+from collections.abc import Sequence
+from itertools import repeat
+
 from flax import nnx
 from jax import Array
 
 from jaxdiff.models.feed_forward import FeedForward
-from jaxdiff.models.layers import Attention, conv, group_norm
+from jaxdiff.models.layers import Attention, ImagePrompt, conv, group_norm
 
 
 class BasicTransformerBlock(nnx.Module):
@@ -21,10 +24,13 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.ff = FeedForward(width, gated=True, rngs=rngs)
 
-    def __call__(self, x: Array, context: Array) -> Array:
-        """Maps [batch, h w, width] and [batch, tokens, context width] to x's shape."""
+    def __call__(self, x: Array, context: Array, prompts: Sequence[ImagePrompt] = ()) -> Array:
+        """Maps [batch, h w, width] and [batch, tokens, context width] to x's shape.
+
+        The attention to the text also attends to the image prompts.
+        """
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), context, prompts=prompts)
         return x + self.ff(self.norm3(x))
 
 
@@ -57,10 +63,15 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = projection()
 
-    def __call__(self, x: Array, context: Array) -> Array:
-        """Maps [batch, h, w, channels] and [batch, tokens, context width] to x's shape."""
+    def __call__(
+        self, x: Array, context: Array, prompts: Sequence[Sequence[ImagePrompt]] | None = None
+    ) -> Array:
+        """Maps [batch, h, w, channels] and [batch, tokens, context width] to x's shape.
+
+        Each block has image prompts of its own; None for none.
+        """
         hidden = self.proj_in(self.norm(x))
         tokens = hidden.reshape(x.shape[0], -1, x.shape[-1])  # [b, h w, c]
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+        for block, own in zip(self.transformer_blocks, prompts or repeat(()), strict=False):
+            tokens = block(tokens, context, own)
         return x + self.proj_out(tokens.reshape(x.shape))

@@ -7,11 +7,14 @@ embedding; latent consistency models (Luo et al., 2023, arXiv:2310.04378) add th
 
 DeepCache (Ma et al., 2023, arXiv:2312.00858) is built in: the features of all but the outermost
 layers can be reused from an earlier evaluation. What ControlNets add (Zhang et al., 2023,
-arXiv:2302.05543) is an input of the network.
+arXiv:2302.05543) and the image prompts of IP-Adapters (Ye et al., 2023, arXiv:2308.06721) are
+inputs of the network.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +22,14 @@ from jax import Array
 
 from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.embeddings import EmbeddingMLP, sinusoids
-from jaxdiff.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv, group_norm
+from jaxdiff.models.layers import (
+    Downsample2D,
+    ImagePrompt,
+    ResnetBlock2D,
+    Upsample2D,
+    conv,
+    group_norm,
+)
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 from jaxdiff.models.transformer import Transformer2DModel
@@ -159,6 +169,19 @@ class UNetConfig(UNetEncoderConfig):
         self._check_types("up_block_types", self.up_block_types, UP_BLOCKS)
         super().__post_init__()
 
+    @property
+    def cross_attention_widths(self) -> tuple[int, ...]:
+        """The width of each attention to the text: of the down, then the up, then the mid block."""
+        depths = list(zip(self.block_out_channels, self.depths, strict=True))
+        down = zip(depths, map(DOWN_BLOCKS.get, self.down_block_types), strict=True)
+        up = zip(reversed(depths), map(UP_BLOCKS.get, self.up_block_types), strict=True)
+        widths = []
+        for blocks, layers in ((down, self.layers_per_block), (up, self.layers_per_block + 1)):
+            for (width, depth), attends in blocks:
+                widths += [width] * (layers * depth * attends)
+        width, depth = depths[-1]
+        return (*widths, *[width] * depth)
+
 
 def _resnets(widths: list[tuple[int, int]], config: UNetEncoderConfig, rngs: nnx.Rngs) -> nnx.List:
     return nnx.List(
@@ -201,6 +224,10 @@ def _transformers(
     )
 
 
+# The image prompts of a block: for each transformer, for each of its layers, those of each adapter.
+_Prompts = list[list[Sequence[ImagePrompt]]]
+
+
 class _Block(nnx.Module):
     """The common part of down and up blocks: residual blocks, each with its transformer."""
 
@@ -209,9 +236,11 @@ class _Block(nnx.Module):
         self.resnets = _resnets(widths, config, rngs)
         self.attentions = _transformers(widths, num_heads, depth, config, rngs)
 
-    def layer(self, i: int, x: Array, time_embedding: Array, context: Array) -> Array:
+    def layer(self, i: int, x: Array, time_embedding, context, prompts: _Prompts | None) -> Array:
         x = call(self.resnets[i], x, time_embedding, remat=self.remat)
-        return call(self.attentions[i], x, context, remat=self.remat) if self.attentions else x
+        if not self.attentions:
+            return x
+        return call(self.attentions[i], x, context, prompts and prompts[i], remat=self.remat)
 
 
 class _DownBlock(_Block):
@@ -221,11 +250,13 @@ class _DownBlock(_Block):
             [Downsample2D(widths[-1][1], (1, 1), rngs=rngs)] if downsample else []
         )
 
-    def __call__(self, x: Array, time_embedding: Array, context: Array) -> list[Array]:
+    def __call__(
+        self, x: Array, time_embedding, context, prompts: _Prompts | None = None
+    ) -> list[Array]:
         """Returns the feature map of every layer; the last is the block's output."""
         outputs = []
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, time_embedding, context)
+            x = self.layer(i, x, time_embedding, context, prompts)
             outputs.append(x)
         return outputs + [downsample(x) for downsample in self.downsamplers]
 
@@ -237,9 +268,9 @@ class _MidBlock(nnx.Module):
         self.resnets = _resnets([same] * 2, config, rngs)
         self.attentions = _transformers([same], config.heads[-1], config.depths[-1], config, rngs)
 
-    def __call__(self, x: Array, time_embedding: Array, context: Array) -> Array:
+    def __call__(self, x: Array, time_embedding, context, prompts: _Prompts | None = None) -> Array:
         x = call(self.resnets[0], x, time_embedding, remat=self.remat)
-        x = call(self.attentions[0], x, context, remat=self.remat)
+        x = call(self.attentions[0], x, context, prompts and prompts[0], remat=self.remat)
         return call(self.resnets[1], x, time_embedding, remat=self.remat)
 
 
@@ -249,12 +280,18 @@ class _UpBlock(_Block):
         self.upsamplers = nnx.List([Upsample2D(widths[-1][1], rngs=rngs)] if upsample else [])
 
     def __call__(
-        self, x: Array, skips: list[Array], time_embedding, context, layers: slice = slice(None)
+        self,
+        x: Array,
+        skips: list[Array],
+        time_embedding: Array,
+        context: Array,
+        layers: slice = slice(None),
+        prompts: _Prompts | None = None,
     ) -> Array:
         """Runs the layers, each of which pops a feature map off `skips`; more may be left over."""
         for i in range(len(self.resnets))[layers]:
             x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = self.layer(i, x, time_embedding, context)
+            x = self.layer(i, x, time_embedding, context, prompts)
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[1:3])
         return x
@@ -332,22 +369,44 @@ class UNetEncoder(nnx.Module):
             embedded = embedded + self.add_embedding(added)
         return embedded
 
-    def encode(self, x: Array, time_embedding: Array, context: Array) -> tuple[list[Array], Array]:
+    def encode(
+        self,
+        x: Array,
+        time_embedding: Array,
+        context: Array,
+        down_prompts: Sequence[_Prompts] | None = None,
+        mid_prompts: _Prompts | None = None,
+    ) -> tuple[list[Array], Array]:
         """Runs the down and mid blocks.
 
         Args:
           x: [batch, h, w, first width], the output of the first convolution.
           time_embedding: [batch, time width], of `embedded`.
           context: [batch, tokens, cross attention dim].
+          down_prompts, mid_prompts: the image prompts of each down block and of the mid block; for
+            each transformer, for each of its layers, one of each adapter. None for none.
 
         Returns:
           the skips, which begin with x: feature maps [batch, h_i, w_i, c_i] with the widths
           `skip_widths`; and the mid block's output, [batch, h_last, w_last, c_last].
         """
         skips = [x]
-        for block in self.down_blocks:
-            skips += block(skips[-1], time_embedding, context)
-        return skips, self.mid_block(skips[-1], time_embedding, context)
+        for block, prompts in zip(self.down_blocks, down_prompts or repeat(None), strict=False):
+            skips += block(skips[-1], time_embedding, context, prompts)
+        return skips, self.mid_block(skips[-1], time_embedding, context, mid_prompts)
+
+
+class _Dealt(NamedTuple):
+    """The image prompts of each down block, of each up block and of the mid block."""
+
+    down: list[_Prompts] | None
+    up: list[_Prompts | None]
+    mid: _Prompts | None
+
+
+def _prompts_of(block: _Block | _MidBlock, left: Iterator[Sequence[ImagePrompt]]) -> _Prompts:
+    """Takes those of a block off what is left."""
+    return [[next(left) for _ in each.transformer_blocks] for each in block.attentions]
 
 
 class UNet2DConditionModel(UNetEncoder):
@@ -391,6 +450,7 @@ class UNet2DConditionModel(UNetEncoder):
         time_ids: Array | None = None,
         guidance_scale: Array | None = None,
         residuals: tuple[list[Array], Array] | None = None,
+        image_prompts: Sequence[Sequence[ImagePrompt]] | None = None,
     ) -> Array:
         """Evaluates the denoiser once.
 
@@ -409,12 +469,15 @@ class UNet2DConditionModel(UNetEncoder):
             the order of `skip_widths` (or [batch, 1, 1, c_i]), and to the mid block's output; of
             the latents' dtype. A ControlNet computes them (Zhang et al., section 3.2); those of
             several are summed. None adds nothing.
+          image_prompts: for each attention to the text, in the order of `cross_attention_widths`,
+            what it attends to besides: an item of each IP-Adapter. None for no images.
 
         Returns:
           [batch, h, w, out channels].
         """
         conditions = {"pooled": pooled, "time_ids": time_ids, "guidance_scale": guidance_scale}
-        return self.evaluate(latents, timesteps, context, **conditions, residuals=residuals)[0]
+        added = {"residuals": residuals, "image_prompts": image_prompts}
+        return self.evaluate(latents, timesteps, context, **conditions, **added)[0]
 
     def evaluate(
         self,
@@ -427,15 +490,17 @@ class UNet2DConditionModel(UNetEncoder):
         time_ids: Array | None = None,
         guidance_scale: Array | None = None,
         residuals: tuple[list[Array], Array] | None = None,
+        image_prompts: Sequence[Sequence[ImagePrompt]] | None = None,
     ) -> tuple[Array, Array]:
         """Evaluates the denoiser and also returns features that a later evaluation can reuse.
 
         Args:
-          latents, timesteps, context, pooled, time_ids, guidance_scale, residuals: as for
-            `__call__`.
+          latents, timesteps, context, pooled, time_ids, guidance_scale, residuals, image_prompts:
+            as for `__call__`.
           deep: the second result for the same batch at a nearby timestep; with it, only the first
             convolution and the last layer of the up blocks are computed (Ma et al., figure 3),
-            and only the first of the residuals is used. None computes everything.
+            and only the first of the residuals and that layer's image prompts are used. None
+            computes everything.
 
         Returns:
           [batch, h, w, out channels]; and `deep`, the input of the last layer of the up blocks
@@ -452,22 +517,37 @@ class UNet2DConditionModel(UNetEncoder):
             ).astype(latents.dtype)
         time_embedding = self.embedded(timesteps, pooled, time_ids, latents.dtype, condition)
         entry = self.conv_in(latents)
+        prompts = self._dealt(image_prompts)
         if deep is None:
-            deep = self._deep(entry, time_embedding, context, residuals)
+            deep = self._deep(entry, time_embedding, context, residuals, prompts)
         if residuals is not None:
             entry = entry + residuals[0][0]
         last = slice(-1, None)
-        x = self.up_blocks[-1](deep, [entry], time_embedding, context, last)
+        x = self.up_blocks[-1](deep, [entry], time_embedding, context, last, prompts.up[-1])
         return self.conv_out(nnx.silu(self.conv_norm_out(x))), deep
 
-    def _deep(self, x: Array, time_embedding: Array, context: Array, residuals) -> Array:
+    def _dealt(self, prompts: Sequence[Sequence[ImagePrompt]] | None) -> _Dealt:
+        if prompts is None:
+            return _Dealt(None, [None] * len(self.up_blocks), None)
+        wanted = len(self.config.cross_attention_widths)
+        if len(prompts) != wanted:
+            raise ValueError(f"image prompts for {len(prompts)} attentions, but there are {wanted}")
+        left = iter(prompts)
+        down = [_prompts_of(block, left) for block in self.down_blocks]
+        up = [_prompts_of(block, left) for block in self.up_blocks]
+        return _Dealt(down, up, _prompts_of(self.mid_block, left))
+
+    def _deep(
+        self, x: Array, time_embedding: Array, context: Array, residuals, prompts: _Dealt
+    ) -> Array:
         """Computes everything between the first convolution and the last layer of the up blocks."""
-        skips, x = self.encode(x, time_embedding, context)
+        skips, x = self.encode(x, time_embedding, context, prompts.down, prompts.mid)
         if residuals is not None:
             added, to_mid = residuals
             skips = [skip + each for skip, each in zip(skips, added, strict=True)]
             x = x + to_mid
-        *blocks, last = self.up_blocks
-        for block in blocks:
-            x = block(x, skips, time_embedding, context)
-        return last(x, skips, time_embedding, context, slice(-1))
+        *blocks, last = zip(self.up_blocks, prompts.up, strict=True)
+        for block, own in blocks:
+            x = block(x, skips, time_embedding, context, prompts=own)
+        block, own = last
+        return block(x, skips, time_embedding, context, slice(-1), own)

@@ -1,6 +1,6 @@
 """CLIP's text and image encoders (Radford et al., 2021, arXiv:2103.00020).
 
-Evaluation uses both together: `CLIPModel`.
+Evaluation uses both together: `CLIPModel`. IP-Adapters use the second alone.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,10 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
 FIXED = {"model_type": "clip_text_model"}
+IMAGE_ENCODER_FIXED = {
+    "architectures": ["CLIPVisionModelWithProjection"],
+    "model_type": "clip_vision_model",
+}
 # The end token in configs from before transformers 4.31, even if the vocabulary has another.
 OLD_EOS = 2
 # Keys that transformers also writes, but that do not change the hidden states.
@@ -95,6 +99,17 @@ class CLIPVisionConfig:
             raise ValueError(f"num_channels = {self.num_channels} is not supported (only 3 is)")
         if self.patch_size > self.image_size:
             raise ValueError(f"patch_size = {self.patch_size} is larger than the image")
+
+
+@dataclass(frozen=True)
+class CLIPImageEncoderConfig(CLIPVisionConfig, ComponentConfig):
+    """The fields of `image_encoder/config.json` that shape the network."""
+
+    component = "image_encoder"
+    fixed = IMAGE_ENCODER_FIXED
+    ignored = IGNORED
+
+    projection_dim: int = 512
 
 
 @dataclass(frozen=True)
@@ -254,7 +269,8 @@ class _VisionEmbeddings(nnx.Module):
         batch, rows, columns, width = patches.shape
         first = jnp.broadcast_to(self.class_embedding[...], (batch, 1, width))
         tokens = jnp.concatenate([first, patches.reshape(batch, rows * columns, width)], axis=1)
-        return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))
+        positions = self.position_embedding(jnp.arange(tokens.shape[1]))
+        return tokens + positions.astype(tokens.dtype)
 
 
 class CLIPVisionModel(nnx.Module):
@@ -269,8 +285,37 @@ class CLIPVisionModel(nnx.Module):
 
     def __call__(self, images: Array) -> Array:
         """Returns the pooled vectors [batch, hidden size] of normalised images [batch, h, w, 3]."""
-        states = self.encoder(self.pre_layrnorm(self.embeddings(images)))
-        return self.post_layernorm(states[-1][:, 0])
+        return self.post_layernorm(self.states(images)[-1][:, 0])
+
+    def states(self, images: Array) -> list[Array]:
+        """Returns the input of the first layer and the output of every layer.
+
+        Each is [batch, 1 + patches, hidden size]; the class token is the first.
+        """
+        return self.encoder(self.pre_layrnorm(self.embeddings(images)))
+
+
+class CLIPVisionModelWithProjection(nnx.Module):
+    """The image encoder of an IP-Adapter.
+
+    With both methods, images are [batch, size, size, 3], `size` being the config's `image_size`:
+    resized, cropped and normalised as `images/clip_pixels.py` does it.
+    """
+
+    def __init__(self, config: CLIPImageEncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.vision_model = CLIPVisionModel(config, rngs=rngs)
+        self.visual_projection = nnx.Linear(
+            config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs
+        )
+
+    def __call__(self, images: Array) -> Array:
+        """Returns the vectors of images, [batch, projection dim], not normalised."""
+        return self.visual_projection(self.vision_model(images))
+
+    def penultimate(self, images: Array) -> Array:
+        """Returns the last layer's input, [batch, 1 + patches, hidden size], without a norm."""
+        return self.vision_model.states(images)[-2]
 
 
 class CLIPModel(nnx.Module):
