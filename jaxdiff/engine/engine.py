@@ -27,6 +27,7 @@ from jaxdiff.engine.images import ImageEncoder
 from jaxdiff.engine.program import AXES, Inputs, Weights, sample_pixels
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble, Steps, open_ensemble
+from jaxdiff.families.model import Inpainting
 from jaxdiff.images import loading, pasting, preprocessing
 from jaxdiff.request import (
     IMAGE_FIELDS,
@@ -344,9 +345,10 @@ class TextToImage:
         struct = jax.ShapeDtypeStruct
         shape = (slots, *self._latent_shape(request))
         each = [denoiser.abstract_conditioning(slots, first) for denoiser in self._denoisers]
+        more = self._inpainting.channels if self._inpainting else 0
         latents, mask, channels = (
             struct((*shape[:-1], count), np.float32, sharding=first)
-            for count in (shape[-1], 1, self._channels)
+            for count in (shape[-1], 1, more)
         )
         brings = self._brings(request)
         return Inputs(
@@ -378,7 +380,7 @@ class TextToImage:
             self._latent_shape(batch[0]),
             self.options.noise,
             steps.draws,
-            before=int(brings.start or brings.kept),
+            before=int(brings.encodes_first),
             after=int(brings.kept or brings.channels),
         )
         fresh_noise = noise.fresh
@@ -415,13 +417,15 @@ class TextToImage:
 
     def _brings(self, request: Request) -> "_Brings":
         """Returns what the image of a resolved request gives to the program."""
-        bucket = request.bucket
+        bucket, inpainting = request.bucket, self._inpainting
         if bucket.strength is None:
-            return _Brings(False, False, False)
+            return _Brings()
         # A network for inpainting sees what is kept; to others it is given back after each step.
-        channels = bucket.masked and self._channels > 0
+        channels = bucket.masked and inpainting is not None
         start = bucket.strength < 1 or not bucket.masked  # as in diffusers
-        return _Brings(start, bucket.masked and not channels, channels)
+        kept = bucket.masked and not channels
+        first = start or kept or (channels and inpainting.encodes_image)
+        return _Brings(start, kept, channels, first)
 
     def _of_images(self, batch: list[Request], brings: "_Brings", noise: Array | None) -> dict:
         """Returns the inputs that come from images, by name.
@@ -433,22 +437,21 @@ class TextToImage:
         images = [request.image for request in batch]
         if brings.kept or brings.channels:
             masks = np.stack([request.mask_image for request in batch])
-            factor = self._codec.factor
-            latent_masks = masks[:, ::factor, ::factor, None].astype(np.float32)
         if brings.start or brings.kept:
             latents = self._encode(params, images, noise[0])
         if brings.start:
             found["start"] = latents
         if brings.kept:
-            found["kept"] = Kept(latents, latent_masks)
+            factor = self._codec.factor
+            found["kept"] = Kept(latents, masks[:, ::factor, ::factor, None].astype(np.float32))
         if brings.channels:
-            seen = self._encode(params, images, noise[-1], hidden=masks)
-            found["channels"] = jnp.concatenate([latent_masks, seen], axis=-1)
+            hidden = self._encode(params, images, noise[-1], hidden=masks)
+            found["channels"] = self._inpainting.join(jnp.asarray(masks, jnp.float32), hidden)
         return found
 
     @property
-    def _channels(self) -> int:
-        return self._denoisers[0].model.denoiser.channels
+    def _inpainting(self) -> Inpainting | None:
+        return self._denoisers[0].model.denoiser.inpainting
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         factor = self._codec.factor
@@ -484,11 +487,16 @@ class TextToImage:
 
 
 class _Brings(NamedTuple):
-    """Which of the inputs that come from images a request has; see `Inputs`."""
+    """Which of the inputs that come from images a request has; see `Inputs`.
 
-    start: bool
-    kept: bool
-    channels: bool
+    Attributes:
+      encodes_first: whether noise for an image's latents is drawn before that of the first step.
+    """
+
+    start: bool = False
+    kept: bool = False
+    channels: bool = False
+    encodes_first: bool = False
 
 
 def _without_memory(problem: jax.errors.JaxRuntimeError) -> int:

@@ -26,6 +26,7 @@ FAMILIES: dict[str, Family] = {  # by the pipeline's class in diffusers
     **dict.fromkeys(XL_PIPELINES, STABLE_DIFFUSION_XL),
     **PIXART,
     flux.PIPELINE: flux.FLUX,
+    flux.FILL_PIPELINE: flux.FLUX_FILL,
     stable_diffusion_3.PIPELINE: stable_diffusion_3.STABLE_DIFFUSION_3,
     z_image.PIPELINE: z_image.Z_IMAGE,
     flux2.PIPELINE: flux2.FLUX_2,

@@ -1,4 +1,4 @@
-"""FLUX.1 dev and schnell: a flow transformer with T5 and CLIP text encoders.
+"""FLUX.1 dev, schnell and Fill: a flow transformer with T5 and CLIP text encoders.
 
 See Black Forest Labs' code and report, 2025, arXiv:2506.15742.
 """
@@ -18,10 +18,11 @@ from jaxdiff.families.tokenizers.openers import by_encoder, clip_tokenizer, t5_t
 from jaxdiff.families.transformer import Defaults, kl_decoder_operations, kohya_names
 
 PIPELINE = "FluxPipeline"
+FILL_PIPELINE = "FluxFillPipeline"  # for inpainting
 PATCH = 2  # latents along each side of a token
 SAMPLE_SIZE = 128  # latents along each side of an image, in all published models
 TOKENS = 512  # of T5
-DEV, SCHNELL = (28, 3.5), (4, 1.0)  # steps and guidance scale
+DEV, SCHNELL, FILL = (28, 3.5), (4, 1.0), (50, 30.0)  # steps and guidance scale
 ONCE_AN_IMAGE = ("time_text_embed.", ".norm1.linear.", ".norm1_context.linear.", ".norm.linear.")
 OF_THE_TEXT = ("context_embedder.", ".add_", ".to_add_out.", ".ff_context.")
 OF_BOTH = "single_transformer_blocks."
@@ -34,12 +35,12 @@ def defaults(checkpoint: Checkpoint) -> Defaults:
       InputError: if a config gives no usable value.
     """
     is_dev = checkpoint.config("transformer").get("guidance_embeds", False) is True
-    steps, guidance_scale = config_values.steps_and_guidance(
-        checkpoint, *(DEV if is_dev else SCHNELL)
-    )
+    fills = checkpoint.pipeline == FILL_PIPELINE
+    usual = FILL if fills else DEV if is_dev else SCHNELL
+    steps, guidance_scale = config_values.steps_and_guidance(checkpoint, *usual)
     factor = config_values.kl_factor(checkpoint)
     return Defaults(
-        name=f"FLUX.1 {'dev' if is_dev else 'schnell'}",
+        name=f"FLUX.1 {'Fill' if fills else 'dev' if is_dev else 'schnell'}",
         size=(SAMPLE_SIZE * factor,) * 2,
         size_multiple=PATCH * factor,
         factor=factor,
@@ -70,10 +71,10 @@ def _operations(checkpoint: Checkpoint, height: int, width: int, tokens: int) ->
     return counted, counted
 
 
-def _networks():
+def _networks(*, inpaints: bool):
     from jaxdiff.families import flux_model
 
-    return flux_model.networks(patch=PATCH, sample_size=SAMPLE_SIZE)
+    return flux_model.networks(patch=PATCH, sample_size=SAMPLE_SIZE, inpaints=inpaints)
 
 
 FLUX = Family(
@@ -93,5 +94,10 @@ FLUX = Family(
     ),
     kohya_names=partial(kohya_names, (original.names, xlabs_names)),
     doors=lambda checkpoint: Doors(strength=0.6, masked_strength=0.6),
-    networks=_networks,
+    networks=partial(_networks, inpaints=False),
+)
+FLUX_FILL = replace(
+    FLUX,
+    doors=lambda checkpoint: Doors(strength=1.0, masked_strength=1.0, needed=True),
+    networks=partial(_networks, inpaints=True),
 )

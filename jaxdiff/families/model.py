@@ -42,6 +42,22 @@ class Network(NamedTuple):
     sharding: Rules
 
 
+class Inpainting(NamedTuple):
+    """The channels that tell a network for inpainting what to keep.
+
+    Attributes:
+      channels: their number.
+      join: maps masks, float32 [b, height, width] in pixels, 1 where the image is painted, and the
+        latents of the image with these parts hidden, [b, h, w, c], to the channels, [b, h, w, ...].
+      encodes_image: whether diffusers draws noise for the latents of the whole image, too, before
+        that of the first step, even where they are not used.
+    """
+
+    channels: int
+    join: Callable[[Array, Array], Array]
+    encodes_image: bool = False
+
+
 class Denoiser(NamedTuple):
     """The network that removes noise.
 
@@ -57,8 +73,7 @@ class Denoiser(NamedTuple):
       fixed: options of every call of the network's module.
       guidance_is_input: whether `evaluate` needs the guidance scale.
       norm_patch: as in `guidance.guide`.
-      channels: how many channels besides the latents the network takes: a mask and the latents of
-        what it leaves out, in networks for inpainting.
+      inpainting: what a network for inpainting takes besides the latents; None for others.
     """
 
     component: str
@@ -68,7 +83,7 @@ class Denoiser(NamedTuple):
     fixed: Mapping[str, Any] = MappingProxyType({})
     guidance_is_input: bool = False
     norm_patch: int | None = None
-    channels: int = 0
+    inpainting: Inpainting | None = None
 
 
 class Control(NamedTuple):

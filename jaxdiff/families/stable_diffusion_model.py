@@ -13,7 +13,7 @@ from jax import Array
 from jaxdiff.checkpoint.original.ldm import names
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
-from jaxdiff.families.model import Control, Denoiser, Model, Network, Params, Text
+from jaxdiff.families.model import Control, Denoiser, Inpainting, Model, Network, Params, Text
 from jaxdiff.families.networks import codec
 from jaxdiff.models import controlnet, unet
 from jaxdiff.models.codecs import autoencoder_kl
@@ -108,10 +108,20 @@ def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
             sample_size=unet_config.sample_size,
             size_multiple=unet_config.factor,
             evaluate=partial(_evaluate, networks["unet"].graph),
-            channels=unet_config.in_channels - vae.latent_channels,
+            inpainting=_inpainting(unet_config, vae),
         ),
         codec=codec(networks["vae"], vae, vae.latent_channels),
     )
+
+
+def _inpainting(unet_config: unet.UNetConfig, vae) -> Inpainting | None:
+    channels = unet_config.in_channels - vae.latent_channels
+    return Inpainting(channels, partial(_join, vae.factor)) if channels else None
+
+
+def _join(factor: int, masks: Array, hidden: Array) -> Array:
+    """Returns the mask, of the first pixel of each latent, and the masked image's latents."""
+    return jnp.concatenate([masks[:, ::factor, ::factor, None], hidden], axis=-1)
 
 
 def check_fit(configs: Mapping, index: Mapping) -> None:

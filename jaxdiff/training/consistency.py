@@ -77,7 +77,7 @@ def task(recipe: ConsistencyRecipe) -> Task:
     teacher = load_model(recipe.model)
     for bad, what in (
         (teacher.model.denoiser.guidance_is_input, "is already distilled"),
-        (teacher.model.denoiser.channels > 0, "is for inpainting"),
+        (teacher.model.denoiser.inpainting is not None, "is for inpainting"),
         (
             teacher.prediction_type == "flow",
             "is trained by flow matching, which DDIM cannot sample",

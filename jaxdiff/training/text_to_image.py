@@ -52,7 +52,7 @@ def task(
         raise InputError(
             "the denoiser is distilled: it takes the guidance scale as an input; train its teacher"
         )
-    if parts.model.denoiser.channels:
+    if parts.model.denoiser.inpainting is not None:
         raise InputError(
             "the denoiser is for inpainting; training those is not built: train a model without "
             "the channels for a mask"

@@ -12,7 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 
 import families  # noqa: E402  (beside this file)
 from PIL import Image  # noqa: E402
-from test_images_in import PROMPTS, SIZE, mask, picture  # noqa: E402
+from test_image_pipelines import PROMPTS, SIZE, mask, picture  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 

@@ -128,6 +128,18 @@ def _flux(guidance_embeds: bool, scheduler: Mapping) -> diffusers.FluxPipeline:
     )
 
 
+def _flux_fill() -> diffusers.FluxFillPipeline:
+    """FLUX.1 dev whose transformer also takes masked latents and a mask of 64 pixels a latent."""
+    parts = _flux(True, FLUX_DEV_SCHEDULER).components
+    network = diffusers.FluxTransformer2DModel(
+        **{**FLUX, "in_channels": 64 + 64 + 256, "out_channels": 64}, guidance_embeds=True
+    )
+    names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler")
+    return diffusers.FluxFillPipeline(
+        transformer=_randomised(network), **{name: parts[name] for name in names}
+    )
+
+
 def _stable_diffusion_3(with_t5: bool, **config) -> diffusers.StableDiffusion3Pipeline:
     t5 = transformers.T5EncoderModel(transformers.T5Config(**{**T5, "d_model": 64}))
     clips = [
@@ -343,10 +355,14 @@ FAMILIES: Mapping[str, Callable[[], diffusers.DiffusionPipeline]] = {
 }
 
 
+INPAINTING = {"inpainting FLUX.1": _flux_fill}
+
+
 def save(name: str, directory: Path) -> Path:
-    """Writes the small checkpoint of a family of `FAMILIES`; returns the directory."""
-    torch.manual_seed(sorted(FAMILIES).index(name))
-    FAMILIES[name]().save_pretrained(directory)
+    """Writes the small checkpoint of a family of the tables above; returns the directory."""
+    every = FAMILIES | INPAINTING
+    torch.manual_seed(sorted(every).index(name))
+    every[name]().save_pretrained(directory)
     return directory
 
 

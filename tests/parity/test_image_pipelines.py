@@ -25,6 +25,7 @@ TRANSFORMERS = {  # their pipelines for images, and for masks
     "Stable Diffusion 3": ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     "Qwen-Image": ("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
     "Z-Image": ("ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+    "inpainting FLUX.1": (None, "FluxFillPipeline"),
 }
 U_NETS = {
     "SD 1.5": ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
@@ -156,7 +157,9 @@ def their_pixels(pipeline, family, request) -> np.ndarray:
     return np.asarray(pipeline(**words).images[0]).astype(int)
 
 
-@pytest.mark.parametrize("family", ["SD 1.5", "SD 2.1", "SDXL", *TRANSFORMERS])
+@pytest.mark.parametrize(
+    "family", [name for name, (images, _) in (U_NETS | TRANSFORMERS).items() if images]
+)
 def test_images_to_images(assert_same, family):
     """With the pipeline's own strength."""
     assert_same(family, steps=6)
@@ -179,6 +182,10 @@ def test_strengths_of_flow_matching(assert_same, family, strength):
 def test_masks(assert_same, family):
     """With the pipeline's own strength."""
     assert_same(family, masked=True)
+
+
+def test_a_flow_model_for_inpainting_from_an_image(assert_same):
+    assert_same("inpainting FLUX.1", masked=True, strength=0.6, steps=5)
 
 
 @pytest.mark.parametrize("sampler", ["pndm", "heun", "euler_ancestral", "unipc"])
