@@ -60,6 +60,9 @@ class Request:
       controlnet_conditioning_scale: how strongly each of them steers, or one number for all.
       control_guidance_start, control_guidance_end: the part of the steps in which they steer, as
         fractions from 0 to 1.
+      ip_adapter_image: an image prompt for each of the model's IP-Adapters, in any form of `image`;
+        for one adapter, it need not be in a list. Its middle square is seen.
+      ip_adapter_scale: how much each of them counts, or one number for all.
     """
 
     prompt: str
@@ -78,6 +81,8 @@ class Request:
     controlnet_conditioning_scale: float | tuple[float, ...] | None = None
     control_guidance_start: float | None = None
     control_guidance_end: float | None = None
+    ip_adapter_image: Any = None
+    ip_adapter_scale: float | tuple[float, ...] | None = None
 
     @property
     def bucket(self) -> Bucket:
@@ -125,8 +130,11 @@ IMAGE_FIELDS = {
     "controlnet_conditioning_scale": Field(checks.numbers_in, (0, 10), "numbers"),
     "control_guidance_start": Field(checks.number, (0, 1), "float64"),
     "control_guidance_end": Field(checks.number, (0, 1), "float64"),
+    "ip_adapter_image": Field(checks.texts, (), "strings"),
+    "ip_adapter_scale": Field(checks.numbers_in, (0, 10), "numbers"),
 }
-SOURCES = ("image", "mask_image", "control_image")
+SOURCES = ("image", "mask_image", "control_image", "ip_adapter_image")
+SCALES = ("controlnet_conditioning_scale", "ip_adapter_scale")
 # The columns of such requests in plans and records, with the names of their types.
 IMAGE_COLUMNS = {
     column: field.column
@@ -148,8 +156,9 @@ def to_columns(request: Request) -> dict:
             values[f"{name}_sha256"] = None
     if request.outpaint is not None:
         values["outpaint"] = ",".join(map(str, request.outpaint))
-    if request.controlnet_conditioning_scale is not None:
-        values["controlnet_conditioning_scale"] = list(request.controlnet_conditioning_scale)
+    for name in SCALES:
+        if values[name] is not None:
+            values[name] = list(values[name])
     return values
 
 
@@ -164,8 +173,9 @@ def from_columns(values: dict) -> Request:
             values[name] = tuple(map(Source, address, sha256))
     if values["outpaint"] is not None:
         values["outpaint"] = checks.margins("outpaint", values["outpaint"])
-    if values["controlnet_conditioning_scale"] is not None:
-        values["controlnet_conditioning_scale"] = tuple(values["controlnet_conditioning_scale"])
+    for name in SCALES:
+        if values[name] is not None:
+            values[name] = tuple(values[name])
     return Request(**values)
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxdiff import checks
-from jaxdiff.checkpoint import controlnet, lora
+from jaxdiff.checkpoint import lora
 from jaxdiff.checkpoint.checkpoint import BUNDLED
+from jaxdiff.checkpoint.controlnet import scaled
 from jaxdiff.dataset import settings
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.diffusion.samplers import SAMPLERS
@@ -24,8 +25,9 @@ A manifest is a text file with one prompt per line, or JSON Lines, CSV, TSV, Par
 (each may be gzipped). It has a column `prompt` and, optionally, id, negative_prompt, seed or seeds,
 num_images, width, height, steps, guidance_scale, sampler; to begin with another image: image,
 strength, mask_image, outpaint; for ControlNets: control_image, controlnet_conditioning_scale,
-control_guidance_start, control_guidance_end. Other columns are copied to the images' metadata. A
-manifest can also be several files, as a glob, or a folder of text files with one prompt each.
+control_guidance_start, control_guidance_end; for IP-Adapters: ip_adapter_image, ip_adapter_scale.
+Other columns are copied to the images' metadata. A manifest can also be several files, as a glob, a
+folder of text files with one prompt each, or a dataset of images.
 """
 EPILOG = """\
 example:
@@ -52,12 +54,11 @@ class Models:
     lora: tuple[str, ...] = ()
     base: str | None = None
     controlnet: tuple[str, ...] = ()
+    ip_adapter: tuple[str, ...] = ()
 
     def open(self) -> Ensemble:
         """Opens the models; raises InputError if one is missing or incomplete."""
-        return open_ensemble(
-            self.model, self.variant, self.refiner, self.lora, self.base, self.controlnet
-        )
+        return open_ensemble(**vars(self))
 
     def anywhere(self) -> "Models":
         """Returns the same models with absolute paths, for other working directories."""
@@ -65,13 +66,15 @@ class Models:
             f"{_absolute(file)}:{weight!r}" for file, weight in map(lora.parse, self.lora)
         )
         refiner, base = (model and _absolute(model) for model in (self.refiner, self.base))
-        nets = (controlnet.scaled(said, "--controlnet") for said in self.controlnet)
-        nets = tuple(f"{_absolute(path)}:{scale!r}" for path, scale in nets)
-        return Models(_absolute(self.model), self.variant, refiner, files, base, nets)
+        nets, adapters = (
+            tuple(f"{_absolute(path)}:{scale!r}" for path, scale in map(scaled, said))
+            for said in (self.controlnet, self.ip_adapter)
+        )
+        return Models(_absolute(self.model), self.variant, refiner, files, base, nets, adapters)
 
     def planned(self) -> dict:
-        """Returns the models as plans store them: earlier versions know no base or ControlNet."""
-        later = ("base", "controlnet")
+        """Returns the models as plans store them: earlier versions do not know all."""
+        later = ("base", "controlnet", "ip_adapter")
         return {name: said for name, said in vars(self).items() if name not in later or said}
 
 
@@ -272,6 +275,11 @@ HELP = {
             "DIR[:SCALE]",
             "a ControlNet that steers each image by the row's control_image; may be repeated",
         ),
+        "ip_adapter": (
+            "FILE[:SCALE]",
+            "an IP-Adapter (.safetensors, its image_encoder/ beside or above it), which makes the "
+            "row's ip_adapter_image a part of the prompt; may be repeated",
+        ),
         "limit": ("N", "generate only the first N images of the manifest"),
         "overwrite": (
             None,
@@ -387,7 +395,7 @@ HELP = {
 OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
 NAMES = (  # always text, even if it looks like a number
     *("manifest", "prompt_column", "image_root", "output", "model", "base", "variant", "refiner"),
-    *("lora", "controlnet", "profile"),
+    *("lora", "controlnet", "ip_adapter", "profile"),
 )
-REPEATED = ("lora", "controlnet")
+REPEATED = ("lora", "controlnet", "ip_adapter")
 FLAGS = tuple(name for name, value in OPTIONS.items() if value is None)

@@ -215,15 +215,21 @@ class ShardImages:
         """Returns an image's request with what it names read, or something else in its place."""
         try:
             settings = self._plan.settings
-            return loading.prepared(image.request, self._plan.image_root, settings.preprocess)
+            return loading.prepared(
+                image.request,
+                self._plan.image_root,
+                settings.preprocess,
+                self._model.prompt_sizes,
+            )
         except BadValueError as problem:
             self._unreadable[image.key] = str(problem)
-            return loading.blank(image.request)
+            return loading.blank(image.request, self._model.prompt_sizes)
 
     def _works(self, image: PlannedImage) -> bool:
         """Returns whether the model can make an image of an empty prompt, in its own size."""
         width, height = self._model.checkpoint.defaults.size
-        plain = loading.blank(replace(image.request, **NOTHING, width=width, height=height))
+        plain = replace(image.request, **NOTHING, width=width, height=height)
+        plain = loading.blank(plain, self._model.prompt_sizes)
         try:
             list(self._model.stream([plain], self._batch_size))
         except Exception:
@@ -239,7 +245,8 @@ class ShardImages:
         if image.request.bucket in sound:
             return
         try:
-            nothing = loading.blank(replace(image.request, **NOTHING))
+            nothing = replace(image.request, **NOTHING)
+            nothing = loading.blank(nothing, self._model.prompt_sizes)
             (plain,) = self._model.stream([nothing], self._batch_size)
         except Exception as problem:
             if _is_fatal(problem):

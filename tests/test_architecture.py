@@ -16,7 +16,7 @@ ALLOWED = {
     **dict.fromkeys(("images", "models", "diffusion", "worlds", "checkpoint"), "values"),
     "devices": "values checkpoint",
     "weights": "values checkpoint devices",
-    "families": "values checkpoint weights models diffusion",
+    "families": "values images checkpoint weights models diffusion",
     "engine": "values images checkpoint weights diffusion devices families",
     "dataset": "values images checkpoint diffusion devices families",
     "training": "values images checkpoint weights models diffusion worlds devices families engine "

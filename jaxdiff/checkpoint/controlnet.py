@@ -43,17 +43,17 @@ class ControlNetFiles:
         return fingerprint(self.files)
 
 
-def scaled(said: str, option: str) -> tuple[str, float]:
-    """Splits "DIR" or "DIR:SCALE" into the folder and the scale, 1 if it is left out.
+def scaled(said: str) -> tuple[str, float]:
+    """Splits "PATH" or "PATH:SCALE" into the path and the scale, 1 if it is left out.
 
     Raises:
-      InputError: naming the option, if the scale is no number from 0 to `MAX_SCALE`.
+      InputError: if the scale is no number from 0 to `MAX_SCALE`.
     """
     path, colon, scale = said.rpartition(":")
     if not colon or Path(said).exists() or "/" in scale:
         return said, 1.0
     try:
-        return path, checks.number(f"{option} {said}: the scale", scale, 0, MAX_SCALE)
+        return path, checks.number(f"{said}: the scale", scale, 0, MAX_SCALE)
     except checks.BadValueError as problem:
         raise InputError(str(problem)) from None
 

@@ -26,6 +26,7 @@ IMAGE_ENCODER = Component(
 )
 ENCODER, PUBLISHED = "image_encoder", ("models", "sdxl_models")
 FACE_ID = "image_proj.norm.weight"  # also in plain adapters
+FIRST_KEY = "ip_adapter.1.to_k_ip.weight"  # [attention width, context width]
 OUTPUT = "visual_projection.weight"  # of an image encoder: [projection dim, hidden size]
 
 
@@ -72,6 +73,11 @@ class IPAdapterFiles:
     encoder_tensors: dict[str, StoredTensor]
     files: dict[str, Path]
 
+    @property
+    def context_width(self) -> int:
+        """The width of the tokens that it makes of an image."""
+        return self.tensors[FIRST_KEY].shape[1]
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of every file that affects the pixels, independent of the path."""
@@ -103,8 +109,9 @@ def _open(said: str, path: Path) -> IPAdapterFiles:
     tensors = read_weights(ADAPTER, path)
     kind = _kind(path, tensors)
     first = KINDS[kind].first
-    if first not in tensors:
-        raise InputError(f"{path} has no {first}; copy it again")
+    for key in (first, FIRST_KEY):
+        if key not in tensors or len(tensors[key].shape) != 2:
+            raise InputError(f"{path} has no {key} of two axes; copy it again")
     encoder, encoder_tensors = _encoder(path, KINDS[kind], tensors[first])
     weights = {tensor.file.name: tensor.file for tensor in encoder_tensors.values()}
     config = encoder / CONFIG

@@ -135,7 +135,7 @@ def parameters(settings: dict) -> str:
 def _options(settings: dict) -> tuple[list[str], dict[str, str]]:
     """Returns an image's LoRAs, and the other options that its sampler uses."""
     sampler = settings["sampler"]
-    used = OPTION_CHECKS.keys() | SAMPLERS[sampler].config.keys() | {"controlnet"}
+    used = OPTION_CHECKS.keys() | SAMPLERS[sampler].config.keys() | {"controlnet", "ip_adapter"}
     if sampler == "euler":  # the only one of models trained by flow matching
         used |= FLOW_CONFIG.keys()
     if sampler != "ddim":

@@ -35,6 +35,8 @@ VERSION = 5
 PLAN_JSON = "plan.json"
 # Shared by the whole job, or not known yet.
 NOT_PLANNED = ("noise", "dtype", "options", "model", "sha256", "pixel_sha256")
+# The arguments of `jaxdiff.load` that name models.
+MODELS = ("model", "variant", "refiner", "lora", "base", "controlnet", "ip_adapter")
 ROW_GROUP_IMAGES = 4096  # at least, in whole shards; each row group adds metadata
 
 
@@ -143,9 +145,10 @@ class Plan:
             if option.name not in elsewhere and getattr(settings, option.name) != option.default
         ]
         changed += [f"lora={lora.parse(said).name}" for said in self.models.get("lora", ())]
-        for said in self.models.get("controlnet", ()):
-            path, scale = controlnet.scaled(said, "--controlnet")
-            changed.append(f"controlnet={Path(path).name}:{scale:g}")
+        for name in ("controlnet", "ip_adapter"):
+            for said in self.models.get(name, ()):
+                path, scale = controlnet.scaled(said)
+                changed.append(f"{name}={Path(path).name.removesuffix('.safetensors')}:{scale:g}")
         return ", ".join(changed + [settings.scheduler] * bool(settings.scheduler))
 
     @property
@@ -158,7 +161,7 @@ class Plan:
 BUCKET_COLUMNS = (
     *("width", "height", "steps", "guidance_scale", "sampler"),
     *("strength", "mask_image", "outpaint"),
-    *("control_image", "control_guidance_start", "control_guidance_end"),
+    *("control_image", "control_guidance_start", "control_guidance_end", "ip_adapter_image"),
 )
 
 
@@ -168,11 +171,12 @@ def example(
     mask_image: str | None = None,
     outpaint: str | None = None,
     control_image: int | None = None,
+    ip_adapter_image: int | None = None,
     **values,
 ) -> Request:
     """Returns a request without a prompt in the bucket of these values of `BUCKET_COLUMNS`.
 
-    Only whether there is a mask counts, and the number of control images; none can be read.
+    Only whether there is a mask counts, and the number of other images; none can be read.
     """
     masked = mask_image is not None or outpaint is not None
     nothing = Source("", "")
@@ -182,6 +186,7 @@ def example(
         strength=strength,
         mask_image=nothing if masked else None,
         control_image=(nothing,) * control_image if control_image else None,
+        ip_adapter_image=(nothing,) * ip_adapter_image if ip_adapter_image else None,
         **values,
     )
 
@@ -227,7 +232,8 @@ def _is_sound(plan: Plan) -> bool:
         and all(re.fullmatch(r"[0-9a-f]{32}", shard_id) for shard_id in plan.shard_ids)
         and all(re.fullmatch(r"[a-z]+-[0-9a-f]{16}\.[a-z]+", name) for name in plan.sha256)
         and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in plan.sha256.values())
-        and plan.models.keys() <= {*("model", "variant", "refiner", "lora", "base", "controlnet")}
+        and plan.models.keys()
+        <= {*("model", "variant", "refiner", "lora", "base", "controlnet", "ip_adapter")}
         and isinstance(plan.models["model"], str)
         and isinstance(plan.options, str)
         and isinstance(plan.manifest, str)

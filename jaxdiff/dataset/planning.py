@@ -37,7 +37,7 @@ from jaxdiff.diffusion import scheduler_config
 from jaxdiff.diffusion.samplers import SAMPLERS
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
-from jaxdiff.request import IMAGE_COLUMNS, Bucket, Request, field_checks
+from jaxdiff.request import IMAGE_COLUMNS, SOURCES, Bucket, Request, field_checks
 
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algorithm
@@ -328,7 +328,7 @@ class _Reader:
             raise BadValueError(reason)
         request = self.sources.pinned(self.with_images(request))
         row = replace(row, request=request)
-        self.takes_images |= request.image is not None or request.control_image is not None
+        self.takes_images |= any(getattr(request, name) is not None for name in SOURCES)
         first = self.place_of_id.setdefault(row.id, place)
         if columns.has_repeated_items(entry.values):
             said = self.prompt_of_item.setdefault(row.id, request.prompt)

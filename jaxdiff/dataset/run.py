@@ -74,9 +74,8 @@ class Run:
                 part = _with_column(part, "guidance_scale", guided)
                 for name in {"mask_image", "outpaint"} & {*columns}:
                     part = _with_column(part, name, pc.if_else(part[name].is_valid(), "", None))
-                if "control_image" in columns:
-                    counted = pc.list_value_length(part["control_image"])
-                    part = _with_column(part, "control_image", counted)
+                for name in {"control_image", "ip_adapter_image"} & {*columns}:
+                    part = _with_column(part, name, pc.list_value_length(part[name]))
                 groups = part.group_by(part.column_names).aggregate([([], "count_all")])
                 for row in groups.to_pylist():
                     count = row.pop("count_all")

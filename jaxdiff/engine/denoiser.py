@@ -1,17 +1,19 @@
 """A checkpoint's denoiser on the devices: its weights, text encoders and conditioning."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.controlnet import ControlNetFiles
+from jaxdiff.checkpoint.ip_adapter import IPAdapterFiles
 from jaxdiff.diffusion import scheduler_config
+from jaxdiff.engine.image_prompts import ImagePromptEncoder
 from jaxdiff.engine.program import Denoising
 from jaxdiff.engine.prompts import PromptEncoder
 from jaxdiff.errors import InputError
-from jaxdiff.families.model import Control, Model, networks_of
+from jaxdiff.families.model import ImageAdapter, Model, networks_of
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 from jaxdiff.request import Options, Request
 from jaxdiff.weights.load import open_network
@@ -26,6 +28,7 @@ class LoadedDenoiser:
       codec: the autoencoder's weights in their files.
       prompts: the text encoders.
       controls: the weights of its ControlNets in their files.
+      image_prompts: its IP-Adapters.
       denoising: how the program evaluates the denoiser.
     """
 
@@ -37,6 +40,7 @@ class LoadedDenoiser:
         mesh: jax.sharding.Mesh,
         options: Options,
         controls: Sequence[ControlNetFiles] = (),
+        adapters: Sequence[IPAdapterFiles] = (),
     ):
         """Locates the weights of the networks; reads none of them.
 
@@ -47,6 +51,7 @@ class LoadedDenoiser:
           mesh: the devices.
           options: how the model is loaded and sampled.
           controls: the ControlNets that steer it.
+          adapters: the IP-Adapters that show it image prompts.
 
         Raises:
           InputError: if the weights do not match the configs, or the networks do not fit the
@@ -67,10 +72,15 @@ class LoadedDenoiser:
             clip_skip=options.clip_skip,
             chunks=options.prompt_chunks,
         )
-        nets = [_control(checkpoint, model, files) for files in controls]
+        networks = checkpoint.family.networks()
+        nets = [_fitted(networks.control, model, files, files.config) for files in controls]
         self.controls = [
             open_network(net.network.shapes, net.network.sharding, files.tensors, dtype, mesh)
             for net, files in zip(nets, controls, strict=True)
+        ]
+        self.image_prompts = [
+            _adapter(_fitted(networks.image_adapter, model, files, files), files, dtype, mesh)
+            for files in adapters
         ]
         prediction_type = scheduler_config.prediction_type(scheduler)
         self.denoising = Denoising(model, prediction_type, tuple(nets))
@@ -86,7 +96,17 @@ class LoadedDenoiser:
         if self.model.sizes:
             each = [self.model.sizes(r.height, r.width, negative) for r in batch]
             sizes = jnp.array(each, jnp.float32)
-        return self.model.condition(text, sizes)
+        conditioning = self.model.condition(text, sizes)
+        prompts = [
+            (
+                encoder.negative(len(batch))
+                if negative
+                else encoder([request.ip_adapter_image[place] for request in batch]),
+                jnp.array([request.ip_adapter_scale[place] for request in batch], jnp.float32),
+            )
+            for place, encoder in enumerate(self.image_prompts)
+        ]
+        return self._conditioned(conditioning, prompts)
 
     def abstract_conditioning(self, batch: int, sharding: jax.sharding.Sharding):
         """Returns the shapes of the conditioning of `batch` images, with the given sharding."""
@@ -98,11 +118,34 @@ class LoadedDenoiser:
         if self.model.sizes:
             count = len(self.model.sizes(1, 1, False))
             sizes = jax.ShapeDtypeStruct((count,), jnp.float32)
-        return jax.tree.map(placed, self.model.condition(self.prompts.abstract(), sizes))
+        conditioning = self.model.condition(self.prompts.abstract(), sizes)
+        scale = jax.ShapeDtypeStruct((), jnp.float32)
+        prompts = [(encoder.abstract(), scale) for encoder in self.image_prompts]
+        return jax.tree.map(placed, self._conditioned(conditioning, prompts))
+
+    def _conditioned(self, conditioning, prompts: list):
+        """Returns the conditioning with image prompts, if there are any."""
+        if not prompts:
+            return conditioning
+        return self.image_prompts[0].adapter.conditioned(conditioning, prompts)
 
 
-def _control(checkpoint: Checkpoint, model: Model, files: ControlNetFiles) -> Control:
+def _fitted(build: Callable, model: Model, files, *arguments):
+    """Builds a network for a model; an error names its files."""
     try:
-        return checkpoint.family.networks().control(model.configs, files.config)
+        return build(model.configs, *arguments)
     except InputError as problem:
         raise InputError(f"{files.path}: {problem}") from problem
+
+
+def _adapter(
+    adapter: ImageAdapter, files: IPAdapterFiles, dtype, mesh: jax.sharding.Mesh
+) -> ImagePromptEncoder:
+    stored = (
+        open_network(network.shapes, network.sharding, tensors, dtype, mesh)
+        for network, tensors in (
+            (adapter.adapter, files.tensors),
+            (adapter.encoder, files.encoder_tensors),
+        )
+    )
+    return ImagePromptEncoder(adapter, tuple(stored), dtype, mesh)

@@ -67,6 +67,7 @@ def load(
     lora: str | Path | Sequence[str | Path] = (),
     base: str | Path | None = None,
     controlnet: str | Path | Sequence[str | Path] = (),
+    ip_adapter: str | Path | Sequence[str | Path] = (),
     expecting: Mapping[Request, int] = MappingProxyType({}),
     **options,
 ) -> "TextToImage":
@@ -83,6 +84,8 @@ def load(
         a directory in the diffusers layout, a Hub id or a URL.
       controlnet: one or several ControlNets, "DIR" or "DIR:SCALE", that every request brings an
         image for.
+      ip_adapter: one or several IP-Adapters, "FILE.safetensors" or "FILE.safetensors:SCALE", that
+        every request brings an image prompt for.
       expecting: an example of each kind of request to come, with its batch size as in
         `TextToImage.generate`; their programs are compiled while the weights are read.
       **options: the fields of `Options`.
@@ -97,11 +100,11 @@ def load(
             except checks.BadValueError as problem:
                 raise InputError(str(problem)) from None
     compilation.keep_programs()
-    loras, nets = (
+    loras, nets, adapters = (
         [str(each) for each in ((said,) if isinstance(said, str | Path) else said)]
-        for said in (lora, controlnet)
+        for said in (lora, controlnet, ip_adapter)
     )
-    ensemble = open_ensemble(model, variant, refiner, loras, base, nets)
+    ensemble = open_ensemble(model, variant, refiner, loras, base, nets, adapters)
     loaded = TextToImage(ensemble, Options(**options))
     for request, batch_size in expecting.items():
         loaded.compile(loaded.resolve(request), batch_size)
@@ -130,11 +133,13 @@ class TextToImage:
         self.mesh = parallel.make_mesh(options.mesh)
         dtype = DTYPES[options.dtype]
         self._schedulers = ensemble.schedulers(options.scheduler)
-        nets = [control.files for control in ensemble.controls]
-        self._denoisers = [
-            LoadedDenoiser(checkpoint, scheduler, dtype, self.mesh, options, steering)
-            for checkpoint, scheduler, steering in zip(
-                ensemble.checkpoints, self._schedulers, [nets, []], strict=False
+        steering = [
+            [each.files for each in kind] for kind in (ensemble.controls, ensemble.adapters)
+        ]
+        self._denoisers = [  # the refiner, which is the second, is not steered
+            LoadedDenoiser(checkpoint, scheduler, dtype, self.mesh, options, *more)
+            for checkpoint, scheduler, more in zip(
+                ensemble.checkpoints, self._schedulers, [steering, []], strict=False
             )
         ]
         self._codec = self._denoisers[-1].model.codec
@@ -163,6 +168,8 @@ class TextToImage:
         """Reads the weights onto the devices; after that, images can be generated."""
         for denoiser in self._denoisers:
             denoiser.prompts.load()
+            for encoder in denoiser.image_prompts:
+                encoder.load()
         self._weights = Weights(
             [denoiser.stored.load() for denoiser in self._denoisers],
             self._denoisers[-1].codec.load(),
@@ -207,7 +214,11 @@ class TextToImage:
           InputError: as `resolve` does, or naming the image that cannot be used.
         """
         try:
-            return loading.prepared(self.resolve(request), preprocess=self.options.preprocess)
+            return loading.prepared(
+                self.resolve(request),
+                preprocess=self.options.preprocess,
+                prompt_sizes=self.prompt_sizes,
+            )
         except checks.BadValueError as problem:
             raise InputError(str(problem)) from None
 
@@ -301,9 +312,16 @@ class TextToImage:
         """Starts compiling the programs for images like a resolved request; returns at once."""
         for denoiser in self._denoisers:
             denoiser.prompts.compile()
+            for encoder in denoiser.image_prompts:
+                encoder.compile()
         if request.strength is not None:
             self._encode.compile(request.height, request.width)
         self._program(request, self.slots(request, batch_size))
+
+    @property
+    def prompt_sizes(self) -> tuple[int, ...]:
+        """The height and width in pixels in which each IP-Adapter sees images."""
+        return tuple(encoder.adapter.size for encoder in self._denoisers[0].image_prompts)
 
     @property
     def _on_cpu(self) -> bool:

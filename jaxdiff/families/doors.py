@@ -8,11 +8,7 @@ from jaxdiff.checks import BadValueError
 from jaxdiff.diffusion.step_ranges import skipped_steps
 from jaxdiff.request import Request
 
-CONTROL_FIELDS = (
-    "controlnet_conditioning_scale",
-    "control_guidance_start",
-    "control_guidance_end",
-)
+CONTROLS, ADAPTERS = "--controlnet", "--ip-adapter"
 
 
 class Doors(NamedTuple):
@@ -30,7 +26,7 @@ class Doors(NamedTuple):
 
 
 def steered(request: Request, scales: Sequence[float]) -> Request:
-    """Returns a request with an image and a scale for each of the model's ControlNets.
+    """Returns a request with an image and a scale for each of the job's ControlNets.
 
     Args:
       request: its control image may be alone, and its scale a number for all nets.
@@ -39,41 +35,51 @@ def steered(request: Request, scales: Sequence[float]) -> Request:
     Raises:
       BadValueError: unless there is an image for each net.
     """
-    images, chosen = request.control_image, request.controlnet_conditioning_scale
-    if images is None:
-        for name in CONTROL_FIELDS:
+    request = _for_each(request, "control_image", "controlnet_conditioning_scale", scales, CONTROLS)
+    start, end = request.control_guidance_start, request.control_guidance_end
+    if request.control_image is None:
+        for name in ("control_guidance_start", "control_guidance_end"):
             if getattr(request, name) is not None:
                 raise BadValueError(f"{name} needs a control_image; add one, or leave {name} out")
-        if scales:
-            raise BadValueError("the job has a --controlnet: give the row a control_image")
         return request
-    images = tuple(images) if isinstance(images, list | tuple) else (images,)
-    if len(images) != len(scales):
-        raise BadValueError(
-            f"control_image has {len(images)} images, but the job has {len(scales)} ControlNets; "
-            "name one with --controlnet for each image"
-        )
-    chosen = scales if chosen is None else chosen
-    chosen = tuple(chosen) if isinstance(chosen, Sequence) else (chosen,) * len(scales)
-    if len(chosen) == 1:
-        chosen *= len(scales)
-    if len(chosen) != len(scales):
-        raise BadValueError(
-            f"controlnet_conditioning_scale has {len(chosen)} numbers for {len(scales)} ControlNets"
-        )
-    start, end = request.control_guidance_start or 0.0, request.control_guidance_end
-    end = 1.0 if end is None else end
+    start, end = start or 0.0, 1.0 if end is None else end
     if start >= end:
         raise BadValueError(
             f"control_guidance_start = {start:g} must be less than control_guidance_end = {end:g}"
         )
-    return replace(
-        request,
-        control_image=images,
-        controlnet_conditioning_scale=chosen,
-        control_guidance_start=start,
-        control_guidance_end=end,
-    )
+    return replace(request, control_guidance_start=start, control_guidance_end=end)
+
+
+def prompted(request: Request, scales: Sequence[float]) -> Request:
+    """Returns a request with an image and a scale for each of the job's IP-Adapters.
+
+    The arguments and errors are those of `steered`.
+    """
+    return _for_each(request, "ip_adapter_image", "ip_adapter_scale", scales, ADAPTERS)
+
+
+def _for_each(
+    request: Request, name: str, scale_name: str, scales: Sequence[float], option: str
+) -> Request:
+    images, chosen = getattr(request, name), getattr(request, scale_name)
+    if images is None:
+        if chosen is not None:
+            raise BadValueError(f"{scale_name} needs {name}; add it, or leave {scale_name} out")
+        if scales:
+            raise BadValueError(f"the job has {option}: give the row {name}")
+        return request
+    images = tuple(images) if isinstance(images, list | tuple) else (images,)
+    if len(images) != len(scales):
+        raise BadValueError(
+            f"{name} has {len(images)} images, but the job has {option} {len(scales)} times; name "
+            "one for each image"
+        )
+    chosen = scales if chosen is None else chosen
+    chosen = tuple(chosen) if isinstance(chosen, Sequence) else (chosen,)
+    chosen = chosen * len(scales) if len(chosen) == 1 else chosen
+    if len(chosen) != len(scales):
+        raise BadValueError(f"{scale_name} has {len(chosen)} numbers for {len(scales)} images")
+    return replace(request, **{name: images, scale_name: chosen})
 
 
 def resolved(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxdiff.checkpoint import lora as loras
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.controlnet import ControlNetFiles, open_controlnet, scaled
+from jaxdiff.checkpoint.ip_adapter import IPAdapterFiles, open_ip_adapter
 from jaxdiff.checkpoint.weight_files import NoVariantError
 from jaxdiff.diffusion import samplers, scheduler_config
 from jaxdiff.diffusion.solvers import SamplerTable
@@ -69,6 +70,13 @@ class Control(NamedTuple):
     scale: float
 
 
+class Adapter(NamedTuple):
+    """An IP-Adapter and its default scale."""
+
+    files: IPAdapterFiles
+    scale: float
+
+
 @dataclass(frozen=True)
 class Ensemble:
     """The checkpoint that starts an image, and what is used with it.
@@ -77,11 +85,13 @@ class Ensemble:
       base: the checkpoint that starts an image.
       refiner: the one that takes the last steps, if any.
       controls: the ControlNets that steer the base.
+      adapters: the IP-Adapters that show it image prompts.
     """
 
     base: Checkpoint
     refiner: Checkpoint | None = None
     controls: tuple[Control, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -96,7 +106,7 @@ class Ensemble:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all files that affect the pixels; of a base alone, its own."""
-        every = [*self.checkpoints, *(control.files for control in self.controls)]
+        every = [*self.checkpoints, *(each.files for each in (*self.controls, *self.adapters))]
         if len(every) == 1:
             return self.base.fingerprint
         parts = " ".join(each.fingerprint for each in every)
@@ -151,12 +161,13 @@ class Ensemble:
           strength: the job's default.
 
         Raises:
-          BadValueError: as `doors.resolved` and `doors.steered` do.
+          BadValueError: as `doors.resolved`, `doors.steered` and `doors.prompted` do.
         """
         is_flow = scheduler_config.prediction_type(self.base.defaults.scheduler) == "flow"
         taken = self.base.family.doors(self.base)
         request = doors.resolved(request, taken, strength, is_flow=is_flow)
-        return doors.steered(request, tuple(control.scale for control in self.controls))
+        request = doors.steered(request, tuple(control.scale for control in self.controls))
+        return doors.prompted(request, tuple(adapter.scale for adapter in self.adapters))
 
     def steps(self, options: Options, bucket: Bucket) -> Steps:
         """Returns the sampler's tables for a bucket, and which denoiser takes which of their rows.
@@ -205,8 +216,9 @@ def open_ensemble(
     lora: Sequence[str] = (),
     base: str | Path | None = None,
     controlnet: Sequence[str] = (),
+    ip_adapter: Sequence[str] = (),
 ) -> Ensemble:
-    """Opens a model and, if given, its base, its refiner, LoRAs and ControlNets.
+    """Opens a model and, if given, its base, its refiner, LoRAs, ControlNets and IP-Adapters.
 
     Args:
       model, variant, base: as in `open_checkpoint`. The model must have the variant; a refiner
@@ -215,6 +227,7 @@ def open_ensemble(
         arXiv:2307.01952, 2.5).
       lora: LoRAs to add to the model's weights, as in `lora.adapted`.
       controlnet: each "DIR" or "DIR:SCALE".
+      ip_adapter: each "FILE.safetensors" or "FILE.safetensors:SCALE".
 
     Raises:
       InputError: if one of them cannot be read, or they do not fit together.
@@ -225,14 +238,19 @@ def open_ensemble(
             f"model {str(model)!r} is a refiner; use a base model, and this one as --refiner"
         )
     first = loras.adapted(first, lora)
-    if controlnet and first.family.check_controlnet is None:
-        raise InputError(
-            f"--controlnet works with Stable Diffusion 1, 2 and XL only, not with "
-            f"{first.defaults.name}; leave it out"
-        )
+    for option, said, check in (
+        (doors.CONTROLS, controlnet, first.family.check_controlnet),
+        (doors.ADAPTERS, ip_adapter, first.family.check_ip_adapter),
+    ):
+        if said and check is None:
+            raise InputError(
+                f"{option} works with Stable Diffusion 1, 2 and XL only, not with "
+                f"{first.defaults.name}; leave it out"
+            )
     controls = tuple(_control(said, first) for said in controlnet)
+    adapters = tuple(_adapter(said, first) for said in ip_adapter)
     if refiner is None:
-        return Ensemble(first, controls=controls)
+        return Ensemble(first, None, controls, adapters)
     try:
         last = open_checkpoint(refiner, variant)
     except NoVariantError:
@@ -244,14 +262,24 @@ def open_ensemble(
                 f"--refiner {str(refiner)!r} has different latents from the model "
                 f"({what} {theirs.get(what)}, not {ours[what]}); use the refiner of this model"
             )
-    return Ensemble(first, last, controls)
+    return Ensemble(first, last, controls, adapters)
 
 
 def _control(said: str, base: Checkpoint) -> Control:
-    path, scale = scaled(said, "--controlnet")
+    path, scale = scaled(said)
     files = open_controlnet(path)
     try:
         base.family.check_controlnet(base, files.config)
     except InputError as problem:
         raise InputError(f"{files.path}: {problem}") from problem
     return Control(files, scale)
+
+
+def _adapter(said: str, base: Checkpoint) -> Adapter:
+    path, scale = scaled(said)
+    files = open_ip_adapter(path)
+    try:
+        base.family.check_ip_adapter(base, files.context_width)
+    except InputError as problem:
+        raise InputError(f"{files.path}: {problem}") from problem
+    return Adapter(files, scale)

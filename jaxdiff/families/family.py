@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
+from jaxdiff.checkpoint.ip_adapter import IPAdapterFiles
 from jaxdiff.checkpoint.lora_names import Layer
 from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.families.doors import Doors
 from jaxdiff.request import Bucket
 
 if TYPE_CHECKING:
-    from jaxdiff.families.model import Control, Model
+    from jaxdiff.families.model import Control, ImageAdapter, Model
     from jaxdiff.families.tokenizers.tokenizer import Tokenizer
 
 
@@ -83,6 +84,13 @@ class Networks(Protocol):
           InputError: if there is none for models of this family, or it does not fit the model.
         """
 
+    def image_adapter(self, configs: Mapping, files: IPAdapterFiles) -> "ImageAdapter":
+        """Builds an IP-Adapter for a model with these configs.
+
+        Raises:
+          InputError: if there is none for models of this family, or it does not fit the model.
+        """
+
     def with_guidance_input(self, configs: Mapping, width: int) -> dict:
         """Returns the configs with a denoiser that embeds the guidance scale in `width` numbers.
 
@@ -113,6 +121,7 @@ class Family:
       doors: returns the images that a checkpoint's denoiser takes; None if it takes none.
       check_controlnet: raises InputError for a ControlNet's parsed config that does not fit a
         checkpoint, as far as the configs tell; None if there are no ControlNets for its models.
+      check_ip_adapter: the same for the width of the tokens that an IP-Adapter makes.
       kohya_names: as in `checkpoint.Family`.
       networks: imports JAX and returns the module with the family's networks.
     """
@@ -129,4 +138,5 @@ class Family:
     absent: Mapping[str, Any] = field(default_factory=dict)
     own_options: frozenset[str] = frozenset()
     check_controlnet: Callable[[Checkpoint, Mapping], None] | None = None
+    check_ip_adapter: Callable[[Checkpoint, int], None] | None = None
     check_files: Callable[[Checkpoint], None] = lambda checkpoint: None

@@ -102,6 +102,27 @@ class Control(NamedTuple):
     is_pooled: bool
 
 
+class ImageAdapter(NamedTuple):
+    """Networks that turn images into prompts for the denoiser.
+
+    Attributes:
+      adapter, encoder: without their weights.
+      size: the height and width in pixels of what the encoder sees.
+      encode: maps (params of the adapter, params of the encoder, uint8 images [b, size, size, 3],
+        dtype of the arithmetic) to what the denoiser attends to, a tree of arrays [b, ...].
+      negative: maps (params of both, dtype) to the same for the unguided half, of a batch of 1.
+      conditioned: maps (the denoiser's conditioning; for each adapter, what `encode` returned and
+        scales, float32 [b]) to the conditioning with these prompts.
+    """
+
+    adapter: Network
+    encoder: Network
+    size: int
+    encode: Callable[[Params, Params, Array, Any], Any]
+    negative: Callable[[Params, Params, Any], Any]
+    conditioned: Callable[[Any, Sequence[tuple[Any, Array]]], Any]
+
+
 class Codec(NamedTuple):
     """The autoencoder. Its latents are scaled for the denoiser, to about unit variance.
 

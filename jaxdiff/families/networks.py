@@ -12,9 +12,19 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxdiff.checkpoint.ip_adapter import IPAdapterFiles
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
-from jaxdiff.families.model import Codec, Control, Denoiser, Model, Network, Params, Text
+from jaxdiff.families.model import (
+    Codec,
+    Control,
+    Denoiser,
+    ImageAdapter,
+    Model,
+    Network,
+    Params,
+    Text,
+)
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.sharding import Rules
 from jaxdiff.models.text import clip, qwen, t5
@@ -118,6 +128,10 @@ class Networks:
     def control(self, configs: Mapping, config: Mapping) -> Control:
         """Raises InputError: there are no ControlNets for these models yet."""
         raise InputError("models of this family take no ControlNets; use Stable Diffusion")
+
+    def image_adapter(self, configs: Mapping, files: IPAdapterFiles) -> ImageAdapter:
+        """Raises InputError: there are no IP-Adapters for these models yet."""
+        raise InputError("models of this family take no IP-Adapters; use Stable Diffusion")
 
     def with_guidance_input(self, configs: Mapping, width: int) -> dict:
         """Raises InputError: only U-Nets can be distilled."""

@@ -207,6 +207,16 @@ def check_controlnet(checkpoint: Checkpoint, config: Mapping) -> None:
             )
 
 
+def check_ip_adapter(checkpoint: Checkpoint, width: int) -> None:
+    """Raises InputError if an IP-Adapter's tokens have another width than the text's."""
+    ours = checkpoint.config("unet").get("cross_attention_dim", width)
+    if ours != width:
+        raise InputError(
+            f"the IP-Adapter is for models whose cross_attention_dim is {width}, not "
+            f"{checks.shown(ours)}; use one that was trained for this model"
+        )
+
+
 def kohya_names(checkpoint: Checkpoint, component: str) -> dict[str, Layer]:
     """Returns the layers of XL's U-Net by their original keys; see `Family.kohya_names`."""
     if component != "unet" or checkpoint.pipeline not in XL_PIPELINES:
@@ -254,6 +264,7 @@ STABLE_DIFFUSION = Family(
     kohya_names=kohya_names,
     doors=doors,
     check_controlnet=check_controlnet,
+    check_ip_adapter=check_ip_adapter,
     networks=_networks,
 )
 # The refiner has only the second text encoder.

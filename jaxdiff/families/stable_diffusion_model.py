@@ -1,6 +1,6 @@
 """The networks of Stable Diffusion 1, 2 and XL as pure functions: the part that imports JAX."""
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
@@ -10,13 +10,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxdiff.checkpoint.ip_adapter import IPAdapterFiles
 from jaxdiff.checkpoint.original.ldm import names
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
-from jaxdiff.families.model import Control, Denoiser, Inpainting, Model, Network, Params, Text
+from jaxdiff.families.model import (
+    Control,
+    Denoiser,
+    ImageAdapter,
+    Inpainting,
+    Model,
+    Network,
+    Params,
+    Text,
+)
 from jaxdiff.families.networks import codec
-from jaxdiff.models import controlnet, unet
+from jaxdiff.images.clip_pixels import MEAN, STD
+from jaxdiff.models import controlnet, ip_adapter, unet
 from jaxdiff.models.codecs import autoencoder_kl
+from jaxdiff.models.layers import ImagePrompt
 from jaxdiff.models.text import clip
 from jaxdiff.weights.load import abstract_network
 
@@ -39,11 +51,13 @@ class Conditioning(NamedTuple):
       context: [batch, tokens, width], the encoded text.
       pooled: [batch, width], one vector for the whole text.
       time_ids: float32 [batch, 5 or 6], XL's size conditioning.
+      image_prompts: those of IP-Adapters, for each attention to the text.
     """
 
     context: Array
     pooled: Array | None = None
     time_ids: Array | None = None
+    image_prompts: Sequence[Sequence[ImagePrompt]] | None = None
 
 
 def read_configs(parsed: Mapping[str, dict]) -> dict:
@@ -190,9 +204,73 @@ def _steer(
     conditioning: Conditioning,
     images: Array,
 ) -> tuple[list[Array], Array]:
-    context, pooled, time_ids = conditioning
+    given = {"pooled": conditioning.pooled, "time_ids": conditioning.time_ids}
     network = nnx.merge(graph, params)
-    return network(latents, timesteps, context, images, pooled=pooled, time_ids=time_ids)
+    return network(latents, timesteps, conditioning.context, images, **given)
+
+
+def image_adapter(configs: Mapping, files: IPAdapterFiles) -> ImageAdapter:
+    """Builds an IP-Adapter for the U-Net of these configs.
+
+    Raises:
+      InputError: if its weights or its encoder's config are not supported, or do not fit the U-Net.
+    """
+    shapes = {key: tensor.shape for key, tensor in files.tensors.items()}
+    read = ip_adapter.IPAdapterConfig.from_shapes(files.kind, shapes)
+    ours, theirs = configs["unet"].cross_attention_widths, read.widths
+    if ours != theirs:
+        raise InputError(
+            f"the IP-Adapter's {len(theirs)} attentions do not fit the {len(ours)} of this model; "
+            "use one that was trained for it"
+        )
+    encoder_config = clip.CLIPImageEncoderConfig.from_json(files.encoder_config)
+    layers = encoder_config.num_hidden_layers
+    if layers > len(files.encoder_tensors):
+        raise InputError(
+            f"{files.encoder}/config.json: num_hidden_layers = {layers} describes more layers than "
+            f"the {len(files.encoder_tensors)} weights in the file; copy the encoder again"
+        )
+    adapter = Network(*abstract_network(ip_adapter.IPAdapterModel, read), ip_adapter.SHARDING)
+    encoder = Network(
+        *abstract_network(clip.CLIPVisionModelWithProjection, encoder_config), clip.SHARDING
+    )
+    graphs = adapter.graph, encoder.graph
+    return ImageAdapter(
+        adapter,
+        encoder,
+        encoder_config.image_size,
+        partial(_encode_images, *graphs, files.kind),
+        partial(_encode_nothing, *graphs, files.kind),
+        lambda conditioning, prompts: conditioning._replace(
+            image_prompts=ip_adapter.image_prompts(prompts)
+        ),
+    )
+
+
+def _encode_images(
+    adapter: nnx.GraphDef,
+    encoder: nnx.GraphDef,
+    kind: str,
+    params: Params,
+    encoder_params: Params,
+    images: Array,
+    dtype,
+) -> list[tuple[Array, Array]]:
+    pixels = (images.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+    seen = ip_adapter.embedded(nnx.merge(encoder, encoder_params), kind, pixels.astype(dtype))
+    return nnx.merge(adapter, params)(seen)
+
+
+def _encode_nothing(
+    adapter: nnx.GraphDef,
+    encoder: nnx.GraphDef,
+    kind: str,
+    params: Params,
+    encoder_params: Params,
+    dtype,
+) -> list[tuple[Array, Array]]:
+    seen = ip_adapter.embedded_negative(nnx.merge(encoder, encoder_params), kind, dtype)
+    return nnx.merge(adapter, params)(seen)
 
 
 def with_guidance_input(configs: Mapping, width: int) -> dict:

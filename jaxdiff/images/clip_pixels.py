@@ -34,4 +34,4 @@ def centre_of_resized(image: np.ndarray, size: int) -> np.ndarray:
     new_height, new_width = size * height // shortest, size * width // shortest
     resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
     top, left = (new_height - size) // 2, (new_width - size) // 2
-    return np.asarray(resized)[top : top + size, left : left + size]
+    return np.ascontiguousarray(np.asarray(resized)[top : top + size, left : left + size])

@@ -1,6 +1,7 @@
 """Reads the images of a request and fits them to its size."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,21 +10,29 @@ from PIL import Image
 
 from jaxdiff.checks import BadValueError
 from jaxdiff.images import fitting, preprocessing, sources
+from jaxdiff.images.clip_pixels import centre_of_resized
 from jaxdiff.request import Request, Source
 
 
-def prepared(request: Request, root: str = "", preprocess: str = "none") -> Request:
+def prepared(
+    request: Request,
+    root: str = "",
+    preprocess: str = "none",
+    prompt_sizes: Sequence[int] = (),
+) -> Request:
     """Returns a request whose images are arrays of its size, ready for the engine.
 
     Args:
-      request: with its width and height, and with its control images as a tuple.
+      request: with its width and height, and with several images as a tuple.
       root: the folder or URL that addresses are relative to.
       preprocess: as in `Options`.
+      prompt_sizes: the height and width in which each image prompt is seen; without them, image
+        prompts keep their sizes.
 
     Returns:
       the request with `image`, uint8 [height, width, 3], and, if a part of it is to be painted,
       `mask_image`, bool [height, width], True where it is; `outpaint` is None. Images in
-      `control_image` are as `image`.
+      `control_image` are as `image`, those in `ip_adapter_image` of their own sizes.
 
     Raises:
       BadValueError: naming the image that cannot be read, has changed since the row was planned, or
@@ -34,6 +43,11 @@ def prepared(request: Request, root: str = "", preprocess: str = "none") -> Requ
         seen = [fitting.fitted(_pixels(image, root), *size) for image in request.control_image]
         seen = tuple(preprocessing.preprocessed(pixels, preprocess) for pixels in seen)
         request = replace(request, control_image=seen)
+    if request.ip_adapter_image is not None:
+        prompts = [_pixels(image, root) for image in request.ip_adapter_image]
+        if prompt_sizes:
+            prompts = map(centre_of_resized, prompts, prompt_sizes)
+        request = replace(request, ip_adapter_image=tuple(prompts))
     if request.image is None:
         return request
     left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
@@ -68,12 +82,15 @@ def inner_size(request: Request) -> tuple[int, int]:
     return height, width
 
 
-def blank(request: Request) -> Request:
+def blank(request: Request, prompt_sizes: Sequence[int]) -> Request:
     """Returns a request of the same bucket with grey in the place of its images, if any."""
     size = request.height, request.width
     grey = np.full((*size, 3), 128, np.uint8)
     if request.control_image is not None:
         request = replace(request, control_image=(grey,) * len(request.control_image))
+    if request.ip_adapter_image is not None:
+        squares = (np.full((side, side, 3), 128, np.uint8) for side in prompt_sizes)
+        request = replace(request, ip_adapter_image=tuple(squares))
     if request.image is None:
         return request
     masked = request.bucket.masked

@@ -103,8 +103,11 @@ def test_records_name_every_control_image_and_scale(generate, nets, tmp_path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({}, "the job has a --controlnet: give the row a control_image"),
-        ({"control_image": ["a.png", "b.png"]}, "control_image has 2 images, but the job has 1"),
+        ({}, "the job has --controlnet: give the row control_image"),
+        (
+            {"control_image": ["a.png", "b.png"]},
+            "but the job has --controlnet 1 times",
+        ),
         ({"control_image": "d.png"}, "image d.png does not exist"),
         ({"control_image": "a.png", "controlnet_conditioning_scale": 11}, "from 0 to 10, not 11"),
         (
@@ -121,7 +124,9 @@ def test_a_bad_row_is_rejected_alone(generate, nets, tmp_path, row, reason):
 
 def test_a_control_image_without_a_net_is_rejected(generate, capsys):
     assert generate([{"control_image": "a.png"}]) == 2
-    assert "but the job has 0 ControlNets; name one with --controlnet" in capsys.readouterr().err
+    assert (
+        "but the job has --controlnet 0 times; name one for each image" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 "use strict";
 
 const IMAGE_FIELDS = ["image", "strength", "mask_image", "outpaint", "control_image",
-  "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"];
+  "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end",
+  "ip_adapter_image", "ip_adapter_scale"];
 const ROW = ["id", "prompt", "negative_prompt", "seed", "width", "height", "steps",
   "guidance_scale", "sampler", ...IMAGE_FIELDS];
 
 const CAPTIONS = { // and alternative texts, by folder
   sources: ["begins with", "The image that this one begins with"],
   masks: ["mask", "The mask, white where the image is painted anew"],
+  prompts: ["image prompt", "An image that is part of this one's prompt"],
   controls: ["control", "An image that steers this one through a ControlNet"],
 };
 

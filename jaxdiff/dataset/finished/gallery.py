@@ -209,7 +209,7 @@ def _options(plan: Plan) -> dict[str, str | None]:
     if plan.takes_images:
         said["image_root"] = plan.image_root
     words = [(name, value) for name, value in said.items() if value is not None]
-    for name in ("lora", "controlnet"):
+    for name in ("lora", "controlnet", "ip_adapter"):
         words += [(name, file) for file in plan.models.get(name, ())]
     words = [(f"--{name.replace('_', '-')}", str(value)) for name, value in words]
     unprintable = next((name for name, value in words if not value.isprintable()), None)
@@ -255,18 +255,19 @@ def _sources(row: dict, plan: Plan) -> dict[str, Image.Image]:
     root = plan.image_root
     try:
         request = from_columns({name: row[name] for name in (*FIELDS, *IMAGE_COLUMNS)})
-        named = (request.image, request.mask_image, *(request.control_image or ()))
+        several = (*(request.control_image or ()), *(request.ip_adapter_image or ()))
+        named = (request.image, request.mask_image, *several)
         if any("://" in said for said in (root, *(each.address for each in named if each))):
             return {}
         brought = loading.prepared(request, root, plan.settings.preprocess)
     except (ImportError, ValueError):  # the former without OpenCV
         return {}
-    controls = enumerate(brought.control_image or ())
-    pictures = {
-        "sources": brought.image,
-        "masks": brought.mask_image,
-        **{f"controls-{number}": pixels for number, pixels in controls},
-    }
+    pictures = {"sources": brought.image, "masks": brought.mask_image}
+    for name, images in (
+        ("controls", brought.control_image),
+        ("prompts", brought.ip_adapter_image),
+    ):
+        pictures |= {f"{name}-{number}": pixels for number, pixels in enumerate(images or ())}
     return {
         folder: Image.fromarray(pixels).convert("RGB")
         for folder, pixels in pictures.items()

@@ -43,10 +43,11 @@ class Sources:
         Raises:
           BadValueError: if an image cannot be used, or a mask does not fit its image.
         """
-        if request.control_image is not None:
-            seen = [self._source(said, is_mask=False) for said in request.control_image]
-            pinned = tuple(Source(address, opened.sha256) for address, opened in seen)
-            request = replace(request, control_image=pinned)
+        for name in ("control_image", "ip_adapter_image"):
+            if getattr(request, name) is not None:
+                seen = [self._source(said, is_mask=False) for said in getattr(request, name)]
+                pinned = tuple(Source(address, opened.sha256) for address, opened in seen)
+                request = replace(request, **{name: pinned})
         if request.image is None:
             return request
         loading.inner_size(request)  # which checks the borders
