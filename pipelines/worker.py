@@ -34,6 +34,7 @@ from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.run import Run, open_run
 from jaxdiff.devices import batching
 from jaxdiff.errors import InputError
+from jaxdiff.images import loading
 from jaxdiff.request import Options, Request
 from pipelines.generate_options import Models
 from pipelines.jobs import StoppedError
@@ -224,7 +225,7 @@ def _batch_size(run: Run, model: "TextToImage", request: Request) -> int:
         return known
     counts = {kind.bucket: count for kind, count in run.kinds().items()}
     most = min(counts[request.bucket], max(run.plan.shard_sizes))
-    largest = model.largest_batch_size(request, most)
+    largest = model.largest_batch_size(loading.blank(request, model.prompt_sizes), most)
     return int(run.store.claim(_pin(request), str(largest)))
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +17,14 @@ from jax import Array
 
 from jaxdiff import checks
 from jaxdiff.devices import batching, compilation, parallel
-from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.diffusion.samplers import SAMPLERS
-from jaxdiff.diffusion.sampling import Kept
 from jaxdiff.engine.denoiser import LoadedDenoiser
 from jaxdiff.engine.images import ImageEncoder
-from jaxdiff.engine.program import AXES, Inputs, Weights, sample_pixels
+from jaxdiff.engine.inputs import InputMaker
+from jaxdiff.engine.program import AXES, Weights, sample_pixels
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble, Steps, open_ensemble
-from jaxdiff.families.model import Inpainting
 from jaxdiff.images import loading, pasting, preprocessing
 from jaxdiff.request import (
     IMAGE_FIELDS,
@@ -143,7 +140,8 @@ class TextToImage:
             )
         ]
         self._codec = self._denoisers[-1].model.codec
-        self._encode = ImageEncoder(self._codec, self._denoisers[-1].codec.places, self.mesh)
+        encoder = ImageEncoder(self._codec, self._denoisers[-1].codec.places, self.mesh)
+        self._inputs = InputMaker(self._denoisers, self._codec, encoder, self.mesh, options.noise)
         self._programs: dict[tuple, Future[jax.stages.Compiled]] = {}
         self._steps: dict[Bucket, Steps] = {}
         pixels = partial(
@@ -270,7 +268,7 @@ class TextToImage:
         return batch_size * self.mesh.shape["data"]
 
     def largest_batch_size(self, request: Request, most: int = batching.MOST) -> int:
-        """Returns the largest batch of images like a resolved request that fits on each device.
+        """Returns the largest batch of images like a prepared request that fits on each device.
 
         It is a power of two, no larger than `most` images on all devices require; on a CPU it
         depends only on the image size. The compiler's memory analysis gives candidates, which are
@@ -315,7 +313,7 @@ class TextToImage:
             for encoder in denoiser.image_prompts:
                 encoder.compile()
         if request.strength is not None:
-            self._encode.compile(request.height, request.width)
+            self._inputs.encoder.compile(request.height, request.width)
         self._program(request, self.slots(request, batch_size))
 
     @property
@@ -339,7 +337,7 @@ class TextToImage:
         clamp estimates differently.
         """
         steps = self._steps_of(request.bucket)
-        brings = self._brings(request)
+        brings = self._inputs.brings(request)
         key = (request.width, request.height, slots, steps.ranges, steps.draws, brings)
         if key not in self._programs:
             self._programs[key] = compilation.ahead(
@@ -349,7 +347,7 @@ class TextToImage:
                     self._denoisers[-1].codec.places,
                     [control.places for control in self._denoisers[0].controls],
                 ),
-                self._abstract_inputs(request, slots, steps),
+                self._inputs.abstract(request, slots, steps),
                 np.float32(steps.tables[0].initial_scale),
                 steps.columns(),
                 step_ranges=steps.ranges,
@@ -357,130 +355,12 @@ class TextToImage:
             )
         return key
 
-    def _abstract_inputs(self, request: Request, slots: int, steps: Steps) -> Inputs:
-        """Returns the shapes and shardings of the arrays that `_inputs` returns."""
-        first, second = (parallel.batch_sharding(self.mesh, axis) for axis in (0, 1))
-        struct = jax.ShapeDtypeStruct
-        shape = (slots, *self._latent_shape(request))
-        each = [denoiser.abstract_conditioning(slots, first) for denoiser in self._denoisers]
-        more = self._inpainting.channels if self._inpainting else 0
-        latents, mask, channels = (
-            struct((*shape[:-1], count), np.float32, sharding=first)
-            for count in (shape[-1], 1, more)
-        )
-        brings = self._brings(request)
-        return Inputs(
-            noise=latents,
-            fresh_noise=struct((steps.draws, *shape), np.float32, sharding=second)
-            if steps.draws
-            else None,
-            positive=each,
-            negative=each if steps.is_guided else [None] * len(each),
-            guidance_scale=struct((slots,), np.float32, sharding=first),
-            start=latents if brings.start else None,
-            kept=Kept(latents, mask) if brings.kept else None,
-            channels=channels if brings.channels else None,
-            controls=[
-                (
-                    struct((slots, request.height, request.width, 3), np.uint8, sharding=first),
-                    struct((slots,), np.float32, sharding=first),
-                )
-            ]
-            * len(self._denoisers[0].controls),
-        )
-
-    def _inputs(self, batch: list[Request], steps: Steps) -> Inputs:
-        """Puts the inputs of a full batch on the devices."""
-        place = partial(jax.device_put, device=parallel.batch_sharding(self.mesh))
-        brings = self._brings(batch[0])
-        noise = random_noise.draw(
-            np.array([request.seed for request in batch], np.uint32),
-            self._latent_shape(batch[0]),
-            self.options.noise,
-            steps.draws,
-            before=int(brings.encodes_first),
-            after=int(brings.kept or brings.channels),
-        )
-        fresh_noise = noise.fresh
-        if fresh_noise is not None:
-            fresh_noise = jax.device_put(fresh_noise, parallel.batch_sharding(self.mesh, axis=1))
-        positive = place([denoiser.conditioning(batch) for denoiser in self._denoisers])
-        negative = [None] * len(positive)
-        if steps.is_guided:
-            negative = place(
-                [denoiser.conditioning(batch, negative=True) for denoiser in self._denoisers]
-            )
-        return Inputs(
-            noise=place(noise.start),
-            fresh_noise=fresh_noise,
-            positive=positive,
-            negative=negative,
-            guidance_scale=place(
-                np.array([request.guidance_scale for request in batch], np.float32)
-            ),
-            **place(self._of_images(batch, brings, noise.encoded)),
-            controls=[
-                place(
-                    (
-                        np.stack([request.control_image[net] for request in batch]),
-                        np.array(
-                            [request.controlnet_conditioning_scale[net] for request in batch],
-                            np.float32,
-                        ),
-                    )
-                )
-                for net in range(len(self._denoisers[0].controls))
-            ],
-        )
-
-    def _brings(self, request: Request) -> "_Brings":
-        """Returns what the image of a resolved request gives to the program."""
-        bucket, inpainting = request.bucket, self._inpainting
-        if bucket.strength is None:
-            return _Brings()
-        # A network for inpainting sees what is kept; to others it is given back after each step.
-        channels = bucket.masked and inpainting is not None
-        start = bucket.strength < 1 or not bucket.masked  # as in diffusers
-        kept = bucket.masked and not channels
-        first = start or kept or (channels and inpainting.encodes_image)
-        return _Brings(start, kept, channels, first)
-
-    def _of_images(self, batch: list[Request], brings: "_Brings", noise: Array | None) -> dict:
-        """Returns the inputs that come from images, by name.
-
-        Args:
-          noise: for the samples of encoded images, in the order in which diffusers draws them.
-        """
-        found, params = {}, self._weights.codec
-        images = [request.image for request in batch]
-        if brings.kept or brings.channels:
-            masks = np.stack([request.mask_image for request in batch])
-        if brings.start or brings.kept:
-            latents = self._encode(params, images, noise[0])
-        if brings.start:
-            found["start"] = latents
-        if brings.kept:
-            factor = self._codec.factor
-            found["kept"] = Kept(latents, masks[:, ::factor, ::factor, None].astype(np.float32))
-        if brings.channels:
-            hidden = self._encode(params, images, noise[-1], hidden=masks)
-            found["channels"] = self._inpainting.join(jnp.asarray(masks, jnp.float32), hidden)
-        return found
-
-    @property
-    def _inpainting(self) -> Inpainting | None:
-        return self._denoisers[0].model.denoiser.inpainting
-
-    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
-        factor = self._codec.factor
-        return request.height // factor, request.width // factor, self._codec.channels
-
     def _dispatch(self, batch: list[Request], slots: int) -> tuple[Array, Array]:
         """Starts computing a batch; returns pixels and finiteness, which may not be ready yet."""
         batch = batch + batch[-1:] * (slots - len(batch))
         steps = self._steps_of(batch[0].bucket)
         program = self._program(batch[0], slots)
-        inputs = self._inputs(batch, steps)
+        inputs = self._inputs(batch, steps, self._weights.codec)
         return compilation.wait(self._programs, program)(
             self._weights, inputs, np.float32(steps.tables[0].initial_scale), steps.columns()
         )
@@ -502,19 +382,6 @@ class TextToImage:
         most = max(1, DECODED_PX // (request.width * request.height))
         on_device = batch_size // self.mesh.shape["data"]
         return max(n for n in range(1, on_device + 1) if on_device % n == 0 and n <= most)
-
-
-class _Brings(NamedTuple):
-    """Which of the inputs that come from images a request has; see `Inputs`.
-
-    Attributes:
-      encodes_first: whether noise for an image's latents is drawn before that of the first step.
-    """
-
-    start: bool = False
-    kept: bool = False
-    channels: bool = False
-    encodes_first: bool = False
 
 
 def _without_memory(problem: jax.errors.JaxRuntimeError) -> int:
