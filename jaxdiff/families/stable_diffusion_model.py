@@ -30,6 +30,7 @@ from jaxdiff.models import controlnet, ip_adapter, unet
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.layers import ImagePrompt
 from jaxdiff.models.text import clip
+from jaxdiff.models.unet_encoder import UNetEncoderConfig
 from jaxdiff.weights.load import abstract_network
 
 # The aesthetic scores that XL's refiner is conditioned on (diffusers' defaults).
@@ -169,7 +170,7 @@ def control(configs: Mapping, config: Mapping) -> Control:
       InputError: if a value of the config is not supported, or does not fit the U-Net.
     """
     read = controlnet.ControlNetConfig.from_json(config)
-    for key in fields(unet.UNetEncoderConfig):
+    for key in fields(UNetEncoderConfig):
         ours, theirs = getattr(configs["unet"], key.name), getattr(read, key.name)
         if key.name == "in_channels":
             ours = configs["vae"].latent_channels  # a U-Net for inpainting has more

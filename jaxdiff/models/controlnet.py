@@ -12,21 +12,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models import unet
+from jaxdiff.models import unet_encoder
 from jaxdiff.models.layers import conv
 from jaxdiff.models.sharding import ROWS
 
 CHANNEL_ORDERS = ("rgb", "bgr")
-SHARDING = (*unet.SHARDING, (r"^controlnet_(down_blocks\.\d+|mid_block)\.kernel$", ROWS))
+SHARDING = (
+    *unet_encoder.SHARDING,
+    (r"^controlnet_(down_blocks\.\d+|mid_block)\.kernel$", ROWS),
+)
 
 
 @dataclass(frozen=True)
-class ControlNetConfig(unet.UNetEncoderConfig):
+class ControlNetConfig(unet_encoder.UNetEncoderConfig):
     """The fields of `controlnet/config.json` that shape the network, with diffusers' defaults."""
 
     component = "controlnet"
-    fixed = unet.ENCODER_FIXED | {"_class_name": "ControlNetModel"}
-    ignored = unet.ENCODER_IGNORED
+    fixed = unet_encoder.FIXED | {"_class_name": "ControlNetModel"}
+    ignored = unet_encoder.IGNORED
 
     conditioning_channels: int = 3
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
@@ -65,7 +68,7 @@ class ConditioningEmbedding(nnx.Module):
         return self.conv_out(x)
 
 
-class ControlNetModel(unet.UNetEncoder):
+class ControlNetModel(unet_encoder.UNetEncoder):
     """Computes what is added to a U-Net's feature maps."""
 
     def __init__(self, config: ControlNetConfig, *, rngs: nnx.Rngs):

@@ -11,145 +11,37 @@ arXiv:2302.05543) and the image prompts of IP-Adapters (Ye et al., 2023, arXiv:2
 inputs of the network.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.models.config import ComponentConfig
-from jaxdiff.models.embeddings import EmbeddingMLP, sinusoids
-from jaxdiff.models.layers import (
-    Downsample2D,
-    ImagePrompt,
-    ResnetBlock2D,
-    Upsample2D,
-    conv,
-    group_norm,
+from jaxdiff.models import unet_encoder
+from jaxdiff.models.embeddings import sinusoids
+from jaxdiff.models.layers import ImagePrompt, Upsample2D, conv, group_norm
+from jaxdiff.models.unet_encoder import (
+    DOWN_BLOCKS,
+    Block,
+    MidBlock,
+    Prompts,
+    UNetEncoder,
+    UNetEncoderConfig,
 )
-from jaxdiff.models.remat import call
-from jaxdiff.models.sharding import COLUMNS, ROWS
-from jaxdiff.models.transformer import Transformer2DModel
 
-DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # name: has attention
-UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
-# Keys that change what is computed; only these values are supported.
-ENCODER_FIXED = {
-    "act_fn": "silu",
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "resnet_time_scale_shift": "default",
-}
+SHARDING = unet_encoder.SHARDING
+UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}  # name: has attention
 FIXED = {
-    **ENCODER_FIXED,
+    **unet_encoder.FIXED,
     "_class_name": "UNet2DConditionModel",
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "resnet_out_scale_factor": 1.0,
     "time_embedding_type": "positional",
 }
-# Keys without effect unless another key is set, which is then rejected.
-ENCODER_IGNORED = {
-    "addition_embed_type_num_heads",
-    "upcast_attention",  # attention is always computed with a float32 softmax
-}
-IGNORED = ENCODER_IGNORED | {"attention_type", "dropout"}
-
-
-# Columns, then rows, also inside residual blocks. GEGLU's value and gate share one kernel, so each
-# device must fetch its half of one or the other.
-SHARDING = (
-    (r"\.(to_[qkv]|net\.0\.proj|linear_1)\.kernel$", COLUMNS),
-    (r"\.(to_out\.0|net\.2|linear_2)\.kernel$", ROWS),
-    (r"\.(conv1|time_emb_proj)\.kernel$", COLUMNS),
-    (r"\.(conv2|conv_shortcut)\.kernel$", ROWS),
-    (r"\.(\w+samplers\.\d+\.conv|proj_in|proj_out)\.kernel$", ROWS),
-)
-
-
-@dataclass(frozen=True)
-class UNetEncoderConfig(ComponentConfig):
-    """What the config files of a U-Net and of a ControlNet share, with diffusers' defaults."""
-
-    in_channels: int = 4
-    flip_sin_to_cos: bool = True
-    freq_shift: int = 0
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
-    attention_head_dim: int | tuple[int, ...] = 8
-    use_linear_projection: bool = False
-    addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
-
-    def __post_init__(self):
-        self._check_types("down_block_types", self.down_block_types, DOWN_BLOCKS)
-        count = len(self.block_out_channels)
-        for name, values in (
-            ("attention_head_dim", self.heads),
-            ("transformer_layers_per_block", self.depths),
-        ):
-            if len(values) != count or min(values) < 1:
-                raise ValueError(f"{name} must be {count} numbers of at least 1, or one for all")
-        for width, heads in zip(self.block_out_channels, self.heads, strict=True):
-            if width % heads or width % self.norm_num_groups:
-                raise ValueError(
-                    f"block_out_channels: {width} is not a multiple of its heads or groups"
-                )
-        if self.addition_embed_type not in (None, "text_time"):
-            raise ValueError(f"addition_embed_type = {self.addition_embed_type!r} is not supported")
-        if self.addition_embed_type and not (
-            self.addition_time_embed_dim and self.projection_class_embeddings_input_dim
-        ):
-            raise ValueError(
-                "addition_embed_type needs addition_time_embed_dim and "
-                "projection_class_embeddings_input_dim"
-            )
-
-    def _check_types(self, name: str, types: tuple[str, ...], known: Collection[str]) -> None:
-        if len(types) != len(self.block_out_channels) or not set(types) <= set(known):
-            raise ValueError(f"{name} = {list(types)} is not supported")
-
-    @property
-    def heads(self) -> tuple[int, ...]:
-        """Attention heads in each down block; `attention_head_dim` holds them despite its name."""
-        return self._for_each_block(self.attention_head_dim)
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """Layers per transformer in each down block."""
-        return self._for_each_block(self.transformer_layers_per_block)
-
-    def _for_each_block(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
-        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
-
-    @property
-    def factor(self) -> int:
-        """Latents per position of the deepest block along each side."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-    @property
-    def time_width(self) -> int:
-        """The width of the timestep embedding."""
-        return 4 * self.block_out_channels[0]
-
-    @property
-    def skip_widths(self) -> tuple[int, ...]:
-        """The widths of the feature maps that the up blocks reuse, in the order they are made."""
-        last = len(self.block_out_channels) - 1
-        widths = [self.block_out_channels[0]]
-        for i, width in enumerate(self.block_out_channels):
-            widths += [width] * (self.layers_per_block + (i < last))
-        return tuple(widths)
+IGNORED = unet_encoder.IGNORED | {"attention_type", "dropout"}
 
 
 @dataclass(frozen=True)
@@ -183,98 +75,7 @@ class UNetConfig(UNetEncoderConfig):
         return (*widths, *[width] * depth)
 
 
-def _resnets(widths: list[tuple[int, int]], config: UNetEncoderConfig, rngs: nnx.Rngs) -> nnx.List:
-    return nnx.List(
-        [
-            ResnetBlock2D(
-                before,
-                after,
-                groups=config.norm_num_groups,
-                epsilon=config.norm_eps,
-                time_width=config.time_width,
-                rngs=rngs,
-            )
-            for before, after in widths
-        ]
-    )
-
-
-def _transformers(
-    widths: list[tuple[int, int]],
-    num_heads: int,
-    depth: int,
-    config: UNetEncoderConfig,
-    rngs: nnx.Rngs,
-) -> nnx.List:
-    """Makes a transformer for each residual block, or none if `depth` is 0."""
-    return nnx.List(
-        [
-            Transformer2DModel(
-                width,
-                num_heads,
-                depth,
-                config.cross_attention_dim,
-                groups=config.norm_num_groups,
-                linear_projection=config.use_linear_projection,
-                rngs=rngs,
-            )
-            for _, width in widths
-            if depth
-        ]
-    )
-
-
-# The image prompts of a block: for each transformer, for each of its layers, those of each adapter.
-_Prompts = list[list[Sequence[ImagePrompt]]]
-
-
-class _Block(nnx.Module):
-    """The common part of down and up blocks: residual blocks, each with its transformer."""
-
-    def __init__(self, widths, num_heads, depth, config: UNetEncoderConfig, remat: bool, *, rngs):
-        self.remat = remat
-        self.resnets = _resnets(widths, config, rngs)
-        self.attentions = _transformers(widths, num_heads, depth, config, rngs)
-
-    def layer(self, i: int, x: Array, time_embedding, context, prompts: _Prompts | None) -> Array:
-        x = call(self.resnets[i], x, time_embedding, remat=self.remat)
-        if not self.attentions:
-            return x
-        return call(self.attentions[i], x, context, prompts and prompts[i], remat=self.remat)
-
-
-class _DownBlock(_Block):
-    def __init__(self, widths, num_heads, depth, config, remat, *, downsample: bool, rngs):
-        super().__init__(widths, num_heads, depth, config, remat, rngs=rngs)
-        self.downsamplers = nnx.List(
-            [Downsample2D(widths[-1][1], (1, 1), rngs=rngs)] if downsample else []
-        )
-
-    def __call__(
-        self, x: Array, time_embedding, context, prompts: _Prompts | None = None
-    ) -> list[Array]:
-        """Returns the feature map of every layer; the last is the block's output."""
-        outputs = []
-        for i in range(len(self.resnets)):
-            x = self.layer(i, x, time_embedding, context, prompts)
-            outputs.append(x)
-        return outputs + [downsample(x) for downsample in self.downsamplers]
-
-
-class _MidBlock(nnx.Module):
-    def __init__(self, config: UNetEncoderConfig, remat: bool, *, rngs: nnx.Rngs):
-        self.remat = remat
-        same = (config.block_out_channels[-1],) * 2
-        self.resnets = _resnets([same] * 2, config, rngs)
-        self.attentions = _transformers([same], config.heads[-1], config.depths[-1], config, rngs)
-
-    def __call__(self, x: Array, time_embedding, context, prompts: _Prompts | None = None) -> Array:
-        x = call(self.resnets[0], x, time_embedding, remat=self.remat)
-        x = call(self.attentions[0], x, context, prompts and prompts[0], remat=self.remat)
-        return call(self.resnets[1], x, time_embedding, remat=self.remat)
-
-
-class _UpBlock(_Block):
+class _UpBlock(Block):
     def __init__(self, widths, num_heads, depth, config, remat, *, upsample: bool, rngs):
         super().__init__(widths, num_heads, depth, config, remat, rngs=rngs)
         self.upsamplers = nnx.List([Upsample2D(widths[-1][1], rngs=rngs)] if upsample else [])
@@ -286,7 +87,7 @@ class _UpBlock(_Block):
         time_embedding: Array,
         context: Array,
         layers: slice = slice(None),
-        prompts: _Prompts | None = None,
+        prompts: Prompts | None = None,
     ) -> Array:
         """Runs the layers, each of which pops a feature map off `skips`; more may be left over."""
         for i in range(len(self.resnets))[layers]:
@@ -297,114 +98,15 @@ class _UpBlock(_Block):
         return x
 
 
-class UNetEncoder(nnx.Module):
-    """The first convolution, the embeddings, and the down and mid blocks of a U-Net."""
-
-    def __init__(
-        self,
-        config: UNetEncoderConfig,
-        remat: bool = False,
-        *,
-        condition_width: int | None = None,
-        rngs: nnx.Rngs,
-    ):
-        """Makes the layers; a condition of `condition_width` may be added to the timestep's.
-
-        With `remat`, gradients recompute what is inside the blocks, as in `UNet2DConditionModel`.
-        """
-        channels = config.block_out_channels
-        self.config = config
-        self.conv_in = conv(config.in_channels, channels[0], 3, rngs=rngs)
-        self.time_embedding = EmbeddingMLP(
-            channels[0], config.time_width, condition_width=condition_width, rngs=rngs
-        )
-        self.add_embedding = (
-            EmbeddingMLP(config.projection_class_embeddings_input_dim, config.time_width, rngs=rngs)
-            if config.addition_embed_type
-            else None
-        )
-        self.down_blocks = nnx.List(
-            [
-                _DownBlock(
-                    [(channels[max(i - 1, 0)], width)]
-                    + [(width, width)] * (config.layers_per_block - 1),
-                    config.heads[i],
-                    config.depths[i] if DOWN_BLOCKS[config.down_block_types[i]] else 0,
-                    config,
-                    remat,
-                    downsample=i < len(channels) - 1,
-                    rngs=rngs,
-                )
-                for i, width in enumerate(channels)
-            ]
-        )
-        self.mid_block = _MidBlock(config, remat, rngs=rngs)
-
-    def embedded(
-        self,
-        timesteps: Array,
-        pooled: Array | None,
-        time_ids: Array | None,
-        dtype: jnp.dtype,
-        condition: Array | None = None,
-    ) -> Array:
-        """Embeds everything that conditions the residual blocks.
-
-        Args:
-          timesteps, pooled, time_ids: as for `UNet2DConditionModel`.
-          dtype: that of the result.
-          condition: [batch, condition width], is projected and added to the timesteps' sinusoids.
-
-        Returns:
-          [batch, time width].
-        """
-        config = self.config
-        order = {"cosine_first": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
-        times = sinusoids(timesteps, config.block_out_channels[0], **order)
-        embedded = self.time_embedding(times.astype(dtype), condition)
-        if self.add_embedding is not None:
-            sizes = sinusoids(time_ids, config.addition_time_embed_dim, **order)
-            sizes = sizes.reshape(len(time_ids), -1)  # [b, ids * dim]
-            added = jnp.concatenate([pooled, sizes], axis=-1).astype(dtype)
-            embedded = embedded + self.add_embedding(added)
-        return embedded
-
-    def encode(
-        self,
-        x: Array,
-        time_embedding: Array,
-        context: Array,
-        down_prompts: Sequence[_Prompts] | None = None,
-        mid_prompts: _Prompts | None = None,
-    ) -> tuple[list[Array], Array]:
-        """Runs the down and mid blocks.
-
-        Args:
-          x: [batch, h, w, first width], the output of the first convolution.
-          time_embedding: [batch, time width], of `embedded`.
-          context: [batch, tokens, cross attention dim].
-          down_prompts, mid_prompts: the image prompts of each down block and of the mid block; for
-            each transformer, for each of its layers, one of each adapter. None for none.
-
-        Returns:
-          the skips, which begin with x: feature maps [batch, h_i, w_i, c_i] with the widths
-          `skip_widths`; and the mid block's output, [batch, h_last, w_last, c_last].
-        """
-        skips = [x]
-        for block, prompts in zip(self.down_blocks, down_prompts or repeat(None), strict=False):
-            skips += block(skips[-1], time_embedding, context, prompts)
-        return skips, self.mid_block(skips[-1], time_embedding, context, mid_prompts)
-
-
 class _Dealt(NamedTuple):
     """The image prompts of each down block, of each up block and of the mid block."""
 
-    down: list[_Prompts] | None
-    up: list[_Prompts | None]
-    mid: _Prompts | None
+    down: list[Prompts] | None
+    up: list[Prompts | None]
+    mid: Prompts | None
 
 
-def _prompts_of(block: _Block | _MidBlock, left: Iterator[Sequence[ImagePrompt]]) -> _Prompts:
+def _prompts_of(block: Block | MidBlock, left: Iterator[Sequence[ImagePrompt]]) -> Prompts:
     """Takes those of a block off what is left."""
     return [[next(left) for _ in each.transformer_blocks] for each in block.attentions]
 

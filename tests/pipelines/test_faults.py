@@ -105,13 +105,13 @@ def test_an_empty_prompt_acquits_the_model_once_for_each_bucket(
     asked = tmp_path / "asked"
     faulty(f"""
 from dataclasses import replace
-from jaxdiff.engine import engine
-def wrapped(*batch):
-    for image in fetch(*batch):
+from jaxdiff.engine.engine import TextToImage
+def wrapped(self, *batch):
+    for image in fetch(self, *batch):
         if not image.request.prompt:
             print(image.request.width, file=open({str(asked)!r}, "a"))
         yield replace(image, finite="star" not in image.request.prompt)
-fetch, engine._fetch = engine._fetch, wrapped
+fetch, TextToImage._fetch = TextToImage._fetch, wrapped
 """)
     assert cli.main(command(tmp_path / "out")) == 3
     failed = failures(tmp_path / "out")
