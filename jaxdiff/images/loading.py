@@ -141,7 +141,7 @@ def _checked(name: str, pixels: np.ndarray, axes: int) -> np.ndarray:
 
 def _content(said: Source | str | Path, root: str) -> bytes:
     if not isinstance(said, Source):
-        path = Path(said).absolute()
+        path = Path(said).resolve()  # the caller's own, so links are followed
         return sources.read(path.name, str(path.parent))
     content = sources.read(said.address, root)
     if hashlib.sha256(content).hexdigest() != said.sha256:
