@@ -63,17 +63,10 @@ class Steps(NamedTuple):
         }
 
 
-class Control(NamedTuple):
-    """A ControlNet and its default scale."""
+class Addition(NamedTuple):
+    """A ControlNet or an IP-Adapter, and its default scale."""
 
-    files: ControlNetFiles
-    scale: float
-
-
-class Adapter(NamedTuple):
-    """An IP-Adapter and its default scale."""
-
-    files: IPAdapterFiles
+    files: ControlNetFiles | IPAdapterFiles
     scale: float
 
 
@@ -90,8 +83,8 @@ class Ensemble:
 
     base: Checkpoint
     refiner: Checkpoint | None = None
-    controls: tuple[Control, ...] = ()
-    adapters: tuple[Adapter, ...] = ()
+    controls: tuple[Addition, ...] = ()
+    adapters: tuple[Addition, ...] = ()
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -247,8 +240,20 @@ def open_ensemble(
                 f"{option} works with Stable Diffusion 1, 2 and XL only, not with "
                 f"{first.defaults.name}; leave it out"
             )
-    controls = tuple(_control(said, first) for said in controlnet)
-    adapters = tuple(_adapter(said, first) for said in ip_adapter)
+    controls = tuple(
+        _addition(
+            said, open_controlnet, lambda net: first.family.check_controlnet(first, net.config)
+        )
+        for said in controlnet
+    )
+    adapters = tuple(
+        _addition(
+            said,
+            open_ip_adapter,
+            lambda adapter: first.family.check_ip_adapter(first, adapter.context_width),
+        )
+        for said in ip_adapter
+    )
     if refiner is None:
         return Ensemble(first, None, controls, adapters)
     try:
@@ -265,21 +270,11 @@ def open_ensemble(
     return Ensemble(first, last, controls, adapters)
 
 
-def _control(said: str, base: Checkpoint) -> Control:
+def _addition(said: str, open_files: Callable, check: Callable) -> Addition:
     path, scale = scaled(said)
-    files = open_controlnet(path)
+    files = open_files(path)
     try:
-        base.family.check_controlnet(base, files.config)
+        check(files)
     except InputError as problem:
         raise InputError(f"{files.path}: {problem}") from problem
-    return Control(files, scale)
-
-
-def _adapter(said: str, base: Checkpoint) -> Adapter:
-    path, scale = scaled(said)
-    files = open_ip_adapter(path)
-    try:
-        base.family.check_ip_adapter(base, files.context_width)
-    except InputError as problem:
-        raise InputError(f"{files.path}: {problem}") from problem
-    return Adapter(files, scale)
+    return Addition(files, scale)

@@ -78,6 +78,20 @@ def finish(finished):
 
 
 @pytest.fixture
+def generate(tmp_path, tiny_checkpoint):
+    """Returns a function that runs a job of rows with the options; returns its exit code."""
+
+    def generate(rows: list[dict], *more, output: str = "out", model=tiny_checkpoint) -> int:
+        manifest = tmp_path / "rows.jsonl"
+        manifest.write_text("".join(json.dumps({"prompt": "a ring", **row}) + "\n" for row in rows))
+        said = {"manifest": manifest, "output": tmp_path / output, "model": model, "steps": 4}
+        options = [f"--{name}={value}" for name, value in said.items()]
+        return cli.main(["generate", *options, *(str(each) for each in more)])
+
+    return generate
+
+
+@pytest.fixture
 def environment() -> dict[str, str]:
     """Returns the environment for jobs in processes of their own."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}

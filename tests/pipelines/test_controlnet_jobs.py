@@ -47,20 +47,11 @@ def nets(tmp_path_factory) -> list[Path]:
     return [write_net(folder / f"net{seed}", seed) for seed in (1, 2)]
 
 
-@pytest.fixture
-def generate(tmp_path, tiny_checkpoint):
-    """Returns a function that runs a job of the rows and returns its exit code."""
+@pytest.fixture(autouse=True)
+def pictures(tmp_path) -> None:
+    """Writes the pictures that rows name."""
     for name in ("a", "b", "c"):
         picture(ord(name)).save(tmp_path / f"{name}.png")
-
-    def generate(rows: list[dict], *more, output: str = "out") -> int:
-        manifest = tmp_path / "rows.jsonl"
-        manifest.write_text("".join(json.dumps({"prompt": "a ring", **row}) + "\n" for row in rows))
-        said = {"manifest": manifest, "output": tmp_path / output, "model": tiny_checkpoint}
-        options = [f"--{name}={value}" for name, value in {**said, "steps": 3}.items()]
-        return cli.main(["generate", *options, *(str(each) for each in more)])
-
-    return generate
 
 
 def records(output: Path) -> dict[str, dict]:

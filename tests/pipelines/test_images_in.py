@@ -23,28 +23,15 @@ def picture(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def folder(tmp_path) -> Path:
-    """A folder with two pictures and a mask of their lower half."""
+    """The manifest's folder with two pictures and a mask of their lower half."""
     picture(0).save(tmp_path / "a.png")
     picture(1).save(tmp_path / "b.png")
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 32, 64, 64))
     mask.save(tmp_path / "mask.png")
     return tmp_path
-
-
-@pytest.fixture
-def generate(folder, tiny_checkpoint):
-    """Returns a function that runs a job of the rows and returns its exit code."""
-
-    def generate(rows: list[dict], *more: str, model: Path = tiny_checkpoint) -> int:
-        manifest = folder / "rows.jsonl"
-        manifest.write_text("".join(json.dumps({"prompt": "a ring", **row}) + "\n" for row in rows))
-        said = {"manifest": manifest, "output": folder / "out", "model": model, "steps": 4}
-        return cli.main(["generate", *(f"--{name}={value}" for name, value in said.items()), *more])
-
-    return generate
 
 
 def records(output: Path) -> list[dict]:
@@ -164,7 +151,7 @@ def test_a_source_that_changes_after_planning_fails_its_rows_alone(generate, fol
         return run
 
     monkeypatch.setattr(runs, "begin", planned)
-    assert generate(rows, f"--output={again}", "--batch-size=4") == 3
+    assert generate(rows, "--batch-size=4", output="again") == 3
     failed = [json.loads(line) for line in (again / "failed.jsonl").read_text().splitlines()]
     assert len(failed) == 3
     assert all("a.png has changed since" in row["reason"] for row in failed)
