@@ -44,6 +44,7 @@ def defaults(checkpoint: Checkpoint) -> Defaults:
     factor = config_values.kl_factor(checkpoint)
     side = integer("transformer", "sample_size", 128) * factor
     patch_px = factor * integer("transformer", "patch_size", 2)
+    of_t5 = T5_TOKENS if "text_encoder_3" in checkpoint.networks else 1  # one zero for all
     return Defaults(
         name=f"Stable Diffusion {'3.5' if config.get('qk_norm') else '3'}",
         size=(side, side),
@@ -55,7 +56,7 @@ def defaults(checkpoint: Checkpoint) -> Defaults:
         steps=steps,
         guidance_scale=guidance_scale,
         sampler=config_values.sampler(checkpoint),
-        tokens=CLIP_TOKENS + T5_TOKENS,
+        tokens=integer("text_encoder", "max_position_embeddings", CLIP_TOKENS) + of_t5,
         scheduler=checkpoint.config("scheduler"),
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxdiff
+from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.families import open_checkpoint
 
 torch = pytest.importorskip("torch")
@@ -153,3 +154,30 @@ def test_defaults_are_the_pipelines(checkpoint, family):
         assert defaults.steps == call["num_inference_steps"].default
         scale = call[SCALES.get(family, "guidance_scale")].default + (family == "Z-Image")
         assert defaults.guidance_scale == scale
+
+
+def test_the_bundled_transformer_gives_the_same_images(record_property):
+    """Loaded by diffusers as any Stable Diffusion 3 without T5; at its own steps and guidance."""
+    directory = BUNDLED["shapes64-flow"]
+    model = jaxdiff.load("shapes64-flow", noise="torch")
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        directory, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    defaults = model.checkpoint.defaults
+    prompts = (
+        "a circle",
+        "two green rings",
+        "a red star above a blue square on a white background",
+    )
+    differences = []
+    for seed, prompt in enumerate(prompts):
+        request = model.resolve(jaxdiff.Request(prompt=prompt, seed=seed))
+        assert (request.steps, request.guidance_scale) == (20, defaults.guidance_scale)
+        (image,) = model.generate([request])
+        theirs = their_pixels(pipeline, "Stable Diffusion 3", request)
+        differences.append(np.abs(image.pixels.astype(int) - theirs))
+    largest, mean = max(map(np.max, differences)), max(map(np.mean, differences))
+    record_property("difference", f"{largest} {mean:.4f}")
+    assert largest <= 2
+    assert mean <= 0.2
