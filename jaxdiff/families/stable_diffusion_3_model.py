@@ -1,6 +1,7 @@
 """The networks of Stable Diffusion 3 as pure functions: the part that imports JAX."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ LAYERS_SKIPPED = 1  # the penultimate layer's hidden states (arXiv:2403.03206, a
 
 def _assemble(configs: Mapping, networks: Mapping[str, Network], *, t5_tokens: int) -> Model:
     transformer, vae = configs["transformer"], configs["vae"]
+    if vae.shift_factor is None:  # then there is none, but diffusers' pipeline needs a number
+        vae = replace(vae, shift_factor=0.0)
+        configs = {**configs, "vae": vae}
     clips = [configs[name] for name in CLIPS]
     pooled = sum(clip.projection_dim for clip in clips)
     joint, of_clip = transformer.joint_attention_dim, sum(clip.hidden_size for clip in clips)
