@@ -114,7 +114,7 @@ def test_the_bundled_models_own_defaults_do_not_depend_on_a_name(checkpoint):
 
 @pytest.mark.parametrize(
     "pipeline",
-    ["KolorsPipeline", "StableDiffusionInpaintPipeline", None, ["pipeline", "Custom"], {}],
+    ["KolorsPipeline", "StableDiffusionGLIGENPipeline", None, ["pipeline", "Custom"], {}],
 )
 def test_unsupported_pipelines_are_named(checkpoint, pipeline):
     edit_json(checkpoint / "model_index.json", _class_name=pipeline)
