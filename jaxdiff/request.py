@@ -1,5 +1,6 @@
 """The request for one image, and the options that all images of a run share. Imports no JAX."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -120,63 +121,83 @@ FIELDS = {
     "guidance_scale": Field(checks.number, (0, checks.MAX_GUIDANCE_SCALE), "float64"),
     "sampler": Field(checks.choice, (), "string"),
 }
+
+
+def _column(name: str) -> str:
+    """Returns the column of a field: the image to begin with is not called "image" in datasets.
+
+    The Hub gives that name to the finished image.
+    """
+    return "init_image" if name == "image" else name
+
+
 # The fields of a request that brings images, in the same form.
 IMAGE_FIELDS = {
     "image": Field(checks.text, (), "string"),
     "strength": Field(checks.number, (0, 1), "float64"),
     "mask_image": Field(checks.text, (), "string"),
     "outpaint": Field(checks.margins, (), "string"),
-    "control_image": Field(checks.texts, (), "strings"),
-    "controlnet_conditioning_scale": Field(checks.numbers_in, (0, 10), "numbers"),
+    "control_image": Field(checks.texts, (), "string"),
+    "controlnet_conditioning_scale": Field(checks.numbers_in, (0, 10), "string"),
     "control_guidance_start": Field(checks.number, (0, 1), "float64"),
     "control_guidance_end": Field(checks.number, (0, 1), "float64"),
-    "ip_adapter_image": Field(checks.texts, (), "strings"),
-    "ip_adapter_scale": Field(checks.numbers_in, (0, 10), "numbers"),
+    "ip_adapter_image": Field(checks.texts, (), "string"),
+    "ip_adapter_scale": Field(checks.numbers_in, (0, 10), "string"),
 }
 SOURCES = ("image", "mask_image", "control_image", "ip_adapter_image")
-SCALES = ("controlnet_conditioning_scale", "ip_adapter_scale")
-# The columns of such requests in plans and records, with the names of their types.
+SEVERAL = ("control_image", "controlnet_conditioning_scale", "ip_adapter_image", "ip_adapter_scale")
+# The columns of such requests in plans and records, with their Arrow types.
 IMAGE_COLUMNS = {
     column: field.column
     for name, field in IMAGE_FIELDS.items()
-    for column in ((name, f"{name}_sha256") if name in SOURCES else (name,))
+    for column in (
+        (_column(name), f"{_column(name)}_sha256") if name in SOURCES else (_column(name),)
+    )
 }
 
 
 def to_columns(request: Request) -> dict:
-    """Returns a request, whose images are sources, as values by column."""
+    """Returns a request, whose images are sources, as values by column.
+
+    Of several images or scales, one is written alone, and more as a JSON list.
+    """
     values = dict(vars(request))
     for name in SOURCES:
-        sources = values[name]
-        if isinstance(sources, Source):
-            values[name], values[f"{name}_sha256"] = sources
-        elif sources is not None:  # one for each net
-            values[name], values[f"{name}_sha256"] = map(list, zip(*sources, strict=True))
-        else:
-            values[f"{name}_sha256"] = None
+        sources = values.pop(name)
+        several = sources if name in SEVERAL else sources and [sources]
+        for ending, part in ("", 0), ("_sha256", 1):
+            parts = several and [source[part] for source in several]
+            values[f"{_column(name)}{ending}"] = parts and _joined(parts)
+    for name in ("controlnet_conditioning_scale", "ip_adapter_scale"):
+        if values[name] is not None:
+            values[name] = _joined([*values[name]])
     if request.outpaint is not None:
         values["outpaint"] = ",".join(map(str, request.outpaint))
-    for name in SCALES:
-        if values[name] is not None:
-            values[name] = list(values[name])
     return values
 
 
 def from_columns(values: dict) -> Request:
     """Returns the request that `to_columns` wrote; image columns may be missing."""
-    values = {**dict.fromkeys(IMAGE_FIELDS), **values}
+    values = {**dict.fromkeys(IMAGE_COLUMNS), **values}
     for name in SOURCES:
-        address, sha256 = values[name], values.pop(f"{name}_sha256", None)
-        if isinstance(address, str):
-            values[name] = Source(address, sha256)
+        address = values.pop(_column(name))
+        sha256 = values.pop(f"{_column(name)}_sha256")
+        values[name] = None
+        if address is not None and name in SEVERAL:
+            values[name] = tuple(map(Source, checks.texts(name, address), checks.texts("", sha256)))
         elif address is not None:
-            values[name] = tuple(map(Source, address, sha256))
-    if values["outpaint"] is not None:
-        values["outpaint"] = checks.margins("outpaint", values["outpaint"])
-    for name in SCALES:
+            values[name] = Source(address, sha256)
+    for name in ("controlnet_conditioning_scale", "ip_adapter_scale", "outpaint"):
         if values[name] is not None:
-            values[name] = tuple(values[name])
+            field = IMAGE_FIELDS[name]
+            values[name] = field.check(name, values[name], *field.arguments)
     return Request(**values)
+
+
+def _joined(parts: list) -> str:
+    if len(parts) == 1:
+        return str(parts[0])
+    return json.dumps(parts, ensure_ascii=False)
 
 
 def field_checks(

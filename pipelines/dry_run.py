@@ -106,9 +106,7 @@ def _shares(folder: Path, plan: Plan) -> dict[Bucket, Share]:
     batch_size, start = _batch_size(plan), 0
     for size in plan.shard_sizes:
         (row,) = table.slice(start, 1).to_pylist()
-        for name in ("control_image", "ip_adapter_image"):
-            row[name] = row[name] and len(row[name])
-        share = shares.setdefault(plans.example(**row).bucket, Share())
+        share = shares.setdefault(plans.example(plan.models, **row).bucket, Share())
         batches = -(-size // batch_size)
         share.images += size
         share.batches += batches

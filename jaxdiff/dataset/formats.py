@@ -18,13 +18,6 @@ import pyarrow.parquet as pq
 
 from jaxdiff.request import FIELDS, IMAGE_COLUMNS
 
-LISTS = {"strings": pa.list_(pa.string()), "numbers": pa.list_(pa.float64())}
-
-
-def _type(name: str) -> pa.DataType:
-    return LISTS.get(name) or pa.type_for_alias(name)
-
-
 ROW_GROUP_IMAGES = 64
 RECORDS = "metadata.jsonl"  # of an imagefolder; the Hub requires this name
 RECORD_FIELDS = (  # of an image's record, in the order in which they are written
@@ -32,7 +25,7 @@ RECORD_FIELDS = (  # of an image's record, in the order in which they are writte
     ("id", pa.string()),
     ("image_index", pa.int32()),
     *((name, pa.type_for_alias(field.column)) for name, field in FIELDS.items()),
-    *((name, _type(column)) for name, column in IMAGE_COLUMNS.items()),
+    *((name, pa.type_for_alias(column)) for name, column in IMAGE_COLUMNS.items()),
     ("tokens_lost", pa.int32()),  # of both prompts, at their ends; see `Plan.counts_tokens`
     ("noise", pa.string()),
     ("dtype", pa.string()),

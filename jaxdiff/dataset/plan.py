@@ -9,7 +9,7 @@ plan may be extended: a plan for more images of the same kind replaces it and ke
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -161,32 +161,34 @@ class Plan:
 BUCKET_COLUMNS = (
     *("width", "height", "steps", "guidance_scale", "sampler"),
     *("strength", "mask_image", "outpaint"),
-    *("control_image", "control_guidance_start", "control_guidance_end", "ip_adapter_image"),
+    *("control_guidance_start", "control_guidance_end"),
 )
 
 
 def example(
+    models: Mapping[str, Sequence[str]],
     *,
     strength: float | None = None,
     mask_image: str | None = None,
     outpaint: str | None = None,
-    control_image: int | None = None,
-    ip_adapter_image: int | None = None,
     **values,
 ) -> Request:
     """Returns a request without a prompt in the bucket of these values of `BUCKET_COLUMNS`.
 
-    Only whether there is a mask counts, and the number of other images; none can be read.
+    Its images cannot be read. Whether there is a mask counts, not which.
+
+    Args:
+      models: the plan's: every row has an image for each ControlNet and IP-Adapter.
     """
-    masked = mask_image is not None or outpaint is not None
     nothing = Source("", "")
+    is_masked = mask_image is not None or outpaint is not None
     return Request(
         prompt="",
         image=nothing if strength is not None else None,
         strength=strength,
-        mask_image=nothing if masked else None,
-        control_image=(nothing,) * control_image if control_image else None,
-        ip_adapter_image=(nothing,) * ip_adapter_image if ip_adapter_image else None,
+        mask_image=nothing if is_masked else None,
+        control_image=(nothing,) * len(models.get("controlnet", ())) or None,
+        ip_adapter_image=(nothing,) * len(models.get("ip_adapter", ())) or None,
         **values,
     )
 

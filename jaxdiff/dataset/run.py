@@ -74,12 +74,10 @@ class Run:
                 part = _with_column(part, "guidance_scale", guided)
                 for name in {"mask_image", "outpaint"} & {*columns}:
                     part = _with_column(part, name, pc.if_else(part[name].is_valid(), "", None))
-                for name in {"control_image", "ip_adapter_image"} & {*columns}:
-                    part = _with_column(part, name, pc.list_value_length(part[name]))
                 groups = part.group_by(part.column_names).aggregate([([], "count_all")])
                 for row in groups.to_pylist():
                     count = row.pop("count_all")
-                    counts[plans.example(**row)] += count
+                    counts[plans.example(self.plan.models, **row)] += count
         return dict(counts.most_common())
 
     @property

@@ -229,19 +229,19 @@ def test_the_full_view_shows_what_an_image_begins_with(page, tmp_path, tiny_chec
     places = ("element('image')", f"{picture}[0]", f"{picture}[1]")
     boxes = [f"{place}.getBoundingClientRect()" for place in places]
     assert page.run(f"{boxes[0]}.right < {boxes[1]}.left && {boxes[1]}.bottom < {boxes[2]}.top")
-    expected = {"image": "red.png", "strength": "0.5", "mask_image": "white.png"}
+    expected = {"init_image": "red.png", "strength": "0.5", "mask_image": "white.png"}
     assert expected.items() <= settings(page).items()
     row = text(page, "command").split("\n")[0]
-    assert '"image":"red.png","strength":0.5,"mask_image":"white.png"}' in row
+    assert '"init_image":"red.png","strength":0.5,"mask_image":"white.png"}' in row
     page.press("ArrowRight")
     page.wait(seen)
     assert page.run(captions) == ["begins with"]
     assert "mask_image" not in settings(page)
     page.press("ArrowRight")
     assert page.run(captions) == []
-    assert not {"image", "strength", "mask_image", "outpaint"} & settings(page).keys()
-    assert '"image"' not in text(page, "command")
-    page.run("setQuery('image=red.png')")
+    assert not {"init_image", "strength", "mask_image", "outpaint"} & settings(page).keys()
+    assert '"init_image"' not in text(page, "command")
+    page.run("setQuery('init_image=red.png')")
     assert page.run("results.length") == 2
 
 

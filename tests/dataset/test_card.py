@@ -84,7 +84,7 @@ def test_the_card_names_the_images_that_others_begin_with(finished):
     counts = {"made": 9, "failed": 0, "accepted": 5, "rejected": 1}
     text = card.readme(replace(plan, takes_images=True), counts)
     assert card.SOURCES in text
-    for column in ("image", "mask_image", "control_image", "image_sha256"):
+    for column in ("init_image", "mask_image", "control_image", "init_image_sha256"):
         assert f"`{column}`" in card.SOURCES
     assert "begins with another" not in card.readme(plan, counts)
 

@@ -15,8 +15,6 @@ from jaxdiff.dataset.formats import FORMATS, Sample
 
 def sample(key: int, prompt: str = "ein Stern 🌟\nund mehr") -> Sample:
     values = {"string": "", "int32": 1, "int64": 2**62, "double": 7.5}
-    lists = {name: [values[str(kind.value_type)]] * 2 for name, kind in formats.LISTS.items()}
-    values |= {str(kind): lists[name] for name, kind in formats.LISTS.items()}
     record = {name: values[str(kind)] for name, kind in formats.RECORD_FIELDS}
     record |= {"key": f"{key:09d}", "prompt": prompt, "metadata": '{"列":[1,null,{"a":"b"}]}'}
     return Sample(record, bytes([key]) * 1000, "png")

@@ -183,8 +183,8 @@ def test_what_images_begin_with_is_shown_in_their_size(tmp_path, tiny_checkpoint
     both = ["sources", "masks"]
     assert files_of == {0: ["sources"], 1: both, 2: both, 3: both, 4: []}
     first, last = (next(r for r in records if r["key"] == f"00000000{n}") for n in (0, 4))
-    assert (first["image"], first["strength"], first["mask_image"]) == ("ramp.png", 0.5, None)
-    assert (last["image"], last["strength"], last["outpaint"]) == (None, None, None)
+    assert (first["init_image"], first["strength"], first["mask_image"]) == ("ramp.png", 0.5, None)
+    assert (last["init_image"], last["strength"], last["outpaint"]) == (None, None, None)
     pictures = {}
     for path in (*files.glob("sources/000000/*.webp"), *files.glob("masks/000000/*.webp")):
         with Image.open(path) as opened:
@@ -211,7 +211,7 @@ def test_images_that_are_gone_changed_or_remote_are_only_named(tmp_path, tiny_ch
         _, records, files = read(gallery.write(directory))
         assert records == before == after
         assert not any(r["source_files"] for r in records)
-        assert {r["image"] for r in records} == {"ramp.png", None}
+        assert {r["init_image"] for r in records} == {"ramp.png", None}
         assert not (files / "sources").exists()
     for root in ("memory://folder", "a\0b"):
         path.write_text(json.dumps({**said, "image_root": root}))
@@ -225,8 +225,8 @@ def test_images_that_are_gone_changed_or_remote_are_only_named(tmp_path, tiny_ch
         ("width", 2**31 - 1),
         ("height", 0),
         ("outpaint", "junk"),
-        ("image", "../rows.jsonl"),
-        ("image_sha256", None),
+        ("init_image", "../rows.jsonl"),
+        ("init_image_sha256", None),
     ],
 )
 def test_a_hostile_row_with_an_image_shows_none(tmp_path, tiny_checkpoint, name, value):

@@ -81,11 +81,11 @@ def test_records_name_every_control_image_and_scale(generate, nets, tmp_path):
     options = (f"--controlnet={nets[0]}:0.5", f"--controlnet={nets[1]}")
     assert generate([row], *options) == 0
     found = records(tmp_path / "out")["x"]
-    assert found["control_image"] == ["a.png", "b.png"]
-    assert found["controlnet_conditioning_scale"] == [0.5, 1.0]
+    assert found["control_image"] == '["a.png", "b.png"]'
+    assert found["controlnet_conditioning_scale"] == "[0.5, 1.0]"
     assert (found["control_guidance_start"], found["control_guidance_end"]) == (0.0, 0.7)
-    assert len({*found["control_image_sha256"]}) == 2
-    assert found["image"] is found["strength"] is None
+    assert len({*json.loads(found["control_image_sha256"])}) == 2
+    assert found["init_image"] is found["strength"] is None
     assert "controlnet=net1:0.5, controlnet=net2:1" in found["options"]
     assert cli.main(["verify", str(tmp_path / "out")]) == 0
     assert generate([row], *options, "--dry-run") == 0

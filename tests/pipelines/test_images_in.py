@@ -5,6 +5,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -58,11 +59,15 @@ def reasons(output: Path) -> list[str]:
 def test_records_name_what_an_image_began_with(generate, folder):
     assert generate([{"image": "a.png", "mask_image": "mask.png"}, {"image": "./b.png"}, {}]) == 0
     masked, varied, plain = records(folder / "out")
-    assert (masked["image"], masked["strength"], masked["mask_image"]) == ("a.png", 1.0, "mask.png")
-    assert (varied["image"], varied["strength"], varied["mask_image"]) == ("b.png", 0.8, None)
-    assert plain["image"] is plain["strength"] is plain["image_sha256"] is None
+    assert (masked["init_image"], masked["strength"], masked["mask_image"]) == (
+        "a.png",
+        1.0,
+        "mask.png",
+    )
+    assert (varied["init_image"], varied["strength"], varied["mask_image"]) == ("b.png", 0.8, None)
+    assert plain["init_image"] is plain["strength"] is plain["init_image_sha256"] is None
     assert len(masked["mask_image_sha256"]) == 64
-    assert masked["image_sha256"] != varied["image_sha256"]
+    assert masked["init_image_sha256"] != varied["init_image_sha256"]
     assert cli.main(["verify", str(folder / "out")]) == 0
     with tarfile.open(folder / "out" / "data" / "train-00000.tar") as tar:
         (name,) = [each for each in tar.getnames() if each.endswith("png")]
@@ -70,9 +75,29 @@ def test_records_name_what_an_image_began_with(generate, folder):
             assert "Denoising strength: 1" in image.text["parameters"]
 
 
+@pytest.mark.parametrize("format_", ["webdataset", "parquet", "imagefolder"])
+def test_every_format_holds_them_and_loads(generate, folder, format_, tmp_path_factory):
+    rows = [{"image": "a.png", "mask_image": "mask.png"}, {"image": "b.png"}, {}]
+    assert generate(rows, f"--format={format_}") == 0
+    assert cli.main(["verify", str(folder / "out")]) == 0
+    cache = str(tmp_path_factory.mktemp("cache"))
+    loaded = datasets.load_dataset(str(folder / "out"), split="train", cache_dir=cache)
+    found = {}
+    for row in loaded:
+        record = row.get("json", row)
+        image = row["png"] if "png" in row else row["image"]
+        assert image.size == (64, 64)
+        found[record["key"]] = (record["init_image"], record["mask_image"])
+    assert found == {
+        "000000000": ("a.png", "mask.png"),
+        "000000001": ("b.png", None),
+        "000000002": (None, None),
+    }
+
+
 def test_datasets_without_images_have_no_columns_for_them(generate, folder):
     assert generate([{}]) == 0
-    assert "image" not in records(folder / "out")[0]
+    assert "init_image" not in records(folder / "out")[0]
 
 
 def test_what_a_mask_leaves_out_comes_back_as_it_was(generate, folder):
@@ -178,10 +203,10 @@ def test_a_dataset_can_be_the_manifest_of_another(generate, folder, tiny_checkpo
     rows = records(made)
     assert [row["prompt"] for row in rows] == ["a ring"] * 3 + ["a star"]
     assert [row["id"] for row in rows] == [f"{key:09d}" for key in range(4)]
-    assert rows[1]["image"] == "train-00000.tar#000000001.png"
+    assert rows[1]["init_image"] == "train-00000.tar#000000001.png"
     assert json.loads(rows[1]["metadata"])["record"]["id"] == "one"
     first = {row["key"]: row["sha256"] for row in records(folder / "out")}
-    assert {row["id"]: row["image_sha256"] for row in rows} == first
+    assert {row["id"]: row["init_image_sha256"] for row in rows} == first
     assert cli.main(["verify", str(made)]) == 0
 
 
@@ -205,11 +230,11 @@ def test_foreign_archives_and_imagefolders_are_manifests(folder, tiny_checkpoint
         said = [f"--manifest={folder / name}", f"--output={folder / f'of-{name}'}"]
         assert cli.main(["generate", *said, *arguments, *more]) == 0
     found = records(folder / "of-shards")
-    assert [row["image"] for row in found] == ["0.tar#x/1.jpg", "0.tar#x/2.jpg"]
+    assert [row["init_image"] for row in found] == ["0.tar#x/1.jpg", "0.tar#x/2.jpg"]
     assert [row["prompt"] for row in found] == ["a ring", "a star"]
     assert json.loads(found[0]["metadata"]) == {"record": {"url": "u"}}
     (row,) = records(folder / "of-pictures")
-    assert (row["image"], row["prompt"]) == ("1.png", "a ring")
+    assert (row["init_image"], row["prompt"]) == ("1.png", "a ring")
 
 
 def test_a_dry_run_says_what_images_begin_with(generate, folder, capsys):

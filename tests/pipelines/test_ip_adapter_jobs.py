@@ -90,9 +90,9 @@ def test_records_name_every_image_prompt_and_scale(generate, adapters, tmp_path)
     row = {"id": "x", "ip_adapter_image": ["a.png", "b.png"]}
     assert generate([row], f"--ip-adapter={adapters[0]}:0.5", f"--ip-adapter={adapters[1]}") == 0
     found = records(tmp_path / "out")["x"]
-    assert found["ip_adapter_image"] == ["a.png", "b.png"]
-    assert found["ip_adapter_scale"] == [0.5, 1.0]
-    assert len({*found["ip_adapter_image_sha256"]}) == 2
+    assert found["ip_adapter_image"] == '["a.png", "b.png"]'
+    assert found["ip_adapter_scale"] == "[0.5, 1.0]"
+    assert len({*json.loads(found["ip_adapter_image_sha256"])}) == 2
     assert "ip_adapter=adapter1:0.5, ip_adapter=adapter2:1" in found["options"]
     assert cli.main(["view", str(tmp_path / "out")]) == 0
     (shown,) = (tmp_path / "out" / "gallery").glob("files-*")
