@@ -113,7 +113,7 @@ The settings from `num_images` to `negative_prompt` hold where a row of the mani
 SOURCES = """\
 Where a row's `init_image` is not null, the image begins with that one and may keep parts of it;
 where `control_image` is not null, it follows that one. These columns and `mask_image` name files in
-a folder of images, with their SHA-256 in `init_image_sha256` and so on; they are not in the dataset.
+a folder of images, with their SHA-256 in `init_image_sha256` and so on; it is not in the dataset.
 
 """
 EXAMPLES = {
