@@ -128,7 +128,8 @@ def _may_differ(plan: Plan) -> str:
 
 
 def _table(shares: dict[Bucket, Share]) -> list[str]:
-    rows = [HEADINGS]
+    brings = any(bucket.strength is not None or bucket.control for bucket in shares)
+    rows = [(*HEADINGS, *(["begins with"] if brings else []))]
     for bucket, share in sorted(shares.items(), key=lambda item: item[0][:5]):
         rows.append(
             (
@@ -136,11 +137,11 @@ def _table(shares: dict[Bucket, Share]) -> list[str]:
                 str(bucket.steps),
                 bucket.sampler,
                 "yes" if bucket.guided else "no",
-                _start(bucket),
                 str(share.images),
                 str(share.batches),
                 str(share.slots - share.images),
                 str(share.shards),
+                *([_start(bucket)] if brings else []),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
