@@ -23,7 +23,6 @@ HEADINGS = (
     "steps",
     "sampler",
     "guided",
-    "begins with",
     "images",
     "batches",
     "padded slots",
