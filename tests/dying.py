@@ -59,6 +59,7 @@ class NoiseModel:
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind="test", platform="test")]))
 
     knows_stars = False
+    prompt_sizes = ()
 
     def slots(self, request, batch_size: int) -> int:
         return batch_size

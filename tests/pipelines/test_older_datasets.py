@@ -84,11 +84,11 @@ def test_an_option_missing_from_a_plan_has_its_default(golden):
 def test_a_new_option_with_its_default_keeps_the_plans_id(golden):
     @dataclass(frozen=True, kw_only=True)
     class MoreSettings(Settings):
-        strength: float = field(default=1.0, metadata=LATER)
+        vigour: float = field(default=1.0, metadata=LATER)
 
     settings = vars(open_run(golden / "finished").plan.settings)
     identity = open_run(golden / "finished").plan.identity
     assert written(Settings(**settings)).items() <= identity.items()
     assert written(MoreSettings(**settings)) == written(Settings(**settings))
-    changed = written(MoreSettings(**settings, strength=0.5))
-    assert changed == written(Settings(**settings)) | {"strength": 0.5}
+    changed = written(MoreSettings(**settings, vigour=0.5))
+    assert changed == written(Settings(**settings)) | {"vigour": 0.5}
