@@ -18,16 +18,7 @@ from jaxdiff.request import Bucket
 from pipelines import inputs
 from pipelines.generate_options import Job
 
-HEADINGS = (
-    "size",
-    "steps",
-    "sampler",
-    "guided",
-    "images",
-    "batches",
-    "padded slots",
-    "shards",
-)
+HEADINGS = ("size", "steps", "sampler", "guided", "images", "batches", "padded slots", "shards")
 # Operations per second. The first was measured with shapes64 on two cores shared with other work.
 SPEEDS = ((0.1e12, "two CPU cores"), (100e12, "a fast accelerator"))
 

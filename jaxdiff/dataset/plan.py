@@ -234,8 +234,7 @@ def _is_sound(plan: Plan) -> bool:
         and all(re.fullmatch(r"[0-9a-f]{32}", shard_id) for shard_id in plan.shard_ids)
         and all(re.fullmatch(r"[a-z]+-[0-9a-f]{16}\.[a-z]+", name) for name in plan.sha256)
         and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in plan.sha256.values())
-        and plan.models.keys()
-        <= {*("model", "variant", "refiner", "lora", "base", "controlnet", "ip_adapter")}
+        and plan.models.keys() <= {*MODELS}
         and isinstance(plan.models["model"], str)
         and isinstance(plan.options, str)
         and isinstance(plan.manifest, str)

@@ -36,7 +36,7 @@ def draw(
     before: int = 0,
     after: int = 0,
 ) -> Noise:
-    """Draws noise for a batch of images; no kind of noise depends on how much is drawn of another.
+    """Draws noise for a batch of images.
 
     Args:
       seeds: uint32 [batch].
@@ -45,7 +45,7 @@ def draw(
         (channels, height, width) with `torch.Generator("cpu").manual_seed(seed)`, called in the
         order of diffusers' pipelines with a generator for each image: `before` times for encoded
         images, once for the start, `after` times for encoded images, and once for each row of a
-        stochastic sampler. So torch's noise for the start does depend on `before`.
+        stochastic sampler. Only torch's noise depends on what was drawn before it.
       draws: how many times a stochastic sampler draws fresh noise.
       before, after: how many samples of encoded images are drawn before and after the start.
     """

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.devices import compilation, parallel
+from jaxdiff.engine.embeddings import EmbeddingCache
 from jaxdiff.families.model import ImageAdapter
 from jaxdiff.weights.load import StoredNetwork
 
 # Images are encoded in batches of this size on each device, so that an image's prompt depends
 # neither on the others nor on the size of the image batches.
 BATCH = 4
-CACHED_BYTES = 2**28  # of prompts, on each device
 
 
 class ImagePromptEncoder:
@@ -44,7 +44,7 @@ class ImagePromptEncoder:
         self._encode = compilation.jit(parallel.over_data(encode, mesh, (None, None, 0)))
         self._nothing = compilation.jit(partial(adapter.negative, dtype=dtype))
         self._programs: dict[str, Future[jax.stages.Compiled]] = {}
-        self._cache: dict[bytes, Any] = {}
+        self._cache = EmbeddingCache(mesh)
 
     def load(self) -> None:
         """Reads the weights; after that, images can be encoded."""
@@ -72,21 +72,14 @@ class ImagePromptEncoder:
           images: uint8 [size, size, 3], as `centre_of_resized` returns them.
         """
         self.compile()
+
+        def encode(images: list[np.ndarray]) -> Any:
+            padded = images + images[-1:] * (self._slots - len(images))
+            pixels = jax.device_put(np.stack(padded), parallel.batch_sharding(self._mesh))
+            return compilation.wait(self._programs, "encode")(*self._params, pixels)
+
         names = [hashlib.blake2b(image, digest_size=16).digest() for image in images]
-        found = {name: self._cache.pop(name) for name in set(names) & self._cache.keys()}
-        new = {name: image for name, image in zip(names, images, strict=True) if name not in found}
-        slots, place = self._slots, parallel.batch_sharding(self._mesh)
-        for start in range(0, len(new), slots):
-            part = [*new][start : start + slots]
-            padded = part + part[-1:] * (slots - len(part))
-            pixels = jax.device_put(np.stack([new[name] for name in padded]), place)
-            encoded = compilation.wait(self._programs, "encode")(*self._params, pixels)
-            for i, name in enumerate(part):
-                found[name] = jax.tree.map(lambda array, i=i: array[i], encoded)
-        self._cache |= found  # the newest last
-        most = CACHED_BYTES // sum(array.nbytes for array in jax.tree.leaves(found[names[0]]))
-        while len(self._cache) > max(1, most):
-            del self._cache[next(iter(self._cache))]
+        found = self._cache(dict(zip(names, images, strict=True)), self._slots, encode)
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *(found[name] for name in names))
 
     @property

@@ -10,10 +10,9 @@ import numpy as np
 from jax import Array
 
 from jaxdiff.devices import batching, compilation, parallel
+from jaxdiff.engine.embeddings import EmbeddingCache
 from jaxdiff.engine.program import to_float
 from jaxdiff.families.model import Codec
-
-CACHED_BYTES = 2**28  # of latents, on each device
 
 
 class ImageEncoder:
@@ -44,7 +43,7 @@ class ImageEncoder:
         self._encode = compilation.jit(parallel.over_data(encode, mesh, (None, 0, 0)))
         self._sample = compilation.jit(parallel.over_data(sample, mesh, (0, 0)))
         self._programs: dict[tuple[int, int], Future[jax.stages.Compiled]] = {}
-        self._cache: dict[bytes, Array] = {}
+        self._cache = EmbeddingCache(mesh)
 
     def compile(self, height: int, width: int) -> None:
         """Starts compiling the encoder for images of this size; returns at once."""
@@ -80,22 +79,17 @@ class ImageEncoder:
         self.compile(height, width)
         if hidden is None:
             hidden = [np.zeros((height, width), bool)] * len(images)
-        names = [*map(_name, images, hidden)]
-        found = {name: self._cache.pop(name) for name in set(names) & self._cache.keys()}
-        pairs = dict(zip(names, zip(images, hidden, strict=True), strict=True))
-        new = [name for name in pairs if name not in found]
         slots, place = self._slots(height, width), parallel.batch_sharding(self._mesh)
-        for start in range(0, len(new), slots):
-            part = new[start : start + slots]
-            padded = part + part[-1:] * (slots - len(part))
-            stacked = map(np.stack, zip(*(pairs[name] for name in padded), strict=True))
+
+        def encode(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Array:
+            padded = pairs + pairs[-1:] * (slots - len(pairs))
+            arrays = [np.stack(part) for part in zip(*padded, strict=True)]
             program = compilation.wait(self._programs, (height, width))
-            encoded = program(params, *jax.device_put([*stacked], place))
-            found |= {name: encoded[i] for i, name in enumerate(part)}
-        self._cache |= found  # the newest last
-        most = CACHED_BYTES // found[names[0]].nbytes
-        while len(self._cache) > most:
-            del self._cache[next(iter(self._cache))]
+            return program(params, *jax.device_put(arrays, place))
+
+        names = [*map(_name, images, hidden)]
+        pairs = zip(images, hidden, strict=True)
+        found = self._cache(dict(zip(names, pairs, strict=True)), slots, encode)
         encoded = jax.device_put(jnp.stack([found[name] for name in names]), place)
         return self._sample(encoded, jax.device_put(noise, place))
 

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 
 from jaxdiff.devices import compilation, parallel
+from jaxdiff.engine.embeddings import EmbeddingCache
 from jaxdiff.errors import InputError
 from jaxdiff.families.model import Model, Text
 from jaxdiff.families.tokenizers.tokenizer import Tokenizer
@@ -15,7 +16,6 @@ from jaxdiff.weights.load import StoredNetwork
 # Prompts are encoded in batches of this size, independent of the size of the image batches, so that
 # a prompt's embedding never depends on it.
 TEXT_BATCH = 8
-CACHED_BYTES = 2**28  # of embeddings, on each device
 
 
 class PromptEncoder:
@@ -62,7 +62,7 @@ class PromptEncoder:
             for skip in (0, clip_skip)
         }
         self._clip_skip = clip_skip
-        self._cache: dict[bool, dict[str, Text]] = {False: {}, True: {}}  # by `negative`
+        self._cache = {False: EmbeddingCache(mesh), True: EmbeddingCache(mesh)}  # by `negative`
         self._programs: dict[int, Future[jax.stages.Compiled]] = {}
 
     def load(self) -> None:
@@ -96,21 +96,10 @@ class PromptEncoder:
         """Returns each prompt's embedding; as in diffusers, negative ones ignore `clip_skip`."""
         self.compile()
         clip_skip = 0 if negative else self._clip_skip
-        cached = self._cache[negative]
-        found = {p: cached.pop(p) for p in set(prompts) if p in cached}
-        new = sorted(set(prompts) - found.keys())
-        for start in range(0, len(new), TEXT_BATCH):
-            texts = new[start : start + TEXT_BATCH]
+
+        def encode(texts: list[str]) -> Text:
             padded = texts + [""] * (TEXT_BATCH - len(texts))
             tokens = self._tokens(padded, negative=negative)
-            encoded = compilation.wait(self._programs, clip_skip)(self.params, tokens)
-            if not parallel.may_run_ahead(self.mesh):
-                jax.block_until_ready(encoded)
-            for i, text in enumerate(texts):
-                found[text] = jax.tree.map(lambda array, i=i: array[i], encoded)
-        cached |= found  # the newest last
-        embedding = next(iter(found.values()))
-        most = CACHED_BYTES // sum(array.nbytes for array in jax.tree.leaves(embedding))
-        while len(cached) > most:
-            del cached[next(iter(cached))]
-        return found
+            return compilation.wait(self._programs, clip_skip)(self.params, tokens)
+
+        return self._cache[negative]({p: p for p in sorted(set(prompts))}, TEXT_BATCH, encode)

@@ -137,6 +137,10 @@ class Ensemble:
                     f"--{name.replace('_', '-')} has no effect on {self.base.defaults.name}; leave "
                     "it out"
                 )
+        for name in () if self.controls else ("guess_mode", "preprocess"):
+            if getattr(options, name) != getattr(usual, name):
+                said = name.replace("_", "-")
+                raise InputError(f"--{said} has no effect without --controlnet; leave it out")
         skipped = options.skipped_layers
         if skipped:
             count = config_values.integer(self.base, "transformer", "num_layers", 18)

@@ -14,7 +14,7 @@ import pytest
 import jaxdiff
 from jaxdiff import checks, request
 from jaxdiff.diffusion import noise
-from jaxdiff.engine import engine, prompts
+from jaxdiff.engine import embeddings, engine
 from jaxdiff.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -235,13 +235,25 @@ def test_networks_that_do_not_fit_together_are_rejected(
 
 
 def test_the_cache_of_embeddings_has_a_limit(model, images, monkeypatch):
-    monkeypatch.setattr(prompts, "CACHED_BYTES", 3 * images[0].pixels.nbytes)
+    monkeypatch.setattr(embeddings, "CACHED_BYTES", 3 * images[0].pixels.nbytes)
     (encoder,) = (denoiser.prompts for denoiser in model._denoisers)
     many = [replace(REQUESTS[0], prompt=f"a ring {i}") for i in range(30)]
     model.generate([*many, *REQUESTS], batch_size=4)
     assert 0 < len(encoder._cache[0]) < 20
     again = model.generate(REQUESTS, batch_size=4)
     np.testing.assert_array_equal(pixels(again), pixels(images))
+
+
+def test_the_cache_of_images_has_a_limit(model, monkeypatch):
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (20, 64, 64, 3), np.uint8)
+    many = [replace(REQUESTS[0], image=picture, strength=0.7) for picture in pictures]
+    first = model.generate(many, batch_size=4)
+    assert len({image.pixels.tobytes() for image in first}) == 20
+    monkeypatch.setattr(embeddings, "CACHED_BYTES", 10 * 2 * 8 * 8 * 4 * 4)  # of ten images
+    again = model.generate(many[::-1], batch_size=4)
+    assert len(model._inputs.encoder._cache) == 10
+    np.testing.assert_array_equal(pixels(again)[::-1], pixels(first))
 
 
 def test_the_end_of_a_long_prompt_matters_only_with_more_chunks(tiny_checkpoint, model):

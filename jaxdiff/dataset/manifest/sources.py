@@ -2,8 +2,8 @@
 
 import functools
 import hashlib
+import itertools
 import os
-import re
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,10 +17,12 @@ REMEMBERED = 2**16  # sources, so that memory does not grow with the manifest
 
 def root_of(manifest: Manifest) -> str:
     """Returns the folder, or its URL, that contains all files of a manifest."""
-    folders = {source.name.rpartition("/")[0] for source in manifest.sources}
-    if any("://" in folder for folder in folders):
-        return min(folders) if len(folders) == 1 else re.split(r"(?<=[^:/])/", min(folders))[0]
-    return os.path.abspath(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+    names = [source.name for source in manifest.sources]
+    places = [name if "://" in name else os.path.abspath(name) for name in names]
+    folders = [place.split("/")[:-1] for place in places]
+    parts = zip(min(folders), max(folders), strict=False)  # what these share, all share
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], parts)
+    return "/".join(part for part, _ in shared) or "/"
 
 
 class _Opened(NamedTuple):
