@@ -23,7 +23,7 @@ from jaxdiff.diffusion.step_ranges import (
     with_control,
 )
 from jaxdiff.errors import InputError
-from jaxdiff.families import config_values, doors, open_checkpoint
+from jaxdiff.families import config_values, image_inputs, open_checkpoint
 from jaxdiff.families.family import CLASSIFIER_FREE, OWN_OPTIONS
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 from jaxdiff.request import Bucket, Options, Request
@@ -158,13 +158,16 @@ class Ensemble:
           strength: the job's default.
 
         Raises:
-          BadValueError: as `doors.resolved`, `doors.steered` and `doors.prompted` do.
+          BadValueError: as the functions of `image_inputs` do.
         """
         is_flow = scheduler_config.prediction_type(self.base.defaults.scheduler) == "flow"
-        taken = self.base.family.doors(self.base)
-        request = doors.resolved(request, taken, strength, is_flow=is_flow)
-        request = doors.steered(request, tuple(control.scale for control in self.controls))
-        return doors.prompted(request, tuple(adapter.scale for adapter in self.adapters))
+        takes = self.base.family.image_inputs(self.base)
+        controls, adapters = (
+            tuple(each.scale for each in kind) for kind in (self.controls, self.adapters)
+        )
+        request = image_inputs.with_strength(request, takes, strength, is_flow=is_flow)
+        request = image_inputs.with_controls(request, controls)
+        return image_inputs.with_prompts(request, adapters)
 
     def steps(self, options: Options, bucket: Bucket) -> Steps:
         """Returns the sampler's tables for a bucket, and which denoiser takes which of their rows.
@@ -236,8 +239,8 @@ def open_ensemble(
         )
     first = loras.adapted(first, lora)
     for option, said, check in (
-        (doors.CONTROLS, controlnet, first.family.check_controlnet),
-        (doors.ADAPTERS, ip_adapter, first.family.check_ip_adapter),
+        (image_inputs.CONTROLS, controlnet, first.family.check_controlnet),
+        (image_inputs.ADAPTERS, ip_adapter, first.family.check_ip_adapter),
     ):
         if said and check is None:
             raise InputError(

@@ -10,7 +10,7 @@ from jaxdiff.checkpoint.component import Component
 from jaxdiff.checkpoint.ip_adapter import IPAdapterFiles
 from jaxdiff.checkpoint.lora_names import Layer
 from jaxdiff.diffusion.schedule import NoiseSchedule
-from jaxdiff.families.doors import Doors
+from jaxdiff.families.image_inputs import ImageInputs
 from jaxdiff.request import Bucket
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Family:
         operations of decoding one image.
       tokenizer: maps (text encoder, its tokenizer's folder, its parsed config) to its tokenizer;
         raises InputError if it cannot be used. Imports transformers.
-      doors: returns the images that a checkpoint's denoiser takes; None if it takes none.
+      image_inputs: returns the images that a checkpoint's denoiser takes; None if it takes none.
       check_controlnet: raises InputError for a ControlNet's parsed config that does not fit a
         checkpoint, as far as the configs tell; None if there are no ControlNets for its models.
       check_ip_adapter: the same for the width of the tokens that an IP-Adapter makes.
@@ -133,7 +133,7 @@ class Family:
     decoder_operations: Callable[[Checkpoint, int, int], int]
     tokenizer: Callable[[str, Path, Mapping], "Tokenizer"]
     networks: Callable[[], Networks]
-    doors: Callable[[Checkpoint], Doors | None] = lambda checkpoint: None
+    image_inputs: Callable[[Checkpoint], ImageInputs | None] = lambda checkpoint: None
     kohya_names: Callable[[Checkpoint, str], Mapping[str, Layer]] = lambda checkpoint, component: {}
     absent: Mapping[str, Any] = field(default_factory=dict)
     own_options: frozenset[str] = frozenset()

@@ -12,8 +12,8 @@ from jaxdiff.checkpoint.lora_names import xlabs_names
 from jaxdiff.checkpoint.original import flux as original
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, CLIP_TEXT, T5
-from jaxdiff.families.doors import Doors
 from jaxdiff.families.family import EMBEDDED, UNGUIDED, Family
+from jaxdiff.families.image_inputs import ImageInputs
 from jaxdiff.families.tokenizers.openers import by_encoder, clip_tokenizer, t5_tokenizer
 from jaxdiff.families.transformer import Defaults, kl_decoder_operations, kohya_names
 
@@ -93,11 +93,11 @@ FLUX = Family(
         {"text_encoder": clip_tokenizer, "text_encoder_2": partial(t5_tokenizer, TOKENS, str)}
     ),
     kohya_names=partial(kohya_names, (original.names, xlabs_names)),
-    doors=lambda checkpoint: Doors(strength=0.6, masked_strength=0.6),
+    image_inputs=lambda checkpoint: ImageInputs(strength=0.6, masked_strength=0.6),
     networks=partial(_networks, inpaints=False),
 )
 FLUX_FILL = replace(
     FLUX,
-    doors=lambda checkpoint: Doors(strength=1.0, masked_strength=1.0, needed=True),
+    image_inputs=lambda checkpoint: ImageInputs(strength=1.0, masked_strength=1.0, needed=True),
     networks=partial(_networks, inpaints=True),
 )

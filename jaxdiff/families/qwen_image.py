@@ -10,8 +10,8 @@ from jaxdiff.checkpoint.component import Component
 from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import QWEN_2_5_VL
-from jaxdiff.families.doors import Doors
 from jaxdiff.families.family import Family
+from jaxdiff.families.image_inputs import ImageInputs
 from jaxdiff.families.tokenizers.openers import chat_tokenizer
 from jaxdiff.families.transformer import Defaults
 
@@ -108,6 +108,6 @@ QWEN_IMAGE = Family(
     operations=_operations,
     decoder_operations=_decoder_operations,
     tokenizer=partial(chat_tokenizer, HIDDEN_TOKENS + TOKENS, BEFORE, AFTER),
-    doors=lambda checkpoint: Doors(strength=0.6, masked_strength=0.6),
+    image_inputs=lambda checkpoint: ImageInputs(strength=0.6, masked_strength=0.6),
     networks=_networks,
 )

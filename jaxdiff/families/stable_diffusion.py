@@ -26,8 +26,8 @@ from jaxdiff.families.config_values import (
     sampler,
     steps_and_guidance,
 )
-from jaxdiff.families.doors import Doors
 from jaxdiff.families.family import CLASSIFIER_FREE, EMBEDDED, OWN_OPTIONS, Family
+from jaxdiff.families.image_inputs import ImageInputs
 from jaxdiff.families.tokenizers.openers import clip_tokenizer
 
 PIPELINE = "StableDiffusionPipeline"
@@ -180,7 +180,7 @@ def check_files(checkpoint: Checkpoint) -> None:
         )
 
 
-def doors(checkpoint: Checkpoint) -> Doors:
+def image_inputs(checkpoint: Checkpoint) -> ImageInputs:
     """Returns the images that the U-Net takes, with the defaults of diffusers' pipelines.
 
     A U-Net for inpainting has channels for the mask and for the latents of what it leaves out. XL's
@@ -189,8 +189,8 @@ def doors(checkpoint: Checkpoint) -> Doors:
     latents = integer(checkpoint, "vae", "latent_channels", 4)
     inpaints = integer(checkpoint, "unet", "in_channels", 4) == 2 * latents + 1
     if checkpoint.pipeline in XL_PIPELINES:
-        return Doors(strength=0.3, masked_strength=0.9999, needed=inpaints)
-    return Doors(strength=0.8, masked_strength=1.0, needed=inpaints)
+        return ImageInputs(strength=0.3, masked_strength=0.9999, needed=inpaints)
+    return ImageInputs(strength=0.8, masked_strength=1.0, needed=inpaints)
 
 
 def check_controlnet(checkpoint: Checkpoint, config: Mapping) -> None:
@@ -262,7 +262,7 @@ STABLE_DIFFUSION = Family(
     decoder_operations=_decoder_operations,
     tokenizer=clip_tokenizer,
     kohya_names=kohya_names,
-    doors=doors,
+    image_inputs=image_inputs,
     check_controlnet=check_controlnet,
     check_ip_adapter=check_ip_adapter,
     networks=_networks,

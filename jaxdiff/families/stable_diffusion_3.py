@@ -13,8 +13,8 @@ from jaxdiff.checks import MAX_SIDE_PX
 from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, CLIP_TEXT_PROJECTED, T5
-from jaxdiff.families.doors import Doors
 from jaxdiff.families.family import Family
+from jaxdiff.families.image_inputs import ImageInputs
 from jaxdiff.families.tokenizers.openers import (
     CLIP_TOKENS,
     by_encoder,
@@ -111,6 +111,6 @@ STABLE_DIFFUSION_3 = Family(
         }
     ),
     kohya_names=partial(kohya_names, (original.names,)),
-    doors=lambda checkpoint: Doors(strength=0.6, masked_strength=0.6),
+    image_inputs=lambda checkpoint: ImageInputs(strength=0.6, masked_strength=0.6),
     networks=_networks,
 )

@@ -14,8 +14,8 @@ from jaxdiff.checks import MAX_SIDE_PX, shown
 from jaxdiff.errors import InputError
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, QWEN3
-from jaxdiff.families.doors import Doors
 from jaxdiff.families.family import Family
+from jaxdiff.families.image_inputs import ImageInputs
 from jaxdiff.families.tokenizers.openers import chat_tokenizer
 from jaxdiff.families.transformer import Defaults, kl_decoder_operations, kohya_names
 
@@ -101,6 +101,6 @@ Z_IMAGE = Family(
     decoder_operations=kl_decoder_operations,
     tokenizer=partial(chat_tokenizer, TOKENS, BEFORE, AFTER),
     kohya_names=partial(kohya_names, (original.names,)),
-    doors=lambda checkpoint: Doors(strength=0.6, masked_strength=1.0),
+    image_inputs=lambda checkpoint: ImageInputs(strength=0.6, masked_strength=1.0),
     networks=_networks,
 )

@@ -59,13 +59,27 @@ def decode_grey(content: bytes, name: str) -> np.ndarray:
 
 def _decoded(content: bytes, name: str, background: str, mode: str) -> np.ndarray:
     with _opened(io.BytesIO(content), name) as image:
-        if image.mode.startswith(("I", "F")):  # Pillow would clip the values at 255
-            raise InputError(f"{name} has {image.mode} pixels; save it with 8 bits per channel")
-        upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
-        if upright.has_transparency_data:
-            behind = Image.new("RGBA", upright.size, background)
-            upright = Image.alpha_composite(behind, upright.convert("RGBA"))
-        return np.asarray(upright.convert(mode))
+        return _plain(image, name, background, mode)
+
+
+def rgb(image: Image.Image, name: str) -> np.ndarray:
+    """Converts an open image as `decode` does; raises InputError as it does."""
+    return _plain(image, name, "white", "RGB")
+
+
+def grey(image: Image.Image, name: str) -> np.ndarray:
+    """Converts an open image as `decode_grey` does; raises InputError as it does."""
+    return _plain(image, name, "black", "L")
+
+
+def _plain(image: Image.Image, name: str, background: str, mode: str) -> np.ndarray:
+    if image.mode.startswith(("I", "F")):  # Pillow would clip the values at 255
+        raise InputError(f"{name} has {image.mode} pixels; save it with 8 bits per channel")
+    upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
+    if upright.has_transparency_data:
+        behind = Image.new("RGBA", upright.size, background)
+        upright = Image.alpha_composite(behind, upright.convert("RGBA"))
+    return np.asarray(upright.convert(mode))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from jaxdiff.checks import BadValueError
-from jaxdiff.images import fitting, preprocessing, sources
+from jaxdiff.images import decoding, fitting, preprocessing, sources
 from jaxdiff.images.clip_pixels import centre_of_resized
 from jaxdiff.request import Request, Source
 
@@ -118,7 +118,7 @@ def _pixels(said, root: str) -> np.ndarray:
     if isinstance(said, np.ndarray):
         return _checked("image", said, 3)
     if isinstance(said, Image.Image):
-        return np.asarray(said.convert("RGB"))
+        return decoding.rgb(said, "image")
     return sources.opened(_content(said, root), _name(said))
 
 
@@ -127,7 +127,7 @@ def _mask(said, root: str) -> np.ndarray:
         grey = said.astype(np.uint8) * 255 if said.dtype == bool else said
         return _checked("mask_image", grey, 2)
     if isinstance(said, Image.Image):
-        return np.asarray(said.convert("L"))
+        return decoding.grey(said, "mask_image")
     return sources.mask(_content(said, root), _name(said))
 
 

@@ -177,3 +177,9 @@ def test_what_is_no_controlnet_is_refused(generate, tmp_path, capsys):
     assert "is not a folder on this machine" in capsys.readouterr().err
     assert generate([row], f"--controlnet={tmp_path}:99") == 2
     assert "the scale must be a number from 0 to 10, not '99'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--preprocess=canny", "--guess-mode=on"])
+def test_options_of_controlnets_need_one(generate, option, capsys):
+    assert generate([{}], option) == 2
+    assert "has no effect without --controlnet" in capsys.readouterr().err

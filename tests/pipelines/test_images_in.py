@@ -272,6 +272,7 @@ def test_python_takes_paths_pictures_and_arrays(tiny_checkpoint, folder):
         (folder / "a.png", folder / "mask.png"),
         (str(folder / "a.png"), Image.fromarray(mask)),
         (Image.fromarray(pixels), mask),
+        (Image.fromarray(pixels).convert("RGBA"), Image.fromarray(mask).convert("LA")),
         (pixels, mask > 127),
     ]
     made = model.generate(
@@ -284,6 +285,14 @@ def test_python_takes_paths_pictures_and_arrays(tiny_checkpoint, folder):
         np.testing.assert_array_equal(image.pixels, made[0].pixels)
     with pytest.raises(InputError, match=r"image must be uint8 \[h, w, 3\], not float64"):
         model.generate([jaxdiff.Request(prompt="", image=pixels / 255.0)])
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))  # on white, as files are
+    white = Image.new("RGB", (64, 64), "white")
+    one, other = model.generate(
+        [jaxdiff.Request(prompt="", steps=4, image=image) for image in (clear, white)]
+    )
+    np.testing.assert_array_equal(one.pixels, other.pixels)
+    with pytest.raises(InputError, match="image has I pixels; save it with 8 bits"):
+        model.generate([jaxdiff.Request(prompt="", image=Image.new("I", (64, 64)))])
     with pytest.raises(InputError, match="mask_image needs an image"):
         model.generate([jaxdiff.Request(prompt="", mask_image=mask)])
 

@@ -11,7 +11,7 @@ from jaxdiff.request import Request
 CONTROLS, ADAPTERS = "--controlnet", "--ip-adapter"
 
 
-class Doors(NamedTuple):
+class ImageInputs(NamedTuple):
     """The images that a model takes.
 
     Attributes:
@@ -25,7 +25,7 @@ class Doors(NamedTuple):
     needed: bool = False
 
 
-def steered(request: Request, scales: Sequence[float]) -> Request:
+def with_controls(request: Request, scales: Sequence[float]) -> Request:
     """Returns a request with an image and a scale for each of the job's ControlNets.
 
     Args:
@@ -50,10 +50,10 @@ def steered(request: Request, scales: Sequence[float]) -> Request:
     return replace(request, control_guidance_start=start, control_guidance_end=end)
 
 
-def prompted(request: Request, scales: Sequence[float]) -> Request:
+def with_prompts(request: Request, scales: Sequence[float]) -> Request:
     """Returns a request with an image and a scale for each of the job's IP-Adapters.
 
-    The arguments and errors are those of `steered`.
+    The arguments and errors are those of `with_controls`.
     """
     return _for_each(request, "ip_adapter_image", "ip_adapter_scale", scales, ADAPTERS)
 
@@ -82,14 +82,18 @@ def _for_each(
     return replace(request, **{name: images, scale_name: chosen})
 
 
-def resolved(
-    request: Request, doors: Doors | None, strength: float | None = None, *, is_flow: bool
+def with_strength(
+    request: Request,
+    takes: ImageInputs | None,
+    strength: float | None = None,
+    *,
+    is_flow: bool,
 ) -> Request:
     """Returns a request with its strength.
 
     Args:
       request: its number of steps must be known.
-      doors: the images that the model takes; None if it takes none.
+      takes: the images that the model takes; None if it takes none.
       strength: the job's, for an image without its own.
       is_flow: whether the model was trained by flow matching.
 
@@ -102,14 +106,14 @@ def resolved(
         for name in ("mask_image", "outpaint", "strength"):
             if getattr(request, name) is not None:
                 raise BadValueError(f"{name} needs an image; add one, or leave {name} out")
-        if doors is not None and doors.needed:
+        if takes is not None and takes.needed:
             raise BadValueError("this model only paints in images: give it image and mask_image")
         return request
-    if doors is None:
+    if takes is None:
         raise BadValueError("this model takes no images; leave image out, or use another model")
-    if doors.needed and not is_masked:
+    if takes.needed and not is_masked:
         raise BadValueError("this model needs a mask: give it mask_image or outpaint")
-    own = doors.masked_strength if is_masked else doors.strength
+    own = takes.masked_strength if is_masked else takes.strength
     chosen = next(value for value in (request.strength, strength, own) if value is not None)
     if skipped_steps(request.steps, chosen, is_flow=is_flow) == request.steps:
         raise BadValueError(
