@@ -15,7 +15,7 @@ import numpy as np
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
 from jaxdiff.errors import InputError
-from jaxdiff.images import archives, decoding
+from jaxdiff.images import archives, decoding, tables
 
 MOST_BYTES = 2**27  # per file
 TIMEOUT_SECONDS = 30  # for each answer of a remote file system
@@ -45,8 +45,9 @@ def address(said: str, root: str) -> str:
       root: what paths are relative to: a local folder, or the URL of a remote one.
 
     Returns:
-      The URL unchanged, or a relative POSIX path without "." and "..", such as "cats/1.png", or
-      "cats.tar#1.png" for a file in an archive.
+      The URL unchanged, or a relative POSIX path without "." and "..", such as "cats/1.png". It may
+      go on with a file in an archive, "cats.tar#1.png", or a column and row (and the number in a
+      list) of a Parquet file, "cats.parquet#image/1", "cats.parquet#control_image/1/0".
 
     Raises:
       BadValueError: for what is no address, or not one inside `root`, or has a scheme that is not
@@ -98,6 +99,8 @@ def read(said: str, root: str) -> bytes:
     """
     place = address(said, root)
     name = f"image {checks.printable(place)}"
+    if tables.split(place)[1] and (URL.fullmatch(place) or URL.fullmatch(root)):
+        raise BadValueError(f"{name} is in a Parquet file elsewhere; copy it to this machine")
     if URL.fullmatch(place):
         return _fetched(place, name)
     if URL.fullmatch(root):
@@ -107,6 +110,9 @@ def read(said: str, root: str) -> bytes:
 
 def _read_local(root: Path, place: str, name: str) -> bytes:
     file_name, member = archives.split(place)
+    cell = None
+    if not member:
+        file_name, cell = tables.split(place)
     try:
         folder = root.resolve(strict=True)
         path = (folder / file_name).resolve(strict=True)
@@ -119,6 +125,10 @@ def _read_local(root: Path, place: str, name: str) -> bytes:
             status = os.fstat(file.fileno())
             _check_kind(status.st_mode, name)
             size = status.st_size
+            if cell:
+                image = tables.find(file, cell, name)
+                _check_bytes(image.size, name)
+                return image.to_pybytes()
             if member:
                 found = archives.members(path).get(member)
                 if found is None:

@@ -17,6 +17,7 @@ ALIASES = {
     "cfg": "guidance_scale",
     "cfg_scale": "guidance_scale",
     "denoising_strength": "strength",
+    "image_cfg_scale": "image_guidance_scale",
     "init_image": "image",
     "inference_steps": "steps",
     "mask": "mask_image",

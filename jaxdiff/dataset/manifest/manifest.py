@@ -4,19 +4,25 @@ A row that cannot be read is an entry with an error, not an exception: one bad r
 others. Only a file that cannot be read at all raises. `rows` interprets the values.
 """
 
+import functools
 import glob
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxdiff.checks import BadValueError
 from jaxdiff.dataset import paths
+from jaxdiff.dataset.manifest.parquet import Inside
 from jaxdiff.dataset.manifest.readers import READERS, Entry, read_item
 from jaxdiff.dataset.names import DATA, WORK
 from jaxdiff.errors import InputError
 from jaxdiff.images import archives
+from jaxdiff.images import sources as images
 
 ITEM_ENDING = ".txt"  # of files with one prompt each, in a folder
+OUR_ENDINGS = (archives.ENDING, ".parquet")  # of shards
 IMAGEFOLDER = "metadata.jsonl"  # lists the files of an imagefolder
 
 
@@ -51,8 +57,8 @@ class Manifest:
 def find(where: str | Path) -> Manifest:
     """Finds a manifest: a local file, a glob, a folder of one-prompt text files, or a dataset.
 
-    A dataset is one that `jaxdiff generate` made as WebDataset, another folder of tar archives, or
-    an imagefolder. Several files are read in the order of their names.
+    A dataset is one that `jaxdiff generate` made as WebDataset or Parquet, another folder of tar
+    archives, or an imagefolder. Several files are read in the order of their names.
 
     Raises:
       InputError: if there is none, or a file name has an unknown ending.
@@ -60,8 +66,8 @@ def find(where: str | Path) -> Manifest:
     path, name = Path(where), str(where)
     if path.is_file():
         return of_names(name, {name: path})
-    if path.is_dir() and (images := _of_images(path)):
-        return of_names(name, {str(each): each for each in images})
+    if path.is_dir() and (lists := _of_images(path)):
+        return of_names(name, {str(each): each for each in lists})
     if path.is_dir():
         found = (item for item in path.glob(f"*{ITEM_ENDING}") if item.is_file())
         # Hidden files are not prompts: macOS leaves "._NAME.txt" beside each file it copies.
@@ -75,8 +81,9 @@ def _of_images(folder: Path) -> list[Path]:
     """Returns the files that list the images of a dataset."""
     if (folder / IMAGEFOLDER).is_file():
         return [folder / IMAGEFOLDER]
-    is_ours = (folder / WORK).is_dir()
-    return [*(folder / DATA if is_ours else folder).glob(f"*{archives.ENDING}")]
+    if (folder / WORK).is_dir():
+        return [each for ending in OUR_ENDINGS for each in (folder / DATA).glob(f"*{ending}")]
+    return [*folder.glob(f"*{archives.ENDING}")]
 
 
 def of_names(name: str, paths: dict[str, Path], are_items: bool = False) -> Manifest:
@@ -123,14 +130,18 @@ def digest(manifest: Manifest) -> str:
     return whole.hexdigest()
 
 
-def read(source: Source, prompt_column: str | None = None) -> Iterator[Entry]:
+def read(
+    source: Source, prompt_column: str | None = None, root: str | None = None
+) -> Iterator[Entry]:
     """Yields the rows of one file, including blank lines, in constant memory.
 
     Args:
       prompt_column: the name of the prompt column, if the user has given it.
+      root: what addresses of images are relative to, a folder or URL; None for the file's folder.
 
     Raises:
-      InputError: for a damaged file, or a table without a prompt column.
+      InputError: for a damaged file, a table without a prompt column, or a file with images that
+        cannot be read in it later.
     """
     if source.is_item:
         name = Path(source.name).name.removesuffix(ITEM_ENDING)
@@ -139,7 +150,49 @@ def read(source: Source, prompt_column: str | None = None) -> Iterator[Entry]:
     entries = reader(source.path, source.name, prompt_column)
     if Path(source.name).name == IMAGEFOLDER:
         return map(_with_image, entries)
+    if kind(source) in ("parquet", "tar"):
+        place = functools.cache(functools.partial(_place, source, root))
+        return (_with_addresses(entry, place) for entry in entries)
     return entries
+
+
+def _place(source: Source, root: str | None) -> str:
+    """Returns the address of a file with images; raises InputError if it cannot be used later."""
+    if source.name.lower().endswith(".gz"):
+        raise InputError(f"manifest {source.name} has images; unpack it with gunzip")
+    if "://" in source.name:
+        raise InputError(
+            f"manifest {source.name} has images, which are read from this machine only; copy it "
+            "here, and name the copy"
+        )
+    path, folder = os.path.abspath(source.path), root or os.path.dirname(source.path) or "."
+    try:
+        address = images.address(path, folder)
+    except BadValueError:
+        address = None
+    if not address or not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        raise InputError(
+            f"manifest {source.name} has images, but is not in {folder} or is a link to a place "
+            "outside; move it there, or name its folder with --image-root"
+        )
+    return address
+
+
+def _with_addresses(entry: Entry, place: Callable[[], str]) -> Entry:
+    """Completes the addresses of images in the file itself."""
+
+    def complete(value):
+        if isinstance(value, Inside):
+            return f"{place()}{archives.MARK}{value.name}"
+        return value
+
+    if entry.values is None:
+        return entry
+    values = {
+        name: [*map(complete, value)] if isinstance(value, list) else complete(value)
+        for name, value in entry.values.items()
+    }
+    return entry._replace(values=values)
 
 
 def _with_image(entry: Entry) -> Entry:

@@ -3,18 +3,23 @@
 A few bytes of Parquet can stand for gigabytes: a dictionary holds a text once that many rows refer
 to, run lengths repeat numbers, pages are compressed. So the file's own account of its columns
 decides how many rows are read at once, and the bytes of each row are counted before it becomes
-Python objects.
+Python objects. Images as bytes become their places in the file.
 """
 
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from jaxdiff import checks
+from jaxdiff.checks import BadValueError
+from jaxdiff.dataset.manifest import columns
 from jaxdiff.errors import InputError
+from jaxdiff.images import tables
+from jaxdiff.request import SEVERAL, SOURCES
 
 BATCH_ROWS = 256
 BATCH_BYTES = 2**26  # of a batch on average
@@ -30,6 +35,16 @@ DICTIONARY_PAGE = 2
 HEADER_BYTES = 32  # enough for a page header's first three numbers
 
 
+class Inside(NamedTuple):
+    """An image inside the manifest's own file, before its address is complete.
+
+    Attributes:
+      name: of the file in an archive, or a column and row of a table.
+    """
+
+    name: str
+
+
 class ParquetRows:
     """A Parquet file: the names of its columns, and its rows.
 
@@ -37,40 +52,68 @@ class ParquetRows:
       names: of its columns.
     """
 
-    def __init__(self, source: BinaryIO, name: str):
+    def __init__(self, source: BinaryIO, name: str, prompt_column: str | None = None):
         """Opens a file.
 
         Args:
           name: of the file in messages.
+          prompt_column: the name of the prompt column, if the user has given it.
 
         Raises:
           InputError: if a column would not fit in memory.
           OSError, ValueError, pa.ArrowException: for a damaged file.
         """
         file = pq.ParquetFile(source)
+        self.names: list[str] = file.schema_arrow.names
+        self._source = source
+        self._images = _image_columns(file.schema_arrow, name, prompt_column)
         self._rows_at_once = BATCH_ROWS
+        images = {tables.leaf(file.schema, column) for column in self._images}
+        others = [index for index in range(len(file.schema)) if index not in images]
         for group in map(file.metadata.row_group, range(file.num_row_groups)):
-            _check(group, file.schema, name)
-            mean = group.total_byte_size // max(1, group.num_rows)
-            chunks = map(group.column, range(group.num_columns))
+            for chunk in map(group.column, sorted(images)):
+                _check_images(group, chunk, name)
+            chunks = [group.column(index) for index in others]
+            for index, chunk in zip(others, chunks, strict=True):
+                _check(chunk, file.schema.column(index), name)
+            mean = sum(c.total_uncompressed_size for c in chunks) // max(1, group.num_rows)
             worst = sum(_dictionary_bytes(source, chunk) for chunk in chunks)
             most = min(BATCH_BYTES // max(1, mean), BATCH_WORST_BYTES // max(1, worst))
             self._rows_at_once = max(1, min(self._rows_at_once, most))
-        columns = map(file.schema.column, range(len(file.schema)))
+        leaves = [file.schema.column(index) for index in others]
+        self._others = [leaf.path for leaf in leaves]
         # Of lists, one row may refer to a text any number of times: there, texts stay references.
         texts = [
-            column.path
-            for column in columns
-            if column.physical_type == "BYTE_ARRAY" and column.max_repetition_level
+            leaf.path
+            for leaf in leaves
+            if leaf.physical_type == "BYTE_ARRAY" and leaf.max_repetition_level
         ]
         self._file = pq.ParquetFile(
             source, buffer_size=BUFFER_BYTES, pre_buffer=False, read_dictionary=texts
         )
-        self.names: list[str] = file.schema_arrow.names
 
     def __iter__(self) -> Iterator[tuple[dict | None, str | None]]:
-        """Yields each row as its values by column, or as an error."""
-        for batch in self._file.iter_batches(self._rows_at_once, use_threads=False):
+        """Yields each row as its values by column, or as an error.
+
+        The value of an image as bytes is `Inside`; if the bytes are missing, it is their path.
+        """
+        first = 0
+        for group in range(self._file.num_row_groups):
+            images = {name: tables.column(self._source, group, name) for name in self._images}
+            row = -1
+            for row, (values, error) in enumerate(self._rows_of(group)):
+                try:
+                    for name, column in images.items() if values is not None else ():
+                        values[name] = _places(column[row], values.get(name), name, first + row)
+                except BadValueError as problem:
+                    values, error = None, str(problem)
+                yield values, error
+            first += row + 1
+
+    def _rows_of(self, group: int) -> Iterator[tuple[dict | None, str | None]]:
+        for batch in self._file.iter_batches(
+            self._rows_at_once, row_groups=[group], columns=self._others, use_threads=False
+        ):
             sizes = sum(map(_row_bytes, batch.columns))
             batch = _plain(batch)
             if sizes.sum() <= BATCH_BYTES and sizes.max() <= MAX_ROW_BYTES:
@@ -81,6 +124,47 @@ class ParquetRows:
                     yield from _rows(batch.slice(row, 1))
                 else:
                     yield None, f"the row has {size} bytes; at most {MAX_ROW_BYTES}"
+
+
+def _image_columns(schema: pa.Schema, name: str, prompt_column: str | None) -> list[str]:
+    """Returns the columns of images as bytes that mean images of a request."""
+    found = tables.image_columns(schema)
+    meaning = columns.meaning(tuple(schema.names), prompt_column) if found else {}
+    found = {column: has_lists for column, has_lists in found.items() if meaning[column] in SOURCES}
+    for column, has_lists in found.items():
+        if has_lists and meaning[column] not in SEVERAL:
+            raise InputError(
+                f"manifest {name}: column {checks.shown(column)} has lists of images; write it "
+                "with one image in each row"
+            )
+    return [*found]
+
+
+def _places(value: pa.Scalar, said, column: str, row: int) -> Inside | str | list | None:
+    """Returns where the images of a row are.
+
+    Args:
+      value: of the column, with the bytes only.
+      said: the rest of it: structs with paths, or None.
+      row: its number in the file.
+
+    Raises:
+      BadValueError: for too many images in a list.
+    """
+    if not isinstance(value, pa.ListScalar):
+        if tables.content(value) is not None:
+            return Inside(str(tables.Cell(column, row)))
+        return said.get("path") if said else None
+    images = tables.listed(value)
+    if len(images) > checks.MAX_CONTROLS:
+        raise BadValueError(
+            f"{column} has {len(images)} images; at most {checks.MAX_CONTROLS} are used"
+        )
+    paths = [each and each.get("path") for each in said or [None] * len(images)]
+    return [
+        path if tables.content(image) is None else Inside(str(tables.Cell(column, row, number)))
+        for number, (image, path) in enumerate(zip(images, paths, strict=True))
+    ] or None
 
 
 def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -107,26 +191,31 @@ def _rows(batch: pa.RecordBatch) -> Iterator[tuple[dict | None, str | None]]:
             yield from _rows(batch.slice(index, 1))
 
 
-def _check(group: pq.RowGroupMetaData, schema: pq.ParquetSchema, name: str) -> None:
-    """Raises InputError for a row group that may not fit in memory, by its own account."""
-    for index in range(group.num_columns):
-        chunk, column = group.column(index), schema.column(index)
-        bytes_, packed = chunk.total_uncompressed_size, max(1, chunk.total_compressed_size)
-        listed = column.max_repetition_level > 0
-        if listed and chunk.num_values > MAX_LISTED_VALUES:
-            what = f"{chunk.num_values} listed values in a row group; at most {MAX_LISTED_VALUES}"
-        elif listed and bytes_ > MAX_LISTED_BYTES:
-            what = f"{bytes_} bytes in the lists of a row group; at most {MAX_LISTED_BYTES}"
-        elif column.length > MAX_FIXED_BYTES:
-            what = f"values of {column.length} bytes; at most {MAX_FIXED_BYTES}"
-        elif bytes_ > MAX_PACKED_BYTES and bytes_ > MAX_PACKING * packed:
-            what = f"{bytes_} bytes packed in {packed}; at most {MAX_PACKING} times as many"
-        else:
-            continue
-        raise InputError(
-            f"manifest {name}: column {column.path!a} has {what}; write the file again with "
-            "smaller row groups, or without this column"
-        )
+def _check_images(group: pq.RowGroupMetaData, chunk: pq.ColumnChunkMetaData, name: str) -> None:
+    try:
+        tables.check(group, chunk)
+    except BadValueError as problem:
+        raise InputError(f"manifest {name}: {problem}") from None
+
+
+def _check(chunk: pq.ColumnChunkMetaData, column: pq.ColumnSchema, name: str) -> None:
+    """Raises InputError for a part of a column that may not fit in memory, by its own account."""
+    bytes_, packed = chunk.total_uncompressed_size, max(1, chunk.total_compressed_size)
+    listed = column.max_repetition_level > 0
+    if listed and chunk.num_values > MAX_LISTED_VALUES:
+        what = f"{chunk.num_values} listed values in a row group; at most {MAX_LISTED_VALUES}"
+    elif listed and bytes_ > MAX_LISTED_BYTES:
+        what = f"{bytes_} bytes in the lists of a row group; at most {MAX_LISTED_BYTES}"
+    elif column.length > MAX_FIXED_BYTES:
+        what = f"values of {column.length} bytes; at most {MAX_FIXED_BYTES}"
+    elif bytes_ > MAX_PACKED_BYTES and bytes_ > MAX_PACKING * packed:
+        what = f"{bytes_} bytes packed in {packed}; at most {MAX_PACKING} times as many"
+    else:
+        return
+    raise InputError(
+        f"manifest {name}: column {column.path!a} has {what}; write the file again with "
+        "smaller row groups, or without this column"
+    )
 
 
 def _dictionary_bytes(source: BinaryIO, chunk: pq.ColumnChunkMetaData) -> int:

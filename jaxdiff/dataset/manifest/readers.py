@@ -1,7 +1,7 @@
 """Reads a file's rows, one at a time: JSONL, CSV, TSV, Parquet, JSON, plain text or tar.
 
 Each reader takes the file's path, its name in messages, and the name of the prompt column, if the
-user has given it.
+user has given it. An image inside the file itself is a value `Inside`.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from jaxdiff import checks
 from jaxdiff.checks import BadValueError
 from jaxdiff.dataset.manifest import columns, json_list
 from jaxdiff.dataset.manifest.json_list import JSON
-from jaxdiff.dataset.manifest.parquet import ParquetRows
+from jaxdiff.dataset.manifest.parquet import Inside, ParquetRows
 from jaxdiff.errors import InputError
 from jaxdiff.images import archives
 
@@ -29,6 +29,7 @@ MAX_LINE_BYTES = 2**20
 MAX_RAW_CHARACTERS = 500
 MAX_PARQUET_BYTES = 2**36  # of a gzipped Parquet file, which is unpacked into a temporary one
 IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp", "bmp")
+OURS = {"key", "image", "image_index", "pixel_sha256"}  # columns of a dataset of ours as Parquet
 LINE_END = re.compile(rb"(?<=\r)(?!\n)")  # after a CR alone
 
 
@@ -176,15 +177,30 @@ def _read_parquet(path: Path, name: str, prompt_column: str | None) -> Iterator[
             source = stack.enter_context(tempfile.TemporaryFile())
             _unpack(path, name, source)
         try:
-            table = ParquetRows(source, name)
-            _header(name, table.names, prompt_column)
+            table = ParquetRows(source, name, prompt_column)
+            meaning = _header(name, table.names, prompt_column)
+            is_ours = meaning.keys() >= OURS
             for line, (values, error) in enumerate(table, 1):
+                if is_ours and values is not None:
+                    values = _of_record(values, meaning, prompt_column)
                 yield Entry(line, "", values, error)
         except (OSError, ValueError, pa.ArrowException) as problem:
             reason = str(problem).splitlines()[0]
             raise InputError(
                 f"manifest {name} is not a complete Parquet file ({reason})"
             ) from problem
+
+
+def _of_record(values: dict, meaning: dict[str, str | None], prompt_column: str | None) -> dict:
+    """Returns the row for an image of ours: with its own prompt, but the settings of the job."""
+    image = values.pop("image")
+    prompt = next(values[column] for column, means in meaning.items() if means == "prompt")
+    return {
+        "id": values["key"],
+        "image": image,
+        prompt_column or "prompt": prompt,
+        "record": values,
+    }
 
 
 def _unpack(path: Path, name: str, target: BinaryIO) -> None:
@@ -233,13 +249,15 @@ def _tar_row(
     values = {"id": key}
     image = next((files[each] for each in IMAGE_ENDINGS if each in files), None)
     if image is not None:
-        values["image"] = f"{path.name}{archives.MARK}{image}"
+        values["image"] = Inside(image)
     if "json" in files:
         record = JSON.decode(text("json"))
         values["record"] = record
         said = record if isinstance(record, dict) else {}
         meaning = columns.meaning(tuple(said), prompt_column)
-        values |= {m: said[c] for c, m in meaning.items() if m == "prompt"}
+        for column, means in meaning.items():
+            if means == "prompt":
+                values[prompt_column or "prompt"] = said[column]
     if "txt" in files and prompt_column is None:
         values["prompt"] = _without_newline(text("txt"))
     return values

@@ -32,11 +32,15 @@ class _Opened(NamedTuple):
 
 
 class Sources:
-    """The images of a manifest. Each is opened once, unless it is named again much later."""
+    """The images of a manifest. Each is opened once, unless it is named again much later.
+
+    Attributes:
+      root: what addresses are relative to, a folder or URL.
+    """
 
     def __init__(self, root: str):
-        """Prepares to open images whose addresses are relative to `root`, a folder or URL."""
-        self._root = root
+        """Prepares to open images whose addresses are relative to `root`."""
+        self.root = root
         self._opened = functools.lru_cache(maxsize=REMEMBERED)(self._open)
 
     def pinned(self, request: Request) -> Request:
@@ -62,7 +66,7 @@ class Sources:
         return replace(request, image=image, mask_image=mask)
 
     def _source(self, said: str, *, is_mask: bool) -> tuple[str, _Opened]:
-        address = sources.address(said, self._root)
+        address = sources.address(said, self.root)
         opened = self._opened(address, is_mask)
         if isinstance(opened, str):
             raise BadValueError(opened)
@@ -71,7 +75,7 @@ class Sources:
     def _open(self, address: str, is_mask: bool) -> _Opened | str:
         """Returns what is remembered of an image, or why it cannot be used."""
         try:
-            content = sources.read(address, self._root)
+            content = sources.read(address, self.root)
             pixels = (sources.mask if is_mask else sources.opened)(content, f"image {address}")
         except BadValueError as problem:
             return str(problem)
