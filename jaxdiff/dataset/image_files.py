@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+from functools import partial
 from xml.sax import saxutils
 
 import numpy as np
@@ -29,13 +30,14 @@ SAVE = {
 LOSSLESS = ("png", "webp")
 IMAGE_DESCRIPTION, EXIF_IFD, USER_COMMENT = 0x010E, 0x8769, 0x9286
 XMP_KEYWORD = "XML:com.adobe.xmp"
-DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+CREATED, EDITED = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
     '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
     '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
-    f'Iptc4xmpExt:DigitalSourceType="{DIGITAL_SOURCE_TYPE}">'
+    'Iptc4xmpExt:DigitalSourceType="{source_type}">'
     "{settings}</rdf:Description></rdf:RDF></x:xmpmeta>"
     '<?xpacket end="r"?>'
 )
@@ -57,6 +59,11 @@ SCHEDULE_TYPES = {
 NOT_IN_XML = re.compile("[\ufffe\uffff]")  # the others are escaped by JSON or rejected in prompts
 
 
+def source_type(settings: dict) -> str:
+    """Returns IPTC's digital source type of an image: whether it was made of another one."""
+    return SOURCE_TYPES + (CREATED if settings.get("init_image") is None else EDITED)
+
+
 def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
     """Encodes an image with its settings in the file's metadata.
 
@@ -66,6 +73,7 @@ def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
       image_format: "png", "webp" (lossless) or "jpeg" (quality 95).
     """
     arguments = dict(SAVE[image_format])
+    xmp = partial(XMP.format, source_type=source_type(settings))
     dumped = json.dumps(settings, ensure_ascii=False)
     if image_format == "png":
         chunks = PngImagePlugin.PngInfo()
@@ -73,7 +81,7 @@ def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
             "Description": settings["prompt"],
             "parameters": parameters(settings),
             "jaxdiff": dumped,
-            XMP_KEYWORD: XMP.format(settings=""),
+            XMP_KEYWORD: xmp(settings=""),
         }
         for keyword, text in texts.items():
             chunks.add_itxt(keyword, text)
@@ -84,8 +92,8 @@ def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
         comment = b"UNICODE\0" + parameters(settings).encode("utf-16-be")
         exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
         escaped = NOT_IN_XML.sub(lambda match: f"\\u{ord(match[0]):04x}", saxutils.escape(dumped))
-        xmp = XMP.format(settings=XMP_SETTINGS.format(escaped))
-        arguments.update(exif=exif, xmp=xmp.encode())
+        described = xmp(settings=XMP_SETTINGS.format(escaped))
+        arguments.update(exif=exif, xmp=described.encode())
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, image_format, **arguments)
     return file.getvalue()
@@ -111,6 +119,7 @@ def parameters(settings: dict) -> str:
         "CFG scale": f"{settings['guidance_scale']:g}",
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
+        "Image CFG scale": settings.get("image_guidance_scale"),
         "Denoising strength": settings.get("strength"),
         "Model hash": settings["model"][:10],
         "Clip skip": int(options.pop("clip_skip", 0)) + 1,  # 1 uses all layers

@@ -33,7 +33,7 @@ AWKWARD = [
     '<a> & ]]> {} <!-- ?> &#0; "quoted"',
     "\x01\x08\x0b\x1f\x7f\x85\x9f \t\r\n \u2028\ufeff\ufffe\uffff\U0001fffe\U0010ffff",
 ]
-SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype"
 PARAMETERS = (
     f"{PROMPT}\nNegative prompt: blur\nSteps: 20, Sampler: DPM++ 2M, CFG scale: 5, Seed: 7, "
     "Size: 24x16, Model hash: 0123456789"
@@ -181,8 +181,12 @@ def test_webp_and_jpeg_keep_text_of_every_script(image_format, text):
 @pytest.mark.parametrize("text", [PROMPT, *AWKWARD])
 @pytest.mark.parametrize("image_format", image_files.EXTENSIONS)
 def test_every_format_has_the_digital_source_type(image_format, text):
-    description = opened(image_format, {**SETTINGS, "prompt": text}).getxmp()["xmpmeta"]["RDF"]
-    assert description["Description"]["DigitalSourceType"] == SOURCE_TYPE
+    for settings, kind in (
+        (SETTINGS, "trainedAlgorithmicMedia"),
+        ({**SETTINGS, "init_image": "a.png"}, "compositeWithTrainedAlgorithmicMedia"),
+    ):
+        xmp = opened(image_format, {**settings, "prompt": text}).getxmp()["xmpmeta"]["RDF"]
+        assert xmp["Description"]["DigitalSourceType"] == f"{SOURCE_TYPES}/{kind}"
 
 
 @pytest.mark.parametrize("image_format", image_files.EXTENSIONS)

@@ -111,7 +111,8 @@ The settings from `num_images` to `negative_prompt` hold where a row of the mani
 """
 # Said only if images begin with others; the cards of other datasets stay as they are.
 SOURCES = """\
-Where a row's `init_image` is not null, the image begins with that one and may keep parts of it;
+Where a row's `init_image` is not null, the image begins with that one and may keep parts of it, and
+its digital source type is `compositeWithTrainedAlgorithmicMedia`;
 where `control_image` is not null, it follows that one. These columns and `mask_image` name files in
 a folder of images, with their SHA-256 in `init_image_sha256` and so on; it is not in the dataset.
 

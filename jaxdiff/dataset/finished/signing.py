@@ -104,7 +104,7 @@ def open_signer(certificate: Path, key: Path) -> "c2pa.Context":
     try:
         settings = c2pa.Settings.from_dict(SIGNING)
         signer = c2pa.Context(settings=settings, signer=c2pa.Signer.from_info(info))
-        sign(blank.getvalue(), "png", signer)
+        sign(blank.getvalue(), "png", signer, image_files.source_type({}))
     except c2pa.C2paError as problem:
         raise InputError(
             f"--certificate {certificate} cannot sign ({problem}); C2PA needs a currently valid "
@@ -114,13 +114,14 @@ def open_signer(certificate: Path, key: Path) -> "c2pa.Context":
     return signer
 
 
-def sign(image: bytes, image_format: str, signer: "c2pa.Context") -> bytes:
+def sign(image: bytes, image_format: str, signer: "c2pa.Context", source_type: str) -> bytes:
     """Returns an image's file with a C2PA manifest added and the rest unchanged.
 
     Args:
       image: the file's bytes.
       image_format: "png", "webp" or "jpeg".
       signer: as `open_signer` returns it.
+      source_type: as in `image_files.source_type`.
 
     Raises:
       c2pa.C2paError: if the file cannot be read, or the signature is not valid.
@@ -129,7 +130,7 @@ def sign(image: bytes, image_format: str, signer: "c2pa.Context") -> bytes:
     created = {
         "action": "c2pa.created",
         "softwareAgent": agent,
-        "digitalSourceType": image_files.DIGITAL_SOURCE_TYPE,
+        "digitalSourceType": source_type,
     }
     actions = {"label": "c2pa.actions.v2", "data": {"actions": [created]}}
     manifest = {"claim_generator_info": [agent], "assertions": [actions]}
@@ -172,7 +173,8 @@ def _sign_shard(run: Run, shard: int, signer: "c2pa.Context") -> int:
 def _signed(sample: Sample, image_format: str, signer: "c2pa.Context") -> Sample:
     if is_signed(sample.image, image_format):
         return sample
-    content = sign(sample.image, image_format, signer)
+    source_type = image_files.source_type(sample.record)
+    content = sign(sample.image, image_format, signer, source_type)
     record = {**sample.record, "sha256": hashlib.sha256(content).hexdigest()}
     return replace(sample, record=record, image=content)
 
