@@ -71,8 +71,8 @@ class ConditioningEmbedding(nnx.Module):
 class ControlNetModel(unet_encoder.UNetEncoder):
     """Computes what is added to a U-Net's feature maps."""
 
-    def __init__(self, config: ControlNetConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, rngs=rngs)
+    def __init__(self, config: ControlNetConfig, remat: bool = False, *, rngs: nnx.Rngs):
+        super().__init__(config, remat, rngs=rngs)
         self.controlnet_cond_embedding = ConditioningEmbedding(config, rngs=rngs)
         self.controlnet_down_blocks = nnx.List(
             [conv(width, width, 1, rngs=rngs) for width in config.skip_widths]

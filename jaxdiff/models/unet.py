@@ -24,6 +24,7 @@ from jaxdiff.models.embeddings import sinusoids
 from jaxdiff.models.layers import ImagePrompt, Upsample2D, conv, group_norm
 from jaxdiff.models.unet_encoder import (
     DOWN_BLOCKS,
+    MID_BLOCKS,
     Block,
     MidBlock,
     Prompts,
@@ -72,7 +73,7 @@ class UNetConfig(UNetEncoderConfig):
             for (width, depth), attends in blocks:
                 widths += [width] * (layers * depth * attends)
         width, depth = depths[-1]
-        return (*widths, *[width] * depth)
+        return (*widths, *[width] * (depth * MID_BLOCKS[self.mid_block_type]))
 
 
 class _UpBlock(Block):

@@ -21,13 +21,14 @@ from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 from jaxdiff.models.transformer import Transformer2DModel
 
-DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # name: has attention
+# Names of blocks, and whether they have attention.
+DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+MID_BLOCKS = {"UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False}
 # Keys that change what is computed; only these values are supported.
 FIXED = {
     "act_fn": "silu",
     "downsample_padding": 1,
     "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
     "resnet_time_scale_shift": "default",
 }
 # Keys without effect unless another key is set, which is then rejected.
@@ -55,6 +56,7 @@ class UNetEncoderConfig(ComponentConfig):
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str = "UNetMidBlock2DCrossAttn"
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     norm_num_groups: int = 32
@@ -69,6 +71,8 @@ class UNetEncoderConfig(ComponentConfig):
 
     def __post_init__(self):
         self._check_types("down_block_types", self.down_block_types, DOWN_BLOCKS)
+        if self.mid_block_type not in MID_BLOCKS:
+            raise ValueError(f"mid_block_type = {self.mid_block_type!r} is not supported")
         count = len(self.block_out_channels)
         for name, values in (
             ("attention_head_dim", self.heads),
@@ -208,17 +212,20 @@ class _DownBlock(Block):
 
 
 class MidBlock(nnx.Module):
-    """A transformer between two residual blocks, on the smallest feature map."""
+    """A transformer between two residual blocks, or one residual block, on the smallest map."""
 
     def __init__(self, config: UNetEncoderConfig, remat: bool, *, rngs: nnx.Rngs):
         self.remat = remat
-        same = (config.block_out_channels[-1],) * 2
-        self.resnets = _resnets([same] * 2, config, rngs)
-        self.attentions = _transformers([same], config.heads[-1], config.depths[-1], config, rngs)
+        same, depth = (config.block_out_channels[-1],) * 2, config.depths[-1]
+        attends = MID_BLOCKS[config.mid_block_type]
+        self.resnets = _resnets([same] * (1 + attends), config, rngs)
+        self.attentions = _transformers([same], config.heads[-1], depth * attends, config, rngs)
 
     def __call__(self, x: Array, time_embedding, context, prompts: Prompts | None = None) -> Array:
         """Returns a feature map in the shape of `x`."""
         x = call(self.resnets[0], x, time_embedding, remat=self.remat)
+        if not self.attentions:
+            return x
         x = call(self.attentions[0], x, context, prompts and prompts[0], remat=self.remat)
         return call(self.resnets[1], x, time_embedding, remat=self.remat)
 

@@ -18,9 +18,10 @@ from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError, suggestion
 from jaxdiff.families import FAMILIES, open_checkpoint
 from jaxdiff.families.family import UNGUIDED, Family
-from jaxdiff.families.model import Model, networks_of
+from jaxdiff.families.model import Control, Model, networks_of
 from jaxdiff.families.stable_diffusion import PIPELINE
 from jaxdiff.families.tokenizers.tokenizer import Tokenizer, of_checkpoint
+from jaxdiff.models.controlnet import ControlNetConfig
 from jaxdiff.training.loop import Params
 from jaxdiff.training.recipe import TextToImageRecipe
 from jaxdiff.weights.load import abstract_network, load_params, name_of, places
@@ -46,6 +47,7 @@ class Components:
       scheduler: the contents of `scheduler_config.json`.
       pipeline: the entries of `model_index.json` other than components.
       unguided: whether it was distilled to need no guidance.
+      control, control_config: a ControlNet, whose parameters are "controlnet", and its config.
     """
 
     model: Model
@@ -55,6 +57,8 @@ class Components:
     scheduler: dict
     pipeline: dict
     unguided: bool = False
+    control: Control | None = None
+    control_config: ControlNetConfig | None = None
 
     @property
     def family(self) -> Family:

@@ -138,6 +138,8 @@ class Data:
         shards or of Parquet files; a dataset from `jaxdiff generate`; the output of
         `pipelines.encode`.
       captions: the column (or the file extension) of the captions; "" detects it.
+      control: method "controlnet" only: the column (or the file extension) of the control images,
+        each as large as its image. The shapes world draws outlines.
       size: in pixels, the side of the square whose area images are resized to; 0 for the model's.
       aspect_ratios: the largest aspect ratio of the buckets, and inverted the smallest; 1 crops to
         squares.
@@ -151,6 +153,7 @@ class Data:
 
     path: str = "shapes"
     captions: str = ""
+    control: str = "conditioning_image"
     size: int = 0
     aspect_ratios: float = 1.0
     flip: bool = False
@@ -283,7 +286,10 @@ class TextToImageRecipe(_Run):
       scheduler: the keys of `scheduler_config.json`; missing keys are taken from `model`.
       data: the captioned images.
       train: the components to train, by default the denoiser; the others are frozen.
-      method: "full", or "lora" to train low-rank updates of frozen weights.
+      method: "full"; "lora" for low-rank updates of frozen weights; "controlnet" for a ControlNet
+        beside a frozen U-Net; or "inpaint" to train in full after widening the U-Net to take a mask
+        and what it leaves visible.
+      controlnet: the keys of the ControlNet's `config.json` that differ from the U-Net's.
       lora: the LoRA settings.
       prior: DreamBooth's prior preservation.
       loss: the settings of the denoising loss.
@@ -303,7 +309,8 @@ class TextToImageRecipe(_Run):
     scheduler: dict = field(default_factory=dict)
     data: Data = Data()
     train: tuple[str, ...] | None = None
-    method: Literal["full", "lora"] = "full"
+    method: Literal["full", "lora", "controlnet", "inpaint"] = "full"
+    controlnet: dict = field(default_factory=dict)
     lora: Lora = Lora()
     prior: Prior | None = None
     loss: Loss = Loss()

@@ -20,14 +20,13 @@ from jaxdiff.families.model import Model, Text
 from jaxdiff.models.sd3 import SD3Config
 from jaxdiff.models.unet import UNetConfig
 from jaxdiff.request import Bucket
-from jaxdiff.training import batches, low_rank, noise_levels
+from jaxdiff.training import batches, controlnet, inpainting, low_rank, noise_levels
 from jaxdiff.training.components import Components, from_recipe
 from jaxdiff.training.loop import Params, Task, grid
 from jaxdiff.training.recipe import TextToImageRecipe
 from jaxdiff.training.shapes import places
 
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 20, 3.0
-PREVIEW_PX = 48 * 64 * 64  # the most pixels of a sample grid, unless it has only four images
 DECODED_ALONE_PX = 256  # images with longer sides are decoded one by one
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -46,16 +45,19 @@ def task(
       InputError: if a component or the data cannot be read, or they do not fit together.
     """
     batches.prepare(recipe, output, class_images)
-    parts = from_recipe(recipe)
+    parts, remat = from_recipe(recipe), recipe.computing.remat
+    if recipe.method == "controlnet":
+        parts = controlnet.added(parts, recipe.controlnet, recipe.seed, remat=remat)
+    if recipe.method == "inpaint":
+        parts = inpainting.widened(parts, remat=remat)
     schedule = scheduler_config.noise_schedule(parts.scheduler, _sampler(parts))
     if parts.model.denoiser.guidance_is_input and not schedule.is_flow:
         raise InputError(
             "the denoiser is distilled: it takes the guidance scale as an input; train its teacher"
         )
-    if parts.model.denoiser.inpainting is not None:
+    if parts.model.denoiser.reference is not None or parts.model.denoiser.sees_control:
         raise InputError(
-            "the denoiser is for inpainting; training those is not built: train a model without "
-            "the channels for a mask"
+            "the denoiser also sees an image; training those is not built: train a model without"
         )
     params, frozen = _split(parts, recipe, _trained(recipe, parts.model))
     all_params = partial(_all_params, recipe, parts.model)
@@ -66,7 +68,7 @@ def task(
         loss=_loss(parts, recipe, schedule, all_params),
         batch=made.batch,
         validation=made.validation,
-        preview=preview(parts, all_params, made.captions, batches.size_of(parts, recipe.data)),
+        preview=preview(parts, all_params, made.samples, batches.size_of(parts, recipe.data)),
         export=partial(_export, parts, recipe),
     )
 
@@ -80,13 +82,13 @@ def _trained(recipe: TextToImageRecipe, model: Model) -> tuple[str, ...]:
             raise InputError(f"train: {name!r} must be one of {', '.join(known)}")
     if not names:
         raise InputError("train is empty; list at least one component")
-    if recipe.method == "lora" and names != (denoiser,):
-        raise InputError('train has no effect with method = "lora"; leave it out')
-    if recipe.loss.places and (recipe.method == "lora" or denoiser not in names):
+    if recipe.method in ("lora", "controlnet") and names != (denoiser,):
+        raise InputError(f'train has no effect with method = "{recipe.method}"; leave it out')
+    if recipe.loss.places and (recipe.method != "full" or denoiser not in names):
         raise InputError('loss.places requires method = "full" and the denoiser in train')
     if recipe.loss.places and not isinstance(model.configs[denoiser], UNetConfig | SD3Config):
         raise InputError("loss.places requires a U-Net or Stable Diffusion 3; leave it out")
-    return names
+    return (controlnet.COMPONENT,) if recipe.method == "controlnet" else names
 
 
 def _split(
@@ -123,6 +125,9 @@ def _export(
     if recipe.method == "lora":
         directory.mkdir(exist_ok=True)
         low_rank.save_lora(params, recipe.lora.alpha, directory / low_rank.FILE)
+    elif parts.control_config:
+        weights = params[controlnet.COMPONENT]
+        controlnet.save(directory, parts.control_config, weights, np.float16)
     else:
         parts.save(directory, _all_params(recipe, parts.model, params, frozen), np.float16)
 
@@ -137,6 +142,7 @@ def _loss(
 
     def loss(params: Params, frozen: Params, batch: dict, key: Array) -> tuple[Array, dict]:
         time_key, noise_key, offset_key, latent_key = jax.random.split(key, 4)
+        hidden_key = jax.random.fold_in(latent_key, 1)
         networks = in_dtype(all_params(params, frozen), dtype)
         x0 = clean_latents(parts, networks, batch, latent_key)
         noise = jax.random.normal(noise_key, x0.shape)
@@ -152,8 +158,19 @@ def _loss(
         # A flow network that was distilled from a guided one learns the data's own flow, which is
         # its flow at the scale 1.
         scale = jnp.ones(len(x0)) if denoiser.guidance_is_input else None
+        options = {}
+        if parts.control:
+            options["residuals"] = parts.control.evaluate(
+                networks[controlnet.COMPONENT],
+                x.astype(dtype),
+                levels.timesteps,
+                conditions,
+                batch["control"].astype(jnp.float32) / 255.0,
+            )
+        if denoiser.inpainting:
+            x = jnp.concatenate([x, mask_channels(parts, networks, batch, hidden_key)], axis=-1)
         output, _ = denoiser.evaluate(
-            weights, x.astype(dtype), levels.timesteps, conditions, scale, None
+            weights, x.astype(dtype), levels.timesteps, conditions, scale, None, **options
         )
         output, of_places = jnp.split(output, [x0.shape[-1]], axis=-1)
         target = objective.target(x0, noise, levels.alpha, levels.sigma, schedule.prediction_type)
@@ -182,10 +199,26 @@ def clean_latents(parts: Components, networks: Params, batch: dict, key: Array) 
     """Returns scaled latents, float32 [batch, h, w, c]: the batch's, or sampled from its images."""
     if "latents" in batch:
         return batch["latents"].astype(jnp.float32)
+    return _encoded(parts, networks, to_float(batch["pixels"]), key)
+
+
+def mask_channels(parts: Components, networks: Params, batch: dict, key: Array) -> Array:
+    """Returns what a denoiser for inpainting takes besides latents, float32 [batch, h, w, more].
+
+    It is made of a batch's "pixels" and "masks".
+    """
+    masks = batch["masks"]
+    visible = jnp.where(masks[..., None], 0.0, to_float(batch["pixels"]))
+    latents = _encoded(parts, networks, visible, key)
+    return parts.model.denoiser.inpainting.join(masks.astype(jnp.float32), latents)
+
+
+def _encoded(parts: Components, networks: Params, images: Array, key: Array) -> Array:
+    """Samples scaled latents, float32 [batch, h, w, c], of images in -1..1."""
     codec = parts.model.codec
     params = networks[codec.component]
-    pixels = to_float(batch["pixels"]).astype(jax.tree.leaves(params)[0].dtype)
-    mean, log_variance = (part.astype(jnp.float32) for part in codec.encode(params, pixels))
+    images = images.astype(jax.tree.leaves(params)[0].dtype)
+    mean, log_variance = (part.astype(jnp.float32) for part in codec.encode(params, images))
     sampled = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
     return jax.lax.stop_gradient(codec.scale(sampled))
 
@@ -211,45 +244,67 @@ def conditioning(parts: Components, networks: Params, batch: dict, size: tuple[i
 def preview(
     parts: Components,
     all_params: Callable[[Params, Params], Params],
-    captions: Sequence[str],
+    samples: dict,
     size: int,
 ) -> Callable[[Params, Params], np.ndarray]:
-    """Returns a function that draws a sample grid with the same captions and seeds each time.
+    """Returns a function that draws a sample grid with the same examples and seeds each time.
+
+    An image is beside what it was made from: its control image, or the part that it was given.
 
     Args:
       parts: the model.
       all_params: maps (trained, frozen) parameters to the parameters of every component.
-      captions: the captions to choose from; the first ones are used.
+      samples: as `Batches.samples`; the first ones are used.
       size: the side of the square images, in pixels.
     """
     codec, guided = parts.model.codec, parts.classifier_free
-    count = min(len(captions), max(4, PREVIEW_PX // size**2))
-    captions = captions[:count]
+    count = min(len(samples["captions"]), batches.sample_count(size))
+    captions = samples["captions"][:count]
+    images = {name: samples[name][:count] for name in batches.IMAGES_IN if name in samples}
     side = size // codec.factor
     bucket = Bucket(size, size, PREVIEW_STEPS, guided, _sampler(parts))
     schedule = parts.family.schedule(parts.scheduler, bucket)
     table = samplers.sampler_table(bucket.sampler, schedule, bucket.steps)
-    ranges = [StepRange(0, len(table.timesteps), guided=guided, clamp=schedule.clamp)]
+    controls = (parts.control,) if parts.control else ()
+    ranges = [
+        StepRange(
+            0,
+            len(table.timesteps),
+            guided=guided,
+            clamp=schedule.clamp,
+            controlled=bool(controls),
+        )
+    ]
     positive = parts.tokenized(captions)
     negative = parts.tokenized([""] * count, negative=True) if guided else None
 
     @compilation.jit
-    def sample(params: Params, frozen: Params, noise: Array, fresh_noise: Array | None) -> Array:
+    def sample(
+        params: Params, frozen: Params, noise: Array, fresh_noise: Array | None, images: dict
+    ) -> Array:
         networks = all_params(params, frozen)
         conditions = (
             ids and conditioning(parts, networks, {"token_ids": ids}, (side, side))
             for ids in (positive, negative)
         )
         pixels, _ = sample_pixels(
-            [Denoising(parts.model, schedule.prediction_type)],
+            [Denoising(parts.model, schedule.prediction_type, controls)],
             codec,
             jnp.float32,
-            Weights([networks[parts.model.denoiser.component]], networks[codec.component]),
+            Weights(
+                [networks[parts.model.denoiser.component]],
+                networks[codec.component],
+                [networks[controlnet.COMPONENT] for _ in controls],
+            ),
             Inputs(
                 noise,
                 fresh_noise,
                 *([each] for each in conditions),
                 jnp.full(count, PREVIEW_GUIDANCE),
+                channels=mask_channels(parts, networks, images, jax.random.key(0))
+                if parts.model.denoiser.inpainting
+                else None,
+                controls=[(images["control"], jnp.ones(count)) for _ in controls],
             ),
             table.initial_scale,
             table.columns(),
@@ -261,10 +316,19 @@ def preview(
     def picture(params: Params, frozen: Params) -> np.ndarray:
         seeds, shape = np.arange(count, dtype=np.uint32), (side, side, codec.channels)
         noise = random_noise.draw(seeds, shape, "jax", table.draws)
-        pixels = sample(params, frozen, noise.start, noise.fresh)
-        return grid(np.asarray(pixels), columns=min(8, count))
+        pixels = np.asarray(sample(params, frozen, noise.start, noise.fresh, images))
+        if images:
+            pixels = np.stack([_shown(images), pixels], axis=1).reshape(-1, *pixels.shape[1:])
+        return grid(pixels, columns=min(8, len(pixels)))
 
     return picture
+
+
+def _shown(images: dict) -> np.ndarray:
+    """Returns what images were made from, uint8 [count, height, width, 3]."""
+    if "control" in images:
+        return images["control"]
+    return np.where(images["masks"][..., None], np.uint8(128), images["pixels"])
 
 
 def _sampler(parts: Components) -> str:

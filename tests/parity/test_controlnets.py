@@ -187,6 +187,10 @@ OTHERS = {
         {"conditioning_channels": 6, "conditioning_embedding_out_channels": [4, 8, 12, 20]},
         6,
     ),
+    "fewer transformers": (
+        {"mid_block_type": "UNetMidBlock2D", "down_block_types": ["DownBlock2D"] * 4},
+        3,
+    ),
     "other sinusoids": ({"flip_sin_to_cos": False, "freq_shift": 1}, 3),
 }
 
@@ -291,7 +295,7 @@ def test_the_keys_match_diffusers_at_full_size(variant):
         ("conditioning_embedding_out_channels", []),
         ("conditioning_embedding_out_channels", None),
         ("conditioning_channels", 0),
-        ("mid_block_type", "UNetMidBlock2D"),
+        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
         ("num_control_type", 6),
         ("class_embed_type", "timestep"),
         ("encoder_hid_dim", 4096),

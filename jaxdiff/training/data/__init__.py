@@ -1,6 +1,6 @@
 """Captioned images for training: reads all storage formats and forms batches."""
 
-from jaxdiff.training.data.buckets import assign, batches, buckets
+from jaxdiff.training.data.buckets import assign, batches, buckets, fitted
 from jaxdiff.training.data.encoded import EncodedExamples, check_encoders, latents_digest
 from jaxdiff.training.data.examples import Examples, open_examples
 
@@ -11,6 +11,7 @@ __all__ = [
     "batches",
     "buckets",
     "check_encoders",
+    "fitted",
     "latents_digest",
     "open_examples",
 ]

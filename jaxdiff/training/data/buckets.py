@@ -70,11 +70,12 @@ def batches(
       among: the indices of the examples to use; None uses all.
 
     Returns:
-      a function from a step to {"pixels": uint8 [batch, h, w, 3], "captions": list of str}. For
-      encoded images, "latents", float32 [batch, h, w, channels], drawn from the posterior, replace
-      the pixels, and any embeddings are added: "context" [batch, tokens, width], "pooled"
-      [batch, width], "mask" [batch, tokens]. The function is thread-safe, and raises InputError for
-      an image that cannot be decoded.
+      a function from a step to {"pixels": uint8 [batch, h, w, 3], "captions": list of str}, and
+      "control", of the form of "pixels", if there are control images. For encoded images,
+      "latents", float32 [batch, h, w, channels], drawn from the posterior, replace the pixels, and
+      any embeddings are added: "context" [batch, tokens, width], "pooled" [batch, width], "mask"
+      [batch, tokens]. The function is thread-safe, and raises InputError for an image that cannot
+      be decoded.
 
     Raises:
       InputError: if an image is smaller than its target size, or if encoded images do not match
@@ -128,6 +129,11 @@ def assign(
     return of_size
 
 
+def fitted(examples: Examples, indices: Sequence[int], size: tuple[int, int]) -> dict:
+    """Returns images cropped in the middle to (height, width), in the form of `batches`."""
+    return _pixel_batch(examples, [*indices], size, np.random.default_rng(0), False, False)
+
+
 def _pixel_batch(
     examples: Examples,
     indices: list[int],
@@ -138,15 +144,19 @@ def _pixel_batch(
 ) -> dict[str, np.ndarray | list[str]]:
     count = len(indices)
     positions = rng.random((count, 2)) if random_crop else np.full((count, 2), 0.5)
-    cut = [
-        fitting.fitted(examples.pixels(index), *size, position)
-        for index, position in zip(indices, positions, strict=True)
-    ]
     mirrored = rng.random(count) < 0.5 * flip
-    return {
-        "pixels": np.stack([p[:, ::-1] if m else p for p, m in zip(cut, mirrored, strict=True)]),
-        "captions": [examples.caption(index) for index in indices],
-    }
+
+    def cut(read: Callable[[int], np.ndarray]) -> np.ndarray:
+        chosen = zip(indices, positions, mirrored, strict=True)
+        parts = (
+            (fitting.fitted(read(index), *size, place), flipped) for index, place, flipped in chosen
+        )
+        return np.stack([part[:, ::-1] if flipped else part for part, flipped in parts])
+
+    made = {"pixels": cut(examples.pixels)}
+    if examples.control_places:
+        made["control"] = cut(examples.control)
+    return {**made, "captions": [examples.caption(index) for index in indices]}
 
 
 def _encoded_sizes(

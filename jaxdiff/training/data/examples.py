@@ -1,6 +1,6 @@
 """Opens captioned images in any storage format, with random access."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class Examples:
       sizes: int32 [n, 2], height and width in pixels, from the headers.
       places: the location of each image file, the argument of `read`.
       read: returns the bytes of an image file at a place.
+      control_places: the location of each control image; empty if there are none.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Examples:
     sizes: np.ndarray
     places: list[tuple]
     read: Callable[[Any], bytes]
+    control_places: Sequence[tuple] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -50,27 +52,47 @@ class Examples:
           InputError: naming the image, if it cannot be decoded or has changed since it was opened.
         """
         name = self.names[index]
-        try:
-            content = self.read(self.places[index])
-        except OSError as problem:
-            raise InputError(
-                f"{name} can no longer be read: {problem.strerror}; restore it"
-            ) from None
-        pixels = decoding.decode(content, name)
+        pixels = self._decoded(name, self.places[index])
         if pixels.shape[:2] != tuple(self.sizes[index]):
             raise InputError(
                 f"{name} has changed since it was opened; leave images unchanged during a run"
             )
         return pixels
 
+    def control(self, index: int) -> np.ndarray:
+        """Decodes the control image of an image, in the same form.
 
-def open_examples(data: Data) -> Examples | EncodedExamples:
+        Raises:
+          InputError: naming the image, if it cannot be decoded or has another size than the image.
+        """
+        name = f"{self.names[index]}: its control image"
+        pixels = self._decoded(name, self.control_places[index])
+        height, width = self.sizes[index]
+        if pixels.shape[:2] != (height, width):
+            found = f"{pixels.shape[1]}x{pixels.shape[0]}"
+            raise InputError(
+                f"{name} has {found} pixels, the image {width}x{height}; make them the same size"
+            )
+        return pixels
+
+    def _decoded(self, name: str, place: tuple) -> np.ndarray:
+        try:
+            content = self.read(place)
+        except OSError as problem:
+            raise InputError(
+                f"{name} can no longer be read: {problem.strerror}; restore it"
+            ) from None
+        return decoding.decode(content, name)
+
+
+def open_examples(data: Data, control: str = "") -> Examples | EncodedExamples:
     """Opens the captioned images in a folder and detects their storage format.
 
     Reads every caption and every image's header, but no pixels.
 
     Args:
       data: only `path` and `captions` are used; `path` must be a folder, not "shapes".
+      control: the column (or the file extension) of control images; "" for none.
 
     Raises:
       InputError: naming the file, row or key that is invalid.
@@ -81,25 +103,28 @@ def open_examples(data: Data) -> Examples | EncodedExamples:
     try:
         if encoded.is_encoded(folder):
             return encoded.open_encoded(folder)
-        return _open_images(folder, data.captions)
+        return _open_images(folder, data.captions, control)
     except OSError as problem:
         raise InputError(
             f"{problem.filename or folder} cannot be read: {problem.strerror}"
         ) from None
 
 
-def _open_images(folder: Path, column: str) -> Examples:
+def _open_images(folder: Path, column: str, control: str) -> Examples:
     paths = _generated(folder) if (folder / PLAN).is_dir() else _found(folder)
     if paths[0].is_dir():
         scan = files.scan_folder
     else:
         scan = {".tar": files.scan_tar, ".parquet": files.scan_parquet}[paths[0].suffix]
-    entries = [entry for path in paths for entry in scan(path, column)]
+    entries = [entry for path in paths for entry in scan(path, column, control)]
     if not entries:
         raise InputError(f"{folder} contains no images; add some or choose another folder")
-    names, captions, sizes, places = (list(column) for column in zip(*entries, strict=True))
-    read = files.parquet_reader(places) if scan is files.scan_parquet else files.read_span
-    return Examples(folder, names, captions, np.array(sizes, np.int32), places, read)
+    names, captions, sizes, places, controls = map(list, zip(*entries, strict=True))
+    controls = controls if control else []
+    read = files.read_span
+    if scan is files.scan_parquet:
+        read = files.parquet_reader([*places, *controls])
+    return Examples(folder, names, captions, np.array(sizes, np.int32), places, read, controls)
 
 
 def _generated(folder: Path) -> list[Path]:

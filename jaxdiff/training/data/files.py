@@ -6,7 +6,6 @@ if it is inside the folder.
 """
 
 import csv
-import io
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,18 +37,21 @@ class Entry(NamedTuple):
       caption: the caption.
       size: height and width in pixels.
       place: the location of the image file, the argument of the format's read function.
+      control: the location of its control image; None if there are none.
     """
 
     name: str
     caption: str
     size: tuple[int, int]
     place: tuple
+    control: tuple | None = None
 
 
-def scan_folder(folder: Path, column: str) -> Iterator[Entry]:
+def scan_folder(folder: Path, column: str, control: str = "") -> Iterator[Entry]:
     """Yields the images listed in a folder's `metadata.jsonl` or `metadata.csv`, in order.
 
-    The format is the Hub's imagefolder: `file_name` and a caption column.
+    The format is the Hub's imagefolder: `file_name` and a caption column, and perhaps one with the
+    file names of control images, called `control`.
 
     Raises:
       InputError: for an invalid row, or an image file without a row.
@@ -59,13 +61,15 @@ def scan_folder(folder: Path, column: str) -> Iterator[Entry]:
     named = set()
     for line, row in rows:
         where = f"{metadata} line {line}"
-        path = _inside(folder, row.get("file_name"), where)
-        named.add(path)
+        path = _inside(folder, "file_name", row.get("file_name"), where)
         caption = _caption(row, column, where)
+        steering = control and _inside(folder, control, row.get(control), where)
+        named |= {path, steering}
         try:
             with path.open("rb") as file:
                 size = decoding.read_size(file, str(path))
-                yield Entry(str(path), caption, size, (path, 0, file.seek(0, io.SEEK_END)))
+            extent = steering and (steering, 0, steering.stat().st_size)
+            yield Entry(str(path), caption, size, (path, 0, path.stat().st_size), extent)
         except OSError as problem:
             raise InputError(
                 f"{where}: {path} cannot be read: {problem.strerror}; restore it or remove the row"
@@ -96,14 +100,14 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{path} is not a valid UTF-8 CSV file ({problem}); fix it") from None
 
 
-def _inside(folder: Path, name, where: str) -> Path:
+def _inside(folder: Path, column: str, name, where: str) -> Path:
     if not isinstance(name, str) or not name:
-        raise InputError(f"{where} has no file_name; add the name of the image")
+        raise InputError(f"{where} has no {column}; add the name of the image")
     parts = PurePosixPath(name).parts
     leads_out = PureWindowsPath(name).anchor or name.startswith("/") or ".." in parts
     if leads_out or any(character < " " for character in name):
         raise InputError(
-            f"{where}: file_name {checks.shown(name)} is not a path inside {folder}; move the "
+            f"{where}: {column} {checks.shown(name)} is not a path inside {folder}; move the "
             "image there"
         )
     return folder / name
@@ -132,12 +136,13 @@ def read_span(place: tuple[Path, int, int]) -> bytes:
         return file.read(count)
 
 
-def scan_tar(path: Path, column: str) -> Iterator[Entry]:
+def scan_tar(path: Path, column: str, control: str = "") -> Iterator[Entry]:
     """Yields the samples of a WebDataset shard.
 
     A sample consists of consecutive files with the same name (KEY) up to the first dot. The image
     is found by its extension. The caption is KEY.txt, a string in KEY.json, or the file with the
-    extension `column`.
+    extension `column`. A control image is the file with the extension `control`, for instance
+    "control.png".
 
     Raises:
       InputError: for a damaged archive, or a sample without an image or a caption.
@@ -155,7 +160,7 @@ def scan_tar(path: Path, column: str) -> Iterator[Entry]:
                     continue
                 if folder + slash + stem != key:
                     if sample:
-                        yield _sample(path, tar, key, sample, column)
+                        yield _sample(path, tar, key, sample, column, control)
                     key, sample = folder + slash + stem, {}
                 if ending.lower() in sample:
                     raise InputError(
@@ -163,18 +168,25 @@ def scan_tar(path: Path, column: str) -> Iterator[Entry]:
                     )
                 sample[ending.lower()] = member
             if sample:
-                yield _sample(path, tar, key, sample, column)
+                yield _sample(path, tar, key, sample, column, control)
     except (tarfile.TarError, OSError) as problem:
         raise InputError(f"{path} is not a valid tar archive ({problem}); copy it again") from None
 
 
 def _sample(
-    path: Path, tar: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo], column: str
+    path: Path,
+    tar: tarfile.TarFile,
+    key: str,
+    members: dict[str, tarfile.TarInfo],
+    column: str,
+    control: str,
 ) -> Entry:
     name = f"{path}: {checks.shown(key)}"
     image = next((members[ending] for ending in ENDINGS if ending in members), None)
     if image is None:
         raise InputError(f"{name} has no image ({', '.join(ENDINGS)}); remove it from the shard")
+    if control and control not in members:
+        raise InputError(f"{name} has no control image ({control}); add it, or set data.control")
     values = {}
     for ending, member in members.items():
         if ending in ("txt", "json", column):
@@ -191,7 +203,8 @@ def _sample(
         column = "txt"
     caption = _caption(values, column, name)
     size = decoding.read_size(tar.extractfile(image), name)
-    return Entry(name, caption, size, (path, image.offset_data, image.size))
+    steering = control and (path, members[control].offset_data, members[control].size)
+    return Entry(name, caption, size, (path, image.offset_data, image.size), steering)
 
 
 def _parsed(text: str, name: str) -> dict:
@@ -214,15 +227,19 @@ class Cell(NamedTuple):
     column: str
 
 
-def scan_parquet(path: Path, column: str) -> Iterator[Entry]:
+def scan_parquet(path: Path, column: str, control: str = "") -> Iterator[Entry]:
     """Yields the rows of a Parquet file with embedded images, as the Hub stores them.
+
+    A column `control` of the same form may have control images.
 
     Raises:
       InputError: if the file or a row of it is invalid.
     """
     try:
         with pq.ParquetFile(path) as file:
-            leaf, caption = _columns(path, file.schema_arrow, column)
+            schema = file.schema_arrow
+            leaf, caption = _image_column(path, schema, IMAGE_COLUMN), _column(path, schema, column)
+            steering = control and _image_column(path, schema, control)
             row = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).total_byte_size
@@ -239,27 +256,32 @@ def scan_parquet(path: Path, column: str) -> Iterator[Entry]:
                         raise InputError(f"{name} has no embedded image; embed its bytes")
                     said = _caption({caption: text.as_py()}, caption, name)
                     shape = decoding.read_size(pa.BufferReader(image.as_buffer()), name)
-                    yield Entry(name, said, shape, Cell(path, group, index, size, leaf))
+                    cell = Cell(path, group, index, size, leaf)
+                    beside = cell._replace(column=steering) if steering else None
+                    yield Entry(name, said, shape, cell, beside)
                     row += 1
     except (OSError, pa.ArrowException) as problem:
         reason, *_ = str(problem).splitlines() or [type(problem).__name__]
         raise InputError(f"{path} is not a valid Parquet file ({reason}); copy it again") from None
 
 
-def _columns(path: Path, schema: pa.Schema, column: str) -> tuple[str, str]:
-    """Returns the names of the columns with image bytes and captions."""
-    kind = schema.field(IMAGE_COLUMN).type if IMAGE_COLUMN in schema.names else None
+def _image_column(path: Path, schema: pa.Schema, name: str) -> str:
+    """Returns the path of the column that has the bytes of images."""
+    kind = schema.field(name).type if name in schema.names else None
     is_struct = kind is not None and pa.types.is_struct(kind)
     if is_struct and "bytes" in {field.name for field in kind}:
-        leaf = f"{IMAGE_COLUMN}.bytes"
-    elif kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        leaf = IMAGE_COLUMN
-    else:
-        raise InputError(
-            f"{path} has no {IMAGE_COLUMN} column with image bytes; its columns are "
-            f"{checks.shown(', '.join(schema.names))}; store images as the Image feature of the "
-            "datasets library does"
-        )
+        return f"{name}.bytes"
+    if kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        return name
+    raise InputError(
+        f"{path} has no {name} column with image bytes; its columns are "
+        f"{checks.shown(', '.join(schema.names))}; store images as the Image feature of the "
+        "datasets library does"
+    )
+
+
+def _column(path: Path, schema: pa.Schema, column: str) -> str:
+    """Returns the name of the column with captions."""
     names = (column,) if column else CAPTIONS
     caption = next((name for name in names if name in schema.names), None)
     if caption is None:
@@ -267,7 +289,7 @@ def _columns(path: Path, schema: pa.Schema, column: str) -> tuple[str, str]:
             f"{path} has no {' or '.join(names)} column; its columns are "
             f"{checks.shown(', '.join(schema.names))}; set the caption column"
         )
-    return leaf, caption
+    return caption
 
 
 def _flat(images: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -282,13 +304,13 @@ def parquet_reader(places: Sequence[Cell]) -> Callable[[Cell], bytes]:
     @lru_cache(max(1, CACHE_BYTES // max(1, largest)))
     def read_group(path: Path, group: int, column: str) -> pa.ChunkedArray:
         with pq.ParquetFile(path) as file:
-            return _flat(file.read_row_group(group, [column])[IMAGE_COLUMN])
+            return _flat(file.read_row_group(group, [column])[column.removesuffix(".bytes")])
 
     lock = threading.Lock()  # otherwise threads that miss the same group would each load a copy
 
     def read(cell: Cell) -> bytes:
         with lock:
             images = read_group(cell.path, cell.group, cell.column)
-        return images[cell.row].as_py()
+        return images[cell.row].as_py() or b""
 
     return read

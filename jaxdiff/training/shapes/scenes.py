@@ -85,6 +85,12 @@ def encoded(
         return scenes["latents"], scenes["captions"].tolist()
 
 
+def captions(data: Data, seed: int) -> list[str]:
+    """Returns the captions of all scenes, without encoding any."""
+    check(data)
+    return [draw(data, seed, number)[1] for number in range(data.scenes)]
+
+
 def preview_captions() -> list[str]:
     """Returns the captions of the sample grids, the same at every step of every run."""
     rng = np.random.default_rng(PREVIEW_SEED)

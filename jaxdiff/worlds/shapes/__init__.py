@@ -8,7 +8,7 @@ from jaxdiff.worlds.shapes.benchmark import TAGS, benchmark_rows, caption_for, r
 from jaxdiff.worlds.shapes.captions import Caption, Group, draw_caption
 from jaxdiff.worlds.shapes.perception import read
 from jaxdiff.worlds.shapes.placement import sample, scene_for
-from jaxdiff.worlds.shapes.render import render
+from jaxdiff.worlds.shapes.render import outlines, render
 from jaxdiff.worlds.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Object, Scene
 from jaxdiff.worlds.shapes.verdict import Verdict, judge
 
@@ -27,6 +27,7 @@ __all__ = [
     "caption_for",
     "draw_caption",
     "judge",
+    "outlines",
     "read",
     "render",
     "row_for",
