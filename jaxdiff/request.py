@@ -56,8 +56,10 @@ class Request:
         [h, w].
       outpaint: the width in pixels of what is painted on the left, top, right and bottom of the
         image, which takes the rest of `width` and `height`.
+      image_guidance_scale: how closely a model that is guided by `image`, too, follows it (Brooks
+        et al., 2023, arXiv:2211.09800, equation 3); below 1, all guidance is off, as in diffusers.
       control_image: what the model's ControlNets see, an image for each, in any form of `image`;
-        for one net, it need not be in a list.
+        for one net, or for a model that sees it itself, it need not be in a list.
       controlnet_conditioning_scale: how strongly each of them steers, or one number for all.
       control_guidance_start, control_guidance_end: the part of the steps in which they steer, as
         fractions from 0 to 1.
@@ -78,6 +80,7 @@ class Request:
     strength: float | None = None
     mask_image: Any = None
     outpaint: tuple[int, int, int, int] | None = None
+    image_guidance_scale: float | None = None
     control_image: Any = None
     controlnet_conditioning_scale: float | tuple[float, ...] | None = None
     control_guidance_start: float | None = None
@@ -93,6 +96,8 @@ class Request:
         if self.control_image is not None:
             control = self.control_guidance_start, self.control_guidance_end
         size, guided = (self.width, self.height), self.guidance_scale > 1
+        if self.image_guidance_scale is not None:
+            guided = guided and self.image_guidance_scale >= 1
         return Bucket(*size, self.steps, guided, self.sampler, self.strength, masked, control)
 
 
@@ -137,6 +142,7 @@ IMAGE_FIELDS = {
     "strength": Field(checks.number, (0, 1), "float64"),
     "mask_image": Field(checks.text, (), "string"),
     "outpaint": Field(checks.margins, (), "string"),
+    "image_guidance_scale": Field(checks.number, (0, checks.MAX_GUIDANCE_SCALE), "float64"),
     "control_image": Field(checks.texts, (), "string"),
     "controlnet_conditioning_scale": Field(checks.numbers_in, (0, 10), "string"),
     "control_guidance_start": Field(checks.number, (0, 1), "float64"),
@@ -154,6 +160,10 @@ IMAGE_COLUMNS = {
         (_column(name), f"{_column(name)}_sha256") if name in SOURCES else (_column(name),)
     )
 }
+
+# Those that were added after the first datasets with images. Records have one only if a row has a
+# value for it, so that older datasets can be continued and extended.
+LATER_COLUMNS = ("image_guidance_scale",)
 
 
 def to_columns(request: Request) -> dict:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxdiff import checks
-from jaxdiff.checkpoint import lora
+from jaxdiff.checkpoint import controlnet, lora
 from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.checkpoint.controlnet import scaled
 from jaxdiff.dataset import settings
@@ -24,10 +24,11 @@ is interrupted, run the same command again to continue.
 A manifest is a text file with one prompt per line, or JSON Lines, CSV, TSV, Parquet or a JSON list
 (each may be gzipped). It has a column `prompt` and, optionally, id, negative_prompt, seed or seeds,
 num_images, width, height, steps, guidance_scale, sampler; to begin with another image: image,
-strength, mask_image, outpaint; for ControlNets: control_image, controlnet_conditioning_scale,
-control_guidance_start, control_guidance_end; for IP-Adapters: ip_adapter_image, ip_adapter_scale.
-Other columns are copied to the images' metadata. A manifest can also be several files, as a glob, a
-folder of text files with one prompt each, or a dataset of images.
+strength, mask_image, outpaint, image_guidance_scale; for ControlNets: control_image,
+controlnet_conditioning_scale, control_guidance_start, control_guidance_end; for IP-Adapters:
+ip_adapter_image, ip_adapter_scale. Other columns are copied to the images' metadata. A manifest can
+also be several files, as a glob, a folder of text files with one prompt each, or a dataset of
+images.
 """
 EPILOG = """\
 example:
@@ -80,7 +81,8 @@ class Models:
 
 def _absolute(model: str) -> str:
     # On another host, a bundled model may have another path; a directory must have the same one.
-    return str(Path(model).absolute()) if Path(model).exists() and model not in BUNDLED else model
+    is_bundled = model in BUNDLED or model in controlnet.BUNDLED
+    return str(Path(model).absolute()) if Path(model).exists() and not is_bundled else model
 
 
 @dataclass(frozen=True)

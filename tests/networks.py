@@ -4,7 +4,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.devices import parallel
-from jaxdiff.families import FAMILIES
+from jaxdiff.families import FAMILIES, flux_model
 from jaxdiff.families import networks as families
 from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION_XL
 from jaxdiff.models import sd3
@@ -36,6 +36,7 @@ NETWORKS = {
 def _architectures() -> dict[str, families.Architecture]:
     """Those of the transformer families by the networks' classes in diffusers or transformers."""
     found = {"UMT5EncoderModel": families.T5}  # of no family yet
+    found["FluxControlNetModel"] = flux_model.CONTROLNET  # of no pipeline
     for family in FAMILIES.values():
         if isinstance(made := family.networks(), families.Networks):
             for name, component in family.components.items():
@@ -77,12 +78,15 @@ def _compiled(network: str, config: dict, tensors: Callable) -> Callable:
     graph, shapes = abstract_network(network_class(config), config)
     params = load_params(places(shapes, np.float32), tensors(shapes))
 
-    def run(*arrays, method="__call__", options=None, **named):
+    @cache
+    def program(method, *options):
         def call(params, arrays, named):
-            merged = nnx.merge(graph, params)
-            return getattr(merged, method)(*arrays, **named, **(options or {}))
+            return getattr(nnx.merge(graph, params), method)(*arrays, **named, **dict(options))
 
-        return jax.jit(call)(params, arrays, named)
+        return jax.jit(call)
+
+    def run(*arrays, method="__call__", options=None, **named):
+        return program(method, *(options or {}).items())(params, arrays, named)
 
     return run
 

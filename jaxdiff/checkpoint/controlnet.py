@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from jaxdiff import checks
+from jaxdiff.checkpoint.checkpoint import ASSETS
 from jaxdiff.checkpoint.component import CONFIG, INDEX, Component
 from jaxdiff.checkpoint.fingerprint import fingerprint
 from jaxdiff.checkpoint.json_files import read_json
@@ -16,7 +17,9 @@ from jaxdiff.checkpoint.weight_files import UNREADABLE, choose, read_weights
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
 
+BUNDLED = {"shapes64-outlines": ASSETS / "shapes64-outlines"}
 CONTROLNET = Component(library="diffusers", class_name="ControlNetModel")
+FLUX_CONTROLNET = Component(library="diffusers", class_name="FluxControlNetModel")
 MAX_SCALE = 10
 UNION_KEY = "task_embedding"  # a weight that only union networks have
 
@@ -62,16 +65,16 @@ def open_controlnet(said: str) -> ControlNetFiles:
     """Opens a ControlNet and checks that its files are complete; reads no weights.
 
     Args:
-      said: the path of a folder with `config.json` and safetensors weights as diffusers names them:
-        `diffusion_pytorch_model.safetensors` or shards with an index. Without full weights, the
-        variant fp16 or bf16 is used.
+      said: "shapes64-outlines", the bundled one; or the path of a folder with `config.json` and
+        safetensors weights as diffusers names them: `diffusion_pytorch_model.safetensors` or shards
+        with an index. Without full weights, the variant fp16 or bf16 is used.
 
     Raises:
       InputError: if there is no such folder; if it holds no config, another kind of network, or no
         safetensors weights; or if a file is damaged.
     """
     try:
-        return _open(said, Path(said))
+        return _open(said, BUNDLED.get(said, Path(said)))
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
         raise InputError(f"ControlNet {said!r} cannot be read ({reason})") from error
@@ -88,7 +91,7 @@ def _open(said: str, path: Path) -> ControlNetFiles:
         raise InputError(f"{path} contains no {CONFIG}; {remedy}")
     config = read_json(path / CONFIG)
     found = config.get("_class_name")
-    if found != CONTROLNET.class_name:
+    if found not in (CONTROLNET.class_name, FLUX_CONTROLNET.class_name):
         raise _unsupported(path / CONFIG, found)
     # The folder is its own parent's network.
     chosen = choose({path.name: names}, None, path.parent, {path.name: CONTROLNET})[path.name]
@@ -119,5 +122,5 @@ def _no_folder(path: Path) -> str:
 def _unsupported(file: Path, found: object) -> InputError:
     return InputError(
         f"{file}: {shown(found)} is not supported; use a {CONTROLNET.class_name} for Stable "
-        "Diffusion 1, 2 or XL"
+        f"Diffusion 1, 2 or XL, or a {FLUX_CONTROLNET.class_name} for FLUX.1"
     )

@@ -24,6 +24,7 @@ from jaxdiff.images import sources
 from jaxdiff.request import (
     FIELDS,
     IMAGE_COLUMNS,
+    LATER_COLUMNS,
     Options,
     Request,
     Source,
@@ -89,6 +90,7 @@ class Plan:
         earlier version made the plan or the one that it extends.
       takes_images: whether any row has an image; only then do records have the columns of images.
       image_root: the folder or URL that addresses of images are relative to.
+      later_columns: those of `LATER_COLUMNS` that rows have values for and records have.
     """
 
     id: str
@@ -104,13 +106,14 @@ class Plan:
     counts_tokens: bool = False
     takes_images: bool = False
     image_root: str = ""
+    later_columns: Sequence[str] = ()
 
     @property
     def record_fields(self) -> formats.Fields:
         """The names and types of the fields of its images' records."""
         missing = () if self.counts_tokens else ("tokens_lost",)
-        if not self.takes_images:
-            missing += tuple(IMAGE_COLUMNS)
+        columns = LATER_COLUMNS if self.takes_images else IMAGE_COLUMNS
+        missing += tuple(name for name in columns if name not in self.later_columns)
         return [each for each in formats.RECORD_FIELDS if each[0] not in missing]
 
     @property
@@ -160,7 +163,7 @@ class Plan:
 # The columns that decide an image's bucket.
 BUCKET_COLUMNS = (
     *("width", "height", "steps", "guidance_scale", "sampler"),
-    *("strength", "mask_image", "outpaint"),
+    *("strength", "mask_image", "outpaint", "image_guidance_scale"),
     *("control_guidance_start", "control_guidance_end"),
 )
 
@@ -171,23 +174,30 @@ def example(
     strength: float | None = None,
     mask_image: str | None = None,
     outpaint: str | None = None,
+    image_guidance_scale: float | None = None,
     **values,
 ) -> Request:
     """Returns a request without a prompt in the bucket of these values of `BUCKET_COLUMNS`.
 
-    Its images cannot be read. Whether there is a mask counts, not which.
+    Its images cannot be read. Whether there is a mask counts, not which; and of an image guidance
+    scale, whether guidance is off because of it.
 
     Args:
       models: the plan's: every row has an image for each ControlNet and IP-Adapter.
     """
     nothing = Source("", "")
+    is_controlled = values.get("control_guidance_start") is not None
     is_masked = mask_image is not None or outpaint is not None
+    if image_guidance_scale is not None:
+        image_guidance_scale = float(image_guidance_scale >= 1)
     return Request(
         prompt="",
         image=nothing if strength is not None else None,
         strength=strength,
         mask_image=nothing if is_masked else None,
-        control_image=(nothing,) * len(models.get("controlnet", ())) or None,
+        image_guidance_scale=image_guidance_scale,
+        # A model may see one without a ControlNet.
+        control_image=(nothing,) * (len(models.get("controlnet", ())) or is_controlled) or None,
         ip_adapter_image=(nothing,) * len(models.get("ip_adapter", ())) or None,
         **values,
     )
@@ -240,6 +250,7 @@ def _is_sound(plan: Plan) -> bool:
         and isinstance(plan.manifest, str)
         and isinstance(plan.model_name, str)
         and sources.is_root(plan.image_root)
+        and {*plan.later_columns} <= {*LATER_COLUMNS}
     )
 
 

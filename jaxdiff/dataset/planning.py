@@ -37,7 +37,14 @@ from jaxdiff.diffusion import scheduler_config
 from jaxdiff.diffusion.samplers import SAMPLERS
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
-from jaxdiff.request import IMAGE_COLUMNS, SOURCES, Bucket, Request, field_checks
+from jaxdiff.request import (
+    IMAGE_COLUMNS,
+    LATER_COLUMNS,
+    SOURCES,
+    Bucket,
+    Request,
+    field_checks,
+)
 
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algorithm
@@ -97,6 +104,7 @@ def make(
         counts_tokens=True,
         takes_images=True,
         image_root=root,
+        later_columns=LATER_COLUMNS,
     )
     if extended:
         old = extended.plan
@@ -119,7 +127,12 @@ def make(
             f"manifest {manifest.name} has images, but the dataset to extend has rows without "
             "images only; choose another --output"
         )
-    plan = replace(plan, takes_images=takes_images, image_root=root if takes_images else "")
+    plan = replace(
+        plan,
+        takes_images=takes_images,
+        image_root=root if takes_images else "",
+        later_columns=sorted(reader.later_columns),
+    )
     sha256 = {file.name: paths.digest(file) for file in sorted(folder.iterdir())}
     plan = replace(plan, rows=reader.counts, sha256=sha256, notices=reader.notices.texts())
     (folder / PLAN_JSON).write_text(json.dumps(asdict(plan), indent=2) + "\n", "utf-8")
@@ -237,6 +250,7 @@ class _Reader:
     ):
         self.manifest, self.settings, self.defaults = manifest, settings, model.base.defaults
         self.rejected, self.sources, self.takes_images = rejected, sources, False
+        self.later_columns: set[str] = set()
         self.with_images = partial(model.with_images, strength=settings.strength)
         self.known, self.next_key = known, len(known)
         defaults = model.base.defaults
@@ -298,7 +312,8 @@ class _Reader:
         for source in self.manifest.sources:
             # A name might not be UTF-8.
             name = os.fsencode(source.name).decode("utf-8", "backslashreplace")
-            for entry in manifests.read(source, self.settings.prompt_column):
+            arguments = source, self.settings.prompt_column, self.sources.root
+            for entry in manifests.read(*arguments):
                 if entry.values is None and entry.error is None:
                     self.counts["blank"] += 1
                     continue
@@ -329,6 +344,8 @@ class _Reader:
         request = self.sources.pinned(self.with_images(request))
         row = replace(row, request=request)
         self.takes_images |= any(getattr(request, name) is not None for name in SOURCES)
+        has = (name for name in LATER_COLUMNS if getattr(request, name) is not None)
+        self.later_columns.update(has)
         first = self.place_of_id.setdefault(row.id, place)
         if columns.has_repeated_items(entry.values):
             said = self.prompt_of_item.setdefault(row.id, request.prompt)

@@ -20,11 +20,12 @@ class StepRange(NamedTuple):
 
     Attributes:
       denoiser: 0, or 1 for the refiner.
-      rows: the number of rows; each is an evaluation of the denoiser, on two batches if guided.
+      rows: the number of rows, in each of which the denoiser is evaluated.
       guided: whether classifier-free guidance is on.
       clamp: how the denoiser's estimates of x_0 are clamped; None if they are not.
       skips: whether there is a third evaluation, without `Options.skip_layers`.
       controlled: whether ControlNets steer it.
+      image_guided: whether the image that is edited guides it, too, by a third evaluation.
     """
 
     denoiser: int
@@ -33,11 +34,12 @@ class StepRange(NamedTuple):
     clamp: Clamp | None = None
     skips: bool = False
     controlled: bool = False
+    image_guided: bool = False
 
     @property
     def evaluations(self) -> int:
         """The number of evaluations of the denoiser in each row, for one image."""
-        return 1 + self.guided + self.skips
+        return 1 + self.guided + self.skips + self.image_guided
 
 
 def skipped_steps(steps: int, strength: float, *, is_flow: bool) -> int:
@@ -94,6 +96,7 @@ def step_ranges(
     clamps: Sequence[Clamp | None],
     train_steps: int,
     steps: int,
+    image_guided: bool = False,
 ) -> tuple[StepRange, ...]:
     """Returns the ranges of a table, which cover all its rows.
 
@@ -106,6 +109,7 @@ def step_ranges(
       clamps: for each denoiser, how its estimates are clamped, as in `StepRange`.
       train_steps: the number of timesteps that the base model was trained with.
       steps: the number of sampling steps.
+      image_guided: whether guided steps are guided by an image, too.
     """
     rows = refined_from = len(timesteps)
     if len(guidable) > 1:
@@ -125,5 +129,14 @@ def step_ranges(
         is_guided = guided and guided_from <= begin and end <= guided_until
         is_guided = is_guided and guidable[denoiser]
         skips = is_guided and skip_from <= begin and end <= skip_until
-        ranges.append(StepRange(denoiser, end - begin, is_guided, clamps[denoiser], skips))
+        ranges.append(
+            StepRange(
+                denoiser,
+                end - begin,
+                is_guided,
+                clamps[denoiser],
+                skips,
+                image_guided=is_guided and image_guided,
+            )
+        )
     return tuple(ranges)

@@ -312,7 +312,7 @@ class TextToImage:
             denoiser.prompts.compile()
             for encoder in denoiser.image_prompts:
                 encoder.compile()
-        if request.strength is not None:
+        if any(self._inputs.brings(request)):
             self._inputs.encoder.compile(request.height, request.width)
         self._program(request, self.slots(request, batch_size))
 

@@ -75,10 +75,21 @@ class ImageEncoder:
         Returns:
           scaled latents, float32 [batch, h, w, channels].
         """
+        if hidden is None:
+            hidden = _nothing(images)
+        place = parallel.batch_sharding(self._mesh)
+        return self._sample(self._encoded(params, images, hidden), jax.device_put(noise, place))
+
+    def means(self, params: dict, images: Sequence[np.ndarray]) -> Array:
+        """Encodes a batch of images of one size to the means of their unscaled latents."""
+        return self._encoded(params, images, _nothing(images))[:, 0]
+
+    def _encoded(
+        self, params: dict, images: Sequence[np.ndarray], hidden: Sequence[np.ndarray]
+    ) -> Array:
+        """Returns means and deviations of unscaled latents, float32 [batch, 2, h, w, channels]."""
         height, width, _ = images[0].shape
         self.compile(height, width)
-        if hidden is None:
-            hidden = [np.zeros((height, width), bool)] * len(images)
         slots, place = self._slots(height, width), parallel.batch_sharding(self._mesh)
 
         def encode(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Array:
@@ -90,12 +101,16 @@ class ImageEncoder:
         names = [*map(_name, images, hidden)]
         pairs = zip(images, hidden, strict=True)
         found = self._cache(dict(zip(names, pairs, strict=True)), slots, encode)
-        encoded = jax.device_put(jnp.stack([found[name] for name in names]), place)
-        return self._sample(encoded, jax.device_put(noise, place))
+        return jax.device_put(jnp.stack([found[name] for name in names]), place)
 
     def _slots(self, height: int, width: int) -> int:
         """Returns how many images are encoded at once."""
         return batching.on_cpu(width, height) * self._mesh.shape["data"]
+
+
+def _nothing(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns masks that hide nothing of the images."""
+    return [np.zeros(image.shape[:2], bool) for image in images]
 
 
 def _name(image: np.ndarray, hidden: np.ndarray) -> bytes:

@@ -16,7 +16,7 @@ from jaxdiff.engine.denoiser import LoadedDenoiser
 from jaxdiff.engine.images import ImageEncoder
 from jaxdiff.engine.program import Inputs
 from jaxdiff.families.ensemble import Steps
-from jaxdiff.families.model import Codec
+from jaxdiff.families.model import Codec, Control
 from jaxdiff.request import Request
 
 
@@ -24,13 +24,15 @@ class Brings(NamedTuple):
     """Which of the inputs that come from images a request has; see `Inputs`.
 
     Attributes:
-      encodes_first: whether noise for an image's latents is drawn before that of the first step.
+      encodes_first: how often noise for images' latents is drawn before that of the first step.
+      encodes_last: whether it is drawn after that.
     """
 
     start: bool = False
     kept: bool = False
     channels: bool = False
-    encodes_first: bool = False
+    encodes_first: int = 0
+    encodes_last: bool = False
 
 
 class InputMaker:
@@ -60,19 +62,27 @@ class InputMaker:
         self.encoder = encoder
         self._denoisers, self._codec, self._mesh, self._noise = denoisers, codec, mesh, noise
         self._inpainting = denoisers[0].model.denoiser.inpainting
-        self._nets = range(len(denoisers[0].controls))
+        self._reference = denoisers[0].model.denoiser.reference
+        self._sees_control = denoisers[0].model.denoiser.sees_control
+        self._nets = denoisers[0].denoising.controls
+        # As many samples of control images' latents are drawn before all else.
+        self._encoded_nets = sum(net.sees_latents for net in self._nets)
 
     def brings(self, request: Request) -> Brings:
         """Returns what the image of a resolved request gives to the program."""
-        bucket, inpainting = request.bucket, self._inpainting
+        bucket, inpainting, first = request.bucket, self._inpainting, self._encoded_nets
+        if self._sees_control:
+            return Brings(channels=True, encodes_first=1)
         if bucket.strength is None:
-            return Brings()
+            return Brings(encodes_first=first)
+        if self._reference is not None:
+            return Brings(channels=True)
         # A network for inpainting sees what is kept; to others it is given back after each step.
         channels = bucket.masked and inpainting is not None
         start = bucket.strength < 1 or not bucket.masked  # as in diffusers
         kept = bucket.masked and not channels
-        first = start or kept or (channels and inpainting.encodes_image)
-        return Brings(start, kept, channels, first)
+        first += start or kept or (channels and inpainting.encodes_image)
+        return Brings(start, kept, channels, first, encodes_last=kept or channels)
 
     def abstract(self, request: Request, slots: int, steps: Steps) -> Inputs:
         """Returns the shapes and shardings of the inputs of `slots` requests like this one."""
@@ -91,19 +101,24 @@ class InputMaker:
             return jax.ShapeDtypeStruct((steps.draws, slots, *shape), np.float32, sharding=sharding)
 
         def channels() -> jax.ShapeDtypeStruct:
-            return batched(*shape[:-1], self._inpainting.channels)
+            more = self._reference or self._inpainting
+            return batched(*shape[:-1], more.channels) if more else batched(*shape)
 
-        control = batched(request.height, request.width, 3, dtype=np.uint8), batched()
+        def control(net: Control) -> tuple:
+            pixels = batched(request.height, request.width, 3, dtype=np.uint8)
+            return batched(*shape) if net.sees_latents else pixels, batched()
+
         return Inputs(
             noise=batched(*shape),
             fresh_noise=fresh() if steps.draws else None,
             positive=each,
             negative=each if steps.is_guided else [None] * len(each),
             guidance_scale=batched(),
+            image_guidance_scale=None if request.image_guidance_scale is None else batched(),
             start=batched(*shape) if brings.start else None,
             kept=Kept(batched(*shape), batched(*shape[:-1], 1)) if brings.kept else None,
             channels=channels() if brings.channels else None,
-            controls=[control for _ in self._nets],
+            controls=[control(net) for net in self._nets],
         )
 
     def __call__(self, batch: Sequence[Request], steps: Steps, codec_params: dict) -> Inputs:
@@ -121,9 +136,10 @@ class InputMaker:
             self._latent_shape(batch[0]),
             self._noise,
             steps.draws,
-            before=int(brings.encodes_first),
-            after=int(brings.kept or brings.channels),
+            before=brings.encodes_first,
+            after=int(brings.encodes_last),
         )
+        encoded = () if noise.encoded is None else noise.encoded
         fresh_noise = noise.fresh
         if fresh_noise is not None:
             fresh_noise = jax.device_put(fresh_noise, parallel.batch_sharding(self._mesh, axis=1))
@@ -133,24 +149,31 @@ class InputMaker:
             negative = place(
                 [denoiser.conditioning(batch, negative=True) for denoiser in self._denoisers]
             )
-        scales = np.array([request.guidance_scale for request in batch], np.float32)
         return Inputs(
             noise=place(noise.start),
             fresh_noise=fresh_noise,
             positive=positive,
             negative=negative,
-            guidance_scale=place(scales),
-            **place(self._of_images(batch, brings, noise.encoded, codec_params)),
-            controls=place([self._control(batch, net) for net in self._nets]),
+            guidance_scale=place(_numbers(batch, "guidance_scale")),
+            image_guidance_scale=place(_numbers(batch, "image_guidance_scale")),
+            **place(self._of_images(batch, brings, encoded[self._encoded_nets :], codec_params)),
+            controls=place(self._controls(batch, encoded, codec_params)),
         )
 
-    def _control(self, batch: Sequence[Request], net: int) -> tuple[np.ndarray, np.ndarray]:
-        images = np.stack([request.control_image[net] for request in batch])
-        scales = [request.controlnet_conditioning_scale[net] for request in batch]
-        return images, np.array(scales, np.float32)
+    def _controls(
+        self, batch: Sequence[Request], noise: Array | Sequence, params: dict
+    ) -> list[tuple[Array | np.ndarray, np.ndarray]]:
+        """Returns what each net sees, and how strongly it steers; the noise is for all of them."""
+        found, samples = [], iter(noise)
+        for place, net in enumerate(self._nets):
+            seen = [request.control_image[place] for request in batch]
+            scales = [request.controlnet_conditioning_scale[place] for request in batch]
+            seen = self.encoder(params, seen, next(samples)) if net.sees_latents else np.stack(seen)
+            found.append((seen, np.array(scales, np.float32)))
+        return found
 
     def _of_images(
-        self, batch: Sequence[Request], brings: Brings, noise: Array | None, params: dict
+        self, batch: Sequence[Request], brings: Brings, noise: Array | Sequence, params: dict
     ) -> dict:
         """Returns the inputs that come from images, by name.
 
@@ -159,6 +182,11 @@ class InputMaker:
           params: the autoencoder's.
         """
         found, images = {}, [request.image for request in batch]
+        if self._sees_control:
+            images = [request.control_image[0] for request in batch]
+            return {"channels": self.encoder(params, images, noise[0])}
+        if self._reference is not None:
+            return {"channels": self._reference.scale(self.encoder.means(params, images))}
         if brings.kept or brings.channels:
             masks = np.stack([request.mask_image for request in batch])
         if brings.start or brings.kept:
@@ -176,3 +204,9 @@ class InputMaker:
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         factor = self._codec.factor
         return request.height // factor, request.width // factor, self._codec.channels
+
+
+def _numbers(batch: Sequence[Request], name: str) -> np.ndarray | None:
+    """Returns a number of each request, float32 [batch]; None if they have none."""
+    numbers = [getattr(request, name) for request in batch]
+    return None if None in numbers else np.array(numbers, np.float32)

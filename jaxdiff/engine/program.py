@@ -22,12 +22,13 @@ class Inputs(NamedTuple):
       positive, negative: the conditioning of each denoiser, a tree of arrays [batch, ...]; the
         negative one is None if no step is guided.
       guidance_scale: float32 [batch].
+      image_guidance_scale: float32 [batch]; None if no image guides.
       start: float32 latents [batch, h, w, channels] to begin with; None to begin with noise.
       kept: the part of the latents that must not change; None if all may.
       channels: float32 [batch, h, w, more channels], which the denoisers get beside the latents;
         None if they take none.
-      controls: for each ControlNet, uint8 images [batch, height, width, 3] and float32 scales
-        [batch]; empty if none steers.
+      controls: for each ControlNet, uint8 images [batch, height, width, 3] or float32 latents of
+        them [batch, h, w, channels], and float32 scales [batch]; empty if none steers.
     """
 
     noise: Any
@@ -35,6 +36,7 @@ class Inputs(NamedTuple):
     positive: Sequence[Any]
     negative: Sequence[Any]
     guidance_scale: Any
+    image_guidance_scale: Any = None
     start: Any = None
     kept: sampling.Kept | None = None
     channels: Any = None
@@ -63,6 +65,7 @@ AXES = Inputs(
     positive=0,
     negative=0,
     guidance_scale=0,
+    image_guidance_scale=0,
     start=0,
     kept=0,
     channels=0,
@@ -118,7 +121,8 @@ def sample_pixels(
     Returns:
       pixels, uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
     """
-    steer = steering.steer(denoisers[0].controls, weights.controls, inputs.controls, guesses)
+    nets = denoisers[0].controls, weights.controls, inputs.controls
+    steer = steering.steer(*nets, inputs.guidance_scale, guesses)
     walk = [
         sampling.Stretch(
             rows,
@@ -133,10 +137,11 @@ def sample_pixels(
                 skipped if skips else (),
                 inputs.channels,
                 steer if controlled else None,
+                inputs.image_guidance_scale if image_guided else None,
             ),
             clamp,
         )
-        for index, rows, guided, clamp, skips, controlled in step_ranges
+        for index, rows, guided, clamp, skips, controlled, image_guided in step_ranges
     ]
     latents = sampling.sample(
         walk,
@@ -170,19 +175,31 @@ def denoiser(
     skipped: tuple[int, ...] = (),
     channels: Array | None = None,
     steer: steering.Steer | None = None,
+    image_guidance_scale: Array | None = None,
 ) -> sampling.Denoiser:
     """Makes a denoiser for `sampling.sample`; it is guided if `negative` is not None.
+
+    If an image guides, too, the denoiser is evaluated without the prompt and the image, with the
+    image (zeros in its place hide it), and with both.
 
     The arguments are those of `sample_pixels`, for one denoiser.
     """
     network, guided = denoising.model.denoiser, negative is not None
-    conditioning = jax.tree.map(guidance.paired, negative, positive) if guided else positive
+    by_image = image_guidance_scale is not None
+    unprompted = [negative] * (guided + by_image)
+    conditioning = jax.tree.map(guidance.paired, *unprompted, positive) if guided else positive
 
     def denoise(
         x: Array, timestep: Array, alpha: Array, sigma: Array, kept: Any
     ) -> tuple[Array, Any]:
         known = x if channels is None else jnp.concatenate([x, channels], axis=-1)
-        latents = (guidance.paired(known, known) if guided else known).astype(dtype)
+        latents = known
+        if by_image:
+            hidden = jnp.concatenate([x, jnp.zeros_like(channels)], axis=-1)
+            latents = guidance.paired(hidden, known, known)
+        elif guided:
+            latents = guidance.paired(known, known)
+        latents = latents.astype(dtype)
         options = {}
         if steer is not None:
             options["residuals"] = steer(x.astype(dtype), timestep, positive, conditioning)
@@ -199,7 +216,11 @@ def denoiser(
         paired = output
         if guided:
             output = guidance.guide(
-                output, guidance_scale, guidance_rescale, norm_patch=network.norm_patch
+                output,
+                guidance_scale,
+                guidance_rescale,
+                norm_patch=network.norm_patch,
+                image_scale=image_guidance_scale,
             )
         if skipped:
             times = jnp.full(len(x), timestep)

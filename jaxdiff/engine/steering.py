@@ -19,13 +19,15 @@ def steer(
     controls: Sequence[Control],
     weights: Sequence[dict],
     inputs: Sequence[tuple[Array, Array]],
+    guidance_scale: Array,
     guesses: bool,
 ) -> Steer:
     """Returns the function that evaluates all nets and adds up their scaled residuals.
 
     Args:
       controls, weights: the nets and their parameters.
-      inputs: for each net, uint8 images [batch, height, width, 3] and scales [batch].
+      inputs: for each net, what it sees and scales [batch], as in `Inputs.controls`.
+      guidance_scale: [batch], for nets that take it.
       guesses: whether each net steers only the prompt's half of a guided step, and its outer layers
         less than the deeper ones.
     """
@@ -34,20 +36,23 @@ def steer(
         batch = len(latents)
         guided = len(jax.tree.leaves(conditioning)[0]) == 2 * batch
 
-        def residuals(net: Control, params: dict, images: Array, scales: Array) -> Any:
-            images = images.astype(jnp.float32) / 255.0
+        def residuals(net: Control, params: dict, seen: Array, scales: Array) -> Any:
+            if not net.sees_latents:
+                seen = seen.astype(jnp.float32) / 255.0
             halved = guided and (guesses or net.is_pooled)
             x, given = latents, positive
             if guided and not halved:
-                x, images = guidance.paired(latents, latents), guidance.paired(images, images)
+                x, seen = guidance.paired(latents, latents), guidance.paired(seen, seen)
                 given, scales = conditioning, guidance.paired(scales, scales)
-            found = net.evaluate(params, x, jnp.full(len(x), timestep), given, images)
+            options = {"guidance_scale": guidance_scale} if net.guidance_is_input else {}
+            times = jnp.full(len(x), timestep)
+            found = net.evaluate(params, x, times, given, seen, **options)
             leaves, structure = jax.tree.flatten(found)
             weights = jnp.ones(len(leaves))
             if guesses and not net.is_pooled:
                 weights = jnp.logspace(-1, 0, len(leaves))
             leaves = [
-                (leaf * (weight * scales)[:, None, None, None]).astype(leaf.dtype)
+                (leaf * jnp.expand_dims(weight * scales, range(1, leaf.ndim))).astype(leaf.dtype)
                 for leaf, weight in zip(leaves, weights, strict=True)
             ]
             if halved:

@@ -12,6 +12,8 @@ from jaxdiff.families.family import Family
 from jaxdiff.families.pixart import PIXART
 from jaxdiff.families.stable_diffusion import (
     INPAINT_PIPELINE,
+    INSTRUCT_PIPELINE,
+    INSTRUCT_PIX2PIX,
     LCM_PIPELINE,
     PIPELINE,
     STABLE_DIFFUSION,
@@ -23,10 +25,13 @@ FAMILIES: dict[str, Family] = {  # by the pipeline's class in diffusers
     PIPELINE: STABLE_DIFFUSION,
     LCM_PIPELINE: STABLE_DIFFUSION,
     INPAINT_PIPELINE: STABLE_DIFFUSION,
+    INSTRUCT_PIPELINE: INSTRUCT_PIX2PIX,
     **dict.fromkeys(XL_PIPELINES, STABLE_DIFFUSION_XL),
     **PIXART,
     flux.PIPELINE: flux.FLUX,
     flux.FILL_PIPELINE: flux.FLUX_FILL,
+    flux.KONTEXT_PIPELINE: flux.FLUX_KONTEXT,
+    flux.CONTROL_PIPELINE: flux.FLUX_CONTROL,
     stable_diffusion_3.PIPELINE: stable_diffusion_3.STABLE_DIFFUSION_3,
     z_image.PIPELINE: z_image.Z_IMAGE,
     flux2.PIPELINE: flux2.FLUX_2,

@@ -28,6 +28,12 @@ from jaxdiff.families.family import CLASSIFIER_FREE, OWN_OPTIONS
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 from jaxdiff.request import Bucket, Options, Request
 
+# The models that take what an option names.
+WORKS_WITH = {
+    image_inputs.CONTROLS: "Stable Diffusion 1, 2 and XL, FLUX.1 dev and schnell",
+    image_inputs.ADAPTERS: "Stable Diffusion 1, 2 and XL",
+}
+
 
 class Steps(NamedTuple):
     """The sampling steps of a bucket's images.
@@ -137,8 +143,9 @@ class Ensemble:
                     f"--{name.replace('_', '-')} has no effect on {self.base.defaults.name}; leave "
                     "it out"
                 )
-        for name in () if self.controls else ("guess_mode", "preprocess"):
-            if getattr(options, name) != getattr(usual, name):
+        sees_control = self.controls or self.base.family.sees_control
+        for name, has_effect in (("guess_mode", self.controls), ("preprocess", sees_control)):
+            if getattr(options, name) != getattr(usual, name) and not has_effect:
                 said = name.replace("_", "-")
                 raise InputError(f"--{said} has no effect without --controlnet; leave it out")
         skipped = options.skipped_layers
@@ -165,8 +172,11 @@ class Ensemble:
         controls, adapters = (
             tuple(each.scale for each in kind) for kind in (self.controls, self.adapters)
         )
-        request = image_inputs.with_strength(request, takes, strength, is_flow=is_flow)
-        request = image_inputs.with_controls(request, controls)
+        request = image_inputs.with_image(request, takes, strength, is_flow=is_flow)
+        if self.base.family.sees_control:
+            request = image_inputs.with_control(request)
+        else:
+            request = image_inputs.with_controls(request, controls)
         return image_inputs.with_prompts(request, adapters)
 
     def steps(self, options: Options, bucket: Bucket) -> Steps:
@@ -176,6 +186,7 @@ class Ensemble:
           InputError: if the sampler does not support a scheduler's config.
         """
         configs = self.schedulers(options.scheduler)
+        takes = self.base.family.image_inputs(self.base)
         schedules = [
             checkpoint.family.schedule(config, bucket)
             for checkpoint, config in zip(self.checkpoints, configs, strict=True)
@@ -200,11 +211,12 @@ class Ensemble:
             clamps=[schedule.clamp for schedule in schedules],
             steps=bucket.steps,
             train_steps=scheduler_config.train_steps(configs[0]),
+            image_guided=takes is not None and takes.guidance_scale is not None,
         )
         refined = max(skipped, sum(part.rows for part in ranges if part.denoiser == 0))
         others = [table(number, refined) for number in range(1, len(self.checkpoints))]
         ranges = after(ranges, skipped)
-        if bucket.control is not None:
+        if self.controls and bucket.control is not None:
             ranges = with_control(ranges, *bucket.control)
         return Steps([base, *others], ranges, skipped)
 
@@ -244,8 +256,8 @@ def open_ensemble(
     ):
         if said and check is None:
             raise InputError(
-                f"{option} works with Stable Diffusion 1, 2 and XL only, not with "
-                f"{first.defaults.name}; leave it out"
+                f"{option} works with {WORKS_WITH[option]} only, not with {first.defaults.name}; "
+                "leave it out"
             )
     controls = tuple(
         _addition(
@@ -263,6 +275,12 @@ def open_ensemble(
     )
     if refiner is None:
         return Ensemble(first, None, controls, adapters)
+    takes = first.family.image_inputs(first)
+    if takes is not None and takes.needed:
+        raise InputError(
+            f"--refiner cannot continue what {first.defaults.name} begins, because it would not "
+            "see the image of the row; leave it out"
+        )
     try:
         last = open_checkpoint(refiner, variant)
     except NoVariantError:

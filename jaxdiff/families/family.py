@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CLASSIFIER_FREE, EMBEDDED, UNGUIDED = "classifier-free", "embedded", "unguided"
 # The options that only some families have.
-OWN_OPTIONS = frozenset({"clip_skip", "deep_cache", "prompt_chunks", "skip_layers"})
+OWN_OPTIONS = frozenset({"clip_skip", "deep_cache", "guess_mode", "prompt_chunks", "skip_layers"})
 
 
 class Defaults(Protocol):
@@ -77,7 +77,7 @@ class Networks(Protocol):
     def build(self, configs: Mapping, index: Mapping, *, remat: bool = False) -> "Model":
         """Builds the networks, as pure functions, from configs and `model_index.json`."""
 
-    def control(self, configs: Mapping, config: Mapping) -> "Control":
+    def control(self, configs: Mapping, config: Mapping, *, remat: bool = False) -> "Control":
         """Builds a ControlNet for a model with these configs from its own parsed config.
 
         Raises:
@@ -89,6 +89,13 @@ class Networks(Protocol):
 
         Raises:
           InputError: if there is none for models of this family, or it does not fit the model.
+        """
+
+    def for_inpainting(self, configs: Mapping) -> dict:
+        """Returns the configs with a denoiser that also takes a mask and what it leaves visible.
+
+        Raises:
+          InputError: if models of this family cannot be widened in this way.
         """
 
     def with_guidance_input(self, configs: Mapping, width: int) -> dict:
@@ -119,6 +126,7 @@ class Family:
       tokenizer: maps (text encoder, its tokenizer's folder, its parsed config) to its tokenizer;
         raises InputError if it cannot be used. Imports transformers.
       image_inputs: returns the images that a checkpoint's denoiser takes; None if it takes none.
+      sees_control: whether its models see a control image in every request, without a ControlNet.
       check_controlnet: raises InputError for a ControlNet's parsed config that does not fit a
         checkpoint, as far as the configs tell; None if there are no ControlNets for its models.
       check_ip_adapter: the same for the width of the tokens that an IP-Adapter makes.
@@ -137,6 +145,7 @@ class Family:
     kohya_names: Callable[[Checkpoint, str], Mapping[str, Layer]] = lambda checkpoint, component: {}
     absent: Mapping[str, Any] = field(default_factory=dict)
     own_options: frozenset[str] = frozenset()
+    sees_control: bool = False
     check_controlnet: Callable[[Checkpoint, Mapping], None] | None = None
     check_ip_adapter: Callable[[Checkpoint, int], None] | None = None
     check_files: Callable[[Checkpoint], None] = lambda checkpoint: None

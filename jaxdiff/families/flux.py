@@ -1,31 +1,45 @@
-"""FLUX.1 dev, schnell and Fill: a flow transformer with T5 and CLIP text encoders.
+"""FLUX.1 dev, schnell, Fill, Kontext and Control: a flow transformer with T5 and CLIP.
 
 See Black Forest Labs' code and report, 2025, arXiv:2506.15742.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
+from jaxdiff.checkpoint.controlnet import FLUX_CONTROLNET
 from jaxdiff.checkpoint.lora_names import xlabs_names
 from jaxdiff.checkpoint.original import flux as original
+from jaxdiff.checks import shown
+from jaxdiff.errors import InputError
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, CLIP_TEXT, T5
+from jaxdiff.families.controlnets import refuse_misfit, refuse_other_class
 from jaxdiff.families.family import EMBEDDED, UNGUIDED, Family
-from jaxdiff.families.image_inputs import ImageInputs
+from jaxdiff.families.image_inputs import EDITS, ImageInputs
 from jaxdiff.families.tokenizers.openers import by_encoder, clip_tokenizer, t5_tokenizer
 from jaxdiff.families.transformer import Defaults, kl_decoder_operations, kohya_names
 
 PIPELINE = "FluxPipeline"
 FILL_PIPELINE = "FluxFillPipeline"  # for inpainting
+KONTEXT_PIPELINE = "FluxKontextPipeline"  # for editing by instruction
+CONTROL_PIPELINE = "FluxControlPipeline"  # Canny and Depth, which follow a control image
 PATCH = 2  # latents along each side of a token
 SAMPLE_SIZE = 128  # latents along each side of an image, in all published models
 TOKENS = 512  # of T5
+VARIANTS = {FILL_PIPELINE: "Fill", KONTEXT_PIPELINE: "Kontext", CONTROL_PIPELINE: "Control"}
 DEV, SCHNELL, FILL = (28, 3.5), (4, 1.0), (50, 30.0)  # steps and guidance scale
 ONCE_AN_IMAGE = ("time_text_embed.", ".norm1.linear.", ".norm1_context.linear.", ".norm.linear.")
 OF_THE_TEXT = ("context_embedder.", ".add_", ".to_add_out.", ".ff_context.")
 OF_BOTH = "single_transformer_blocks."
+# The config keys in which a ControlNet must equal the transformer, because it adds to its tokens
+# and is given what the transformer is given. It may have fewer blocks.
+SHARED_WITH_CONTROLNETS = (
+    *("in_channels", "attention_head_dim", "num_attention_heads", "axes_dims_rope"),
+    *("joint_attention_dim", "pooled_projection_dim"),
+)
 
 
 def defaults(checkpoint: Checkpoint) -> Defaults:
@@ -35,12 +49,12 @@ def defaults(checkpoint: Checkpoint) -> Defaults:
       InputError: if a config gives no usable value.
     """
     is_dev = checkpoint.config("transformer").get("guidance_embeds", False) is True
-    fills = checkpoint.pipeline == FILL_PIPELINE
-    usual = FILL if fills else DEV if is_dev else SCHNELL
+    usual = FILL if checkpoint.pipeline == FILL_PIPELINE else DEV if is_dev else SCHNELL
+    variant = VARIANTS.get(checkpoint.pipeline, "dev" if is_dev else "schnell")
     steps, guidance_scale = config_values.steps_and_guidance(checkpoint, *usual)
     factor = config_values.kl_factor(checkpoint)
     return Defaults(
-        name=f"FLUX.1 {'Fill' if fills else 'dev' if is_dev else 'schnell'}",
+        name=f"FLUX.1 {variant}",
         size=(SAMPLE_SIZE * factor,) * 2,
         size_multiple=PATCH * factor,
         factor=factor,
@@ -55,12 +69,17 @@ def defaults(checkpoint: Checkpoint) -> Defaults:
     )
 
 
-def _operations(checkpoint: Checkpoint, height: int, width: int, tokens: int) -> tuple[int, int]:
-    image = height * width // PATCH**2
+def _operations(
+    checkpoint: Checkpoint, height: int, width: int, tokens: int, *, references: int = 0
+) -> tuple[int, int]:
+    output = height * width // PATCH**2
+    image = (1 + references) * output
 
     def rows(key: str) -> int:
         if any(part in key for part in ONCE_AN_IMAGE):
             return 1
+        if key.startswith("proj_out."):
+            return output
         if key.startswith(OF_BOTH):
             return image + tokens
         return tokens if any(part in key for part in OF_THE_TEXT) else image
@@ -71,10 +90,29 @@ def _operations(checkpoint: Checkpoint, height: int, width: int, tokens: int) ->
     return counted, counted
 
 
-def _networks(*, inpaints: bool):
+def check_controlnet(checkpoint: Checkpoint, config: Mapping) -> None:
+    """Raises InputError if a ControlNet is of a kind without support, or has other widths.
+
+    The network itself is compared in full when it is built.
+    """
+    refuse_other_class(config, FLUX_CONTROLNET.class_name)
+    if config.get("num_mode") is not None:
+        raise InputError(
+            f"num_mode = {shown(config['num_mode'])}: a union ControlNet must be told of which "
+            "kind each control image is, and no column says that; use one for a single kind"
+        )
+    if config.get("conditioning_embedding_channels") is not None:
+        raise InputError(
+            "conditioning_embedding_channels: the ControlNet sees pixels (as XLabs' do), and only "
+            "those that see latents are supported (such as InstantX's); use one of them"
+        )
+    refuse_misfit(checkpoint.config("transformer"), config, SHARED_WITH_CONTROLNETS)
+
+
+def _networks(**purpose):
     from jaxdiff.families import flux_model
 
-    return flux_model.networks(patch=PATCH, sample_size=SAMPLE_SIZE, inpaints=inpaints)
+    return flux_model.networks(patch=PATCH, sample_size=SAMPLE_SIZE, **purpose)
 
 
 FLUX = Family(
@@ -94,10 +132,26 @@ FLUX = Family(
     ),
     kohya_names=partial(kohya_names, (original.names, xlabs_names)),
     image_inputs=lambda checkpoint: ImageInputs(strength=0.6, masked_strength=0.6),
-    networks=partial(_networks, inpaints=False),
+    check_controlnet=check_controlnet,
+    networks=partial(_networks, shared_with_controlnets=SHARED_WITH_CONTROLNETS),
 )
 FLUX_FILL = replace(
     FLUX,
     image_inputs=lambda checkpoint: ImageInputs(strength=1.0, masked_strength=1.0, needed=True),
+    check_controlnet=None,
     networks=partial(_networks, inpaints=True),
+)
+FLUX_KONTEXT = replace(
+    FLUX,
+    image_inputs=lambda checkpoint: EDITS,
+    operations=partial(_operations, references=1),
+    check_controlnet=None,
+    networks=partial(_networks, edits=True),
+)
+FLUX_CONTROL = replace(
+    FLUX,
+    image_inputs=lambda checkpoint: None,
+    sees_control=True,
+    check_controlnet=None,
+    networks=partial(_networks, sees_control=True),
 )

@@ -1,13 +1,14 @@
 """The networks of FLUX.1 as pure functions: the part that imports JAX."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.families.model import Inpainting, Model, Network, Text
+from jaxdiff.families.controlnets import refuse_misfit
+from jaxdiff.families.model import Control, Inpainting, Model, Network, Params, Reference, Text
 from jaxdiff.families.networks import (
     AUTOENCODER_KL,
     CLIP_TEXT,
@@ -17,7 +18,14 @@ from jaxdiff.families.networks import (
     fit,
     model,
 )
-from jaxdiff.models import flux
+from jaxdiff.models import flux, flux_controlnet
+from jaxdiff.weights.load import abstract_network
+
+CONTROLNET = Architecture(
+    flux_controlnet.FluxControlNetConfig,
+    lambda config: flux_controlnet.FluxControlNetModel,
+    flux_controlnet.SHARDING,
+)
 
 
 def _assemble(
@@ -27,6 +35,8 @@ def _assemble(
     patch: int,
     sample_size: int,
     inpaints: bool,
+    edits: bool,
+    sees_control: bool,
 ) -> Model:
     transformer, vae = configs["transformer"], configs["vae"]
     clip, t5 = configs["text_encoder"], configs["text_encoder_2"]
@@ -34,7 +44,7 @@ def _assemble(
     inpainting = Inpainting(
         vae.latent_channels + vae.factor**2, partial(_join, vae.factor), encodes_image=True
     )
-    more = patch**2 * inpainting.channels if inpaints else 0
+    more = patch**2 * inpainting.channels if inpaints else channels * sees_control
     fit(
         [
             ("in_channels", transformer.in_channels, channels + more),
@@ -43,7 +53,7 @@ def _assemble(
             ("joint_attention_dim", transformer.joint_attention_dim, t5.d_model),
         ]
     )
-    return model(
+    made = model(
         configs,
         networks,
         _encode_text,
@@ -53,7 +63,19 @@ def _assemble(
         sample_size=sample_size,
         size_multiple=patch,
         inpainting=inpainting if inpaints else None,
+        reference=Reference(vae.latent_channels, vae.scale) if edits else None,
+        sees_control=sees_control,
     )
+    if not edits:
+        return made
+    evaluate = partial(_with_reference, made.denoiser.evaluate)
+    return made._replace(denoiser=made.denoiser._replace(evaluate=evaluate))
+
+
+def _with_reference(evaluate: Callable, params: Params, latents: Array, *inputs, **options):
+    """Evaluates the denoiser of latents that are followed by the channels of a reference."""
+    latents, reference = jnp.split(latents, 2, axis=-1)
+    return evaluate(params, latents, *inputs, reference=reference, **options)
 
 
 def _join(factor: int, masks: Array, hidden: Array) -> Array:
@@ -64,6 +86,46 @@ def _join(factor: int, masks: Array, hidden: Array) -> Array:
     return jnp.concatenate([hidden, pixels.reshape(batch, rows, columns, factor**2)], axis=-1)
 
 
+def _control(
+    shared: Sequence[str], configs: Mapping, config: Mapping, *, remat: bool = False
+) -> Control:
+    """Builds a ControlNet for the transformer of these configs; see `family.Networks.control`."""
+    read, transformer = CONTROLNET.config.from_json(config), configs["transformer"]
+    refuse_misfit(vars(transformer), vars(read), shared)
+    graph, shapes = abstract_network(
+        partial(flux_controlnet.FluxControlNetModel, remat=remat), read
+    )
+    blocks = transformer.num_layers, transformer.num_single_layers
+    return Control(
+        Network(graph, shapes, CONTROLNET.sharding),
+        partial(_steer, graph, blocks),
+        is_pooled=False,
+        sees_latents=True,
+        guidance_is_input=read.guidance_embeds,
+    )
+
+
+def _steer(
+    graph: nnx.GraphDef,
+    blocks: tuple[int, int],
+    params: Params,
+    latents: Array,
+    timesteps: Array,
+    conditioning: Mapping[str, Array],
+    control: Array,
+    guidance_scale: Array | None = None,
+) -> tuple[list[Array], list[Array]]:
+    """Evaluates a ControlNet for a transformer with so many double and single blocks."""
+    double, single = nnx.merge(graph, params)(
+        latents,
+        timesteps,
+        control.astype(latents.dtype),
+        **conditioning,
+        guidance_scale=guidance_scale,
+    )
+    return flux_controlnet.spread(double, single, blocks)
+
+
 def _encode_text(encoders: Mapping[str, nnx.Module], tokens: Mapping, clip_skip: int) -> Text:
     """Encodes prompts; T5's padding is seen like all other tokens, as in training."""
     ids = tokens["text_encoder"][:, 0]  # the only chunk
@@ -71,8 +133,19 @@ def _encode_text(encoders: Mapping[str, nnx.Module], tokens: Mapping, clip_skip:
     return Text(encoders["text_encoder_2"](tokens["text_encoder_2"].ids), pooled)
 
 
-def networks(*, patch: int, sample_size: int, inpaints: bool) -> Networks:
-    """Returns the networks; the arguments are constants of the family's page."""
+def networks(
+    *,
+    patch: int,
+    sample_size: int,
+    inpaints: bool = False,
+    edits: bool = False,
+    sees_control: bool = False,
+    shared_with_controlnets: Sequence[str] = (),
+) -> Networks:
+    """Returns the networks; the arguments are constants of the family's page.
+
+    Only a model that shares config keys with ControlNets takes any.
+    """
     return Networks(
         architectures={
             "text_encoder": CLIP_TEXT,
@@ -82,5 +155,13 @@ def networks(*, patch: int, sample_size: int, inpaints: bool) -> Networks:
             ),
             "vae": AUTOENCODER_KL,
         },
-        assemble=partial(_assemble, patch=patch, sample_size=sample_size, inpaints=inpaints),
+        assemble=partial(
+            _assemble,
+            patch=patch,
+            sample_size=sample_size,
+            inpaints=inpaints,
+            edits=edits,
+            sees_control=sees_control,
+        ),
+        steer=partial(_control, shared_with_controlnets) if shared_with_controlnets else None,
     )

@@ -1,4 +1,4 @@
-"""Checks what a request brings besides text, and fills in its strength. Imports no JAX."""
+"""Checks what a request brings besides text, and fills in the defaults. Imports no JAX."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,13 +16,19 @@ class ImageInputs(NamedTuple):
 
     Attributes:
       strength: the default strength for an image.
-      masked_strength: the default strength for an image with a mask.
-      needed: whether every request needs an image and a mask.
+      masked_strength: the default strength for an image with a mask; None if it takes no masks: it
+        edits the image of every request as the prompt says, and always takes all steps.
+      needed: whether every request needs an image, and a mask if the model takes masks.
+      guidance_scale: the default `Request.image_guidance_scale`; None if it is without effect.
     """
 
     strength: float
-    masked_strength: float
+    masked_strength: float | None
     needed: bool = False
+    guidance_scale: float | None = None
+
+
+EDITS = ImageInputs(strength=1.0, masked_strength=None, needed=True)
 
 
 def with_controls(request: Request, scales: Sequence[float]) -> Request:
@@ -48,6 +54,31 @@ def with_controls(request: Request, scales: Sequence[float]) -> Request:
             f"control_guidance_start = {start:g} must be less than control_guidance_end = {end:g}"
         )
     return replace(request, control_guidance_start=start, control_guidance_end=end)
+
+
+def with_control(request: Request) -> Request:
+    """Returns a request with the control image that the model itself sees, in all steps.
+
+    Raises:
+      BadValueError: unless there is one image, or for what only a ControlNet can use.
+    """
+    usual = {
+        "controlnet_conditioning_scale": None,
+        "control_guidance_start": 0.0,
+        "control_guidance_end": 1.0,
+    }
+    for name, value in usual.items():
+        if getattr(request, name) not in (None, value):
+            raise BadValueError(
+                f"{name} is for ControlNets, but this model itself sees control_image; leave it out"
+            )
+    images = request.control_image
+    if images is None:
+        raise BadValueError("this model follows a control image: give it control_image")
+    images = tuple(images) if isinstance(images, list | tuple) else (images,)
+    if len(images) != 1:
+        raise BadValueError(f"control_image has {len(images)} images, but this model sees one")
+    return replace(request, control_image=images, **usual)
 
 
 def with_prompts(request: Request, scales: Sequence[float]) -> Request:
@@ -82,14 +113,14 @@ def _for_each(
     return replace(request, **{name: images, scale_name: chosen})
 
 
-def with_strength(
+def with_image(
     request: Request,
     takes: ImageInputs | None,
     strength: float | None = None,
     *,
     is_flow: bool,
 ) -> Request:
-    """Returns a request with its strength.
+    """Returns a request with its strength and its image guidance scale.
 
     Args:
       request: its number of steps must be known.
@@ -99,24 +130,37 @@ def with_strength(
 
     Raises:
       BadValueError: for an image that the model does not take, for what makes no sense without an
-        image, or if no step is taken.
+        image or has no effect on the model, or if no step is taken.
     """
     is_masked = request.mask_image is not None or request.outpaint is not None
+    guidance_scale = None if takes is None else takes.guidance_scale
+    if request.image_guidance_scale is not None:
+        if guidance_scale is None:
+            raise BadValueError("image_guidance_scale has no effect on this model; leave it out")
+        guidance_scale = request.image_guidance_scale
     if request.image is None:
         for name in ("mask_image", "outpaint", "strength"):
             if getattr(request, name) is not None:
                 raise BadValueError(f"{name} needs an image; add one, or leave {name} out")
         if takes is not None and takes.needed:
-            raise BadValueError("this model only paints in images: give it image and mask_image")
+            what = "only paints in images: give it image and mask_image"
+            what = "edits images: give it image" if takes.masked_strength is None else what
+            raise BadValueError(f"this model {what}")
         return request
     if takes is None:
         raise BadValueError("this model takes no images; leave image out, or use another model")
-    if takes.needed and not is_masked:
-        raise BadValueError("this model needs a mask: give it mask_image or outpaint")
     own = takes.masked_strength if is_masked else takes.strength
-    chosen = next(value for value in (request.strength, strength, own) if value is not None)
+    chosen = next((each for each in (request.strength, strength) if each is not None), own)
+    if takes.masked_strength is None:
+        for name in ("mask_image", "outpaint"):
+            if getattr(request, name) is not None:
+                raise BadValueError(f"this model edits whole images; leave {name} out")
+        if chosen != own:
+            raise BadValueError("this model edits images in all steps; leave strength out")
+    elif takes.needed and not is_masked:
+        raise BadValueError("this model needs a mask: give it mask_image or outpaint")
     if skipped_steps(request.steps, chosen, is_flow=is_flow) == request.steps:
         raise BadValueError(
             f"strength = {chosen:g} takes none of {request.steps} steps; raise one of them"
         )
-    return replace(request, strength=chosen)
+    return replace(request, strength=chosen, image_guidance_scale=guidance_scale)

@@ -118,8 +118,11 @@ def _guidance(checkpoint: Checkpoint) -> str:
     defaults = checkpoint.defaults
     if defaults.guidance == UNGUIDED:
         return "none, because it was distilled"
-    is_input = defaults.guidance == EMBEDDED
-    return f"{defaults.guidance_scale:g}" + ", an input of the denoiser" * is_input
+    takes = checkpoint.family.image_inputs(checkpoint)
+    said = f"{defaults.guidance_scale:g}"
+    if takes is not None and takes.guidance_scale is not None:
+        said += f", and {takes.guidance_scale:g} for the image"
+    return said + ", an input of the denoiser" * (defaults.guidance == EMBEDDED)
 
 
 def _default_size(checkpoint: Checkpoint) -> str:

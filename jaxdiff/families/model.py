@@ -58,6 +58,18 @@ class Inpainting(NamedTuple):
     encodes_image: bool = False
 
 
+class Reference(NamedTuple):
+    """The channels in which a network for editing sees the image that it edits.
+
+    Attributes:
+      channels: their number.
+      scale: maps the means of the image's unscaled latents, [b, h, w, c], to the channels.
+    """
+
+    channels: int
+    scale: Callable[[Array], Array]
+
+
 class Denoiser(NamedTuple):
     """The network that removes noise.
 
@@ -67,13 +79,16 @@ class Denoiser(NamedTuple):
       size_multiple: the number of latents that height and width must be multiples of in training.
       evaluate: maps (params, latents [b, h, w, c], timesteps [b], conditioning, guidance scale [b]
         or None, kept) to the output, in the latents' shape, and to the features that a later
-        evaluation at a nearby timestep may reuse as `kept`; with None, everything is computed. If
-        the family has the option `skip_layers`, `skipped` are the numbers of blocks to leave out;
-        if it takes ControlNets, `residuals` is the sum of what they return.
+        evaluation at a nearby timestep may reuse as `kept`; with None, everything is computed. The
+        latents given are followed by the channels of `inpainting` or `reference`, or by a control
+        image's. If the family has the option `skip_layers`, `skipped` are the numbers of blocks to
+        leave out; if it takes ControlNets, `residuals` is the sum of what they return.
       fixed: options of every call of the network's module.
       guidance_is_input: whether `evaluate` needs the guidance scale.
       norm_patch: as in `guidance.guide`.
       inpainting: what a network for inpainting takes besides the latents; None for others.
+      reference: what a network for editing takes besides the latents; None for others.
+      sees_control: whether it takes the scaled latents of a control image besides the latents.
     """
 
     component: str
@@ -84,6 +99,8 @@ class Denoiser(NamedTuple):
     guidance_is_input: bool = False
     norm_patch: int | None = None
     inpainting: Inpainting | None = None
+    reference: Reference | None = None
+    sees_control: bool = False
 
 
 class Control(NamedTuple):
@@ -92,14 +109,19 @@ class Control(NamedTuple):
     Attributes:
       network: without its weights.
       evaluate: maps (params, latents [b, h, w, c], timesteps [b], the denoiser's conditioning,
-        images in 0..1 [b, height, width, 3]) to what the denoiser's `evaluate` takes as
-        `residuals`, a tree of arrays [b, ...], unscaled, from the outer layers to the deepest.
+        images in 0..1 [b, height, width, 3] or what it sees instead) to what the denoiser's
+        `evaluate` takes as `residuals`, a tree of arrays [b, ...], unscaled, from the outer layers
+        to the deepest.
       is_pooled: whether it steers the prompt's half of a guided step only.
+      sees_latents: whether it sees scaled latents of the images, [b, h, w, c], instead of pixels.
+      guidance_is_input: whether `evaluate` needs `guidance_scale`, [b], as well.
     """
 
     network: Network
-    evaluate: Callable[[Params, Array, Array, Any, Array], Any]
+    evaluate: Callable[..., Any]
     is_pooled: bool
+    sees_latents: bool = False
+    guidance_is_input: bool = False
 
 
 class ImageAdapter(NamedTuple):

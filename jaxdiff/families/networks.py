@@ -86,10 +86,12 @@ class Networks:
       architectures: by component.
       assemble: maps (configs, networks) to the `Model`; raises InputError if the networks do not
         fit together.
+      steer: `control`; None if there are no ControlNets for its models.
     """
 
     architectures: Mapping[str, Architecture]
     assemble: Callable[[Mapping, Mapping[str, Network]], Model]
+    steer: Callable[..., Control] | None = None
 
     def read_configs(self, parsed: Mapping[str, dict]) -> dict:
         """Reads each network's parsed config strictly into its dataclass."""
@@ -125,13 +127,21 @@ class Networks:
             networks[name] = Network(graph, shapes, self.architectures[name].sharding)
         return self.assemble(configs, networks)
 
-    def control(self, configs: Mapping, config: Mapping) -> Control:
-        """Raises InputError: there are no ControlNets for these models yet."""
-        raise InputError("models of this family take no ControlNets; use Stable Diffusion")
+    def control(self, configs: Mapping, config: Mapping, *, remat: bool = False) -> Control:
+        """Builds a ControlNet for a model with these configs; see `family.Networks`."""
+        if self.steer is None:
+            raise InputError(
+                "models of this family take no ControlNets; use Stable Diffusion or FLUX.1"
+            )
+        return self.steer(configs, config, remat=remat)
 
     def image_adapter(self, configs: Mapping, files: IPAdapterFiles) -> ImageAdapter:
         """Raises InputError: there are no IP-Adapters for these models yet."""
         raise InputError("models of this family take no IP-Adapters; use Stable Diffusion")
+
+    def for_inpainting(self, configs: Mapping) -> dict:
+        """Raises InputError: only U-Nets can be widened."""
+        raise InputError("models of this family cannot be widened for it; use Stable Diffusion")
 
     def with_guidance_input(self, configs: Mapping, width: int) -> dict:
         """Raises InputError: only U-Nets can be distilled."""

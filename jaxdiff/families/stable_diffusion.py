@@ -1,6 +1,7 @@
 """Stable Diffusion 1, 2 and XL with its refiner, Turbo and LCM: a U-Net with CLIP text encoders.
 
-See Rombach et al., 2022, arXiv:2112.10752, and Podell et al., 2023, arXiv:2307.01952.
+See Rombach et al., 2022, arXiv:2112.10752, and Podell et al., 2023, arXiv:2307.01952. Stable
+Diffusion 1 trained to edit images is InstructPix2Pix (Brooks et al., 2023, arXiv:2211.09800).
 """
 
 import re
@@ -11,6 +12,7 @@ from functools import cached_property
 from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
+from jaxdiff.checkpoint.controlnet import CONTROLNET
 from jaxdiff.checkpoint.lora_keys import original_layers
 from jaxdiff.checkpoint.lora_names import Layer
 from jaxdiff.checkpoint.original import ldm
@@ -26,13 +28,15 @@ from jaxdiff.families.config_values import (
     sampler,
     steps_and_guidance,
 )
+from jaxdiff.families.controlnets import refuse_misfit, refuse_other_class
 from jaxdiff.families.family import CLASSIFIER_FREE, EMBEDDED, OWN_OPTIONS, Family
-from jaxdiff.families.image_inputs import ImageInputs
+from jaxdiff.families.image_inputs import EDITS, ImageInputs
 from jaxdiff.families.tokenizers.openers import clip_tokenizer
 
 PIPELINE = "StableDiffusionPipeline"
 LCM_PIPELINE = "LatentConsistencyModelPipeline"
 INPAINT_PIPELINE = "StableDiffusionInpaintPipeline"
+INSTRUCT_PIPELINE = "StableDiffusionInstructPix2PixPipeline"
 XL_INPAINT_PIPELINE = "StableDiffusionXLInpaintPipeline"
 XL_PIPELINES = (
     "StableDiffusionXLPipeline",
@@ -43,6 +47,7 @@ STEPS_AND_GUIDANCE = {  # the defaults of each pipeline's __call__ in diffusers
     PIPELINE: (50, 7.5),
     LCM_PIPELINE: (4, 8.5),
     INPAINT_PIPELINE: (50, 7.5),
+    INSTRUCT_PIPELINE: (100, 7.5),
     **dict.fromkeys(XL_PIPELINES, (50, 5.0)),
     XL_INPAINT_PIPELINE: (50, 7.5),
 }
@@ -65,6 +70,8 @@ class Defaults:
         """The family's name, for example "Stable Diffusion XL"."""
         if self._checkpoint.pipeline in XL_PIPELINES:
             return "Stable Diffusion XL" + " refiner" * self.base_needed
+        if self._checkpoint.pipeline == INSTRUCT_PIPELINE:
+            return "InstructPix2Pix"
         return f"Stable Diffusion {2 if self._unet.get('use_linear_projection') else 1}"
 
     @property
@@ -198,13 +205,9 @@ def check_controlnet(checkpoint: Checkpoint, config: Mapping) -> None:
 
     The network itself is compared in full when it is built.
     """
-    ours = checkpoint.config("unet")
-    for key in ("block_out_channels", "layers_per_block", "cross_attention_dim"):
-        if key in ours and key in config and ours[key] != config[key]:
-            raise InputError(
-                f"the ControlNet's {key} = {checks.shown(config[key])} does not fit the model, "
-                f"which has {checks.shown(ours[key])}; use one that was trained for this model"
-            )
+    refuse_other_class(config, CONTROLNET.class_name)
+    keys = ("block_out_channels", "layers_per_block", "cross_attention_dim")
+    refuse_misfit(checkpoint.config("unet"), config, keys)
 
 
 def check_ip_adapter(checkpoint: Checkpoint, width: int) -> None:
@@ -266,6 +269,11 @@ STABLE_DIFFUSION = Family(
     check_controlnet=check_controlnet,
     check_ip_adapter=check_ip_adapter,
     networks=_networks,
+)
+INSTRUCT_PIX2PIX = replace(
+    STABLE_DIFFUSION,
+    image_inputs=lambda checkpoint: EDITS._replace(guidance_scale=1.5),
+    check_controlnet=None,
 )
 # The refiner has only the second text encoder.
 STABLE_DIFFUSION_XL = replace(

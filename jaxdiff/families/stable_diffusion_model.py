@@ -1,7 +1,7 @@
 """The networks of Stable Diffusion 1, 2 and XL as pure functions: the part that imports JAX."""
 
 from collections.abc import Mapping, Sequence, Sized
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from jaxdiff.checkpoint.ip_adapter import IPAdapterFiles
 from jaxdiff.checkpoint.original.ldm import names
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
+from jaxdiff.families.controlnets import refuse_misfit
 from jaxdiff.families.model import (
     Control,
     Denoiser,
@@ -22,6 +23,7 @@ from jaxdiff.families.model import (
     Model,
     Network,
     Params,
+    Reference,
     Text,
 )
 from jaxdiff.families.networks import codec
@@ -30,7 +32,6 @@ from jaxdiff.models import controlnet, ip_adapter, unet
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.layers import ImagePrompt
 from jaxdiff.models.text import clip
-from jaxdiff.models.unet_encoder import UNetEncoderConfig
 from jaxdiff.weights.load import abstract_network
 
 # The aesthetic scores that XL's refiner is conditioned on (diffusers' defaults).
@@ -42,6 +43,14 @@ CONFIGS = {"unet": unet.UNetConfig, "vae": autoencoder_kl.AutoencoderKLConfig}
 COUNTS = (
     *("block_out_channels", "layers_per_block", "transformer_layers_per_block"),
     "num_hidden_layers",
+)
+
+
+# The config keys in which a ControlNet must equal the U-Net, because it adds to its feature maps
+# and is given what the U-Net is given. It may have fewer transformers.
+SHARED_WITH_CONTROLNETS = (
+    *("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"),
+    *("addition_embed_type", "projection_class_embeddings_input_dim"),
 )
 
 
@@ -124,14 +133,25 @@ def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
             size_multiple=unet_config.factor,
             evaluate=partial(_evaluate, networks["unet"].graph),
             inpainting=_inpainting(unet_config, vae),
+            reference=_reference(vae) if _edits(index) else None,
         ),
         codec=codec(networks["vae"], vae, vae.latent_channels),
     )
 
 
+def _edits(index: Mapping) -> bool:
+    return str(index.get("_class_name")).endswith("InstructPix2PixPipeline")
+
+
+def _reference(vae) -> Reference:
+    """Returns InstructPix2Pix's, whose image was not scaled in training."""
+    return Reference(vae.latent_channels, lambda means: means)
+
+
 def _inpainting(unet_config: unet.UNetConfig, vae) -> Inpainting | None:
-    channels = unet_config.in_channels - vae.latent_channels
-    return Inpainting(channels, partial(_join, vae.factor)) if channels else None
+    channels = vae.latent_channels + 1
+    inpaints = unet_config.in_channels == vae.latent_channels + channels
+    return Inpainting(channels, partial(_join, vae.factor)) if inpaints else None
 
 
 def _join(factor: int, masks: Array, hidden: Array) -> Array:
@@ -143,9 +163,11 @@ def check_fit(configs: Mapping, index: Mapping) -> None:
     """Raises InputError unless the networks fit together."""
     encoders = [config for name, config in configs.items() if name not in CONFIGS]
     unet_config, vae = configs["unet"], configs["vae"]
-    inpaints = unet_config.in_channels == 2 * vae.latent_channels + 1
+    inpainting = _inpainting(unet_config, vae)
+    more = inpainting.channels if inpainting else 0
+    more = vae.latent_channels if _edits(index) else more
     needed = {
-        "in_channels": 2 * vae.latent_channels + 1 if inpaints else vae.latent_channels,
+        "in_channels": vae.latent_channels + more,
         "out_channels": vae.latent_channels,
         "cross_attention_dim": sum(encoder.hidden_size for encoder in encoders),
     }
@@ -163,22 +185,16 @@ def check_fit(configs: Mapping, index: Mapping) -> None:
         raise InputError(f"the autoencoder's out_channels = {vae.out_channels} must be 3 (RGB)")
 
 
-def control(configs: Mapping, config: Mapping) -> Control:
+def control(configs: Mapping, config: Mapping, *, remat: bool = False) -> Control:
     """Builds a ControlNet for the U-Net of these configs from its own parsed config.
 
     Raises:
       InputError: if a value of the config is not supported, or does not fit the U-Net.
     """
     read = controlnet.ControlNetConfig.from_json(config)
-    for key in fields(UNetEncoderConfig):
-        ours, theirs = getattr(configs["unet"], key.name), getattr(read, key.name)
-        if key.name == "in_channels":
-            ours = configs["vae"].latent_channels  # a U-Net for inpainting has more
-        if ours != theirs:
-            raise InputError(
-                f"the ControlNet's {key.name} = {theirs} does not fit the model, which has {ours}; "
-                "use one that was trained for this model"
-            )
+    # A U-Net for inpainting has more channels.
+    ours = {**vars(configs["unet"]), "in_channels": configs["vae"].latent_channels}
+    refuse_misfit(ours, vars(read), SHARED_WITH_CONTROLNETS)
     if read.conditioning_channels != 3:
         raise InputError(
             f"the ControlNet's conditioning_channels = {read.conditioning_channels} must be 3 (RGB)"
@@ -189,7 +205,7 @@ def control(configs: Mapping, config: Mapping) -> Control:
             f"the ControlNet takes {factor} pixels per latent, the model {configs['vae'].factor}; "
             "use one that was trained for this model"
         )
-    graph, shapes = abstract_network(controlnet.ControlNetModel, read)
+    graph, shapes = abstract_network(partial(controlnet.ControlNetModel, remat=remat), read)
     return Control(
         Network(graph, shapes, controlnet.SHARDING),
         partial(_steer, graph),
@@ -272,6 +288,12 @@ def _encode_nothing(
 ) -> list[tuple[Array, Array]]:
     seen = ip_adapter.embedded_negative(nnx.merge(encoder, encoder_params), kind, dtype)
     return nnx.merge(adapter, params)(seen)
+
+
+def for_inpainting(configs: Mapping) -> dict:
+    """Returns the configs with a U-Net that also takes a mask and the masked image's latents."""
+    channels = 2 * configs["vae"].latent_channels + 1
+    return {**configs, "unet": replace(configs["unet"], in_channels=channels)}
 
 
 def with_guidance_input(configs: Mapping, width: int) -> dict:

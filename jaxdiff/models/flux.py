@@ -187,11 +187,11 @@ class _SingleBlock(nnx.Module):
         return residual(layers, x, *self.norm(embedding))
 
 
-class FluxTransformer2DModel(nnx.Module):
-    """Predicts the velocity of latents, noise minus data, from the timestep and the text."""
+class FluxBlocks(nnx.Module):
+    """What the transformer and its ControlNets have in common: embeddings and blocks."""
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, remat: bool = False):
-        """Makes the network; `remat` trades time for memory when gradients are taken.
+        """Makes the layers; `remat` trades time for memory when gradients are taken.
 
         It keeps only the activations between blocks (Chen et al., 2016, arXiv:1604.06174).
         """
@@ -206,6 +206,48 @@ class FluxTransformer2DModel(nnx.Module):
         self.single_transformer_blocks = nnx.List(
             [_SingleBlock(config, rngs=rngs) for _ in range(config.num_single_layers)]
         )
+
+    def embedded(
+        self,
+        latents: Array,
+        timesteps: Array,
+        context: Array,
+        pooled: Array,
+        guidance_scale: Array | None,
+        reference: Array | None = None,
+    ) -> tuple[Array, Array, Array, Array]:
+        """Maps the inputs of `FluxTransformer2DModel` to those of the blocks.
+
+        Returns:
+          the image's and the text's tokens, [batch, tokens, width]; the embedding of time and
+          pooled text, [batch, width]; the angles of all tokens, the text's first.
+
+        Raises:
+          ValueError: if `guidance_scale` is missing or not taken.
+        """
+        _, height, width, _ = latents.shape
+        embedding = self.time_text_embed(timesteps, pooled, guidance_scale, latents.dtype)
+        x = packed(latents, PATCH)
+        if reference is not None:
+            x = jnp.concatenate([x, packed(reference, PATCH)], axis=1)
+        x, context = self.x_embedder(x), self.context_embedder(context)
+        # The text's tokens are all at the origin, where nothing is rotated.
+        image = grid_positions(height // PATCH, width // PATCH)
+        places = [np.zeros((context.shape[1], 3), image.dtype), image]
+        if reference is not None:
+            places.append(image + np.array([1, 0, 0]))
+        positions = np.concatenate(places)
+        angles = constant_angles(rotary_angles(positions, self.config.axes_dims_rope, THETA))
+        return x, context, embedding, angles
+
+
+class FluxTransformer2DModel(FluxBlocks):
+    """Predicts the velocity of latents, noise minus data, from the timestep and the text."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, remat: bool = False):
+        """Makes the network; the arguments are those of `FluxBlocks`."""
+        super().__init__(config, rngs=rngs, remat=remat)
+        width = config.width
         self.norm_out = AdaLayerNorm(width, 2, rngs=rngs)
         self.proj_out = nnx.Linear(width, config.token_size, rngs=rngs)
 
@@ -217,8 +259,10 @@ class FluxTransformer2DModel(nnx.Module):
         context: Array,
         pooled: Array,
         guidance_scale: Array | None = None,
+        reference: Array | None = None,
+        residuals: tuple[Sequence[Array], Sequence[Array]] | None = None,
     ) -> Array:
-        """Evaluates the denoiser once; latents, context and pooled have the weights' dtype.
+        """Evaluates the denoiser once; all but numbers have the weights' dtype.
 
         Args:
           latents: [batch, h, w, in channels / 4], not packed; h and w are even.
@@ -226,6 +270,10 @@ class FluxTransformer2DModel(nnx.Module):
           context: [batch, tokens, joint attention dim], T5's last hidden states.
           pooled: [batch, pooled projection dim], CLIP's pooled text.
           guidance_scale: float [batch] for networks with `guidance_embeds` (dev), else None.
+          reference: the latents of an image that is seen, in the latents' shape, as further tokens
+            (arXiv:2506.15742, section 3); None for networks but Kontext.
+          residuals: what ControlNets add to the image's tokens after each double block and after
+            each single block, [batch, h w / 4, width]; without `reference`.
 
         Returns:
           [batch, h, w, out channels / 4], noise minus data, in the dtype of the latents; the shape
@@ -234,19 +282,20 @@ class FluxTransformer2DModel(nnx.Module):
         Raises:
           ValueError: if `guidance_scale` is missing or not taken.
         """
-        config, (_, height, width, _) = self.config, latents.shape
-        embedding = self.time_text_embed(timesteps, pooled, guidance_scale, latents.dtype)
-        x, context = self.x_embedder(packed(latents, PATCH)), self.context_embedder(context)
-        tokens = context.shape[1]
-        # The text's tokens are all at the origin, where nothing is rotated.
-        image = grid_positions(height // PATCH, width // PATCH)
-        positions = np.concatenate([np.zeros((tokens, 3), image.dtype), image])
-        angles = constant_angles(rotary_angles(positions, config.axes_dims_rope, THETA))
-        for block in self.transformer_blocks:
+        _, height, width, _ = latents.shape
+        x, context, embedding, angles = self.embedded(
+            latents, timesteps, context, pooled, guidance_scale, reference
+        )
+        tokens, last = context.shape[1], context.shape[1] + height * width // PATCH**2
+        for number, block in enumerate(self.transformer_blocks):
             x, context = call(block, x, context, embedding, angles, remat=self.remat)
+            if residuals is not None:
+                x = x + residuals[0][number]
         x = jnp.concatenate([context, x], axis=1)
-        for block in self.single_transformer_blocks:
+        for number, block in enumerate(self.single_transformer_blocks):
             x = call(block, x, embedding, angles, remat=self.remat)
+            if residuals is not None:
+                x = x + jnp.pad(residuals[1][number], ((0, 0), (tokens, 0), (0, 0)))
         scale, shift = self.norm_out(embedding)
-        x = self.proj_out(modulated(x[:, tokens:], shift, scale))
+        x = self.proj_out(modulated(x[:, tokens:last], shift, scale))
         return unpacked(x, height, width, PATCH)

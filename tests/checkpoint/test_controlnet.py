@@ -141,7 +141,7 @@ def test_a_folder_without_a_config_is_refused(folder):
 @pytest.mark.parametrize(
     "class_name",
     [
-        *("ControlNetUnionModel", "MultiControlNetModel", "FluxControlNetModel", "T2IAdapter"),
+        *("ControlNetUnionModel", "MultiControlNetModel", "SD3ControlNetModel", "T2IAdapter"),
         *("UNet2DConditionModel", None, 7, ["ControlNetModel"]),
     ],
 )

@@ -128,16 +128,29 @@ def _flux(guidance_embeds: bool, scheduler: Mapping) -> diffusers.FluxPipeline:
     )
 
 
-def _flux_fill() -> diffusers.FluxFillPipeline:
-    """FLUX.1 dev whose transformer also takes masked latents and a mask of 64 pixels a latent."""
+def _wider_flux(pipeline: type, more: int) -> diffusers.DiffusionPipeline:
+    """FLUX.1 dev whose transformer takes more channels of each token."""
     parts = _flux(True, FLUX_DEV_SCHEDULER).components
     network = diffusers.FluxTransformer2DModel(
-        **{**FLUX, "in_channels": 64 + 64 + 256, "out_channels": 64}, guidance_embeds=True
+        **{**FLUX, "in_channels": 64 + more, "out_channels": 64}, guidance_embeds=True
     )
     names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler")
-    return diffusers.FluxFillPipeline(
-        transformer=_randomised(network), **{name: parts[name] for name in names}
-    )
+    return pipeline(transformer=_randomised(network), **{name: parts[name] for name in names})
+
+
+def _flux_fill() -> diffusers.FluxFillPipeline:
+    """Also takes masked latents and a mask of 64 pixels a latent."""
+    return _wider_flux(diffusers.FluxFillPipeline, 64 + 256)
+
+
+def _flux_control() -> diffusers.FluxControlPipeline:
+    """Also takes the latents of a control image."""
+    return _wider_flux(diffusers.FluxControlPipeline, 64)
+
+
+def _flux_kontext() -> diffusers.FluxKontextPipeline:
+    """FLUX.1 dev, which sees the image to edit as further tokens."""
+    return diffusers.FluxKontextPipeline(**_flux(True, FLUX_DEV_SCHEDULER).components)
 
 
 def _stable_diffusion_3(with_t5: bool, **config) -> diffusers.StableDiffusion3Pipeline:
@@ -356,13 +369,25 @@ FAMILIES: Mapping[str, Callable[[], diffusers.DiffusionPipeline]] = {
 
 
 INPAINTING = {"inpainting FLUX.1": _flux_fill}
+EDITING = {"instructed FLUX.1": _flux_kontext}
+CONTROLLED = {"controlled FLUX.1": _flux_control}
 
 
 def save(name: str, directory: Path) -> Path:
     """Writes the small checkpoint of a family of the tables above; returns the directory."""
-    every = FAMILIES | INPAINTING
+    every = FAMILIES | INPAINTING | EDITING | CONTROLLED
     torch.manual_seed(sorted(every).index(name))
     every[name]().save_pretrained(directory)
+    return directory
+
+
+def save_flux_controlnet(directory: Path, seed: int, **config) -> Path:
+    """Writes a small ControlNet for FLUX.1; returns the directory."""
+    torch.manual_seed(seed)
+    network = diffusers.FluxControlNetModel(
+        **{**FLUX, "num_single_layers": 1, "guidance_embeds": True, **config}
+    )
+    _randomised(network).save_pretrained(directory)
     return directory
 
 

@@ -1,7 +1,8 @@
 // The full view: one image with its settings, and the command that generates it again.
 "use strict";
 
-const IMAGE_FIELDS = ["init_image", "strength", "mask_image", "outpaint", "control_image",
+const IMAGE_FIELDS = ["init_image", "strength", "mask_image", "outpaint",
+  "image_guidance_scale", "control_image",
   "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end",
   "ip_adapter_image", "ip_adapter_scale"];
 const ROW = ["id", "prompt", "negative_prompt", "seed", "width", "height", "steps",

@@ -31,7 +31,7 @@ from jaxdiff.dataset.run import Run, open_run
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.errors import InputError
 from jaxdiff.images import loading
-from jaxdiff.request import FIELDS, IMAGE_COLUMNS, Options, from_columns
+from jaxdiff.request import FIELDS, IMAGE_COLUMNS, LATER_COLUMNS, Options, from_columns
 
 ASSETS = Path(__file__).parents[2] / "assets" / "gallery"
 INDEX = "index.html"
@@ -136,7 +136,9 @@ def _fill(folder: Path, run: Run) -> None:
 
 
 def _columns(plan: Plan) -> tuple[str, ...]:
-    return (*COLUMNS, *SOURCE_COLUMNS) if plan.takes_images else COLUMNS
+    columns = (*COLUMNS, *SOURCE_COLUMNS) if plan.takes_images else COLUMNS
+    missing = {*LATER_COLUMNS} - {*plan.later_columns}
+    return tuple(name for name in columns if name not in missing)
 
 
 def _record(row: dict, columns: tuple[str, ...]) -> list:
@@ -254,7 +256,8 @@ def _sources(row: dict, plan: Plan) -> dict[str, Image.Image]:
         return {}
     root = plan.image_root
     try:
-        request = from_columns({name: row[name] for name in (*FIELDS, *IMAGE_COLUMNS)})
+        said = {*FIELDS, *IMAGE_COLUMNS} & row.keys()
+        request = from_columns({name: row[name] for name in said})
         several = (*(request.control_image or ()), *(request.ip_adapter_image or ()))
         named = (request.image, request.mask_image, *several)
         if any("://" in said for said in (root, *(each.address for each in named if each))):

@@ -1,0 +1,140 @@
+"""Images that are edited by instruction are those of the diffusers pipelines."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+import jaxdiff
+from jaxdiff.families import flux, inspect, open_checkpoint
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+import families  # noqa: E402  (beside this file)
+import transformer_families  # noqa: E402
+from PIL import Image  # noqa: E402
+from test_image_pipelines import PROMPTS, SIZE, picture  # noqa: E402
+from test_pipeline import SCHEDULERS  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
+PIX2PIX, KONTEXT = "instructed SD 1.5", "instructed FLUX.1"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Returns a function that makes a family's small checkpoint, written by diffusers."""
+
+    @cache
+    def checkpoint(family):
+        saved = families if family == PIX2PIX else transformer_families
+        return saved.save(family, tmp_path_factory.mktemp("family"))
+
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def load_model(checkpoint):
+    """Returns a function that loads a family's checkpoint with torch's noise."""
+    return cache(lambda family: jaxdiff.load(checkpoint(family), noise="torch"))
+
+
+@pytest.fixture
+def assert_same(checkpoint, load_model, record_property):
+    """Returns a function that edits two images in both libraries and compares them."""
+
+    def assert_same(family, *, sampler=None, **changes):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            checkpoint(family), dtype=torch.float32
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        if sampler:
+            scheduler_class, named = SCHEDULERS[sampler]
+            pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **named)
+        if family == PIX2PIX:
+            # Where diffusers 0.42 looks for the final norm; transformers 5.6 moved it.
+            vars(pipeline.text_encoder)["text_model"] = pipeline.text_encoder
+        asked = [request(seed, sampler=sampler, **changes) for seed in range(len(PROMPTS))]
+        theirs = np.stack([their_pixels(pipeline, each) for each in asked])
+        images = load_model(family).generate(asked, batch_size=2)
+        differences = np.abs(np.stack([image.pixels for image in images]).astype(int) - theirs)
+        record_property("difference", f"{differences.max()} {differences.mean():.4f}")
+        assert differences.max() <= 2
+        assert differences.mean() <= 0.2
+
+    return assert_same
+
+
+def request(seed: int, **changes) -> jaxdiff.Request:
+    """Asks for an edit of one of the pictures."""
+    usual = {"steps": 4, "guidance_scale": 3.0, "width": SIZE[0], "height": SIZE[1]}
+    usual |= {"prompt": PROMPTS[seed], "image": picture(seed)}
+    return jaxdiff.Request(seed=seed, **{**usual, **changes})
+
+
+def their_pixels(pipeline, request) -> np.ndarray:
+    """What a user of diffusers gets, who passes pictures of the right size."""
+    words = {
+        "prompt": request.prompt,
+        "image": Image.fromarray(request.image),
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+    }
+    if request.negative_prompt:
+        words["negative_prompt"] = request.negative_prompt
+    if request.image_guidance_scale is not None:
+        words["image_guidance_scale"] = request.image_guidance_scale
+    if isinstance(pipeline, diffusers.FluxKontextPipeline):
+        size = {"width": request.width, "height": request.height}
+        words |= {**size, "max_area": request.width * request.height, "_auto_resize": False}
+    return np.asarray(pipeline(**words).images[0]).astype(int)
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "euler", "euler_ancestral", "dpmpp_2m"])
+def test_samplers(assert_same, sampler):
+    """With the pipeline's own image guidance."""
+    assert_same(PIX2PIX, sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    ("image_guidance_scale", "guidance_scale"), [(2.5, 5.0), (1.0, 5.0), (0.8, 5.0), (2.0, 1.0)]
+)
+def test_two_guidance_scales(assert_same, image_guidance_scale, guidance_scale):
+    """Guidance is off if the image's scale is below 1, or the prompt's is not above it."""
+    assert_same(
+        PIX2PIX,
+        image_guidance_scale=image_guidance_scale,
+        guidance_scale=guidance_scale,
+        negative_prompt="a blue square",
+    )
+
+
+@pytest.mark.parametrize("guidance_scale", [3.5, 1.0])
+def test_kontext(assert_same, guidance_scale):
+    assert_same(KONTEXT, guidance_scale=guidance_scale)
+
+
+def test_kontext_sees_its_own_image_only(load_model):
+    model = load_model(KONTEXT)
+    _, second = model.generate([request(0), request(1)])
+    again, other = model.generate([request(1), request(1, image=picture(5))])
+    np.testing.assert_array_equal(again.pixels, second.pixels)
+    assert (other.pixels != second.pixels).any()
+
+
+@pytest.mark.parametrize(("family", "name"), [(PIX2PIX, "InstructPix2Pix"), (KONTEXT, "Kontext")])
+def test_inspection(checkpoint, family, name):
+    said = inspect.report(open_checkpoint(checkpoint(family)))
+    assert name in said
+    assert said.endswith("yes")
+
+
+def test_kontext_counts_the_operations_of_both_images(checkpoint):
+    kontext = open_checkpoint(checkpoint(KONTEXT))
+    (both, _), (one, _), (twice, _) = (
+        family.operations(kontext, height, 8, 1)
+        for family, height in ((flux.FLUX_KONTEXT, 8), (flux.FLUX, 8), (flux.FLUX, 16))
+    )
+    assert one < both < twice  # the output is of one image
