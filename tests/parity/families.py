@@ -2,7 +2,8 @@
 
 The structure is the published one: block types, heads for each block, projections, transformer
 depths, text encoders and their tokenizers' padding, conditioning, and the scheduler's file as on
-the Hub, which lacks some keys. Only widths, layers and the vocabulary are small.
+the Hub, which lacks some keys. Only widths, layers and the vocabulary are small, and of blocks of
+one kind in a row, the U-Nets have one: test_networks has them all.
 """
 
 import json
@@ -214,15 +215,25 @@ INPAINTING = {
         ("SDXL", diffusers.StableDiffusionXLInpaintPipeline),
     )
 }
+# Checkpoints that edit an image by instruction; their U-Net also takes its latents.
+EDITING = {
+    "instructed SD 1.5": Family(
+        **vars(FAMILIES["SD 1.5"])
+        | {
+            "pipeline": diffusers.StableDiffusionInstructPix2PixPipeline,
+            "unet": UNET | {"in_channels": 8},
+        }
+    )
+}
 
 
 def save(name: str, directory: Path) -> Path:
     """Writes the small checkpoint of a family of the tables above; returns the directory."""
-    every = FAMILIES | INPAINTING
+    every = FAMILIES | INPAINTING | EDITING
     family = every[name]
     torch.manual_seed(sorted(every).index(name))
     networks = {
-        "unet": diffusers.UNet2DConditionModel(**family.unet),
+        "unet": diffusers.UNet2DConditionModel(**_shallow(family.unet)),
         "vae": diffusers.AutoencoderKL(**family.vae),
         "text_encoder": _text_encoder(transformers.CLIPTextModel, family.text_encoder),
     }
@@ -247,13 +258,29 @@ def save(name: str, directory: Path) -> Path:
 def save_controlnet(name: str, directory: Path, seed: int = 0) -> Path:
     """Writes a small ControlNet for the U-Net of a family; returns the directory."""
     torch.manual_seed(seed)
-    unet = diffusers.UNet2DConditionModel(**FAMILIES[name].unet)
+    unet = diffusers.UNet2DConditionModel(**_shallow(FAMILIES[name].unet))
     network = diffusers.ControlNetModel.from_unet(
         unet, conditioning_embedding_out_channels=(4, 4, 8, 8)
     )
     _randomise(network)  # its last convolutions were zero
     network.save_pretrained(directory)
     return directory
+
+
+def _shallow(unet: Mapping) -> dict:
+    """The config with one block where several of one kind follow each other."""
+    downs, ups = unet["down_block_types"], unet["up_block_types"]
+    kept = [i for i, kind in enumerate(downs) if i == 0 or kind != downs[i - 1]]
+    fewer = {
+        key: tuple(unet[key][i] for i in kept)
+        for key in ("block_out_channels", "attention_head_dim", "transformer_layers_per_block")
+        if isinstance(unet.get(key), tuple)  # else one number for all
+    }
+    blocks = {
+        "down_block_types": tuple(downs[i] for i in kept),
+        "up_block_types": tuple(ups[-1 - i] for i in reversed(kept)),
+    }
+    return {**unet, **fewer, **blocks}
 
 
 def _tokenizer(pad: str):

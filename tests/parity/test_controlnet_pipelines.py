@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import jaxdiff
+from jaxdiff.checkpoint import checkpoint as checkpoints
+from jaxdiff.checkpoint import controlnet as controlnets
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -16,6 +18,7 @@ from test_image_pipelines import PROMPTS, SIZE, mask, picture  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
+BUNDLED = "bundled"
 PIPELINES = {  # for text, images, and masks
     "SD 1.5": (
         diffusers.StableDiffusionControlNetPipeline,
@@ -23,6 +26,7 @@ PIPELINES = {  # for text, images, and masks
         diffusers.StableDiffusionControlNetInpaintPipeline,
     ),
     "SD 2.1": (diffusers.StableDiffusionControlNetPipeline,),
+    BUNDLED: (diffusers.StableDiffusionControlNetPipeline,),
     "SDXL": (
         diffusers.StableDiffusionXLControlNetPipeline,
         diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
@@ -38,6 +42,8 @@ def checkpoint(tmp_path_factory):
 
     @cache
     def checkpoint(family):
+        if family == BUNDLED:
+            return checkpoints.BUNDLED["shapes64"], controlnets.BUNDLED["shapes64-outlines"]
         folder = tmp_path_factory.mktemp("family")
         nets = [families.save_controlnet(family, folder / f"net{seed}", seed) for seed in (1, 2)]
         return families.save(family, folder / "model"), *nets
@@ -125,13 +131,14 @@ def test_two_nets_with_their_scales(assert_same):
     assert_same("SD 1.5", nets=2, controlnet_conditioning_scale=[0.4, 1.3])
 
 
-@pytest.mark.parametrize(("start", "end"), [(0.2, 0.8), (0.0, 0.5), (0.6, 1.0)])
+@pytest.mark.parametrize(("start", "end"), [(0.2, 0.8), (0.0, 0.5)])
 def test_a_part_of_the_steps(assert_same, start, end):
     assert_same("SD 1.5", steps=5, control_guidance_start=start, control_guidance_end=end)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("family", ["SD 1.5", "SDXL"])
+@pytest.mark.parametrize(
+    ("family", "guidance_scale"), [("SD 1.5", 1.0), ("SD 1.5", 3.0), ("SDXL", 3.0)]
+)
 def test_guess_mode(assert_same, family, guidance_scale):
     assert_same(
         family,
