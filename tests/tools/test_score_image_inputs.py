@@ -30,7 +30,7 @@ def test_the_bundled_controlnet_follows_outlines(capsys, tmp_path):
 
 
 def test_what_a_mask_leaves_visible_is_unchanged(capsys):
-    assert scored(capsys, "inpainting")[2] == 16
+    assert scored(capsys, "inpainting")[1] == 16
 
 
 def test_an_object_is_in_its_place_within_3_pixels_and_alone():
@@ -51,5 +51,5 @@ def test_hidden_objects_are_apart_from_the_others():
         trial = scores.repainted(np.random.default_rng(seed), seed)
         mask, image = trial.request.mask_image, trial.request.image
         ground = image[0, 0]
-        assert (image[~mask] != ground).any() == (len(trial.wanted.objects) == 2)
+        assert (image[~mask] != ground).any() == (len(trial.scene.objects) == 2)
         assert (image[mask] != ground).any()
