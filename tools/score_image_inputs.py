@@ -31,6 +31,7 @@ SEED = 8  # of the scenes, which no recipe uses
 WITHIN = 3.0  # px between the centers of an object and its outline
 MARGIN = 6  # px around a hidden object, beyond the soft edge of what is pasted back
 SHOWN = 32  # images in the picture
+HIDDEN = 190  # the grey of masks in the picture, which is no background's
 
 
 class Trial(NamedTuple):
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = [trial.request.control_image for trial in trials]
         if said.what == "inpainting":
             given = [
-                np.where(t.request.mask_image[..., None], 128, t.request.image) for t in trials
+                np.where(t.request.mask_image[..., None], HIDDEN, t.request.image) for t in trials
             ]
         shown = np.stack([*zip(given, images, strict=True)][:SHOWN]).astype(np.uint8)
         sheet = grid(shown.reshape(-1, CANVAS, CANVAS, 3), columns=16)
