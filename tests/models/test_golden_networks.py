@@ -44,7 +44,12 @@ def test_networks_of_transformer_families(case, compiled_fast):
 
 
 def test_every_network_of_a_transformer_family_is_stored():
-    """But for those that Stable Diffusion has, too."""
-    shared = ("AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection")
-    wanted = {made for name, made in networks.ARCHITECTURES.items() if name not in shared}
+    """But for those that Stable Diffusion has, too, and for ControlNets."""
+    others = (
+        "AutoencoderKL",
+        "CLIPTextModel",
+        "CLIPTextModelWithProjection",
+        "FluxControlNetModel",
+    )
+    wanted = {made for name, made in networks.ARCHITECTURES.items() if name not in others}
     assert set(map(networks.architecture, TRANSFORMER_CONFIGS.values())) == wanted
