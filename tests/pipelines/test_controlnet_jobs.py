@@ -139,7 +139,7 @@ def test_a_net_for_another_model_is_refused(generate, tmp_path, capsys, config, 
     [
         ({"conditioning_embedding_out_channels": (4, 8)}, "takes 2 pixels per latent, the model 8"),
         ({"conditioning_channels": 4}, "conditioning_channels = 4"),
-        ({"norm_num_groups": 4}, "the ControlNet's norm_num_groups = 4 does not fit"),
+        ({"in_channels": 8}, "the ControlNet's in_channels = 8 does not fit"),
     ],
 )
 def test_what_else_does_not_fit_is_refused(tiny_checkpoint, tmp_path, config, reason):
