@@ -219,6 +219,5 @@ def test_a_damaged_checkpoint_is_one_line_or_a_model(originals, tmp_path, start)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(1000, 1400, 200))
-def test_many_damaged_checkpoints_are_one_line_or_a_model(originals, tmp_path, start):
-    assert all(try_seeds(range(start, start + 200), originals, tmp_path).values())
+def test_many_damaged_checkpoints_are_one_line_or_a_model(originals, tmp_path):
+    assert all(try_seeds(range(1000, 1200), originals, tmp_path).values())

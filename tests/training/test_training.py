@@ -235,17 +235,6 @@ def test_parts_that_do_not_fit_are_rejected(old, new, message, autoencoder_run, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_for_inpainting_is_trained_to_the_end(inpainting_checkpoint, tmp_path):
-    said = {"objective": "text_to_image", "model": str(inpainting_checkpoint)}
-    said |= {"steps": 2, "batch_size": 2}
-    lines = [f"{name} = {json.dumps(value)}" for name, value in said.items()]
-    lines += ["[data]", "scenes = 8", "[optimizer]", "learning_rate = 1e-3"]
-    (tmp_path / "recipe.toml").write_text("\n".join(lines))
-    assert train(tmp_path / "recipe.toml", tmp_path / "run")
-    index = json.loads((tmp_path / "run/model/model_index.json").read_text())
-    assert index["_class_name"] == "StableDiffusionInpaintPipeline"
-
-
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(InputError, match="recipe file not found"):
         recipe.read(tmp_path / "none.toml")

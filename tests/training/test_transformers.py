@@ -380,7 +380,6 @@ def family(tmp_path_factory):
     [
         "PixArt-Alpha",
         "FLUX.1 dev",
-        "FLUX.1 schnell",
         "Z-Image",
         "FLUX.2 klein base",
         "Qwen-Image",
@@ -405,6 +404,6 @@ def test_other_families_learn_and_draw_samples(name, family, images, tmp_path):
     if name == "PixArt-Alpha":
         assert task.batch(0)["mask"].dtype == bool
         assert task.batch(0)["mask"].sum() == 2  # the end of the empty caption
-    if name.startswith("FLUX.1"):  # without classifier-free guidance, no caption is dropped
+    if name == "FLUX.1 dev":  # without classifier-free guidance, no caption is dropped
         captions = text_to_image.task(plain, tmp_path).batch(0)["token_ids"]["text_encoder"]
         assert (captions[..., 2] != captions[..., -1]).all()
