@@ -15,7 +15,7 @@ from jaxdiff.checkpoint.json_files import read_json
 from jaxdiff.checkpoint.tensors import StoredTensor
 from jaxdiff.checkpoint.weight_files import UNREADABLE, choose, read_weights
 from jaxdiff.checks import shown
-from jaxdiff.errors import InputError
+from jaxdiff.errors import InputError, suggestion
 
 BUNDLED = {"shapes64-outlines": ASSETS / "shapes64-outlines"}
 CONTROLNET = Component(library="diffusers", class_name="ControlNetModel")
@@ -110,7 +110,8 @@ def _open(said: str, path: Path) -> ControlNetFiles:
 def _no_folder(path: Path) -> str:
     """Says what is there instead of a ControlNet's folder, and what to do."""
     if not path.is_file():
-        return "is not a folder on this machine; download it, or correct the path"
+        hint = suggestion(str(path), BUNDLED)
+        return f"is not a folder on this machine; download it, or correct the path{hint}"
     if path.name.endswith(UNREADABLE):
         return (
             "is not a safetensors file, and other formats are not safe to read; convert it with "

@@ -99,6 +99,8 @@ def _for_each(
         if scales:
             raise BadValueError(f"the job has {option}: give the row {name}")
         return request
+    if not scales:
+        raise BadValueError(f"{name} needs {option}; add that to the job, or leave {name} out")
     images = tuple(images) if isinstance(images, list | tuple) else (images,)
     if len(images) != len(scales):
         raise BadValueError(
