@@ -122,23 +122,34 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def inpainting_checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
     """Returns the tiny checkpoint with a U-Net that also takes a mask and masked latents."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "inpainting"
+    return _with_channels(tiny_checkpoint, directory, 5, "StableDiffusionInpaintPipeline")
+
+
+@pytest.fixture(scope="session")
+def editing_checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
+    """Returns the tiny checkpoint with a U-Net that also takes the latents of an image to edit."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "editing"
+    return _with_channels(tiny_checkpoint, directory, 4, "StableDiffusionInstructPix2PixPipeline")
+
+
+def _with_channels(checkpoint: Path, directory: Path, more: int, pipeline: str) -> Path:
+    """Writes a checkpoint whose U-Net takes more channels; returns its directory."""
     import json
-    import shutil
 
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    directory = tmp_path_factory.mktemp("checkpoint") / "inpainting"
-    shutil.copytree(tiny_checkpoint, directory)
+    shutil.copytree(checkpoint, directory)
     weights = directory / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     first = tensors["conv_in.weight"]
-    more = np.random.default_rng(0).normal(0, 0.2, (len(first), 5, *first.shape[2:]))
-    tensors["conv_in.weight"] = np.concatenate([first, more.astype(first.dtype)], axis=1)
+    others = np.random.default_rng(0).normal(0, 0.2, (len(first), more, *first.shape[2:]))
+    tensors["conv_in.weight"] = np.concatenate([first, others.astype(first.dtype)], axis=1)
     save_file(tensors, weights)
     changes = {
-        "unet/config.json": {"in_channels": 9},
-        "model_index.json": {"_class_name": "StableDiffusionInpaintPipeline"},
+        "unet/config.json": {"in_channels": 4 + more},
+        "model_index.json": {"_class_name": pipeline},
     }
     for name, change in changes.items():
         said = json.loads((directory / name).read_text())

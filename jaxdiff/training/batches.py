@@ -188,22 +188,20 @@ def _of_scenes(parts: Components, recipe: TextToImageRecipe, output: Path) -> _S
         latents, captions = scenes.encoded(recipe.data, recipe.seed, encode, digest, output)
     count = len(captions)
     split = max(count - VALIDATION_BATCHES * recipe.batch_size, count // 2)
-    drawings = {
-        "pixels": inpaints and shapes.render,
-        "control": parts.control and shapes.outlines,
-    }
+    drawings = {}
+    if inpaints:
+        drawings["pixels"] = shapes.render
+    if parts.control is not None:
+        drawings["control"] = shapes.outlines
 
     def drawn(rows: Sequence[int]) -> dict:
         """Draws scenes again, which is much faster than a step, and saves memory."""
         made = {"captions": [captions[row] for row in rows]}
-        again = [
-            scenes.draw(recipe.data, recipe.seed, row)[0]
-            for row in rows
-            if recipe.loss.places or any(drawings.values())
-        ]
+        if not drawings and not recipe.loss.places:
+            return made
+        again = [scenes.draw(recipe.data, recipe.seed, row)[0] for row in rows]
         for name, draw in drawings.items():
-            if draw:
-                made[name] = np.stack([draw(scene) for scene in again])
+            made[name] = np.stack([draw(scene) for scene in again])
         if recipe.loss.places:
             made["places"] = places.maps(again, CANVAS // codec.factor)
         return made
@@ -214,7 +212,7 @@ def _of_scenes(parts: Components, recipe: TextToImageRecipe, output: Path) -> _S
         return drawn(rows) if inpaints else {"latents": latents[rows], **drawn(rows)}
 
     samples = drawn(range(split, min(split + scenes.PREVIEW_IMAGES, count)))
-    if not any(drawings.values()):
+    if not drawings:
         of_recipe = recipe.data.templates and captions[: scenes.PREVIEW_IMAGES]
         samples = {"captions": of_recipe or scenes.preview_captions()}
     return _Source(partial(among, 0, split), partial(among, split, count), samples)

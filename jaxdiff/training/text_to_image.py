@@ -57,7 +57,8 @@ def task(
         )
     if parts.model.denoiser.reference is not None or parts.model.denoiser.sees_control:
         raise InputError(
-            "the denoiser also sees an image; training those is not built: train a model without"
+            "the denoiser also sees an image, and training such models is not built; train one "
+            "that sees text only"
         )
     params, frozen = _split(parts, recipe, _trained(recipe, parts.model))
     all_params = partial(_all_params, recipe, parts.model)

@@ -1,14 +1,9 @@
 """Rows that edit images by instruction: what they need, and what records say of them."""
 
-import json
-import shutil
-from pathlib import Path
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 import jaxdiff
 from jaxdiff import cli
@@ -21,29 +16,8 @@ from jaxdiff.request import Options
 
 
 @pytest.fixture(scope="module")
-def model_path(tiny_checkpoint, tmp_path_factory) -> Path:
-    """Returns the tiny checkpoint as InstructPix2Pix, with a U-Net of 8 channels."""
-    directory = tmp_path_factory.mktemp("checkpoint") / "edits"
-    shutil.copytree(tiny_checkpoint, directory)
-    weights = directory / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(weights)
-    first = tensors["conv_in.weight"]
-    more = np.random.default_rng(0).normal(0, 0.2, first.shape).astype(first.dtype)
-    tensors["conv_in.weight"] = np.concatenate([first, more], axis=1)
-    save_file(tensors, weights)
-    changes = {
-        "unet/config.json": {"in_channels": 8},
-        "model_index.json": {"_class_name": "StableDiffusionInstructPix2PixPipeline"},
-    }
-    for name, change in changes.items():
-        said = json.loads((directory / name).read_text())
-        (directory / name).write_text(json.dumps(said | change))
-    return directory
-
-
-@pytest.fixture(scope="module")
-def model(model_path) -> jaxdiff.TextToImage:
-    return jaxdiff.load(model_path)
+def model(editing_checkpoint) -> jaxdiff.TextToImage:
+    return jaxdiff.load(editing_checkpoint)
 
 
 def picture(seed: int) -> np.ndarray:
@@ -98,21 +72,23 @@ def test_other_models_take_no_image_guidance(tiny_checkpoint, changes):
         ensemble.with_images(request)
 
 
-def test_guided_steps_have_three_evaluations(model, model_path):
-    ensemble = open_ensemble(model_path)
+def test_guided_steps_have_three_evaluations(model, editing_checkpoint):
+    ensemble = open_ensemble(editing_checkpoint)
     for scales, expected in (({}, 9), ({"image_guidance_scale": 0.9}, 3)):
         bucket = model.resolve(edit(**scales)).bucket
         assert evaluations(ensemble, Options(), bucket) == [(expected, 0)]
 
 
-def test_what_would_not_see_the_image_is_refused(model_path, tiny_checkpoint):
+def test_what_would_not_see_the_image_is_refused(editing_checkpoint, tiny_checkpoint):
     with pytest.raises(InputError, match="not with InstructPix2Pix"):
-        open_ensemble(model_path, controlnet=["net"])
+        open_ensemble(editing_checkpoint, controlnet=["net"])
     with pytest.raises(InputError, match="--refiner cannot continue what InstructPix2Pix begins"):
-        open_ensemble(model_path, refiner=tiny_checkpoint)
+        open_ensemble(editing_checkpoint, refiner=tiny_checkpoint)
 
 
-def test_records_have_the_column_only_if_a_row_has_a_value(generate, tmp_path, model_path, capsys):
+def test_records_have_the_column_only_if_a_row_has_a_value(
+    generate, tmp_path, editing_checkpoint, capsys
+):
     for seed in (0, 1):
         Image.fromarray(picture(seed)).save(tmp_path / f"{seed}.png")
     rows = [
@@ -121,9 +97,9 @@ def test_records_have_the_column_only_if_a_row_has_a_value(generate, tmp_path, m
         {"image": "1.png", "image_guidance_scale": 0.5},
         {},
     ]
-    assert generate(rows, "--dry-run", model=model_path) == 0
+    assert generate(rows, "--dry-run", model=editing_checkpoint) == 0
     assert "image, 1" in capsys.readouterr().out
-    assert generate(rows, model=model_path) == 0
+    assert generate(rows, model=editing_checkpoint) == 0
     found = pq.read_table(tmp_path / "out" / "metadata").to_pylist()
     by_scale = {row["image_guidance_scale"]: row["init_image"] for row in found}
     assert by_scale == {2.0: "0.png", 1.5: "1.png", 0.5: "1.png"}
@@ -134,7 +110,7 @@ def test_records_have_the_column_only_if_a_row_has_a_value(generate, tmp_path, m
     assert "image_guidance_scale" not in row
     assert open_run(tmp_path / "other").plan.later_columns == []
     gallery.write(tmp_path / "other")
-    assert cli.main(["inspect", str(model_path)]) == 0
+    assert cli.main(["inspect", str(editing_checkpoint)]) == 0
     said = capsys.readouterr().out
     assert "InstructPix2Pix" in said
     assert "7.5, and 1.5 for the image" in said

@@ -13,8 +13,8 @@ from test_denoising import recipe
 import jaxdiff
 from jaxdiff.checkpoint.controlnet import open_controlnet
 from jaxdiff.errors import InputError
-from jaxdiff.training import inpainting, text_to_image
-from jaxdiff.training.recipe import Data
+from jaxdiff.training import consistency, inpainting, text_to_image
+from jaxdiff.training.recipe import ConsistencyRecipe, Data, Optimizer
 from jaxdiff.weights.load import name_of
 from jaxdiff.worlds import shapes
 
@@ -158,3 +158,12 @@ def test_recipes_that_do_not_fit_give_one_line(changes, message, tmp_path):
     of_shapes64 = method("full", "shapes64", Data(scenes=64))
     with pytest.raises(InputError, match=f"^[^\n]*{message}[^\n]*$"):
         text_to_image.task(dataclasses.replace(of_shapes64, **changes), tmp_path)
+
+
+def test_models_that_edit_images_are_not_trained(editing_checkpoint, tmp_path):
+    with pytest.raises(InputError, match="training such models is not built; train one that"):
+        text_to_image.task(method("full", editing_checkpoint), tmp_path)
+    given = {"steps": 1, "batch_size": 1, "optimizer": Optimizer(1e-3)}
+    student = ConsistencyRecipe(objective="consistency", model=str(editing_checkpoint), **given)
+    with pytest.raises(InputError, match="edits images; use another teacher"):
+        consistency.task(student)
