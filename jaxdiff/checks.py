@@ -25,6 +25,7 @@ SWITCH = ("on", "off")
 PREPROCESSORS = ("none", "canny")
 MAX_MARGIN_PX = 4096
 MAX_CONTROLS = 8
+MAX_CONTROL_MODE = 99  # each union ControlNet has its own limit
 MARGINS = ("left", "top", "right", "bottom")
 
 
@@ -143,6 +144,11 @@ def texts(name: str, value) -> tuple[str, ...]:
 def numbers_in(name: str, value, low: float, high: float) -> tuple[float, ...]:
     """Returns several numbers from `low` to `high`, from a list, a JSON list or one number."""
     return tuple(number(name, part, low, high) for part in _several(name, value))
+
+
+def integers_in(name: str, value, low: int, high: int) -> tuple[int, ...]:
+    """Returns several whole numbers in the same way."""
+    return tuple(integer(name, part, low, high) for part in _several(name, value))
 
 
 def _several(name: str, value) -> list:

@@ -22,6 +22,7 @@ class Bucket(NamedTuple):
     strength: float | None = None  # None without an image to begin with
     masked: bool = False
     control: tuple[float, float] | None = None  # when control begins and ends; None without images
+    control_modes: int = 0  # the number of images that union ControlNets see
 
 
 class Source(NamedTuple):
@@ -59,8 +60,11 @@ class Request:
       image_guidance_scale: how closely a model that is guided by `image`, too, follows it (Brooks
         et al., 2023, arXiv:2211.09800, equation 3); below 1, all guidance is off, as in diffusers.
       control_image: what the model's ControlNets see, an image for each, in any form of `image`;
-        for one net, or for a model that sees it itself, it need not be in a list.
+        for one net, or for a model that sees it itself, it need not be in a list. A union
+        ControlNet that is the only net sees all of them.
       controlnet_conditioning_scale: how strongly each of them steers, or one number for all.
+      control_mode: for union ControlNets, of which kind each control image is: its number in the
+        net, from 0.
       control_guidance_start, control_guidance_end: the part of the steps in which they steer, as
         fractions from 0 to 1.
       ip_adapter_image: an image prompt for each of the model's IP-Adapters, in any form of `image`;
@@ -85,6 +89,7 @@ class Request:
     controlnet_conditioning_scale: float | tuple[float, ...] | None = None
     control_guidance_start: float | None = None
     control_guidance_end: float | None = None
+    control_mode: int | tuple[int, ...] | None = None
     ip_adapter_image: Any = None
     ip_adapter_scale: float | tuple[float, ...] | None = None
 
@@ -98,7 +103,9 @@ class Request:
         size, guided = (self.width, self.height), self.guidance_scale > 1
         if self.image_guidance_scale is not None:
             guided = guided and self.image_guidance_scale >= 1
-        return Bucket(*size, self.steps, guided, self.sampler, self.strength, masked, control)
+        control_modes = len(self.control_mode or ())
+        of_images = self.strength, masked, control, control_modes
+        return Bucket(*size, self.steps, guided, self.sampler, *of_images)
 
 
 class Field(NamedTuple):
@@ -147,11 +154,14 @@ IMAGE_FIELDS = {
     "controlnet_conditioning_scale": Field(checks.numbers_in, (0, 10), "string"),
     "control_guidance_start": Field(checks.number, (0, 1), "float64"),
     "control_guidance_end": Field(checks.number, (0, 1), "float64"),
+    "control_mode": Field(checks.integers_in, (0, checks.MAX_CONTROL_MODE), "string"),
     "ip_adapter_image": Field(checks.texts, (), "string"),
     "ip_adapter_scale": Field(checks.numbers_in, (0, 10), "string"),
 }
 SOURCES = ("image", "mask_image", "control_image", "ip_adapter_image")
-SEVERAL = ("control_image", "controlnet_conditioning_scale", "ip_adapter_image", "ip_adapter_scale")
+# Fields that may have a value for each of several images: of numbers, and all of them.
+NUMBERS = ("controlnet_conditioning_scale", "control_mode", "ip_adapter_scale")
+SEVERAL = ("control_image", "ip_adapter_image", *NUMBERS)
 # The columns of such requests in plans and records, with their Arrow types.
 IMAGE_COLUMNS = {
     column: field.column
@@ -163,13 +173,13 @@ IMAGE_COLUMNS = {
 
 # Those that were added after the first datasets with images. Records have one only if a row has a
 # value for it, so that older datasets can be continued and extended.
-LATER_COLUMNS = ("image_guidance_scale",)
+LATER_COLUMNS = ("image_guidance_scale", "control_mode")
 
 
 def to_columns(request: Request) -> dict:
     """Returns a request, whose images are sources, as values by column.
 
-    Of several images or scales, one is written alone, and more as a JSON list.
+    Of several images or numbers, one is written alone, and more as a JSON list.
     """
     values = dict(vars(request))
     for name in SOURCES:
@@ -178,7 +188,7 @@ def to_columns(request: Request) -> dict:
         for ending, part in ("", 0), ("_sha256", 1):
             parts = several and [source[part] for source in several]
             values[f"{_column(name)}{ending}"] = parts and _joined(parts)
-    for name in ("controlnet_conditioning_scale", "ip_adapter_scale"):
+    for name in NUMBERS:
         if values[name] is not None:
             values[name] = _joined([*values[name]])
     if request.outpaint is not None:
@@ -197,7 +207,7 @@ def from_columns(values: dict) -> Request:
             values[name] = tuple(map(Source, checks.texts(name, address), checks.texts("", sha256)))
         elif address is not None:
             values[name] = Source(address, sha256)
-    for name in ("controlnet_conditioning_scale", "ip_adapter_scale", "outpaint"):
+    for name in (*NUMBERS, "outpaint"):
         if values[name] is not None:
             field = IMAGE_FIELDS[name]
             values[name] = field.check(name, values[name], *field.arguments)

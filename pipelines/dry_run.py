@@ -143,6 +143,7 @@ def _table(shares: dict[Bucket, Share]) -> list[str]:
 
 def _start(bucket: Bucket) -> str:
     control = ", control" if bucket.control else ""
+    control += f" by {bucket.control_modes} images" if bucket.control_modes > 1 else ""
     if bucket.strength is None:
         return f"noise{control}"
     return f"{'image and mask' if bucket.masked else 'image'}, {bucket.strength:g}{control}"

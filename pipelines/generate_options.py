@@ -25,10 +25,10 @@ A manifest is a text file with one prompt per line, or JSON Lines, CSV, TSV, Par
 (each may be gzipped). It has a column `prompt` and, optionally, id, negative_prompt, seed or seeds,
 num_images, width, height, steps, guidance_scale, sampler; to begin with another image: image,
 strength, mask_image, outpaint, image_guidance_scale; for ControlNets: control_image,
-controlnet_conditioning_scale, control_guidance_start, control_guidance_end; for IP-Adapters:
-ip_adapter_image, ip_adapter_scale. Other columns are copied to the images' metadata. A manifest can
-also be several files, as a glob, a folder of text files with one prompt each, or a dataset of
-images.
+controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode; for
+IP-Adapters: ip_adapter_image, ip_adapter_scale. Other columns are copied to the images' metadata. A
+manifest can also be several files, as a glob, a folder of text files with one prompt each, or a
+dataset of images.
 """
 EPILOG = """\
 example:

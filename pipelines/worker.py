@@ -247,9 +247,10 @@ def _known_batch_size(run: Run, request: Request) -> int | None:
 
 
 def _pin(request: Request) -> str:
-    *usual, strength, masked, control = request.bucket
+    *usual, strength, masked, control, modes = request.bucket
     images = [] if strength is None else [f"{strength:g}", "masked" if masked else "image"]
     images += [] if control is None else ["control", *(f"{share:g}" for share in control)]
+    images += [f"{modes}modes"] if modes else []
     return f"{names.BATCH}/{'-'.join(map(str, [*usual, *images]))}"
 
 

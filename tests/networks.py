@@ -34,14 +34,17 @@ NETWORKS = {
 
 
 def _architectures() -> dict[str, families.Architecture]:
-    """Those of the transformer families by the networks' classes in diffusers or transformers."""
+    """Those of the transformer families by the networks' classes in diffusers or transformers.
+
+    Of Qwen2.5-VL, that is the language model alone.
+    """
     found = {"UMT5EncoderModel": families.T5}  # of no family yet
     found["FluxControlNetModel"] = flux_model.CONTROLNET  # of no pipeline
     for family in FAMILIES.values():
         if isinstance(made := family.networks(), families.Networks):
             for name, component in family.components.items():
                 classes = (component.class_name, *component.other_class_names)
-                found |= dict.fromkeys(classes, made.architectures[name])
+                found = dict.fromkeys(classes, made.architectures[name]) | found
     return found
 
 

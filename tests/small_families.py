@@ -25,6 +25,8 @@ from jaxdiff.models.sd3 import SD3Config
 from jaxdiff.models.text.clip import CLIPTextConfig
 from jaxdiff.models.text.gemma2 import Gemma2Config
 from jaxdiff.models.text.qwen import Qwen2_5_VLConfig, Qwen3Config
+from jaxdiff.models.text.qwen_vision import Qwen2_5_VLVisionConfig
+from jaxdiff.models.text.qwen_vl import Qwen2_5_VLImageConfig
 from jaxdiff.models.text.t5 import T5Config
 from jaxdiff.models.z_image import ZImageConfig
 from jaxdiff.weights.save import save_pipeline
@@ -188,6 +190,26 @@ QWEN_IMAGE = Small(
     },
     DYNAMIC | {"shift_terminal": 0.02},
 )
+QWEN_IMAGE_EDIT = replace(
+    QWEN_IMAGE,
+    pipeline="QwenImageEditPipeline",
+    configs=QWEN_IMAGE.configs
+    | {
+        "text_encoder": Qwen2_5_VLImageConfig(
+            QWEN_IMAGE.configs["text_encoder"],
+            Qwen2_5_VLVisionConfig(
+                depth=2,
+                hidden_size=16,
+                intermediate_size=16,
+                num_heads=2,
+                window_size=56,
+                fullatt_block_indexes=(1,),
+                out_hidden_size=32,
+            ),
+            small_tokenizers.IMAGE_TOKEN_ID,
+        )
+    },
+)
 SANA = Small(
     "SanaPipeline",
     {
@@ -232,6 +254,7 @@ SMALL = {
     "FLUX.2 klein": FLUX_2,
     "PixArt-Sigma": PIXART,
     "Qwen-Image": QWEN_IMAGE,
+    "Qwen-Image-Edit": QWEN_IMAGE_EDIT,
     "Sana": SANA,
     "Stable Diffusion 3": STABLE_DIFFUSION_3,
     "Stable Diffusion 3 without T5": STABLE_DIFFUSION_3.without("text_encoder_3"),
@@ -242,6 +265,7 @@ TOKENIZERS = {
     T5Config: small_tokenizers.t5,
     Qwen3Config: small_tokenizers.qwen,
     Qwen2_5_VLConfig: small_tokenizers.qwen,
+    Qwen2_5_VLImageConfig: small_tokenizers.qwen,
     Gemma2Config: small_tokenizers.gemma,
 }
 

@@ -33,6 +33,7 @@ CHAT_TEMPLATE = (
     "{%- if enable_thinking is defined and enable_thinking is false %}"
     "{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
 )
+IMAGE_TOKEN_ID = 264
 BUNDLED = Path(__file__).parents[1] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
 
 
@@ -42,11 +43,15 @@ def clip(pad: str = "<|endoftext|>") -> transformers.CLIPTokenizer:
 
 
 def qwen() -> transformers.Qwen2Tokenizer:
-    """Qwen's kind: bytes and their merges, the marks of a conversation, a chat template."""
+    """Qwen's kind: bytes and their merges, the marks of a conversation, a chat template.
+
+    `IMAGE_TOKEN_ID` is the id of the token that stands for an image.
+    """
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ġ", "c"), ("r", "e"), ("re", "d")]
     pieces = letters + ["".join(pair) for pair in merges]
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    marks += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     return transformers.Qwen2Tokenizer(
         vocab={piece: i for i, piece in enumerate([*pieces, *marks])},
         merges=merges,

@@ -21,7 +21,12 @@ BUNDLED = {"shapes64-outlines": ASSETS / "shapes64-outlines"}
 CONTROLNET = Component(library="diffusers", class_name="ControlNetModel")
 FLUX_CONTROLNET = Component(library="diffusers", class_name="FluxControlNetModel")
 MAX_SCALE = 10
-UNION_KEY = "task_embedding"  # a weight that only union networks have
+CONTROLNET_UNION = Component(library="diffusers", class_name="ControlNetUnionModel")
+# The weights that only union networks have, a row for each kind of images, by the network's class.
+KINDS = {
+    CONTROLNET_UNION.class_name: "task_embedding",
+    FLUX_CONTROLNET.class_name: "controlnet_mode_embedder.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class ControlNetFiles:
 
     Attributes:
       path: its folder.
-      config: the parsed `config.json`.
+      config: the parsed `config.json`, with the class that the weights belong to.
       tensors: the location of each weight by its key.
       files: every file that affects the pixels, by its name in the folder.
     """
@@ -39,6 +44,12 @@ class ControlNetFiles:
     config: dict
     tensors: dict[str, StoredTensor]
     files: dict[str, Path]
+
+    @property
+    def kinds(self) -> int | None:
+        """The number of kinds of images that a union network knows; None for other networks."""
+        stored = self.tensors.get(KINDS.get(self.config["_class_name"]))
+        return stored.shape[0] if stored and stored.shape else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -91,13 +102,13 @@ def _open(said: str, path: Path) -> ControlNetFiles:
         raise InputError(f"{path} contains no {CONFIG}; {remedy}")
     config = read_json(path / CONFIG)
     found = config.get("_class_name")
-    if found not in (CONTROLNET.class_name, FLUX_CONTROLNET.class_name):
+    if found not in [each.class_name for each in (CONTROLNET, CONTROLNET_UNION, FLUX_CONTROLNET)]:
         raise _unsupported(path / CONFIG, found)
     # The folder is its own parent's network.
     chosen = choose({path.name: names}, None, path.parent, {path.name: CONTROLNET})[path.name]
     tensors = read_weights(CONTROLNET, path / chosen)
-    if UNION_KEY in tensors:  # their authors' configs name the other class
-        raise _unsupported(tensors[UNION_KEY].file, "ControlNetUnionModel")
+    if KINDS[CONTROLNET_UNION.class_name] in tensors:  # published configs name the other class
+        config["_class_name"] = CONTROLNET_UNION.class_name
     weights = {tensor.file.name: tensor.file for tensor in tensors.values()}
     return ControlNetFiles(
         path=path,
@@ -123,5 +134,6 @@ def _no_folder(path: Path) -> str:
 def _unsupported(file: Path, found: object) -> InputError:
     return InputError(
         f"{file}: {shown(found)} is not supported; use a {CONTROLNET.class_name} for Stable "
-        f"Diffusion 1, 2 or XL, or a {FLUX_CONTROLNET.class_name} for FLUX.1"
+        f"Diffusion 1, 2 or XL, a {CONTROLNET_UNION.class_name} for XL, or a "
+        f"{FLUX_CONTROLNET.class_name} for FLUX.1"
     )

@@ -164,7 +164,7 @@ class Plan:
 BUCKET_COLUMNS = (
     *("width", "height", "steps", "guidance_scale", "sampler"),
     *("strength", "mask_image", "outpaint", "image_guidance_scale"),
-    *("control_guidance_start", "control_guidance_end"),
+    *("control_guidance_start", "control_guidance_end", "control_mode"),
 )
 
 
@@ -175,12 +175,13 @@ def example(
     mask_image: str | None = None,
     outpaint: str | None = None,
     image_guidance_scale: float | None = None,
+    control_mode: str | None = None,
     **values,
 ) -> Request:
     """Returns a request without a prompt in the bucket of these values of `BUCKET_COLUMNS`.
 
-    Its images cannot be read. Whether there is a mask counts, not which; and of an image guidance
-    scale, whether guidance is off because of it.
+    Its images cannot be read. Whether there is a mask counts, not which; of an image guidance
+    scale, whether guidance is off because of it; and of control modes, how many there are.
 
     Args:
       models: the plan's: every row has an image for each ControlNet and IP-Adapter.
@@ -188,6 +189,8 @@ def example(
     nothing = Source("", "")
     is_controlled = values.get("control_guidance_start") is not None
     is_masked = mask_image is not None or outpaint is not None
+    nets = models.get("controlnet", ())
+    modes = from_columns({"prompt": "", "control_mode": control_mode}).control_mode
     if image_guidance_scale is not None:
         image_guidance_scale = float(image_guidance_scale >= 1)
     return Request(
@@ -196,8 +199,9 @@ def example(
         strength=strength,
         mask_image=nothing if is_masked else None,
         image_guidance_scale=image_guidance_scale,
-        # A model may see one without a ControlNet.
-        control_image=(nothing,) * (len(models.get("controlnet", ())) or is_controlled) or None,
+        # A model may see one without a ControlNet, and a union ControlNet several.
+        control_image=(nothing,) * (len(modes or nets) or is_controlled) or None,
+        control_mode=modes and (0,) * len(modes),
         ip_adapter_image=(nothing,) * len(models.get("ip_adapter", ())) or None,
         **values,
     )

@@ -88,10 +88,14 @@ class LoadedDenoiser:
     def conditioning(self, batch: Sequence[Request], *, negative: bool = False):
         """Returns the denoiser's conditioning for a batch's prompts or negative prompts."""
         prompts = [r.negative_prompt if negative else r.prompt for r in batch]
-        texts = self.prompts(prompts, negative=negative)
-        if negative and self.model.zeros_for_empty and "" in texts:
-            texts[""] = jax.tree.map(jnp.zeros_like, texts[""])
-        text = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[texts[p] for p in prompts])
+        images = None if self.model.image_size is None else [r.image for r in batch]
+        texts = self.prompts(prompts, images=images, negative=negative)
+        if negative and self.model.zeros_for_empty:
+            texts = [
+                text if prompt else jax.tree.map(jnp.zeros_like, text)
+                for prompt, text in zip(prompts, texts, strict=True)
+            ]
+        text = jax.tree.map(lambda *arrays: jnp.stack(arrays), *texts)
         sizes = None
         if self.model.sizes:
             each = [self.model.sizes(r.height, r.width, negative) for r in batch]
@@ -108,7 +112,9 @@ class LoadedDenoiser:
         ]
         return self._conditioned(conditioning, prompts)
 
-    def abstract_conditioning(self, batch: int, sharding: jax.sharding.Sharding):
+    def abstract_conditioning(
+        self, batch: int, height: int, width: int, sharding: jax.sharding.Sharding
+    ):
         """Returns the shapes of the conditioning of `batch` images, with the given sharding."""
 
         def placed(leaf) -> jax.ShapeDtypeStruct:
@@ -118,7 +124,7 @@ class LoadedDenoiser:
         if self.model.sizes:
             count = len(self.model.sizes(1, 1, False))
             sizes = jax.ShapeDtypeStruct((count,), jnp.float32)
-        conditioning = self.model.condition(self.prompts.abstract(), sizes)
+        conditioning = self.model.condition(self.prompts.abstract(height, width), sizes)
         scale = jax.ShapeDtypeStruct((), jnp.float32)
         prompts = [(encoder.abstract(), scale) for encoder in self.image_prompts]
         return jax.tree.map(placed, self._conditioned(conditioning, prompts))

@@ -309,7 +309,7 @@ class TextToImage:
     def compile(self, request: Request, batch_size: int) -> None:
         """Starts compiling the programs for images like a resolved request; returns at once."""
         for denoiser in self._denoisers:
-            denoiser.prompts.compile()
+            denoiser.prompts.compile(request.height, request.width)
             for encoder in denoiser.image_prompts:
                 encoder.compile()
         if any(self._inputs.brings(request)):
@@ -338,7 +338,8 @@ class TextToImage:
         """
         steps = self._steps_of(request.bucket)
         brings = self._inputs.brings(request)
-        key = (request.width, request.height, slots, steps.ranges, steps.draws, brings)
+        images = request.bucket.control_modes
+        key = (request.width, request.height, slots, steps.ranges, steps.draws, brings, images)
         if key not in self._programs:
             self._programs[key] = compilation.ahead(
                 self._sample,

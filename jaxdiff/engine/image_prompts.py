@@ -1,6 +1,5 @@
 """Encodes image prompts on the devices, with an LRU cache."""
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.devices import compilation, parallel
-from jaxdiff.engine.embeddings import EmbeddingCache
+from jaxdiff.engine.embeddings import EmbeddingCache, digest
 from jaxdiff.families.model import ImageAdapter
 from jaxdiff.weights.load import StoredNetwork
 
@@ -78,7 +77,7 @@ class ImagePromptEncoder:
             pixels = jax.device_put(np.stack(padded), parallel.batch_sharding(self._mesh))
             return compilation.wait(self._programs, "encode")(*self._params, pixels)
 
-        names = [hashlib.blake2b(image, digest_size=16).digest() for image in images]
+        names = [*map(digest, images)]
         found = self._cache(dict(zip(names, images, strict=True)), self._slots, encode)
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *(found[name] for name in names))
 

@@ -1,6 +1,5 @@
 """Encodes images to latents on the devices, with an LRU cache."""
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 
@@ -10,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jaxdiff.devices import batching, compilation, parallel
-from jaxdiff.engine.embeddings import EmbeddingCache
+from jaxdiff.engine.embeddings import EmbeddingCache, digest
 from jaxdiff.engine.program import to_float
 from jaxdiff.families.model import Codec
 
@@ -113,8 +112,6 @@ def _nothing(images: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [np.zeros(image.shape[:2], bool) for image in images]
 
 
-def _name(image: np.ndarray, hidden: np.ndarray) -> bytes:
-    """Returns a digest of an image and what is hidden of it."""
-    digest = hashlib.blake2b(image, digest_size=16)
-    digest.update(np.packbits(hidden))
-    return digest.digest()
+def _name(image: np.ndarray, hidden: np.ndarray) -> tuple[bytes, bytes]:
+    """Returns digests of an image and of what is hidden of it."""
+    return digest(image), digest(np.packbits(hidden))

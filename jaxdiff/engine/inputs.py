@@ -65,12 +65,10 @@ class InputMaker:
         self._reference = denoisers[0].model.denoiser.reference
         self._sees_control = denoisers[0].model.denoiser.sees_control
         self._nets = denoisers[0].denoising.controls
-        # As many samples of control images' latents are drawn before all else.
-        self._encoded_nets = sum(net.sees_latents for net in self._nets)
 
     def brings(self, request: Request) -> Brings:
         """Returns what the image of a resolved request gives to the program."""
-        bucket, inpainting, first = request.bucket, self._inpainting, self._encoded_nets
+        bucket, inpainting, first = request.bucket, self._inpainting, self._encoded(request)
         if self._sees_control:
             return Brings(channels=True, encodes_first=1)
         if bucket.strength is None:
@@ -88,7 +86,9 @@ class InputMaker:
         """Returns the shapes and shardings of the inputs of `slots` requests like this one."""
         brings, shape = self.brings(request), self._latent_shape(request)
         each = [
-            denoiser.abstract_conditioning(slots, parallel.batch_sharding(self._mesh))
+            denoiser.abstract_conditioning(
+                slots, request.height, request.width, parallel.batch_sharding(self._mesh)
+            )
             for denoiser in self._denoisers
         ]
 
@@ -104,9 +104,12 @@ class InputMaker:
             more = self._reference or self._inpainting
             return batched(*shape[:-1], more.channels) if more else batched(*shape)
 
-        def control(net: Control) -> tuple:
-            pixels = batched(request.height, request.width, 3, dtype=np.uint8)
-            return batched(*shape) if net.sees_latents else pixels, batched()
+        def control(net: Control, images: Sequence[int]) -> tuple:
+            several = (len(images),) if net.is_union else ()
+            pixels = batched(*several, request.height, request.width, 3, dtype=np.uint8)
+            seen = batched(*several, *shape) if net.sees_latents else pixels
+            modes = [batched(*several, dtype=np.int32)] if net.is_union else []
+            return seen, batched(*several), *modes
 
         return Inputs(
             noise=batched(*shape),
@@ -118,7 +121,7 @@ class InputMaker:
             start=batched(*shape) if brings.start else None,
             kept=Kept(batched(*shape), batched(*shape[:-1], 1)) if brings.kept else None,
             channels=channels() if brings.channels else None,
-            controls=[control(net) for net in self._nets],
+            controls=[control(*each) for each in self._seen(request)],
         )
 
     def __call__(self, batch: Sequence[Request], steps: Steps, codec_params: dict) -> Inputs:
@@ -140,6 +143,7 @@ class InputMaker:
             after=int(brings.encodes_last),
         )
         encoded = () if noise.encoded is None else noise.encoded
+        of_nets = self._encoded(batch[0])
         fresh_noise = noise.fresh
         if fresh_noise is not None:
             fresh_noise = jax.device_put(fresh_noise, parallel.batch_sharding(self._mesh, axis=1))
@@ -156,21 +160,43 @@ class InputMaker:
             negative=negative,
             guidance_scale=place(_numbers(batch, "guidance_scale")),
             image_guidance_scale=place(_numbers(batch, "image_guidance_scale")),
-            **place(self._of_images(batch, brings, encoded[self._encoded_nets :], codec_params)),
+            **place(self._of_images(batch, brings, encoded[of_nets:], codec_params)),
             controls=place(self._controls(batch, encoded, codec_params)),
         )
 
+    def _seen(self, request: Request) -> list[tuple[Control, Sequence[int]]]:
+        """Returns each net with the places of its control images in a resolved request."""
+        if len(self._nets) == 1:  # a union net sees all images
+            return [(self._nets[0], range(len(request.control_image)))]
+        return [(net, (place,)) for place, net in enumerate(self._nets)]
+
+    def _encoded(self, request: Request) -> int:
+        """Returns how many samples of control images' latents are drawn before all else."""
+        return sum(len(images) for net, images in self._seen(request) if net.sees_latents)
+
     def _controls(
         self, batch: Sequence[Request], noise: Array | Sequence, params: dict
-    ) -> list[tuple[Array | np.ndarray, np.ndarray]]:
-        """Returns what each net sees, and how strongly it steers; the noise is for all of them."""
-        found, samples = [], iter(noise)
-        for place, net in enumerate(self._nets):
+    ) -> list[tuple[Array | np.ndarray, ...]]:
+        """Returns `Inputs.controls`; the noise is for the images of all nets in turn."""
+        samples = iter(noise)
+
+        def image(net: Control, place: int) -> Array | np.ndarray:
             seen = [request.control_image[place] for request in batch]
-            scales = [request.controlnet_conditioning_scale[place] for request in batch]
-            seen = self.encoder(params, seen, next(samples)) if net.sees_latents else np.stack(seen)
-            found.append((seen, np.array(scales, np.float32)))
-        return found
+            return self.encoder(params, seen, next(samples)) if net.sees_latents else np.stack(seen)
+
+        def numbers(name: str, places: Sequence[int], dtype) -> np.ndarray:
+            each = [getattr(request, name) for request in batch]
+            return np.array([[found[place] for place in places] for found in each], dtype)
+
+        def control(net: Control, places: Sequence[int]) -> tuple:
+            images = [image(net, place) for place in places]
+            scales = numbers("controlnet_conditioning_scale", places, np.float32)
+            if not net.is_union:
+                return images[0], scales[:, 0]
+            stack = jnp.stack if net.sees_latents else np.stack
+            return stack(images, axis=1), scales, numbers("control_mode", places, np.int32)
+
+        return [control(*each) for each in self._seen(batch[0])]
 
     def _of_images(
         self, batch: Sequence[Request], brings: Brings, noise: Array | Sequence, params: dict

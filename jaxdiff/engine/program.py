@@ -28,7 +28,8 @@ class Inputs(NamedTuple):
       channels: float32 [batch, h, w, more channels], which the denoisers get beside the latents;
         None if they take none.
       controls: for each ControlNet, uint8 images [batch, height, width, 3] or float32 latents of
-        them [batch, h, w, channels], and float32 scales [batch]; empty if none steers.
+        them [batch, h, w, channels], and float32 scales [batch]; for a union net, these have a
+        second axis, of images, and int32 modes [batch, images] follow. Empty if none steers.
     """
 
     noise: Any
@@ -40,7 +41,7 @@ class Inputs(NamedTuple):
     start: Any = None
     kept: sampling.Kept | None = None
     channels: Any = None
-    controls: Sequence[tuple[Any, Any]] = ()
+    controls: Sequence[tuple] = ()
 
 
 class Weights(NamedTuple):

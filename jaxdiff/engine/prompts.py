@@ -1,25 +1,30 @@
 """Tokenizes and encodes prompts on the devices, with an LRU cache of embeddings."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
 import jax
+import numpy as np
 
 from jaxdiff.devices import compilation, parallel
-from jaxdiff.engine.embeddings import EmbeddingCache
+from jaxdiff.engine.embeddings import EmbeddingCache, digest
 from jaxdiff.errors import InputError
 from jaxdiff.families.model import Model, Text
 from jaxdiff.families.tokenizers.tokenizer import Tokenizer
+from jaxdiff.images.clip_pixels import resized
 from jaxdiff.weights.load import StoredNetwork
 
 # Prompts are encoded in batches of this size, independent of the size of the image batches, so that
-# a prompt's embedding never depends on it.
+# a prompt's embedding never depends on it. With an image, a prompt is long enough to be alone on a
+# device.
 TEXT_BATCH = 8
 
 
 class PromptEncoder:
     """A checkpoint's tokenizers and text encoders, with an LRU cache of embeddings.
+
+    If a text encoder also sees the image of a request, embeddings are of prompts with images.
 
     Attributes:
       params: the text encoders' parameters, once `load` has read them.
@@ -55,36 +60,53 @@ class PromptEncoder:
                     f"--clip-skip {clip_skip}: {name} has only {layers} layers to skip; skip fewer"
                 )
         # By the number of layers skipped; negative prompts skip none.
+        axes = (None, None) if model.image_size is None else (None, 0)
         self._encode = {
             skip: compilation.jit(
-                parallel.over_data(partial(model.encode_text, clip_skip=skip), mesh, (None, None)),
+                parallel.over_data(partial(model.encode_text, clip_skip=skip), mesh, axes),
             )
             for skip in (0, clip_skip)
         }
-        self._clip_skip = clip_skip
+        self._slots = TEXT_BATCH if model.image_size is None else mesh.shape["data"]
+        self._image_size, self._clip_skip = model.image_size, clip_skip
         self._cache = {False: EmbeddingCache(mesh), True: EmbeddingCache(mesh)}  # by `negative`
-        self._programs: dict[int, Future[jax.stages.Compiled]] = {}
+        self._programs: dict[tuple, Future[jax.stages.Compiled]] = {}
 
     def load(self) -> None:
         """Reads the weights; after that, prompts can be encoded."""
         self.params = {name: stored.load() for name, stored in self._stored.items()}
 
-    def compile(self) -> None:
-        """Starts compiling the encoders for all prompts; returns at once."""
-        for clip_skip in self._encode.keys() - self._programs.keys():
-            self._programs[clip_skip] = compilation.ahead(
-                self._encode[clip_skip], *self._abstract_arguments()
-            )
+    def compile(self, *size: int) -> None:
+        """Starts compiling the encoders for all prompts; returns at once.
 
-    def abstract(self) -> Text:
-        """Returns the shapes of one prompt's embedding."""
-        batch = jax.eval_shape(self._encode[0], *self._abstract_arguments())
+        Args:
+          size: the height and width of images, if prompts have any; others ignore them.
+        """
+        for clip_skip in self._encode:
+            key = clip_skip, self._seen(size)
+            if key not in self._programs:
+                arguments = self._abstract_arguments(size)
+                self._programs[key] = compilation.ahead(self._encode[clip_skip], *arguments)
+
+    def abstract(self, *size: int) -> Text:
+        """Returns the shapes of one prompt's embedding; the arguments are those of `compile`."""
+        batch = jax.eval_shape(self._encode[0], *self._abstract_arguments(size))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
 
-    def _abstract_arguments(self) -> tuple[dict, dict]:
+    def _seen(self, size: tuple[int, ...]) -> tuple[int, int] | None:
+        """Returns the height and width in which images of a size are seen; None if none are."""
+        return None if self._image_size is None else self._image_size(*size)
+
+    def _abstract_arguments(self, size: tuple[int, ...]) -> tuple[dict, dict]:
         params = {name: stored.places for name, stored in self._stored.items()}
-        tokens = self._tokens([""] * TEXT_BATCH, negative=False)
-        return params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tokens)
+        tokens = self._tokens([""] * self._slots, negative=False)
+        sharding = None
+        if self._image_size is not None:
+            tokens["image"] = np.empty((self._slots, *self._seen(size), 3), np.uint8)
+            sharding = parallel.batch_sharding(self.mesh)
+        return params, jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tokens
+        )
 
     def _tokens(self, texts: Sequence[str], *, negative: bool) -> dict:
         return {
@@ -92,14 +114,35 @@ class PromptEncoder:
             for name, tokenizer in self._tokenizers.items()
         }
 
-    def __call__(self, prompts: Iterable[str], *, negative: bool = False) -> dict[str, Text]:
-        """Returns each prompt's embedding; as in diffusers, negative ones ignore `clip_skip`."""
-        self.compile()
-        clip_skip = 0 if negative else self._clip_skip
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        images: Sequence[np.ndarray] | None = None,
+        negative: bool = False,
+    ) -> list[Text]:
+        """Returns each prompt's embedding; as in diffusers, negative ones ignore `clip_skip`.
 
-        def encode(texts: list[str]) -> Text:
-            padded = texts + [""] * (TEXT_BATCH - len(texts))
-            tokens = self._tokens(padded, negative=negative)
-            return compilation.wait(self._programs, clip_skip)(self.params, tokens)
+        Args:
+          prompts: any number of them.
+          images: the image of each prompt, uint8 [height, width, 3], all of one size, if a text
+            encoder sees them.
+          negative: whether they are negative prompts.
+        """
+        size = () if images is None else images[0].shape[:2]
+        self.compile(*size)
+        program = 0 if negative else self._clip_skip, self._seen(size)
 
-        return self._cache[negative]({p: p for p in sorted(set(prompts))}, TEXT_BATCH, encode)
+        def encode(items: list[tuple]) -> Text:
+            padded = items + items[-1:] * (self._slots - len(items))
+            tokens = self._tokens([text for text, _ in padded], negative=negative)
+            if images is not None:
+                seen = [resized(image, *self._seen(size)) for _, image in padded]
+                tokens["image"] = np.stack(seen)
+            return compilation.wait(self._programs, program)(self.params, tokens)
+
+        shown = [None] * len(prompts) if images is None else images
+        pairs = [*zip(prompts, shown, strict=True)]
+        names = [(prompt, None if image is None else digest(image)) for prompt, image in pairs]
+        found = self._cache[negative](dict(zip(names, pairs, strict=True)), self._slots, encode)
+        return [found[name] for name in names]

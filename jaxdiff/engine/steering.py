@@ -18,7 +18,7 @@ Steer = Callable[[Array, Array, Any, Any], Any]
 def steer(
     controls: Sequence[Control],
     weights: Sequence[dict],
-    inputs: Sequence[tuple[Array, Array]],
+    inputs: Sequence[tuple[Array, ...]],
     guidance_scale: Array,
     guesses: bool,
 ) -> Steer:
@@ -26,7 +26,7 @@ def steer(
 
     Args:
       controls, weights: the nets and their parameters.
-      inputs: for each net, what it sees and scales [batch], as in `Inputs.controls`.
+      inputs: for each net, what it sees and how strongly it steers, as in `Inputs.controls`.
       guidance_scale: [batch], for nets that take it.
       guesses: whether each net steers only the prompt's half of a guided step, and its outer layers
         less than the deeper ones.
@@ -36,7 +36,11 @@ def steer(
         batch = len(latents)
         guided = len(jax.tree.leaves(conditioning)[0]) == 2 * batch
 
-        def residuals(net: Control, params: dict, seen: Array, scales: Array) -> Any:
+        def residuals(net: Control, params: dict, seen: Array, scales: Array, *modes: Array) -> Any:
+            union = {}
+            if net.is_union:
+                scales, weights = _scales_and_weights(scales)
+                union = {"modes": modes[0], "weights": weights}
             if not net.sees_latents:
                 seen = seen.astype(jnp.float32) / 255.0
             halved = guided and (guesses or net.is_pooled)
@@ -44,9 +48,10 @@ def steer(
             if guided and not halved:
                 x, seen = guidance.paired(latents, latents), guidance.paired(seen, seen)
                 given, scales = conditioning, guidance.paired(scales, scales)
+                union = {name: guidance.paired(array, array) for name, array in union.items()}
             options = {"guidance_scale": guidance_scale} if net.guidance_is_input else {}
             times = jnp.full(len(x), timestep)
-            found = net.evaluate(params, x, times, given, seen, **options)
+            found = net.evaluate(params, x, times, given, seen, **options, **union)
             leaves, structure = jax.tree.flatten(found)
             weights = jnp.ones(len(leaves))
             if guesses and not net.is_pooled:
@@ -66,3 +71,13 @@ def steer(
         return jax.tree.map(lambda *leaves: sum(leaves), *each)
 
     return steer
+
+
+def _scales_and_weights(scales: Array) -> tuple[Array, Array]:
+    """Returns how strongly a union net steers, [batch], and its images' weights, [batch, images].
+
+    As in diffusers, one image's scale is that of the net; several images are weighed by theirs.
+    """
+    if scales.shape[1] == 1:
+        return scales[:, 0], jnp.ones_like(scales)
+    return jnp.ones_like(scales[:, 0]), scales

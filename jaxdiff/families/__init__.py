@@ -36,6 +36,7 @@ FAMILIES: dict[str, Family] = {  # by the pipeline's class in diffusers
     z_image.PIPELINE: z_image.Z_IMAGE,
     flux2.PIPELINE: flux2.FLUX_2,
     qwen_image.PIPELINE: qwen_image.QWEN_IMAGE,
+    qwen_image.EDIT_PIPELINE: qwen_image.QWEN_IMAGE_EDIT,
     sana.PIPELINE: sana.SANA,
 }
 

@@ -46,8 +46,12 @@ QWEN3 = Component(
 GEMMA_2 = replace(QWEN3, class_name="Gemma2Model", other_class_names=("Gemma2ForCausalLM",))
 
 
+def _of_both_towers(key: str) -> str | None:
+    return None if key.startswith("lm_head.") else key.removeprefix("language_model.")
+
+
 def _of_language_tower(key: str) -> str | None:
-    return None if key.startswith(("lm_head.", "visual.")) else key.removeprefix("language_model.")
+    return None if key.startswith("visual.") else _of_both_towers(key)
 
 
 QWEN_2_5_VL = replace(
@@ -56,6 +60,7 @@ QWEN_2_5_VL = replace(
     other_class_names=(),
     plain_key=_of_language_tower,
 )
+QWEN_2_5_VL_WITH_VISION = replace(QWEN_2_5_VL, plain_key=_of_both_towers)
 AUTOENCODER_KL = Component(
     library="diffusers", class_name="AutoencoderKL", plain_key=_new_attention
 )

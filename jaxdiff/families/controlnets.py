@@ -1,19 +1,19 @@
 """Compares ControlNets with the model that they are to steer. Imports no JAX."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
 
 
-def refuse_other_class(config: Mapping[str, Any], needed: str) -> None:
-    """Raises InputError unless a parsed config is of the class `needed`."""
+def refuse_other_class(config: Mapping[str, Any], needed: Collection[str]) -> None:
+    """Raises InputError unless a parsed config is of one of the classes `needed`."""
     found = config.get("_class_name")
-    if found != needed:
+    if found not in needed:
         raise InputError(
-            f"the ControlNet is a {found}, and this model takes a {needed}; use one that was "
-            "trained for this model"
+            f"the ControlNet is a {found}, and this model takes a {' or '.join(needed)}; use one "
+            "that was trained for this model"
         )
 
 

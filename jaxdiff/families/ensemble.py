@@ -111,6 +111,11 @@ class Ensemble:
         parts = " ".join(each.fingerprint for each in every)
         return hashlib.sha256(parts.encode()).hexdigest()
 
+    @property
+    def control_kinds(self) -> tuple[int, ...]:
+        """The number of kinds of images that each union ControlNet knows; none for others."""
+        return tuple(each.files.kinds for each in self.controls if each.files.kinds)
+
     def schedulers(self, changes: str) -> list[dict]:
         """Returns each checkpoint's scheduler config with the changes in `Options.scheduler`."""
         return [
@@ -176,7 +181,7 @@ class Ensemble:
         if self.base.family.sees_control:
             request = image_inputs.with_control(request)
         else:
-            request = image_inputs.with_controls(request, controls)
+            request = image_inputs.with_controls(request, controls, self.control_kinds)
         return image_inputs.with_prompts(request, adapters)
 
     def steps(self, options: Options, bucket: Bucket) -> Steps:
@@ -265,6 +270,11 @@ def open_ensemble(
         )
         for said in controlnet
     )
+    if len({net.files.kinds is None for net in controls}) > 1:
+        raise InputError(
+            f"{image_inputs.CONTROLS}: union ControlNets cannot be used together with others; use "
+            "only one of these kinds in a job"
+        )
     adapters = tuple(
         _addition(
             said,

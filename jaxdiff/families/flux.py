@@ -12,7 +12,6 @@ from jaxdiff.checkpoint.component import Component
 from jaxdiff.checkpoint.controlnet import FLUX_CONTROLNET
 from jaxdiff.checkpoint.lora_names import xlabs_names
 from jaxdiff.checkpoint.original import flux as original
-from jaxdiff.checks import shown
 from jaxdiff.errors import InputError
 from jaxdiff.families import config_values, flow, transformer_operations
 from jaxdiff.families.components import AUTOENCODER_KL, CLIP_TEXT, T5
@@ -95,12 +94,7 @@ def check_controlnet(checkpoint: Checkpoint, config: Mapping) -> None:
 
     The network itself is compared in full when it is built.
     """
-    refuse_other_class(config, FLUX_CONTROLNET.class_name)
-    if config.get("num_mode") is not None:
-        raise InputError(
-            f"num_mode = {shown(config['num_mode'])}: a union ControlNet must be told of which "
-            "kind each control image is, and no column says that; use one for a single kind"
-        )
+    refuse_other_class(config, [FLUX_CONTROLNET.class_name])
     if config.get("conditioning_embedding_channels") is not None:
         raise InputError(
             "conditioning_embedding_channels: the ControlNet sees pixels (as XLabs' do), and only "

@@ -1,8 +1,9 @@
 """The networks of FLUX.1 as pure functions: the part that imports JAX."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -53,7 +54,7 @@ def _assemble(
             ("joint_attention_dim", transformer.joint_attention_dim, t5.d_model),
         ]
     )
-    made = model(
+    return model(
         configs,
         networks,
         _encode_text,
@@ -66,16 +67,6 @@ def _assemble(
         reference=Reference(vae.latent_channels, vae.scale) if edits else None,
         sees_control=sees_control,
     )
-    if not edits:
-        return made
-    evaluate = partial(_with_reference, made.denoiser.evaluate)
-    return made._replace(denoiser=made.denoiser._replace(evaluate=evaluate))
-
-
-def _with_reference(evaluate: Callable, params: Params, latents: Array, *inputs, **options):
-    """Evaluates the denoiser of latents that are followed by the channels of a reference."""
-    latents, reference = jnp.split(latents, 2, axis=-1)
-    return evaluate(params, latents, *inputs, reference=reference, **options)
 
 
 def _join(factor: int, masks: Array, hidden: Array) -> Array:
@@ -102,6 +93,7 @@ def _control(
         is_pooled=False,
         sees_latents=True,
         guidance_is_input=read.guidance_embeds,
+        is_union=read.num_mode is not None,
     )
 
 
@@ -114,16 +106,30 @@ def _steer(
     conditioning: Mapping[str, Array],
     control: Array,
     guidance_scale: Array | None = None,
+    modes: Array | None = None,
+    weights: Array | None = None,
 ) -> tuple[list[Array], list[Array]]:
-    """Evaluates a ControlNet for a transformer with so many double and single blocks."""
-    double, single = nnx.merge(graph, params)(
-        latents,
-        timesteps,
-        control.astype(latents.dtype),
-        **conditioning,
-        guidance_scale=guidance_scale,
-    )
-    return flux_controlnet.spread(double, single, blocks)
+    """Evaluates a ControlNet for a transformer with so many double and single blocks.
+
+    A union net is evaluated for each image alone, and the weighted residuals are added up.
+    """
+    network = nnx.merge(graph, params)
+    given = {**conditioning, "guidance_scale": guidance_scale}
+
+    def residuals(control: Array, modes: Array | None = None) -> tuple[list[Array], list[Array]]:
+        seen = control.astype(latents.dtype)
+        double, single = network(latents, timesteps, seen, **given, modes=modes)
+        return flux_controlnet.spread(double, single, blocks)
+
+    if modes is None:
+        return residuals(control)
+    each = [residuals(control[:, image], modes[:, image]) for image in range(modes.shape[1])]
+
+    def added(*leaves: Array) -> Array:
+        factors = weights.astype(leaves[0].dtype)[..., None, None]  # [batch, images, 1, 1]
+        return sum(leaf * factors[:, image] for image, leaf in enumerate(leaves))
+
+    return jax.tree.map(added, *each)
 
 
 def _encode_text(encoders: Mapping[str, nnx.Module], tokens: Mapping, clip_skip: int) -> Text:

@@ -31,20 +31,26 @@ class ImageInputs(NamedTuple):
 EDITS = ImageInputs(strength=1.0, masked_strength=None, needed=True)
 
 
-def with_controls(request: Request, scales: Sequence[float]) -> Request:
+def with_controls(request: Request, scales: Sequence[float], kinds: Sequence[int] = ()) -> Request:
     """Returns a request with an image and a scale for each of the job's ControlNets.
 
+    A union net that is the only one takes any number of images, each with a scale.
+
     Args:
-      request: its control image may be alone, and its scale a number for all nets.
+      request: its control image may be alone, and its scale a number for all images.
       scales: the default scale of each net.
+      kinds: the number of kinds of images that each net knows, if they are union nets.
 
     Raises:
-      BadValueError: unless there is an image for each net.
+      BadValueError: unless there is an image for each net, and a mode for each image of union nets.
     """
+    images = request.control_image
+    if len(kinds) == 1 and isinstance(images, list | tuple) and len(images) > 1:
+        scales, kinds = (tuple(each) * len(images) for each in (scales, kinds))
     request = _for_each(request, "control_image", "controlnet_conditioning_scale", scales, CONTROLS)
     start, end = request.control_guidance_start, request.control_guidance_end
     if request.control_image is None:
-        for name in ("control_guidance_start", "control_guidance_end"):
+        for name in ("control_guidance_start", "control_guidance_end", "control_mode"):
             if getattr(request, name) is not None:
                 raise BadValueError(f"{name} needs a control_image; add one, or leave {name} out")
         return request
@@ -53,7 +59,38 @@ def with_controls(request: Request, scales: Sequence[float]) -> Request:
         raise BadValueError(
             f"control_guidance_start = {start:g} must be less than control_guidance_end = {end:g}"
         )
-    return replace(request, control_guidance_start=start, control_guidance_end=end)
+    request = replace(request, control_guidance_start=start, control_guidance_end=end)
+    return replace(request, control_mode=_modes(request.control_mode, kinds))
+
+
+def _modes(said: int | Sequence[int] | None, kinds: Sequence[int]) -> tuple[int, ...] | None:
+    """Returns the kind of each control image, if the job's ControlNets are union nets.
+
+    Args:
+      said: the request's.
+      kinds: how many kinds the net of each image knows; none for other nets.
+    """
+    if not kinds:
+        if said is not None:
+            raise BadValueError("control_mode is for union ControlNets only; leave it out")
+        return None
+    if said is None:
+        raise BadValueError(
+            "a union ControlNet must know of which kind each control image is: give the row "
+            f"control_mode, from 0 to {kinds[0] - 1}"
+        )
+    modes = tuple(said) if isinstance(said, Sequence) else (said,)
+    if len(modes) != len(kinds):
+        raise BadValueError(
+            f"control_mode has {len(modes)} numbers for {len(kinds)} images; give one for each"
+        )
+    for mode, count in zip(modes, kinds, strict=True):
+        if mode >= count:
+            raise BadValueError(
+                f"control_mode = {mode} must be from 0 to {count - 1}, because the ControlNet "
+                f"knows {count} kinds of images"
+            )
+    return modes
 
 
 def with_control(request: Request) -> Request:
@@ -64,6 +101,7 @@ def with_control(request: Request) -> Request:
     """
     usual = {
         "controlnet_conditioning_scale": None,
+        "control_mode": None,
         "control_guidance_start": 0.0,
         "control_guidance_end": 1.0,
     }

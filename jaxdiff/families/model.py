@@ -111,10 +111,13 @@ class Control(NamedTuple):
       evaluate: maps (params, latents [b, h, w, c], timesteps [b], the denoiser's conditioning,
         images in 0..1 [b, height, width, 3] or what it sees instead) to what the denoiser's
         `evaluate` takes as `residuals`, a tree of arrays [b, ...], unscaled, from the outer layers
-        to the deepest.
+        to the deepest. A union net sees several images of each request, [b, images, ...], and
+        needs `modes`, int32 [b, images], of which kind each is, and `weights`, float32
+        [b, images], how much it counts.
       is_pooled: whether it steers the prompt's half of a guided step only.
       sees_latents: whether it sees scaled latents of the images, [b, h, w, c], instead of pixels.
       guidance_is_input: whether `evaluate` needs `guidance_scale`, [b], as well.
+      is_union: whether it is a union net, which sees images of several kinds.
     """
 
     network: Network
@@ -122,6 +125,7 @@ class Control(NamedTuple):
     is_pooled: bool
     sees_latents: bool = False
     guidance_is_input: bool = False
+    is_union: bool = False
 
 
 class ImageAdapter(NamedTuple):
@@ -175,7 +179,8 @@ class Model(NamedTuple):
       networks: the networks, by component.
       text_encoders: the components that encode prompts, in the order of their vectors.
       encode_text: maps (params by text encoder, what its tokenizer returns by text encoder,
-        clip_skip) to `Text`.
+        clip_skip) to `Text`. With `image_size`, the second also has the images under "image",
+        uint8 [texts, height, width, 3].
       condition: maps (Text, sizes [b, numbers] or None) to the denoiser's conditioning, a tree of
         arrays [b, ...].
       denoiser: the network that removes noise.
@@ -184,6 +189,8 @@ class Model(NamedTuple):
       zeros_for_empty: whether an empty negative prompt becomes zeros instead of its encoding.
       sizes: maps (height and width in pixels, negative) to the numbers of the denoiser's size
         conditioning; None if the denoiser has none.
+      image_size: maps the height and width of a request's image to those in which a text encoder
+        sees it beside the prompt; None if it sees prompts only.
     """
 
     configs: Mapping[str, Any]
@@ -196,6 +203,7 @@ class Model(NamedTuple):
     skippable: Mapping[str, int] = MappingProxyType({})
     zeros_for_empty: bool = False
     sizes: Callable[[int, int, bool], tuple[float, ...]] | None = None
+    image_size: Callable[[int, int], tuple[int, int]] | None = None
 
 
 def networks_of(checkpoint: Checkpoint) -> Model:

@@ -23,6 +23,7 @@ from jaxdiff.families.model import (
     Model,
     Network,
     Params,
+    Reference,
     Text,
 )
 from jaxdiff.models.codecs import autoencoder_kl
@@ -32,8 +33,15 @@ from jaxdiff.weights.load import abstract_network
 
 # The config keys that say how many modules a network has: as a number, or a number for each block,
 COUNTS = (
-    *("decoder_layers_per_block", "encoder_layers_per_block", "layers_per_block", "n_layers"),
-    *("n_refiner_layers", "num_hidden_layers", "num_layers", "num_res_blocks", "num_single_layers"),
+    *("decoder_layers_per_block", "depth", "encoder_layers_per_block", "layers_per_block"),
+    *(
+        "n_layers",
+        "n_refiner_layers",
+        "num_hidden_layers",
+        "num_layers",
+        "num_res_blocks",
+        "num_single_layers",
+    ),
 )
 # and by the length of a list.
 LISTS = (
@@ -103,6 +111,7 @@ class Networks:
         """Raises InputError if a config describes more modules than its network has weights."""
         for network, config in configs.items():
             held, described = len(weights[network]), config.to_json()
+            described = {**described.get("vision_config", {}), **described}
             counts = {key: np.sum(described.get(key) or 0) for key in COUNTS}
             counts |= {key: len(jax.tree.leaves(described.get(key))) for key in LISTS}
             for key, count in counts.items():
@@ -172,18 +181,20 @@ def model(
     channels: int,
     fixed: Mapping[str, Any] = MappingProxyType({}),
     options: Mapping[str, Any] = MappingProxyType({}),
+    reference: Reference | None = None,
     **denoiser,
 ) -> Model:
     """Puts the networks of a transformer family together.
 
     Args:
       configs, networks: by component; the denoiser is "transformer", the autoencoder "vae".
-      encode_text: maps (modules of the text encoders by component, what their tokenizers return,
+      encode_text: maps (modules of the text encoders by component, what `Model.encode_text` gets,
         clip_skip) to `Text`.
       text_encoders: the components that encode prompts.
       channels: of the latents.
       fixed: as in `Denoiser`.
       options: further fields of `Model`.
+      reference: as in `Denoiser`; the transformer is called with it as `reference`.
       **denoiser: further fields of `Denoiser`.
     """
 
@@ -191,6 +202,9 @@ def model(
         modules = {name: nnx.merge(networks[name].graph, params[name]) for name in text_encoders}
         return encode_text(modules, tokens, clip_skip)
 
+    evaluate = _evaluation(networks["transformer"], fixed)
+    if reference is not None:
+        evaluate = partial(_with_reference, evaluate)
     return Model(
         configs=configs,
         networks=networks,
@@ -199,8 +213,9 @@ def model(
         condition=_condition,
         denoiser=Denoiser(
             component="transformer",
-            evaluate=_evaluation(networks["transformer"], fixed),
+            evaluate=evaluate,
             fixed=fixed,
+            reference=reference,
             **denoiser,
         ),
         codec=codec(networks["vae"], configs["vae"], channels),
@@ -226,6 +241,12 @@ def _evaluation(network: Network, fixed: Mapping) -> Callable:
         return called(latents, timesteps, **conditioning, **fixed, **options), None
 
     return evaluate
+
+
+def _with_reference(evaluate: Callable, params: Params, latents: Array, *inputs, **options):
+    """Evaluates the denoiser of latents that are followed by the channels of a reference."""
+    latents, reference = jnp.split(latents, 2, axis=-1)
+    return evaluate(params, latents, *inputs, reference=reference, **options)
 
 
 CLIP_TEXT = Architecture(clip.CLIPTextConfig, clip.network, clip.SHARDING)

@@ -12,7 +12,7 @@ from functools import cached_property
 from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.component import Component
-from jaxdiff.checkpoint.controlnet import CONTROLNET
+from jaxdiff.checkpoint.controlnet import CONTROLNET, CONTROLNET_UNION
 from jaxdiff.checkpoint.lora_keys import original_layers
 from jaxdiff.checkpoint.lora_names import Layer
 from jaxdiff.checkpoint.original import ldm
@@ -205,7 +205,7 @@ def check_controlnet(checkpoint: Checkpoint, config: Mapping) -> None:
 
     The network itself is compared in full when it is built.
     """
-    refuse_other_class(config, CONTROLNET.class_name)
+    refuse_other_class(config, [each.class_name for each in (CONTROLNET, CONTROLNET_UNION)])
     keys = ("block_out_channels", "layers_per_block", "cross_attention_dim")
     refuse_misfit(checkpoint.config("unet"), config, keys)
 

@@ -28,7 +28,7 @@ from jaxdiff.families.model import (
 )
 from jaxdiff.families.networks import codec
 from jaxdiff.images.clip_pixels import MEAN, STD
-from jaxdiff.models import controlnet, ip_adapter, unet
+from jaxdiff.models import controlnet, controlnet_union, ip_adapter, unet
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.layers import ImagePrompt
 from jaxdiff.models.text import clip
@@ -191,7 +191,9 @@ def control(configs: Mapping, config: Mapping, *, remat: bool = False) -> Contro
     Raises:
       InputError: if a value of the config is not supported, or does not fit the U-Net.
     """
-    read = controlnet.ControlNetConfig.from_json(config)
+    is_union = config.get("_class_name") == controlnet_union.CLASS_NAME
+    kind = controlnet_union.ControlNetUnionConfig if is_union else controlnet.ControlNetConfig
+    read = kind.from_json(config)
     # A U-Net for inpainting has more channels.
     ours = {**vars(configs["unet"]), "in_channels": configs["vae"].latent_channels}
     refuse_misfit(ours, vars(read), SHARED_WITH_CONTROLNETS)
@@ -205,11 +207,13 @@ def control(configs: Mapping, config: Mapping, *, remat: bool = False) -> Contro
             f"the ControlNet takes {factor} pixels per latent, the model {configs['vae'].factor}; "
             "use one that was trained for this model"
         )
-    graph, shapes = abstract_network(partial(controlnet.ControlNetModel, remat=remat), read)
+    network = controlnet_union.ControlNetUnionModel if is_union else controlnet.ControlNetModel
+    graph, shapes = abstract_network(partial(network, remat=remat), read)
     return Control(
         Network(graph, shapes, controlnet.SHARDING),
         partial(_steer, graph),
         is_pooled=read.global_pool_conditions,
+        is_union=is_union,
     )
 
 
@@ -220,10 +224,12 @@ def _steer(
     timesteps: Array,
     conditioning: Conditioning,
     images: Array,
+    **union: Array,
 ) -> tuple[list[Array], Array]:
+    """Evaluates a ControlNet; `union` is what only union nets take."""
     given = {"pooled": conditioning.pooled, "time_ids": conditioning.time_ids}
     network = nnx.merge(graph, params)
-    return network(latents, timesteps, conditioning.context, images, **given)
+    return network(latents, timesteps, conditioning.context, images, **given, **union)
 
 
 def image_adapter(configs: Mapping, files: IPAdapterFiles) -> ImageAdapter:

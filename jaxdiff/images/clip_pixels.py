@@ -32,6 +32,11 @@ def centre_of_resized(image: np.ndarray, size: int) -> np.ndarray:
     height, width, _ = image.shape
     shortest = min(height, width)
     new_height, new_width = size * height // shortest, size * width // shortest
-    resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
+    pixels = resized(image, new_height, new_width)
     top, left = (new_height - size) // 2, (new_width - size) // 2
-    return np.ascontiguousarray(np.asarray(resized)[top : top + size, left : left + size])
+    return np.ascontiguousarray(pixels[top : top + size, left : left + size])
+
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes uint8 [h, w, 3] to uint8 [height, width, 3] with Pillow's bicubic filter."""
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

@@ -12,7 +12,8 @@ from jaxdiff.errors import InputError, suggestion
 # Keys whose numbers may be 0 or negative; all others are sizes, counts or scales.
 MAY_BE_ZERO = (
     *("bos_token_id", "eos_token_id", "pad_token_id"),
-    *("dual_attention_layers", "freq_shift", "latents_mean", "num_single_layers", "shift_factor"),
+    *("dual_attention_layers", "freq_shift", "fullatt_block_indexes", "latents_mean"),
+    *("num_single_layers", "shift_factor"),
 )
 MAY_BE_EMPTY = ("dual_attention_layers",)  # keys whose list may be empty
 MOST = 2**31 - 1  # of a whole number: of a size, and of a token's id on the device

@@ -103,15 +103,24 @@ class ControlNetModel(unet_encoder.UNetEncoder):
           those of the skips, [batch, h_i, w_i, c_i], and that of the mid block's output. With
           `global_pool_conditions`, each is averaged over its height and width, which are then 1.
         """
-        config = self.config
-        if config.controlnet_conditioning_channel_order == "bgr":
-            control = control[..., ::-1]
         time_embedding = self.embedded(timesteps, pooled, time_ids, latents.dtype)
-        x = self.conv_in(latents) + self.controlnet_cond_embedding(control.astype(latents.dtype))
+        x = self.conv_in(latents) + self.features(control.astype(latents.dtype))
+        return self.residuals(x, time_embedding, context)
+
+    def features(self, control: Array) -> Array:
+        """Maps images [batch, f h, f w, conditioning channels] to [batch, h, w, first width]."""
+        if self.config.controlnet_conditioning_channel_order == "bgr":
+            control = control[..., ::-1]
+        return self.controlnet_cond_embedding(control)
+
+    def residuals(
+        self, x: Array, time_embedding: Array, context: Array
+    ) -> tuple[list[Array], Array]:
+        """Returns what `__call__` does, from the first feature map, [batch, h, w, first width]."""
         skips, mid = self.encode(x, time_embedding, context)
         down = [each(skip) for each, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         mid = self.controlnet_mid_block(mid)
-        if config.global_pool_conditions:
+        if self.config.global_pool_conditions:
             down = [jnp.mean(residual, axis=(1, 2), keepdims=True) for residual in down]
             mid = jnp.mean(mid, axis=(1, 2), keepdims=True)
         return down, mid

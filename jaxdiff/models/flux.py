@@ -215,8 +215,13 @@ class FluxBlocks(nnx.Module):
         pooled: Array,
         guidance_scale: Array | None,
         reference: Array | None = None,
+        first: Array | None = None,
     ) -> tuple[Array, Array, Array, Array]:
         """Maps the inputs of `FluxTransformer2DModel` to those of the blocks.
+
+        Args:
+          latents, timesteps, context, pooled, guidance_scale, reference: as there.
+          first: [batch, 1, width], a token to put before the text's.
 
         Returns:
           the image's and the text's tokens, [batch, tokens, width]; the embedding of time and
@@ -231,6 +236,8 @@ class FluxBlocks(nnx.Module):
         if reference is not None:
             x = jnp.concatenate([x, packed(reference, PATCH)], axis=1)
         x, context = self.x_embedder(x), self.context_embedder(context)
+        if first is not None:
+            context = jnp.concatenate([first, context], axis=1)
         # The text's tokens are all at the origin, where nothing is rotated.
         image = grid_positions(height // PATCH, width // PATCH)
         places = [np.zeros((context.shape[1], 3), image.dtype), image]

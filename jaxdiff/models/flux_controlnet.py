@@ -3,7 +3,7 @@
 Zhang et al., 2023, arXiv:2302.05543, section 3, in the form of InstantX and Shakker Labs: a copy of
 some of the transformer's blocks reads the noisy latents and those of an image of edges, depths,
 poses or the like. A linear layer behind each block, zero before training, makes what is added to
-the image's tokens.
+the image's tokens. Union networks know several kinds of images; a token before the text says which.
 """
 
 from collections.abc import Sequence
@@ -29,6 +29,8 @@ class FluxControlNetConfig(flux.FluxConfig):
     component = "controlnet"
     fixed = flux.FIXED | {"_class_name": CLASS_NAME}
 
+    num_mode: int | None = None  # of a union network: how many kinds of images it knows
+
 
 class FluxControlNetModel(flux.FluxBlocks):
     """Computes what is added to the tokens of an image in a transformer."""
@@ -44,6 +46,9 @@ class FluxControlNetModel(flux.FluxBlocks):
         self.controlnet_blocks = linears(config.num_layers)
         self.controlnet_single_blocks = linears(config.num_single_layers)
         self.controlnet_x_embedder = nnx.Linear(config.in_channels, width, rngs=rngs)
+        self.controlnet_mode_embedder = (
+            nnx.Embed(config.num_mode, width, rngs=rngs) if config.num_mode else None
+        )
 
     def __call__(
         self,
@@ -54,6 +59,7 @@ class FluxControlNetModel(flux.FluxBlocks):
         context: Array,
         pooled: Array,
         guidance_scale: Array | None = None,
+        modes: Array | None = None,
     ) -> tuple[list[Array], list[Array]]:
         """Evaluates the network once.
 
@@ -61,13 +67,15 @@ class FluxControlNetModel(flux.FluxBlocks):
           latents, timesteps, context, pooled: what the transformer is given in the same step.
           control: the scaled latents of the image that steers, in the latents' shape and dtype.
           guidance_scale: float [batch] for networks with `guidance_embeds`, else None.
+          modes: int [batch], the kind of each image, for union networks (`num_mode`), else None.
 
         Returns:
           for each double block and for each single block of this network, what is to be added to
           the image's tokens, [batch, h w / 4, width], unscaled.
         """
+        kind = None if modes is None else self.controlnet_mode_embedder(modes)[:, None]
         x, context, embedding, angles = self.embedded(
-            latents, timesteps, context, pooled, guidance_scale
+            latents, timesteps, context, pooled, guidance_scale, first=kind
         )
         x = x + self.controlnet_x_embedder(packed(control, flux.PATCH))
         tokens, double, single = context.shape[1], [], []

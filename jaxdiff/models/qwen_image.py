@@ -72,22 +72,24 @@ class QwenImageConfig(TransformerConfig):
         refuse_axes(self.axes_dims_rope, 3, self.attention_head_dim)
 
 
-def positions(tokens: int, height: int, width: int) -> np.ndarray:
-    """Returns the positions of a text's tokens, then of an image's patches, on three axes.
+def positions(tokens: int, height: int, width: int, images: int = 1) -> np.ndarray:
+    """Returns the positions of a text's tokens, then of the images' patches, on three axes.
 
     See arXiv:2508.02324, section 2.4 (MSRoPE): the origin is in the middle of the image, and the
     text begins on the diagonal where the longer side of the image ends.
 
     Args:
       tokens: of the text, with padding.
-      height, width: of the image in patches.
+      height, width: of each image in patches.
+      images: how many there are; their number is the frame.
 
     Returns:
-      int64 [tokens + height * width, 3]: frame, row and column.
+      int64 [tokens + images * height * width, 3]: frame, row and column.
     """
     text = max(height // 2, width // 2) + np.arange(tokens)
     image = grid_positions(height, width) - [0, height - height // 2, width - width // 2]
-    return np.concatenate([np.stack([text] * 3, axis=-1), image])
+    frames = [image + np.array([frame, 0, 0]) for frame in range(images)]
+    return np.concatenate([np.stack([text] * 3, axis=-1), *frames])
 
 
 class _Block(nnx.Module):
@@ -131,7 +133,15 @@ class QwenImageTransformer2DModel(nnx.Module):
         self.norm_out = AdaLayerNorm(config.width, 2, rngs=rngs)
         self.proj_out = nnx.Linear(config.width, config.in_channels, rngs=rngs)
 
-    def __call__(self, latents: Array, timesteps: Array, *, context: Array, mask: Array) -> Array:
+    def __call__(
+        self,
+        latents: Array,
+        timesteps: Array,
+        *,
+        context: Array,
+        mask: Array,
+        reference: Array | None = None,
+    ) -> Array:
         """Evaluates the denoiser once.
 
         Args:
@@ -140,6 +150,9 @@ class QwenImageTransformer2DModel(nnx.Module):
             (sigma).
           context: [batch, tokens, joint attention dim], the text encoder's hidden states.
           mask: bool [batch, tokens], which tokens are seen; the others are padding on the right.
+          reference: the latents of an image that is seen, in the latents' shape, as further tokens
+            of the next frame (arXiv:2508.02324, section 2.4); None for networks but the editing
+            ones.
 
         Returns:
           [batch, h, w, out channels].
@@ -153,16 +166,22 @@ class QwenImageTransformer2DModel(nnx.Module):
             raise ValueError(
                 f"latents of {height}x{width}: each side must be a multiple of {patch}"
             )
-        where = positions(context.shape[1], height // patch, width // patch)
+        images = 1 if reference is None else 2
+        where = positions(context.shape[1], height // patch, width // patch, images)
         # In float32, as when the weights were trained.
         angles = constant_angles(
             rotary_angles(where, config.axes_dims_rope, THETA, dtype=np.float32)
         )
-        x = self.img_in(packed(latents, patch))
+        x = packed(latents, patch)
+        count = x.shape[1]
+        if reference is not None:
+            x = jnp.concatenate([x, packed(reference, patch)], axis=1)
+        x = self.img_in(x)
         mask = jnp.concatenate([mask, jnp.ones((batch, x.shape[1]), bool)], axis=1)
         context = self.txt_in(self.txt_norm(context))
         embedding = self.time_text_embed.timestep_embedder(timesteps, latents.dtype)
         for block in self.transformer_blocks:
             x, context = call(block, x, context, embedding, mask, angles, remat=self.remat)
         scale, shift = self.norm_out(embedding)  # in this order
-        return unpacked(self.proj_out(modulated(x, shift, scale)), height, width, patch)
+        x = modulated(x[:, :count], shift, scale)
+        return unpacked(self.proj_out(x), height, width, patch)

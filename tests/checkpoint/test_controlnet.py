@@ -141,7 +141,7 @@ def test_a_folder_without_a_config_is_refused(folder):
 @pytest.mark.parametrize(
     "class_name",
     [
-        *("ControlNetUnionModel", "MultiControlNetModel", "SD3ControlNetModel", "T2IAdapter"),
+        *("MultiControlNetModel", "SD3ControlNetModel", "T2IAdapter"),
         *("UNet2DConditionModel", None, 7, ["ControlNetModel"]),
     ],
 )
@@ -152,11 +152,23 @@ def test_other_networks_are_refused_by_their_class(tmp_path, class_name):
     assert "use a ControlNetModel" in error
 
 
-def test_a_union_network_is_recognised_by_its_weights(folder):
+@pytest.mark.parametrize("class_name", ["ControlNetModel", "ControlNetUnionModel"])
+def test_a_union_network_is_recognised_by_its_weights(folder, class_name):
     """The released ones have the plain class in their config."""
-    file = folder / f"{STEM}.safetensors"
-    save_file(WEIGHTS | {"task_embedding": np.zeros((8, 2), np.float32)}, file)
-    assert f"{file}: 'ControlNetUnionModel' is not supported" in refusal(folder)
+    make(folder, class_name)
+    rows = {"task_embedding": np.zeros((8, 2), np.float32)}
+    save_file(WEIGHTS | rows, folder / f"{STEM}.safetensors")
+    found = open_controlnet(str(folder))
+    assert found.config["_class_name"] == "ControlNetUnionModel"
+    assert found.kinds == 8
+
+
+@pytest.mark.parametrize(("class_name", "kinds"), [("FluxControlNetModel", 10), (None, None)])
+def test_how_many_kinds_of_images_a_network_knows(folder, class_name, kinds):
+    make(folder, class_name or "ControlNetModel")
+    rows = {"controlnet_mode_embedder.weight": np.zeros((10, 2), np.float32)} if kinds else {}
+    save_file(WEIGHTS | rows, folder / f"{STEM}.safetensors")
+    assert open_controlnet(str(folder)).kinds == kinds
 
 
 @pytest.mark.parametrize("name", [f"{STEM}.bin", "control.pth"])

@@ -256,6 +256,11 @@ def test_the_cache_of_images_has_a_limit(model, monkeypatch):
     np.testing.assert_array_equal(pixels(again)[::-1], pixels(first))
 
 
+def test_plain_images_of_two_sizes_are_not_taken_for_each_other():
+    wide, tall = (np.zeros(shape, np.uint8) for shape in ((32, 64, 3), (64, 32, 3)))
+    assert embeddings.digest(wide) != embeddings.digest(tall)
+
+
 def test_the_end_of_a_long_prompt_matters_only_with_more_chunks(tiny_checkpoint, model):
     long = replace(REQUESTS[0], prompt="a red circle and a blue star " * 4)
     requests = [long, replace(long, prompt=long.prompt + "on a white background")]

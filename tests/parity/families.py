@@ -255,16 +255,30 @@ def save(name: str, directory: Path) -> Path:
     return directory
 
 
-def save_controlnet(name: str, directory: Path, seed: int = 0) -> Path:
-    """Writes a small ControlNet for the U-Net of a family; returns the directory."""
+def save_controlnet(name: str, directory: Path, seed: int = 0, kinds: int | None = None) -> Path:
+    """Writes a small ControlNet for the U-Net of a family; returns the directory.
+
+    With `kinds`, it is a union net for as many kinds of images.
+    """
     torch.manual_seed(seed)
     unet = diffusers.UNet2DConditionModel(**_shallow(FAMILIES[name].unet))
     network = diffusers.ControlNetModel.from_unet(
         unet, conditioning_embedding_out_channels=(4, 4, 8, 8)
     )
+    if kinds:
+        network = union_of(network, kinds)
     _randomise(network)  # its last convolutions were zero
     network.save_pretrained(directory)
     return directory
+
+
+def union_of(controlnet: diffusers.ControlNetModel, kinds: int, **config):
+    """A union net with new weights that is like a ControlNet otherwise."""
+    width = controlnet.config.block_out_channels[0]
+    given = {key: value for key, value in controlnet.config.items() if key != "mid_block_type"}
+    widths = {"num_trans_channel": width, "num_proj_channel": width}
+    config = {**given, "num_control_type": kinds, **widths, **config}
+    return diffusers.ControlNetUnionModel.from_config(config)
 
 
 def _shallow(unet: Mapping) -> dict:

@@ -126,6 +126,28 @@ QWEN_IMAGE = QWEN2_5_VL_7B | {  # Qwen/Qwen-Image: has the text's fields twice
         "video_token_id": None,
     },
 }
+QWEN_IMAGE_EDIT = QWEN_IMAGE | {  # Qwen/Qwen-Image-Edit: the vision part in full
+    "vision_config": {
+        "depth": 32,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "in_channels": 3,
+        "in_chans": 3,
+        "initializer_range": 0.02,
+        "intermediate_size": 3420,
+        "model_type": "qwen2_5_vl",
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "torch_dtype": "float32",
+        "window_size": 112,
+    },
+}
 GEMMA2_2B = {
     "architectures": ["Gemma2ForCausalLM"],
     "attention_bias": False,

@@ -18,7 +18,7 @@ from test_image_pipelines import PROMPTS, SIZE, mask, picture  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
-BUNDLED = "bundled"
+BUNDLED, UNION = "bundled", "SDXL with union nets"
 PIPELINES = {  # for text, images, and masks
     "SD 1.5": (
         diffusers.StableDiffusionControlNetPipeline,
@@ -32,7 +32,13 @@ PIPELINES = {  # for text, images, and masks
         diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
         diffusers.StableDiffusionXLControlNetInpaintPipeline,
     ),
+    UNION: (
+        diffusers.StableDiffusionXLControlNetUnionPipeline,
+        diffusers.StableDiffusionXLControlNetUnionImg2ImgPipeline,
+        diffusers.StableDiffusionXLControlNetUnionInpaintPipeline,
+    ),
 }
+KINDS = 4  # of images that a union net knows
 TEXT, IMAGE, MASK = range(3)
 
 
@@ -45,6 +51,12 @@ def checkpoint(tmp_path_factory):
         if family == BUNDLED:
             return checkpoints.BUNDLED["shapes64"], controlnets.BUNDLED["shapes64-outlines"]
         folder = tmp_path_factory.mktemp("family")
+        if family == UNION:
+            nets = [
+                families.save_controlnet("SDXL", folder / f"net{seed}", seed, KINDS)
+                for seed in (1, 2)
+            ]
+            return checkpoint("SDXL")[0], *nets
         nets = [families.save_controlnet(family, folder / f"net{seed}", seed) for seed in (1, 2)]
         return families.save(family, folder / "model"), *nets
 
@@ -55,10 +67,11 @@ def checkpoint(tmp_path_factory):
 def assert_same(checkpoint, record_property):
     """Returns a function that makes two images in both libraries and compares them."""
 
-    def assert_same(family, kind=TEXT, *, nets=1, options=None, words=None, **changes):
+    def assert_same(family, kind=TEXT, *, nets=1, modes=(), options=None, words=None, **changes):
         model, *folders = checkpoint(family)
         folders = [str(folder) for folder in folders[:nets]]
-        loaded = [diffusers.ControlNetModel.from_pretrained(folder) for folder in folders]
+        kind_of_net = diffusers.ControlNetUnionModel if modes else diffusers.ControlNetModel
+        loaded = [kind_of_net.from_pretrained(folder) for folder in folders]
         pipeline = PIPELINES[family][kind].from_pretrained(
             model, controlnet=loaded if nets > 1 else loaded[0], dtype=torch.float32
         )
@@ -69,7 +82,8 @@ def assert_same(checkpoint, record_property):
             jaxdiff.Request(
                 prompt=prompt,
                 seed=seed,
-                control_image=[picture(seed + 4 + net) for net in range(nets)],
+                control_image=[picture(seed + 4 + net) for net in range(len(modes) or nets)],
+                control_mode=modes or None,
                 image=picture(seed) if kind else None,
                 mask_image=mask(seed) if kind == MASK else None,
                 width=SIZE[0],
@@ -93,7 +107,7 @@ def assert_same(checkpoint, record_property):
 def their_pixels(pipeline, request, **words) -> np.ndarray:
     """What a user of diffusers gets, who passes pictures of the right size."""
     seen = [Image.fromarray(image) for image in request.control_image]
-    seen = seen if len(seen) > 1 else seen[0]
+    seen = seen if len(seen) > 1 or request.control_mode else seen[0]
     words |= {
         "prompt": request.prompt,
         "num_inference_steps": request.steps,
@@ -107,7 +121,10 @@ def their_pixels(pipeline, request, **words) -> np.ndarray:
     for name in ("strength", "control_guidance_start", "control_guidance_end"):
         if getattr(request, name) is not None:
             words[name] = getattr(request, name)
-    if request.image is None:
+    if request.control_mode is not None:
+        words |= {"control_image": seen, "control_mode": list(request.control_mode)}
+        words |= {} if request.image is None else {"image": Image.fromarray(request.image)}
+    elif request.image is None:
         words["image"] = seen
     else:
         words |= {"image": Image.fromarray(request.image), "control_image": seen}
@@ -116,7 +133,7 @@ def their_pixels(pipeline, request, **words) -> np.ndarray:
     return np.asarray(pipeline(**words).images[0]).astype(int)
 
 
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", [family for family in PIPELINES if family != UNION])
 def test_text_and_a_control_image(assert_same, family):
     assert_same(family)
 
@@ -146,3 +163,12 @@ def test_guess_mode(assert_same, family, guidance_scale):
         words={"guess_mode": True},
         guidance_scale=guidance_scale,
     )
+
+
+def test_a_union_net_that_sees_images_of_two_kinds(assert_same):
+    assert_same(UNION, modes=[0, 2], controlnet_conditioning_scale=[0.4, 1.3])
+
+
+@pytest.mark.parametrize(("kind", "modes"), [(IMAGE, [3]), (MASK, [1, 0])])
+def test_union_nets_for_images_and_masks(assert_same, kind, modes):
+    assert_same(UNION, kind, nets=len(modes), modes=modes, strength=0.7)

@@ -37,13 +37,20 @@ def nets(tmp_path_factory) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def union(tmp_path_factory) -> str:
+    """A small ControlNet for FLUX.1 dev that knows three kinds of images."""
+    folder = tmp_path_factory.mktemp("union")
+    return str(transformer_families.save_flux_controlnet(folder / "net", 3, num_mode=3))
+
+
 @pytest.fixture
 def assert_same(checkpoint, nets, record_property):
     """Returns a function that makes two images in both libraries and compares them."""
 
-    def assert_same(pipeline, family=DEV, count=1, **changes):
+    def assert_same(pipeline, family=DEV, count=1, union=None, **changes):
         asked = [request(seed, count=count or 1, **changes) for seed in range(len(PROMPTS))]
-        used, more = nets[:count], {}
+        used, more = [union] if union else nets[:count], {}
         if used:
             loaded = [diffusers.FluxControlNetModel.from_pretrained(net) for net in used]
             more["controlnet"] = loaded if count > 1 else loaded[0]
@@ -94,10 +101,12 @@ def their_pixels(pipeline, request: jaxdiff.Request) -> np.ndarray:
     }
     for name in (
         *("strength", "control_guidance_start", "control_guidance_end"),
-        "controlnet_conditioning_scale",
+        *("controlnet_conditioning_scale", "control_mode"),
     ):
         if getattr(request, name) is not None:
             words[name] = getattr(request, name)
+    if request.control_mode is not None:  # without a list, the pipeline drops all but one image
+        words["control_guidance_end"] = [1.0] * len(seen)
     if request.image is not None:
         words["image"] = Image.fromarray(request.image)
     if request.mask_image is not None:
@@ -129,6 +138,11 @@ def test_a_net_and_a_mask(assert_same):
     )
 
 
+def test_a_union_net_that_sees_images_of_two_kinds(assert_same, union):
+    scales = {"controlnet_conditioning_scale": [0.4, 1.3]}
+    assert_same("FluxControlNetPipeline", count=2, union=union, control_mode=[2, 0], **scales)
+
+
 def test_a_model_that_sees_the_control_image_itself(assert_same):
     assert_same("FluxControlPipeline", CONTROL, count=0)
 
@@ -150,6 +164,7 @@ def test_an_image_does_not_depend_on_its_neighbours(checkpoint, nets):
         ({"control_image": [picture(0)] * 2}, "has 2 images, but this model sees one"),
         ({"image": picture(0)}, "this model takes no images; leave image out"),
         ({"control_guidance_end": 0.5}, "control_guidance_end is for ControlNets"),
+        ({"control_mode": 0}, "control_mode is for ControlNets"),
     ],
 )
 def test_requests_that_a_model_with_control_cannot_fulfil(checkpoint, changes, message):
@@ -162,7 +177,6 @@ def test_requests_that_a_model_with_control_cannot_fulfil(checkpoint, changes, m
     ("config", "message"),
     [
         ({"joint_attention_dim": 48}, "joint_attention_dim = 48 does not fit the model"),
-        ({"num_mode": 10}, "num_mode = 10: a union ControlNet must be told of which kind"),
         ({"conditioning_embedding_channels": 16, "patch_size": 2}, "the ControlNet sees pixels"),
     ],
 )

@@ -40,14 +40,20 @@ NETS = {
     "two double and two single blocks": SMALL | {"num_single_layers": 2},
     "no single blocks": SMALL | {"num_single_layers": 0},
     "no guidance": SMALL | {"num_single_layers": 1, "guidance_embeds": False},
+    "union": SMALL | {"num_layers": 1, "num_single_layers": 1, "num_mode": 4},
 }
 
 
 def arrays_of(net: dict) -> dict[str, np.ndarray]:
-    """The transformer's inputs and the control image's latents; a net may take no guidance."""
+    """The transformer's inputs, the control image's latents and, for a union net, its kind.
+
+    A net may take no guidance.
+    """
     found = inputs(TRANSFORMER)
     if not net["guidance_embeds"]:
         del found["guidance_scale"]
+    if net.get("num_mode"):
+        found["modes"] = np.array([3, 0])
     return found | {"control": networks.drawn("control", found["latents"].shape)}
 
 
@@ -63,6 +69,8 @@ def reference(config: dict, arrays: dict[str, np.ndarray], **given):
 
     if "control" in tensors:
         given["controlnet_cond"] = packed(tensors["control"])
+    if "modes" in tensors:
+        given["controlnet_mode"] = tensors["modes"][:, None]
     batch, height, width, _ = tensors["latents"].shape
     with torch.no_grad():
         return denoisers.reference(config)(
@@ -139,7 +147,7 @@ def test_the_keys_match_diffusers_at_full_size(config, count, millions):
     [
         ("_class_name", "ControlNetModel"),
         ("patch_size", 2),
-        ("num_mode", 10),
+        ("num_mode", 0),
         ("conditioning_embedding_channels", 16),
         ("num_layers", 0),
         ("in_channels", 66),

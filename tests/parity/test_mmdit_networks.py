@@ -115,17 +115,20 @@ def sd3_reference(config: dict, inputs: dict, **options) -> np.ndarray:
 
 
 @torch.no_grad()
-def qwen_reference(network, latents, timesteps, context, mask=None) -> np.ndarray:
+def qwen_reference(network, latents, timesteps, context, mask=None, reference=None) -> np.ndarray:
     """Packs latents with the pipeline's own functions, and divides the timesteps as it does."""
     batch, height, width, channels = latents.shape
-    pipeline, latents = diffusers.QwenImagePipeline, torch.tensor(latents).permute(0, 3, 1, 2)
+    pipeline = diffusers.QwenImagePipeline
+    images = [torch.tensor(each) for each in (latents, reference) if each is not None]
+    images = [image.permute(0, 3, 1, 2) for image in images]
+    tokens = [pipeline._pack_latents(each, batch, channels, height, width) for each in images]
     output = network(
-        hidden_states=pipeline._pack_latents(latents, batch, channels, height, width),
+        hidden_states=torch.cat(tokens, dim=1),
         encoder_hidden_states=torch.tensor(context),
         encoder_hidden_states_mask=None if mask is None else torch.tensor(mask),
         timestep=torch.tensor(timesteps) / 1000,
-        img_shapes=[[(1, height // 2, width // 2)]] * batch,
-    ).sample
+        img_shapes=[[(1, height // 2, width // 2)] * len(images)] * batch,
+    ).sample[:, : tokens[0].shape[1]]
     unpacked = pipeline._unpack_latents(output, 8 * height, 8 * width, 8)  # one frame
     return unpacked[:, :, 0].permute(0, 2, 3, 1).numpy()
 
@@ -163,6 +166,12 @@ def test_qwen_image():
         expected = qwen_reference(network, **unmasked)
         assert networks.difference(run(alone), expected) <= networks.BOUND
         assert networks.difference(ours[i : i + 1], expected) <= networks.BOUND
+
+
+def test_qwen_image_sees_an_image_to_edit():
+    inputs = QWEN_INPUTS | {"reference": networks.drawn("reference", (2, 6, 10, 4))}
+    run, network = denoisers.compiled(TINY_QWEN), denoisers.reference(TINY_QWEN)
+    assert networks.difference(run(inputs), qwen_reference(network, **inputs)) <= networks.BOUND
 
 
 @pytest.mark.parametrize("variant", TINY)

@@ -303,13 +303,15 @@ QWEN_2_5_VL = {
         },
     },
     "vision_config": {
-        "depth": 1,
+        "depth": 2,
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_heads": 2,
         "out_hidden_size": 32,
+        "window_size": 56,
         "fullatt_block_indexes": [0],
     },
+    "image_token_id": small_tokenizers.IMAGE_TOKEN_ID,
 }
 QWEN_IMAGE = {
     "in_channels": 64,
@@ -330,11 +332,11 @@ AUTOENCODER_KL_QWEN_IMAGE = {
 }
 
 
-def _qwen_image() -> diffusers.QwenImagePipeline:
+def _qwen_image(pipeline: type, **parts) -> diffusers.DiffusionPipeline:
     qwen = transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.Qwen2_5_VLConfig(**QWEN_2_5_VL)
     )
-    return diffusers.QwenImagePipeline(
+    return pipeline(
         tokenizer=small_tokenizers.qwen(),
         text_encoder=_randomised(qwen),
         transformer=_randomised(diffusers.QwenImageTransformer2DModel(**QWEN_IMAGE)),
@@ -342,7 +344,13 @@ def _qwen_image() -> diffusers.QwenImagePipeline:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
+        **parts,
     )
+
+
+def _qwen_image_edit() -> diffusers.QwenImageEditPipeline:
+    """Saved without its processor, whose files need torchvision."""
+    return _qwen_image(diffusers.QwenImageEditPipeline, processor=None)
 
 
 FAMILIES: Mapping[str, Callable[[], diffusers.DiffusionPipeline]] = {
@@ -363,13 +371,13 @@ FAMILIES: Mapping[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "FLUX.2 klein": lambda: _flux_2(True),
     "FLUX.2 klein base": lambda: _flux_2(False),
     "Sana": _sana,
-    "Qwen-Image": _qwen_image,
+    "Qwen-Image": lambda: _qwen_image(diffusers.QwenImagePipeline),
     "PixArt-Alpha": lambda: _pixart(diffusers.PixArtAlphaPipeline, sample_size=128),
 }
 
 
 INPAINTING = {"inpainting FLUX.1": _flux_fill}
-EDITING = {"instructed FLUX.1": _flux_kontext}
+EDITING = {"instructed FLUX.1": _flux_kontext, "instructed Qwen-Image": _qwen_image_edit}
 CONTROLLED = {"controlled FLUX.1": _flux_control}
 
 

@@ -14,14 +14,26 @@ from test_images_in import picture
 
 import jaxdiff
 from jaxdiff import cli
+from jaxdiff.checks import BadValueError
 from jaxdiff.errors import InputError
+from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.models.controlnet import ControlNetConfig, ControlNetModel
+from jaxdiff.models.controlnet_union import ControlNetUnionConfig, ControlNetUnionModel
 from jaxdiff.weights.save import save_params
+
+KINDS = {
+    "num_control_type": 3,
+    "num_trans_channel": 32,
+    "num_proj_channel": 32,
+    "addition_time_embed_dim": 8,
+}
 
 
 def write_net(folder: Path, seed: int, **config) -> Path:
-    """Writes a ControlNet with random weights for the tiny checkpoint."""
-    read = ControlNetConfig(
+    """Writes a random ControlNet for the tiny checkpoint; with `KINDS`, a union net."""
+    is_union = config.keys() >= KINDS.keys()
+    network = ControlNetUnionModel if is_union else ControlNetModel
+    read = (ControlNetUnionConfig if is_union else ControlNetConfig)(
         **{
             "block_out_channels": (32, 64),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -34,10 +46,9 @@ def write_net(folder: Path, seed: int, **config) -> Path:
         }
     )
     folder.mkdir()
-    params = random_params(ControlNetModel, read, seed)
+    params = random_params(network, read, seed)
     save_params(params, folder / "diffusion_pytorch_model.safetensors", "float32")
-    said = {"_class_name": "ControlNetModel", **read.to_json()}
-    (folder / "config.json").write_text(json.dumps(said))
+    (folder / "config.json").write_text(json.dumps(read.to_json()))
     return folder
 
 
@@ -45,6 +56,11 @@ def write_net(folder: Path, seed: int, **config) -> Path:
 def nets(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("nets")
     return [write_net(folder / f"net{seed}", seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def union(tmp_path_factory) -> Path:
+    return write_net(tmp_path_factory.mktemp("union") / "net", 3, **KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -91,26 +107,73 @@ def test_records_name_every_control_image_and_scale(generate, nets, tmp_path):
     assert generate([row], *options, "--dry-run") == 0
 
 
+def test_bad_rows_are_rejected_alone(generate, nets, tmp_path):
+    row = {"control_image": "a.png"}
+    bad = {
+        "the job has --controlnet: give the row control_image": {},
+        "but the job has --controlnet 1 times": {"control_image": ["a.png", "b.png"]},
+        "image d.png does not exist": {"control_image": "d.png"},
+        "from 0 to 10, not 11": {**row, "controlnet_conditioning_scale": 11},
+        "control_guidance_start = 1 must be less than control_guidance_end = 1": {
+            **row,
+            "control_guidance_start": 1,
+        },
+        "control_mode is for union ControlNets only; leave it out": {**row, "control_mode": 0},
+        "control_mode must be a whole number from 0 to 99, not 'edges'": {
+            **row,
+            "control_mode": "edges",
+        },
+    }
+    assert generate([*bad.values(), row], f"--controlnet={nets[0]}") == 0
+    said = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    for reason, line in zip(bad, said, strict=True):
+        assert reason in json.loads(line)["reason"]
+    (found,) = records(tmp_path / "out").values()
+    assert "control_mode" not in found
+
+
+def test_a_union_net_sees_images_of_several_kinds(generate, union, tmp_path, capsys):
+    rows = [
+        {"id": "2", "seed": 1, "control_image": "a.png", "control_mode": 2},
+        {"id": "0", "seed": 1, "control_image": ["a.png"], "control_mode": [0]},
+        {"id": "[2, 0]", "seed": 1, "control_image": ["a.png", "b.png"], "control_mode": [2, 0]},
+    ]
+    assert generate(rows, f"--controlnet={union}:0.5", "--dry-run") == 0
+    assert "noise, control by 2 images" in capsys.readouterr().out
+    assert generate(rows, f"--controlnet={union}:0.5") == 0
+    found = records(tmp_path / "out")
+    assert {name: row["control_mode"] for name, row in found.items()} == {
+        each: each for each in found
+    }
+    assert found["[2, 0]"]["controlnet_conditioning_scale"] == "[0.5, 0.5]"
+    assert len({row["pixel_sha256"] for row in found.values()}) == 3
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({}, "the job has --controlnet: give the row control_image"),
-        (
-            {"control_image": ["a.png", "b.png"]},
-            "but the job has --controlnet 1 times",
-        ),
-        ({"control_image": "d.png"}, "image d.png does not exist"),
-        ({"control_image": "a.png", "controlnet_conditioning_scale": 11}, "from 0 to 10, not 11"),
-        (
-            {"control_image": "a.png", "control_guidance_start": 1},
-            "control_guidance_start = 1 must be less than control_guidance_end = 1",
-        ),
+        ({}, "give the row control_mode, from 0 to 2$"),
+        ({"control_mode": 3}, "control_mode = 3 must be from 0 to 2, because the ControlNet knows"),
+        ({"control_mode": (0, 1)}, "control_mode has 2 numbers for 1 images; give one for each"),
+        ({"control_image": ("a.png",) * 2, "control_mode": 1}, "has 1 numbers for 2 images"),
     ],
 )
-def test_a_bad_row_is_rejected_alone(generate, nets, tmp_path, row, reason):
-    assert generate([row, {"control_image": "a.png"}], f"--controlnet={nets[0]}") == 0
-    (said,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
-    assert reason in json.loads(said)["reason"]
+def test_rows_that_do_not_fit_a_union_net(tiny_checkpoint, union, row, reason):
+    request = jaxdiff.Request(**{"prompt": "", "steps": 4, "control_image": "a.png", **row})
+    with pytest.raises(BadValueError, match=reason):
+        open_ensemble(tiny_checkpoint, controlnet=[str(union)]).with_images(request)
+
+
+def test_a_control_mode_without_an_image(tiny_checkpoint):
+    request = jaxdiff.Request(prompt="", steps=4, control_mode=1)
+    with pytest.raises(BadValueError, match="control_mode needs a control_image; add one"):
+        open_ensemble(tiny_checkpoint).with_images(request)
+
+
+def test_union_nets_are_not_used_together_with_others(tiny_checkpoint, union, nets):
+    with pytest.raises(InputError, match="cannot be used together with others"):
+        open_ensemble(tiny_checkpoint, controlnet=[str(union), str(nets[0])])
 
 
 def test_a_control_image_without_a_net_is_rejected(generate, capsys):

@@ -37,7 +37,7 @@ def text(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
     def run() -> jax.Array:
         prompts = workload.prompts(next(turns) * batch, batch)
         embeddings = jax.block_until_ready(encode(prompts))
-        return embeddings[prompts[0]].context
+        return embeddings[0].context
 
     return run
 

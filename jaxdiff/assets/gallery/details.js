@@ -4,7 +4,7 @@
 const IMAGE_FIELDS = ["init_image", "strength", "mask_image", "outpaint",
   "image_guidance_scale", "control_image",
   "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end",
-  "ip_adapter_image", "ip_adapter_scale"];
+  "control_mode", "ip_adapter_image", "ip_adapter_scale"];
 const ROW = ["id", "prompt", "negative_prompt", "seed", "width", "height", "steps",
   "guidance_scale", "sampler", ...IMAGE_FIELDS];
 

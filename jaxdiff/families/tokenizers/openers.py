@@ -3,9 +3,12 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from jaxdiff.checks import shown
+from jaxdiff.errors import InputError
 from jaxdiff.families.tokenizers.tokenizer import Tokenizer, fitting
 
 CLIP_TOKENS, CLIP_VOCABULARY = 77, 49408  # if the text encoder's config gives no number
+IMAGE_TOKEN_ID = 151655  # Qwen's, if the text encoder's config gives none
 T5_VOCABULARY, QWEN_VOCABULARY, GEMMA_VOCABULARY = 32128, 151936, 256000
 
 
@@ -24,6 +27,24 @@ def chat_tokenizer(
     nested = config.get("text_config")  # of models that also see images
     config = nested if isinstance(nested, Mapping) else config
     return fitting(tokenizer, folder, name, config.get("vocab_size", QWEN_VOCABULARY))
+
+
+def chat_about_image_tokenizer(
+    tokens: int, before: str, after: str, name: str, folder: Path, config: Mapping
+) -> Tokenizer:
+    """Reads the tokenizer of a language model that sees an image in the place of a token.
+
+    It is as `chat_tokenizer`, and the token is one of `before`.
+    """
+    tokenizer = chat_tokenizer(tokens, before, after, name, folder, config)
+    ids, _ = tokenizer([""])
+    token = config.get("image_token_id", IMAGE_TOKEN_ID)
+    if type(token) is not int or (ids == token).sum() != 1:
+        raise InputError(
+            f"{folder} makes no token {shown(token)}, in whose place {name} sees an image; it "
+            "belongs to another model; copy the checkpoint again"
+        )
+    return tokenizer
 
 
 def instructed_tokenizer(

@@ -148,13 +148,14 @@ class MLP(nnx.Module):
         config: DecoderConfig,
         *,
         activation: Callable[[Array], Array] = nnx.silu,
+        use_bias: bool = False,
         rngs: nnx.Rngs,
     ):
         width, hidden = config.hidden_size, config.intermediate_size
         self.activation = activation
-        self.gate_proj = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
-        self.up_proj = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
-        self.down_proj = nnx.Linear(hidden, width, use_bias=False, rngs=rngs)
+        self.gate_proj = nnx.Linear(width, hidden, use_bias=use_bias, rngs=rngs)
+        self.up_proj = nnx.Linear(width, hidden, use_bias=use_bias, rngs=rngs)
+        self.down_proj = nnx.Linear(hidden, width, use_bias=use_bias, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Maps [batch, tokens, width] to the same shape."""
@@ -199,17 +200,32 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: if there is no such layer.
         """
-        count = len(self.layers) + 1
-        for index in layers:
-            if not -count <= index < count:
-                raise ValueError(f"layer {index} is not one of the {count} hidden states")
-        indices = [index % count for index in layers]
         positions = np.arange(token_ids.shape[1])[:, None]
         # In float32 at every step, as transformers: the angles of late positions depend on it.
         angles = constant_angles(
             rotary_angles(positions, [self.head_dim], self.rope_theta, dtype=np.float32)
         )
-        states = [self.embedded(token_ids)]
+        return self.states(self.embedded(token_ids), mask, angles, layers=layers)
+
+    def states(
+        self, x: Array, mask: Array, angles: Array, *, layers: tuple[int, ...]
+    ) -> list[Array]:
+        """Returns hidden states from the tokens' vectors.
+
+        Args:
+          x: [batch, tokens, hidden size].
+          mask, layers: as in `__call__`.
+          angles: of the tokens' positions, as in `embeddings.rotate_halves`.
+
+        Raises:
+          ValueError: if there is no such layer.
+        """
+        count = len(self.layers) + 1
+        for index in layers:
+            if not -count <= index < count:
+                raise ValueError(f"layer {index} is not one of the {count} hidden states")
+        indices = [index % count for index in layers]
+        states = [x]
         for layer in islice(self.layers, max(indices)):
             states.append(layer(states[-1], mask, angles))
         if len(states) == count:

@@ -91,9 +91,9 @@ class Encoder:
             return {}
         found = self._prompts(captions, negative=negative)
         return {
-            name: np.stack([np.asarray(getattr(found[caption], name)) for caption in captions])
+            name: np.stack([np.asarray(getattr(text, name)) for text in found])
             for name in EMBEDDINGS
-            if getattr(found[captions[0]], name) is not None
+            if getattr(found[0], name) is not None
         }
 
 
