@@ -15,6 +15,7 @@ from jaxdiff.dataset.settings import Settings
 from jaxdiff.diffusion.samplers import SAMPLERS
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble, open_ensemble
+from pipelines import dates
 from pipelines.command_line import Parser
 
 DESCRIPTION = """\
@@ -114,6 +115,7 @@ class Job:
     retry_failed: bool = False
     dry_run: bool = False
     image_root: str | None = None
+    if_missing: str = "fail"
 
 
 def parse(arguments: list[str]) -> tuple[Job, list[str]]:
@@ -123,7 +125,7 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
       The job, and the remaining arguments for Beam.
 
     Raises:
-      InputError: if the job file cannot be used or an option is missing.
+      InputError: if the job file cannot be used or an option is missing, or a date.
     """
     parser = _parser()
     said, rest = parser.parse_known_args([_with_hyphens(word) for word in arguments])
@@ -136,13 +138,15 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
     for name in ("manifest", "output"):
         if name not in said:
             parser.missing(f"--{name}", rest)
+    said = dates.filled(said)
     job = Job(
         manifest=said["manifest"],
-        output=Path(said["output"]),
+        output=said["output"],
         models=_models(said),
         settings={name: said[name] for name in settings.NAMES if name in said},
         workers=_workers(said),
         image_root=_image_root(said.get("image_root")),
+        if_missing=_if_missing(said.get("if_missing", Job.if_missing)),
         **{name: bool(said.get(name)) for name in FLAGS},
     )
     return job, rest
@@ -191,6 +195,13 @@ def _image_root(said: str | None) -> str | None:
     if not Path(said).is_dir():
         raise InputError(f"--image-root {checks.shown(said)} is not a folder; name one")
     return str(Path(said).absolute())
+
+
+def _if_missing(said) -> str:
+    try:
+        return checks.choice("--if-missing", said, ("fail", "skip"))
+    except checks.BadValueError as problem:
+        raise InputError(str(problem)) from None
 
 
 def _read_job(path: Path) -> dict:
@@ -257,7 +268,21 @@ HELP = {
             "the folder, or its gs:// or s3:// URL, that the manifest's paths of images are "
             "relative to (default: the manifest's folder)",
         ),
-        "output": ("DIR", "the dataset's directory: a new one, or one to continue"),
+        "output": (
+            "DIR",
+            "the dataset's directory, or its s3://, gs:// or az:// address: a new one, or one to "
+            "continue",
+        ),
+        "date": (
+            "YYYY-MM-DD",
+            "the day that replaces {date} in --manifest and --output (default: the environment "
+            "variable JAXDIFF_DATE)",
+        ),
+        "if_missing": (
+            "fail|skip",
+            "what to do if the manifest does not exist; skip ends with exit code 0 and writes "
+            "nothing (default: fail)",
+        ),
         "model": ("MODEL", MODEL),
         "base": (
             "MODEL",

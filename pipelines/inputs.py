@@ -1,6 +1,7 @@
 """Remote manifests (gs://, s3://), copied to a local folder through Beam's file systems."""
 
 import contextlib
+import glob
 import importlib.util
 import shutil
 import tempfile
@@ -37,14 +38,22 @@ def fetched(where: str, options: PipelineOptions) -> Iterator[Manifest]:
         yield _copied(where, Path(folder), options)
 
 
+def exists(where: str, options: PipelineOptions) -> bool:
+    """Returns whether there is a file or a folder at a manifest's path, glob or URL.
+
+    Raises:
+      InputError: if the URL cannot be reached.
+    """
+    if "://" not in where:
+        return Path(where).exists() or bool(glob.glob(where, recursive=True))
+    with _file_system(where, options):
+        addresses, _ = _found(where)
+    return bool(addresses)
+
+
 def _copied(where: str, folder: Path, options: PipelineOptions) -> Manifest:
-    _check_extra(where)
-    FileSystems.set_options(options)
-    try:
-        addresses, are_items = [] if where.endswith("/") else _match(where), False
-        if not addresses:
-            addresses = _match(f"{where.rstrip('/')}/*{manifests.ITEM_ENDING}")
-            are_items = bool(addresses) or where.endswith("/")
+    with _file_system(where, options):
+        addresses, are_items = _found(where)
         paths = {}
         for number, address in enumerate(sorted(addresses)):
             paths[address] = folder / f"{number}{'.gz' * address.lower().endswith('.gz')}"
@@ -53,12 +62,28 @@ def _copied(where: str, folder: Path, options: PipelineOptions) -> Manifest:
                 paths[address].open("wb") as target,
             ):
                 shutil.copyfileobj(source, target, 2**20)
-    except InputError:
-        raise
+    return manifests.of_names(where, paths, are_items)
+
+
+@contextlib.contextmanager
+def _file_system(where: str, options: PipelineOptions) -> Iterator[None]:
+    """Prepares Beam's file system for a URL; names the URL in its errors."""
+    _check_extra(where)
+    FileSystems.set_options(options)
+    try:
+        yield
     except Exception as problem:  # each client has its own types
         reason = " ".join(str(problem).split())[:300]
         raise InputError(f"manifest {where} cannot be read ({reason})") from problem
-    return manifests.of_names(where, paths, are_items)
+
+
+def _found(where: str) -> tuple[list[str], bool]:
+    """Returns the addresses of a URL's files, and whether they are a folder's text files."""
+    addresses = [] if where.endswith("/") else _match(where)
+    if addresses:
+        return addresses, False
+    addresses = _match(f"{where.rstrip('/')}/*{manifests.ITEM_ENDING}")
+    return addresses, bool(addresses) or where.endswith("/")
 
 
 def _match(pattern: str) -> list[str]:

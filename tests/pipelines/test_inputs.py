@@ -129,6 +129,21 @@ def test_a_url_without_files_is_a_one_line_error(shelf, where, message):
     assert str(caught.value).startswith(f"manifest {shelf}{where} {message}")
 
 
+def test_a_url_exists_if_there_are_files(shelf):
+    options = PipelineOptions()
+    for there in ("", "/", "/b.txt", "/*.gz"):
+        assert inputs.exists(shelf + there, options), there
+    for missing in ("/no.txt", "/*.csv", "/no", "/no/"):
+        assert not inputs.exists(shelf + missing, options), missing
+
+
+def test_an_unreachable_url_is_an_error_even_if_missing_ones_are_skipped(capsys, tmp_path):
+    arguments = ["generate", "--manifest=https://host/p.txt", f"--output={tmp_path / 'out'}"]
+    assert cli.main([*arguments, "--if-missing=skip"]) == 2
+    message = "jaxdiff: manifest https://host/p.txt cannot be read (Unable to get filesystem"
+    assert capsys.readouterr().err.startswith(message)
+
+
 def test_an_unreachable_url_is_a_one_line_error(capsys, tmp_path, monkeypatch):
     for module, _ in inputs.EXTRAS.values():  # as if not installed
         monkeypatch.setitem(sys.modules, module, None)
