@@ -33,6 +33,7 @@ to get started:
 tracebacks and the libraries' own messages. `jaxdiff --version` prints the version.
 """
 SHOWN_PROBLEMS = 20
+DATASET = "the dataset's directory, or its s3://, gs:// or az:// address"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,7 +106,7 @@ def _verify(arguments: list[str]) -> int:
         "correct; 1 something is wrong; 2 there is nothing to check, or what a repair needs is "
         "damaged, as the plan; 75 a repair was stopped.",
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset's directory")
+    parser.add_argument("directory", metavar="DIR", help=DATASET)
     parser.add_argument("--repair", action="store_true", help="remake what is wrong, byte for byte")
     said = parser.parse_args(arguments)
     directory = said.directory
@@ -134,7 +135,7 @@ def _view(arguments: list[str]) -> int:
         "image with its settings and the command that reproduces it. It opens in any browser, "
         "needs no server and no network, and replaces an existing gallery.",
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset's directory")
+    parser.add_argument("directory", metavar="DIR", help=DATASET)
     parser.add_argument(
         "--output", metavar="DIR", type=Path, help="the gallery's folder (default: DIR/gallery)"
     )
@@ -156,7 +157,7 @@ def _sign(arguments: list[str]) -> int:
         epilog="example:\n  pip install jaxdiff[c2pa]\n"
         "  jaxdiff sign out/first --certificate chain.pem --key key.pem",
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset's directory")
+    parser.add_argument("directory", metavar="DIR", help=DATASET)
     parser.add_argument(
         "--certificate",
         metavar="CHAIN.pem",

@@ -28,6 +28,7 @@ import pyarrow as pa
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.run import Run
+from jaxdiff.dataset.store import absolute
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import (
     audits,
@@ -105,7 +106,7 @@ class Images:
 
 @lru_cache(8)
 def _run(directory: str) -> Run:
-    return datasets.open_dataset(Path(directory))
+    return datasets.open_dataset(directory)
 
 
 class ScoreShard(beam.DoFn):
@@ -237,7 +238,7 @@ def _judge(
 
 
 def _images(asked: Evaluation, each: Candidate, prompts: list[Prompt]) -> Images:
-    directory = str(each.images.absolute())
+    directory = absolute(each.images)
     if not asked.is_layout:
         return Images(directory)
     return Images(directory, BENCHMARKS[asked.benchmark].layout, tuple(prompts))
@@ -245,7 +246,7 @@ def _images(asked: Evaluation, each: Candidate, prompts: list[Prompt]) -> Images
 
 def _folder(asked: Evaluation, each: Candidate) -> Path:
     """Returns the output folder of a run."""
-    return asked.output if len(asked.runs) == 1 else each.images.parent
+    return asked.output if len(asked.runs) == 1 else Path(each.images).parent
 
 
 def _settings(images: Images) -> dict[str, str]:

@@ -41,12 +41,12 @@ class Candidate:
     Attributes:
       name: distinguishes it from the others, and names its folder.
       job: generates its images; None if they already exist.
-      images: the directory of the dataset or layout.
+      images: the directory of the dataset or layout, or the dataset's address.
     """
 
     name: str
     job: Job | None
-    images: Path
+    images: str | Path
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Export:
     """A command that writes a dataset in a benchmark's layout."""
 
     layout: str
-    dataset: Path
+    dataset: str
     output: Path
 
 
@@ -116,7 +116,7 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
     if said.dataset and said.layout:
         parser.error("--dataset and --layout both name the images; use one of them")
     if given:
-        runs, beam_arguments = (Candidate(given.name, None, given),), rest
+        runs, beam_arguments = (Candidate(Path(given).name, None, given),), rest
     else:
         runs, beam_arguments = _runs(said, rest)
     evaluation = Evaluation(
@@ -238,8 +238,9 @@ OPTIONS = {
             "help": "shapes only: the seed that draws its own prompts (default: 6)",
         },
         "--dataset": {
-            **PATH,
-            "help": "evaluate an existing dataset; generate no images",
+            "metavar": "DIR",
+            "help": "evaluate an existing dataset, also at an s3://, gs:// or az:// address; "
+            "generate no images",
         },
         "--layout": {
             **PATH,

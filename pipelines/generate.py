@@ -1,11 +1,10 @@
-"""The Beam job behind `jaxdiff generate`: from a manifest to a finished dataset.
+"""The job behind `jaxdiff generate`: from a manifest to a finished dataset.
 
     plan      manifest -> _jaxdiff/plan
-    generate  Create(missing shards) | Reshuffle | ParDo(GenerateShard)
+    generate  missing shards -> data, done-markers: the Beam job of `shard_job`
     finalize  done-markers -> ledger -> card, reports, _SUCCESS
 
-The graph is linear and its elements are shard numbers: no pixel crosses a shuffle, and no runner is
-trusted with completeness. A job is complete when its files prove it.
+Several processes may run it on one output: see `processes`.
 
     python -m pipelines.generate --manifest prompts.txt --output out/first
 """
@@ -16,24 +15,22 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
+from typing import BinaryIO
 
-import apache_beam as beam
-from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.runner import PipelineResult, PipelineRunner
+from apache_beam.runners.runner import PipelineRunner
 
 from jaxdiff.dataset import ledger, names, planning
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import run as runs
 from jaxdiff.dataset import settings as job_settings
-from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.manifest import notices
 from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.dataset.run import Run
+from jaxdiff.dataset.store import Lock, Store, is_address, open_store
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
 from pipelines import (
@@ -42,52 +39,24 @@ from pipelines import (
     generate_options,
     inputs,
     jobs,
-    progress,
+    processes,
     runners,
     supervisor,
 )
-from pipelines.generate_options import Job, Models, Workers
+from pipelines.generate_options import Job
 from pipelines.jobs import (
     EXIT_FAILED,
     EXIT_OK,
     EXIT_SOME_IMAGES_FAILED,
     EXIT_STOPPED,
     StoppedError,
+    count,
+    say,
     stopped_by_signals,
 )
-from pipelines.worker import Task
+from pipelines.shard_job import GenerateShard, make_shards
 
 ELSEWHERE = "name another directory, or start over with --overwrite"
-NAMESPACE = "jaxdiff"  # of the metrics
-
-
-class GenerateShard(beam.DoFn):
-    """Asks a worker to make each shard; yields statistics.
-
-    Args:
-      mode: as in `worker.Task`.
-    """
-
-    def __init__(self, run: Run, models: Models, workers: Workers, mode: str):
-        self.directory, self.models = str(run.directory.absolute()), models
-        self.workers, self.mode = workers, mode
-        self.rejected = run.plan.rows["rejected"]
-        self.last = run.shards[-1]  # rejected rows are counted with this shard
-
-    def process(self, shard: int) -> Iterator[dict]:
-        """Yields the result of `worker.make_shard`, and adds it to Beam's metrics."""
-        task = Task(
-            self.directory, vars(self.models), shard, self.mode, profile=self.workers.profile
-        )
-        done = supervisor.make_shard(task, self.workers)
-        for name, value in done.items():
-            if isinstance(value, int):
-                Metrics.counter(NAMESPACE, name).inc(value)
-            else:
-                Metrics.counter(NAMESPACE, f"{name}_ms").inc(round(1000 * value))
-        if shard == self.last:
-            Metrics.counter(NAMESPACE, "rejected").inc(self.rejected)
-        yield {"shard": shard, **done}
 
 
 def run(job: Job, beam_arguments: list[str]) -> int:
@@ -101,6 +70,10 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     beam_runner = runners.choose(beam_arguments, job.workers.count)
     supervisor.device_share(0, job.workers.count, os.environ)  # fails before anything is written
     copies = contextlib.ExitStack()
+    with _unreadable_named():
+        if job.if_missing == "skip" and not inputs.exists(job.manifest, beam_runner[1]):
+            print(f"{job.manifest} does not exist: nothing to do")
+            return EXIT_OK
     if job.dry_run:
         with _unreadable_named():
             said = dry_run.report(job, beam_runner[1])
@@ -109,32 +82,66 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     with _unreadable_named():
         ensemble = job.models.open()
         settings = job_settings.resolve(job.settings, ensemble)
+        _check_bucket(job, settings)
         manifest = copies.enter_context(inputs.fetched(job.manifest, beam_runner[1]))
         identity = planning.identify(manifest, settings, ensemble)
-    store = LocalStore(job.output)
-    with copies, store.held(), stopped_by_signals(), _full_disk_named(job.output):
-        dataset = _planned(job, manifest, settings, ensemble, identity)
-        copies.close()
-        try:
-            counts = _finish(job, dataset, beam_runner, time.monotonic() - began)
-        except StoppedError:
-            _say(f"stopped; run the same command to continue {job.output}")
-            return EXIT_STOPPED
-        except (ledger.IncompleteError, supervisor.WorkerError) as problem:
-            _say(str(problem))
-            return EXIT_FAILED
-        except InputError as problem:
-            if store.has_shards():
-                _say(f"{problem}; fix this, then run the same command again")
+    store = open_store(job.output)
+    waiting = None if job.overwrite or job.retry_failed else _waiting(job)
+    try:
+        with (
+            copies,
+            stopped_by_signals(),
+            store.held(waiting) as lock,
+            _full_disk_named(store.address),
+        ):
+            dataset = _planned(job, manifest, settings, ensemble, identity, lock)
+            copies.close()
+            try:
+                counts = _finish(job, dataset, lock, beam_runner, time.monotonic() - began)
+            except InputError as problem:
+                if not store.has_shards() and lock.try_alone():
+                    store.clear()
+                    raise
+                say(f"{problem}; fix this, then run the same command again")
                 return EXIT_FAILED
-            store.clear()
-            raise
+    except StoppedError:
+        say(f"stopped; run the same command to continue {job.output}")
+        return EXIT_STOPPED
+    except (ledger.IncompleteError, supervisor.WorkerError) as problem:
+        say(str(problem))
+        return EXIT_FAILED
     return EXIT_SOME_IMAGES_FAILED if counts["failed"] else EXIT_OK
+
+
+def _check_bucket(job: Job, settings: job_settings.Settings) -> None:
+    """Raises InputError for what cannot be done in a bucket."""
+    if is_address(job.output) and job.overwrite:
+        raise InputError(f"--overwrite: {job.output} is in a bucket; name a new prefix instead")
+    if is_address(job.output) and settings.format == "imagefolder":
+        raise InputError(
+            "--format imagefolder makes an object of each image, which is slow in a bucket; use "
+            "webdataset or parquet"
+        )
+
+
+def _waiting(job: Job) -> Callable[[], None]:
+    """Returns what to do while other processes plan or finish the dataset."""
+    said = []
+
+    def waiting() -> None:
+        if jobs.stopping.is_set():
+            raise StoppedError
+        if not said:
+            said.append(f"waiting for another process, which is working on {job.output}")
+            say(*said)
+
+    return waiting
 
 
 def _finish(
     job: Job,
     dataset: Run,
+    lock: Lock,
     beam_runner: tuple[PipelineRunner, PipelineOptions],
     plan_seconds: float,
 ) -> dict[str, int]:
@@ -143,21 +150,51 @@ def _finish(
     ledger.refuse_damaged(dataset)
     counts = ledger.finished(dataset)
     if counts and not (job.retry_failed and counts["failed"]):
-        print(f"{job.output} is already finished: {_count(counts['made'], 'image')}")
+        print(f"{job.output} is already finished: {count(counts['made'], 'image')}")
         return counts
     todo = ledger.todo(dataset)
     if todo or counts:  # else only reports are missing: it stays the root until they are there
-        dataset.store.path(names.SUCCESS).unlink(missing_ok=True)
+        dataset.store.delete(names.SUCCESS)
     _report_plan(job, dataset)
+    _report_todo(dataset, todo)
     shards = partial(GenerateShard, dataset, job.models.anywhere(), job.workers)
-    make_shards(shards("make"), dataset.plan, todo, beam_runner)
-    if job.retry_failed:
-        ledger.settle(dataset)
-        failed = ledger.with_failed(dataset)
-        make_shards(shards("retry"), dataset.plan, failed, beam_runner)
+    is_first = lock.is_alone
+    with supervisor.closed_afterwards():
+        if job.retry_failed:
+            make_shards(shards("make"), dataset.plan, todo, beam_runner)
+            ledger.settle(dataset)
+            make_shards(shards("retry"), dataset.plan, ledger.with_failed(dataset), beam_runner)
+        else:
+            lock.share()
+            _make_all(shards("make"), dataset, todo, beam_runner, is_first)
+    if not job.retry_failed and (counts := ledger.finished(dataset)):
+        print(f"{job.output} was finished by another process: {count(counts['made'], 'image')}")
+        return counts
     report = ledger.finalize(dataset, plan_seconds)
     _summarize(job, report)
     return report["counts"]
+
+
+def _make_all(
+    generate_shard: GenerateShard,
+    dataset: Run,
+    todo: list[int],
+    beam_runner: tuple[PipelineRunner, PipelineOptions],
+    is_first: bool,
+) -> None:
+    """Makes the shards in `todo`, along with other processes if there are any."""
+    place = processes.place(os.environ)
+    if place is None and is_first:  # others who come later begin elsewhere
+        make_shards(generate_shard, dataset.plan, todo, beam_runner)
+        return
+    place = place or processes.Place(os.getpid())
+    part = place.first(todo)
+    while part:
+        make_shards(generate_shard, dataset.plan, part, beam_runner)
+        todo, before = ledger.todo(dataset), todo
+        if todo == before:
+            return  # a runner that lost them: `finalize` says so
+        part = place.next(todo)
 
 
 def _planned(
@@ -166,18 +203,23 @@ def _planned(
     settings: job_settings.Settings,
     ensemble: Ensemble,
     identity: dict,
+    lock: Lock,
 ) -> Run:
     """Returns the directory's run; plans it if there is none."""
-    old = _old_run(job)
+    store = open_store(job.output)
+    old = _old_run(job, store)
     # Even with --overwrite, the same command continues until the job is finished.
-    goes_on = not job.overwrite or not (job.output / names.SUCCESS).exists()
+    goes_on = not job.overwrite or bool(store.kind(names.SUCCESS))
     if old and old.plan.id == plans.digest(identity) and goes_on:
-        _check_strict(job, old.plan, job.output / names.PLAN)
+        with _rejected(old) as file:
+            _check_strict(job, old.plan, file)
         return old
     if old and not job.overwrite:
         why = f"holds another run ({plans.differences(old.plan.identity, identity)})"
         if not planning.can_extend(old.plan.identity, identity):
             raise InputError(f"--output {job.output} {why}; {ELSEWHERE}")
+        if not lock.is_alone:
+            raise InputError(f"--output {job.output} {why}, which others are making; wait for them")
         ledger.refuse_damaged(old)
         try:
             return _make_plan(job, manifest, settings, ensemble, identity, old)
@@ -185,12 +227,16 @@ def _planned(
             raise InputError(
                 f"--output {job.output} {why} and cannot be extended: {problem}; {ELSEWHERE}"
             ) from None
-    return _make_plan(job, manifest, settings, ensemble, identity)
+    made = _make_plan(job, manifest, settings, ensemble, identity)
+    if made.plan.id != plans.digest(identity):  # in a bucket, another process was first
+        why = plans.differences(made.plan.identity, identity)
+        raise InputError(f"--output {job.output} holds another run ({why}); {ELSEWHERE}")
+    return made
 
 
-def _old_run(job: Job) -> Run | None:
+def _old_run(job: Job, store: Store) -> Run | None:
     try:
-        return runs.find(job.output)
+        return runs.find(store)
     except InputError:
         if job.overwrite:
             return None
@@ -205,7 +251,7 @@ def _make_plan(
     identity: dict,
     extended: Run | None = None,
 ) -> Run:
-    store = LocalStore(job.output)
+    store = open_store(job.output)
     folder = store.scratch("plan")
     models = job.models.anywhere().planned()
     try:
@@ -219,20 +265,23 @@ def _make_plan(
             image_root=job.image_root,
             extended=extended,
         )
-        _check_strict(job, plan, folder)
+        with (folder / plan.rejected_file).open("rb") as file:
+            _check_strict(job, plan, file)
         if extended:
-            kept = _count(len(extended.shards), "shard")
-            _say(f"{job.output} is extended; its {kept} will not change")
-        else:
-            store.set_aside()
-        return runs.begin(folder, store)
+            kept = count(len(extended.shards), "shard")
+            say(f"{job.output} is extended; its {kept} will not change")
+        return runs.begin(folder, store, extended)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_strict(job: Job, plan: Plan, folder: Path) -> None:
+def _rejected(dataset: Run) -> BinaryIO:
+    return dataset.store.open(f"{names.PLAN}/{dataset.plan.rejected_file}")
+
+
+def _check_strict(job: Job, plan: Plan, rejected: BinaryIO) -> None:
     if job.strict and plan.rows["rejected"]:
-        raise InputError(f"--strict: {_rejections(job, plan, folder)}")
+        raise InputError(f"--strict: {_rejections(job, plan, rejected)}")
     for kind, text in plan.notices.items():
         if job.strict and kind != notices.COPIED:
             raise InputError(f"--strict: {kind}: {text}")
@@ -241,73 +290,42 @@ def _check_strict(job: Job, plan: Plan, folder: Path) -> None:
 def _report_plan(job: Job, dataset: Run) -> None:
     """Prints which rows cannot be used, and what the plan does that may not be expected."""
     if dataset.plan.rows["rejected"]:
-        rejections = _rejections(job, dataset.plan, job.output / names.PLAN)
-        _say(f"{rejections}; see {job.output / names.REJECTED}")
+        with _rejected(dataset) as file:
+            rejections = _rejections(job, dataset.plan, file)
+        say(f"{rejections}; see {dataset.address}/{names.REJECTED}")
     for kind, text in dataset.plan.notices.items():
-        _say(f"{kind}: {text}")
+        say(f"{kind}: {text}")
 
 
-def _rejections(job: Job, plan: Plan, folder: Path) -> str:
-    count = plan.rows["rejected"]
-    with (folder / plan.rejected_file).open(encoding="utf-8") as file:
-        first = json.loads(file.readline())
+def _report_todo(dataset: Run, todo: list[int]) -> None:
+    total = len(dataset.shards)
+    made = f", {total - len(todo)} of them already made" if len(todo) < total else ""
+    if todo:
+        say(f"{count(dataset.plan.images, 'image')} in {count(total, 'shard')}{made}")
+
+
+def _rejections(job: Job, plan: Plan, rejected: BinaryIO) -> str:
+    number = plan.rows["rejected"]
+    first = json.loads(rejected.readline())
     where = f" of {first['file']}" if first["file"] != job.manifest else ""
     return (
-        f"{count} of {count + plan.rows['accepted']} rows of {job.manifest} cannot be used; "
+        f"{number} of {number + plan.rows['accepted']} rows of {job.manifest} cannot be used; "
         f"first: line {first['line']}{where}: {first['reason']}"
     )
-
-
-def make_shards(
-    generate_shard: GenerateShard,
-    plan: Plan,
-    todo: list[int],
-    beam_runner: tuple[PipelineRunner, PipelineOptions],
-) -> PipelineResult | None:
-    """Runs the Beam job for the shards in `todo`; returns its result, with the metrics.
-
-    Raises:
-      StoppedError, InputError, OSError, WorkerError: as in `supervisor.make_shard`.
-    """
-    if not todo:
-        return None
-    runner, beam_options = beam_runner
-    shown, total = contextlib.nullcontext(), len(plan.shard_sizes)
-    if generate_shard.mode == "make":
-        shown = progress.shown(Run(LocalStore(Path(generate_shard.directory)), plan))
-        made = f", {total - len(todo)} of them already made" if len(todo) < total else ""
-        _say(f"{_count(plan.images, 'image')} in {_count(total, 'shard')}{made}")
-    else:
-        _say(f"{_count(len(todo), 'shard')} of {total} to {generate_shard.mode}")
-    try:
-        with (
-            shown,
-            jobs.failures_raised(),
-            supervisor.closed_afterwards(),
-            beam.Pipeline(runner=runner, options=beam_options) as pipeline,
-        ):
-            shards = pipeline | "Shards" >> beam.Create(todo, reshuffle=False)
-            _ = shards | beam.Reshuffle() | "GenerateShard" >> beam.ParDo(generate_shard)
-        return pipeline.result
-    except (StoppedError, InputError, OSError, supervisor.WorkerError):
-        raise
-    except Exception as failure:  # on a cluster, which reports a worker's error as text
-        *_, last = str(failure).splitlines() or [type(failure).__name__]
-        raise supervisor.WorkerError(last.partition(" [while running")[0]) from failure
 
 
 def _summarize(job: Job, report: dict) -> None:
     counts, seconds = report["counts"], report["seconds"]
     stages = ("plan", "load", "compile", "generate", "finalize")
     print(
-        f"{_count(counts['made'], 'image')} in {job.output} on {', '.join(report['devices'])}: "
+        f"{count(counts['made'], 'image')} in {job.output} on {', '.join(report['devices'])}: "
         f"{report['images_per_worker_second'] or 0:.2f} images/s per worker\n"
         + ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in stages)
     )
     if counts["failed"]:
         print(
-            f"{_count(counts['failed'], 'image')} could not be generated; see "
-            f"{job.output / names.FAILED}"
+            f"{count(counts['failed'], 'image')} could not be generated; see "
+            f"{job.output}/{names.FAILED}"
         )
 
 
@@ -321,20 +339,12 @@ def _unreadable_named() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _full_disk_named(directory: Path) -> Iterator[None]:
+def _full_disk_named(address: str) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        problem.filename = problem.filename or str(directory)  # a full disk names no file
+        problem.filename = problem.filename or address  # a full disk names no file
         raise
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _say(message: str) -> None:
-    print(f"jaxdiff: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

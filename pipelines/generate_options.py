@@ -106,7 +106,7 @@ class Job:
     """A parsed command. `settings` has the given values only, unchecked, by `Settings`' names."""
 
     manifest: str
-    output: Path
+    output: str | Path
     models: Models
     settings: dict
     workers: Workers = Workers()

@@ -1,8 +1,9 @@
-"""What all jobs share: exit codes, stopping by signals, and errors that keep their type."""
+"""What all jobs share: exit codes, messages, stopping by signals, errors that keep their type."""
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -14,6 +15,16 @@ _failures: list[Exception] | None = None  # of the job in this process; None if 
 
 class StoppedError(Exception):
     """The job was asked to stop."""
+
+
+def say(message: str) -> None:
+    """Prints a line about the job on stderr."""
+    print(f"jaxdiff: {message}", file=sys.stderr, flush=True)
+
+
+def count(number: int, what: str) -> str:
+    """Returns a number with its noun, such as "1 shard" or "2 shards"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @contextlib.contextmanager

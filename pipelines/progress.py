@@ -1,6 +1,7 @@
 """Shows a job's progress. Reads it from the files, so any number of processes may do the work."""
 
 import contextlib
+import math
 import shutil
 import sys
 import threading
@@ -12,8 +13,10 @@ from tqdm import tqdm
 
 from jaxdiff.dataset import names
 from jaxdiff.dataset.run import Run
+from jaxdiff.dataset.store import is_address
 
 BAR_SECONDS = 0.5
+LISTING_SECONDS = 15.0  # between listings of a bucket
 LINE_SECONDS = 30.0
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} images, {rate_fmt}, {remaining} left"
 
@@ -42,6 +45,7 @@ class Counter:
     def __init__(self, run: Run):
         self._run = run
         self._stale = {path.name for path in self._attempts()}  # left by a killed run
+        self._finished: tuple[float, list[str]] = (-math.inf, [])
 
     def count(self) -> int:
         """Returns the number of images made or failed so far."""
@@ -51,14 +55,23 @@ class Counter:
                 with contextlib.suppress(OSError, ValueError):
                     shard = int(path.name.partition("-")[0])
                     images[shard] = max(images.get(shard, 0), int(path.read_text() or 0))
-        for path in self._run.store.path(names.DONE).glob("*.json"):
+        for entry in self._markers():
             with contextlib.suppress(IndexError, ValueError):  # not one of our files
-                shard = int(path.stem)
+                shard = int(entry.removesuffix(".json"))
                 images[shard] = self._run.plan.shard_sizes[shard]
         return sum(images.values())
 
     def _attempts(self) -> list[Path]:
-        return list(self._run.store.path(names.TMP).glob("*.progress"))
+        return list(self._run.store.work().glob("*.progress"))
+
+    def _markers(self) -> list[str]:
+        listed, entries = self._finished
+        wait = LISTING_SECONDS if is_address(self._run.address) else 0.0
+        if time.monotonic() >= listed + wait:
+            with contextlib.suppress(OSError):  # progress is not worth failing for
+                entries = self._run.store.entries(names.DONE)
+            self._finished = (time.monotonic(), entries)
+        return entries
 
 
 def _bar(counter: Counter, total: int, done: threading.Event) -> None:

@@ -16,30 +16,33 @@ from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.aside import Aside
 from jaxdiff.dataset.proof import Root
 from jaxdiff.dataset.run import Run, open_run
-from pipelines import runners
-from pipelines.generate import GenerateShard, make_shards
+from jaxdiff.dataset.store import local
+from pipelines import runners, supervisor
 from pipelines.generate_options import Models, Workers
 from pipelines.jobs import StoppedError, stopped_by_signals
+from pipelines.shard_job import GenerateShard, make_shards
 
 
-def repair(directory: Path) -> bool:
+def repair(where: str | Path) -> bool:
     """Remakes damaged and missing shards, and rewrites the reports.
 
     Returns:
       False if a signal stopped it. `ledger.verify` reports what is still wrong.
 
     Raises:
-      InputError: if there is no run, its plan is damaged or its model can no longer be found.
+      InputError: if there is no run, its plan is damaged or its model can no longer be found; or
+        if it is in a bucket.
     """
-    store = open_run(directory).store
+    store = open_run(local(where, "--repair")).store
     with store.held(), stopped_by_signals():
-        run = open_run(directory)
+        run = open_run(store)
         ledger.check_plan(run)
         root = proof.required(store)
         if root and proof.is_in_markers(root, run):
             root = None  # they stand for it, shard by shard
         try:
-            refused = _remake(run, root)
+            with supervisor.closed_afterwards():
+                refused = _remake(run, root)
         except StoppedError:
             return False
         for shard in refused:

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Literal, TextIO
 import pyarrow.parquet as pq
 
 from jaxdiff.dataset import names
-from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.run import Run, open_run
+from jaxdiff.dataset.store import open_store
 from jaxdiff.devices import batching
 from jaxdiff.errors import InputError
 from jaxdiff.images import loading
@@ -57,7 +57,7 @@ class Task:
     """One shard to make.
 
     Attributes:
-      directory: the dataset's, absolute.
+      directory: the dataset's, absolute, or its address.
       models: the arguments of `generate_options.Models`.
       mode: "make" makes a missing shard; "retry" retries the failed images of a finished shard;
         "repair" remakes a finished shard's files, with the same bytes as in its marker.
@@ -95,7 +95,7 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
       InputError: if the model is not the plan's or fails on every image, if another kind of device
         has made a shard, or if a shard cannot be repaired.
     """
-    run = _run(Path(task.directory))
+    run = _run(task.directory)
     marker = shards.read_marker(run, task.shard)
     if marker and (task.mode == "make" or (task.mode == "retry" and not marker.failed)):
         return {"images": 0, "failed": 0, "padded": 0}
@@ -104,11 +104,11 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
     model = _load(task, run, planned[0].request, tell)
     _check_device(run, model)
     is_retry = task.mode == "retry"
-    kept = _kept_keys(run, marker) if is_retry else set()
     revision = marker.revision + 1 if is_retry else 0
     batch_size = _batch_size(run, model, planned[0].request)
     loaded = time.monotonic()
-    with shards.Attempt(run, task.shard, revision) as attempt:
+    files = marker.files if is_retry else ()
+    with run.store.fetched(*files) as local, shards.Attempt(run, task.shard, revision) as attempt:
         work = ShardImages(
             model,
             run.plan,
@@ -119,7 +119,9 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
             is_stopping=stopping.is_set,
             profile=_profile(task.profile),
         )
-        work.fill(attempt, planned, kept, shards.samples(run, task.shard))
+        kept = _kept_keys(Run(local, run.plan), marker) if is_retry else set()
+        samples = shards.samples(run, marker, local) if is_retry else iter(())
+        work.fill(attempt, planned, kept, samples)
         _profile(task.profile).end()
         seconds = {"load": loaded - started} | work.seconds(time.monotonic() - loaded)
         seconds = {stage: round(value, 3) for stage, value in seconds.items()}
@@ -137,21 +139,20 @@ def _profile(directory: str | None) -> Profile:
     return Profile(directory)
 
 
-def _run(directory: Path) -> Run:
-    plan_file = directory / names.PLAN / plans.PLAN_JSON
-    return _run_of(directory, plan_file.stat().st_mtime_ns)
+def _run(directory: str) -> Run:
+    return _run_of(directory, open_store(directory).version(names.PLAN_FILE))
 
 
 @functools.lru_cache(maxsize=1)  # a plan of 100,000 shards takes a while to read
-def _run_of(directory: Path, _: int) -> Run:
+def _run_of(directory: str, _: str) -> Run:
     return open_run(directory)
 
 
 def _kept_keys(run: Run, marker: shards.Marker) -> set[str]:
     """Returns the keys of a shard's successful images; raises InputError if it is damaged."""
     shards.check_files(run, marker)
-    metadata = run.store.path(run.metadata_name(marker.shard))
-    rows = pq.read_table(metadata, columns=["key", "status"]).to_pylist()
+    with run.store.open(marker.metadata_name) as file:
+        rows = pq.read_table(file, columns=["key", "status"]).to_pylist()
     return {row["key"] for row in rows if row["status"] == "made"}
 
 
@@ -209,7 +210,7 @@ def _check_device(run: Run, model: "TextToImage") -> None:
     if begun_on != here:
         same = "with NPROC set to that number" if "threads" in begun_on else "on the same hardware"
         raise InputError(
-            f"{run.directory} was begun on {begun_on}, but this is {here}: continue {same}, or "
+            f"{run.address} was begun on {begun_on}, but this is {here}: continue {same}, or "
             "start over with --overwrite"
         )
 
@@ -237,12 +238,12 @@ def _known_batch_size(run: Run, request: Request) -> int | None:
 
     if jax.default_backend() == "cpu":
         return batching.on_cpu(request.width, request.height)
-    pinned = run.store.path(_pin(request))
-    if not pinned.exists():
+    pin = _pin(request)
+    if run.store.kind(pin) == "is missing":
         return None
-    text = pinned.read_text("utf-8")
+    text = run.store.read(pin).decode("utf-8", "replace")
     if not re.fullmatch(r"[1-9][0-9]?", text):
-        raise InputError(f"{pinned} is damaged: start over with --overwrite")
+        raise InputError(f"{run.address}/{pin} is damaged: start over with --overwrite")
     return int(text)
 
 

@@ -10,9 +10,9 @@ from jaxdiff.dataset import planning
 from jaxdiff.dataset import run as runs
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset import shard as shards
-from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.run import Run
+from jaxdiff.dataset.store import open_store
 from jaxdiff.families.ensemble import open_ensemble
 
 FACTS = {
@@ -29,26 +29,28 @@ def pixels_of(image: plans.PlannedImage, salt: int = 0) -> np.ndarray:
     return random.integers(0, 256, shape, dtype=np.uint8)
 
 
-def make_plan(directory: Path, manifest: Path, checkpoint: Path, **said) -> Run:
+def make_plan(
+    where: Path | str, manifest: Path, checkpoint: Path, extended: Run | None = None, **said
+) -> Run:
     opened = open_ensemble(checkpoint)
     settings = job_settings.resolve({"width": 16, "height": 8, **said}, opened)
     found = manifests.find(manifest)
     identity = planning.identify(found, settings, opened)
-    store = LocalStore(directory)
+    store = open_store(where)
     folder = store.scratch("plan")
     models = {"model": str(checkpoint), "variant": None, "refiner": None}
-    planning.make(found, settings, opened, identity, folder, models=models)
-    return runs.begin(folder, store)
+    planning.make(found, settings, opened, identity, folder, models=models, extended=extended)
+    return runs.begin(folder, store, extended)
 
 
-def make_shard(run: Run, shard: int, failing=(), salt: int = 0) -> bool:
+def make_shard(run: Run, shard: int, failing=(), salt: int = 0, facts: dict = FACTS) -> bool:
     with shards.Attempt(run, shard) as attempt:
         for image in run.planned(shard):
             if image.key in failing:
                 attempt.add_failed(image, "not finite")
             else:
                 attempt.add(shards.encode(image, pixels_of(image, salt), run.plan))
-        return attempt.commit(FACTS)
+        return attempt.commit(facts)
 
 
 def files(directory: Path) -> dict[str, bytes]:

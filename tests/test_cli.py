@@ -126,7 +126,7 @@ def test_command_line_options_override_the_job_file(job_file):
         'manifest = "a.txt"\noutput = "out"\nsteps = 30\nguidance-scale = 2\nstrict = true\n'
     )
     job, rest = generate_options.parse([path, "--steps=7", "--runner", "FlinkRunner"])
-    assert (job.manifest, job.output, job.models.model) == ("a.txt", Path("out"), "shapes64")
+    assert (job.manifest, job.output, job.models.model) == ("a.txt", "out", "shapes64")
     assert job.settings == {"steps": "7", "guidance_scale": 2}
     assert (job.strict, job.overwrite) == (True, False)
     assert rest == ["--runner", "FlinkRunner"]

@@ -27,8 +27,9 @@ def samples(directory: Path) -> Iterator[Sample]:
     if found is None:
         raise InputError(f"{directory} is not a jaxdiff dataset; name the --output of a job")
     for shard in found.shards:
-        if found.store.path(found.images_name(shard)).exists():
-            yield from shards.samples(found, shard)
+        if marker := shards.read_marker(found, shard):
+            with found.store.fetched(*marker.files) as local:
+                yield from shards.samples(found, marker, local)
 
 
 def draw(chosen: list[Sample]) -> Image.Image:

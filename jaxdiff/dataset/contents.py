@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from jaxdiff.dataset import image_files
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
+from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.plan import PlannedImage
 from jaxdiff.dataset.run import Run
 from jaxdiff.dataset.shard import Marker
@@ -19,12 +20,16 @@ UNREADABLE = (  # what readers raise for bytes that no writer wrote
 )
 
 
-def problems(run: Run, marker: Marker) -> Iterator[str]:
-    """Yields how a shard's images and metadata differ from the plan and from its marker."""
+def problems(run: Run, marker: Marker, local: LocalStore) -> Iterator[str]:
+    """Yields how a shard's images and metadata differ from the plan and from its marker.
+
+    Args:
+      local: has the shard's files: what `fetched` of the run's store yields.
+    """
     try:
-        yield from _compared(run, marker)
+        yield from _compared(run, marker, local)
     except UNREADABLE as problem:
-        yield f"{run.images_name(marker.shard)}: {reason_of(problem)}"
+        yield f"{marker.images_name}: {reason_of(problem)}"
 
 
 def reason_of(problem: Exception) -> str:
@@ -33,9 +38,9 @@ def reason_of(problem: Exception) -> str:
     return reason
 
 
-def _compared(run: Run, marker: Marker) -> Iterator[str]:
-    images_name, metadata_name = run.file_names(marker.shard)
-    with pq.ParquetFile(run.store.path(metadata_name)) as file:
+def _compared(run: Run, marker: Marker, local: LocalStore) -> Iterator[str]:
+    images_name, metadata_name = marker.images_name, marker.metadata_name
+    with pq.ParquetFile(local.path(metadata_name)) as file:
         schema = shards.metadata_schema(run.plan)
         if any(column not in schema for column in file.schema_arrow):
             yield f"{metadata_name} has columns that jaxdiff does not write"
@@ -48,7 +53,7 @@ def _compared(run: Run, marker: Marker) -> Iterator[str]:
     made = sum(row["status"] == "made" for row in rows)
     if made != marker.made:
         yield f"{metadata_name} has {made} images instead of the {marker.made} of its done-marker"
-    samples = shards.samples(run, marker.shard)
+    samples = shards.samples(run, marker, local)
     for image, row in zip(planned, rows, strict=True):
         sample = next(samples, None) if row["status"] == "made" else None
         if not _is_as_planned(run, marker, image, row):
@@ -65,7 +70,7 @@ def _is_as_planned(run: Run, marker: Marker, image: PlannedImage, row: dict) -> 
     """Returns whether a row has what is known without the image; it may lack later columns."""
     known = shards.record(image, run.plan)
     if row["status"] == "made":
-        known |= {"error": None, "file": run.images_name(marker.shard)}
+        known |= {"error": None, "file": marker.images_name}
         sound = True
     else:
         known |= dict.fromkeys(("sha256", "pixel_sha256", "file", "bytes"))

@@ -7,9 +7,9 @@ its shard's done-marker; and `_SUCCESS`, the root of the proof, records all of i
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,13 +20,15 @@ import pyarrow.parquet as pq
 from jaxdiff.dataset import contents, names, paths, proof
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.finished import card
-from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.dataset.proof import Root
 from jaxdiff.dataset.run import Run, open_run
+from jaxdiff.dataset.store import is_address, open_store, scheme
 from jaxdiff.errors import InputError
 
 REPORTS = (names.SUCCESS, *proof.REPORTS)
+FETCHED_AT_ONCE = 4  # shards of a bucket
+TIMES = ("finished", "seconds", "images_per_worker_second")  # in the report
 
 
 class IncompleteError(Exception):
@@ -34,37 +36,43 @@ class IncompleteError(Exception):
 
 
 def todo(run: Run) -> list[int]:
-    """Returns the unfinished shards; raises InputError if a done-marker is damaged."""
-    return [shard for shard, marker in enumerate(_markers(run)) if marker is None]
+    """Returns the unfinished shards, from a listing of the done-markers."""
+    there = shards.revisions(run)
+    return [shard for shard in run.shards if shard not in there]
 
 
 def with_failed(run: Run) -> list[int]:
     """Returns the shards with failed images; raises InputError if a done-marker is damaged."""
-    markers = _markers(run)
+    markers = _markers(run.snapshot())
     return [shard for shard, marker in enumerate(markers) if marker and marker.failed]
 
 
-def settle(run: Run) -> None:
+def settle(run: Run) -> Run:
     """Cleans up after a dead job: publishes its finished shards and deletes its other files.
+
+    Returns:
+      The run with a snapshot of what is there.
 
     Raises:
       InputError: if a done-marker is damaged, or the plan, which cannot be repaired.
     """
     check_plan(run)
-    for marker in filter(None, _markers(run)):
+    now = _swept(run)
+    for marker in filter(None, _markers(now)):
         shards.publish(run, marker)
     run.store.sweep()
+    return now
 
 
 def _markers(run: Run) -> list[shards.Marker | None]:
     try:
         return [shards.read_marker(run, n) for n in run.shards]
     except ValueError as problem:
-        raise InputError(f"{run.directory}: {problem}; {_mend(run)}") from None
+        raise InputError(f"{run.address}: {problem}; {_mend(run)}") from None
 
 
 def _mend(run: Run) -> str:
-    return f"run `jaxdiff verify {run.directory} --repair` to generate it again"
+    return f"run `jaxdiff verify {run.address} --repair` to generate it again"
 
 
 def finished(run: Run) -> dict[str, int] | None:
@@ -73,14 +81,14 @@ def finished(run: Run) -> dict[str, int] | None:
     Raises:
       InputError: if a done-marker is damaged.
     """
+    run = run.snapshot()
     markers = _markers(run)
-    if None in markers or not all((run.store.path(name)).is_file() for name in REPORTS):
+    if None in markers or any(run.store.kind(name) for name in REPORTS):
         return None
-    for marker in markers:
-        for name, file in marker.files.items():
-            path = run.store.path(name)
-            if not path.exists() or paths.size(path) != file["bytes"]:
-                return None
+    if any(
+        shards.why_not(run, marker, name, "size") for marker in markers for name in marker.files
+    ):
+        return None
     return _counts(run.plan, markers)
 
 
@@ -96,6 +104,7 @@ def refuse_damaged(run: Run) -> None:
     root = proof.required(run.store)
     if root is None:
         return
+    run = run.snapshot()
     markers = _markers(run)
     problems = [*_check_plan(run)] or [*proof.differences_of_pins_and_markers(root, run)]
     if root.contents is None and None not in markers:
@@ -104,10 +113,10 @@ def refuse_damaged(run: Run) -> None:
         f"{name} {why}"
         for marker in filter(None, markers)
         for name in marker.files
-        if (why := shards.why_not(run, marker, name, deep=False))
+        if (why := shards.why_not(run, marker, name, "size"))
     )
     if problems:
-        raise InputError(f"{run.directory}: {problems[0]}; {_mend(run)}")
+        raise InputError(f"{run.address}: {problems[0]}; {_mend(run)}")
 
 
 def finalize(run: Run, plan_seconds: float, root: Root | None = None) -> dict:
@@ -121,33 +130,71 @@ def finalize(run: Run, plan_seconds: float, root: Root | None = None) -> dict:
       The content of a new `run.json`.
 
     Raises:
-      IncompleteError: if a shard is missing or does not match its marker.
+      IncompleteError: if a shard is missing or does not match its marker, or the plan is another.
     """
     began = time.monotonic()
-    settle(run)
+    if open_run(run.store).plan.id != run.plan.id:
+        raise IncompleteError(f"{run.address}: another process replaced the plan")
+    store, now = run.store, settle(run)
     run.tidy()
+    run = now
     markers = _markers(run)
     folders = (names.DATA, names.METADATA, names.DONE)  # other files of a user may stay elsewhere
-    if problems := [*_check_shards(run), *proof.strays(run, folders)]:
+    if problems := [*_check_shards(run), *proof.strays(run, markers, folders)]:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise IncompleteError(f"{run.directory}: {problems[0]}{more}")
+        raise IncompleteError(f"{run.address}: {problems[0]}{more}")
     counts = _counts(run.plan, markers)
     for name, content in _reports(run, markers).items():
-        run.store.swap(name, content)
+        store.swap(name, content)
     report = _report(run.plan, markers, counts)
     seconds = report["seconds"] | {"plan": plan_seconds, "finalize": time.monotonic() - began}
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
-    if not (root and proof.has_its_report(root, run)):
-        run.store.swap(names.REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    # A lost process on another host may still be writing there.
-    shutil.rmtree(run.store.path(names.TMP), ignore_errors=True)
-    run.store.swap(names.SUCCESS, str(_root(run, markers)))
-    with contextlib.suppress(OSError):
-        (run.store.path(names.TMP)).rmdir()
+    if not (store.kind(names.REPORT) == "is missing" or _has_report(run, report, root)):
+        store.delete(names.REPORT)  # an old one: never what another process has just written
+    # Of several processes that finish the dataset, one writes the report that all vouch for.
+    store.claim(names.REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    store.swap(names.SUCCESS, str(_root(run, markers)))
+    store.sweep()
     return report
 
 
-def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
+def _swept(run: Run) -> Run:
+    """Deletes files of attempts that were not the first; returns a snapshot without any.
+
+    The name of such a file has its attempt's revision, and the done-marker of that revision is
+    there: so no attempt that is still running will name it.
+    """
+    now = run.snapshot()
+    while lost := _lost(now):  # attempts that are still running may upload more
+        run.store.delete(*lost)
+        now = run.snapshot()
+    return now
+
+
+def _lost(run: Run) -> list[str]:
+    last = {marker.shard: marker for marker in filter(None, _markers(run))}
+    lost = []
+    for folder in (names.DATA, names.METADATA):
+        for entry in run.store.entries(folder):
+            match, name = names.HASHED.fullmatch(entry), f"{folder}/{entry}"
+            marker = match and last.get(int(match["shard"]))
+            if marker and name not in marker.files and int(match["again"] or 0) <= marker.revision:
+                lost.append(name)
+    return lost
+
+
+def _has_report(run: Run, report: dict, root: Root | None) -> bool:
+    """Returns whether `run.json` is the root's; without one, whether it differs in times only."""
+    if root:
+        return proof.has_its_report(root, run)
+    try:
+        old = json.loads(run.store.read(names.REPORT))
+        return all(old[name] == report[name] for name in report if name not in TIMES)
+    except (KeyError, RecursionError, TypeError, ValueError):
+        return False
+
+
+def verify(where: str | Path) -> tuple[dict[str, int], list[str]]:
     """Checks a finished dataset from its files alone, with every pixel in lossless formats.
 
     Returns:
@@ -156,14 +203,17 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
     Raises:
       InputError: if there is no jaxdiff run in the directory, or its plan cannot be used.
     """
-    if problems := list(proof.misplaced_folders(LocalStore(directory))):
+    store = open_store(where)
+    if problems := list(proof.misplaced_folders(store)):
         return {}, problems
-    run = open_run(directory)
+    run = open_run(store).snapshot()
     if problems := [*_check_plan(run)] or [*_check_rows(run)]:
         return {}, problems
-    if problems := [*_check_shards(run, deep=True), *proof.strays(run)]:
+    if problems := [*_check_shards(run, deep=True)]:
         return {}, problems
     markers = _markers(run)
+    if problems := [*proof.strays(run, markers)]:
+        return {}, problems
     return _counts(run.plan, markers), list(_check_root(run, markers))
 
 
@@ -193,7 +243,7 @@ def check_plan(run: Run) -> None:
     """Raises InputError if the plan is damaged: then nothing can be made again."""
     if problem := next(_check_plan(run), None):
         raise InputError(
-            f"{run.directory}: {problem}; this cannot be repaired: start a new run in another "
+            f"{run.address}: {problem}; this cannot be repaired: start a new run in another "
             "directory"
         )
 
@@ -204,13 +254,12 @@ def _check_plan(run: Run) -> Iterator[str]:
         if root and (problem := proof.plan_problem(root, run)):
             yield problem
     if {*run.plan.sha256} != {run.plan.images_file, run.plan.rejected_file}:
-        yield f"{proof.PLAN_FILE} does not name its own files"
+        yield f"{names.PLAN_FILE} does not name its own files"
         return
     for name, digest in run.plan.sha256.items():
-        path = run.store.path(names.PLAN) / name
-        if why := paths.wrong_kind(path):
+        if why := run.store.kind(f"{names.PLAN}/{name}"):
             yield f"{names.PLAN}/{name} {why}"
-        elif paths.digest(path) != digest:
+        elif run.store.digest(f"{names.PLAN}/{name}") != digest:
             yield f"{names.PLAN}/{name} has changed since the job was planned"
 
 
@@ -218,7 +267,7 @@ def _check_rows(run: Run) -> Iterator[str]:
     """Checks the numbers in `plan.json` against the plan's other files."""
     images, first, rows = 0, 0, run.plan.rows
     try:
-        with pq.ParquetFile(run.images_file) as file:
+        with run.open_images() as file:
             for batch in file.iter_batches(columns=["image_index"]):
                 images += len(batch)
                 first += pc.sum(pc.equal(batch["image_index"], 0)).as_py()
@@ -228,15 +277,20 @@ def _check_rows(run: Run) -> Iterator[str]:
     for what, said, found in (
         ("images", run.plan.images, images),
         ("accepted rows", rows["accepted"], first),  # each of which has a first image
-        ("rejected rows", rows["rejected"], _rejected(run).count("\n")),
+        ("rejected rows", rows["rejected"], run.rejected().count("\n")),
     ):
         if said != found:
-            yield f"{proof.PLAN_FILE} says {said} {what}, but its files have {found}"
+            yield f"{names.PLAN_FILE} says {said} {what}, but its files have {found}"
 
 
 def _check_shards(run: Run, deep: bool = False) -> Iterator[str]:
-    for shard in run.shards:
-        yield from _check_shard(run, shard, deep)
+    if not (deep and is_address(run.address)):
+        for shard in run.shards:
+            yield from _check_shard(run, shard, deep)
+        return
+    with ThreadPoolExecutor(FETCHED_AT_ONCE) as threads:  # to read some while others are checked
+        for problems in threads.map(lambda shard: [*_check_shard(run, shard, True)], run.shards):
+            yield from problems
 
 
 def _check_shard(run: Run, shard: int, deep: bool = False) -> Iterator[str]:
@@ -251,17 +305,20 @@ def _check_shard(run: Run, shard: int, deep: bool = False) -> Iterator[str]:
         yield f"{made}; run the same generate command to finish it"
         return
     marker = markers[-1]
-    wrong = {name: shards.why_not(run, marker, name) for name in marker.files}
-    yield from (f"{name} {why}; {_mend(run)}" for name, why in wrong.items() if why)
-    images_name, metadata_name = run.file_names(shard)
-    odd = paths.wrong_kind_within(run.store.path(images_name), run.is_folder(images_name))
-    if deep and not odd and not wrong[metadata_name]:
-        yield from contents.problems(run, marker)
+    with run.store.fetched(*marker.files) if deep else contextlib.nullcontext() as local:
+        here = Run(local, run.plan) if deep else run
+        wrong = {name: shards.why_not(here, marker, name, "etag") for name in marker.files}
+        yield from (f"{name} {why}; {_mend(run)}" for name, why in wrong.items() if why)
+        if deep and not wrong[marker.metadata_name]:
+            images_name = marker.images_name
+            path = local.path(images_name)
+            if not paths.wrong_kind_within(path, run.is_folder(images_name)):
+                yield from contents.problems(run, marker, local)
 
 
 def _check_root(run: Run, markers: list[shards.Marker]) -> Iterator[str]:
     """Checks the reports, and everything that `_SUCCESS` records."""
-    kinds = {name: paths.wrong_kind(run.store.path(name)) for name in REPORTS}
+    kinds = {name: run.store.kind(name) for name in REPORTS}
     for name in filter(kinds.get, REPORTS):
         yield f"{name} {kinds[name]}; run the same generate command to write it"
     try:
@@ -275,7 +332,7 @@ def _check_root(run: Run, markers: list[shards.Marker]) -> Iterator[str]:
     wrong = [
         f"{name} differs from what the run wrote"
         for name, content in reports.items()
-        if not kinds[name] and proof.digest_of(run.store.path(name)) != proof.digest(content)
+        if not kinds[name] and proof.digest_of(run.store, name) != proof.digest(content)
     ]
     if root:
         wrong += proof.differences(root, _root(run, markers))
@@ -289,9 +346,9 @@ def _root(run: Run, markers: list[shards.Marker]) -> Root:
 def _reports(run: Run, markers: list[shards.Marker]) -> dict[str, str]:
     """Returns the reports without a clock in them, by name."""
     return {
-        names.REJECTED: _rejected(run),
+        names.REJECTED: run.rejected(),
         names.FAILED: _failed(run, markers),
-        names.CARD: card.readme(run.plan, _counts(run.plan, markers)),
+        names.CARD: card.readme(run.plan, _counts(run.plan, markers), scheme(run.address)),
         names.CROISSANT: card.croissant(run.plan),
     }
 
@@ -305,18 +362,13 @@ def _counts(plan: Plan, markers: list[shards.Marker]) -> dict[str, int]:
     }
 
 
-def _rejected(run: Run) -> str:
-    return (run.store.path(names.PLAN) / run.plan.rejected_file).read_text("utf-8")
-
-
 def _failed(run: Run, markers: list[shards.Marker]) -> str:
     """Returns the lines of `failed.jsonl`: every failed image, with the reason."""
     lines = []
     for marker in markers:
         if marker.failed:
-            metadata_name = run.metadata_name(marker.shard)
-            with pq.ParquetFile(run.store.path(metadata_name)) as file:
-                rows = file.read().to_pylist()
+            with run.store.open(marker.metadata_name) as file:
+                rows = pq.read_table(file).to_pylist()
             for image, row in zip(run.planned(marker.shard), rows, strict=True):
                 if row["status"] == "failed":
                     what = {"file": image.source, "line": image.line, "reason": row["error"]}

@@ -1,22 +1,24 @@
-"""A dataset in a local directory: atomic writes and a lock for the writer."""
+"""A dataset in a local directory: atomic writes, and a lock for its writers."""
 
 import contextlib
 import errno
-import fcntl
+import io
 import os
 import re
 import shutil
 import socket
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxdiff.dataset import names, paths
-from jaxdiff.dataset.store import Store
+from jaxdiff.dataset.lock import Lock
 from jaxdiff.errors import InputError
 
 # Errors that come again: a name that is too long, a folder that is missing or somebody else's.
+POLL_SECONDS = 0.2
 UNUSABLE = (
     *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
@@ -24,7 +26,7 @@ UNUSABLE = (
 
 
 @dataclass(frozen=True)
-class LocalStore(Store):
+class LocalStore:
     """A store in a directory of a file system with hard links.
 
     Attributes:
@@ -33,22 +35,79 @@ class LocalStore(Store):
 
     root: Path
 
+    @property
+    def address(self) -> str:
+        """The directory, as text."""
+        return str(self.root)
+
     def path(self, name: str) -> Path:
         """Returns the path of the file or folder with this name."""
         return self.root / name
 
     def scratch(self, name: str) -> Path:
         """Returns a new, unique path for a file or folder."""
-        folder = self.path(names.TMP)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{name}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.work().mkdir(parents=True, exist_ok=True)
+        return self.work() / f"{name}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+    def work(self) -> Path:
+        """Returns the folder of unfinished files, which may not exist."""
+        return self.path(names.TMP)
+
+    # What is there.
+
+    def kind(self, name: str, folder: bool = False) -> str | None:
+        """Returns why a name is no plain file (or folder), or None if it is; follows no link."""
+        return paths.wrong_kind(self.path(name), folder)
+
+    def entries(self, folder: str) -> list[str]:
+        """Returns the sorted names of what is in a folder; "" is the top."""
+        is_there = not folder or not self.kind(folder, folder=True)
+        return sorted(os.listdir(self.path(folder))) if is_there else []
+
+    def read(self, name: str) -> bytes:
+        """Returns a file's bytes; raises ValueError if it is no plain file."""
+        return paths.read(self.path(name))
+
+    def size(self, name: str) -> int:
+        """Returns the bytes of a file or folder; raises OSError if it cannot be read."""
+        return paths.size(self.path(name))
+
+    def etag(self, name: str) -> str | None:
+        """Returns None: a disk does not say what a file holds."""
+
+    def digest(self, name: str) -> str:
+        """Returns the SHA-256 (hex) as `paths.digest` does; raises OSError."""
+        return paths.digest(self.path(name))
+
+    def open(self, name: str) -> io.BufferedReader:
+        """Opens a file for reading."""
+        return self.path(name).open("rb")
+
+    def version(self, name: str) -> str:
+        """Returns a text that changes with a file's bytes."""
+        return str(self.path(name).stat().st_mtime_ns)
+
+    @contextlib.contextmanager
+    def fetched(self, *every: str) -> Iterator["LocalStore"]:
+        """Yields a local store that has the files: this one."""
+        yield self
+
+    def snapshot(self) -> "LocalStore":
+        """Returns a store that knows what is there now: this one, which asks the disk."""
+        return self
+
+    # Writing.
 
     def staging(self, attempt: str, name: str) -> Path:
         """Returns the path where an attempt writes the file to publish as `name`."""
         return self.path(names.TMP) / f"{attempt}-{Path(name).parent}{Path(name).suffix}"
 
-    def stage(self, attempt: str, name: str) -> None:
-        """Waits until the file at `staging` is on disk."""
+    def final_name(self, name: str, revision: int, sha256: str) -> str:
+        """Returns the name itself: of all attempts, only the first publishes its files."""
+        return name
+
+    def stage(self, attempt: str, name: str, final: str) -> None:
+        """Waits until the file at `staging` is on disk; a disk has no etag to return."""
         paths.sync(self.staging(attempt, name))
 
     def claim(self, name: str, content: str) -> str:
@@ -76,6 +135,9 @@ class LocalStore(Store):
             paths.replace(self.staging(attempt, name), final)
             paths.sync_names(final.parent)
 
+    def withdraw(self, every: Iterable[str]) -> None:
+        """Does nothing: the files of an attempt that was not the first have no final names."""
+
     def swap(self, name: str, content: str) -> None:
         """Replaces a small file atomically: readers see the old content or the new."""
         path = self.scratch(name)
@@ -85,12 +147,42 @@ class LocalStore(Store):
         os.replace(path, self.path(name))
         paths.sync_names(self.root)
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Creates the directory and locks it for this process; leaves no trace without a plan.
+    def delete(self, *every: str) -> None:
+        """Deletes files; does nothing for those that do not exist."""
+        for name in every:
+            self.path(name).unlink(missing_ok=True)
 
-        The kernel releases the lock when the process dies. A run that was set aside is settled on
-        entry and on exit.
+    def begin(self, folder: Path, extended: str | None = None) -> None:
+        """Moves a plan from a folder into the dataset; a kill leaves the old plan or the new.
+
+        Args:
+          extended: the id of the plan that it extends; else another run is set aside.
+        """
+        if extended is None:
+            self.set_aside()
+        for path in folder.iterdir():
+            paths.sync(path)
+        target = self.path(names.PLAN)
+        if not target.exists():
+            os.rename(folder, target)
+            paths.sync_names(self.path(names.WORK))
+            return
+        self.delete(names.SUCCESS)  # it belongs to the old plan
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == names.PLAN_JSON):
+            os.replace(path, target / path.name)  # plan.json last
+            paths.sync_names(target)
+
+    # The job.
+
+    @contextlib.contextmanager
+    def held(self, waiting: Callable[[], None] | None = None) -> Iterator[Lock]:
+        """Creates the directory and yields its lock; leaves no trace without a plan.
+
+        A run that was set aside is settled on entry and on exit.
+
+        Args:
+          waiting: if given, the lock may be shared with processes that have a plan already. It is
+            called while waiting for one, and may raise.
 
         Raises:
           InputError: if the directory contains other files, one of its folders is a link, or
@@ -106,30 +198,39 @@ class LocalStore(Store):
             raise InputError(
                 f"--output {self.root} cannot be used ({problem.strerror}); name another directory"
             ) from None
-        with self.path(names.LOCK).open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise InputError(
-                    f"{self.root}: {lock.read(200) or 'another job'} is writing here; wait for "
-                    "it, or choose another --output"
-                ) from None
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
-            try:
+        lock = Lock(self.path(names.LOCK))
+        try:
+            self._take(lock, waiting)
+            if lock.is_alone:
                 self.settle()
                 if not self.path(names.PLAN).exists():
                     self._check_links()
-                yield
-            finally:
+            yield lock
+        finally:
+            if lock.try_alone():
                 self.settle()
+                if self.path(names.SUCCESS).exists():
+                    # A lost process on another host may still be writing there.
+                    shutil.rmtree(self.path(names.TMP), ignore_errors=True)
                 if not self.path(names.PLAN).exists():
                     shutil.rmtree(self.path(names.WORK))
                     for path in created:
                         with contextlib.suppress(OSError):
                             path.rmdir()
+            lock.release()
+
+    def _take(self, lock: Lock, waiting: Callable[[], None] | None) -> None:
+        """Takes the lock alone, or with others that have a plan if `waiting` is given."""
+        while not lock.try_alone():
+            if waiting is None:
+                raise InputError(
+                    f"{self.root}: {lock.holder() or 'another job'} is writing here; wait for "
+                    "it, or choose another --output"
+                )
+            if lock.try_shared() and self.path(names.PLAN).is_dir():
+                return
+            waiting()
+            time.sleep(POLL_SECONDS)
 
     def _check_links(self) -> None:
         """Rejects a file system without hard links, which `claim` needs."""
@@ -171,10 +272,9 @@ class LocalStore(Store):
         Call `shard.publish` for every finished shard first: its files may still have temporary
         names.
         """
-        for path in self.path(names.TMP).glob("*"):
-            match = re.search(r"-(.*)-([0-9]+)-[0-9a-f]{8}", path.name)
-            if match and match[1] == socket.gethostname() and not _is_alive(int(match[2])):
-                paths.delete(path)
+        delete_lost(self.path(names.TMP))
+        with contextlib.suppress(OSError):
+            self.path(names.TMP).rmdir()  # if it is empty
 
     def tidy(self) -> None:
         """Removes the folder of unfinished files, and the directory, where they are empty."""
@@ -226,6 +326,14 @@ class LocalStore(Store):
 
     def _old(self, name: str) -> Path:
         return self.path(names.OLD) / Path(name).name
+
+
+def delete_lost(folder: Path) -> None:
+    """Deletes what dead processes on this host left in a folder for `scratch`."""
+    for path in folder.glob("*"):
+        match = re.search(r"-(.*)-([0-9]+)-[0-9a-f]{8}", path.name)
+        if match and match[1] == socket.gethostname() and not _is_alive(int(match[2])):
+            paths.delete(path)
 
 
 def _is_alive(process: int) -> bool:

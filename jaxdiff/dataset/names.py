@@ -1,7 +1,12 @@
 """The names of files and folders in a dataset."""
 
+import re
+from pathlib import PurePosixPath
+
 WORK = "_jaxdiff"
 PLAN = f"{WORK}/plan"
+PLAN_JSON = "plan.json"
+PLAN_FILE = f"{PLAN}/{PLAN_JSON}"
 DONE = f"{WORK}/done"
 TMP = f"{WORK}/tmp"
 LOCK = f"{WORK}/lock"
@@ -24,3 +29,11 @@ OURS = (
     *(SUCCESS, DONE, DEVICE, BATCH, DATA, METADATA),
     *(CARD, CROISSANT, REPORT, REJECTED, FAILED, PLAN),
 )
+HASHED = re.compile(r"train-(?P<shard>[0-9]{5,})(-r(?P<again>[0-9]+))?-[0-9a-f]{8}\.[a-z]+")
+
+
+def hashed(name: str, revision: int, sha256: str) -> str:
+    """Returns the name of a shard's file in a bucket, where other contents have other names."""
+    path = PurePosixPath(name)
+    again = f"-r{revision}" if revision else ""
+    return f"{path.parent}/{path.stem}{again}-{sha256[:8]}{path.suffix}"

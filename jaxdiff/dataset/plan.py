@@ -16,9 +16,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from jaxdiff.checkpoint import controlnet, lora
-from jaxdiff.dataset import formats, names, paths
-from jaxdiff.dataset.local import LocalStore
+from jaxdiff.dataset import formats, names
 from jaxdiff.dataset.settings import Settings
+from jaxdiff.dataset.store import Store
 from jaxdiff.errors import InputError
 from jaxdiff.images import sources
 from jaxdiff.request import (
@@ -33,7 +33,6 @@ from jaxdiff.request import (
 )
 
 VERSION = 5
-PLAN_JSON = "plan.json"
 # Shared by the whole job, or not known yet.
 NOT_PLANNED = ("noise", "dtype", "options", "model", "sha256", "pixel_sha256")
 # The arguments of `jaxdiff.load` that name models.
@@ -212,17 +211,16 @@ def digest(identity: dict) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def load(store: LocalStore) -> Plan | None:
+def load(store: Store) -> Plan | None:
     """Returns the plan of a dataset, or None if there is none.
 
     Raises:
       InputError: if it cannot be read by this version.
     """
-    path = store.path(f"{names.PLAN}/{PLAN_JSON}")
-    if paths.wrong_kind(path) == "is missing":
+    if store.kind(names.PLAN_FILE) == "is missing":
         return None
     try:
-        said = json.loads(paths.read(path))
+        said = json.loads(store.read(names.PLAN_FILE))
         if said["identity"]["plan_version"] != VERSION:
             raise ValueError("it was written by another version of jaxdiff")
         plan = Plan(**said)
@@ -232,7 +230,8 @@ def load(store: LocalStore) -> Plan | None:
             raise ValueError("it is damaged")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as problem:
         raise InputError(
-            f"{path} cannot be used ({problem}); start a new run with --overwrite"
+            f"{store.address}/{names.PLAN_FILE} cannot be used ({problem}); start a new run with "
+            "--overwrite"
         ) from None
     return plan
 

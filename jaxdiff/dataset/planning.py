@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
-from jaxdiff.dataset import paths
+from jaxdiff.dataset import names, paths
 from jaxdiff.dataset.manifest import columns, rows
 from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.manifest.manifest import Manifest
@@ -22,7 +22,6 @@ from jaxdiff.dataset.manifest.notices import Notices
 from jaxdiff.dataset.manifest.readers import Entry
 from jaxdiff.dataset.manifest.sources import Sources, root_of
 from jaxdiff.dataset.plan import (
-    PLAN_JSON,
     ROW_GROUP_IMAGES,
     VERSION,
     Plan,
@@ -135,7 +134,7 @@ def make(
     )
     sha256 = {file.name: paths.digest(file) for file in sorted(folder.iterdir())}
     plan = replace(plan, rows=reader.counts, sha256=sha256, notices=reader.notices.texts())
-    (folder / PLAN_JSON).write_text(json.dumps(asdict(plan), indent=2) + "\n", "utf-8")
+    (folder / names.PLAN_JSON).write_text(json.dumps(asdict(plan), indent=2) + "\n", "utf-8")
     return plan
 
 
@@ -167,7 +166,7 @@ def can_extend(old: dict, new: dict) -> bool:
 def _copy_shards(run: Run, writer: pq.ParquetWriter) -> dict:
     """Copies a plan's shards; returns the digest of each image by row id and image index."""
     known = {}
-    with pq.ParquetFile(run.images_file) as file:
+    with run.open_images() as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
             writer.write_table(_widened(table, writer.schema), row_group_size=len(table))
@@ -205,13 +204,14 @@ def _noted(shards: Iterable[pa.Table], plan: Plan) -> Iterator[pa.Table]:
 
 def _row_groups(shards: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Combines whole shards into row groups of `ROW_GROUP_IMAGES` or `ROW_GROUP_BYTES`."""
-    group, images = [], 0
+    group, images, size = [], 0, 0
     for table in shards:
         group.append(table)
         images += len(table)
-        if images >= ROW_GROUP_IMAGES or sum(each.nbytes for each in group) >= ROW_GROUP_BYTES:
+        size += table.nbytes
+        if images >= ROW_GROUP_IMAGES or size >= ROW_GROUP_BYTES:
             yield pa.concat_tables(group)
-            group, images = [], 0
+            group, images, size = [], 0, 0
     if group:
         yield pa.concat_tables(group)
 

@@ -11,20 +11,16 @@ Earlier versions wrote only the plan's id, the counts and one digest of all shar
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
-from jaxdiff.dataset import names, paths
+from jaxdiff.dataset import names
 from jaxdiff.dataset import shard as shards
-from jaxdiff.dataset.local import LocalStore
-from jaxdiff.dataset.plan import PLAN_JSON
 from jaxdiff.dataset.run import Run
+from jaxdiff.dataset.store import Store
 from jaxdiff.errors import InputError
 
-PLAN_FILE = f"{names.PLAN}/{PLAN_JSON}"
 REPORTS = (names.CARD, names.CROISSANT, names.REPORT, names.REJECTED, names.FAILED)
 PLAIN = (names.SUCCESS, *REPORTS, names.LOCK, names.DEVICE)  # files whose kind is checked here
 STRAY = "does not belong to the run; move it elsewhere"
@@ -61,17 +57,16 @@ class Root:
         return json.dumps(said, indent=2, ensure_ascii=False) + "\n"
 
 
-def read(store: LocalStore) -> Root | None:
+def read(store: Store) -> Root | None:
     """Returns the root of a dataset, or None if it is not finished.
 
     Raises:
       ValueError: if it cannot be read, or this version would write it in another way.
     """
-    path = store.path(names.SUCCESS)
-    if paths.wrong_kind(path) == "is missing":
+    if store.kind(names.SUCCESS) == "is missing":
         return None
     try:
-        content = paths.read(path).decode()
+        content = store.read(names.SUCCESS).decode()
         root = Root(**json.loads(content))
         sound = str(root) == content and _is_sound(root)
     except (AttributeError, RecursionError, TypeError, ValueError):
@@ -79,8 +74,8 @@ def read(store: LocalStore) -> Root | None:
     if not sound:
         raise ValueError(
             f"{names.SUCCESS} differs from what the run wrote, so it proves nothing; to have it "
-            f"written anew from the done-markers, delete it and run `jaxdiff verify {store.root} "
-            "--repair`"
+            f"written anew from the done-markers, delete it and run `jaxdiff verify "
+            f"{store.address} --repair`"
         )
     return root
 
@@ -96,12 +91,12 @@ def _is_sound(root: Root) -> bool:
     )
 
 
-def required(store: LocalStore) -> Root | None:
+def required(store: Store) -> Root | None:
     """Returns the root like `read`, but raises InputError: what it proved must not get lost."""
     try:
         return read(store)
     except ValueError as problem:
-        raise InputError(f"{store.root}: {problem}") from None
+        raise InputError(f"{store.address}: {problem}") from None
 
 
 def now(run: Run, markers: list[shards.Marker], counts: dict[str, int]) -> Root:
@@ -115,7 +110,7 @@ def now(run: Run, markers: list[shards.Marker], counts: dict[str, int]) -> Root:
         plan_id=run.plan.id,
         counts=counts,
         files_sha256=files_sha256(markers),
-        sha256=dict(sorted((named | _digests(run, PLAN_FILE, *REPORTS) | pins(run)).items())),
+        sha256=dict(sorted((named | _digests(run, names.PLAN_FILE, *REPORTS) | pins(run)).items())),
         contents=[revisions[-1] for revisions in contents],
         earlier={
             str(shard): revisions[:-1]
@@ -138,28 +133,25 @@ def files_sha256(markers: list[shards.Marker]) -> str:
 
 def marker_digests(run: Run, shard: int) -> list[str]:
     """Returns the digest of each of a shard's done-markers."""
-    return [digest_of(path) for path in shards.marker_paths(run, shard)]
+    return [digest_of(run.store, name) for name in shards.marker_names(run, shard)]
 
 
 def pins(run: Run) -> dict[str, str]:
     """Returns the digests of the files that pin the run to its hardware, by name."""
-    sizes = (f"{names.BATCH}/{entry}" for entry in _entries(run, names.BATCH))
+    sizes = (f"{names.BATCH}/{entry}" for entry in run.store.entries(names.BATCH))
     return _digests(run, names.DEVICE, *sizes)
 
 
 def _digests(run: Run, *every: str) -> dict[str, str]:
     """Returns the digests of those of some files that exist."""
-    found = {name: run.store.path(name) for name in every}
     return {
-        name: digest_of(path)
-        for name, path in found.items()
-        if paths.wrong_kind(path) != "is missing"
+        name: digest_of(run.store, name) for name in every if run.store.kind(name) != "is missing"
     }
 
 
-def digest_of(path: Path) -> str:
-    """Returns the SHA-256 (hex) of a plain file, and "" for all else."""
-    return "" if paths.wrong_kind(path) else paths.digest(path)
+def digest_of(store: Store, name: str) -> str:
+    """Returns the SHA-256 (hex) of a small plain file, and "" for all else."""
+    return "" if store.kind(name) else hashlib.sha256(store.read(name)).hexdigest()
 
 
 def digest(text: str) -> str:
@@ -181,7 +173,7 @@ def has_its_report(root: Root, run: Run) -> bool:
     """Returns whether `run.json` and the done-markers that it is made of are the root's."""
     return (
         root.sha256 is not None
-        and root.sha256.get(names.REPORT) == digest_of(run.store.path(names.REPORT))
+        and root.sha256.get(names.REPORT) == digest_of(run.store, names.REPORT)
         and root.markers == [marker_digests(run, shard) for shard in run.shards]
     )
 
@@ -189,11 +181,11 @@ def has_its_report(root: Root, run: Run) -> bool:
 def plan_problem(root: Root, run: Run) -> str | None:
     """Returns how the plan differs from the one that the root records, or None."""
     if root.plan_id != run.plan.id:
-        return f"{names.SUCCESS} belongs to another plan than {PLAN_FILE}"
-    if root.sha256 and root.sha256.get(PLAN_FILE) != digest_of(run.store.path(PLAN_FILE)):
-        return f"{PLAN_FILE} differs from what the run wrote"
+        return f"{names.SUCCESS} belongs to another plan than {names.PLAN_FILE}"
+    if root.sha256 and root.sha256.get(names.PLAN_FILE) != digest_of(run.store, names.PLAN_FILE):
+        return f"{names.PLAN_FILE} differs from what the run wrote"
     if root.contents is not None and not len(root.contents) == len(root.markers) == len(run.shards):
-        return f"{names.SUCCESS} has another number of shards than {PLAN_FILE}"
+        return f"{names.SUCCESS} has another number of shards than {names.PLAN_FILE}"
     return None
 
 
@@ -270,39 +262,38 @@ def disagreement(root: Root, here: Root, reports: dict[str, str]) -> str | None:
     return next(iter(differences(root, here)), None)
 
 
-def misplaced_folders(store: LocalStore) -> Iterator[str]:
+def misplaced_folders(store: Store) -> Iterator[str]:
     """Yields which of a dataset's folders are links, which nothing follows, or no folders."""
     for name in names.FOLDERS:
-        why = paths.wrong_kind(store.path(name), folder=True)
+        why = store.kind(name, folder=True)
         if why not in (None, "is missing"):
             yield f"{name} {why}; put the folder that the run wrote in its place"
 
 
-def strays(run: Run, folders: Sequence[str] = ("", *names.FOLDERS)) -> Iterator[str]:
+def strays(
+    run: Run,
+    markers: Sequence[shards.Marker | None],
+    folders: Sequence[str] = ("", *names.FOLDERS),
+) -> Iterator[str]:
     """Yields the files that do not belong to the run, and reports that are no plain files.
 
     In the directory itself, names that begin with "." are left alone (a clone from the Hub has
     some), and what other tools of ours write there; in `names.TMP`, lost processes still may.
     """
-    owned = dict.fromkeys((*names.FOLDERS, *names.OURS, names.LOCK, PLAN_FILE, *pins(run)))
+    owned = dict.fromkeys((*names.FOLDERS, *names.OURS, names.LOCK, names.PLAN_FILE, *pins(run)))
     owned |= dict.fromkeys(f"{names.PLAN}/{name}" for name in run.plan.sha256)
-    for shard in run.shards:
-        owned |= dict.fromkeys((*run.file_names(shard), *shards.marker_names(run, shard)))
+    for marker in filter(None, markers):
+        done = (shards.marker_name(marker.shard, n) for n in range(marker.revision + 1))
+        owned |= dict.fromkeys((*marker.files, *done))
     del owned[names.OLD]  # of a job that has not ended
     for folder in folders:
         if folder in (names.TMP, names.OLD):
             continue
-        for entry in _entries(run, folder):
+        for entry in run.store.entries(folder):
             name = f"{folder}/{entry}" if folder else entry
             if not folder and (entry.startswith(".") or entry in names.BESIDE):
                 continue
             if name not in owned:
                 yield f"{name} {STRAY}"
-            elif name in PLAIN and (why := paths.wrong_kind(run.store.path(name))):
+            elif name in PLAIN and (why := run.store.kind(name)):
                 yield f"{name} {why}"
-
-
-def _entries(run: Run, folder: str) -> list[str]:
-    path = run.store.path(folder)
-    is_there = not folder or not paths.wrong_kind(path, folder=True)
-    return sorted(os.listdir(path)) if is_there else []

@@ -1,9 +1,9 @@
 """A run: a plan and the store of its dataset."""
 
-import os
+import contextlib
 import re
-import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import formats, names, paths
+from jaxdiff.dataset import formats, names
 from jaxdiff.dataset import plan as plans
-from jaxdiff.dataset.local import LocalStore
-from jaxdiff.dataset.plan import PLAN_JSON, Plan, PlannedImage
+from jaxdiff.dataset.plan import Plan, PlannedImage
+from jaxdiff.dataset.store import Store, open_store
 from jaxdiff.errors import InputError
 from jaxdiff.request import Request
 
@@ -23,13 +23,13 @@ from jaxdiff.request import Request
 class Run:
     """A plan and the store of its dataset."""
 
-    store: LocalStore
+    store: Store
     plan: Plan
 
     @property
-    def directory(self) -> Path:
-        """The directory of the dataset."""
-        return self.store.root
+    def address(self) -> str:
+        """The directory of the dataset, or its address."""
+        return self.store.address
 
     @property
     def shards(self) -> range:
@@ -37,12 +37,12 @@ class Run:
         return range(len(self.plan.shard_sizes))
 
     def images_name(self, shard: int) -> str:
-        """Returns the name of a shard's image file or folder."""
+        """Returns the name of a shard's image file or folder; in a bucket, with a hash in it."""
         ending = formats.FORMATS[self.plan.settings.format].ending
         return f"{names.DATA}/train-{shard:05d}{'.' * bool(ending)}{ending}"
 
     def metadata_name(self, shard: int) -> str:
-        """Returns the name of a shard's metadata file."""
+        """Returns the name of a shard's metadata file; in a bucket, with a hash in it."""
         return f"{names.METADATA}/train-{shard:05d}.parquet"
 
     def file_names(self, shard: int) -> tuple[str, str]:
@@ -58,7 +58,7 @@ class Run:
         """Returns the images of a shard, in the order of their keys."""
         sizes = self.plan.shard_sizes
         start, group = sum(sizes[:shard]), 0  # `start` is relative to the row group
-        with pq.ParquetFile(self.images_file) as file:
+        with self.open_images() as file:
             while start >= (rows := file.metadata.row_group(group).num_rows):
                 start, group = start - rows, group + 1
             return plans.planned_images(file.read_row_group(group).slice(start, sizes[shard]))
@@ -66,7 +66,7 @@ class Run:
     def kinds(self) -> dict[Request, int]:
         """Returns a request with an empty prompt for each bucket, and its number of images."""
         counts: Counter[Request] = Counter()
-        with pq.ParquetFile(self.images_file) as file:
+        with self.open_images() as file:
             columns = [name for name in plans.BUCKET_COLUMNS if name in file.schema_arrow.names]
             for batch in file.iter_batches(columns=columns):
                 part = pa.Table.from_batches([batch])
@@ -80,58 +80,68 @@ class Run:
                     counts[plans.example(self.plan.models, **row)] += count
         return dict(counts.most_common())
 
-    @property
-    def images_file(self) -> Path:
-        """The path of the file that lists the planned images."""
-        return self.store.path(f"{names.PLAN}/{self.plan.images_file}")
+    @contextlib.contextmanager
+    def open_images(self) -> Iterator[pq.ParquetFile]:
+        """Opens the file that lists the planned images."""
+        with (
+            self.store.open(f"{names.PLAN}/{self.plan.images_file}") as file,
+            pq.ParquetFile(file) as images,
+        ):
+            yield images
+
+    def rejected(self) -> str:
+        """Returns the lines of the plan's file of rejected rows."""
+        return self.store.read(f"{names.PLAN}/{self.plan.rejected_file}").decode()
+
+    def snapshot(self) -> "Run":
+        """Returns the run with its store's `snapshot`."""
+        return Run(self.store.snapshot(), self.plan)
 
     def tidy(self) -> None:
         """Deletes the files of earlier plans that this plan extends."""
-        for path in self.store.path(names.PLAN).iterdir():
-            is_plans = re.fullmatch(r"(images|rejected)-[0-9a-f]{16}\.[a-z]+", path.name)
-            if is_plans and path.name not in self.plan.sha256:
-                path.unlink()
+        for name in self.store.entries(names.PLAN):
+            is_plans = re.fullmatch(r"(images|rejected)-[0-9a-f]{16}\.[a-z]+", name)
+            if is_plans and name not in self.plan.sha256:
+                self.store.delete(f"{names.PLAN}/{name}")
 
 
 def _with_column(table: pa.Table, name: str, values) -> pa.Table:
     return table.set_column(table.column_names.index(name), name, values)
 
 
-def begin(folder: Path, store: LocalStore) -> Run:
-    """Moves a plan from a folder into the dataset, replacing the plan that it extends, if any.
+def begin(folder: Path, store: Store, extended: Run | None = None) -> Run:
+    """Makes a plan in a local folder the plan of a dataset; returns its run.
 
-    The plan is valid once its `plan.json` is in place; a kill leaves the old plan or the new.
+    The plan is valid once its `plan.json` is in place. In a bucket, another process may have been
+    first: then that plan stays, and is the one returned.
+
+    Args:
+      extended: the run that the plan extends.
+
+    Raises:
+      InputError: if another process has extended that run.
     """
-    for path in folder.iterdir():
-        paths.sync(path)
-    target = store.path(names.PLAN)
-    if not target.exists():
-        os.rename(folder, target)
-        paths.sync_names(store.path(names.WORK))
-    else:
-        store.path(names.SUCCESS).unlink(missing_ok=True)  # it belongs to the old plan
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == PLAN_JSON):
-            os.replace(path, target / path.name)  # plan.json last
-            paths.sync_names(target)
-    run = open_run(store.root)
-    shutil.copyfile(target / run.plan.rejected_file, store.path(names.REJECTED))
+    store.begin(folder, extended and extended.plan.id)
+    run = open_run(store)
+    store.swap(names.REJECTED, run.rejected())
     return run
 
 
-def find(directory: Path) -> Run | None:
-    """Returns the run in a directory, or None if there is none.
+def find(where: str | Path | Store) -> Run | None:
+    """Returns the run in a directory, at an address or in a store, or None if there is none.
 
     Raises:
       InputError: if its plan cannot be read by this version.
     """
-    store = LocalStore(directory)
+    store = open_store(where) if isinstance(where, str | Path) else where
     plan = plans.load(store)
     return plan and Run(store, plan)
 
 
-def open_run(directory: Path) -> Run:
-    """Returns the run in a directory like `find`, but raises InputError if there is none."""
-    run = find(directory)
+def open_run(where: str | Path | Store) -> Run:
+    """Returns a run like `find`, but raises InputError if there is none."""
+    run = find(where)
     if run is None:
-        raise InputError(f"{directory} holds no jaxdiff run")
+        address = where if isinstance(where, str | Path) else where.address
+        raise InputError(f"{address} holds no jaxdiff run")
     return run

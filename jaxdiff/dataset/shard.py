@@ -1,10 +1,11 @@
 """Writes a shard atomically: it appears complete or not at all, and only once.
 
-An attempt writes under temporary names. Then it creates the shard's done-marker with `os.link`,
-which is atomic and fails if the marker exists. The first attempt to link wins; only then are its
-files renamed to their final names, and anyone may repeat this step. Two attempts need not write
-equal bytes (GPUs choose kernels by timing), so replacing files could combine one attempt's images
-with another's marker; linking cannot.
+An attempt writes local files and stages them where nobody reads them. Then it claims the shard's
+done-marker, which only one attempt can do. On a disk, the winner's files then get their final
+names, and anyone may repeat this step; in a bucket, where nothing can be renamed, they have them
+since they were uploaded: the names contain their hash. Two attempts need not write equal bytes
+(GPUs choose kernels by timing), so replacing files could combine one attempt's images with
+another's marker; claiming cannot.
 
 A finished shard is never changed, but it may be revised, to add images that had failed or to sign
 images. A revision has its own done-marker (`00007.r1.json`), created in the same way; the last
@@ -13,12 +14,14 @@ marker is the valid one.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,10 +29,12 @@ import pyarrow.parquet as pq
 
 from jaxdiff.dataset import formats, image_files, names, paths
 from jaxdiff.dataset.formats import Sample
+from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.plan import Plan, PlannedImage
 from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
 
+Check = Literal["size", "etag", "bytes"]
 OUTCOME_FIELDS = (
     ("status", pa.string()),  # "made" or "failed"
     ("error", pa.string()),
@@ -52,7 +57,7 @@ class Marker:
       shard_id: the shard's id in the plan.
       revision: 0 for the first version of the shard.
       attempt: the temporary name of its files, without their endings.
-      files: their final names, each with its `sha256` and `bytes`.
+      files: their final names, each with its `sha256` and `bytes`, and its `etag` in a bucket.
       made, failed: the numbers of generated and failed images.
       facts: data for the run's report: device, versions, padded batch slots, seconds per stage.
     """
@@ -65,6 +70,16 @@ class Marker:
     made: int
     failed: int
     facts: dict
+
+    @property
+    def images_name(self) -> str:
+        """The name of the shard's image file or folder."""
+        return next(name for name in self.files if name.startswith(f"{names.DATA}/"))
+
+    @property
+    def metadata_name(self) -> str:
+        """The name of the shard's metadata file."""
+        return next(name for name in self.files if name.startswith(f"{names.METADATA}/"))
 
     @property
     def content(self) -> str:
@@ -80,17 +95,22 @@ def marker_name(shard: int, revision: int = 0) -> str:
     return f"{names.DONE}/{shard:05d}{ending}"
 
 
-def marker_paths(run: Run, shard: int) -> list[Path]:
-    """Returns the shard's done-markers without gaps in their revisions, the valid one last."""
-    paths = []
-    while os.path.lexists(path := run.store.path(marker_name(shard, len(paths)))):
-        paths.append(path)
-    return paths
-
-
 def marker_names(run: Run, shard: int) -> list[str]:
-    """Returns the names of `marker_paths`."""
-    return [path.relative_to(run.directory).as_posix() for path in marker_paths(run, shard)]
+    """Returns a shard's done-markers without gaps in their revisions, the valid one last."""
+    every = (marker_name(shard, revision) for revision in itertools.count())
+    return [*itertools.takewhile(lambda name: run.store.kind(name) != "is missing", every)]
+
+
+def revisions(run: Run) -> dict[int, int]:
+    """Returns how many done-markers each finished shard has, from one listing."""
+    every = set(run.store.entries(names.DONE))
+    found = {}
+    for shard in run.shards:
+        names_of = (os.path.basename(marker_name(shard, n)) for n in itertools.count())
+        count = sum(1 for _ in itertools.takewhile(every.__contains__, names_of))
+        if count:
+            found[shard] = count
+    return found
 
 
 def read_marker(run: Run, shard: int) -> Marker | None:
@@ -99,28 +119,26 @@ def read_marker(run: Run, shard: int) -> Marker | None:
     Raises:
       ValueError: if it is damaged or belongs to another plan.
     """
-    revisions = len(marker_paths(run, shard))
-    return read_revision(run, shard, revisions - 1) if revisions else None
+    count = len(marker_names(run, shard))
+    return read_revision(run, shard, count - 1) if count else None
 
 
 def read_markers(run: Run, shard: int) -> list[Marker]:
     """Returns all of a shard's done-markers; raises ValueError as `read_marker` does."""
-    revisions = range(len(marker_paths(run, shard)))
-    return [read_revision(run, shard, revision) for revision in revisions]
+    return [read_revision(run, shard, n) for n in range(len(marker_names(run, shard)))]
 
 
 def read_revision(run: Run, shard: int, revision: int) -> Marker:
     """Returns one of a shard's done-markers; raises ValueError as `read_marker` does."""
     name = marker_name(shard, revision)
-    path = run.store.path(name)
-    if (why := paths.wrong_kind(path)) == "is a link":  # which may point to a sound marker
+    if (why := run.store.kind(name)) == "is a link":  # which may point to a sound marker
         raise ValueError(f"{name} {why}")
     try:
-        marker = Marker(**json.loads(paths.read(path)))
+        marker = Marker(**json.loads(run.store.read(name)))
         identity = (run.plan.shard_ids[shard], shard, revision)
         sound = (
             (marker.shard_id, marker.shard, marker.revision) == identity
-            and sorted(marker.files) == sorted(run.file_names(shard))
+            and _are_named(run, marker)
             and re.fullmatch(r"[\w.-]+", marker.attempt)
             and min(marker.made, marker.failed) >= 0
             and marker.made + marker.failed == run.plan.shard_sizes[shard]
@@ -134,8 +152,19 @@ def read_revision(run: Run, shard: int, revision: int) -> Marker:
     return marker
 
 
-def _is_sound(sha256: str, bytes: int) -> bool:
-    return bool(re.fullmatch(r"[0-9a-f]{64}", sha256)) and type(bytes) is int
+def _are_named(run: Run, marker: Marker) -> bool:
+    """Returns whether a marker names the shard's files, as a disk or a bucket has them."""
+    plain = sorted(run.file_names(marker.shard))
+    hashed = sorted(
+        names.hashed(name, marker.revision, file["sha256"])
+        for name, file in zip(plain, (marker.files[n] for n in sorted(marker.files)), strict=True)
+    )
+    return sorted(marker.files) in (plain, hashed)
+
+
+def _is_sound(sha256: str, bytes: int, etag: str | None = None) -> bool:
+    is_text = etag is None or isinstance(etag, str)
+    return bool(re.fullmatch(r"[0-9a-f]{64}", sha256)) and type(bytes) is int and is_text
 
 
 def _are_sound(device: str, padded: int, versions: dict, seconds: dict, **_) -> bool:
@@ -146,18 +175,26 @@ def _are_sound(device: str, padded: int, versions: dict, seconds: dict, **_) -> 
     )
 
 
-def why_not(run: Run, marker: Marker, name: str, deep: bool = True) -> str | None:
+def why_not(run: Run, marker: Marker, name: str, check: Check = "bytes") -> str | None:
     """Returns why a shard's file, or folder, is not what its marker names; None if it is.
 
     Args:
-      deep: also checks its bytes, not only its size.
+      check: "size" looks no further; "etag" reads the bytes only if the store does not call them
+        what it called them when they were written.
     """
-    path, file = run.store.path(name), marker.files[name]
-    if why := paths.wrong_kind_within(path, run.is_folder(name)):
+    file, store = marker.files[name], run.store
+    if run.is_folder(name):
+        why = paths.wrong_kind_within(store.path(name), folder=True)
+    else:
+        why = store.kind(name)
+    if why:
         return why
-    if (size := paths.size(path)) != file["bytes"]:
+    if (size := store.size(name)) != file["bytes"]:
         return f"has {size} bytes instead of {file['bytes']}"
-    if deep and paths.digest(path) != file["sha256"]:
+    etag = file.get("etag")
+    if check == "size" or (check == "etag" and etag and store.etag(name) == etag):
+        return None
+    if store.digest(name) != file["sha256"]:
         return f"has changed: its SHA-256 is not {file['sha256']}"
     return None
 
@@ -167,8 +204,8 @@ def check_files(run: Run, marker: Marker) -> None:
     for name in marker.files:
         if why_not(run, marker, name):
             raise InputError(
-                f"{run.directory}: {name} is missing or has changed; run `jaxdiff verify "
-                f"{run.directory} --repair` to generate it again"
+                f"{run.address}: {name} is missing or has changed; run `jaxdiff verify "
+                f"{run.address} --repair` to generate it again"
             )
 
 
@@ -178,10 +215,14 @@ def publish(run: Run, marker: Marker) -> None:
         run.store.publish(marker.attempt, name)
 
 
-def samples(run: Run, shard: int) -> Iterator[Sample]:
-    """Yields the images of a finished shard; raises ValueError if it is invalid."""
+def samples(run: Run, marker: Marker, local: LocalStore) -> Iterator[Sample]:
+    """Yields the images of a finished shard; raises ValueError if it is invalid.
+
+    Args:
+      local: has the shard's files: what `fetched` of the run's store yields.
+    """
     read = formats.FORMATS[run.plan.settings.format].read
-    return read(run.store.path(run.images_name(shard)))
+    return read(local.path(marker.images_name))
 
 
 def record(planned: PlannedImage, plan: Plan) -> dict:
@@ -219,10 +260,11 @@ class Attempt:
         self._images_name, self._metadata_name = run.file_names(shard)
         writer = formats.FORMATS[run.plan.settings.format].writer
         self._writer = writer(self._path(self._images_name), run.plan.record_fields)
-        self._progress_path = run.store.path(f"{names.TMP}/{self._name}.progress")
+        self._progress_path = run.store.work() / f"{self._name}.progress"
         self._progress = self._progress_path.open("wb", buffering=0)
         self._rows: list[dict] = []
         self._failed = 0
+        self._is_first: bool | None = None  # not known
 
     def __enter__(self) -> "Attempt":
         return self
@@ -230,7 +272,7 @@ class Attempt:
     def __exit__(self, *_) -> None:
         with contextlib.suppress(OSError, ValueError):  # the disk may be full
             self._writer.close()
-        if not self._committed():
+        if not (self._committed() if self._is_first is None else self._is_first):
             for name in (self._images_name, self._metadata_name):
                 paths.delete(self._path(name))
         self._progress.close()
@@ -239,7 +281,7 @@ class Attempt:
     def add(self, sample: Sample) -> None:
         """Appends a generated image."""
         self._writer.add(sample)
-        outcome = {"status": "made", "file": self._images_name, "bytes": len(sample.image)}
+        outcome = {"status": "made", "bytes": len(sample.image)}
         self._rows.append({**sample.record, **outcome})
         self._report()
 
@@ -262,17 +304,22 @@ class Attempt:
             facts=facts,
         )
         body = json.dumps(asdict(marker), indent=2) + "\n"
-        self._run.store.claim(marker_name(self._shard, self._revision), body)
-        if self._committed():
+        said = self._run.store.claim(marker_name(self._shard, self._revision), body)
+        self._is_first = said == body
+        if self._is_first:
             publish(self._run, marker)
-        return self._committed()
+        else:
+            winner = read_revision(self._run, self._shard, self._revision)
+            self._run.store.withdraw(marker.files.keys() - winner.files.keys())
+        return self._is_first
 
     def repair(self, marker: Marker) -> None:
         """Replaces the missing or changed files of a marker with the files of this attempt.
 
         If these do not match the marker either, nothing changes.
         """
-        if self._finish() != marker.files:
+        made = self._finish(marker)
+        if any(made[name]["sha256"] != file["sha256"] for name, file in marker.files.items()):
             return
         for name in marker.files:
             if why_not(self._run, marker, name):
@@ -281,21 +328,34 @@ class Attempt:
                     paths.delete(final)  # a folder cannot replace a file, nor a file a folder
                 self._run.store.publish(self._name, name)
 
-    def _finish(self) -> dict[str, dict]:
-        """Closes the files; returns their entries for a marker."""
+    def _finish(self, repaired: Marker | None = None) -> dict[str, dict]:
+        """Closes and stages the files; returns their entries for a marker.
+
+        Args:
+          repaired: the marker whose names they will have; by default, the store finds names.
+        """
         self._writer.close()
+        images = self._staged(self._images_name, repaired and repaired.images_name)
+        for row in self._rows:
+            if row["status"] == "made":
+                row["file"] = next(iter(images))
         metadata = pa.Table.from_pylist(self._rows, metadata_schema(self._run.plan))
         pq.write_table(metadata, self._path(self._metadata_name))
-        facts = {}
-        for name in (self._images_name, self._metadata_name):
-            self._run.store.stage(self._name, name)
-            path = self._path(name)
-            facts[name] = {"sha256": paths.digest(path), "bytes": paths.size(path)}
-        return facts
+        return images | self._staged(self._metadata_name, repaired and repaired.metadata_name)
+
+    def _staged(self, name: str, final: str | None) -> dict[str, dict]:
+        path, store = self._path(name), self._run.store
+        sha256, size = paths.digest(path), paths.size(path)
+        final = final or store.final_name(name, self._revision, sha256)
+        etag = store.stage(self._name, name, final)
+        return {final: {"sha256": sha256, "bytes": size} | ({"etag": etag} if etag else {})}
 
     def _committed(self) -> bool:
-        """Returns whether the marker is this attempt's (NFS may report a link twice)."""
-        marker = read_marker(self._run, self._shard)
+        """Returns whether the marker is this attempt's, as far as can be known."""
+        try:
+            marker = read_marker(self._run, self._shard)
+        except OSError:
+            return True
         return marker is not None and marker.attempt == self._name
 
     def _path(self, name: str) -> Path:

@@ -12,13 +12,13 @@ from jaxdiff.evaluation.benchmarks import prompt_of
 from jaxdiff.evaluation.records import Picture
 
 
-def open_dataset(directory: Path) -> Run:
+def open_dataset(where: str | Path) -> Run:
     """Opens a finished dataset; raises InputError if there is none."""
-    found = run.find(directory)
+    found = run.find(where)
     if found is None:
-        raise InputError(f"{directory} is not a jaxdiff generate dataset; give one that is")
-    if not found.store.path(names.SUCCESS).exists():
-        raise InputError(f"{directory} is not finished; run its generate command again")
+        raise InputError(f"{where} is not a jaxdiff generate dataset; give one that is")
+    if found.store.kind(names.SUCCESS):
+        raise InputError(f"{where} is not finished; run its generate command again")
     return found
 
 
@@ -34,8 +34,8 @@ def of_shard(dataset: Run, shard: int) -> Iterator[Picture]:
         yield Picture(row["key"], prompt, row["image_index"], row["seed"], image, extension)
 
 
-def of_dataset(directory: Path) -> Iterator[Picture]:
+def of_dataset(where: str | Path) -> Iterator[Picture]:
     """Yields the pictures of a finished dataset; raises InputError as the functions above do."""
-    dataset = open_dataset(directory)
+    dataset = open_dataset(where)
     for shard in dataset.shards:
         yield from of_shard(dataset, shard)

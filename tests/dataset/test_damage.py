@@ -40,8 +40,8 @@ JOBS = [  # each format of shards, and of images
     {"format": "imagefolder", "image_format": "webp"},
 ]
 FAILING = ("000000001", "000000005")
-DAMAGES, SLOW_DAMAGES = 250, 600  # for each format
-REPAIRS, SLOW_REPAIRS = 100, 300
+DAMAGES, SLOW_DAMAGES = 100, 800  # for each format
+REPAIRS, SLOW_REPAIRS = 50, 400
 SECONDS = 20  # a damaged dataset must not make anything wait
 
 
@@ -206,7 +206,7 @@ def rewrite(directory: Path, shard: int, change: Callable[[list], None]) -> None
     """Changes a shard's samples and errors, and updates every hash and count but the root's."""
     run = open_run(directory)
     marker = shards.read_marker(run, shard)
-    samples, rows = shards.samples(run, shard), []
+    samples, rows = shards.samples(run, marker, run.store), []
     for image in run.planned(shard):
         rows.append((image, "not finite" if image.key in FAILING else next(samples)))
     change(rows)
@@ -366,7 +366,7 @@ def quick_repairs(monkeypatch):
         run = open_run(Path(generate_shard.directory))
         begun_on = run.store.claim(names.DEVICE, "test")
         if todo and begun_on != "test":
-            raise InputError(f"{run.directory} was begun on {begun_on}")
+            raise InputError(f"{run.address} was begun on {begun_on}")
         for shard in todo:
             marker = shards.read_marker(run, shard)
             assert (marker is None) == (generate_shard.mode == "make")

@@ -125,7 +125,7 @@ def test_the_images_of_a_run_say_its_options(finished):
     said = {"scheduler": "timestep_spacing=trailing", "clip_skip": 1, "eta": 0.25}
     said |= {"sampler": "ddim", "noise": "torch", "dtype": "bfloat16", "width": 32, "height": 32}
     run = open_run(finished(**said))
-    sample = next(shards.samples(run, 0))
+    sample = next(shards.samples(run, shards.read_marker(run, 0), run.store))
     with Image.open(io.BytesIO(sample.image)) as image:
         _, _, read = read_by_the_web_ui(image.text["parameters"])
     expected = {"Schedule type": "SGM Uniform", "timestep_spacing": "trailing", "Clip skip": "2"}

@@ -164,7 +164,7 @@ def test_negative_prompts_without_guidance_are_counted(noticed):
 
 def test_run_json_keeps_them(finished):
     run = open_run(finished())  # the manifest has the columns `note` and `tags`
-    said = json.loads((run.directory / "run.json").read_text())["notices"]
+    said = json.loads(run.store.read("run.json"))["notices"]
     assert said == run.plan.notices
     assert said[notices.COPIED].startswith("'note', 'tags' ")
 

@@ -10,8 +10,8 @@ import pytest
 from making import make_plan
 
 from jaxdiff import checks, cli
+from jaxdiff.dataset import names, planning
 from jaxdiff.dataset import plan as plans
-from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.run import open_run
 from jaxdiff.diffusion import scheduler_config
@@ -162,7 +162,7 @@ def test_row_groups_contain_whole_shards_in_order(tmp_path, tiny_checkpoint):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "num_images": 9001}\n')
     made = make_plan(tmp_path / "out", path, tiny_checkpoint, images_per_shard=1000)
-    file = pq.ParquetFile(made.images_file)
+    file = pq.ParquetFile(made.store.path(f"{names.PLAN}/{made.plan.images_file}"))
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     assert sizes == [5000, 4001]
     assert made.plan.shard_sizes == [*[1000] * 9, 1]

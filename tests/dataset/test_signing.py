@@ -10,6 +10,7 @@ from pathlib import Path
 import c2pa
 import numpy as np
 import pytest
+import servers
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -17,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from making import make_plan, make_shard
 
 from jaxdiff import cli
-from jaxdiff.dataset import formats, image_files, ledger, names
+from jaxdiff.dataset import bucket, formats, image_files, ledger, names
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.finished import signing
 from jaxdiff.dataset.run import open_run
@@ -277,6 +278,26 @@ with LocalStore(Path({str(directory)!r})).held():
             signing.sign_dataset(directory, *signer())
         other.stdin.close()
     assert signing.sign_dataset(directory, *signer()) == 9
+
+
+def test_a_dataset_in_a_bucket_is_signed_by_revisions(
+    tmp_path, manifest, tiny_checkpoint, signer, monkeypatch
+):
+    with servers.moto(tmp_path) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        bucket._client.cache_clear()
+        address = server.address("signed")
+        run = make_plan(address, manifest, tiny_checkpoint, images_per_shard=4, batch_size=2)
+        for shard in run.shards:
+            make_shard(run, shard, failing=["000000002"])
+        ledger.finalize(run, 0.0)
+        assert signing.sign_dataset(address, *signer()) == 8
+        assert signing.sign_dataset(address, *signer()) == 0
+        counts, problems = ledger.verify(address)
+        assert (counts["made"], counts["failed"], problems) == (8, 1, [])
+        tars = run.store.entries("data")  # the files of the first revision are gone
+        assert [name[:14] for name in tars] == [f"train-{n:05d}-r1" for n in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from making import files, make_plan
 
 from jaxdiff import cli
 from jaxdiff.dataset.plan import Plan
-from pipelines import generate, generate_options, runners
-from pipelines.generate import GenerateShard
+from pipelines import generate_options, runners
+from pipelines.shard_job import GenerateShard, make_shards
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "clusters.md").read_text("utf-8")
@@ -66,7 +66,7 @@ def generate_shard(tmp_path, manifest, tiny_checkpoint) -> tuple[GenerateShard, 
 
 def test_the_graph_is_linear(generate_shard):
     recorder = Recorder()
-    generate.make_shards(*generate_shard, (recorder, PipelineOptions([])))
+    make_shards(*generate_shard, (recorder, PipelineOptions([])))
     assert forks(recorder.pipeline) == []
     labels = {node.full_label for node in leaves(recorder.pipeline)}
     assert "GenerateShard" in labels
@@ -104,11 +104,11 @@ def test_documented_commands_are_accepted(runner):
 
 
 @pytest.fixture
-def cluster(tmp_path) -> Iterator[tuple[int, int]]:
+def cluster(tmp_path, noisy) -> Iterator[tuple[int, int]]:
     """Yields the ports of Beam's own job server, in place of Flink's, and of a worker pool."""
     programs = Path(sys.executable).parent  # the pool runs the first `python` on the path
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PATH": path}
     with contextlib.ExitStack() as ends:
 
         def start(module: str, option: str) -> int:
@@ -171,7 +171,7 @@ def test_dataflow_jobs_are_built_as_documented(generate_shard):
     for command in commands:
         runner, known = runners.choose([*beam_arguments(command), *OFFLINE], 4)
         began = time.monotonic()
-        generate.make_shards(*generate_shard, (runner, known))
+        make_shards(*generate_shard, (runner, known))
         assert time.monotonic() - began < 10
         built = dataflow_environment(runner, known)
         (pool,) = built.worker_pools

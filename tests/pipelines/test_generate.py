@@ -145,11 +145,13 @@ def test_a_directory_with_foreign_files_is_rejected(tmp_path, command, capsys):
     assert (tmp_path / "mine" / "photo.jpg").exists()
 
 
-def test_a_concurrent_job_in_the_same_directory_is_rejected(tmp_path, command, capsys, finish):
+def test_a_directory_that_another_job_holds_alone_is_not_overwritten(
+    tmp_path, command, capsys, finish
+):
     directory = tmp_path / "out"
     finish(directory, "--limit=4")
     with LocalStore(directory).held():
-        assert cli.main(command(directory, "--limit=4")) == 2
+        assert cli.main(command(directory, "--limit=4", "--overwrite")) == 2
     assert f"process {os.getpid()} on" in capsys.readouterr().err
     assert cli.main(command(directory, "--limit=4")) == 0
 

@@ -19,9 +19,11 @@ from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.run import open_run
 from jaxdiff.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("noise_throughout")
+
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_checkpoint) -> Path:
+def made(noise_throughout, tmp_path_factory, tiny_checkpoint) -> Path:
     """Returns a finished dataset of three shards."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "rows.txt").write_text("a red circle\na star\n\ntwo rings\n")
@@ -87,6 +89,14 @@ def test_damage_is_named_and_repaired(tmp_path, made, capsys, damage):
         assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
 
 
+def test_a_model_makes_the_same_images_again(tmp_path, finish, finished, faulty):
+    faulty(None)
+    finish(tmp_path / "out", "--limit=4")
+    (tmp_path / "out" / "data" / "train-00000.tar").unlink()
+    assert cli.main(["verify", str(tmp_path / "out"), "--repair"]) == 0
+    assert files(tmp_path / "out") == files(finished("--limit=4"))
+
+
 def test_a_stray_file_is_named_and_kept(tmp_path, made, capsys):
     directory = tmp_path / "out"
     shutil.copytree(made, directory)
@@ -132,7 +142,7 @@ def forge(directory: Path) -> None:
     """Replaces the first image of shard 1 and updates every hash of it but the root's."""
     run = open_run(directory)
     marker = shards.read_marker(run, 1)
-    samples = list(shards.samples(run, 1))
+    samples = list(shards.samples(run, shards.read_marker(run, 1), run.store))
     pixels = np.zeros((64, 64, 3), np.uint8)
     with shards.Attempt(run, 1, revision=1) as attempt:
         attempt.add(shards.encode(run.planned(1)[0], pixels, run.plan))

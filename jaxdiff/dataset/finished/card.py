@@ -92,7 +92,7 @@ its files.
 ```python
 import datasets
 
-images = datasets.load_dataset("DIR", split="train")
+{load}
 {example}
 metadata = datasets.load_dataset("parquet", data_files="DIR/metadata/*.parquet", split="train")
 ```
@@ -116,6 +116,23 @@ its digital source type is `compositeWithTrainedAlgorithmicMedia`;
 where `control_image` is not null, it follows that one. These columns and `mask_image` name files in
 a folder of images, with their SHA-256 in `init_image_sha256` and so on; it is not in the dataset.
 
+"""
+READERS = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
+LOAD = 'images = datasets.load_dataset("DIR", split="train")'
+LOAD_REMOTE = """\
+# DIR is the dataset's address; its files are read with {package}.
+images = datasets.load_dataset("{builder}", data_files="DIR/data/*.{ending}", split="train")"""
+REMOTE_TARS = """\
+{needs}images[0]["{extension}"], images[0]["json"]["prompt"], images[0]["json"]["metadata"]
+
+import fsspec
+import webdataset
+from webdataset.gopen import gopen_schemes
+
+gopen_schemes["{scheme}"] = lambda url, mode, *_, **__: fsspec.open(url, mode).open()
+tars = [f"{scheme}://{{path}}" for path in fsspec.filesystem("{scheme}").glob("DIR/data/*.tar")]
+for sample in webdataset.WebDataset(tars, shardshuffle=False).decode("pil"):
+    sample["{extension}"], sample["json"]
 """
 EXAMPLES = {
     "webdataset": """\
@@ -144,13 +161,21 @@ jaxdiff knows none for these images. What may be done with them depends on the l
 and on the prompts."""
 
 
-def readme(plan: Plan, counts: dict[str, int]) -> str:
+def readme(plan: Plan, counts: dict[str, int], scheme: str | None = None) -> str:
     """Returns the dataset's card, with the YAML that `datasets.load_dataset` reads.
 
     The YAML follows https://huggingface.co/docs/hub/datasets-cards. Names and settings may be any
     text; they are formatted as code, which Markdown does not interpret.
+
+    Args:
+      scheme: of the dataset's address, such as "s3"; None for a directory.
     """
     settings = plan.settings
+    ending = formats.FORMATS[settings.format].ending
+    remote = LOAD_REMOTE.format(builder=settings.format, ending=ending, package=READERS.get(scheme))
+    example = EXAMPLES[settings.format]
+    if scheme and settings.format == "webdataset":
+        example = REMOTE_TARS
     license = _license(plan)
     facts = {
         "images": counts["made"],
@@ -173,7 +198,9 @@ def readme(plan: Plan, counts: dict[str, int]) -> str:
         sources=SOURCES if plan.takes_images else "",
         notices=_notices(plan),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        example=EXAMPLES[settings.format].format(
+        load=remote if scheme else LOAD,
+        example=example.format(
+            scheme=scheme,
             extension=extension,
             last=len(plan.shard_sizes) - 1,
             needs=NEEDS if plan.counts_tokens else "",

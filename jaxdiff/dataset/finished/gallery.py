@@ -29,6 +29,7 @@ from jaxdiff.dataset.finished import reader
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.dataset.run import Run, open_run
 from jaxdiff.dataset.settings import Settings
+from jaxdiff.dataset.store import local
 from jaxdiff.errors import InputError
 from jaxdiff.images import loading
 from jaxdiff.request import FIELDS, IMAGE_COLUMNS, LATER_COLUMNS, Options, from_columns
@@ -52,11 +53,12 @@ ALWAYS_SAID = ("noise", "dtype", "batch_size")
 DECISIVE = dict.fromkeys((*ALWAYS_SAID, "image_format", *(field.name for field in fields(Options))))
 
 
-def write(directory: Path, target: Path | None = None) -> Path:
+def write(where: str | Path, target: Path | None = None) -> Path:
     """Writes the gallery of a dataset, finished or not; replaces an existing gallery.
 
     Args:
-      target: the gallery's folder; by default "gallery" in the dataset's folder.
+      target: the gallery's folder; by default "gallery" in the dataset's folder, which must be
+        local then.
 
     Returns:
       The path of its `index.html`.
@@ -65,8 +67,8 @@ def write(directory: Path, target: Path | None = None) -> Path:
       InputError: if there is no dataset, if one of its files is damaged, or if `target` contains
         something other than a gallery.
     """
-    run = open_run(directory)
-    target = target or directory / "gallery"
+    run = open_run(where)
+    target = target or local(where, "a gallery without --output").path("gallery")
     with _held(target):
         folder = target / f"files-{uuid.uuid4().hex[:8]}"
         try:
@@ -178,7 +180,7 @@ def _job(run: Run) -> dict:
     """Returns the data that all images share."""
     settings = run.plan.settings
     return {
-        "name": run.directory.resolve().name,
+        "name": Path(run.address).resolve().name,
         "planned": run.plan.images,
         "columns": _columns(run.plan),
         "extension": image_files.EXTENSIONS[settings.image_format],

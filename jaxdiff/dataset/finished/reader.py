@@ -36,26 +36,28 @@ def images(run: Run) -> Iterator[tuple[dict, bytes | None]]:
 def images_of(run: Run, shard: int) -> Iterator[tuple[dict, bytes | None]]:
     """Yields the `images` of one shard."""
     extension = image_files.EXTENSIONS[run.plan.settings.image_format]
-    name, metadata_name = run.file_names(shard)
+    name = run.images_name(shard)
     try:
-        made = shards.read_marker(run, shard) is not None
-        if not made or not (run.directory / name).exists():
+        marker = shards.read_marker(run, shard)
+        if marker is None or run.store.kind(marker.images_name, run.is_folder(name)):
             return
-        samples = shards.samples(run, shard)
-        for row in _rows(run.directory / metadata_name):
-            if row["status"] != "made":
-                yield row, None
-                continue
-            sample = next(samples, None)
-            if sample is None or sample.extension != extension:
-                raise ValueError(f"image {row['key']} is missing")
-            if hashlib.sha256(sample.image).hexdigest() != row["sha256"]:
-                raise ValueError(f"image {row['key']} has changed")
-            yield row, sample.image
+        name = marker.images_name
+        with run.store.fetched(*marker.files) as local:
+            samples = shards.samples(run, marker, local)
+            for row in _rows(local.path(marker.metadata_name)):
+                if row["status"] != "made":
+                    yield row, None
+                    continue
+                sample = next(samples, None)
+                if sample is None or sample.extension != extension:
+                    raise ValueError(f"image {row['key']} is missing")
+                if hashlib.sha256(sample.image).hexdigest() != row["sha256"]:
+                    raise ValueError(f"image {row['key']} has changed")
+                yield row, sample.image
     except (OSError, RecursionError, ValueError, pa.ArrowException) as problem:
         raise InputError(
-            f"{run.directory / name} cannot be read: {problem}; for details, run `jaxdiff verify "
-            f"{run.directory}`"
+            f"{run.address}/{name} cannot be read: {problem}; for details, run `jaxdiff verify "
+            f"{run.address}`"
         ) from None
 
 

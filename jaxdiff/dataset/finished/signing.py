@@ -42,7 +42,7 @@ SIGNING = {
 READING = {"verify": {"verify_after_reading": False, **OFFLINE}}
 
 
-def sign_dataset(directory: Path, certificate: Path, key: Path) -> int:
+def sign_dataset(where: str | Path, certificate: Path, key: Path) -> int:
     """Signs every image of a finished dataset that is not signed yet.
 
     Args:
@@ -56,19 +56,19 @@ def sign_dataset(directory: Path, certificate: Path, key: Path) -> int:
       InputError: if there is no finished dataset, another process writes to it, a file in it is not
         what its marker names, or the certificate and the key cannot sign.
     """
-    store = open_run(directory).store
+    store = open_run(where).store
     signer = open_signer(certificate, key)
     with store.held():
-        run = open_run(directory)
+        run = open_run(store)
         if missing := ledger.todo(run):
             raise InputError(
-                f"{directory} is not finished: {len(missing)} of {len(run.shards)} shards "
+                f"{where} is not finished: {len(missing)} of {len(run.shards)} shards "
                 "are missing; run the same generate command to finish it"
             )
         ledger.refuse_damaged(run)
         progress = tqdm(run.shards, "signing", unit=" shards", disable=None)
         signed = sum(_sign_shard(run, shard, signer) for shard in progress)
-        if signed or not store.path(names.SUCCESS).exists():
+        if signed or store.kind(names.SUCCESS):
             ledger.finalize(run, _plan_seconds(run))
     return signed
 
@@ -152,21 +152,24 @@ def _sign_shard(run: Run, shard: int, signer: "c2pa.Context") -> int:
     """Signs the unsigned images of a shard and commits it; returns how many it signed."""
     marker = shards.read_marker(run, shard)
     shards.publish(run, marker)  # a kill may have left temporary names
-    shards.check_files(run, marker)
-    image_format = run.plan.settings.image_format
-    todo = sum(not is_signed(sample.image, image_format) for sample in shards.samples(run, shard))
-    if not todo:
-        return 0
-    run.store.path(names.SUCCESS).unlink(missing_ok=True)  # it describes the old files
-    samples = shards.samples(run, shard)
-    rows = pq.read_table(run.store.path(run.metadata_name(shard))).to_pylist()
-    with shards.Attempt(run, shard, marker.revision + 1) as attempt:
-        for image, row in zip(run.planned(shard), rows, strict=True):
-            if row["status"] == "made":
-                attempt.add(_signed(next(samples), image_format, signer))
-            else:
-                attempt.add_failed(image, row["error"])
-        attempt.commit(marker.facts)
+    with run.store.fetched(*marker.files) as local:
+        here = Run(local, run.plan)
+        shards.check_files(here, marker)
+        image_format = run.plan.settings.image_format
+        every = shards.samples(run, marker, local)
+        todo = sum(not is_signed(sample.image, image_format) for sample in every)
+        if not todo:
+            return 0
+        run.store.delete(names.SUCCESS)  # it describes the old files
+        samples = shards.samples(run, marker, local)
+        rows = pq.read_table(local.path(marker.metadata_name)).to_pylist()
+        with shards.Attempt(run, shard, marker.revision + 1) as attempt:
+            for image, row in zip(run.planned(shard), rows, strict=True):
+                if row["status"] == "made":
+                    attempt.add(_signed(next(samples), image_format, signer))
+                else:
+                    attempt.add_failed(image, row["error"])
+            attempt.commit(marker.facts)
     return todo
 
 
@@ -182,7 +185,7 @@ def _signed(sample: Sample, image_format: str, signer: "c2pa.Context") -> Sample
 def _plan_seconds(run: Run) -> float:
     """Returns the planning time in the last report, or 0 if there is none."""
     try:
-        return float(json.loads(run.store.path(names.REPORT).read_text("utf-8"))["seconds"]["plan"])
+        return float(json.loads(run.store.read(names.REPORT))["seconds"]["plan"])
     except (KeyError, OSError, TypeError, ValueError):
         return 0.0
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxdiff.dataset import ledger, run
+from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.names import PLAN
 from jaxdiff.errors import InputError
 from jaxdiff.images import decoding
@@ -135,7 +136,8 @@ def _generated(folder: Path) -> list[Path]:
             f"{folder} is not finished or has missing files; run the same generate command again "
             f"to finish it, or `jaxdiff verify {folder}` for details"
         )
-    return [dataset.store.path(dataset.images_name(shard)) for shard in dataset.shards]
+    markers = (shards.read_marker(dataset, shard) for shard in dataset.shards)
+    return [dataset.store.path(marker.images_name) for marker in markers]
 
 
 def _found(folder: Path) -> list[Path]:

@@ -1,0 +1,201 @@
+"""Datasets in a bucket, made and read by the commands themselves; the server is Moto's."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from jaxdiff import cli
+from jaxdiff.dataset import ledger, names
+
+ADDRESS = "s3://sets/made"
+HASH = re.compile(r"(train-[0-9]{5}(-r[0-9]+)?)-[0-9a-f]{8}\.")
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def client(server, monkeypatch):
+    """An empty bucket, to which this process's environment leads."""
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server}")
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="sets")
+    yield client
+    for key in objects(client):
+        client.delete_object(Bucket="sets", Key=key)
+    client.delete_bucket(Bucket="sets")
+
+
+@pytest.fixture
+def job(tmp_path, tiny_checkpoint):
+    """`job(output, ...)`: the command that makes ten shards of four images."""
+    manifest = tmp_path / "prompts.txt"
+    manifest.write_text("a red circle\na blue square\n")
+
+    def command(output, *more: str) -> list[str]:
+        return [
+            *("generate", f"--manifest={manifest}", f"--output={output}", "--steps=1"),
+            *(f"--model={tiny_checkpoint}", "--width=16", "--height=8", "--batch-size=2"),
+            *("--num-images=20", "--images-per-shard=4", *more),
+        ]
+
+    return command
+
+
+def objects(client) -> dict[str, bytes]:
+    """The objects in the bucket: their keys and bytes."""
+    found = client.list_objects_v2(Bucket="sets").get("Contents", [])
+    return {
+        each["Key"]: client.get_object(Bucket="sets", Key=each["Key"])["Body"].read()
+        for each in found
+    }
+
+
+def done(client) -> int:
+    """The number of finished shards."""
+    return client.list_objects_v2(Bucket="sets", Prefix="made/_jaxdiff/done/")["KeyCount"]
+
+
+def images(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The image shards among some files, by their names without hashes."""
+    return {
+        HASH.sub(r"\1.", Path(name).name): content
+        for name, content in files.items()
+        if name.endswith(".tar")
+    }
+
+
+def verified(address: str) -> bool:
+    return cli.main(["verify", address]) == 0
+
+
+def test_a_killed_job_continues_and_makes_what_a_disk_gets(client, job, tmp_path, capsys):
+    assert cli.main(job(tmp_path / "local")) == 0
+    command = [sys.executable, "-m", "jaxdiff", *job(ADDRESS)]
+    kills = 0
+    for count in (1, 4):
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            while done(client) < count:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 2
+    assert done(client) < 10
+    assert cli.main(job(ADDRESS)) == 0
+    assert verified(ADDRESS)
+    made, local = objects(client), (tmp_path / "local")
+    on_disk = {str(path): path.read_bytes() for path in local.rglob("*") if path.is_file()}
+    assert images(made) == images(on_disk)
+    for name in (names.REJECTED, names.FAILED, names.CROISSANT, names.DEVICE):
+        assert made[f"made/{name}"] == (local / name).read_bytes()
+    before = objects(client)
+    assert cli.main(job(ADDRESS)) == 0
+    assert "is already finished: 40 images" in capsys.readouterr().out
+    assert objects(client) == before
+
+
+def test_a_dataset_is_extended(client, job, capsys):
+    address = ADDRESS
+    assert cli.main(job(address, "--num-images=4")) == 0
+    kept = images(objects(client))
+    assert cli.main(job(address, "--num-images=6")) == 0
+    assert "its 2 shards will not change" in capsys.readouterr().err
+    assert kept.items() <= images(objects(client)).items()
+    assert verified(address)
+    assert cli.main(job(address, "--num-images=6", "--seed=1")) == 2
+    assert "holds another run (seed 0 -> 1)" in capsys.readouterr().err
+    assert verified(address)
+
+
+def test_damage_is_found(client, job, capsys):
+    assert cli.main(job(ADDRESS, "--num-images=4")) == 0
+    whole = objects(client)
+    tar, marker = (next(key for key in whole if part in key) for part in (".tar", "/done/"))
+    flipped = bytes([whole[tar][600] ^ 1])
+    for key, body, said in (
+        (tar, whole[tar][:600] + flipped + whole[tar][601:], "has changed: its SHA-256 is not"),
+        (tar, None, "is missing"),
+        ("made/data/mine.tar", b"x", "does not belong to the run"),
+        (
+            marker,
+            whole[marker].replace(b'"made": 4', b'"made": 3'),
+            "is damaged or belongs to another",
+        ),
+        ("made/README.md", b"# Mine", "README.md differs from what the run wrote"),
+    ):
+        if body is None:
+            client.delete_object(Bucket="sets", Key=key)
+        else:
+            client.put_object(Bucket="sets", Key=key, Body=body)
+        assert not verified(ADDRESS)
+        assert said in capsys.readouterr().out
+        if key in whole:
+            client.put_object(Bucket="sets", Key=key, Body=whole[key])
+        else:
+            client.delete_object(Bucket="sets", Key=key)
+    assert verified(ADDRESS)
+
+
+def test_what_buckets_cannot_do_is_refused(client, job, capsys, tmp_path):
+    client.put_object(Bucket="sets", Key="others/file.txt", Body=b"mine")
+    for arguments, said in (
+        (job(ADDRESS, "--overwrite"), "name a new prefix instead"),
+        (job(ADDRESS, "--format=imagefolder"), "use webdataset or parquet"),
+        (job("ftp://sets/made"), "ftp://sets/made is not the address of a bucket"),
+        (job("s3://none/made"), "s3://none/made: the bucket does not exist"),
+        (job("s3://sets/others"), "holds other objects and no jaxdiff run (file.txt)"),
+        (["verify", ADDRESS], "s3://sets/made holds no jaxdiff run"),
+    ):
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert len(error.splitlines()) == 1
+    assert [*objects(client)] == ["others/file.txt"]
+    assert cli.main(job(ADDRESS, "--num-images=2")) == 0
+    for arguments, said in (
+        (["verify", ADDRESS, "--repair"], "--repair needs a local directory"),
+        (["view", ADDRESS], "a gallery without --output needs a local directory"),
+    ):
+        assert cli.main(arguments) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["view", ADDRESS, f"--output={tmp_path / 'gallery'}"]) == 0
+    assert (tmp_path / "gallery/index.html").exists()
+
+
+def test_the_lines_of_the_card_read_the_dataset(client, job, tmp_path):
+    for format_ in ("webdataset", "parquet"):
+        address = f"s3://sets/{format_}"
+        assert cli.main(job(address, "--num-images=4", f"--format={format_}")) == 0
+        card = objects(client)[f"{format_}/{names.CARD}"].decode()
+        (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        script = f"""{lines.replace("DIR", address)}
+import pandas
+
+assert len(images) == len(metadata) == 8
+assert len(pandas.read_parquet("{address}/metadata")) == 8
+"""
+        if format_ == "webdataset":
+            script += "assert sample['png'].size == (16, 8) and len(tars) == 2\n"
+        environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        ended = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+    assert ledger.verify("s3://sets/parquet") == ledger.verify("s3://sets/webdataset")
