@@ -147,8 +147,9 @@ def _finish(
 ) -> dict[str, int]:
     """Generates what is missing and writes the reports; returns the counts."""
     ledger.settle(dataset)
-    ledger.refuse_damaged(dataset)
-    counts = ledger.finished(dataset)
+    there = dataset if dataset.store.kind(names.SUCCESS) else dataset.snapshot()
+    ledger.refuse_damaged(there)
+    counts = ledger.finished(there)
     if counts and not (job.retry_failed and counts["failed"]):
         print(f"{job.output} is already finished: {count(counts['made'], 'image')}")
         return counts

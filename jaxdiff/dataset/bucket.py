@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import obstore
 from obstore import exceptions
@@ -53,9 +54,12 @@ class Bucket:
     from the machine's identity.
 
     Attributes:
+      renames: whether finished files may wait for their final names: no.
       address: where the dataset is, without a slash at its end.
       listed: what was there when `snapshot` was called: sizes, and the bytes of done-markers.
     """
+
+    renames: ClassVar[bool] = False
 
     address: str
     listed: "Listed | None" = None

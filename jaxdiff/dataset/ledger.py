@@ -47,21 +47,17 @@ def with_failed(run: Run) -> list[int]:
     return [shard for shard, marker in enumerate(markers) if marker and marker.failed]
 
 
-def settle(run: Run) -> Run:
+def settle(run: Run) -> None:
     """Cleans up after a dead job: publishes its finished shards and deletes its other files.
-
-    Returns:
-      The run with a snapshot of what is there.
 
     Raises:
       InputError: if a done-marker is damaged, or the plan, which cannot be repaired.
     """
     check_plan(run)
-    now = _swept(run)
-    for marker in filter(None, _markers(now)):
-        shards.publish(run, marker)
+    if run.store.renames:  # else no marker needs to be read
+        for marker in filter(None, _markers(run)):
+            shards.publish(run, marker)
     run.store.sweep()
-    return now
 
 
 def _markers(run: Run) -> list[shards.Marker | None]:
@@ -81,9 +77,11 @@ def finished(run: Run) -> dict[str, int] | None:
     Raises:
       InputError: if a done-marker is damaged.
     """
+    if any(run.store.kind(name) for name in REPORTS):
+        return None
     run = run.snapshot()
     markers = _markers(run)
-    if None in markers or any(run.store.kind(name) for name in REPORTS):
+    if None in markers:
         return None
     if any(
         shards.why_not(run, marker, name, "size") for marker in markers for name in marker.files
@@ -135,9 +133,9 @@ def finalize(run: Run, plan_seconds: float, root: Root | None = None) -> dict:
     began = time.monotonic()
     if open_run(run.store).plan.id != run.plan.id:
         raise IncompleteError(f"{run.address}: another process replaced the plan")
-    store, now = run.store, settle(run)
+    settle(run)
     run.tidy()
-    run = now
+    store, run = run.store, _swept(run)
     markers = _markers(run)
     folders = (names.DATA, names.METADATA, names.DONE)  # other files of a user may stay elsewhere
     if problems := [*_check_shards(run), *proof.strays(run, markers, folders)]:

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from jaxdiff.dataset import names, paths
 from jaxdiff.dataset.lock import Lock
@@ -30,8 +31,11 @@ class LocalStore:
     """A store in a directory of a file system with hard links.
 
     Attributes:
+      renames: whether finished files may wait for their final names.
       root: the directory.
     """
+
+    renames: ClassVar[bool] = True
 
     root: Path
 

@@ -23,6 +23,10 @@ from jaxdiff.errors import InputError
 
 REPORTS = (names.CARD, names.CROISSANT, names.REPORT, names.REJECTED, names.FAILED)
 PLAIN = (names.SUCCESS, *REPORTS, names.LOCK, names.DEVICE)  # files whose kind is checked here
+UNFINISHED = (
+    "was left by a job that did not end; run its command again, or delete the file if no other job "
+    "is working here"
+)
 STRAY = "does not belong to the run; move it elsewhere"
 
 
@@ -294,6 +298,6 @@ def strays(
             if not folder and (entry.startswith(".") or entry in names.BESIDE):
                 continue
             if name not in owned:
-                yield f"{name} {STRAY}"
+                yield f"{name} {UNFINISHED if names.HASHED.fullmatch(entry) else STRAY}"
             elif name in PLAIN and (why := run.store.kind(name)):
                 yield f"{name} {why}"

@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.errors import InputError
@@ -31,6 +31,7 @@ class Store(Protocol):
     their final names (`publish`), if they do not have them; anyone may repeat this step.
     """
 
+    renames: ClassVar[bool]  # whether finished files may wait for their final names
     address: str
 
     def scratch(self, name: str) -> Path:

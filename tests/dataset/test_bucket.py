@@ -193,7 +193,8 @@ def test_a_finished_dataset_is_not_asked_about_each_shard_again(planned, behind)
     ledger.finalize(planned, 0.0)
     asked = []
     with behind(lambda _, path, __: asked.append(path)):
-        now = ledger.settle(planned)
+        ledger.settle(planned)
+        now = planned.snapshot()
         before = len(asked)
         ledger.refuse_damaged(now)
         assert ledger.finished(now)["made"] == 9
@@ -268,7 +269,7 @@ def test_files_of_a_revision_that_may_still_come_are_not_deleted(planned):
         making.make_shard(planned, shard)
     coming = names.hashed("data/train-00001.tar", 1, "a" * 64)
     planned.store.swap(coming, "of an attempt that has not claimed its marker yet")
-    with pytest.raises(ledger.IncompleteError, match=f"{coming} does not belong to the run"):
+    with pytest.raises(ledger.IncompleteError, match=f"{coming} was left by a job"):
         ledger.finalize(planned, 0.0)
     assert planned.store.kind(coming) is None
 

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from injected import injector
 
 from jaxdiff import cli
 
@@ -51,20 +52,38 @@ def job(manifest: Path, output: Path, model: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def finished(manifest_path, tiny_checkpoint, tmp_path_factory):
-    """Returns finished datasets, each made once and not to be changed: `finished(...)`.
+def make_finished(manifest_path, tiny_checkpoint, tmp_path_factory):
+    """Returns a function that makes a finished dataset; it leaves its manifest."""
 
-    It leaves its manifest at `manifest_path`.
-    """
-
-    @cache
-    def finished(*more: str, manifest: str = MANIFEST) -> Path:
+    def make(*more: str, manifest: str = MANIFEST) -> Path:
         directory = tmp_path_factory.mktemp("finished") / "out"
         manifest_path.write_text(manifest, "utf-8")
         assert cli.main(job(manifest_path, directory, tiny_checkpoint, *more)) == 0
         return directory
 
-    return finished
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(make_finished):
+    """Returns finished datasets, each made once and not to be changed: `finished(...)`.
+
+    It leaves its manifest at `manifest_path`.
+    """
+    return cache(make_finished)
+
+
+@pytest.fixture(scope="session")
+def noise(make_finished):
+    """Returns finished datasets as the workers of `noisy` make them; otherwise as `finished`."""
+
+    @cache
+    def noise(*more: str, **manifest: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            injector(patch)("import noise")
+            return make_finished(*more, **manifest)
+
+    return noise
 
 
 @pytest.fixture
@@ -100,10 +119,26 @@ def environment() -> dict[str, str]:
 @pytest.fixture
 def faulty(monkeypatch):
     """Makes workers started from now on run some code first; None ends this."""
-    paths = [str(Path(__file__).parent / "faults"), str(ROOT)]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    return injector(monkeypatch)
 
-    def faulty(code: str | None) -> None:
-        monkeypatch.setenv("FAULT", code or "")
 
-    return faulty
+@pytest.fixture
+def noisy(faulty):
+    """Makes workers use `faults/noise.py`, a model that loads at once; they may run code, too.
+
+    For tests in which no network takes part: a worker starts in a quarter of the time.
+    """
+
+    def noisy(code: str = "") -> None:
+        faulty(f"import noise\n{code}")
+
+    noisy()
+    return noisy
+
+
+@pytest.fixture(scope="module")
+def noise_throughout():
+    """Makes the workers of all tests of a module use `faults/noise.py`, if no test says else."""
+    with pytest.MonkeyPatch.context() as patch:
+        injector(patch)("import noise")
+        yield

@@ -15,6 +15,7 @@ from moto.server import ThreadedMotoServer
 from jaxdiff import cli
 from jaxdiff.dataset import ledger, names
 
+pytestmark = pytest.mark.usefixtures("noise_throughout")
 ADDRESS = "s3://sets/made"
 HASH = re.compile(r"(train-[0-9]{5}(-r[0-9]+)?)-[0-9a-f]{8}\.")
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from injected import in_noise_at
 from making import files
 
 from jaxdiff import cli
@@ -78,8 +79,9 @@ def started(arguments: list[str], **variables: str) -> subprocess.Popen:
     )
 
 
-def test_two_processes_make_what_one_makes(tmp_path, job, capsys):
+def test_two_processes_make_what_one_makes(tmp_path, job, noisy):
     assert cli.main(job(tmp_path / "alone")) == 0
+    noisy(in_noise_at("", "import time; time.sleep(0.1)"))  # so that none makes all
     directory = tmp_path / "out"
     several = [
         started(job(directory), BATCH_TASK_INDEX=str(index), BATCH_TASK_COUNT="2")
@@ -97,7 +99,8 @@ def test_two_processes_make_what_one_makes(tmp_path, job, capsys):
     assert files(directory) == files(tmp_path / "alone")
 
 
-def test_others_finish_without_a_process_that_is_suspended(tmp_path, job, capsys):
+def test_others_finish_without_a_process_that_is_suspended(tmp_path, job, noisy, capsys):
+    noisy(in_noise_at("", "import time; time.sleep(0.02)"))  # so that it is suspended in time
     directory = tmp_path / "out"
     first = started(job(directory))
     while len(list((directory / names.DONE).glob("*"))) < 2:
