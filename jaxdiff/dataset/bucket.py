@@ -27,23 +27,21 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 import obstore
-from obstore import exceptions
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from jaxdiff.dataset import names
+from jaxdiff.dataset import names, probe
 from jaxdiff.dataset.local import LocalStore, delete_lost
+from jaxdiff.dataset.lock import Unlocked
+from jaxdiff.dataset.probe import PROBLEMS, reason
 from jaxdiff.errors import InputError
 
 CLIENTS = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
 ADDRESS = re.compile(r"(s3|gs|az)://([^/?#]+)(/[^?#]*)?")
 REQUEST_SECONDS, UPLOAD_SECONDS = 30.0, 600.0  # completing a large upload takes long
 CLAIM_SECONDS = 60.0  # how long to ask for an answer that is sure
-# In errors: the address of a machine's own identity, and what Azure's client asks for first.
-NO_CREDENTIALS = ("169.254.169.254", "Account must be specified")
 TRIES = 3  # of uploads and deletions: the client does not repeat all that may be repeated
 AT_ONCE = 32  # small objects to read concurrently
 READ_AHEAD = 2**20
-PROBLEMS = (exceptions.BaseError, OSError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -202,13 +200,13 @@ class Bucket:
                 obstore.put(self._client(), name, body, mode="create", use_multipart=False)
                 return content
             except PROBLEMS as problem:
-                reason = problem
+                why = reason(problem)
             with contextlib.suppress(*PROBLEMS):
                 found = self._get(name)
                 if found is not None:
                     return found.decode("utf-8", "backslashreplace")
             if time.monotonic() > end:
-                said = f"cannot be written with certainty ({_reason(reason)})"
+                said = f"cannot be written with certainty ({why})"
                 raise OSError(errno.EIO, said, self._full(name))
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
@@ -261,13 +259,14 @@ class Bucket:
     # The job.
 
     @contextlib.contextmanager
-    def held(self, waiting: Callable[[], None] | None = None) -> Iterator["Unlocked"]:
+    def held(self, waiting: Callable[[], None] | None = None) -> Iterator[Unlocked]:
         """Checks that the bucket can hold a dataset; any number of processes may be there.
 
         Raises:
           InputError: if it cannot be reached, ignores conditions, or has other objects.
         """
-        self._check_conditions()
+        with probe.explained(self.address):
+            probe.check(self.address, _client(self.address, REQUEST_SECONDS, retries=2))
         top = [name for name in self.entries("") if name != names.WORK]
         if top and self.kind(names.PLAN_FILE):
             raise InputError(
@@ -292,60 +291,6 @@ class Bucket:
     def forget_old(self) -> None:
         """Does nothing: no run is set aside in a bucket."""
 
-    def _check_conditions(self) -> None:
-        """Refuses a service that lets two writers create one object, or replace one unseen."""
-        name = f"{names.TMP}/probe-{uuid.uuid4().hex}"  # a killed process may leave it
-        with self._usable():
-            client = _client(self.address, REQUEST_SECONDS, retries=2)
-            with contextlib.suppress(exceptions.AlreadyExistsError):  # a repeated request's own
-                obstore.put(client, name, b"1", mode="create", use_multipart=False)
-            first = obstore.head(client, name)
-            stale = {key: first[key] for key in ("e_tag", "version") if first[key] is not None}
-            try:
-                is_kept = self._refuses(client, name, "create") and self._get(name) == b"1"
-                obstore.put(client, name, b"2", use_multipart=False)
-                is_kept = is_kept and self._refuses(client, name, stale)
-            finally:
-                obstore.delete(client, name)
-        if not is_kept:
-            raise InputError(
-                f"--output {self.address}: this service ignores conditional writes, so several "
-                "processes would overwrite each other's files; use another service"
-            )
-
-    def _refuses(self, client, name: str, mode) -> bool:
-        try:
-            obstore.put(client, name, b"3", mode=mode, use_multipart=False)
-        except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
-            return True
-        return False
-
-    @contextlib.contextmanager
-    def _usable(self) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise InputError(
-                f"--output {self.address}: the bucket does not exist; create it, or check its name "
-                "and its account"
-            ) from None
-        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
-            raise InputError(
-                f"--output {self.address}: access is denied; check the credentials in the "
-                "environment and what they may do (list, read, write and delete objects)"
-            ) from None
-        except PROBLEMS as problem:
-            if any(sign in str(problem) for sign in NO_CREDENTIALS):
-                raise InputError(
-                    f"--output {self.address}: there are no credentials in the environment, and "
-                    "this machine has no identity that gives any; set them as in docs/buckets.md"
-                ) from None
-            if "redirect" in str(problem):
-                raise InputError(
-                    f"--output {self.address}: the bucket is in another region; set AWS_REGION"
-                ) from None
-            raise OSError(errno.EIO, _reason(problem), self.address) from None  # it may pass
-
     # Requests.
 
     def _client(self, seconds: float | None = None):
@@ -362,7 +307,7 @@ class Bucket:
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "is missing", self._full(name)) from None
         except PROBLEMS as problem:
-            raise OSError(errno.EIO, _reason(problem), self._full(name)) from None
+            raise OSError(errno.EIO, reason(problem), self._full(name)) from None
 
     def _get(self, name: str) -> bytes | None:
         with contextlib.suppress(FileNotFoundError), self._named(name):
@@ -408,27 +353,14 @@ class Bucket:
             try:
                 return _plain(obstore.put(self._client(UPLOAD_SECONDS), name, path)["e_tag"])
             except PROBLEMS as problem:
-                reason = problem
+                why = reason(problem)
             with contextlib.suppress(OSError):
                 found = self._head(name)
                 if found and found["size"] == size:
                     return _plain(found["e_tag"])
             if left:
                 time.sleep(1.0)
-        raise OSError(errno.EIO, f"cannot be uploaded ({_reason(reason)})", self._full(name))
-
-
-class Unlocked:
-    """Stands for a lock where none is needed: conditional writes decide which process was first."""
-
-    is_alone = True  # may plan and finish
-
-    def try_alone(self) -> bool:
-        """Returns False: whether other processes are there is not known."""
-        return False
-
-    def share(self) -> None:
-        """Does nothing."""
+        raise OSError(errno.EIO, f"cannot be uploaded ({why})", self._full(name))
 
 
 @dataclass(frozen=True)
@@ -492,12 +424,6 @@ def _client(address: str, seconds: float, retries: int = 10):
 def _plain(etag: str | None) -> str | None:
     """Returns an etag without quotes, which Azure's listings do not have."""
     return etag and etag.strip('"')
-
-
-def _reason(problem: Exception) -> str:
-    """Returns a client's error on one line, without the request."""
-    first, *_ = str(problem).splitlines() or [type(problem).__name__]
-    return first[:300]
 
 
 def open_bucket(address: str) -> Bucket:

@@ -1,4 +1,4 @@
-"""A lock on a directory: one process holds it alone, or several share it."""
+"""A lock on a directory: one process holds it alone, or several share it. Buckets need none."""
 
 import fcntl
 import os
@@ -63,3 +63,16 @@ class Lock:
             pass
         self.release()
         return False
+
+
+class Unlocked:
+    """Stands for a lock where none is needed: conditional writes decide which process was first."""
+
+    is_alone = True  # may plan and finish
+
+    def try_alone(self) -> bool:
+        """Returns False: whether other processes are there is not known."""
+        return False
+
+    def share(self) -> None:
+        """Does nothing."""
