@@ -1,11 +1,11 @@
 """Kills processes while they write a dataset. Does not import JAX, so that it can fork.
 
-    python tests/dying.py tell STORY FOLDER CHECKPOINT before|after [generate's arguments]
+    python tests/dying.py tell STORY FOLDER CHECKPOINT before|after EVERY [generate's arguments]
 
-runs a scenario of `STORIES` once for every file operation of its last command. Each time it kills
-the command at that operation, runs it again and compares the dataset with an uninterrupted one. It
-runs the real command, except that the model's images are noise, a loop replaces Beam, and fsync
-does nothing: the test simulates the death of a process, not a power failure.
+runs a scenario of `STORIES` once for every EVERY-th file operation of its last command. Each time
+it kills the command at that operation, runs it again and compares the dataset with an uninterrupted
+one. It runs the real command, except that the model's images are noise, a loop replaces Beam, and
+fsync does nothing: the test simulates the death of a process, not a power failure.
 
     python tests/dying.py race FOLDER CHECKPOINT
 
@@ -170,14 +170,14 @@ class Story:
         assert code in (0, 3), said.getvalue()
 
 
-def tell(name: str, folder: str, checkpoint: str, when: str, *more: str) -> None:
+def tell(name: str, folder: str, checkpoint: str, when: str, every: str, *more: str) -> None:
     imitate()
     story = Story(name, Path(folder), Path(checkpoint), list(more))
     story.begin()
     story.end()  # in this process, so that forked ones have all imports
     expected = making.files(story.directory)
     assert ledger.verify(story.directory)[1] == []
-    for number in itertools.count():
+    for number in itertools.count(step=int(every)):
         story.begin()
         code = forked(partial(story.end_killed, number, when == "after"))
         if code == 0:

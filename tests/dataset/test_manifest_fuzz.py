@@ -228,8 +228,8 @@ def fuzz(tmp_path, model: Ensemble, seeds: range) -> dict[str, int]:
 
 
 def test_damaged_manifests_are_refused_or_planned_without_losing_a_row(tmp_path, model):
-    outcomes = fuzz(tmp_path, model, range(1200))
-    assert min(outcomes.values()) > 100  # each outcome is reached often
+    outcomes = fuzz(tmp_path, model, range(480))
+    assert min(outcomes.values()) > 40  # each outcome is reached often
     assert len(outcomes) == 3
 
 

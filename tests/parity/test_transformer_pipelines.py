@@ -33,6 +33,9 @@ REQUESTS = [
     jaxdiff.Request(prompt="", negative_prompt="black", seed=3, guidance_scale=2.0),
 ]
 
+# Of guided images, so that their program is compiled once for each family.
+COMPILED = {"width": 64, "height": 64, "steps": 5}
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -94,11 +97,11 @@ def test_images(load_model, load_reference, record_property, family):
     requests = REQUESTS
     if family.startswith(WITHOUT_NEGATIVE):
         requests = [replace(request, negative_prompt="") for request in requests]
-    sizes = [(64, 64), (96, 32 if family == "Sana" else 48)]  # its pipeline wants multiples of 32
-    changes = [{"steps": 5}, {"steps": 4, "guidance_scale": 1.0}]
+    height = 32 if family == "Sana" else 48  # its pipeline wants multiples of 32
+    unguided = {"width": 96, "height": height, "steps": 4, "guidance_scale": 1.0}
     differences = []
-    for (width, height), change in zip(sizes, changes, strict=True):
-        asked = [replace(each, width=width, height=height, **change) for each in requests]
+    for changes in (COMPILED, unguided):
+        asked = [replace(each, **changes) for each in requests]
         for image, request in zip(model.generate(asked, batch_size=4), asked, strict=True):
             difference = image.pixels.astype(int) - their_pixels(pipeline, family, request)
             differences.append(np.abs(difference))
@@ -124,7 +127,7 @@ def test_skip_layer_guidance(checkpoint, load_reference):
 def test_an_image_does_not_depend_on_its_neighbours(load_model, family):
     """Neither its pixels, nor its prompt's embedding, which is encoded among seven others."""
     model = load_model(family)
-    first = replace(REQUESTS[0], width=32, height=32, steps=2)
+    first = replace(REQUESTS[0], **COMPILED)
     others = [replace(first, prompt="two blue stars " * n, seed=n) for n in range(7)]
     (alone,) = model.generate([first], batch_size=8)
     among = model.generate([*others, first], batch_size=8)[-1]
@@ -136,7 +139,7 @@ def test_the_small_checkpoints_follow_the_prompt(load_model, family):
     """Ensures that the comparisons above compare more than noise."""
     model = load_model(family)
     asked = [
-        jaxdiff.Request(prompt=prompt, width=64, height=64, steps=4, guidance_scale=3.0)
+        jaxdiff.Request(prompt=prompt, guidance_scale=3.0, **COMPILED)
         for prompt in ("a red ring", "five stars on the left of a black circle")
     ]
     pixels = [image.pixels.astype(int) for image in model.generate(asked, batch_size=2)]

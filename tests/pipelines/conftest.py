@@ -45,6 +45,21 @@ def command(manifest, tiny_checkpoint):
     return command
 
 
+@pytest.fixture
+def small_job(tmp_path, command):
+    """Returns the arguments of a job for two prompts: `small_job(output, "--num-images=20", ...)`.
+
+    Its default is ten shards.
+    """
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+
+    def small_job(output: Path | str, *more: str) -> list[str]:
+        return command(output, "--num-images=20", *more, manifest=prompts)
+
+    return small_job
+
+
 def job(manifest: Path, output: Path, model: Path, *more: str) -> list[str]:
     said = {"manifest": manifest, "output": output, "model": model}
     said |= {"steps": 2, "batch-size": 2, "images-per-shard": 4}

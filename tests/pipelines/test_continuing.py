@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+from injected import in_noise_at
 from making import files
 
 from jaxdiff import cli
@@ -23,6 +24,18 @@ from jaxdiff.dataset.run import open_run
 from jaxdiff.errors import InputError
 from pipelines import worker
 from pipelines.worker import Task
+
+pytestmark = pytest.mark.usefixtures("noisy")
+
+
+@pytest.fixture
+def finished(noise):
+    return noise
+
+
+@pytest.fixture
+def environment(noisy) -> dict[str, str]:
+    return dict(os.environ)
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -68,9 +81,11 @@ def test_a_finished_job_does_not_run_again(tmp_path, command, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_interrupted_job_continues_to_the_same_bytes(
-    tmp_path, command, capsys, environment, finished, number
+    tmp_path, command, capsys, noisy, finished, number
 ):
     directory = tmp_path / "out"
+    noisy(in_noise_at("", "import time; time.sleep(0.1)"))  # so that it can be interrupted
+    environment = dict(os.environ)
     arguments = [sys.executable, "-m", "jaxdiff", *command(directory, "--num-images=40")]
     with on_terminal(arguments, environment) as (process, output):
         wait_for(lambda: (directory / names.DONE / "00001.json").exists(), process)
@@ -85,6 +100,7 @@ def test_an_interrupted_job_continues_to_the_same_bytes(
     kept = sorted((directory / names.DONE).iterdir())
     marked = {path: path.read_bytes() for path in kept}
 
+    noisy()
     assert cli.main(command(directory, "--num-images=40")) == 0
     assert f"{len(kept)} of them already made" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in kept} == marked

@@ -107,6 +107,7 @@ def test_records_name_every_control_image_and_scale(generate, nets, tmp_path):
     assert generate([row], *options, "--dry-run") == 0
 
 
+@pytest.mark.usefixtures("noisy")
 def test_bad_rows_are_rejected_alone(generate, nets, tmp_path):
     row = {"control_image": "a.png"}
     bad = {

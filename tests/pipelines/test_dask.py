@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from injected import in_noise_at
 from making import files
 
 from jaxdiff import cli
@@ -18,8 +19,14 @@ from jaxdiff.dataset import names
 
 SECONDS = 120  # before a test gives up
 SHARDS = 12
-# Two images per shard and many steps, so that the job takes a while.
-SETTINGS = ("--images-per-shard=2", "--steps=30")
+SETTINGS = ("--images-per-shard=2",)
+
+
+@pytest.fixture
+def environment(noisy) -> dict[str, str]:
+    """Returns an environment whose jobs take a while: each shard waits."""
+    noisy(in_noise_at("", "import time; time.sleep(0.3)"))
+    return dict(os.environ)
 
 
 @pytest.fixture
@@ -77,7 +84,7 @@ def done(directory: Path) -> int:
 
 def test_a_killed_worker_changes_nothing(tmp_path, command, environment, cluster):
     local, directory = tmp_path / "local", tmp_path / "dask"
-    alone = start_job(command(local, *SETTINGS), environment)  # also compiles for the other job
+    alone = start_job(command(local, *SETTINGS), environment)
     said, _ = alone.communicate(timeout=SECONDS)
     assert alone.returncode == 0, said
 

@@ -13,6 +13,14 @@ FIRST = [{"prompt": "a red circle", "id": "a"}, {"prompt": "a star", "id": "b", 
 MORE = [*FIRST, {"prompt": "a blue square", "id": "c"}, "broken"]
 
 
+pytestmark = pytest.mark.usefixtures("noisy")
+
+
+@pytest.fixture
+def finished(noise):
+    return noise
+
+
 @pytest.fixture
 def write(manifest):
     """Replaces the rows of the job's manifest."""

@@ -99,6 +99,7 @@ def test_records_name_every_image_prompt_and_scale(generate, adapters, tmp_path)
     assert len([*shown.glob("prompts-*/000000/*.webp")]) == 2
 
 
+@pytest.mark.usefixtures("noisy")
 def test_a_row_without_an_image_prompt_is_rejected(generate, adapters, tmp_path):
     rows = [{}, {"ip_adapter_image": "a.png"}]
     assert generate(rows, f"--ip-adapter={adapters[0]}") == 0

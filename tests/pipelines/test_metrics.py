@@ -3,7 +3,7 @@
 import json
 
 from apache_beam.metrics import MetricsFilter
-from injected import at
+from injected import in_noise_at
 
 from jaxdiff import cli
 from jaxdiff.dataset import shard as shards
@@ -16,10 +16,10 @@ def counters(result) -> dict[str, int]:
     return {counter.key.metric.name: counter.committed for counter in found}
 
 
-def test_the_counters_of_a_job_are_the_sums_of_its_markers(tmp_path, command, monkeypatch, faulty):
+def test_the_counters_of_a_job_are_the_sums_of_its_markers(tmp_path, command, monkeypatch, noisy):
     directory, results, make_shards = tmp_path / "out", [], generate.make_shards
     monkeypatch.setattr(generate, "make_shards", lambda *job: results.append(make_shards(*job)))
-    faulty(at("star", 'raise RuntimeError("no stars")'))
+    noisy(in_noise_at("star", 'raise RuntimeError("no stars")'))
     assert cli.main(command(directory, "--workers=2")) == 3
 
     report = json.loads((directory / "run.json").read_text())

@@ -63,6 +63,7 @@ def test_a_dataset_of_the_hub_makes_the_images_of_the_same_files(job, generate, 
     assert cli.main(["verify", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.usefixtures("noisy")
 def test_a_row_that_changes_after_planning_fails_alone(job, tmp_path, monkeypatch):
     path = tmp_path / "rows.parquet"
     images = [png(seed) for seed in range(5)]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 from injected import in_noise_at
 from making import files
 
@@ -53,22 +52,6 @@ def test_processes_begin_with_parts_of_their_own_and_go_on_with_any():
     assert processes.Place(7, 8).first([5]) == [5]  # with too few shards, any
 
 
-@pytest.fixture
-def job(tmp_path, tiny_checkpoint):
-    """`job(directory)`: the command of a job of 40 shards."""
-    manifest = tmp_path / "prompts.txt"
-    manifest.write_text("a red circle\na blue square\n")
-
-    def command(directory, *more: str) -> list[str]:
-        return [
-            *("generate", f"--manifest={manifest}", f"--output={directory}", "--steps=1"),
-            *(f"--model={tiny_checkpoint}", "--width=16", "--height=8", "--batch-size=2"),
-            *("--num-images=80", "--images-per-shard=4", *more),
-        ]
-
-    return command
-
-
 def started(arguments: list[str], **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "jaxdiff", *arguments],
@@ -79,12 +62,16 @@ def started(arguments: list[str], **variables: str) -> subprocess.Popen:
     )
 
 
-def test_two_processes_make_what_one_makes(tmp_path, job, noisy):
-    assert cli.main(job(tmp_path / "alone")) == 0
+def test_two_processes_make_what_one_makes(tmp_path, small_job, noisy):
+    assert cli.main(small_job(tmp_path / "alone", "--num-images=80")) == 0
     noisy(in_noise_at("", "import time; time.sleep(0.1)"))  # so that none makes all
     directory = tmp_path / "out"
     several = [
-        started(job(directory), BATCH_TASK_INDEX=str(index), BATCH_TASK_COUNT="2")
+        started(
+            small_job(directory, "--num-images=80"),
+            BATCH_TASK_INDEX=str(index),
+            BATCH_TASK_COUNT="2",
+        )
         for index in range(2)
     ]
     said = [process.communicate()[0] for process in several]
@@ -99,19 +86,19 @@ def test_two_processes_make_what_one_makes(tmp_path, job, noisy):
     assert files(directory) == files(tmp_path / "alone")
 
 
-def test_others_finish_without_a_process_that_is_suspended(tmp_path, job, noisy, capsys):
+def test_others_finish_without_a_process_that_is_suspended(tmp_path, small_job, noisy, capsys):
     noisy(in_noise_at("", "import time; time.sleep(0.02)"))  # so that it is suspended in time
     directory = tmp_path / "out"
-    first = started(job(directory))
+    first = started(small_job(directory, "--num-images=80"))
     while len(list((directory / names.DONE).glob("*"))) < 2:
         time.sleep(0.05)
         assert first.poll() is None
     first.send_signal(signal.SIGSTOP)
     try:
-        assert cli.main(job(directory)) == 0
+        assert cli.main(small_job(directory, "--num-images=80")) == 0
         assert "40 shards" in capsys.readouterr().err
         assert cli.main(["verify", str(directory)]) == 0
-        assert cli.main(job(directory, "--seed=3")) == 2
+        assert cli.main(small_job(directory, "--num-images=80", "--seed=3")) == 2
         assert "holds another run (seed 0 -> 3)" in capsys.readouterr().err
     finally:
         first.send_signal(signal.SIGCONT)

@@ -2,13 +2,22 @@
 
 import re
 
+import pytest
+from injected import in_noise_at
+
 from jaxdiff import cli
 from jaxdiff.dataset import names
 from jaxdiff.dataset.run import open_run
 from pipelines import progress
 
 
-def test_progress_is_reported_within_a_shard(tmp_path, command, capsys, monkeypatch):
+@pytest.fixture
+def finished(noise):
+    return noise
+
+
+def test_progress_is_reported_within_a_shard(tmp_path, command, capsys, monkeypatch, noisy):
+    noisy(in_noise_at("", "import time; time.sleep(0.05)"))  # so that there is time to report
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.02)
     assert cli.main(command(tmp_path / "out", "--num-images=80", "--images-per-shard=200")) == 0
     lines = capsys.readouterr().err.splitlines()

@@ -71,6 +71,7 @@ def test_objects_are_read_and_what_is_not_there_is_named(bucket):
         assert str(caught.value) == f"image {place} {expected}"
 
 
+@pytest.mark.usefixtures("noisy")
 def test_missing_and_changed_objects_concern_their_rows_alone(
     bucket, generate, tmp_path, monkeypatch
 ):

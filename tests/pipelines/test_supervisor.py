@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from injected import in_noise_at
 from making import files
 
 from jaxdiff import cli
@@ -46,11 +47,12 @@ def test_an_error_in_one_of_two_workers_ends_the_job(tmp_path, command, capfd):
     assert not any("Traceback" in line for line in said)
 
 
-def test_two_workers_stop_together(tmp_path, command, environment, finished):
+def test_two_workers_stop_together(tmp_path, command, noisy, noise):
+    noisy(in_noise_at("", "import time; time.sleep(0.1)"))  # so that they can be stopped
     directory = tmp_path / "out"
     arguments = command(directory, "--num-images=40", "--workers=2")
     job = [sys.executable, "-m", "jaxdiff", *arguments]
-    with subprocess.Popen(job, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(job, stderr=subprocess.PIPE, text=True) as process:
         while not (directory / "_jaxdiff" / "done").exists():
             assert process.poll() is None
             time.sleep(0.01)
@@ -61,5 +63,6 @@ def test_two_workers_stop_together(tmp_path, command, environment, finished):
         said.splitlines()[-1] == f"jaxdiff: stopped; run the same command to continue {directory}"
     )
     assert not list((directory / "_jaxdiff" / "tmp").iterdir())
+    noisy()
     assert cli.main(arguments) == 0
-    assert files(directory) == files(finished("--num-images=40"))
+    assert files(directory) == files(noise("--num-images=40"))
