@@ -109,6 +109,29 @@ def test_a_dataset_is_extended(client, small_job, capsys):
     assert verified(address)
 
 
+def test_a_copied_dataset_is_still_complete(client, small_job, tmp_path, capsys):
+    assert cli.main(small_job(ADDRESS, "--num-images=4")) == 0
+    for key, body in objects(client).items():
+        path = tmp_path / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+    copy = tmp_path / "made"
+    assert verified(str(copy))
+    (copy / names.DATA).joinpath(sorted(os.listdir(copy / names.DATA))[1]).unlink()
+    assert not verified(str(copy))
+    assert cli.main(["verify", "--repair", str(copy)]) == 0
+    assert verified(str(copy))
+    assert cli.main(small_job(tmp_path / "local", "--num-images=4")) == 0
+    for path in (tmp_path / "local").rglob("*"):
+        if path.is_file():
+            key = f"copied/{path.relative_to(tmp_path / 'local')}"
+            client.put_object(Bucket="sets", Key=key, Body=path.read_bytes())
+    assert verified("s3://sets/copied")
+    assert cli.main(small_job("s3://sets/copied", "--num-images=6")) == 0
+    assert verified("s3://sets/copied")
+    assert "its 2 shards will not change" in capsys.readouterr().err
+
+
 def test_damage_is_found(client, small_job, capsys):
     assert cli.main(small_job(ADDRESS, "--num-images=4")) == 0
     whole = objects(client)
