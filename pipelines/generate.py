@@ -147,15 +147,16 @@ def _finish(
 ) -> dict[str, int]:
     """Generates what is missing and writes the reports; returns the counts."""
     ledger.settle(dataset)
-    there = dataset if dataset.store.kind(names.SUCCESS) else dataset.snapshot()
+    was_finished = not dataset.store.kind(names.SUCCESS)
+    there = dataset.snapshot() if was_finished else dataset
     ledger.refuse_damaged(there)
     counts = ledger.finished(there)
     if counts and not (job.retry_failed and counts["failed"]):
         print(f"{job.output} is already finished: {count(counts['made'], 'image')}")
         return counts
     todo = ledger.todo(dataset)
-    if todo or counts:  # else only reports are missing: it stays the root until they are there
-        dataset.store.delete(names.SUCCESS)
+    if was_finished and (todo or counts):  # else only reports are missing, and it stays the root
+        dataset.store.delete(names.SUCCESS, names.REPORT)
     _report_plan(job, dataset)
     _report_todo(dataset, todo)
     shards = partial(GenerateShard, dataset, job.models.anywhere(), job.workers)

@@ -245,7 +245,7 @@ class Bucket:
             old = bytes(found.bytes())
         mode = {name: value for name, value in version.items() if value is not None}
         if json.loads(old)["id"] == extended:
-            self.delete(names.SUCCESS)  # it belongs to the old plan
+            self.delete(names.SUCCESS, names.REPORT)  # they belong to the old plan
             with contextlib.suppress(*PROBLEMS):  # it may have been done; what is there decides
                 obstore.put(self._client(), names.PLAN_FILE, content.encode(), mode=mode)
         if self.read(names.PLAN_FILE) != content.encode():

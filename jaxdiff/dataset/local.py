@@ -171,7 +171,7 @@ class LocalStore:
             os.rename(folder, target)
             paths.sync_names(self.path(names.WORK))
             return
-        self.delete(names.SUCCESS)  # it belongs to the old plan
+        self.delete(names.SUCCESS, names.REPORT)  # they belong to the old plan
         for path in sorted(folder.iterdir(), key=lambda path: path.name == names.PLAN_JSON):
             os.replace(path, target / path.name)  # plan.json last
             paths.sync_names(target)
@@ -277,8 +277,6 @@ class LocalStore:
         names.
         """
         delete_lost(self.path(names.TMP))
-        with contextlib.suppress(OSError):
-            self.path(names.TMP).rmdir()  # if it is empty
 
     def tidy(self) -> None:
         """Removes the folder of unfinished files, and the directory, where they are empty."""

@@ -145,7 +145,7 @@ def read_revision(run: Run, shard: int, revision: int) -> Marker:
             and all(_is_sound(**file) for file in marker.files.values())
             and _are_sound(**marker.facts)
         )
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         sound = False
     if not sound:
         raise ValueError(f"{name} is damaged or belongs to another plan")

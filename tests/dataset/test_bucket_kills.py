@@ -5,9 +5,9 @@ the first, a first one that believes it was not (and would delete its files), a 
 its files, a dataset that cannot be finished. Two changes to the code prove that this is seen: if
 `Bucket.claim` believes "already exists", and if the service ignores conditions (below).
 
-The slow tests print how much happened:
+The long races print how much happened:
 
-    JAXDIFF_RACE_SHARDS=1000 python -m pytest -s -m "slow or azurite" THIS_FILE
+    JAXDIFF_RACE_SHARDS=1000 python -m pytest -s -m "race or azurite" THIS_FILE
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from jaxdiff.dataset import bucket, ledger, names, proof
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.run import Run, open_run
 
-SHARDS = int(os.environ.get("JAXDIFF_RACE_SHARDS", "1000"))  # of the slow tests
+SHARDS = int(os.environ.get("JAXDIFF_RACE_SHARDS", "1000"))  # of the long races
 TESTS = Path(__file__).parents[1]
 SIZES = {"images_per_shard": 1, "batch_size": 1}
 
@@ -192,8 +192,8 @@ def test_a_service_without_conditions_would_let_all_writers_win(race):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("moto", marks=pytest.mark.slow),
-        pytest.param("gcs", marks=pytest.mark.slow),
+        pytest.param("moto", marks=pytest.mark.race),
+        pytest.param("gcs", marks=pytest.mark.race),
         pytest.param("azurite", marks=pytest.mark.azurite),
     ],
 )

@@ -53,7 +53,6 @@ def test_a_retry_killed_at_a_third_of_its_steps_continues(tmp_path, tiny_checkpo
 @pytest.mark.parametrize(
     ("story", "format_", "when"),
     [
-        ("retry", "imagefolder", "before"),
         ("make", "webdataset", "after"),
         ("make", "imagefolder", "before"),
         ("extend", "parquet", "before"),
