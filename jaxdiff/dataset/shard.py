@@ -362,4 +362,5 @@ class Attempt:
         return self._run.store.staging(self._name, name)
 
     def _report(self) -> None:
-        os.pwrite(self._progress.fileno(), b"%d" % len(self._rows), 0)
+        # Of fixed width: a reader may see a longer number's end behind an older one's start.
+        os.pwrite(self._progress.fileno(), b"%09d" % len(self._rows), 0)

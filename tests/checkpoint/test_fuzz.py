@@ -220,4 +220,4 @@ def test_a_damaged_checkpoint_is_one_line_or_a_model(originals, tmp_path, start)
 
 @pytest.mark.slow
 def test_many_damaged_checkpoints_are_one_line_or_a_model(originals, tmp_path):
-    assert all(try_seeds(range(1000, 1200), originals, tmp_path).values())
+    assert all(try_seeds(range(1000, 1100), originals, tmp_path).values())

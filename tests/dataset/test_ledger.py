@@ -241,3 +241,11 @@ def test_finalize_may_be_repeated(finished):
 def test_verify_needs_a_run(tmp_path):
     with pytest.raises(InputError, match="holds no jaxdiff run"):
         ledger.verify(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [["data/train-00000.tar"], {}, {"data/train-00000.tar": []}, 7])
+def test_a_marker_with_files_of_another_form_is_damaged(finished, wrong):
+    directory = finished()
+    path = directory / "_jaxdiff" / "done" / "00000.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": wrong}))
+    assert "00000.json is damaged or belongs to another plan" in problems(directory)
