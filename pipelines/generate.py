@@ -56,8 +56,6 @@ from pipelines.jobs import (
 )
 from pipelines.shard_job import GenerateShard, make_shards
 
-ELSEWHERE = "name another directory, or start over with --overwrite"
-
 
 def run(job: Job, beam_arguments: list[str]) -> int:
     """Runs a job, or continues it; returns the exit code.
@@ -160,7 +158,7 @@ def _finish(
     _report_plan(job, dataset)
     _report_todo(dataset, todo)
     shards = partial(GenerateShard, dataset, job.models.anywhere(), job.workers)
-    is_first = lock.is_alone
+    is_first = lock.is_first
     with supervisor.closed_afterwards():
         if job.retry_failed:
             make_shards(shards("make"), dataset.plan, todo, beam_runner)
@@ -186,10 +184,10 @@ def _make_all(
 ) -> None:
     """Makes the shards in `todo`, along with other processes if there are any."""
     place = processes.place(os.environ)
-    if place is None and is_first:  # others who come later begin elsewhere
-        make_shards(generate_shard, dataset.plan, todo, beam_runner)
+    if place is None:
+        order = todo if is_first else processes.shuffled(todo)
+        make_shards(generate_shard, dataset.plan, order, beam_runner)
         return
-    place = place or processes.Place(os.getpid())
     part = place.first(todo)
     while part:
         make_shards(generate_shard, dataset.plan, part, beam_runner)
@@ -210,6 +208,9 @@ def _planned(
     """Returns the directory's run; plans it if there is none."""
     store = open_store(job.output)
     old = _old_run(job, store)
+    elsewhere = "name another directory, or start over with --overwrite"
+    if is_address(job.output):
+        elsewhere = "name another prefix"
     # Even with --overwrite, the same command continues until the job is finished.
     goes_on = not job.overwrite or bool(store.kind(names.SUCCESS))
     if old and old.plan.id == plans.digest(identity) and goes_on:
@@ -219,7 +220,7 @@ def _planned(
     if old and not job.overwrite:
         why = f"holds another run ({plans.differences(old.plan.identity, identity)})"
         if not planning.can_extend(old.plan.identity, identity):
-            raise InputError(f"--output {job.output} {why}; {ELSEWHERE}")
+            raise InputError(f"--output {job.output} {why}; {elsewhere}")
         if not lock.is_alone:
             raise InputError(f"--output {job.output} {why}, which others are making; wait for them")
         ledger.refuse_damaged(old)
@@ -227,12 +228,12 @@ def _planned(
             return _make_plan(job, manifest, settings, ensemble, identity, old)
         except InputError as problem:
             raise InputError(
-                f"--output {job.output} {why} and cannot be extended: {problem}; {ELSEWHERE}"
+                f"--output {job.output} {why} and cannot be extended: {problem}; {elsewhere}"
             ) from None
     made = _make_plan(job, manifest, settings, ensemble, identity)
     if made.plan.id != plans.digest(identity):  # in a bucket, another process was first
         why = plans.differences(made.plan.identity, identity)
-        raise InputError(f"--output {job.output} holds another run ({why}); {ELSEWHERE}")
+        raise InputError(f"--output {job.output} holds another run ({why}); {elsewhere}")
     return made
 
 

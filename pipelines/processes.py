@@ -1,7 +1,8 @@
 """Several processes on one output: which shards each of them makes next.
 
-No process talks to another. Each has a part of its own to begin with; then it lists what is left,
-and takes some of that at random. Where two make the same shard, one of them was too late.
+No process talks to another. If a scheduler numbers them, each has a part of its own to begin with;
+then it lists what is left, and takes some of that at random. Others go through all shards, each in
+another order. Where two make the same shard, one of them was too late.
 """
 
 import random
@@ -36,6 +37,11 @@ class Place:
         """Returns some of the shards that are left, in random order."""
         share = -(-len(todo) // (2 * (self.count or UNKNOWN_COUNT)))
         return random.Random(f"{self.index} {len(todo)}").sample(todo, share)
+
+
+def shuffled(todo: Sequence[int]) -> list[int]:
+    """Returns the shards in an order that other processes will not have."""
+    return random.Random().sample(todo, len(todo))
 
 
 def place(environment: Mapping[str, str]) -> Place | None:

@@ -19,6 +19,11 @@ class Lock:
         self._path = path
         self._file: TextIO | None = None
 
+    @property
+    def is_first(self) -> bool:
+        """Whether no other process is making shards."""
+        return self.is_alone
+
     def try_alone(self) -> bool:
         """Takes the lock alone if no other process has it; else a shared one is lost for good."""
         if not self.is_alone:
@@ -69,6 +74,7 @@ class Unlocked:
     """Stands for a lock where none is needed: conditional writes decide which process was first."""
 
     is_alone = True  # may plan and finish
+    is_first = False  # is not known
 
     def try_alone(self) -> bool:
         """Returns False: whether other processes are there is not known."""

@@ -1,6 +1,7 @@
 """The storage of a dataset: a directory or a bucket, by one protocol."""
 
 import io
+import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import ClassVar, Protocol
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.errors import InputError
 
+MISSPELT = re.compile("(s3|gs|az):")  # an address that lacks slashes
+
 
 class Lock(Protocol):
     """What `Store.held` yields: who may plan, finish or revise a dataset."""
 
     is_alone: bool
+    is_first: bool  # no other process is making shards, for sure
 
     def try_alone(self) -> bool:
         """Returns whether no other process is there, and keeps it so."""
@@ -130,6 +134,8 @@ def open_store(where: str | Path) -> Store:
       InputError: if the address is of another kind than s3://, gs:// or az://.
     """
     if not is_address(where):
+        if MISSPELT.match(str(where)):
+            raise InputError(f"{where} is not the address of a bucket; write it with ://")
         return LocalStore(Path(where))
     from jaxdiff.dataset.bucket import open_bucket  # its client takes a while to load
 

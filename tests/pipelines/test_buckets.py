@@ -105,7 +105,7 @@ def test_a_dataset_is_extended(client, small_job, capsys):
     assert kept.items() <= images(objects(client)).items()
     assert verified(address)
     assert cli.main(small_job(address, "--num-images=6", "--seed=1")) == 2
-    assert "holds another run (seed 0 -> 1)" in capsys.readouterr().err
+    assert "holds another run (seed 0 -> 1); name another prefix" in capsys.readouterr().err
     assert verified(address)
 
 
@@ -167,6 +167,7 @@ def test_what_buckets_cannot_do_is_refused(client, small_job, capsys, tmp_path):
         (small_job(ADDRESS, "--overwrite"), "name a new prefix instead"),
         (small_job(ADDRESS, "--format=imagefolder"), "use webdataset or parquet"),
         (small_job("ftp://sets/made"), "ftp://sets/made is not the address of a bucket"),
+        (small_job("s3:/sets/made"), "s3:/sets/made is not the address of a bucket; write it with"),
         (small_job("s3://none/made"), "s3://none/made: the bucket does not exist"),
         (small_job("s3://sets/others"), "holds other objects and no jaxdiff run (file.txt)"),
         (["verify", ADDRESS], "s3://sets/made holds no jaxdiff run"),

@@ -50,6 +50,9 @@ def test_processes_begin_with_parts_of_their_own_and_go_on_with_any():
     starts = {processes.Place(index).first(todo)[0] for index in range(8)}
     assert len(starts) > 4
     assert processes.Place(7, 8).first([5]) == [5]  # with too few shards, any
+    orders = [processes.shuffled(todo) for _ in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == todo
+    assert sum(a == b for a, b in zip(*orders, strict=True)) < len(todo) // 4  # not in step
 
 
 def started(arguments: list[str], **variables: str) -> subprocess.Popen:
