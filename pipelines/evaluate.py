@@ -28,7 +28,7 @@ import pyarrow as pa
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.run import Run
-from jaxdiff.dataset.store import absolute
+from jaxdiff.dataset.store import Store, absolute, is_address, join, open_store
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import (
     audits,
@@ -60,7 +60,7 @@ from pipelines.jobs import (
 
 MANIFEST = "manifest.jsonl"
 SCORES = "scores"
-SUMMARY = "summary.npz"
+SUMMARY = f"{SCORES}/summary.npz"
 IMAGES = "images"  # for layouts that allow no other files
 BEST = "best"
 AUDIT = "audit"
@@ -112,8 +112,8 @@ def _run(directory: str) -> Run:
 class ScoreShard(beam.DoFn):
     """Scores parts by their numbers."""
 
-    def __init__(self, images: Images, scored: Scoring, folder: Path):
-        self.images, self.scored, self.folder = images, scored, str(folder.absolute())
+    def __init__(self, images: Images, scored: Scoring, output: str):
+        self.images, self.scored, self.output = images, scored, output
 
     def process(self, part: int) -> Iterator[sets.Summary]:
         """Yields the feature summary of the part's pictures."""
@@ -121,7 +121,7 @@ class ScoreShard(beam.DoFn):
         with jobs.failures_kept(), _lock:
             if jobs.stopping.is_set():
                 raise StoppedError
-            table = score_part(self.images, self.scored, Path(self.folder), part)
+            table = score_part(self.images, self.scored, self.output, part)
         if table is not None:
             yield sets.Summary.of(*scoring.features(table))
 
@@ -129,11 +129,16 @@ class ScoreShard(beam.DoFn):
 _lock = threading.Lock()  # one model per process, and one device call at a time
 
 
-def score_part(images: Images, scored: Scoring, folder: Path, part: int) -> pa.Table:
-    """Returns the scores of a part, from its file if that exists."""
+def score_part(images: Images, scored: Scoring, output: str | Path, part: int) -> pa.Table:
+    """Returns the scores of a part, from its file in the output if that exists."""
+    store, name = open_store(output), f"{SCORES}/{part:05d}.parquet"
     digest = scored.digest(images.digest(part))
-    path = folder / f"{part:05d}.parquet"
-    return scoring.score_file(images.pictures(part), scored, path, digest)
+    with store.fetched(name) as local:
+        table = scoring.read_file(local.path(name), digest)
+    if table is None:
+        with store.filled() as folder:
+            table = scoring.score_file(images.pictures(part), scored, folder / name, digest)
+    return table
 
 
 def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
@@ -174,13 +179,14 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
 
 def _make_images(asked: Evaluation, prompts: list[Prompt], beam_arguments: list[str]) -> int:
     """Generates the images of every run that does not have them; returns the exit code."""
-    asked.output.mkdir(parents=True, exist_ok=True)
+    open_store(asked.output).prepare()
     code = EXIT_OK
     if asked.runs[0].job:
         rows = benchmarks.manifest_rows(prompts, asked.images)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        LocalStore(asked.output).swap(MANIFEST, text)
-        LocalStore(asked.output).tidy()
+        local = LocalStore(Path(asked.runs[0].job.manifest).parent)
+        local.swap(MANIFEST, text)
+        local.tidy()
     for each in asked.runs:
         if each.job and code in (EXIT_OK, EXIT_SOME_IMAGES_FAILED):
             code = max(code, generate.run(each.job, beam_arguments))
@@ -202,11 +208,10 @@ def _judge(
         clip_fingerprint=clip_measures.open_clip(asked.clip).fingerprint if asked.clip else "",
         labels=sets.labels(prompts),
     )
-    folder = _folder(asked, each) / SCORES
-    _score(images, scored, folder, beam_arguments)
+    _score(images, scored, absolute(each.output), beam_arguments)
 
     def tables() -> Iterator[pa.Table]:
-        return (score_part(images, scored, folder, part) for part in images.parts())
+        return (score_part(images, scored, each.output, part) for part in images.parts())
 
     scores, rows = merging.merge(
         tables(),
@@ -222,7 +227,8 @@ def _judge(
     if asked.benchmark == AUDIT and not (asked.clip and scored.labels):
         missing["label"] = "needs --clip, and labels in the template file"
     if reference:
-        summary = sets.Summary.load(folder / SUMMARY)
+        with open_store(each.output).fetched(SUMMARY) as local:
+            summary = sets.Summary.load(local.path(SUMMARY))
         for measure, value in sets.against_reference(summary, reference, bool(asked.clip)):
             try:
                 whole[measure] = value()
@@ -244,11 +250,6 @@ def _images(asked: Evaluation, each: Candidate, prompts: list[Prompt]) -> Images
     return Images(directory, BENCHMARKS[asked.benchmark].layout, tuple(prompts))
 
 
-def _folder(asked: Evaluation, each: Candidate) -> Path:
-    """Returns the output folder of a run."""
-    return asked.output if len(asked.runs) == 1 else Path(each.images).parent
-
-
 def _settings(images: Images) -> dict[str, str]:
     """Returns how a run's images were generated, for the report."""
     if images.layout:
@@ -264,19 +265,20 @@ def _settings(images: Images) -> dict[str, str]:
     return {name: str(value) for name, value in said.items() if value not in ("", None)}
 
 
-def _score(images: Images, scored: Scoring, folder: Path, beam_arguments: list[str]) -> None:
+def _score(images: Images, scored: Scoring, output: str, beam_arguments: list[str]) -> None:
     """Runs the Beam job, which writes one file per part and a summary; raises InputError."""
     runner, options = runners.choose(beam_arguments, 1)
-    folder.mkdir(parents=True, exist_ok=True)
     with jobs.failures_raised(), beam.Pipeline(runner=runner, options=options) as pipeline:
         parts = pipeline | "Parts" >> beam.Create(images.parts(), reshuffle=False)
-        scores = parts | beam.Reshuffle() | beam.ParDo(ScoreShard(images, scored, folder))
+        scores = parts | beam.Reshuffle() | beam.ParDo(ScoreShard(images, scored, output))
         summary = scores | beam.CombineGlobally(sets.summary_of_all)
-        _ = summary | "Write" >> beam.Map(partial(_write_summary, str(folder.absolute())))
+        _ = summary | "Write" >> beam.Map(partial(_write_summary, output))
 
 
-def _write_summary(folder: str, summary: sets.Summary) -> None:
-    summary.save(Path(folder) / SUMMARY)
+def _write_summary(output: str, summary: sets.Summary) -> None:
+    with open_store(output).filled() as folder:
+        (folder / SUMMARY).parent.mkdir(parents=True, exist_ok=True)
+        summary.save(folder / SUMMARY)
 
 
 def _write_images(
@@ -287,30 +289,45 @@ def _write_images(
     Returns:
       whether all of them could be written.
     """
-    images, folder = _images(asked, each, prompts), _folder(asked, each)
+    images, store = _images(asked, each, prompts), open_store(each.output)
+    layout = "" if asked.is_layout else BENCHMARKS[asked.benchmark].layout
 
     def every() -> Iterator[Picture]:
         return (picture for part in images.parts() for picture in images.pictures(part))
 
-    if asked.benchmark == EXACT:
-        text = "".join(line + "\n" for line in results.lines(rows, prompts, folder))
-        LocalStore(folder).swap(results.RESULTS, text)
-        LocalStore(folder).tidy()
-    if asked.keep:
-        measured = [measure for measure in OF_IMAGES if rows[measure].null_count < len(rows)]
-        kept = best.write(folder / BEST, rows, prompts, every(), asked.keep, measured)
-        print(f"best of {asked.images}: wrote {kept} images to {folder / BEST}")
-    if asked.is_layout:
-        return True
-    name = BENCHMARKS[asked.benchmark].layout
+    with store.filled(*_replaced(store, layout, asked.keep)) as folder:
+        if asked.benchmark == EXACT:
+            text = "".join(line + "\n" for line in results.lines(rows, prompts, each.output))
+            LocalStore(folder).swap(results.RESULTS, text)
+            LocalStore(folder).tidy()
+        if asked.keep:
+            measured = [measure for measure in OF_IMAGES if rows[measure].null_count < len(rows)]
+            kept = best.write(folder / BEST, rows, prompts, every(), asked.keep, measured)
+            print(f"best of {asked.images}: wrote {kept} images to {join(each.output, BEST)}")
+        if layout:
+            return _export(layout, every(), prompts, asked.images, folder)
+    return True
+
+
+def _replaced(store: Store, layout: str, keep: str) -> list[str]:
+    """Returns the folders of images that an earlier evaluation may have left."""
+    numbered = (entry for entry in store.entries("") if entry.isdigit())
+    of_layout = numbered if layout == AT_THE_TOP else [IMAGES] * bool(layout)
+    return [*of_layout, *[BEST] * bool(keep)]
+
+
+def _export(
+    layout: str, pictures: Iterator[Picture], prompts: list[Prompt], images: int, folder: Path
+) -> bool:
+    """Writes a benchmark's layout; returns whether it could be written."""
     try:
-        if name == AT_THE_TOP:
-            folders.export(name, every(), prompts, asked.images, folder, beside_others=True)
+        if layout == AT_THE_TOP:
+            folders.export(layout, pictures, prompts, images, folder, beside_others=True)
         else:
             shutil.rmtree(folder / IMAGES, ignore_errors=True)
-            folders.export(name, every(), prompts, asked.images, folder / IMAGES)
+            folders.export(layout, pictures, prompts, images, folder / IMAGES)
     except InputError as problem:
-        print(f"jaxdiff: layout {name} was not written: {problem}", file=sys.stderr)
+        print(f"jaxdiff: layout {layout} was not written: {problem}", file=sys.stderr)
         return False
     return True
 
@@ -320,22 +337,23 @@ def _report(
 ) -> None:
     benchmark = BENCHMARKS[asked.benchmark]
     sources = {each.name: _images(asked, each, prompts) for each in asked.runs}
-    report.write(
-        asked.output,
-        benchmark.title,
-        {
-            "source": benchmark.paper,
-            "prompts": str(len(prompts)),
-            "images per prompt": str(asked.images),
-            "CLIP": _clip_said(asked.clip),
-            "reference": asked.reference,
-            "training set": asked.training,
-        },
-        [scores for scores, _ in judged],
-        partial(_find, sources, {scores.name: rows for scores, rows in judged}),
-        _tables(asked.benchmark, prompts, judged),
-    )
-    print(f"wrote {asked.output / 'report.html'}, report.md and report.json")
+    with open_store(asked.output).filled() as folder:
+        report.write(
+            folder,
+            benchmark.title,
+            {
+                "source": benchmark.paper,
+                "prompts": str(len(prompts)),
+                "images per prompt": str(asked.images),
+                "CLIP": _clip_said(asked.clip),
+                "reference": asked.reference,
+                "training set": asked.training,
+            },
+            [scores for scores, _ in judged],
+            partial(_find, sources, {scores.name: rows for scores, rows in judged}),
+            _tables(asked.benchmark, prompts, judged),
+        )
+    print(f"wrote {join(asked.output, 'report.html')}, report.md and report.json")
 
 
 def _clip_said(model: str) -> str:
@@ -375,13 +393,13 @@ def _export_dataset(asked: Export) -> int:
         prompts[picture.prompt.id] = picture.prompt
         counts[picture.prompt.id] += 1
     images = max(counts.values(), default=0)
-    made = folders.export(
-        asked.layout,
-        datasets.of_dataset(asked.dataset),
-        list(prompts.values()),
-        images,
-        asked.output,
-    )
+    store, pictures = open_store(asked.output), datasets.of_dataset(asked.dataset)
+    if is_address(asked.output):
+        store.prepare()
+        if store.entries(""):
+            raise InputError(f"{asked.output} holds other objects; name a new prefix")
+    with store.filled() as folder:
+        made = folders.export(asked.layout, pictures, [*prompts.values()], images, folder)
     print(f"wrote {made} images to {asked.output} in layout {asked.layout}")
     return EXIT_OK
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxdiff.dataset import settings
+from jaxdiff.dataset.store import is_address, join, open_store
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation.benchmarks import BENCHMARKS
 from jaxdiff.evaluation.layouts.folders import LAYOUTS
@@ -42,11 +43,13 @@ class Candidate:
       name: distinguishes it from the others, and names its folder.
       job: generates its images; None if they already exist.
       images: the directory of the dataset or layout, or the dataset's address.
+      output: the directory or the address of its scores and of the files for other programs.
     """
 
     name: str
     job: Job | None
     images: str | Path
+    output: str | Path
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Evaluation:
     Attributes:
       benchmark, prompts: as in `benchmarks.read`; per_tag and prompts_seed too.
       images: the number of images per prompt.
-      output: the directory of the report.
+      output: the directory or the address of the report.
       runs: the runs to evaluate; the first is compared with each of the others.
       is_layout: whether the runs' images are in the benchmark's layout, not in a dataset.
       clip: the directory or Hub id of CLIP's weights, or "".
@@ -70,7 +73,7 @@ class Evaluation:
     per_tag: int
     prompts_seed: int
     images: int
-    output: Path
+    output: str | Path
     runs: tuple[Candidate, ...]
     is_layout: bool = False
     clip: str = ""
@@ -85,7 +88,7 @@ class Export:
 
     layout: str
     dataset: str
-    output: Path
+    output: str | Path
 
 
 def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
@@ -116,7 +119,7 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
     if said.dataset and said.layout:
         parser.error("--dataset and --layout both name the images; use one of them")
     if given:
-        runs, beam_arguments = (Candidate(Path(given).name, None, given),), rest
+        runs, beam_arguments = (Candidate(Path(given).name, None, given, said.output),), rest
     else:
         runs, beam_arguments = _runs(said, rest)
     evaluation = Evaluation(
@@ -143,22 +146,24 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
 def _runs(said, rest: list[str]) -> tuple[tuple[Candidate, ...], list[str]]:
     """Returns a run for each model and each combination of varied settings."""
     models = said.model or ["shapes64"]
+    # Never in a bucket: manifests cannot be read from all of them, and the plan keeps the rows.
+    folder = open_store(said.output).work() if is_address(said.output) else said.output
+    common = ["--manifest", str(folder / "manifest.jsonl"), "--output", str(said.output)]
     varied = [_varied(text) for text in said.vary]
     runs, beam_arguments = [], []
     for model, *chosen in itertools.product(models, *varied):
         words = [word for name, value in chosen for word in (f"--{name}", value)]
-        manifest = said.output / "manifest.jsonl"
-        common = ["--manifest", str(manifest), "--output", str(said.output), "--model", model]
-        job, beam_arguments = generate_options.parse([*rest, *words, *common])
+        words += ["--model", model, *common]
+        job, beam_arguments = generate_options.parse([*rest, *words])
         name = " ".join([Path(model).name, *(f"{name}={value}" for name, value in chosen)])
-        runs.append(Candidate(name, job, said.output))
+        runs.append(Candidate(name, job, said.output, said.output))
     names = [run.name for run in runs]
     for position, run in enumerate(runs):
         earlier = names[:position].count(run.name)
         name = f"{run.name} ({earlier + 1})" if earlier else run.name
-        folder = said.output if len(runs) == 1 else said.output / folder_name(name)
-        dataset = folder / "dataset"
-        runs[position] = Candidate(name, replace(run.job, output=dataset), dataset)
+        output = said.output if len(runs) == 1 else join(said.output, folder_name(name))
+        dataset = join(output, "dataset")
+        runs[position] = Candidate(name, replace(run.job, output=dataset), dataset, output)
     return tuple(runs), beam_arguments
 
 
@@ -197,6 +202,10 @@ def _number(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 100_000:
         raise InputError(f"{text!r} must be a whole number from 1 to 100000")
     return int(text)
+
+
+def _where(text: str) -> str | Path:
+    return text if is_address(text) else Path(text)
 
 
 PATH = {"metavar": "DIR", "type": Path}
@@ -266,7 +275,11 @@ OPTIONS = {
         },
     },
     "output": {
-        "--output": {**PATH, "help": "a new directory, or one to continue"},
+        "--output": {
+            "metavar": "DIR",
+            "type": _where,
+            "help": "a new directory or one to continue, or an s3://, gs:// or az:// address",
+        },
         "--keep": {
             "choices": REFEREES,
             "metavar": "best:WHO",

@@ -148,6 +148,28 @@ class Bucket:
                         file.writelines(parts)
             yield local
 
+    @contextlib.contextmanager
+    def filled(self, *replaced: str) -> Iterator[Path]:
+        """Yields a scratch folder, and uploads its files afterwards, unless there is an error.
+
+        Args:
+          replaced: names of folders; other objects in them are deleted afterwards.
+        """
+        folder = self.scratch("filled")
+        folder.mkdir()
+        try:
+            yield folder
+            files = (path for path in folder.rglob("*") if path.is_file())
+            written = {path.relative_to(folder).as_posix(): path for path in files}
+            old = {name for each in replaced for name in self._names(f"{each}/")}
+            with ThreadPoolExecutor(AT_ONCE) as threads:
+                for _ in threads.map(self._replace, written, written.values()):
+                    pass
+                for _ in threads.map(self._delete, old - written.keys()):
+                    pass
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def snapshot(self) -> "Bucket":
         """Returns a store that knows what is there now, from a listing of each folder.
 
@@ -258,6 +280,16 @@ class Bucket:
 
     # The job.
 
+    def prepare(self) -> None:
+        """Checks that the bucket can be used.
+
+        Raises:
+          InputError: if it cannot be reached, or ignores conditions.
+          OSError: for other problems, which may pass.
+        """
+        with probe.explained(self.address):
+            probe.check(self.address, _client(self.address, REQUEST_SECONDS, retries=2))
+
     @contextlib.contextmanager
     def held(self, waiting: Callable[[], None] | None = None) -> Iterator[Unlocked]:
         """Checks that the bucket can hold a dataset; any number of processes may be there.
@@ -265,8 +297,7 @@ class Bucket:
         Raises:
           InputError: if it cannot be reached, ignores conditions, or has other objects.
         """
-        with probe.explained(self.address):
-            probe.check(self.address, _client(self.address, REQUEST_SECONDS, retries=2))
+        self.prepare()
         top = [name for name in self.entries("") if name != names.WORK]
         if top and self.kind(names.PLAN_FILE):
             raise InputError(
@@ -345,6 +376,10 @@ class Bucket:
             except OSError:
                 if not left:
                     raise
+
+    def _replace(self, name: str, path: Path) -> None:
+        with self._named(name):
+            obstore.put(self._client(UPLOAD_SECONDS), name, path)
 
     def _upload(self, path: Path, name: str) -> str | None:
         """Uploads a file and returns its etag; a failed request may have been done after all."""

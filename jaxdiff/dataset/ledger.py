@@ -8,7 +8,7 @@ its shard's done-marker; and `_SUCCESS`, the root of the proof, records all of i
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -192,8 +192,14 @@ def _has_report(run: Run, report: dict, root: Root | None) -> bool:
         return False
 
 
-def verify(where: str | Path) -> tuple[dict[str, int], list[str]]:
+def verify(
+    where: str | Path,
+    check_shards: Callable[[Run], Iterable[str]] = lambda run: _check_shards(run, deep=True),
+) -> tuple[dict[str, int], list[str]]:
     """Checks a finished dataset from its files alone, with every pixel in lossless formats.
+
+    Args:
+      check_shards: returns what `check_shard` says of each shard, in their order.
 
     Returns:
       The counts, and the problems, one line each; empty if there are none.
@@ -207,7 +213,7 @@ def verify(where: str | Path) -> tuple[dict[str, int], list[str]]:
     run = open_run(store).snapshot()
     if problems := [*_check_plan(run)] or [*_check_rows(run)]:
         return {}, problems
-    if problems := [*_check_shards(run, deep=True)]:
+    if problems := [*check_shards(run)]:
         return {}, problems
     markers = _markers(run)
     if problems := [*proof.strays(run, markers)]:
@@ -224,7 +230,7 @@ def broken(run: Run) -> list[int]:
     return [
         shard
         for shard, marker in enumerate(_markers(run))
-        if marker and any(_check_shard(run, shard, deep=True))
+        if marker and any(check_shard(run, shard, deep=True))
     ]
 
 
@@ -284,15 +290,15 @@ def _check_rows(run: Run) -> Iterator[str]:
 def _check_shards(run: Run, deep: bool = False) -> Iterator[str]:
     if not (deep and is_address(run.address)):
         for shard in run.shards:
-            yield from _check_shard(run, shard, deep)
+            yield from check_shard(run, shard, deep)
         return
     with ThreadPoolExecutor(FETCHED_AT_ONCE) as threads:  # to read some while others are checked
-        for problems in threads.map(lambda shard: [*_check_shard(run, shard, True)], run.shards):
+        for problems in threads.map(lambda shard: [*check_shard(run, shard, True)], run.shards):
             yield from problems
 
 
-def _check_shard(run: Run, shard: int, deep: bool = False) -> Iterator[str]:
-    """Checks that a shard has the bytes that its marker names; if `deep`, also every image."""
+def check_shard(run: Run, shard: int, deep: bool = False) -> Iterator[str]:
+    """Yields how a shard's bytes differ from what its marker names; if `deep`, also its images."""
     try:
         markers = shards.read_markers(run, shard)
     except ValueError as problem:

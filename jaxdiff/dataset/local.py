@@ -96,6 +96,11 @@ class LocalStore:
         """Yields a local store that has the files: this one."""
         yield self
 
+    @contextlib.contextmanager
+    def filled(self, *replaced: str) -> Iterator[Path]:
+        """Yields the directory itself; the caller replaces the folders."""
+        yield self.root
+
     def snapshot(self) -> "LocalStore":
         """Returns a store that knows what is there now: this one, which asks the disk."""
         return self
@@ -177,6 +182,10 @@ class LocalStore:
             paths.sync_names(target)
 
     # The job.
+
+    def prepare(self) -> None:
+        """Creates the directory; raises OSError if it cannot be created."""
+        self.root.mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
     def held(self, waiting: Callable[[], None] | None = None) -> Iterator[Lock]:

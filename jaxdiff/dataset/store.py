@@ -71,6 +71,13 @@ class Store(Protocol):
     def fetched(self, *every: str) -> AbstractContextManager[LocalStore]:
         """Yields a local store with those of the files that exist."""
 
+    def filled(self, *replaced: str) -> AbstractContextManager[Path]:
+        """Yields a local folder; what is written there is in the store afterwards.
+
+        Args:
+          replaced: names of folders that the caller replaces as a whole.
+        """
+
     def snapshot(self) -> "Store":
         """Returns a store for reading that asks once what is there; a snapshot returns itself."""
 
@@ -100,6 +107,9 @@ class Store(Protocol):
 
     def begin(self, folder: Path, extended: str | None = None) -> None:
         """Puts a plan in its place, from a local folder; `extended` is the one it extends."""
+
+    def prepare(self) -> None:
+        """Creates the directory, or checks that the bucket can be used."""
 
     def held(self, waiting: Callable[[], None] | None = None) -> AbstractContextManager[Lock]:
         """Prepares the store for a job, and checks that it can hold one."""
@@ -145,6 +155,11 @@ def open_store(where: str | Path) -> Store:
 def absolute(where: str | Path) -> str:
     """Returns an address, or the absolute path of a directory."""
     return str(where) if is_address(where) else str(Path(where).absolute())
+
+
+def join(where: str | Path, name: str) -> str | Path:
+    """Returns the address, or the path, of what has a name in a bucket or in a directory."""
+    return f"{str(where).rstrip('/')}/{name}" if is_address(where) else Path(where) / name
 
 
 def local(where: str | Path, what: str) -> LocalStore:

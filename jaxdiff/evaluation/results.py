@@ -6,21 +6,22 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from jaxdiff.dataset.store import join
 from jaxdiff.evaluation.records import Prompt
 
 RESULTS = "results.jsonl"
 
 
-def lines(rows: pa.Table, prompts: list[Prompt], folder: Path) -> Iterator[str]:
+def lines(rows: pa.Table, prompts: list[Prompt], where: str | Path) -> Iterator[str]:
     """Yields a JSON line for each image.
 
     Args:
       rows: the table from `merging.merge`, with judged images.
-      folder: the folder with GenEval's layout, as the user named it.
+      where: the folder with GenEval's layout, as the user named it, or its address.
     """
     for row in rows.to_pylist():
         prompt = prompts[row["owner"]]
-        image = folder / f"{row['owner']:05d}" / "samples" / f"{row['index']:04d}.png"
+        image = join(where, f"{row['owner']:05d}/samples/{row['index']:04d}.png")
         yield json.dumps(
             {
                 "filename": str(image),

@@ -69,15 +69,11 @@ class Scoring:
 
 
 def score_file(pictures: Iterable[Picture], scoring: Scoring, path: Path, digest: str) -> pa.Table:
-    """Scores pictures and writes the file atomically; returns its table.
-
-    Reads the file instead if it already exists with the same digest.
+    """Scores pictures and writes a file for `read_file` atomically; returns its table.
 
     Raises:
       InputError: for a picture that cannot be read or judged.
     """
-    if (there := read_file(path, digest)) is not None:
-        return there
     rows = [row for block in _blocks(pictures) for row in _scored(block, scoring)]
     schema = pa.schema(COLUMNS, {"digest": digest})
     table = pa.Table.from_pylist(rows, schema)

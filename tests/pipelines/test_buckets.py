@@ -1,11 +1,13 @@
-"""Datasets in a bucket, made and read by the commands themselves; the server is Moto's."""
+"""Datasets and evaluations in a bucket, by the commands themselves; the server is Moto's."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import boto3
@@ -14,6 +16,8 @@ from moto.server import ThreadedMotoServer
 
 from jaxdiff import cli
 from jaxdiff.dataset import ledger, names
+from jaxdiff.worlds import shapes
+from jaxdiff.worlds.shapes import Caption, Group
 
 pytestmark = pytest.mark.usefixtures("noise_throughout")
 ADDRESS = "s3://sets/made"
@@ -208,3 +212,91 @@ assert len(pandas.read_parquet("{address}/metadata")) == 8
         )
         assert ended.returncode == 0, ended.stderr
     assert ledger.verify("s3://sets/parquet") == ledger.verify("s3://sets/webdataset")
+
+
+@pytest.fixture
+def evaluation(tmp_path, tiny_checkpoint):
+    """Returns the arguments that evaluate six images of three prompts: `evaluation(output, ...)`.
+
+    They are generated, unless a dataset is given.
+    """
+    captions = (Caption((Group(shape),)) for shape in ("star", "ring", "circle"))
+    prompts = tmp_path / "asked.jsonl"
+    prompts.write_text("".join(json.dumps(shapes.row_for(each)) + "\n" for each in captions))
+
+    def evaluation(output: Path | str, *more: str) -> list[str]:
+        said = ["--benchmark=shapes", f"--prompts={prompts}", "--images=2", "--keep=best:shapes"]
+        if not any("--dataset" in each for each in more):
+            said += [f"--model={tiny_checkpoint}", "--steps=1", "--width=64", "--height=64"]
+            said += ["--batch-size=2", "--images-per-shard=2"]
+        return ["evaluate", *said, f"--output={output}", *more]
+
+    return evaluation
+
+
+def test_a_killed_evaluation_continues_and_writes_what_a_disk_gets(client, evaluation, tmp_path):
+    assert cli.main(evaluation(tmp_path / "local")) == 0
+    command = [sys.executable, "-m", "jaxdiff", *evaluation("s3://sets/judged")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while len(scores(client)) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    killed = scores(client)
+    assert client.list_objects_v2(Bucket="sets", Prefix="judged/report")["KeyCount"] == 0
+    assert cli.main(evaluation("s3://sets/judged")) == 0
+    assert killed.items() <= scores(client).items()  # these were not written again
+    made = {
+        key.removeprefix("judged/"): body.replace(b"s3://sets/judged", bytes(tmp_path / "local"))
+        for key, body in objects(client).items()
+    }
+    local = {
+        path.relative_to(tmp_path / "local").as_posix(): path.read_bytes()
+        for path in (tmp_path / "local").rglob("*")
+        if path.is_file()
+    }
+    del local["manifest.jsonl"]
+    beside = {name for name in local if not name.startswith("dataset/")}
+    assert {name for name in made if not name.startswith("dataset/")} == beside
+    assert len(beside) == 24
+    assert [name for name in beside if made[name] != local[name] and "scores/" not in name] == []
+    assert verified("s3://sets/judged/dataset")
+
+
+def scores(client) -> dict[str, datetime]:
+    """The files of scores, and when they were written."""
+    found = client.list_objects_v2(Bucket="sets").get("Contents", [])
+    return {each["Key"]: each["LastModified"] for each in found if "/scores/0" in each["Key"]}
+
+
+def test_a_layout_in_a_bucket_has_no_image_of_an_earlier_one(client, evaluation, tmp_path, capsys):
+    assert cli.main(evaluation("s3://sets/judged", "--vary=steps=1,2")) == 0
+    both = "judged/tiny-steps-{}/00002/samples/0001.png"
+    assert {"judged/report.html", both.format(1), both.format(2)} < {*objects(client)}
+    given = "--dataset=s3://sets/judged/tiny-steps-2/dataset"
+    for name in ("00003/samples/0000.png", "best/images/7.png", "notes/7.png", "notes.txt"):
+        client.put_object(Bucket="sets", Key=f"again/{name}", Body=b"mine")
+    assert cli.main(evaluation("s3://sets/again", given)) == 0
+    assert "wrote s3://sets/again/report.html" in capsys.readouterr().out
+    there = {key.removeprefix("again/") for key in objects(client) if key.startswith("again/")}
+    assert "00002/samples/0001.png" in there
+    assert not {"00003/samples/0000.png", "best/images/7.png"} & there
+    assert {"notes/7.png", "notes.txt"} < there
+    export = ["evaluate", "--export=geneval", given, "--output=s3://sets/exported"]
+    assert cli.main(export) == 0
+    exported = {key for key in objects(client) if key.startswith("exported/")}
+    assert {key.removeprefix("exported/") for key in exported} < there
+    assert len(exported) == 12
+    capsys.readouterr()
+    for command, said in (
+        (export, "s3://sets/exported holds other objects; name a new prefix"),
+        (evaluation("s3://none/judged", given), "s3://none/judged: the bucket does not exist"),
+        (evaluation("s3://none/judged"), "s3://none/judged: the bucket does not exist"),
+        (evaluation("ftp://sets/judged", given), "ftp://sets/judged is not the address of a"),
+        (evaluation("s3:/sets/judged", given), "s3:/sets/judged is not the address of a bucket"),
+    ):
+        assert cli.main(command) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert len(error.splitlines()) == 1
