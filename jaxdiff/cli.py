@@ -17,6 +17,7 @@ Prompt manifests in, verifiable image datasets out: batch text-to-image generati
 
 commands:
   generate   generate an image for every prompt in a manifest
+  upscale    enlarge the images of a folder or of a dataset
   inspect    show what a model contains, and whether it can be used
   verify     check, from its files alone, that a dataset is complete and unchanged
   view       write a gallery of a dataset: web pages that need no server
@@ -58,6 +59,7 @@ def _version() -> str:
 def _command(name: str) -> Callable[[list[str]], int]:
     commands = {
         "generate": _generate,
+        "upscale": _upscale,
         "inspect": _inspect,
         "verify": _verify,
         "view": _view,
@@ -75,6 +77,15 @@ def _generate(arguments: list[str]) -> int:
     from pipelines import generate_options
 
     job, beam_arguments = generate_options.parse(arguments)
+    from pipelines import generate
+
+    return generate.run(job, beam_arguments)
+
+
+def _upscale(arguments: list[str]) -> int:
+    from pipelines import upscale_options
+
+    job, beam_arguments = upscale_options.parse(arguments)
     from pipelines import generate
 
     return generate.run(job, beam_arguments)
@@ -102,22 +113,37 @@ def _verify(arguments: list[str]) -> int:
         description="Check a finished dataset from its files alone: every planned image must be "
         "accounted for; every file must be what _SUCCESS records, every record what was planned "
         "and, in lossless formats, every pixel what the record says; and no file may be added. "
-        "Names that begin with a dot and gallery/ are left alone. Exit codes: 0 everything is "
+        "Names that begin with a dot and gallery/ are left alone. With options of Apache Beam "
+        "(--runner, ...), a Beam job checks the shards. Exit codes: 0 everything is "
         "correct; 1 something is wrong; 2 there is nothing to check, or what a repair needs is "
-        "damaged, as the plan; 75 a repair was stopped.",
+        "damaged, as the plan; 75 a repair or a Beam job was stopped.",
     )
     parser.add_argument("directory", metavar="DIR", help=DATASET)
     parser.add_argument("--repair", action="store_true", help="remake what is wrong, byte for byte")
-    said = parser.parse_args(arguments)
+    said, beam_arguments = parser.parse_known_args(arguments)
     directory = said.directory
-    from jaxdiff.dataset import ledger
-
+    if beam_arguments and not beam_arguments[0].startswith("-"):
+        parser.error(f"unexpected {beam_arguments[0]!r}")
     if said.repair:
+        if beam_arguments:
+            parser.error(f"--repair works on this machine only, without {beam_arguments[0]}")
         from pipelines.repair import repair
 
         if not repair(directory):
             return 75
-    counts, problems = ledger.verify(directory)
+    if beam_arguments:
+        from pipelines import verify
+        from pipelines.jobs import StoppedError
+
+        try:
+            counts, problems = verify.verify(directory, beam_arguments)
+        except StoppedError:
+            print("jaxdiff: stopped; run the same command to begin again", file=sys.stderr)
+            return 75
+    else:
+        from jaxdiff.dataset import ledger
+
+        counts, problems = ledger.verify(directory)
     for problem in problems[:SHOWN_PROBLEMS]:
         print(checks.printable(problem))
     if problems:

@@ -9,7 +9,7 @@ from pathlib import Path
 from jaxdiff import checks
 from jaxdiff.checkpoint import controlnet, lora
 from jaxdiff.checkpoint.checkpoint import BUNDLED
-from jaxdiff.checkpoint.controlnet import scaled
+from jaxdiff.checkpoint.controlnet import scaled, split_number
 from jaxdiff.dataset import settings
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.diffusion.samplers import SAMPLERS
@@ -57,6 +57,7 @@ class Models:
     base: str | None = None
     controlnet: tuple[str, ...] = ()
     ip_adapter: tuple[str, ...] = ()
+    upscale: str | None = None
 
     def open(self) -> Ensemble:
         """Opens the models; raises InputError if one is missing or incomplete."""
@@ -72,11 +73,16 @@ class Models:
             tuple(f"{_absolute(path)}:{scale!r}" for path, scale in map(scaled, said))
             for said in (self.controlnet, self.ip_adapter)
         )
-        return Models(_absolute(self.model), self.variant, refiner, files, base, nets, adapters)
+        upscale = self.upscale
+        if upscale is not None:
+            path, factor = split_number(upscale)
+            upscale = _absolute(path) + ("" if factor is None else f":{factor}")
+        model = _absolute(self.model)
+        return Models(model, self.variant, refiner, files, base, nets, adapters, upscale)
 
     def planned(self) -> dict:
         """Returns the models as plans store them: earlier versions do not know all."""
-        later = ("base", "controlnet", "ip_adapter")
+        later = ("base", "controlnet", "ip_adapter", "upscale")
         return {name: said for name, said in vars(self).items() if name not in later or said}
 
 
@@ -162,7 +168,7 @@ def _with_hyphens(word: str) -> str:
 def _models(said: dict) -> Models:
     several = {name: said.get(name, ()) for name in REPEATED}
     several = {n: (each,) if isinstance(each, str) else tuple(each) for n, each in several.items()}
-    others = {name: said.get(name) for name in ("variant", "refiner", "base")}
+    others = {name: said.get(name) for name in ("variant", "refiner", "base", "upscale")}
     return Models(said.get("model", "shapes64"), **several, **others)
 
 
@@ -307,6 +313,11 @@ HELP = {
             "an IP-Adapter (.safetensors, its image_encoder/ beside or above it), which makes the "
             "row's ip_adapter_image a part of the prompt; may be repeated",
         ),
+        "upscale": (
+            "MODEL[:FACTOR]",
+            "a GAN upscaler (.safetensors) that enlarges every image, such as shapes64-x4, and by "
+            "how much (default: as much as it can)",
+        ),
         "limit": ("N", "generate only the first N images of the manifest"),
         "overwrite": (
             None,
@@ -422,7 +433,7 @@ HELP = {
 OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
 NAMES = (  # always text, even if it looks like a number
     *("manifest", "prompt_column", "image_root", "output", "model", "base", "variant", "refiner"),
-    *("lora", "controlnet", "ip_adapter", "profile"),
+    *("lora", "controlnet", "ip_adapter", "upscale", "profile"),
 )
 REPEATED = ("lora", "controlnet", "ip_adapter")
 FLAGS = tuple(name for name, value in OPTIONS.items() if value is None)

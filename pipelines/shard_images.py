@@ -26,7 +26,8 @@ from pipelines.jobs import StoppedError
 from pipelines.profiling import Profile
 
 if TYPE_CHECKING:
-    from jaxdiff.engine.engine import Image, TextToImage
+    from jaxdiff.engine.engine import TextToImage
+    from jaxdiff.engine.image import Image
 
 ENCODING_THREADS = READING_THREADS = min(4, os.cpu_count() or 1)
 NOT_FINITE = "the model's values were not finite"
@@ -220,16 +221,21 @@ class ShardImages:
                 self._plan.image_root,
                 settings.preprocess,
                 self._model.prompt_sizes,
+                self._model.enlarges,
             )
         except BadValueError as problem:
             self._unreadable[image.key] = str(problem)
-            return loading.blank(image.request, self._model.prompt_sizes)
+            return self._blank(image.request)
+
+    def _blank(self, request: Request) -> Request:
+        """Returns a request of the same bucket with grey in the place of its images, if any."""
+        return loading.blank(request, self._model.prompt_sizes, self._model.enlarges)
 
     def _works(self, image: PlannedImage) -> bool:
         """Returns whether the model can make an image of an empty prompt, in its own size."""
         width, height = self._model.checkpoint.defaults.size
         plain = replace(image.request, **NOTHING, width=width, height=height)
-        plain = loading.blank(plain, self._model.prompt_sizes)
+        plain = self._blank(plain)
         try:
             list(self._model.stream([plain], self._batch_size))
         except Exception:
@@ -246,7 +252,7 @@ class ShardImages:
             return
         try:
             nothing = replace(image.request, **NOTHING)
-            nothing = loading.blank(nothing, self._model.prompt_sizes)
+            nothing = self._blank(nothing)
             (plain,) = self._model.stream([nothing], self._batch_size)
         except Exception as problem:
             if _is_fatal(problem):

@@ -226,7 +226,9 @@ def _batch_size(run: Run, model: "TextToImage", request: Request) -> int:
         return known
     counts = {kind.bucket: count for kind, count in run.kinds().items()}
     most = min(counts[request.bucket], max(run.plan.shard_sizes))
-    largest = model.largest_batch_size(loading.blank(request, model.prompt_sizes), most)
+    largest = model.largest_batch_size(
+        loading.blank(request, model.prompt_sizes, model.enlarges), most
+    )
     return int(run.store.claim(_pin(request), str(largest)))
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxdiff.checkpoint import single_file, sources
+from jaxdiff.checkpoint import single_file, sources, upscaler
 from jaxdiff.checkpoint.component import INDEX, TOKENIZER_FILES, Component, config_file
 from jaxdiff.checkpoint.fingerprint import fingerprint
 from jaxdiff.checkpoint.json_files import read_json
@@ -26,6 +26,7 @@ from jaxdiff.errors import InputError
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {file.parent.name: file.parent for file in sorted(ASSETS.glob(f"*/{INDEX}"))}
+BUNDLED |= {file.stem: file for file in sorted(ASSETS.glob("*.safetensors"))}
 
 SINGLE_FILE = "checkpoint.safetensors"  # the name of any single file within its checkpoint
 
@@ -35,6 +36,7 @@ class Family(Protocol):
 
     Attributes:
       components: the networks of its pipelines, by folder.
+      further_configs: further folders that hold a config and no weights, besides "scheduler".
       defaults: returns a checkpoint's properties and default settings.
       check_files: raises InputError for a checkpoint whose configs it cannot use.
       kohya_names: maps (checkpoint, network) to layers by their keys in the original code, which
@@ -42,6 +44,7 @@ class Family(Protocol):
     """
 
     components: Mapping[str, Component]
+    further_configs: tuple[str, ...]
     defaults: Callable[["Checkpoint"], Any]
     check_files: Callable[["Checkpoint"], None]
     kohya_names: Callable[["Checkpoint", str], Mapping[str, Layer]]
@@ -56,7 +59,7 @@ class Checkpoint:
       name: "shapes64" for the bundled model, a Hub id, or the name of the directory or file.
       family: its model family.
       index: the parsed `model_index.json`.
-      configs: the parsed config of each network, and of "scheduler".
+      configs: the parsed config of each network, of "scheduler" and of what else the family has.
       tensors: for each network, the location of each weight by its key.
       tokenizers: the tokenizer folder of each text encoder.
       files: every file that affects the pixels, by its name within the checkpoint.
@@ -72,7 +75,7 @@ class Checkpoint:
     files: dict[str, Path]
 
     def config(self, component: str) -> dict:
-        """Returns the parsed config of a network or of "scheduler", as in the file."""
+        """Returns the parsed config of a network or of a scheduler, as in the file."""
         return self.configs[component]
 
     def weights(self, network: str) -> dict[str, StoredTensor]:
@@ -169,7 +172,8 @@ def _open(
         raise InputError(
             f"{path} is not a .safetensors file, and other formats are not safe to read; convert "
             "it with PyTorch diffusers: "
-            "StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
+            "StableDiffusionPipeline.from_single_file(...).save_pretrained(...), or an upscaler "
+            f'with PyTorch: python -c "{upscaler.CONVERT}"'
         )
     if path.is_file() and variant is not None and base is None:
         raise NoVariantError(f"{path} is a single file and has no variants; leave out --variant")
@@ -215,7 +219,8 @@ def _open_directory(
         for network, file in chosen.items()
     }
     tokenizers = _tokenizers(networks, lambda _, folder: path / folder)
-    configs = {name: f"{name}/{config_file(name)}" for name in (*networks, "scheduler")}
+    described = (*networks, "scheduler", *family.further_configs)
+    configs = {name: f"{name}/{config_file(name)}" for name in described}
     decisive = {INDEX, *configs.values()} | {
         f"{network}/{tensor.file.name}"
         for network, weights in tensors.items()

@@ -8,6 +8,7 @@ from jaxdiff.checkpoint.tensors import StoredTensor
 
 CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
 INDEX = "model_index.json"
+CONFIG_ONLY = ("scheduler", "low_res_scheduler")  # folders with a config and no weights
 TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "spiece.model", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),
@@ -54,4 +55,4 @@ class Component:
 
 def config_file(component: str) -> str:
     """Returns the name of a component's config file within its folder."""
-    return SCHEDULER_CONFIG if component == "scheduler" else CONFIG
+    return SCHEDULER_CONFIG if component.endswith("scheduler") else CONFIG

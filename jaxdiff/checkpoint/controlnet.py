@@ -63,13 +63,21 @@ def scaled(said: str) -> tuple[str, float]:
     Raises:
       InputError: if the scale is no number from 0 to `MAX_SCALE`.
     """
-    path, colon, scale = said.rpartition(":")
-    if not colon or Path(said).exists() or "/" in scale:
-        return said, 1.0
+    path, scale = split_number(said)
+    if scale is None:
+        return path, 1.0
     try:
         return path, checks.number(f"{said}: the scale", scale, 0, MAX_SCALE)
     except checks.BadValueError as problem:
         raise InputError(str(problem)) from None
+
+
+def split_number(said: str) -> tuple[str, str | None]:
+    """Splits "PATH" or "PATH:NUMBER" into the path and the number as text, if there is one."""
+    path, colon, number = said.rpartition(":")
+    if not colon or Path(said).exists() or "/" in number:
+        return said, None
+    return path, number
 
 
 def open_controlnet(said: str) -> ControlNetFiles:

@@ -5,6 +5,8 @@ The configs of Stable Diffusion 1 and XL are those on the Hub, which diffusers' 
 uses, too; those of later models follow from the shapes (see `transformer_files`).
 
 Only the names differ, and the layout of a few weights: see the tables in `original`.
+
+A file may also hold a GAN upscaler (see `upscaler`), which is a network and nothing more.
 """
 
 import re
@@ -12,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jaxdiff.checkpoint import transformer_files
+from jaxdiff.checkpoint import transformer_files, upscaler
 from jaxdiff.checkpoint.original import ldm
 from jaxdiff.checkpoint.prediction import prediction_type
 from jaxdiff.checkpoint.safetensors_header import read_header, read_metadata
@@ -84,7 +86,7 @@ def read(path: Path) -> SingleFile:
     """
     tensors = with_scales(read_header(path))
     _refuse_foreign(path, tensors)
-    contents = transformer_files.contents(path, tensors)
+    contents = upscaler.contents(path, tensors) or transformer_files.contents(path, tensors)
     if contents is None:
         contents = _recognise(path, tensors)
         scheduler = _scheduler(path, contents.configs["scheduler"], tensors)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from jaxdiff.checkpoint.component import INDEX, TOKENIZER_FILES, Component
+from jaxdiff.checkpoint.component import CONFIG_ONLY, INDEX, TOKENIZER_FILES, Component
 from jaxdiff.checkpoint.weight_files import no_index, tokenizers, wanted_files
 from jaxdiff.errors import InputError
 
@@ -180,7 +180,7 @@ def _fetch(
         wanted = [name, *sorted((beside | {config}) & found.keys())]
     else:
         base, name = root, ""
-        found = _listing(system, base, ["", *folders, *components, "scheduler"])
+        found = _listing(system, base, ["", *folders, *components, *CONFIG_ONLY])
         wanted = _wanted(found, variant, url, "directory", components)
     parent = url.rpartition("/")[0] if name else url
     models = cache_directory() / "models"

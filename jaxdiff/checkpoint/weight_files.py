@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from jaxdiff.checkpoint.component import INDEX, TOKENIZER_FILES, Component, config_file
+from jaxdiff.checkpoint.component import CONFIG_ONLY, INDEX, TOKENIZER_FILES, Component, config_file
 from jaxdiff.checkpoint.json_files import read_json
 from jaxdiff.checkpoint.safetensors_header import (
     ITEM_BYTES,
@@ -76,7 +76,7 @@ def wanted_files(
     for name in names:
         folder, _, plain = name.rpartition("/")
         folders.setdefault(folder, []).append(plain)
-    known = [INDEX, *(f"{name}/{config_file(name)}" for name in (*components, "scheduler"))]
+    known = [INDEX, *(f"{name}/{config_file(name)}" for name in (*components, *CONFIG_ONLY))]
     known += [f"{folder}/{name}" for folder in tokenizers(components) for name in TOKENIZER_FILES]
     wanted = [name for name in known if name in names]
     networks = {network: folders[network] for network in components if network in folders}

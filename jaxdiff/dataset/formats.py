@@ -20,12 +20,14 @@ from jaxdiff.request import FIELDS, IMAGE_COLUMNS
 
 ROW_GROUP_IMAGES = 64
 RECORDS = "metadata.jsonl"  # of an imagefolder; the Hub requires this name
+UPSCALED = ("upscaled_width", "upscaled_height")  # in pixels, of images that were enlarged
 RECORD_FIELDS = (  # of an image's record, in the order in which they are written
     ("key", pa.string()),
     ("id", pa.string()),
     ("image_index", pa.int32()),
     *((name, pa.type_for_alias(field.column)) for name, field in FIELDS.items()),
     *((name, pa.type_for_alias(column)) for name, column in IMAGE_COLUMNS.items()),
+    *((name, pa.int32()) for name in UPSCALED),
     ("tokens_lost", pa.int32()),  # of both prompts, at their ends; see `Plan.counts_tokens`
     ("noise", pa.string()),
     ("dtype", pa.string()),

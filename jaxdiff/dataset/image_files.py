@@ -108,13 +108,14 @@ def parameters(settings: dict) -> str:
     # Earlier versions wrote no options; images of their datasets, remade, must have equal bytes.
     described = settings if "tokens_lost" in settings else {**settings, **UNDESCRIBED}
     loras, options = _options(described)
+    sampler = settings["sampler"]
     tags = [f"<lora:{lora}>" for lora in loras if LORA_TAG.fullmatch(lora)]
     lines = [" ".join(filter(None, [settings["prompt"], *tags]))]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     told = {
         "Steps": settings["steps"],
-        "Sampler": SAMPLERS[settings["sampler"]].title,
+        "Sampler": SAMPLERS[sampler].title if sampler in SAMPLERS else None,
         "Schedule type": _schedule_type(options),
         "CFG scale": f"{settings['guidance_scale']:g}",
         "Seed": settings["seed"],
@@ -144,7 +145,8 @@ def parameters(settings: dict) -> str:
 def _options(settings: dict) -> tuple[list[str], dict[str, str]]:
     """Returns an image's LoRAs, and the other options that its sampler uses."""
     sampler = settings["sampler"]
-    used = OPTION_CHECKS.keys() | SAMPLERS[sampler].config.keys() | {"controlnet", "ip_adapter"}
+    used = OPTION_CHECKS.keys() | {"controlnet", "ip_adapter", "upscale"}
+    used |= SAMPLERS[sampler].config.keys() if sampler in SAMPLERS else set()
     if sampler == "euler":  # the only one of models trained by flow matching
         used |= FLOW_CONFIG.keys()
     if sampler != "ddim":

@@ -34,9 +34,12 @@ from jaxdiff.request import (
 
 VERSION = 5
 # Shared by the whole job, or not known yet.
-NOT_PLANNED = ("noise", "dtype", "options", "model", "sha256", "pixel_sha256")
+NOT_PLANNED = (
+    *("noise", "dtype", "options", "model", "sha256", "pixel_sha256"),
+    *formats.UPSCALED,
+)
 # The arguments of `jaxdiff.load` that name models.
-MODELS = ("model", "variant", "refiner", "lora", "base", "controlnet", "ip_adapter")
+MODELS = ("model", "variant", "refiner", "lora", "base", "controlnet", "ip_adapter", "upscale")
 ROW_GROUP_IMAGES = 4096  # at least, in whole shards; each row group adds metadata
 
 
@@ -90,6 +93,8 @@ class Plan:
       takes_images: whether any row has an image; only then do records have the columns of images.
       image_root: the folder or URL that addresses of images are relative to.
       later_columns: those of `LATER_COLUMNS` that rows have values for and records have.
+      enlarges: by how much the model enlarges the rows' images; 1 if it does not.
+      upscales: by how much the finished images are enlarged; None if they are not.
     """
 
     id: str
@@ -106,11 +111,14 @@ class Plan:
     takes_images: bool = False
     image_root: str = ""
     later_columns: Sequence[str] = ()
+    enlarges: int = 1
+    upscales: float | None = None
 
     @property
     def record_fields(self) -> formats.Fields:
         """The names and types of the fields of its images' records."""
         missing = () if self.counts_tokens else ("tokens_lost",)
+        missing += () if self.upscales else formats.UPSCALED
         columns = LATER_COLUMNS if self.takes_images else IMAGE_COLUMNS
         missing += tuple(name for name in columns if name not in self.later_columns)
         return [each for each in formats.RECORD_FIELDS if each[0] not in missing]
@@ -151,6 +159,10 @@ class Plan:
             for said in self.models.get(name, ()):
                 path, scale = controlnet.scaled(said)
                 changed.append(f"{name}={Path(path).name.removesuffix('.safetensors')}:{scale:g}")
+        if self.upscales:
+            path, _ = controlnet.split_number(self.models["upscale"])
+            name = Path(path).name.removesuffix(".safetensors")
+            changed.append(f"upscale={name}:{self.upscales:g}")
         return ", ".join(changed + [settings.scheduler] * bool(settings.scheduler))
 
     @property
@@ -254,6 +266,8 @@ def _is_sound(plan: Plan) -> bool:
         and isinstance(plan.model_name, str)
         and sources.is_root(plan.image_root)
         and {*plan.later_columns} <= {*LATER_COLUMNS}
+        and type(plan.enlarges) is int
+        and isinstance(plan.upscales, int | float | None)
     )
 
 

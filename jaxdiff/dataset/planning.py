@@ -33,9 +33,9 @@ from jaxdiff.dataset.run import Run
 from jaxdiff.dataset.settings import Settings, written
 from jaxdiff.devices import batching
 from jaxdiff.diffusion import scheduler_config
-from jaxdiff.diffusion.samplers import SAMPLERS
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
+from jaxdiff.images import loading
 from jaxdiff.request import (
     IMAGE_COLUMNS,
     LATER_COLUMNS,
@@ -130,6 +130,8 @@ def make(
         plan,
         takes_images=takes_images,
         image_root=root if takes_images else "",
+        enlarges=model.enlarges or 1,
+        upscales=model.upscaler.factor if model.samples and model.upscaler else None,
         later_columns=sorted(reader.later_columns),
     )
     sha256 = {file.name: paths.digest(file) for file in sorted(folder.iterdir())}
@@ -254,8 +256,9 @@ class _Reader:
         self.with_images = partial(model.with_images, strength=settings.strength)
         self.known, self.next_key = known, len(known)
         defaults = model.base.defaults
+        self.enlarges = model.enlarges
         sides = defaults.size_multiple, defaults.largest_side
-        self.checks = field_checks(*sides, tuple(SAMPLERS))
+        self.checks = field_checks(*sides, model.samplers)
         self.schedulers = model.schedulers(settings.scheduler)
         self.why_not = cache(partial(_why_not, schedulers=self.schedulers, eta=settings.eta))
         self.lost_tokens = model.lost_tokens(settings.prompt_chunks)
@@ -335,8 +338,11 @@ class _Reader:
         """Returns the row, or None if it repeats the item of an accepted row."""
         if entry.error is not None:
             raise BadValueError(entry.error)
-        row = rows.parse(entry.values, number, self.settings, self.checks)
+        needs_prompt = self.enlarges is None
+        row = rows.parse(entry.values, number, self.settings, self.checks, needs_prompt)
         request = row.request
+        if not needs_prompt:
+            request = self._sized(request)
         self._check_size(request)
         self.samplers.add(request.sampler)
         if reason := self.why_not(request.sampler, request.steps):
@@ -360,6 +366,22 @@ class _Reader:
         which = checks.shown(row_id) + (is_number if row_id == str(number) else "")
         where = f" of {first[0]}" if first[0] != place[0] else ""
         return f"id {which} is already used on line {first[1]}{where}"
+
+    def _sized(self, request: Request) -> Request:
+        """Returns a request with the size of its image, enlarged."""
+        if request.image is None:  # which `with_images` rejects
+            return request
+        size = self.sources.size(request)
+        multiple = self.defaults.size_multiple
+        sides = loading.enlarged_size(*size, self.enlarges, multiple)
+        for name, side in zip(("height", "width"), sides, strict=True):
+            most = self.defaults.largest_side
+            if side > most:
+                raise BadValueError(
+                    f"image is {size[1]}x{size[0]}: enlarged by {self.enlarges}, its {name} would "
+                    f"be {side} px, more than {most}; make it smaller"
+                )
+        return replace(request, height=sides[0], width=sides[1])
 
     def _check_size(self, request: Request) -> None:
         latents_px = request.width * request.height // self.defaults.factor**2

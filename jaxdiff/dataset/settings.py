@@ -6,7 +6,6 @@ from typing import Literal
 from jaxdiff import checks
 from jaxdiff.dataset import formats, image_files
 from jaxdiff.devices.batching import AUTO
-from jaxdiff.diffusion.samplers import SAMPLERS
 from jaxdiff.diffusion.scheduler_config import check_steps
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
@@ -81,10 +80,18 @@ def resolve(said: dict, model: Ensemble) -> Settings:
     """
     defaults = model.base.defaults
     said = {name: value for name, value in said.items() if value is not None}
+    for name in ("width", "height"):
+        if model.enlarges is not None and name in said:
+            raise InputError(
+                f"--{name} has no effect on {defaults.name}, which enlarges each image by "
+                f"{model.enlarges}; leave it out"
+            )
+    if not model.samples and said.get("steps") is not None:
+        raise InputError(f"--steps has no effect on {defaults.name}; leave it out")
     said.setdefault("steps", defaults.steps)  # may be too many for the sampler
     every = (
         CHECKS
-        | field_checks(defaults.size_multiple, defaults.largest_side, tuple(SAMPLERS))
+        | field_checks(defaults.size_multiple, defaults.largest_side, model.samplers)
         | OPTION_CHECKS
     )
     settings = {"guidance_scale": defaults.guidance_scale}

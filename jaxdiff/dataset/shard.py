@@ -33,6 +33,7 @@ from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.plan import Plan, PlannedImage
 from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
+from jaxdiff.images import fitting
 
 Check = Literal["size", "etag", "bytes"]
 OUTCOME_FIELDS = (
@@ -229,6 +230,12 @@ def record(planned: PlannedImage, plan: Plan) -> dict:
     """Returns the fields of an image's record that are known before it is generated."""
     known = planned.columns() | {name: plan.identity[name] for name in ("noise", "dtype", "model")}
     known["options"] = plan.options
+    if plan.upscales:
+        sides = (planned.request.width, planned.request.height)
+        known |= {
+            name: fitting.enlarged(side, plan.upscales)
+            for name, side in zip(formats.UPSCALED, sides, strict=True)
+        }
     return {name: known[name] for name, _ in plan.record_fields if name in known}
 
 

@@ -30,6 +30,7 @@ class LoadedDenoiser:
       controls: the weights of its ControlNets in their files.
       image_prompts: its IP-Adapters.
       denoising: how the program evaluates the denoiser.
+      image_noise: as in `Family`.
     """
 
     def __init__(
@@ -82,12 +83,13 @@ class LoadedDenoiser:
             _adapter(_fitted(networks.image_adapter, model, files, files), files, dtype, mesh)
             for files in adapters
         ]
+        self.image_noise = checkpoint.family.image_noise(checkpoint)
         prediction_type = scheduler_config.prediction_type(scheduler)
         self.denoising = Denoising(model, prediction_type, tuple(nets))
 
     def conditioning(self, batch: Sequence[Request], *, negative: bool = False):
         """Returns the denoiser's conditioning for a batch's prompts or negative prompts."""
-        prompts = [r.negative_prompt if negative else r.prompt for r in batch]
+        prompts = [self._prompt(request, negative) for request in batch]
         images = None if self.model.image_size is None else [r.image for r in batch]
         texts = self.prompts(prompts, images=images, negative=negative)
         if negative and self.model.zeros_for_empty:
@@ -111,6 +113,11 @@ class LoadedDenoiser:
             for place, encoder in enumerate(self.image_prompts)
         ]
         return self._conditioned(conditioning, prompts)
+
+    def _prompt(self, request: Request, negative: bool) -> str:
+        if self.model.empty_at_zero and request.guidance_scale == 0:
+            return ""
+        return request.negative_prompt if negative else request.prompt
 
     def abstract_conditioning(
         self, batch: int, height: int, width: int, sharding: jax.sharding.Sharding

@@ -1,59 +1,23 @@
-"""Generates images from requests: forms batches, compiles their programs and runs them."""
+"""Generates images from requests."""
 
-import itertools
-import sys
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array
 
 from jaxdiff import checks
 from jaxdiff.devices import batching, compilation, parallel
 from jaxdiff.diffusion import scheduler_config
-from jaxdiff.diffusion.samplers import SAMPLERS
-from jaxdiff.engine.denoiser import LoadedDenoiser
-from jaxdiff.engine.images import ImageEncoder
-from jaxdiff.engine.inputs import InputMaker
-from jaxdiff.engine.program import AXES, Weights, sample_pixels
+from jaxdiff.engine.image import Image
+from jaxdiff.engine.sampler import Sampler
+from jaxdiff.engine.upscaler import Upscaler
 from jaxdiff.errors import InputError
-from jaxdiff.families.ensemble import Ensemble, Steps, open_ensemble
-from jaxdiff.images import loading, pasting, preprocessing
-from jaxdiff.request import (
-    IMAGE_FIELDS,
-    OPTION_CHECKS,
-    SOURCES,
-    Bucket,
-    Options,
-    Request,
-    field_checks,
-)
+from jaxdiff.families.ensemble import Ensemble, open_ensemble
+from jaxdiff.images import loading, preprocessing
+from jaxdiff.request import IMAGE_FIELDS, OPTION_CHECKS, SOURCES, Options, Request, field_checks
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# The most pixels to decode at once: an autoencoder's activations are many times as large as them.
-DECODED_PX = 1024 * 1024
-
-
-@dataclass(frozen=True, eq=False)
-class Image:
-    """A finished image.
-
-    Attributes:
-      pixels: uint8 [height, width, 3], sRGB.
-      request: the request, with every default filled in.
-      finite: False if the network's values overflowed, which makes the pixels meaningless.
-    """
-
-    pixels: np.ndarray
-    request: Request
-    finite: bool
 
 
 def load(
@@ -65,6 +29,7 @@ def load(
     base: str | Path | None = None,
     controlnet: str | Path | Sequence[str | Path] = (),
     ip_adapter: str | Path | Sequence[str | Path] = (),
+    upscale: str | Path | None = None,
     expecting: Mapping[Request, int] = MappingProxyType({}),
     **options,
 ) -> "TextToImage":
@@ -83,6 +48,7 @@ def load(
         image for.
       ip_adapter: one or several IP-Adapters, "FILE.safetensors" or "FILE.safetensors:SCALE", that
         every request brings an image prompt for.
+      upscale: an upscaler that enlarges every image, "MODEL" or "MODEL:FACTOR".
       expecting: an example of each kind of request to come, with its batch size as in
         `TextToImage.generate`; their programs are compiled while the weights are read.
       **options: the fields of `Options`.
@@ -101,7 +67,7 @@ def load(
         [str(each) for each in ((said,) if isinstance(said, str | Path) else said)]
         for said in (lora, controlnet, ip_adapter)
     )
-    ensemble = open_ensemble(model, variant, refiner, loras, base, nets, adapters)
+    ensemble = open_ensemble(model, variant, refiner, loras, base, nets, adapters, upscale)
     loaded = TextToImage(ensemble, Options(**options))
     for request, batch_size in expecting.items():
         loaded.compile(loaded.resolve(request), batch_size)
@@ -129,50 +95,16 @@ class TextToImage:
         self.options = options
         self.mesh = parallel.make_mesh(options.mesh)
         dtype = DTYPES[options.dtype]
-        self._schedulers = ensemble.schedulers(options.scheduler)
-        steering = [
-            [each.files for each in kind] for kind in (ensemble.controls, ensemble.adapters)
-        ]
-        self._denoisers = [  # the refiner, which is the second, is not steered
-            LoadedDenoiser(checkpoint, scheduler, dtype, self.mesh, options, *more)
-            for checkpoint, scheduler, more in zip(
-                ensemble.checkpoints, self._schedulers, [steering, []], strict=False
-            )
-        ]
-        self._codec = self._denoisers[-1].model.codec
-        encoder = ImageEncoder(self._codec, self._denoisers[-1].codec.places, self.mesh)
-        self._inputs = InputMaker(self._denoisers, self._codec, encoder, self.mesh, options.noise)
-        self._programs: dict[tuple, Future[jax.stages.Compiled]] = {}
-        self._steps: dict[Bucket, Steps] = {}
-        pixels = partial(
-            sample_pixels,
-            [denoiser.denoising for denoiser in self._denoisers],
-            self._codec,
-            dtype,
-            guidance_rescale=options.guidance_rescale,
-            deep_cache=options.deep_cache,
-            skipped=options.skipped_layers,
-            guesses=options.guess_mode == "on",
-        )
-        self._sample = compilation.jit(
-            # weights, inputs, initial scale, columns: only the inputs have a batch axis
-            lambda *arrays, **static: parallel.over_data(
-                partial(pixels, **static), self.mesh, (None, AXES, None, None)
-            )(*arrays),
-            static_argnames=("step_ranges", "decoded_at_once"),
-        )
+        self._sampler = self._upscaler = None
+        if ensemble.samples:
+            self._sampler = Sampler(ensemble, options, dtype, self.mesh)
+        if ensemble.upscaler is not None:
+            self._upscaler = Upscaler(*ensemble.upscaler, dtype, self.mesh)
 
     def load_weights(self) -> None:
         """Reads the weights onto the devices; after that, images can be generated."""
-        for denoiser in self._denoisers:
-            denoiser.prompts.load()
-            for encoder in denoiser.image_prompts:
-                encoder.load()
-        self._weights = Weights(
-            [denoiser.stored.load() for denoiser in self._denoisers],
-            self._denoisers[-1].codec.load(),
-            [control.load() for control in self._denoisers[0].controls],
-        )
+        for part in filter(None, (self._sampler, self._upscaler)):
+            part.load_weights()
 
     def resolve(self, request: Request) -> Request:
         """Fills in the model's defaults for the fields of a request that are None.
@@ -191,7 +123,7 @@ class TextToImage:
         }
         given = {name: value for name, value in vars(request).items() if value is not None}
         values = {**defaults, **given}
-        rules = field_checks(default.size_multiple, default.largest_side, tuple(SAMPLERS))
+        rules = field_checks(default.size_multiple, default.largest_side, self.ensemble.samplers)
         try:
             for name, (check, *arguments) in rules.items():
                 values[name] = check(name, values[name], *arguments)
@@ -199,7 +131,10 @@ class TextToImage:
                 if name in given and name not in SOURCES:
                     values[name] = field.check(name, given[name], *field.arguments)
             scheduler_config.check_steps(
-                values["sampler"], values["steps"], self._schedulers, self.options.eta
+                values["sampler"],
+                values["steps"],
+                self.ensemble.schedulers(self.options.scheduler),
+                self.options.eta,
             )
             return self.ensemble.with_images(Request(**values))
         except checks.BadValueError as problem:
@@ -212,10 +147,14 @@ class TextToImage:
           InputError: as `resolve` does, or naming the image that cannot be used.
         """
         try:
+            if self.ensemble.enlarges is not None:
+                multiple = self.checkpoint.defaults.size_multiple
+                request = loading.sized(request, self.enlarges, multiple)
             return loading.prepared(
                 self.resolve(request),
                 preprocess=self.options.preprocess,
                 prompt_sizes=self.prompt_sizes,
+                enlarges=self.enlarges,
             )
         except checks.BadValueError as problem:
             raise InputError(str(problem)) from None
@@ -250,143 +189,44 @@ class TextToImage:
           requests: from `prepare`, with the same `Request.bucket`; consumed as needed.
           batch_size: as in `generate`; a short last batch is filled up with copies.
         """
-        requests, running = iter(requests), deque()
-        ahead = 1 if parallel.may_run_ahead(self.mesh) else 0
-        for first in requests:
-            slots = self.slots(first, batch_size)
-            batch = [first, *itertools.islice(requests, slots - 1)]
-            running.append((batch, self._dispatch(batch, slots)))
-            if len(running) > ahead:
-                yield from self._fetch(*running.popleft())
-        while running:
-            yield from self._fetch(*running.popleft())
+        if self._sampler is None:
+            images = (Image(request.image, request, finite=True) for request in requests)
+        else:
+            images = self._sampler.stream(requests, batch_size)
+        return images if self._upscaler is None else self._upscaler.stream(images)
 
     def slots(self, request: Request, batch_size: int) -> int:
         """Returns how many images like a resolved request all devices compute at once."""
-        if self._on_cpu:
-            batch_size = batching.on_cpu(request.width, request.height)
-        return batch_size * self.mesh.shape["data"]
+        if self._sampler is None:
+            return self._upscaler.images_at_once(*self._seen(request))
+        return self._sampler.slots(request, batch_size)
 
     def largest_batch_size(self, request: Request, most: int = batching.MOST) -> int:
         """Returns the largest batch of images like a prepared request that fits on each device.
 
-        It is a power of two, no larger than `most` images on all devices require; on a CPU it
-        depends only on the image size. The compiler's memory analysis gives candidates, which are
-        then run.
+        See `Sampler.largest_batch_size`. An upscaler has its own batches, of tiles.
         """
-        if self._on_cpu:
-            return batching.on_cpu(request.width, request.height)
-        limit = (self._first_device.memory_stats() or {}).get("bytes_limit", sys.maxsize)
-        on_each = max(1, -(-most // self.mesh.shape["data"]))
-        most = min(1 << (on_each - 1).bit_length(), batching.MOST)  # the last batch is filled up
-        before = dict(self._programs)
-
-        def memory(size: int) -> int:
-            program = self._program(request, self.slots(request, size))
-            try:
-                account = compilation.wait(self._programs, program).memory_analysis()
-            except jax.errors.JaxRuntimeError as problem:
-                return _without_memory(problem)
-            return (
-                account.argument_size_in_bytes
-                + account.output_size_in_bytes
-                + account.temp_size_in_bytes
-                - account.alias_size_in_bytes
-            )
-
-        def runs(size: int) -> bool:
-            try:
-                list(self.stream([request], size))
-            except jax.errors.JaxRuntimeError as problem:
-                return not _without_memory(problem)
-            return True
-
-        size = batching.largest(memory, limit, runs, most)
-        chosen = self._program(request, self.slots(request, size))
-        self._programs = before | {chosen: self._programs[chosen]}  # the others take memory
-        return size
+        return 1 if self._sampler is None else self._sampler.largest_batch_size(request, most)
 
     def compile(self, request: Request, batch_size: int) -> None:
         """Starts compiling the programs for images like a resolved request; returns at once."""
-        for denoiser in self._denoisers:
-            denoiser.prompts.compile(request.height, request.width)
-            for encoder in denoiser.image_prompts:
-                encoder.compile()
-        if any(self._inputs.brings(request)):
-            self._inputs.encoder.compile(request.height, request.width)
-        self._program(request, self.slots(request, batch_size))
+        if self._sampler is not None:
+            self._sampler.compile(request, batch_size)
+        if self._upscaler is not None:
+            self._upscaler.compile(*self._seen(request))
 
     @property
     def prompt_sizes(self) -> tuple[int, ...]:
         """The height and width in pixels in which each IP-Adapter sees images."""
-        return tuple(encoder.adapter.size for encoder in self._denoisers[0].image_prompts)
+        return () if self._sampler is None else self._sampler.prompt_sizes
 
     @property
-    def _on_cpu(self) -> bool:
-        return self._first_device.platform == "cpu"
+    def enlarges(self) -> int:
+        """By how much the model enlarges the image of a request; 1 if it does not."""
+        return self.ensemble.enlarges or 1
 
-    @property
-    def _first_device(self) -> jax.Device:
-        return self.mesh.devices.flat[0]
-
-    def _program(self, request: Request, slots: int) -> tuple:
-        """Returns the key of the program for these batches; starts compiling it if it is new.
-
-        Seeds, prompts and guidance scales are arguments of the program, and so is the sampler's
-        table: samplers with equally many rows and draws of noise share a program, unless they
-        clamp estimates differently.
-        """
-        steps = self._steps_of(request.bucket)
-        brings = self._inputs.brings(request)
-        images = request.bucket.control_modes
-        key = (request.width, request.height, slots, steps.ranges, steps.draws, brings, images)
-        if key not in self._programs:
-            self._programs[key] = compilation.ahead(
-                self._sample,
-                Weights(
-                    [denoiser.stored.places for denoiser in self._denoisers],
-                    self._denoisers[-1].codec.places,
-                    [control.places for control in self._denoisers[0].controls],
-                ),
-                self._inputs.abstract(request, slots, steps),
-                np.float32(steps.tables[0].initial_scale),
-                steps.columns(),
-                step_ranges=steps.ranges,
-                decoded_at_once=self._decoded_at_once(request, slots),
-            )
-        return key
-
-    def _dispatch(self, batch: list[Request], slots: int) -> tuple[Array, Array]:
-        """Starts computing a batch; returns pixels and finiteness, which may not be ready yet."""
-        batch = batch + batch[-1:] * (slots - len(batch))
-        steps = self._steps_of(batch[0].bucket)
-        program = self._program(batch[0], slots)
-        inputs = self._inputs(batch, steps, self._weights.codec)
-        return compilation.wait(self._programs, program)(
-            self._weights, inputs, np.float32(steps.tables[0].initial_scale), steps.columns()
-        )
-
-    def _fetch(self, batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]:
-        pixels, finite = (np.asarray(array) for array in result)
-        for request, image, is_finite in zip(batch, pixels, finite, strict=False):
-            if request.bucket.masked and self.options.keep_unmasked == "on":
-                image = pasting.pasted(image, request.image, request.mask_image)
-            yield Image(pixels=image, request=request, finite=bool(is_finite))
-
-    def _steps_of(self, bucket: Bucket) -> Steps:
-        if bucket not in self._steps:
-            self._steps[bucket] = self.ensemble.steps(self.options, bucket)
-        return self._steps[bucket]
-
-    def _decoded_at_once(self, request: Request, batch_size: int) -> int:
-        """Returns how many images each device decodes at once, a divisor of those it computes."""
-        most = max(1, DECODED_PX // (request.width * request.height))
-        on_device = batch_size // self.mesh.shape["data"]
-        return max(n for n in range(1, on_device + 1) if on_device % n == 0 and n <= most)
-
-
-def _without_memory(problem: jax.errors.JaxRuntimeError) -> int:
-    """Returns more bytes than any device has if memory ran out; else raises the error again."""
-    if "RESOURCE_EXHAUSTED" not in str(problem):
-        raise problem
-    return sys.maxsize
+    def _seen(self, request: Request) -> tuple[int, int]:
+        """Returns the height and width in pixels of what the upscaler sees."""
+        if self._sampler is None:
+            return request.height // self.enlarges, request.width // self.enlarges
+        return request.height, request.width

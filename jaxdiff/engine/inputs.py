@@ -1,5 +1,6 @@
 """Gathers what a batch of requests brings to the program."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -11,10 +12,12 @@ from jax import Array
 
 from jaxdiff.devices import parallel
 from jaxdiff.diffusion import noise as random_noise
+from jaxdiff.diffusion.noise import Noise
+from jaxdiff.diffusion.objective import noisy
 from jaxdiff.diffusion.sampling import Kept
 from jaxdiff.engine.denoiser import LoadedDenoiser
 from jaxdiff.engine.images import ImageEncoder
-from jaxdiff.engine.program import Inputs
+from jaxdiff.engine.program import Inputs, to_float
 from jaxdiff.families.ensemble import Steps
 from jaxdiff.families.model import Codec, Control
 from jaxdiff.request import Request
@@ -63,13 +66,14 @@ class InputMaker:
         self._denoisers, self._codec, self._mesh, self._noise = denoisers, codec, mesh, noise
         self._inpainting = denoisers[0].model.denoiser.inpainting
         self._reference = denoisers[0].model.denoiser.reference
+        self._enlarging = denoisers[0].model.denoiser.enlarging
         self._sees_control = denoisers[0].model.denoiser.sees_control
         self._nets = denoisers[0].denoising.controls
 
     def brings(self, request: Request) -> Brings:
         """Returns what the image of a resolved request gives to the program."""
         bucket, inpainting, first = request.bucket, self._inpainting, self._encoded(request)
-        if self._sees_control:
+        if self._sees_control or self._enlarging is not None:
             return Brings(channels=True, encodes_first=1)
         if bucket.strength is None:
             return Brings(encodes_first=first)
@@ -101,7 +105,7 @@ class InputMaker:
             return jax.ShapeDtypeStruct((steps.draws, slots, *shape), np.float32, sharding=sharding)
 
         def channels() -> jax.ShapeDtypeStruct:
-            more = self._reference or self._inpainting
+            more = self._enlarging or self._reference or self._inpainting
             return batched(*shape[:-1], more.channels) if more else batched(*shape)
 
         def control(net: Control, images: Sequence[int]) -> tuple:
@@ -134,14 +138,7 @@ class InputMaker:
         """
         place = partial(jax.device_put, device=parallel.batch_sharding(self._mesh))
         brings = self.brings(batch[0])
-        noise = random_noise.draw(
-            np.array([request.seed for request in batch], np.uint32),
-            self._latent_shape(batch[0]),
-            self._noise,
-            steps.draws,
-            before=brings.encodes_first,
-            after=int(brings.encodes_last),
-        )
+        noise = self._drawn(batch, brings, steps.draws)
         encoded = () if noise.encoded is None else noise.encoded
         of_nets = self._encoded(batch[0])
         fresh_noise = noise.fresh
@@ -163,6 +160,14 @@ class InputMaker:
             **place(self._of_images(batch, brings, encoded[of_nets:], codec_params)),
             controls=place(self._controls(batch, encoded, codec_params)),
         )
+
+    def _drawn(self, batch: Sequence[Request], brings: Brings, draws: int) -> Noise:
+        seeds = np.array([request.seed for request in batch], np.uint32)
+        shape = self._latent_shape(batch[0])
+        if self._enlarging is not None:
+            return _drawn_in_turn(seeds, self._image_shape(batch[0]), shape, self._noise, draws)
+        encodes = {"before": brings.encodes_first, "after": int(brings.encodes_last)}
+        return random_noise.draw(seeds, shape, self._noise, draws, **encodes)
 
     def _seen(self, request: Request) -> list[tuple[Control, Sequence[int]]]:
         """Returns each net with the places of its control images in a resolved request."""
@@ -211,6 +216,8 @@ class InputMaker:
         if self._sees_control:
             images = [request.control_image[0] for request in batch]
             return {"channels": self.encoder(params, images, noise[0])}
+        if self._enlarging is not None:
+            return {"channels": self._enlarged(images, noise[0], params)}
         if self._reference is not None:
             return {"channels": self._reference.scale(self.encoder.means(params, images))}
         if brings.kept or brings.channels:
@@ -227,9 +234,57 @@ class InputMaker:
             found["channels"] = self._inpainting.join(jnp.asarray(masks, jnp.float32), hidden)
         return found
 
+    def _enlarged(self, images: Sequence[np.ndarray], noise: Array, params: dict) -> Array:
+        """Returns the channels in which a network for upscaling sees images."""
+        if not self._enlarging.sees_latents:
+            return noisy(to_float(np.stack(images)), noise, *self._denoisers[0].image_noise)
+        latents, factor = self.encoder(params, images, noise), self._enlarging.factor
+        return jnp.repeat(jnp.repeat(latents, factor, axis=1), factor, axis=2)
+
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         factor = self._codec.factor
         return request.height // factor, request.width // factor, self._codec.channels
+
+    def _image_shape(self, request: Request) -> tuple[int, int, int]:
+        """Returns the height, width and channels in which an image to enlarge gets noise."""
+        seen = self._enlarging
+        factor = seen.factor * (self._codec.factor if seen.sees_latents else 1)
+        return request.height // factor, request.width // factor, seen.channels
+
+
+def _drawn_in_turn(
+    seeds: np.ndarray,
+    image: tuple[int, int, int],
+    latents: tuple[int, int, int],
+    kind: str,
+    draws: int,
+) -> Noise:
+    """Draws noise for an image, and then what `noise.draw` does for latents of another shape.
+
+    PyTorch cuts tensors out of one stream, in blocks of 16 numbers. So where all tensors consist of
+    whole blocks, each may be put together from smaller ones that are drawn in turn.
+
+    Args:
+      seeds: uint32 [batch].
+      image, latents: (height, width, channels); heights and widths are multiples of 4.
+      kind, draws: as in `noise.draw`.
+    """
+    part = math.gcd(math.prod(image), math.prod(latents))
+    first, each = (math.prod(shape) // part for shape in (image, latents))
+    drawn = random_noise.draw(seeds, (part, 1, 1), kind, each * draws, before=first, after=each - 1)
+
+    def joined(parts: Array | np.ndarray, shape: tuple[int, int, int]) -> Array:
+        height, width, channels = shape
+        whole = jnp.swapaxes(jnp.asarray(parts), 0, 1)  # [b, parts, part, 1, 1]
+        whole = whole.reshape(len(seeds), -1, channels, height, width)
+        return whole.transpose(1, 0, 3, 4, 2)
+
+    start = jnp.concatenate([drawn.start[None], drawn.encoded[first:]])
+    return Noise(
+        start=joined(start, latents)[0],
+        fresh=None if drawn.fresh is None else joined(drawn.fresh, latents),
+        encoded=joined(drawn.encoded[:first], image),
+    )
 
 
 def _numbers(batch: Sequence[Request], name: str) -> np.ndarray | None:

@@ -204,10 +204,11 @@ def denoiser(
         options = {}
         if steer is not None:
             options["residuals"] = steer(x.astype(dtype), timestep, positive, conditioning)
+        seen = jnp.log(sigma / alpha) / 4 if network.sees_noise_level else timestep
         output, kept = network.evaluate(
             params,
             latents,
-            jnp.full(latents.shape[0], timestep),
+            jnp.full(latents.shape[0], seen),
             conditioning,
             guidance_scale if network.guidance_is_input else None,
             kept,

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from jaxdiff.checkpoint import checkpoint
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.families import flux, flux2, qwen_image, sana, stable_diffusion_3, z_image
+from jaxdiff.families import (
+    flux,
+    flux2,
+    qwen_image,
+    sana,
+    stable_diffusion_3,
+    upscaling,
+    z_image,
+)
 from jaxdiff.families.family import Family
 from jaxdiff.families.pixart import PIXART
 from jaxdiff.families.stable_diffusion import (
@@ -20,6 +28,7 @@ from jaxdiff.families.stable_diffusion import (
     STABLE_DIFFUSION_XL,
     XL_PIPELINES,
 )
+from jaxdiff.families.upscaler import UPSCALERS
 
 FAMILIES: dict[str, Family] = {  # by the pipeline's class in diffusers
     PIPELINE: STABLE_DIFFUSION,
@@ -27,6 +36,8 @@ FAMILIES: dict[str, Family] = {  # by the pipeline's class in diffusers
     INPAINT_PIPELINE: STABLE_DIFFUSION,
     INSTRUCT_PIPELINE: INSTRUCT_PIX2PIX,
     **dict.fromkeys(XL_PIPELINES, STABLE_DIFFUSION_XL),
+    upscaling.X4_PIPELINE: upscaling.X4_UPSCALER,
+    upscaling.LATENT_PIPELINE: upscaling.LATENT_UPSCALER,
     **PIXART,
     flux.PIPELINE: flux.FLUX,
     flux.FILL_PIPELINE: flux.FLUX_FILL,
@@ -38,6 +49,7 @@ FAMILIES: dict[str, Family] = {  # by the pipeline's class in diffusers
     qwen_image.PIPELINE: qwen_image.QWEN_IMAGE,
     qwen_image.EDIT_PIPELINE: qwen_image.QWEN_IMAGE_EDIT,
     sana.PIPELINE: sana.SANA,
+    **UPSCALERS,  # which have no pipeline: by the network's class
 }
 
 

@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxdiff import checks
 from jaxdiff.checkpoint import lora as loras
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.checkpoint.controlnet import ControlNetFiles, open_controlnet, scaled
+from jaxdiff.checkpoint.controlnet import ControlNetFiles, open_controlnet, scaled, split_number
 from jaxdiff.checkpoint.ip_adapter import IPAdapterFiles, open_ip_adapter
 from jaxdiff.checkpoint.weight_files import NoVariantError
+from jaxdiff.checks import BadValueError
 from jaxdiff.diffusion import samplers, scheduler_config
 from jaxdiff.diffusion.solvers import SamplerTable
 from jaxdiff.diffusion.step_ranges import (
@@ -26,6 +28,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.families import config_values, image_inputs, open_checkpoint
 from jaxdiff.families.family import CLASSIFIER_FREE, OWN_OPTIONS
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
+from jaxdiff.families.upscaler import UPSCALER
 from jaxdiff.request import Bucket, Options, Request
 
 # The models that take what an option names.
@@ -69,6 +72,13 @@ class Steps(NamedTuple):
         }
 
 
+class Upscaling(NamedTuple):
+    """An upscaler, and by how much it enlarges images."""
+
+    checkpoint: Checkpoint
+    factor: float
+
+
 class Addition(NamedTuple):
     """A ControlNet or an IP-Adapter, and its default scale."""
 
@@ -85,12 +95,30 @@ class Ensemble:
       refiner: the one that takes the last steps, if any.
       controls: the ControlNets that steer the base.
       adapters: the IP-Adapters that show it image prompts.
+      upscaler: what enlarges the images, if anything does; if the base is an upscaler, the base.
     """
 
     base: Checkpoint
     refiner: Checkpoint | None = None
     controls: tuple[Addition, ...] = ()
     adapters: tuple[Addition, ...] = ()
+    upscaler: Upscaling | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether images are sampled; if not, the images of the requests are enlarged."""
+        return self.base.family is not UPSCALER
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """The names of the samplers that a request may ask for."""
+        return tuple(samplers.SAMPLERS) if self.samples else (samplers.NONE,)
+
+    @property
+    def enlarges(self) -> int | None:
+        """By how much the base enlarges the image of a request; None if it does not."""
+        takes = self.base.family.image_inputs(self.base)
+        return None if takes is None else takes.enlarges
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -106,10 +134,12 @@ class Ensemble:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all files that affect the pixels; of a base alone, its own."""
         every = [*self.checkpoints, *(each.files for each in (*self.controls, *self.adapters))]
-        if len(every) == 1:
+        parts = [each.fingerprint for each in every]
+        if self.samples and self.upscaler is not None:
+            parts += [self.upscaler.checkpoint.fingerprint, f"x{self.upscaler.factor:g}"]
+        if len(parts) == 1:
             return self.base.fingerprint
-        parts = " ".join(each.fingerprint for each in every)
-        return hashlib.sha256(parts.encode()).hexdigest()
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @property
     def control_kinds(self) -> tuple[int, ...]:
@@ -117,7 +147,12 @@ class Ensemble:
         return tuple(each.files.kinds for each in self.controls if each.files.kinds)
 
     def schedulers(self, changes: str) -> list[dict]:
-        """Returns each checkpoint's scheduler config with the changes in `Options.scheduler`."""
+        """Returns each checkpoint's scheduler config with the changes in `Options.scheduler`.
+
+        There are none if nothing is sampled.
+        """
+        if not self.samples:
+            return []
         return [
             scheduler_config.changed(checkpoint.defaults.scheduler, changes)
             for checkpoint in self.checkpoints
@@ -135,7 +170,9 @@ class Ensemble:
         each = [of_checkpoint(checkpoint).values() for checkpoint in self.checkpoints]
 
         def lost(prompt: str) -> int:
-            return max(min(tokenizer.lost(prompt, chunks) for tokenizer in of) for of in each)
+            return max(
+                min((tokenizer.lost(prompt, chunks) for tokenizer in of), default=0) for of in each
+            )
 
         return lost
 
@@ -172,6 +209,8 @@ class Ensemble:
         Raises:
           BadValueError: as the functions of `image_inputs` do.
         """
+        if not self.samples and request.steps != self.base.defaults.steps:
+            raise BadValueError("an upscaler takes no steps; leave steps out")
         is_flow = scheduler_config.prediction_type(self.base.defaults.scheduler) == "flow"
         takes = self.base.family.image_inputs(self.base)
         controls, adapters = (
@@ -234,8 +273,9 @@ def open_ensemble(
     base: str | Path | None = None,
     controlnet: Sequence[str] = (),
     ip_adapter: Sequence[str] = (),
+    upscale: str | Path | None = None,
 ) -> Ensemble:
-    """Opens a model and, if given, its base, its refiner, LoRAs, ControlNets and IP-Adapters.
+    """Opens a model and, if given, what is used with it: a refiner, LoRAs and so on.
 
     Args:
       model, variant, base: as in `open_checkpoint`. The model must have the variant; a refiner
@@ -245,6 +285,7 @@ def open_ensemble(
       lora: LoRAs to add to the model's weights, as in `lora.adapted`.
       controlnet: each "DIR" or "DIR:SCALE".
       ip_adapter: each "FILE.safetensors" or "FILE.safetensors:SCALE".
+      upscale: "MODEL" or "MODEL:FACTOR", an upscaler and by how much it enlarges the images.
 
     Raises:
       InputError: if one of them cannot be read, or they do not fit together.
@@ -283,8 +324,9 @@ def open_ensemble(
         )
         for said in ip_adapter
     )
+    upscaler = _upscaling(first, upscale)
     if refiner is None:
-        return Ensemble(first, None, controls, adapters)
+        return Ensemble(first, None, controls, adapters, upscaler)
     takes = first.family.image_inputs(first)
     if takes is not None and takes.needed:
         raise InputError(
@@ -302,7 +344,30 @@ def open_ensemble(
                 f"--refiner {str(refiner)!r} has different latents from the model "
                 f"({what} {theirs.get(what)}, not {ours[what]}); use the refiner of this model"
             )
-    return Ensemble(first, last, controls, adapters)
+    return Ensemble(first, last, controls, adapters, upscaler)
+
+
+def _upscaling(base: Checkpoint, said: str | Path | None) -> Upscaling | None:
+    """Opens what enlarges the images that the base makes; returns None if nothing does."""
+    if base.family is UPSCALER:
+        if said is not None:
+            raise InputError("--upscale: the model is itself an upscaler; leave one of them out")
+        return Upscaling(base, base.defaults.factor)
+    if said is None:
+        return None
+    path, number = split_number(str(said))
+    upscaler = open_checkpoint(path)
+    if upscaler.family is not UPSCALER:
+        raise InputError(
+            f"--upscale {path} is {upscaler.defaults.name}; use a GAN upscaler, such as shapes64-x4"
+        )
+    scale = upscaler.defaults.factor
+    if number is None:
+        return Upscaling(upscaler, scale)
+    try:
+        return Upscaling(upscaler, checks.number(f"--upscale {said}: the factor", number, 1, scale))
+    except BadValueError as problem:
+        raise InputError(str(problem)) from None
 
 
 def _addition(said: str, open_files: Callable, check: Callable) -> Addition:

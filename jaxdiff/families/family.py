@@ -121,6 +121,9 @@ class Family:
       operations: maps (checkpoint, height and width of the latents, tokens) to the floating-point
         operations of one evaluation of the denoiser for one image: of a full evaluation, and of one
         that reuses the deep features of an earlier one.
+      image_noise: returns how much of its pixels and how much noise there is in the image that a
+        checkpoint's denoiser enlarges, as in `objective.noisy`; None if it sees no such image.
+      further_configs: further folders of its pipelines that hold a config and no weights.
       decoder_operations: maps (checkpoint, height and width of the latents) to the floating-point
         operations of decoding one image.
       tokenizer: maps (text encoder, its tokenizer's folder, its parsed config) to its tokenizer;
@@ -142,6 +145,8 @@ class Family:
     tokenizer: Callable[[str, Path, Mapping], "Tokenizer"]
     networks: Callable[[], Networks]
     image_inputs: Callable[[Checkpoint], ImageInputs | None] = lambda checkpoint: None
+    image_noise: Callable[[Checkpoint], tuple[float, float] | None] = lambda checkpoint: None
+    further_configs: tuple[str, ...] = ()
     kohya_names: Callable[[Checkpoint, str], Mapping[str, Layer]] = lambda checkpoint, component: {}
     absent: Mapping[str, Any] = field(default_factory=dict)
     own_options: frozenset[str] = frozenset()

@@ -20,12 +20,15 @@ class ImageInputs(NamedTuple):
         edits the image of every request as the prompt says, and always takes all steps.
       needed: whether every request needs an image, and a mask if the model takes masks.
       guidance_scale: the default `Request.image_guidance_scale`; None if it is without effect.
+      enlarges: by how much the model enlarges the image of the row, which determines width and
+        height; None if it does not.
     """
 
     strength: float
     masked_strength: float | None
     needed: bool = False
     guidance_scale: float | None = None
+    enlarges: int | None = None
 
 
 EDITS = ImageInputs(strength=1.0, masked_strength=None, needed=True)
@@ -185,6 +188,7 @@ def with_image(
         if takes is not None and takes.needed:
             what = "only paints in images: give it image and mask_image"
             what = "edits images: give it image" if takes.masked_strength is None else what
+            what = "enlarges images: give it image" if takes.enlarges is not None else what
             raise BadValueError(f"this model {what}")
         return request
     if takes is None:
@@ -194,7 +198,8 @@ def with_image(
     if takes.masked_strength is None:
         for name in ("mask_image", "outpaint"):
             if getattr(request, name) is not None:
-                raise BadValueError(f"this model edits whole images; leave {name} out")
+                verb = "edits" if takes.enlarges is None else "enlarges"
+                raise BadValueError(f"this model {verb} whole images; leave {name} out")
         if chosen != own:
             raise BadValueError("this model edits images in all steps; leave strength out")
     elif takes.needed and not is_masked:

@@ -10,6 +10,7 @@ from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
 from jaxdiff.families.family import EMBEDDED, UNGUIDED
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
+from jaxdiff.families.upscaler import UPSCALER
 
 HEADINGS = ("component", "class", "parameters", "stored as", "size", "file")
 SIGMAS = ("Karras", "exponential", "beta")
@@ -59,6 +60,9 @@ def _network(
 
 
 def _facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    known = [("fingerprint", checkpoint.fingerprint), ("usable", _usable(checkpoint))]
+    if checkpoint.family is UPSCALER:
+        return [("enlarges", f"{checkpoint.defaults.factor} times"), *known]
     return [
         ("prediction", _prediction(checkpoint.defaults.scheduler)),
         ("scheduler", _scheduler(checkpoint.defaults.scheduler)),
@@ -68,8 +72,7 @@ def _facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("default size", _or_reason(lambda: _default_size(checkpoint))),
         ("latent channels", f"{checkpoint.defaults.latent_channels}"),
         *(_tokenizer(checkpoint, encoder) for encoder in checkpoint.text_encoders),
-        ("fingerprint", checkpoint.fingerprint),
-        ("usable", _usable(checkpoint)),
+        *known,
     ]
 
 

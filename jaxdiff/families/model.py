@@ -70,6 +70,21 @@ class Reference(NamedTuple):
     scale: Callable[[Array], Array]
 
 
+class Enlarging(NamedTuple):
+    """The channels in which a network for upscaling sees the image that it enlarges.
+
+    Attributes:
+      factor: by how much it enlarges the image.
+      channels: their number.
+      sees_latents: whether they are the scaled latents of the image, each of them `factor` times
+        along both sides; if not, they are its pixels in -1..1 with noise: `Family.image_noise`.
+    """
+
+    factor: int
+    channels: int
+    sees_latents: bool
+
+
 class Denoiser(NamedTuple):
     """The network that removes noise.
 
@@ -80,14 +95,17 @@ class Denoiser(NamedTuple):
       evaluate: maps (params, latents [b, h, w, c], timesteps [b], conditioning, guidance scale [b]
         or None, kept) to the output, in the latents' shape, and to the features that a later
         evaluation at a nearby timestep may reuse as `kept`; with None, everything is computed. The
-        latents given are followed by the channels of `inpainting` or `reference`, or by a control
-        image's. If the family has the option `skip_layers`, `skipped` are the numbers of blocks to
-        leave out; if it takes ControlNets, `residuals` is the sum of what they return.
+        latents given are followed by the channels of `inpainting`, `reference` or `enlarging`, or
+        by a control image's. If the family has the option `skip_layers`, `skipped` are the numbers
+        of blocks to leave out; if it takes ControlNets, `residuals` is the sum of what they return.
       fixed: options of every call of the network's module.
       guidance_is_input: whether `evaluate` needs the guidance scale.
       norm_patch: as in `guidance.guide`.
       inpainting: what a network for inpainting takes besides the latents; None for others.
       reference: what a network for editing takes besides the latents; None for others.
+      enlarging: what a network for upscaling takes besides the latents; None for others.
+      sees_noise_level: whether its timesteps are log(sigma / alpha) / 4 (Karras et al., 2022,
+        arXiv:2206.00364, table 1) rather than those of training.
       sees_control: whether it takes the scaled latents of a control image besides the latents.
     """
 
@@ -100,6 +118,8 @@ class Denoiser(NamedTuple):
     norm_patch: int | None = None
     inpainting: Inpainting | None = None
     reference: Reference | None = None
+    enlarging: Enlarging | None = None
+    sees_noise_level: bool = False
     sees_control: bool = False
 
 
@@ -187,6 +207,7 @@ class Model(NamedTuple):
       codec: the autoencoder.
       skippable: how many of its last layers each text encoder can skip (`Options.clip_skip`).
       zeros_for_empty: whether an empty negative prompt becomes zeros instead of its encoding.
+      empty_at_zero: whether the prompt of a request becomes empty where its guidance scale is 0.
       sizes: maps (height and width in pixels, negative) to the numbers of the denoiser's size
         conditioning; None if the denoiser has none.
       image_size: maps the height and width of a request's image to those in which a text encoder
@@ -202,6 +223,7 @@ class Model(NamedTuple):
     codec: Codec
     skippable: Mapping[str, int] = MappingProxyType({})
     zeros_for_empty: bool = False
+    empty_at_zero: bool = False
     sizes: Callable[[int, int, bool], tuple[float, ...]] | None = None
     image_size: Callable[[int, int], tuple[int, int]] | None = None
 

@@ -10,11 +10,19 @@ from jaxdiff.request import Bucket, Options
 
 
 def of_image(ensemble: Ensemble, options: Options, bucket: Bucket) -> int:
-    """Counts the operations of one image of a bucket: all denoiser evaluations and the decoder."""
+    """Counts the operations of one image of a bucket.
+
+    They are those of all evaluations of the denoiser, of the decoder and of an upscaler.
+    """
     base = ensemble.base
     factor = base.defaults.factor
     height, width = bucket.height // factor, bucket.width // factor
     total = base.family.decoder_operations(base, height, width)
+    if ensemble.upscaler is not None:
+        upscaler, seen = ensemble.upscaler.checkpoint, (bucket.height, bucket.width)
+        if not ensemble.samples:
+            seen = height, width
+        total += upscaler.family.operations(upscaler, *seen, 0)[0]
     counts = evaluations(ensemble, options, bucket)
     for checkpoint, (whole, spared) in zip(ensemble.checkpoints, counts, strict=True):
         tokens = checkpoint.defaults.tokens * options.prompt_chunks
@@ -29,6 +37,8 @@ def evaluations(ensemble: Ensemble, options: Options, bucket: Bucket) -> list[tu
     A guided step takes two evaluations, or three with skip-layer guidance.
     """
     counts = [(0, 0)] * len(ensemble.checkpoints)
+    if not ensemble.samples:
+        return counts
     for part in ensemble.steps(options, bucket).ranges:
         turns, groups = part.evaluations, -(-part.rows // options.deep_cache)
         whole, spared = counts[part.denoiser]

@@ -94,26 +94,26 @@ class Defaults:
                 f"{self._checkpoint.place('unet')}: sample_size = {checks.shown(size)} gives no "
                 "default size; set --width and --height"
             )
-        return latents[1] * self.size_multiple, latents[0] * self.size_multiple
+        return latents[1] * self.factor, latents[0] * self.factor
 
-    @cached_property
+    @property
     def size_multiple(self) -> int:
         """The autoencoder's factor, in pixels.
 
         The U-Net needs no larger one: if it halves an odd number of latents, it crops on the way
         up, as in diffusers.
         """
-        return kl_factor(self._checkpoint)
+        return self.factor
 
     @property
     def largest_side(self) -> int:
         """The largest width or height: the U-Net itself has no limit."""
         return checks.MAX_SIDE_PX
 
-    @property
+    @cached_property
     def factor(self) -> int:
         """The number of pixels per latent along each side."""
-        return self.size_multiple
+        return kl_factor(self._checkpoint)
 
     @cached_property
     def latent_channels(self) -> int:

@@ -122,7 +122,9 @@ def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
         skippable={
             name: configs[name].num_hidden_layers - XL_LAYERS_SKIPPED * is_xl for name in encoders
         },
-        encode_text=partial(encode_text, graphs, is_xl=is_xl),
+        encode_text=partial(
+            encode_text, graphs, layers_skipped=XL_LAYERS_SKIPPED * is_xl, pooled=is_xl
+        ),
         zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt")),
         sizes=partial(_sizes, _takes_score(index)) if _takes_sizes(unet_config) else None,
         condition=_condition,
@@ -175,6 +177,16 @@ def check_fit(configs: Mapping, index: Mapping) -> None:
         count = 5 if _takes_score(index) else 6
         width = encoders[-1].projection_dim + count * unet_config.addition_time_embed_dim
         needed["projection_class_embeddings_input_dim"] = width
+    check_widths(unet_config, vae, needed)
+
+
+def check_widths(unet_config, vae, needed: Mapping[str, int]) -> None:
+    """Raises InputError unless a U-Net and the autoencoder fit the other networks.
+
+    Args:
+      unet_config, vae: their configs.
+      needed: what each of these keys of the U-Net's config must be.
+    """
     for key, width in needed.items():
         if getattr(unet_config, key) != width:
             raise InputError(
@@ -313,25 +325,31 @@ def encode_text(
     token_ids: dict[str, Array],
     clip_skip: int,
     *,
-    is_xl: bool,
+    layers_skipped: int = 0,
+    pooled: bool = False,
 ) -> Text:
     """Encodes prompts with all text encoders; see `Model.encode_text`.
 
+    Args:
+      layers_skipped: how many of the last layers are always skipped, besides `clip_skip`.
+      pooled: whether the denoiser takes a pooled vector, too. The hidden states of such models (XL,
+        the latent upscaler) have no final norm.
+
     Returns:
-      the context [batch, chunks * tokens, width], and for XL the last encoder's pooled vector of
-      the first chunk, [batch, width].
+      the context [batch, chunks * tokens, width], and the last encoder's pooled vector of the first
+      chunk, [batch, width], or None.
     """
     contexts = []
     for name, graph in graphs.items():
         batch, chunks, tokens = token_ids[name].shape
         hidden, vector = nnx.merge(graph, params[name])(
             token_ids[name].reshape(batch * chunks, tokens),
-            layers_skipped=clip_skip + XL_LAYERS_SKIPPED * is_xl,
-            final_norm=not is_xl,
+            layers_skipped=clip_skip + layers_skipped,
+            final_norm=not pooled,
         )
         contexts.append(hidden.reshape(batch, chunks * tokens, -1))
     vector = vector.reshape(batch, chunks, -1)[:, 0]
-    return Text(jnp.concatenate(contexts, axis=-1), vector if is_xl else None)
+    return Text(jnp.concatenate(contexts, axis=-1), vector if pooled else None)
 
 
 def module(component: str, config) -> type[nnx.Module]:

@@ -28,6 +28,11 @@ def fitted(
     return np.asarray(image)
 
 
+def enlarged(side: int, factor: float) -> int:
+    """Returns the side in pixels of an image that is enlarged by `factor`."""
+    return max(1, round(side * factor))
+
+
 def fitted_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Crops and resizes a mask as `fitted` does an image, in the middle.
 

@@ -19,6 +19,7 @@ def prepared(
     root: str = "",
     preprocess: str = "none",
     prompt_sizes: Sequence[int] = (),
+    enlarges: int = 1,
 ) -> Request:
     """Returns a request whose images are arrays of its size, ready for the engine.
 
@@ -28,11 +29,12 @@ def prepared(
       preprocess: as in `Options`.
       prompt_sizes: the height and width in which each image prompt is seen; without them, image
         prompts keep their sizes.
+      enlarges: by how much the model enlarges `image`.
 
     Returns:
-      the request with `image`, uint8 [height, width, 3], and, if a part of it is to be painted,
-      `mask_image`, bool [height, width], True where it is; `outpaint` is None. Images in
-      `control_image` are as `image`, those in `ip_adapter_image` of their own sizes.
+      the request with `image`, uint8 [height / enlarges, width / enlarges, 3], and, if a part of it
+      is to be painted, `mask_image`, bool [height, width], True where it is; `outpaint` is None.
+      Images in `control_image` are as `image`, those in `ip_adapter_image` of their own sizes.
 
     Raises:
       BadValueError: naming the image that cannot be read, has changed since the row was planned, or
@@ -51,7 +53,7 @@ def prepared(
     if request.image is None:
         return request
     left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
-    inner = inner_size(request)
+    inner = [side // enlarges for side in inner_size(request)]
     original, mask = _pixels(request.image, root), None
     pixels = fitting.fitted(original, *inner)
     if request.mask_image is not None:
@@ -64,6 +66,29 @@ def prepared(
             border |= np.pad(mask, ((top, bottom), (left, right)))
         mask = border
     return replace(request, image=pixels, mask_image=mask, outpaint=None)
+
+
+def enlarged_size(height: int, width: int, enlarges: int, multiple: int) -> tuple[int, int]:
+    """Returns the height and width in pixels of what a model makes of an image that it enlarges.
+
+    Args:
+      height, width: of the image.
+      enlarges: by how much it is enlarged.
+      multiple: what the sides must be multiples of; an image that does not fit is cropped.
+    """
+    return tuple(max(multiple, side * enlarges // multiple * multiple) for side in (height, width))
+
+
+def sized(request: Request, enlarges: int, multiple: int) -> Request:
+    """Returns a request for an image to enlarge with its width and height, and the image read.
+
+    The other arguments are those of `enlarged_size`; BadValueError is raised as by `prepared`.
+    """
+    if request.image is None:
+        return request
+    pixels = _pixels(request.image, "")
+    height, width = enlarged_size(*pixels.shape[:2], enlarges, multiple)
+    return replace(request, image=pixels, height=height, width=width)
 
 
 def inner_size(request: Request) -> tuple[int, int]:
@@ -82,9 +107,12 @@ def inner_size(request: Request) -> tuple[int, int]:
     return height, width
 
 
-def blank(request: Request, prompt_sizes: Sequence[int]) -> Request:
-    """Returns a request of the same bucket with grey in the place of its images, if any."""
-    size = request.height, request.width
+def blank(request: Request, prompt_sizes: Sequence[int], enlarges: int = 1) -> Request:
+    """Returns a request of the same bucket with grey in the place of its images, if any.
+
+    The arguments are those of `prepared`.
+    """
+    size = request.height // enlarges, request.width // enlarges
     grey = np.full((*size, 3), 128, np.uint8)
     if request.control_image is not None:
         request = replace(request, control_image=(grey,) * len(request.control_image))

@@ -31,6 +31,20 @@ def sinusoids(
     return jnp.concatenate([cosine, sine] if cosine_first else [sine, cosine], axis=-1)
 
 
+class FourierProjection(nnx.Module):
+    """Sinusoids of random frequencies (Song et al., 2021, arXiv:2011.13456, appendix C.2)."""
+
+    def __init__(self, width: int, *, cosine_first: bool = True, rngs: nnx.Rngs):
+        self.cosine_first = cosine_first
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (width // 2,)))
+
+    def __call__(self, numbers: Array) -> Array:
+        """Maps [...] to float32 [..., width]."""
+        turns = numbers.astype(jnp.float32)[..., None] * self.weight[...].astype(jnp.float32)
+        sine, cosine = jnp.sin(2 * jnp.pi * turns), jnp.cos(2 * jnp.pi * turns)
+        return jnp.concatenate([cosine, sine] if self.cosine_first else [sine, cosine], axis=-1)
+
+
 class EmbeddingMLP(nnx.Module):
     """Two linear layers with an activation in between; a condition may be added to their input."""
 

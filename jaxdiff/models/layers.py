@@ -198,6 +198,12 @@ def _backward(saved, gradient: Array):
 _double_and_convolve.defvjp(_forward, _backward)
 
 
+def doubled_conv(layer: nnx.Conv, x: Array) -> Array:
+    """Doubles [batch, h, w, c] by nearest neighbours, then applies a 3x3 convolution."""
+    kernel, bias = layer.kernel[...].astype(x.dtype), layer.bias[...].astype(x.dtype)
+    return _double_and_convolve(x, kernel) + bias
+
+
 class Upsample2D(nnx.Module):
     """Doubles the height and the width by nearest neighbours, then convolves."""
 
@@ -209,6 +215,4 @@ class Upsample2D(nnx.Module):
         _, height, width, _ = x.shape
         if size not in (None, (2 * height, 2 * width)):  # zero padding replaces the cropped part
             return self.conv(_doubled(x)[:, : size[0], : size[1]])
-        kernel = self.conv.kernel[...].astype(x.dtype)
-        x = _double_and_convolve(x, kernel)
-        return x + self.conv.bias[...].astype(x.dtype)
+        return doubled_conv(self.conv, x)

@@ -219,6 +219,29 @@ class UNet2DConditionModel(UNetEncoder):
                 freq_shift=1,
             ).astype(latents.dtype)
         time_embedding = self.embedded(timesteps, pooled, time_ids, latents.dtype, condition)
+        return self.after_embedding(
+            latents, time_embedding, context, deep, residuals=residuals, image_prompts=image_prompts
+        )
+
+    def after_embedding(
+        self,
+        latents: Array,
+        time_embedding: Array,
+        context: Array,
+        deep: Array | None = None,
+        *,
+        residuals: tuple[list[Array], Array] | None = None,
+        image_prompts: Sequence[Sequence[ImagePrompt]] | None = None,
+    ) -> tuple[Array, Array]:
+        """Does what `evaluate` does, with a finished embedding of what conditions all blocks.
+
+        Args:
+          time_embedding: [batch, time width], of `embedded`.
+          latents, context, deep, residuals, image_prompts: as for `evaluate`.
+
+        Returns:
+          as `evaluate`.
+        """
         entry = self.conv_in(latents)
         prompts = self._dealt(image_prompts)
         if deep is None:

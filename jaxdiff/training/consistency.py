@@ -79,6 +79,7 @@ def task(recipe: ConsistencyRecipe) -> Task:
         (teacher.model.denoiser.guidance_is_input, "is already distilled"),
         (teacher.model.denoiser.inpainting is not None, "is for inpainting"),
         (teacher.model.denoiser.reference is not None, "edits images"),
+        (teacher.model.denoiser.enlarging is not None, "enlarges images"),
         (
             teacher.prediction_type == "flow",
             "is trained by flow matching, which DDIM cannot sample",

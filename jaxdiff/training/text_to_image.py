@@ -55,7 +55,8 @@ def task(
         raise InputError(
             "the denoiser is distilled: it takes the guidance scale as an input; train its teacher"
         )
-    if parts.model.denoiser.reference is not None or parts.model.denoiser.sees_control:
+    denoiser = parts.model.denoiser
+    if denoiser.sees_control or any((denoiser.reference, denoiser.enlarging)):
         raise InputError(
             "the denoiser also sees an image, and training such models is not built; train one "
             "that sees text only"

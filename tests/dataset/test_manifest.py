@@ -286,13 +286,13 @@ def test_a_glob_reads_its_files_in_name_order(tmp_path):
         ("*.csv", "matches no file"),
         ("no.csv", "does not exist"),
         ("empty", "is a folder without .txt files"),
-        ("*", "photo.png: the name must end in one of"),
+        ("*", "photo.gif: the name must end in one of"),
     ],
 )
 def test_an_invalid_manifest_path_gives_a_one_line_error(tmp_path, where, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "photo.png").write_bytes(b"")
+    (tmp_path / "photo.gif").write_bytes(b"")
     with pytest.raises(InputError, match=r"^manifest ") as caught:
         manifests.find(tmp_path / where)
     assert message in str(caught.value)

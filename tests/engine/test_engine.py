@@ -14,7 +14,7 @@ import pytest
 import jaxdiff
 from jaxdiff import checks, request
 from jaxdiff.diffusion import noise
-from jaxdiff.engine import embeddings, engine
+from jaxdiff.engine import embeddings, engine, sampler
 from jaxdiff.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -165,7 +165,7 @@ def test_another_process_reuses_compiled_programs(tiny_checkpoint, tmp_path):
 
 
 def test_decoding_in_turns_changes_at_most_the_last_bit(tiny_checkpoint, images, monkeypatch):
-    monkeypatch.setattr(engine, "DECODED_PX", 64 * 64)
+    monkeypatch.setattr(sampler, "DECODED_PX", 64 * 64)
     in_turns = jaxdiff.load(tiny_checkpoint).generate(REQUESTS, batch_size=4)
     assert np.abs(pixels(in_turns).astype(int) - pixels(images)).max() <= 1
 
@@ -236,7 +236,7 @@ def test_networks_that_do_not_fit_together_are_rejected(
 
 def test_the_cache_of_embeddings_has_a_limit(model, images, monkeypatch):
     monkeypatch.setattr(embeddings, "CACHED_BYTES", 3 * images[0].pixels.nbytes)
-    (encoder,) = (denoiser.prompts for denoiser in model._denoisers)
+    (encoder,) = (denoiser.prompts for denoiser in model._sampler._denoisers)
     many = [replace(REQUESTS[0], prompt=f"a ring {i}") for i in range(30)]
     model.generate([*many, *REQUESTS], batch_size=4)
     assert 0 < len(encoder._cache[0]) < 20
@@ -252,7 +252,7 @@ def test_the_cache_of_images_has_a_limit(model, monkeypatch):
     assert len({image.pixels.tobytes() for image in first}) == 20
     monkeypatch.setattr(embeddings, "CACHED_BYTES", 10 * 2 * 8 * 8 * 4 * 4)  # of ten images
     again = model.generate(many[::-1], batch_size=4)
-    assert len(model._inputs.encoder._cache) == 10
+    assert len(model._sampler._inputs.encoder._cache) == 10
     np.testing.assert_array_equal(pixels(again)[::-1], pixels(first))
 
 

@@ -78,7 +78,7 @@ def test_a_bad_request_is_the_only_one_lost(inferred):
 
 def test_all_batches_use_one_program(inferred):
     _, _, model = inferred
-    assert len(model._programs) == 1
+    assert len(model._sampler._programs) == 1
 
 
 def test_everything_is_counted(inferred):

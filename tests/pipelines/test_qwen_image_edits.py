@@ -53,7 +53,7 @@ def test_prompt_and_image_are_seen_together_and_neighbours_change_nothing(model)
     assert len({pixels.tobytes() for pixels in images}) == 4
     for image, pixels in zip(model.generate(asked[:0:-2]), images[:0:-2], strict=True):
         np.testing.assert_array_equal(image.pixels, pixels)
-    encoder = model._denoisers[0].prompts
+    encoder = model._sampler._denoisers[0].prompts
     assert [len(encoder._cache[negative]) for negative in (False, True)] == [4, 2]
     texts = encoder(["a star"] * 2, images=[first, second])
     assert (np.asarray(texts[0].context) != np.asarray(texts[1].context)).any()

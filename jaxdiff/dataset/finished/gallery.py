@@ -24,7 +24,7 @@ from pathlib import Path
 from PIL import Image
 
 from jaxdiff.checks import MAX_SIDE_PX
-from jaxdiff.dataset import image_files
+from jaxdiff.dataset import formats, image_files
 from jaxdiff.dataset.finished import reader
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.dataset.run import Run, open_run
@@ -238,7 +238,8 @@ def _store_image(folder: Path, row: dict, image: bytes, extension: str) -> None:
     path = folder / "images" / key[:6] / f"{key}.{extension}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(image)
-    if max(row["width"], row["height"]) <= THUMBNAIL_PX:
+    sides = (row.get(name) or 0 for name in (*formats.UPSCALED, "width", "height"))
+    if max(sides) <= THUMBNAIL_PX:
         return
     try:
         with Image.open(io.BytesIO(image), formats=list(image_files.EXTENSIONS)) as opened:
@@ -264,7 +265,7 @@ def _sources(row: dict, plan: Plan) -> dict[str, Image.Image]:
         named = (request.image, request.mask_image, *several)
         if any("://" in said for said in (root, *(each.address for each in named if each))):
             return {}
-        brought = loading.prepared(request, root, plan.settings.preprocess)
+        brought = loading.prepared(request, root, plan.settings.preprocess, enlarges=plan.enlarges)
     except (ImportError, ValueError):  # the former without OpenCV
         return {}
     pictures = {"sources": brought.image, "masks": brought.mask_image}

@@ -15,7 +15,7 @@ from pathlib import Path
 from jaxdiff.checks import BadValueError
 from jaxdiff.dataset import paths
 from jaxdiff.dataset.manifest.parquet import Inside
-from jaxdiff.dataset.manifest.readers import READERS, Entry, read_item
+from jaxdiff.dataset.manifest.readers import IMAGE_ENDINGS, READERS, Entry, read_item
 from jaxdiff.dataset.names import DATA, WORK
 from jaxdiff.errors import InputError
 from jaxdiff.images import archives
@@ -55,7 +55,7 @@ class Manifest:
 
 
 def find(where: str | Path) -> Manifest:
-    """Finds a manifest: a local file, a glob, a folder of one-prompt text files, or a dataset.
+    """Finds a manifest: a local file, a glob, a folder of text files or images, or a dataset.
 
     A dataset is one that `jaxdiff generate` made as WebDataset or Parquet, another folder of tar
     archives, or an imagefolder. Several files are read in the order of their names.
@@ -72,6 +72,8 @@ def find(where: str | Path) -> Manifest:
         found = (item for item in path.glob(f"*{ITEM_ENDING}") if item.is_file())
         # Hidden files are not prompts: macOS leaves "._NAME.txt" beside each file it copies.
         items = {str(item): item for item in found if not item.name.startswith(".")}
+        if not items and (pictures := _pictures(path)):
+            return of_names(name, {str(each): each for each in pictures})
         return of_names(name, items, are_items=True)
     found = glob.glob(name, recursive=True) if glob.has_magic(name) else []
     return of_names(name, {each: Path(each) for each in found if Path(each).is_file()})
@@ -84,6 +86,13 @@ def _of_images(folder: Path) -> list[Path]:
     if (folder / WORK).is_dir():
         return [each for ending in OUR_ENDINGS for each in (folder / DATA).glob(f"*{ending}")]
     return [*folder.glob(f"*{archives.ENDING}")]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Returns the image files of a folder without prompts."""
+    endings = tuple(f".{ending}" for ending in IMAGE_ENDINGS)
+    found = (each for each in folder.iterdir() if each.name.lower().endswith(endings))
+    return [each for each in found if each.is_file() and not each.name.startswith(".")]
 
 
 def of_names(name: str, paths: dict[str, Path], are_items: bool = False) -> Manifest:
@@ -150,7 +159,7 @@ def read(
     entries = reader(source.path, source.name, prompt_column)
     if Path(source.name).name == IMAGEFOLDER:
         return map(_with_image, entries)
-    if kind(source) in ("parquet", "tar"):
+    if kind(source) in ("parquet", "tar", *IMAGE_ENDINGS):
         place = functools.cache(functools.partial(_place, source, root))
         return (_with_addresses(entry, place) for entry in entries)
     return entries
@@ -183,7 +192,7 @@ def _with_addresses(entry: Entry, place: Callable[[], str]) -> Entry:
 
     def complete(value):
         if isinstance(value, Inside):
-            return f"{place()}{archives.MARK}{value.name}"
+            return place() + (value.name and f"{archives.MARK}{value.name}")
         return value
 
     if entry.values is None:
@@ -192,6 +201,8 @@ def _with_addresses(entry: Entry, place: Callable[[], str]) -> Entry:
         name: [*map(complete, value)] if isinstance(value, list) else complete(value)
         for name, value in entry.values.items()
     }
+    if entry.values == {"image": Inside("")}:
+        values["id"] = values["image"]
     return entry._replace(values=values)
 
 

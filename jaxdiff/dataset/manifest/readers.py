@@ -263,6 +263,11 @@ def _tar_row(
     return values
 
 
+def _read_image(path: Path, name: str, _) -> Iterator[Entry]:
+    """Yields the only row of a file that is itself an image."""
+    yield Entry(1, "", {"image": Inside("")})
+
+
 READERS = {
     "jsonl": _read_jsonl,
     "ndjson": _read_jsonl,
@@ -272,6 +277,7 @@ READERS = {
     "parquet": _read_parquet,
     "txt": _read_text,
     "tar": _read_tar,
+    **dict.fromkeys(IMAGE_ENDINGS, _read_image),
 }
 
 
@@ -320,7 +326,7 @@ def _header(name: str, names: list[str], prompt_column: str | None) -> dict[str,
     except BadValueError as problem:
         raise InputError(f"manifest {name} has {problem}") from None
     meaning = columns.meaning(tuple(names), prompt_column)
-    if "prompt" not in meaning.values():
+    if not {"prompt", "image"} & {*meaning.values()}:
         raise InputError(f"manifest {name} {columns.no_prompt(names, prompt_column)}")
     if len(meaning) < len(names):
         shown = checks.shown(", ".join(names))

@@ -32,7 +32,13 @@ class Row:
     metadata: str
 
 
-def parse(values: dict, row_number: int, settings: Settings, request_checks: dict) -> Row:
+def parse(
+    values: dict,
+    row_number: int,
+    settings: Settings,
+    request_checks: dict,
+    needs_prompt: bool = True,
+) -> Row:
     """Parses one row.
 
     Args:
@@ -40,6 +46,7 @@ def parse(values: dict, row_number: int, settings: Settings, request_checks: dic
       row_number: the id of a row without one.
       settings: the job's settings, which supply missing values.
       request_checks: as `request.field_checks` returns them.
+      needs_prompt: whether a row without a prompt cannot be used.
 
     Raises:
       BadValueError: for a row that cannot be used.
@@ -49,10 +56,11 @@ def parse(values: dict, row_number: int, settings: Settings, request_checks: dic
     said = {m: values[c] for c, m in meaning.items() if m and values[c] is not None}
     others = {c: values[c] for c, m in meaning.items() if not m}
 
-    if "prompt" not in meaning.values():
+    if needs_prompt and "prompt" not in meaning.values():
         raise BadValueError(f"the row {columns.no_prompt(values, settings.prompt_column)}")
-    if _is_blank(said.get("prompt")):
+    if needs_prompt and _is_blank(said.get("prompt")):
         raise BadValueError("the prompt is empty or missing")
+    said.setdefault("prompt", "")
     wanted = {}
     for name, (check, *arguments) in request_checks.items():
         if name in said:

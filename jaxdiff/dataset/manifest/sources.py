@@ -65,6 +65,10 @@ class Sources:
             mask = Source(address, mask_opened.sha256)
         return replace(request, image=image, mask_image=mask)
 
+    def size(self, request: Request) -> tuple[int, int]:
+        """Returns the height and width in pixels of a request's image; raises BadValueError."""
+        return self._source(request.image, is_mask=False)[1].size
+
     def _source(self, said: str, *, is_mask: bool) -> tuple[str, _Opened]:
         address = sources.address(said, self.root)
         opened = self._opened(address, is_mask)

@@ -20,6 +20,7 @@ class NoiseModel:
     ensemble = SimpleNamespace(fingerprint=mock.ANY)
     checkpoint = SimpleNamespace(defaults=SimpleNamespace(size=(64, 64)))
     prompt_sizes = ()
+    enlarges = 1
 
     def slots(self, request, batch_size: int) -> int:
         return batch_size

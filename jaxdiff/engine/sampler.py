@@ -1,0 +1,236 @@
+"""Samples images: forms batches, compiles their programs and runs them."""
+
+import itertools
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from functools import partial
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxdiff.devices import batching, compilation, parallel
+from jaxdiff.engine.denoiser import LoadedDenoiser
+from jaxdiff.engine.image import Image
+from jaxdiff.engine.images import ImageEncoder
+from jaxdiff.engine.inputs import InputMaker
+from jaxdiff.engine.program import AXES, Weights, sample_pixels
+from jaxdiff.families.ensemble import Ensemble, Steps
+from jaxdiff.images import pasting
+from jaxdiff.request import Bucket, Options, Request
+
+# The most pixels to decode at once: an autoencoder's activations are many times as large as them.
+DECODED_PX = 1024 * 1024
+
+
+class Sampler:
+    """A loaded diffusion model, with all that steers it."""
+
+    def __init__(self, ensemble: Ensemble, options: Options, dtype, mesh: jax.sharding.Mesh):
+        """Locates the weights of the networks; `load_weights` reads them.
+
+        Args:
+          ensemble: the model.
+          options: how it is sampled.
+          dtype: of the weights and the networks' arithmetic.
+          mesh: the devices.
+
+        Raises:
+          InputError: if the weights do not match the configs, or the networks do not fit the
+            options.
+        """
+        self._ensemble, self._options, self._mesh = ensemble, options, mesh
+        schedulers = ensemble.schedulers(options.scheduler)
+        steering = [
+            [each.files for each in kind] for kind in (ensemble.controls, ensemble.adapters)
+        ]
+        self._denoisers = [  # the refiner, which is the second, is not steered
+            LoadedDenoiser(checkpoint, scheduler, dtype, self._mesh, options, *more)
+            for checkpoint, scheduler, more in zip(
+                ensemble.checkpoints, schedulers, [steering, []], strict=False
+            )
+        ]
+        self._codec = self._denoisers[-1].model.codec
+        encoder = ImageEncoder(self._codec, self._denoisers[-1].codec.places, self._mesh)
+        self._inputs = InputMaker(self._denoisers, self._codec, encoder, self._mesh, options.noise)
+        self._programs: dict[tuple, Future[jax.stages.Compiled]] = {}
+        self._steps: dict[Bucket, Steps] = {}
+        pixels = partial(
+            sample_pixels,
+            [denoiser.denoising for denoiser in self._denoisers],
+            self._codec,
+            dtype,
+            guidance_rescale=options.guidance_rescale,
+            deep_cache=options.deep_cache,
+            skipped=options.skipped_layers,
+            guesses=options.guess_mode == "on",
+        )
+        self._sample = compilation.jit(
+            # weights, inputs, initial scale, columns: only the inputs have a batch axis
+            lambda *arrays, **static: parallel.over_data(
+                partial(pixels, **static), self._mesh, (None, AXES, None, None)
+            )(*arrays),
+            static_argnames=("step_ranges", "decoded_at_once"),
+        )
+
+    def load_weights(self) -> None:
+        """Reads the weights onto the devices; after that, images can be generated."""
+        for denoiser in self._denoisers:
+            denoiser.prompts.load()
+            for encoder in denoiser.image_prompts:
+                encoder.load()
+        self._weights = Weights(
+            [denoiser.stored.load() for denoiser in self._denoisers],
+            self._denoisers[-1].codec.load(),
+            [control.load() for control in self._denoisers[0].controls],
+        )
+
+    def stream(self, requests: Iterable[Request], batch_size: int) -> Iterator[Image]:
+        """Generates images of one bucket, computing one batch ahead of the caller.
+
+        Args:
+          requests: from `prepare`, with the same `Request.bucket`; consumed as needed.
+          batch_size: as in `generate`; a short last batch is filled up with copies.
+        """
+        requests, running = iter(requests), deque()
+        ahead = 1 if parallel.may_run_ahead(self._mesh) else 0
+        for first in requests:
+            slots = self.slots(first, batch_size)
+            batch = [first, *itertools.islice(requests, slots - 1)]
+            running.append((batch, self._dispatch(batch, slots)))
+            if len(running) > ahead:
+                yield from self._fetch(*running.popleft())
+        while running:
+            yield from self._fetch(*running.popleft())
+
+    def slots(self, request: Request, batch_size: int) -> int:
+        """Returns how many images like a resolved request all devices compute at once."""
+        if self._on_cpu:
+            batch_size = batching.on_cpu(request.width, request.height)
+        return batch_size * self._mesh.shape["data"]
+
+    def largest_batch_size(self, request: Request, most: int = batching.MOST) -> int:
+        """Returns the largest batch of images like a prepared request that fits on each device.
+
+        It is a power of two, no larger than `most` images on all devices require; on a CPU it
+        depends only on the image size. The compiler's memory analysis gives candidates, which are
+        then run.
+        """
+        if self._on_cpu:
+            return batching.on_cpu(request.width, request.height)
+        limit = (self._first_device.memory_stats() or {}).get("bytes_limit", sys.maxsize)
+        on_each = max(1, -(-most // self._mesh.shape["data"]))
+        most = min(1 << (on_each - 1).bit_length(), batching.MOST)  # the last batch is filled up
+        before = dict(self._programs)
+
+        def memory(size: int) -> int:
+            program = self._program(request, self.slots(request, size))
+            try:
+                account = compilation.wait(self._programs, program).memory_analysis()
+            except jax.errors.JaxRuntimeError as problem:
+                return _without_memory(problem)
+            return (
+                account.argument_size_in_bytes
+                + account.output_size_in_bytes
+                + account.temp_size_in_bytes
+                - account.alias_size_in_bytes
+            )
+
+        def runs(size: int) -> bool:
+            try:
+                list(self.stream([request], size))
+            except jax.errors.JaxRuntimeError as problem:
+                return not _without_memory(problem)
+            return True
+
+        size = batching.largest(memory, limit, runs, most)
+        chosen = self._program(request, self.slots(request, size))
+        self._programs = before | {chosen: self._programs[chosen]}  # the others take memory
+        return size
+
+    def compile(self, request: Request, batch_size: int) -> None:
+        """Starts compiling the programs for images like a resolved request; returns at once."""
+        for denoiser in self._denoisers:
+            denoiser.prompts.compile(request.height, request.width)
+            for encoder in denoiser.image_prompts:
+                encoder.compile()
+        if any(self._inputs.brings(request)) and self._ensemble.enlarges is None:
+            self._inputs.encoder.compile(request.height, request.width)
+        self._program(request, self.slots(request, batch_size))
+
+    @property
+    def prompt_sizes(self) -> tuple[int, ...]:
+        """The height and width in pixels in which each IP-Adapter sees images."""
+        return tuple(encoder.adapter.size for encoder in self._denoisers[0].image_prompts)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self._first_device.platform == "cpu"
+
+    @property
+    def _first_device(self) -> jax.Device:
+        return self._mesh.devices.flat[0]
+
+    def _program(self, request: Request, slots: int) -> tuple:
+        """Returns the key of the program for these batches; starts compiling it if it is new.
+
+        Seeds, prompts and guidance scales are arguments of the program, and so is the sampler's
+        table: samplers with equally many rows and draws of noise share a program, unless they
+        clamp estimates differently.
+        """
+        steps = self._steps_of(request.bucket)
+        brings = self._inputs.brings(request)
+        images = request.bucket.control_modes
+        key = (request.width, request.height, slots, steps.ranges, steps.draws, brings, images)
+        if key not in self._programs:
+            self._programs[key] = compilation.ahead(
+                self._sample,
+                Weights(
+                    [denoiser.stored.places for denoiser in self._denoisers],
+                    self._denoisers[-1].codec.places,
+                    [control.places for control in self._denoisers[0].controls],
+                ),
+                self._inputs.abstract(request, slots, steps),
+                np.float32(steps.tables[0].initial_scale),
+                steps.columns(),
+                step_ranges=steps.ranges,
+                decoded_at_once=self._decoded_at_once(request, slots),
+            )
+        return key
+
+    def _dispatch(self, batch: list[Request], slots: int) -> tuple[Array, Array]:
+        """Starts computing a batch; returns pixels and finiteness, which may not be ready yet."""
+        batch = batch + batch[-1:] * (slots - len(batch))
+        steps = self._steps_of(batch[0].bucket)
+        program = self._program(batch[0], slots)
+        inputs = self._inputs(batch, steps, self._weights.codec)
+        return compilation.wait(self._programs, program)(
+            self._weights, inputs, np.float32(steps.tables[0].initial_scale), steps.columns()
+        )
+
+    def _fetch(self, batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]:
+        pixels, finite = (np.asarray(array) for array in result)
+        for request, image, is_finite in zip(batch, pixels, finite, strict=False):
+            if request.bucket.masked and self._options.keep_unmasked == "on":
+                image = pasting.pasted(image, request.image, request.mask_image)
+            yield Image(pixels=image, request=request, finite=bool(is_finite))
+
+    def _steps_of(self, bucket: Bucket) -> Steps:
+        if bucket not in self._steps:
+            self._steps[bucket] = self._ensemble.steps(self._options, bucket)
+        return self._steps[bucket]
+
+    def _decoded_at_once(self, request: Request, batch_size: int) -> int:
+        """Returns how many images each device decodes at once, a divisor of those it computes."""
+        most = max(1, DECODED_PX // (request.width * request.height))
+        on_device = batch_size // self._mesh.shape["data"]
+        return max(n for n in range(1, on_device + 1) if on_device % n == 0 and n <= most)
+
+
+def _without_memory(problem: jax.errors.JaxRuntimeError) -> int:
+    """Returns more bytes than any device has if memory ran out; else raises the error again."""
+    if "RESOURCE_EXHAUSTED" not in str(problem):
+        raise problem
+    return sys.maxsize

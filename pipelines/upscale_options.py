@@ -1,0 +1,51 @@
+"""The command line of `jaxdiff upscale`, which is `generate` with images for prompts. No Beam."""
+
+from jaxdiff.errors import InputError
+from pipelines import generate_options
+from pipelines.command_line import Parser
+from pipelines.generate_options import Job
+
+USAGE = "jaxdiff upscale INPUT --model MODEL --output DIR [option ...]"
+DESCRIPTION = """\
+Enlarge images with an upscaler, and write a finished dataset to a directory. If it is interrupted,
+run the same command again to continue.
+
+INPUT is a folder of images, a quoted glob, a dataset that jaxdiff made, a folder of WebDataset
+shards, or a manifest with the column `image`: a .jsonl, .json, .csv, .tsv or .parquet file.
+"""
+EPILOG = """\
+options:
+  --model MODEL   shapes64-x4, the bundled upscaler of small drawings; a .safetensors file of
+                  Real-ESRGAN or ESRGAN (RRDBNet, or the compact SRVGGNetCompact); or a diffusers
+                  directory of Stable Diffusion's x4 or latent x2 upscaler
+  --output DIR    the dataset's directory, or its s3://, gs:// or az:// address
+
+Large images are enlarged in tiles of 288x288 pixels that overlap by 32, so any size fits in memory;
+the result has at most 8192 pixels on a side. All other options are those of `jaxdiff generate`,
+such as --image-format, --limit, --workers and --dtype; so are the exit codes.
+
+example:
+  jaxdiff generate --manifest prompts.txt --output out/small
+  jaxdiff upscale out/small --model shapes64-x4 --output out/large
+"""
+
+
+def parse(arguments: list[str]) -> tuple[Job, list[str]]:
+    """Reads the command line; returns what `generate_options.parse` does.
+
+    Raises:
+      InputError: as `generate_options.parse` does, or if there is no input, or the model cannot be
+        opened or enlarges no images.
+    """
+    parser = Parser("upscale", DESCRIPTION, usage=USAGE, epilog=EPILOG, add_help=False)
+    if {"-h", "--help"} & {*arguments}:
+        parser.print_help()
+        raise SystemExit(0)
+    if not arguments or arguments[0].startswith("-"):
+        parser.error(f"the input is missing, which comes first: {USAGE}")
+    job, rest = generate_options.parse(["--manifest", *arguments])
+    if job.models.open().enlarges is None:
+        raise InputError(
+            f"--model {job.models.model} enlarges no images; use an upscaler, such as shapes64-x4"
+        )
+    return job, rest
