@@ -1,11 +1,12 @@
 # make demo   a dataset of images with the bundled model, and its gallery, in out/demo
 # make test   the tests
+# make test-slow EXTRAS=test,parity   the slow ones: full size, long runs, many random kills and damages
 # make lint   ruff, as CI runs it
 PYTHON ?= python3
 EXTRAS ?= test
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: .venv/installed
 	$(BIN)/jaxdiff generate --manifest configs/manifests/demo.jsonl --output out/demo
@@ -14,6 +15,9 @@ demo: .venv/installed
 
 test: .venv/installed-$(EXTRAS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: .venv/installed-$(EXTRAS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: .venv/installed-$(EXTRAS)
 	$(BIN)/ruff check .

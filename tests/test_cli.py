@@ -18,7 +18,17 @@ from jaxdiff.worlds.shapes import captions, scene
 from pipelines import generate_options
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["generate", "upscale", "inspect", "verify", "view", "sign", "train", "encode", "evaluate"]
+COMMANDS = [
+    "generate",
+    "upscale",
+    "inspect",
+    "verify",
+    "view",
+    "sign",
+    "train",
+    "encode",
+    "evaluate",
+]
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
@@ -46,7 +56,10 @@ def test_the_version_is_that_of_the_installed_package(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["make"], "unknown command 'make'; the commands are generate, upscale, inspect, verify, view, "),
+        (
+            ["make"],
+            "unknown command 'make'; the commands are generate, upscale, inspect, verify, view, ",
+        ),
         (["verify"], "the following arguments are required: DIR (jaxdiff verify --help"),
         (["verify", "/nowhere"], "/nowhere holds no jaxdiff run"),
         (["view", "/nowhere"], "/nowhere holds no jaxdiff run"),

@@ -10,7 +10,14 @@ from pathlib import Path
 
 from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
-from jaxdiff.training import autoencoder, consistency, loop, text_encoder, text_to_image
+from jaxdiff.training import (
+    autoencoder,
+    consistency,
+    loop,
+    text_encoder,
+    text_to_image,
+    upscaler,
+)
 from jaxdiff.training.batches import ClassImages
 from jaxdiff.training.recipe import (
     AutoencoderRecipe,
@@ -18,6 +25,7 @@ from jaxdiff.training.recipe import (
     Recipe,
     TextEncoderRecipe,
     TextToImageRecipe,
+    UpscalerRecipe,
     flat,
     read,
 )
@@ -143,3 +151,5 @@ def _task(recipe: Recipe, output: Path, class_images: ClassImages | None) -> loo
             return text_to_image.task(recipe, output, class_images)
         case ConsistencyRecipe():
             return consistency.task(recipe)
+        case UpscalerRecipe():
+            return upscaler.task(recipe)

@@ -5,11 +5,11 @@ from torch import nn
 from torch.nn import functional
 
 
-def conv(channels: int, out: int) -> nn.Conv2d:
+def _conv(channels: int, out: int) -> nn.Conv2d:
     return nn.Conv2d(channels, out, 3, padding=1)
 
 
-def leaky(x):
+def _leaky(x):
     return functional.leaky_relu(x, 0.2)
 
 
@@ -19,22 +19,26 @@ class DenseBlock(nn.Module):
     def __init__(self, features: int, growth: int):
         super().__init__()
         for number in range(4):
-            self.add_module(f"conv{number + 1}", conv(features + number * growth, growth))
-        self.conv5 = conv(features + 4 * growth, features)
+            self.add_module(f"conv{number + 1}", _conv(features + number * growth, growth))
+        self.conv5 = _conv(features + 4 * growth, features)
 
     def forward(self, x):
+        """Maps [batch, features, h, w] to the same shape."""
         maps = [x]
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
-            maps.append(leaky(layer(torch.cat(maps, 1))))
+            maps.append(_leaky(layer(torch.cat(maps, 1))))
         return x + 0.2 * self.conv5(torch.cat(maps, 1))
 
 
 class Block(nn.Module):
+    """Three dense blocks, whose result is added to what they get."""
+
     def __init__(self, features: int, growth: int):
         super().__init__()
         self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(features, growth) for _ in range(3))
 
     def forward(self, x):
+        """Maps [batch, features, h, w] to the same shape."""
         return x + 0.2 * self.rdb3(self.rdb2(self.rdb1(x)))
 
 
@@ -44,19 +48,20 @@ class RRDBNet(nn.Module):
     def __init__(self, features: int = 64, growth: int = 32, blocks: int = 23, scale: int = 4):
         super().__init__()
         self.folded = 4 // scale
-        self.conv_first = conv(3 * self.folded**2, features)
+        self.conv_first = _conv(3 * self.folded**2, features)
         self.body = nn.Sequential(*(Block(features, growth) for _ in range(blocks)))
         self.conv_body, self.conv_up1, self.conv_up2, self.conv_hr = (
-            conv(features, features) for _ in range(4)
+            _conv(features, features) for _ in range(4)
         )
-        self.conv_last = conv(features, 3)
+        self.conv_last = _conv(features, 3)
 
     def forward(self, images):
+        """Maps images in 0..1, [batch, 3, h, w], to [batch, 3, scale h, scale w]."""
         first = self.conv_first(functional.pixel_unshuffle(images, self.folded))
         x = first + self.conv_body(self.body(first))
         for layer in (self.conv_up1, self.conv_up2):
-            x = leaky(layer(functional.interpolate(x, scale_factor=2, mode="nearest")))
-        return self.conv_last(leaky(self.conv_hr(x)))
+            x = _leaky(layer(functional.interpolate(x, scale_factor=2, mode="nearest")))
+        return self.conv_last(_leaky(self.conv_hr(x)))
 
 
 class SRVGGNetCompact(nn.Module):
@@ -64,13 +69,14 @@ class SRVGGNetCompact(nn.Module):
 
     def __init__(self, features: int = 64, convs: int = 16, scale: int = 4):
         super().__init__()
-        layers = [conv(3, features), nn.PReLU(features)]
+        layers = [_conv(3, features), nn.PReLU(features)]
         for _ in range(convs):
-            layers += [conv(features, features), nn.PReLU(features)]
-        self.body = nn.ModuleList([*layers, conv(features, 3 * scale**2)])
+            layers += [_conv(features, features), nn.PReLU(features)]
+        self.body = nn.ModuleList([*layers, _conv(features, 3 * scale**2)])
         self.scale = scale
 
     def forward(self, images):
+        """Maps images in 0..1, [batch, 3, h, w], to [batch, 3, scale h, scale w]."""
         x = images
         for layer in self.body:
             x = layer(x)

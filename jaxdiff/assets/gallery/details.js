@@ -114,7 +114,12 @@ function settingRow(name, value, href) {
 
 // Small images are shown pixelated, not blurred.
 function isSmall(image) {
-  return Math.max(image.width, image.height) <= 128;
+  return largestSide(image) <= 128;
+}
+
+// The larger side of an image's file, in pixels: the job may have enlarged the image.
+function largestSide(image) {
+  return Math.max(image.width, image.height) * job.upscales;
 }
 
 async function copyCommand() {

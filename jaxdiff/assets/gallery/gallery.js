@@ -70,7 +70,7 @@ function imageUrl(image) {
 }
 
 function thumbnailUrl(image) {
-  if (Math.max(image.width, image.height) <= job.thumbnail_px) return imageUrl(image);
+  if (largestSide(image) <= job.thumbnail_px) return imageUrl(image);
   return fileUrl("thumbnails", image, "webp");
 }
 

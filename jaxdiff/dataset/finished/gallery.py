@@ -49,6 +49,7 @@ COLUMNS = (
 # Only where rows bring images; `source_files` lists the folders that have a file for the image.
 SOURCE_COLUMNS = (*IMAGE_COLUMNS, "source_files")
 # The job's settings that determine an image's file, along with its own.
+MODELS = ("model", "variant", "refiner", "base", "upscale")
 ALWAYS_SAID = ("noise", "dtype", "batch_size")
 DECISIVE = dict.fromkeys((*ALWAYS_SAID, "image_format", *(field.name for field in fields(Options))))
 
@@ -185,6 +186,7 @@ def _job(run: Run) -> dict:
         "columns": _columns(run.plan),
         "extension": image_files.EXTENSIONS[settings.image_format],
         "thumbnail_px": THUMBNAIL_PX,
+        "upscales": run.plan.upscales or 1,
         "aspect": settings.width / settings.height,
         "shared": {
             "model": run.plan.model_name,
@@ -205,7 +207,7 @@ def _options(plan: Plan) -> dict[str, str | None]:
     contain any. So if a value has one, there are no `options`, and `unprintable` names its option.
     """
     settings = plan.settings
-    said = {name: plan.models.get(name) for name in ("model", "variant", "refiner", "base")}
+    said = {name: plan.models.get(name) for name in MODELS}
     for name in DECISIVE:
         value = getattr(settings, name)
         if name in ALWAYS_SAID or value != getattr(Settings, name):
