@@ -23,7 +23,7 @@ from jaxdiff.families.model import networks_of
 from jaxdiff.images import fitting
 from jaxdiff.weights.load import open_network
 
-TILES = 4  # computed at once on each accelerator, of 288x288: about 2 GB in bfloat16
+TILES = 4  # computed at once on each accelerator
 # Sides are extended to multiples of these, in pixels: those of images of one tile, so that few
 # programs are compiled, and all others, because some networks see squares of 4x4 pixels.
 SMALL_MULTIPLE, MULTIPLE = 32, tiles.MULTIPLE

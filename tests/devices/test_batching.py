@@ -61,9 +61,9 @@ def accelerator(tiny_checkpoint, monkeypatch):
 
     def load(limit):
         model = jaxdiff.load(tiny_checkpoint)
-        monkeypatch.setattr(type(model), "_on_cpu", False)
+        monkeypatch.setattr(type(model._sampler), "_on_cpu", False)
         stats = type("Stats", (), {"memory_stats": lambda _: {"bytes_limit": limit}})
-        monkeypatch.setattr(type(model), "_first_device", stats())
+        monkeypatch.setattr(type(model._sampler), "_first_device", stats())
         return model
 
     return load
