@@ -174,7 +174,7 @@ def test_qwen_image_edit(assert_same, monkeypatch, guidance_scale):
 def test_qwen_image_edit_encodes_prompts_with_images(checkpoint, load_model):
     """From the picture and the prompt: its size, the conversation around it, the hidden tokens."""
     pipeline, pictures = opened(QWEN, checkpoint(QWEN)), [picture(0), picture(1)]
-    ours = load_model(QWEN)._denoisers[0].prompts(PROMPTS, images=pictures)
+    ours = load_model(QWEN)._sampler._denoisers[0].prompts(PROMPTS, images=pictures)
     for text, prompt, image in zip(ours, PROMPTS, pictures, strict=True):
         with torch.no_grad():
             theirs, _ = pipeline.encode_prompt(prompt, Image.fromarray(image))
