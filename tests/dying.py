@@ -60,6 +60,7 @@ class NoiseModel:
 
     knows_stars = False
     prompt_sizes = ()
+    enlarges = 1
 
     def slots(self, request, batch_size: int) -> int:
         return batch_size

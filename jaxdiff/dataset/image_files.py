@@ -24,7 +24,7 @@ from jaxdiff.request import OPTION_CHECKS, Options
 EXTENSIONS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 SAVE = {
     "png": {},
-    "webp": {"lossless": True},
+    "webp": {"lossless": True, "exact": True},  # also the colors of transparent pixels
     "jpeg": {"quality": 95, "subsampling": "4:4:4"},
 }
 LOSSLESS = ("png", "webp")
@@ -68,7 +68,7 @@ def encode(pixels: np.ndarray, settings: dict, image_format: str) -> bytes:
     """Encodes an image with its settings in the file's metadata.
 
     Args:
-      pixels: uint8 [height, width, 3], sRGB.
+      pixels: uint8 [height, width, 3], sRGB; or [..., 4] with opacity, except in JPEG.
       settings: the image's record: `prompt`, `negative_prompt`, `seed`, `steps` and so on.
       image_format: "png", "webp" (lossless) or "jpeg" (quality 95).
     """
@@ -178,19 +178,19 @@ def _quoted(value) -> str:
 
 
 def pixel_sha256(pixels: np.ndarray) -> str:
-    """Returns the SHA-256 (hex) of an image's RGB bytes, row by row from the top."""
+    """Returns the SHA-256 (hex) of an image's RGB or RGBA bytes, row by row from the top."""
     return hashlib.sha256(np.ascontiguousarray(pixels, dtype=np.uint8).tobytes()).hexdigest()
 
 
 def decode(content: bytes) -> np.ndarray:
-    """Decodes an image to pixels, uint8 [height, width, 3].
+    """Decodes an image to pixels, uint8 [height, width, 3], or [..., 4] if it has opacity.
 
     Raises:
       ValueError: if it is damaged, huge, or not in a format that `encode` writes.
     """
     try:
         with Image.open(io.BytesIO(content), formats=tuple(SAVE)) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image.convert("RGBA" if image.mode == "RGBA" else "RGB"))
     except Exception as problem:  # Pillow's plugins raise errors of many kinds
         reason, *_ = str(problem).splitlines() or [type(problem).__name__]
         raise ValueError(f"not a readable image ({reason})") from problem

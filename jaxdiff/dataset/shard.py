@@ -26,6 +26,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from jaxdiff.dataset import formats, image_files, names, paths
 from jaxdiff.dataset.formats import Sample
@@ -33,7 +34,7 @@ from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.plan import Plan, PlannedImage
 from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
-from jaxdiff.images import fitting
+from jaxdiff.images import decoding, fitting
 
 Check = Literal["size", "etag", "bytes"]
 OUTCOME_FIELDS = (
@@ -240,8 +241,14 @@ def record(planned: PlannedImage, plan: Plan) -> dict:
 
 
 def encode(planned: PlannedImage, pixels: np.ndarray, plan: Plan) -> Sample:
-    """Returns the file and record of one image, from pixels of uint8 [height, width, 3]."""
+    """Returns the file and record of one image.
+
+    Args:
+      pixels: uint8 [height, width, 3], or [..., 4] with opacity, which JPEG shows on white.
+    """
     settings = plan.settings
+    if pixels.shape[-1] == 4 and settings.image_format not in image_files.LOSSLESS:
+        pixels = decoding.rgb(Image.fromarray(pixels), planned.key)
     known = record(planned, plan)
     shown = {name: value for name, value in known.items() if name != "metadata"}
     content = image_files.encode(pixels, shown, settings.image_format)

@@ -84,7 +84,8 @@ class Upscaler:
         """Enlarges images of one size, computing one batch of tiles ahead of the caller.
 
         Args:
-          images: consumed as needed.
+          images: consumed as needed. The network sees their colors. A fourth channel, the opacity,
+            is enlarged by a Lanczos filter.
         """
         begun: deque[_Canvas] = deque()
         running: deque[tuple[list[_Tile], Array, Array]] = deque()
@@ -160,7 +161,7 @@ class _Canvas:
         self._image, self._scale, self._finite = image, scale, image.finite
         full = [_extended(side) for side in (height, width)]
         borders = [(0, full[0] - height), (0, full[1] - width), (0, 0)]
-        self._extended = np.pad(image.pixels, borders, mode="symmetric")
+        self._extended = np.pad(image.pixels[..., :3], borders, mode="symmetric")
         self._sum = np.zeros((full[0] * scale, full[1] * scale, 3), np.float32)
 
     def cut(self, row: int, column: int) -> np.ndarray:
@@ -188,6 +189,10 @@ class _Canvas:
         if factor != self._scale:
             size = [fitting.enlarged(side, factor) for side in (height, width)]
             pixels = fitting.fitted(pixels, *size)
+        if self._image.pixels.shape[-1] == 4:
+            alpha = fitting.fitted(self._image.pixels[..., 3], *pixels.shape[:2])
+            if alpha.min() < 255:
+                pixels = np.dstack([pixels, alpha])
         return replace(self._image, pixels=pixels, finite=bool(self._finite))
 
 

@@ -72,14 +72,39 @@ def grey(image: Image.Image, name: str) -> np.ndarray:
     return _plain(image, name, "black", "L")
 
 
+def decode_rgba(content: bytes, name: str) -> np.ndarray | None:
+    """Decodes an image file with its transparency to uint8 [height, width, 4], upright.
+
+    Returns:
+      its pixels as they are stored, or None if it is opaque.
+
+    Raises:
+      InputError: naming the image, if it cannot be decoded.
+    """
+    with _opened(io.BytesIO(content), name) as image:
+        return rgba(image)
+
+
+def rgba(image: Image.Image) -> np.ndarray | None:
+    """Converts an open image as `decode_rgba` does."""
+    if not image.has_transparency_data:
+        return None
+    pixels = np.asarray(_upright(image).convert("RGBA"))
+    return None if pixels[..., 3].min() == 255 else pixels
+
+
 def _plain(image: Image.Image, name: str, background: str, mode: str) -> np.ndarray:
     if image.mode.startswith(("I", "F")):  # Pillow would clip the values at 255
         raise InputError(f"{name} has {image.mode} pixels; save it with 8 bits per channel")
-    upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
+    upright = _upright(image)
     if upright.has_transparency_data:
         behind = Image.new("RGBA", upright.size, background)
         upright = Image.alpha_composite(behind, upright.convert("RGBA"))
     return np.asarray(upright.convert(mode))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if "exif" in image.info else image
 
 
 @contextlib.contextmanager

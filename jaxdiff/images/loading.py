@@ -13,6 +13,9 @@ from jaxdiff.images import decoding, fitting, preprocessing, sources
 from jaxdiff.images.clip_pixels import centre_of_resized
 from jaxdiff.request import Request, Source
 
+# `diffusion.samplers.NONE`, the sampler of GAN upscalers: the only models that keep transparency.
+NOT_SAMPLED = "none"
+
 
 def prepared(
     request: Request,
@@ -34,7 +37,9 @@ def prepared(
     Returns:
       the request with `image`, uint8 [height / enlarges, width / enlarges, 3], and, if a part of it
       is to be painted, `mask_image`, bool [height, width], True where it is; `outpaint` is None.
-      Images in `control_image` are as `image`, those in `ip_adapter_image` of their own sizes.
+      An image with transparent parts is [..., 4] if a GAN upscaler enlarges it; else it is
+      composited on white. Images in `control_image` are as `image`, those in `ip_adapter_image` of
+      their own sizes.
 
     Raises:
       BadValueError: naming the image that cannot be read, has changed since the row was planned, or
@@ -54,7 +59,8 @@ def prepared(
         return request
     left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
     inner = [side // enlarges for side in inner_size(request)]
-    original, mask = _pixels(request.image, root), None
+    original = _pixels(request.image, root, keeps_alpha=request.sampler == NOT_SAMPLED)
+    mask = None
     pixels = fitting.fitted(original, *inner)
     if request.mask_image is not None:
         grey = _mask(request.mask_image, root)
@@ -86,9 +92,9 @@ def sized(request: Request, enlarges: int, multiple: int) -> Request:
     """
     if request.image is None:
         return request
-    pixels = _pixels(request.image, "")
+    pixels = _pixels(request.image, "", keeps_alpha=True)
     height, width = enlarged_size(*pixels.shape[:2], enlarges, multiple)
-    return replace(request, image=pixels, height=height, width=width)
+    return replace(request, image=Image.fromarray(pixels), height=height, width=width)
 
 
 def inner_size(request: Request) -> tuple[int, int]:
@@ -142,12 +148,18 @@ def check_mask(size: tuple[int, int], image_size: tuple[int, int], is_black: boo
         raise BadValueError("mask_image is black: nothing would be painted; white is painted")
 
 
-def _pixels(said, root: str) -> np.ndarray:
+def _pixels(said, root: str, *, keeps_alpha: bool = False) -> np.ndarray:
+    """Returns an image as uint8 [h, w, 3], or [h, w, 4] if it keeps transparent parts."""
     if isinstance(said, np.ndarray):
         return _checked("image", said, 3)
     if isinstance(said, Image.Image):
-        return decoding.rgb(said, "image")
-    return sources.opened(_content(said, root), _name(said))
+        pixels = decoding.rgb(said, "image")
+        stored = decoding.rgba(said) if keeps_alpha else None
+    else:
+        content, name = _content(said, root), _name(said)
+        pixels = sources.opened(content, name)  # which checks it
+        stored = decoding.decode_rgba(content, name) if keeps_alpha else None
+    return pixels if stored is None else stored
 
 
 def _mask(said, root: str) -> np.ndarray:

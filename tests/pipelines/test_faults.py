@@ -160,12 +160,12 @@ def test_a_size_that_makes_the_model_fail_affects_only_its_rows(
         '{"prompt": "a ring"}\n{"prompt": "a star", "width": 32}\n{"prompt": "a cross"}\n'
     )
     faulty("""
-from jaxdiff.engine.engine import TextToImage
+from jaxdiff.engine.sampler import Sampler
 def wrapped(self, batch, *how):
     if batch[0].width == 32:
         raise RuntimeError("too narrow")
     return dispatch(self, batch, *how)
-dispatch, TextToImage._dispatch = TextToImage._dispatch, wrapped
+dispatch, Sampler._dispatch = Sampler._dispatch, wrapped
 """)
     assert cli.main(command(tmp_path / "out")) == 3
     assert failures(tmp_path / "out") == {"000000001": "RuntimeError: too narrow"}
