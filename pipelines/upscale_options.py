@@ -43,6 +43,10 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
         raise SystemExit(0)
     if not arguments or arguments[0].startswith("-"):
         parser.error(f"the input is missing, which comes first: {USAGE}")
+    if len(arguments) > 1 and not arguments[1].startswith("-"):
+        parser.error(
+            f"unexpected {arguments[1]!r}: the input is one name; put quotes around a glob"
+        )
     job, rest = generate_options.parse(["--manifest", *arguments])
     if job.models.open().enlarges is None:
         raise InputError(

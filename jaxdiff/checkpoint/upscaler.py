@@ -40,6 +40,7 @@ NAMINGS = {
         r"model\.10": "conv_last",
     },
 }
+ACTIVATION = re.compile(r"body\.\d*[13579]\.")  # of SRVGGNetCompact: every second layer
 # RRDBNet upscales by 4 what it sees; more channels are the pixels of 2x2 or 4x4 squares.
 SCALES = {3: 4, 12: 2, 48: 1}
 
@@ -97,6 +98,11 @@ def _rrdb(path: Path, tensors: Mapping[str, StoredTensor]) -> dict:
 
 
 def _compact(path: Path, tensors: Mapping[str, StoredTensor]) -> dict:
+    if not any(ACTIVATION.match(key) for key in tensors):
+        raise InputError(
+            f"{path} does not say which activations it has; use one with PReLU, as the published "
+            "ones are"
+        )
     features, channels = _convolution(path, tensors, "body.0")
     last = _last(path, tensors)
     out, _ = _convolution(path, tensors, f"body.{last}")
@@ -104,11 +110,6 @@ def _compact(path: Path, tensors: Mapping[str, StoredTensor]) -> dict:
     if channels != 3 or out != 3 * scale**2:
         raise InputError(
             f"{path} turns {channels} channels into {out}; use an upscaler of RGB images"
-        )
-    if "body.1.weight" not in tensors:
-        raise InputError(
-            f"{path} does not say which activations it has; use one with PReLU, as the published "
-            "ones are"
         )
     return {
         "_class_name": COMPACT,

@@ -86,8 +86,10 @@ def resolve(said: dict, model: Ensemble) -> Settings:
                 f"--{name} has no effect on {defaults.name}, which enlarges each image by "
                 f"{model.enlarges}; leave it out"
             )
-    if not model.samples and said.get("steps") is not None:
-        raise InputError(f"--steps has no effect on {defaults.name}; leave it out")
+    for name in ("steps", "guidance_scale", "strength"):
+        if not model.samples and name in said:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} has no effect on {defaults.name}; leave it out")
     said.setdefault("steps", defaults.steps)  # may be too many for the sampler
     every = (
         CHECKS

@@ -295,6 +295,8 @@ def open_ensemble(
         raise InputError(
             f"model {str(model)!r} is a refiner; use a base model, and this one as --refiner"
         )
+    if lora and first.family is UPSCALER:
+        raise InputError(f"--lora has no effect on {first.defaults.name}; leave it out")
     first = loras.adapted(first, lora)
     for option, said, check in (
         (image_inputs.CONTROLS, controlnet, first.family.check_controlnet),

@@ -196,12 +196,12 @@ def with_image(
     own = takes.masked_strength if is_masked else takes.strength
     chosen = next((each for each in (request.strength, strength) if each is not None), own)
     if takes.masked_strength is None:
+        verb = "edits" if takes.enlarges is None else "enlarges"
         for name in ("mask_image", "outpaint"):
             if getattr(request, name) is not None:
-                verb = "edits" if takes.enlarges is None else "enlarges"
                 raise BadValueError(f"this model {verb} whole images; leave {name} out")
         if chosen != own:
-            raise BadValueError("this model edits images in all steps; leave strength out")
+            raise BadValueError(f"this model {verb} images in all steps; leave strength out")
     elif takes.needed and not is_masked:
         raise BadValueError("this model needs a mask: give it mask_image or outpaint")
     if skipped_steps(request.steps, chosen, is_flow=is_flow) == request.steps:

@@ -51,6 +51,32 @@ def test_transparent_pixels_are_white_in_images_and_black_in_greys():
     assert np.all(decoding.decode(encoded(palette, transparency=3), "a") == 255)
 
 
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_transparent_pixels_are_kept_as_they_are_stored(kind):
+    pixels = np.dstack([noise(5, 7), np.full((5, 7), 255, np.uint8)])
+    how = {"lossless": True, "exact": True} if kind == "webp" else {}
+    assert decoding.decode_rgba(encoded(pixels, kind, **how), "a") is None
+    assert decoding.decode_rgba(encoded(pixels[..., :3], kind, **how), "a") is None
+    pixels[1:3, 2:4, 3] = 0, 200
+    content = encoded(pixels, kind, **how)
+    np.testing.assert_array_equal(decoding.decode_rgba(content, "a"), pixels)
+    turned = decoding.decode_rgba(encoded(pixels, kind, exif=EXIF_TURNED, **how), "a")
+    np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
+
+
+def test_every_kind_of_transparency_is_kept():
+    palette = Image.new("P", (2, 2), 3)
+    palette.putpalette([9] * 768)
+    for content, color in [
+        (encoded(palette, transparency=3), (9, 9, 9, 0)),
+        (encoded(Image.new("LA", (2, 2), (7, 99))), (7, 7, 7, 99)),
+        (encoded(Image.new("RGB", (2, 2), (1, 2, 3)), transparency=(1, 2, 3)), (1, 2, 3, 0)),
+    ]:
+        assert (decoding.decode_rgba(content, "a") == color).all()
+    with pytest.raises(InputError, match="a is not a readable image"):
+        decoding.decode_rgba(b"no image", "a")
+
+
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_images_are_upright(kind):
     left_half = np.zeros((16, 32, 3), np.uint8)

@@ -98,7 +98,7 @@ def _pictures(folder: Path) -> list[Path]:
 def of_names(name: str, paths: dict[str, Path], are_items: bool = False) -> Manifest:
     """Returns the manifest of files given as paths by name; raises InputError like `find`."""
     if not paths and are_items:
-        raise InputError(f"manifest {name} is a folder without {ITEM_ENDING} files")
+        raise InputError(f"manifest {name} is a folder without {ITEM_ENDING} files or images")
     if not paths and glob.has_magic(name):
         raise InputError(f"manifest {name} matches no file")
     if not paths:
