@@ -1,5 +1,8 @@
 """The command line of `jaxdiff upscale`, which is `generate` with images for prompts. No Beam."""
 
+from pathlib import Path
+
+from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.errors import InputError
 from pipelines import generate_options
 from pipelines.command_line import Parser
@@ -34,8 +37,8 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
     """Reads the command line; returns what `generate_options.parse` does.
 
     Raises:
-      InputError: as `generate_options.parse` does, or if there is no input, or the model cannot be
-        opened or enlarges no images.
+      InputError: as `generate_options.parse` does, or if the input is missing or a folder of
+        prompts, or the model cannot be opened or enlarges no images.
     """
     parser = Parser("upscale", DESCRIPTION, usage=USAGE, epilog=EPILOG, add_help=False)
     if {"-h", "--help"} & {*arguments}:
@@ -51,5 +54,10 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
     if job.models.open().enlarges is None:
         raise InputError(
             f"--model {job.models.model} enlarges no images; use an upscaler, such as shapes64-x4"
+        )
+    if Path(job.manifest).is_dir() and manifests.find(job.manifest).sources[0].is_item:
+        raise InputError(
+            f"{job.manifest} has .txt files, which are read as prompts; name its images, in "
+            f"quotes: '{job.manifest}/*.png'"
         )
     return job, rest

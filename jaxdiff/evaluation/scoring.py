@@ -145,7 +145,7 @@ def _decoded(picture: Picture) -> np.ndarray | None:
     if picture.image is None:
         return None
     try:
-        return image_files.decode(picture.image)
+        return image_files.decode(picture.image)[..., :3]  # without alpha
     except ValueError as problem:
         raise InputError(f"image {picture.key}: {problem}") from None
 

@@ -241,6 +241,16 @@ def test_a_command_without_images_is_refused(arguments, reason, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_that_say_no_images_are_refused(pictures, upscaler, tmp_path, capsys):
+    (pictures / "a.txt").write_text("a caption")
+    assert cli.main(job(pictures, upscaler, tmp_path / "out")) == 2
+    said = f"{pictures} has .txt files, which are read as prompts; name its images, in quotes: "
+    assert said + f"'{pictures}/*.png'" in capsys.readouterr().err
+    (tmp_path / "made" / names.WORK).mkdir(parents=True)
+    assert cli.main(job(tmp_path / "made", upscaler, tmp_path / "out")) == 2
+    assert "made is a dataset without WebDataset or Parquet shards" in capsys.readouterr().err
+
+
 def test_prompts_are_no_images(upscaler, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a cat\n")
     arguments = ["generate", "--manifest", str(tmp_path / "prompts.txt"), "--model", str(upscaler)]

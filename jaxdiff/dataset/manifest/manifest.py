@@ -80,11 +80,17 @@ def find(where: str | Path) -> Manifest:
 
 
 def _of_images(folder: Path) -> list[Path]:
-    """Returns the files that list the images of a dataset."""
+    """Returns the files that list the images of a dataset; raises InputError if it has none."""
     if (folder / IMAGEFOLDER).is_file():
         return [folder / IMAGEFOLDER]
     if (folder / WORK).is_dir():
-        return [each for ending in OUR_ENDINGS for each in (folder / DATA).glob(f"*{ending}")]
+        found = [each for ending in OUR_ENDINGS for each in (folder / DATA).glob(f"*{ending}")]
+        if not found:
+            raise InputError(
+                f"manifest {folder} is a dataset without WebDataset or Parquet shards; if it is an "
+                f"imagefolder, name its images, in quotes: '{folder}/{DATA}/*/*.png'"
+            )
+        return found
     return [*folder.glob(f"*{archives.ENDING}")]
 
 
