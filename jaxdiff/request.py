@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from jaxdiff import checks
 
+NOT_SAMPLED = "none"  # the sampler of a request whose image is enlarged by a GAN upscaler
+
 
 class Bucket(NamedTuple):
     """What all images of a batch share: it determines the compiled program and its tables.

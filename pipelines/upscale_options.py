@@ -51,6 +51,8 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
             f"unexpected {arguments[1]!r}: the input is one name; put quotes around a glob"
         )
     job, rest = generate_options.parse(["--manifest", *arguments])
+    if not any(word.partition("=")[0] == "--model" for word in arguments):
+        parser.missing("--model", rest)
     if job.models.open().enlarges is None:
         raise InputError(
             f"--model {job.models.model} enlarges no images; use an upscaler, such as shapes64-x4"

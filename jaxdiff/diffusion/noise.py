@@ -1,5 +1,7 @@
 """Draws each image's noise from its own seed, whatever its place in a batch."""
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -35,6 +37,7 @@ def draw(
     *,
     before: int = 0,
     after: int = 0,
+    encoded_shape: tuple[int, int, int] | None = None,
 ) -> Noise:
     """Draws noise for a batch of images.
 
@@ -48,58 +51,72 @@ def draw(
         stochastic sampler. Only torch's noise depends on what was drawn before it.
       draws: how many times a stochastic sampler draws fresh noise.
       before, after: how many samples of encoded images are drawn before and after the start.
+      encoded_shape: of one of these samples; None for `shape`.
     """
+    seen = encoded_shape or shape
     if kind == "jax":
-        return _jax_normal(seeds, shape, draws, before + after)
-    height, width, channels = shape
-    count = before + 1 + after + draws
-    images = [torch_normal(int(seed), height * width * channels, count) for seed in seeds]
-    noise = np.stack(images, axis=1).reshape(count, -1, channels, height, width)
-    noise = noise.transpose(0, 1, 3, 4, 2)
-    encoded = np.concatenate([noise[:before], noise[before + 1 :][:after]])
+        return _jax_normal(seeds, shape, draws, seen, before + after)
+    shapes = [seen] * before + [shape] + [seen] * after + [shape] * draws
+    images = [torch_normal(int(seed), [*map(math.prod, shapes)]) for seed in seeds]
+    noise = [
+        np.stack(flat).reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
+        for flat, (height, width, channels) in zip(zip(*images, strict=True), shapes, strict=True)
+    ]
+    encoded, fresh = noise[:before] + noise[before + 1 :][:after], noise[before + 1 + after :]
     return Noise(
         start=noise[before],
-        fresh=noise[before + 1 + after :] if draws else None,
-        encoded=encoded if len(encoded) else None,
+        fresh=np.stack(fresh) if fresh else None,
+        encoded=np.stack(encoded) if encoded else None,
     )
 
 
 ENCODED = 2**31  # numbers from here on are of draws for encoded images
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _jax_normal(seeds: Array, shape: tuple[int, int, int], draws: int, encoded: int) -> Noise:
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _jax_normal(
+    seeds: Array,
+    shape: tuple[int, int, int],
+    draws: int,
+    encoded_shape: tuple[int, int, int],
+    encoded: int,
+) -> Noise:
     # Named explicitly: JAX's default generator may change, but a seed's image must not.
     keys = jax.vmap(partial(jax.random.key, impl="threefry2x32"))(seeds)
-    normal = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
 
-    def others(first: int, count: int) -> Array | None:
+    def normal(keys: Array, shape: tuple[int, int, int]) -> Array:
+        return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+    def others(first: int, count: int, shape: tuple[int, int, int]) -> Array | None:
         for_draw = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
         numbers = np.arange(first, first + count, dtype=np.uint32)
-        return jax.vmap(normal)(for_draw(keys, numbers)) if count else None
+        drawn = for_draw(keys, numbers)
+        return jax.vmap(partial(normal, shape=shape))(drawn) if count else None
 
-    return Noise(normal(keys), others(0, draws), others(ENCODED, encoded))
+    encodings = others(ENCODED, encoded, encoded_shape)
+    return Noise(normal(keys, shape), others(0, draws, shape), encodings)
 
 
-def torch_normal(seed: int, size: int, draws: int = 1) -> np.ndarray:
-    """Reproduces `draws` calls of `torch.randn(size)` on the CPU after `manual_seed(seed)`.
+def torch_normal(seed: int, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Reproduces calls of `torch.randn(size)` on the CPU, one after the other, after a seed.
 
     The result is accurate to 5e-7. PyTorch takes 24 bits of each Mersenne Twister word as a uniform
     number and turns blocks of 16 into normal ones by the Box-Muller transform; if the last block is
     incomplete, the last 16 values are drawn again.
 
     Args:
-      seed: 0 to 2**32 - 1.
-      size: at least 16; PyTorch draws smaller sizes differently.
-      draws: at least 1.
+      seed: 0 to 2**32 - 1, for `manual_seed`.
+      sizes: each at least 16; PyTorch draws smaller sizes differently.
 
     Returns:
-      float32 [draws, size].
+      float32 [size] for each.
     """
-    if size < TORCH_BLOCK:
-        raise ValueError(f"size = {size}: PyTorch's noise needs a size of at least {TORCH_BLOCK}")
+    if min(sizes) < TORCH_BLOCK:
+        raise ValueError(
+            f"size = {min(sizes)}: PyTorch's noise needs a size of at least {TORCH_BLOCK}"
+        )
     generator = np.random.RandomState(seed)  # seeds MT19937 as PyTorch does
-    return np.stack([_torch_randn(generator, size) for _ in range(draws)])
+    return [_torch_randn(generator, size) for size in sizes]
 
 
 def _torch_randn(generator: np.random.RandomState, size: int) -> np.ndarray:

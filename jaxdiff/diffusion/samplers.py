@@ -207,7 +207,6 @@ SAMPLERS = {
         title="LCM",
     ),
 }
-NONE = "none"  # the sampler of models that draw no samples
 # The sampler of each diffusers scheduler class; if several samplers share a class, the first one.
 OF_SCHEDULER = {row.scheduler: name for name, row in reversed(SAMPLERS.items())}
 OF_SCHEDULER[FLOW_CLASS] = "euler"

@@ -1,6 +1,5 @@
 """Gathers what a batch of requests brings to the program."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -164,10 +163,15 @@ class InputMaker:
     def _drawn(self, batch: Sequence[Request], brings: Brings, draws: int) -> Noise:
         seeds = np.array([request.seed for request in batch], np.uint32)
         shape = self._latent_shape(batch[0])
-        if self._enlarging is not None:
-            return _drawn_in_turn(seeds, self._image_shape(batch[0]), shape, self._noise, draws)
-        encodes = {"before": brings.encodes_first, "after": int(brings.encodes_last)}
-        return random_noise.draw(seeds, shape, self._noise, draws, **encodes)
+        return random_noise.draw(
+            seeds,
+            shape,
+            self._noise,
+            draws,
+            before=brings.encodes_first,
+            after=int(brings.encodes_last),
+            encoded_shape=None if self._enlarging is None else self._image_shape(batch[0]),
+        )
 
     def _seen(self, request: Request) -> list[tuple[Control, Sequence[int]]]:
         """Returns each net with the places of its control images in a resolved request."""
@@ -250,41 +254,6 @@ class InputMaker:
         seen = self._enlarging
         factor = seen.factor * (self._codec.factor if seen.sees_latents else 1)
         return request.height // factor, request.width // factor, seen.channels
-
-
-def _drawn_in_turn(
-    seeds: np.ndarray,
-    image: tuple[int, int, int],
-    latents: tuple[int, int, int],
-    kind: str,
-    draws: int,
-) -> Noise:
-    """Draws noise for an image, and then what `noise.draw` does for latents of another shape.
-
-    PyTorch cuts tensors out of one stream, in blocks of 16 numbers. So where all tensors consist of
-    whole blocks, each may be put together from smaller ones that are drawn in turn.
-
-    Args:
-      seeds: uint32 [batch].
-      image, latents: (height, width, channels); heights and widths are multiples of 4.
-      kind, draws: as in `noise.draw`.
-    """
-    part = math.gcd(math.prod(image), math.prod(latents))
-    first, each = (math.prod(shape) // part for shape in (image, latents))
-    drawn = random_noise.draw(seeds, (part, 1, 1), kind, each * draws, before=first, after=each - 1)
-
-    def joined(parts: Array | np.ndarray, shape: tuple[int, int, int]) -> Array:
-        height, width, channels = shape
-        whole = jnp.swapaxes(jnp.asarray(parts), 0, 1)  # [b, parts, part, 1, 1]
-        whole = whole.reshape(len(seeds), -1, channels, height, width)
-        return whole.transpose(1, 0, 3, 4, 2)
-
-    start = jnp.concatenate([drawn.start[None], drawn.encoded[first:]])
-    return Noise(
-        start=joined(start, latents)[0],
-        fresh=None if drawn.fresh is None else joined(drawn.fresh, latents),
-        encoded=joined(drawn.encoded[:first], image),
-    )
 
 
 def _numbers(batch: Sequence[Request], name: str) -> np.ndarray | None:

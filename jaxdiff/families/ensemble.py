@@ -29,7 +29,7 @@ from jaxdiff.families import config_values, image_inputs, open_checkpoint
 from jaxdiff.families.family import CLASSIFIER_FREE, OWN_OPTIONS
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 from jaxdiff.families.upscaler import UPSCALER
-from jaxdiff.request import Bucket, Options, Request
+from jaxdiff.request import NOT_SAMPLED, Bucket, Options, Request
 
 # The models that take what an option names.
 WORKS_WITH = {
@@ -112,7 +112,7 @@ class Ensemble:
     @property
     def samplers(self) -> tuple[str, ...]:
         """The names of the samplers that a request may ask for."""
-        return tuple(samplers.SAMPLERS) if self.samples else (samplers.NONE,)
+        return tuple(samplers.SAMPLERS) if self.samples else (NOT_SAMPLED,)
 
     @property
     def enlarges(self) -> int | None:
@@ -298,55 +298,70 @@ def open_ensemble(
     if lora and first.family is UPSCALER:
         raise InputError(f"--lora has no effect on {first.defaults.name}; leave it out")
     first = loras.adapted(first, lora)
-    for option, said, check in (
-        (image_inputs.CONTROLS, controlnet, first.family.check_controlnet),
-        (image_inputs.ADAPTERS, ip_adapter, first.family.check_ip_adapter),
-    ):
-        if said and check is None:
-            raise InputError(
-                f"{option} works with {WORKS_WITH[option]} only, not with {first.defaults.name}; "
-                "leave it out"
-            )
+    return Ensemble(
+        base=first,
+        refiner=None if refiner is None else _refiner(first, refiner, variant),
+        controls=_controls(first, controlnet),
+        adapters=_adapters(first, ip_adapter),
+        upscaler=_upscaling(first, upscale),
+    )
+
+
+def _controls(base: Checkpoint, said: Sequence[str]) -> tuple[Addition, ...]:
+    """Opens the ControlNets that steer the base."""
+    check = base.family.check_controlnet
+    _refuse_unknown(base, image_inputs.CONTROLS, said, check)
     controls = tuple(
-        _addition(
-            said, open_controlnet, lambda net: first.family.check_controlnet(first, net.config)
-        )
-        for said in controlnet
+        _addition(each, open_controlnet, lambda net: check(base, net.config)) for each in said
     )
     if len({net.files.kinds is None for net in controls}) > 1:
         raise InputError(
             f"{image_inputs.CONTROLS}: union ControlNets cannot be used together with others; use "
             "only one of these kinds in a job"
         )
-    adapters = tuple(
-        _addition(
-            said,
-            open_ip_adapter,
-            lambda adapter: first.family.check_ip_adapter(first, adapter.context_width),
-        )
-        for said in ip_adapter
+    return controls
+
+
+def _adapters(base: Checkpoint, said: Sequence[str]) -> tuple[Addition, ...]:
+    """Opens the IP-Adapters that show the base image prompts."""
+    check = base.family.check_ip_adapter
+    _refuse_unknown(base, image_inputs.ADAPTERS, said, check)
+    return tuple(
+        _addition(each, open_ip_adapter, lambda adapter: check(base, adapter.context_width))
+        for each in said
     )
-    upscaler = _upscaling(first, upscale)
-    if refiner is None:
-        return Ensemble(first, None, controls, adapters, upscaler)
-    takes = first.family.image_inputs(first)
+
+
+def _refuse_unknown(
+    base: Checkpoint, option: str, said: Sequence[str], check: Callable | None
+) -> None:
+    if said and check is None:
+        raise InputError(
+            f"{option} works with {WORKS_WITH[option]} only, not with {base.defaults.name}; "
+            "leave it out"
+        )
+
+
+def _refiner(base: Checkpoint, said: str | Path, variant: str | None) -> Checkpoint:
+    """Opens the model that takes the last steps."""
+    takes = base.family.image_inputs(base)
     if takes is not None and takes.needed:
         raise InputError(
-            f"--refiner cannot continue what {first.defaults.name} begins, because it would not "
+            f"--refiner cannot continue what {base.defaults.name} begins, because it would not "
             "see the image of the row; leave it out"
         )
     try:
-        last = open_checkpoint(refiner, variant)
+        refiner = open_checkpoint(said, variant)
     except NoVariantError:
-        last = open_checkpoint(refiner)
-    ours, theirs = first.defaults.latents, last.defaults.latents
+        refiner = open_checkpoint(said)
+    ours, theirs = base.defaults.latents, refiner.defaults.latents
     for what in ours:
         if ours[what] != theirs.get(what):
             raise InputError(
-                f"--refiner {str(refiner)!r} has different latents from the model "
+                f"--refiner {str(said)!r} has different latents from the model "
                 f"({what} {theirs.get(what)}, not {ours[what]}); use the refiner of this model"
             )
-    return Ensemble(first, last, controls, adapters, upscaler)
+    return refiner
 
 
 def _upscaling(base: Checkpoint, said: str | Path | None) -> Upscaling | None:

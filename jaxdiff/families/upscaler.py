@@ -9,10 +9,10 @@ from types import MappingProxyType
 from jaxdiff import checks
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.upscaler import COMPACT, COMPONENT, NETWORK, RRDB
-from jaxdiff.diffusion import samplers
 from jaxdiff.errors import InputError
 from jaxdiff.families.family import UNGUIDED, Family
 from jaxdiff.families.image_inputs import EDITS
+from jaxdiff.request import NOT_SAMPLED
 
 DEFAULT_SIDE = 256  # of an image to enlarge, if nothing names one
 # How many times the height and width of what the network sees are doubled before a layer.
@@ -28,7 +28,7 @@ class Defaults:
     steps = 1
     guidance_scale = 1.0
     guidance = UNGUIDED
-    sampler = samplers.NONE
+    sampler = NOT_SAMPLED
     tokens = 0
     largest_side = checks.MAX_SIDE_PX
 

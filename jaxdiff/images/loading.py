@@ -11,10 +11,7 @@ from PIL import Image
 from jaxdiff.checks import BadValueError
 from jaxdiff.images import decoding, fitting, preprocessing, sources
 from jaxdiff.images.clip_pixels import centre_of_resized
-from jaxdiff.request import Request, Source
-
-# `diffusion.samplers.NONE`, the sampler of GAN upscalers: the only models that keep transparency.
-NOT_SAMPLED = "none"
+from jaxdiff.request import NOT_SAMPLED, Request, Source
 
 
 def prepared(
@@ -59,8 +56,8 @@ def prepared(
         return request
     left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
     inner = [side // enlarges for side in inner_size(request)]
-    original = _pixels(request.image, root, keeps_alpha=request.sampler == NOT_SAMPLED)
-    mask = None
+    keeps_alpha = request.sampler == NOT_SAMPLED  # other models see three channels
+    original, mask = _pixels(request.image, root, keeps_alpha=keeps_alpha), None
     pixels = fitting.fitted(original, *inner)
     if request.mask_image is not None:
         grey = _mask(request.mask_image, root)

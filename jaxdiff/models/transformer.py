@@ -14,11 +14,24 @@ from jaxdiff.models.layers import Attention, ImagePrompt, conv, group_norm
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, attention to the text and feed-forward, each with pre-norm and residual."""
+    """Self-attention, attention to the text and feed-forward, each with pre-norm and residual.
 
-    def __init__(self, width: int, num_heads: int, context_width: int, *, rngs: nnx.Rngs):
+    With `text_only`, the first attention is to the text, too.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        context_width: int,
+        *,
+        text_only: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.text_only = text_only
+        seen = context_width if text_only else None
         self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.attn1 = Attention(width, num_heads, rngs=rngs)
+        self.attn1 = Attention(width, num_heads, context_width=seen, rngs=rngs)
         self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.attn2 = Attention(width, num_heads, context_width=context_width, rngs=rngs)
         self.norm3 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
@@ -29,7 +42,7 @@ class BasicTransformerBlock(nnx.Module):
 
         The attention to the text also attends to the image prompts.
         """
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x), context if self.text_only else None)
         x = x + self.attn2(self.norm2(x), context, prompts=prompts)
         return x + self.ff(self.norm3(x))
 

@@ -12,7 +12,6 @@ from flax import nnx
 from jax import Array
 
 from jaxdiff.models import unet
-from jaxdiff.models.layers import Attention, ImagePrompt
 from jaxdiff.models.transformer import BasicTransformerBlock
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
 
@@ -44,20 +43,6 @@ class UNetUpscalerConfig(UNetConfig):
         return (self.only_cross_attention,) * len(self.block_out_channels)
 
 
-class _TextOnlyBlock(BasicTransformerBlock):
-    """A transformer's layer whose first attention is to the text, too."""
-
-    def __init__(self, width: int, num_heads: int, context_width: int, *, rngs: nnx.Rngs):
-        super().__init__(width, num_heads, context_width, rngs=rngs)
-        self.attn1 = Attention(width, num_heads, context_width=context_width, rngs=rngs)
-
-    def __call__(self, x: Array, context: Array, prompts: tuple[ImagePrompt, ...] = ()) -> Array:
-        """Maps [batch, h w, width] and [batch, tokens, context width] to x's shape."""
-        x = x + self.attn1(self.norm1(x), context)
-        x = x + self.attn2(self.norm2(x), context, prompts=prompts)
-        return x + self.ff(self.norm3(x))
-
-
 class UNetUpscaler(UNet2DConditionModel):
     """Predicts the noise (or v) in latents from the timestep, the text and a smaller image."""
 
@@ -74,8 +59,12 @@ class UNetUpscaler(UNet2DConditionModel):
             for transformer in block.attentions if is_text_only else ():
                 transformer.transformer_blocks = nnx.List(
                     [
-                        _TextOnlyBlock(
-                            width, layer.attn1.num_heads, config.cross_attention_dim, rngs=rngs
+                        BasicTransformerBlock(
+                            width,
+                            layer.attn1.num_heads,
+                            config.cross_attention_dim,
+                            text_only=True,
+                            rngs=rngs,
                         )
                         for layer in transformer.transformer_blocks
                     ]

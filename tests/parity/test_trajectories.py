@@ -216,7 +216,7 @@ def test_defaults_match_diffusers_classes(sampler):
 def test_torchs_generator_continues_between_draws(size):
     generator = torch.Generator("cpu").manual_seed(SEED)
     expected = [torch.randn(size, generator=generator).numpy() for _ in range(4)]
-    np.testing.assert_allclose(noise.torch_normal(SEED, size, draws=4), expected, atol=5e-7)
+    np.testing.assert_allclose(noise.torch_normal(SEED, [size] * 4), expected, atol=5e-7)
 
 
 def test_guidance_is_rescaled_as_in_diffusers():

@@ -11,7 +11,7 @@ from flax import nnx
 
 import jaxdiff
 from jaxdiff.devices import compilation
-from jaxdiff.engine import inputs
+from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.families import inspect, open_checkpoint, upscaling
 from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.families.model import Text, networks_of
@@ -272,7 +272,7 @@ def test_the_keys_at_full_size_match_diffusers(network, read, config):
 def test_noise_is_drawn_for_the_image_and_then_for_latents(kind):
     image, latents, draws = (12, 20, 3), (12, 20, 4), 2
     seeds = np.array([3, 2**32 - 1], np.uint32)
-    noise = inputs._drawn_in_turn(seeds, image, latents, kind, draws)
+    noise = random_noise.draw(seeds, latents, kind, draws, before=1, encoded_shape=image)
     assert (noise.start.shape, noise.encoded.shape) == ((2, *latents), (1, 2, *image))
     assert noise.fresh.shape == (draws, 2, *latents)
     for place, seed in enumerate(seeds):

@@ -228,7 +228,9 @@ def test_a_stage_needs_an_upscaler(said, reason, plain, upscaler, tmp_path, caps
         (["a.png", "b.png", "--model=shapes64-x4"], "unexpected 'b.png': the input is one name"),
         (["nowhere", "--model=shapes64-x4"], "nowhere does not exist or is not a file"),
         (["{folder}", "--model=shapes64-x4"], "is a folder without .txt files or images"),
-        (["{folder}"], "--model shapes64 enlarges no images; use an upscaler"),
+        (["{folder}"], "--model is missing"),
+        (["{folder}", "--modle", "x"], "unknown option --modle; did you mean --model?"),
+        (["{folder}", "--model=shapes64"], "--model shapes64 enlarges no images; use an upscaler"),
     ],
 )
 def test_a_command_without_images_is_refused(arguments, reason, tmp_path, capsys):

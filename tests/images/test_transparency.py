@@ -5,9 +5,8 @@ import pytest
 from pictures import encoded, noise
 from PIL import Image
 
-from jaxdiff.diffusion import samplers
 from jaxdiff.images import loading
-from jaxdiff.request import Request
+from jaxdiff.request import NOT_SAMPLED, Request
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def test_gan_upscalers_see_the_pixels_as_they_are_stored(ways, pixels):
         request = loading.sized(Request(prompt="", image=image), enlarges=2, multiple=2)
         assert (request.height, request.width) == (8, 12)
         request = loading.prepared(
-            Request(prompt="", image=request.image, height=8, width=12, sampler=samplers.NONE),
+            Request(prompt="", image=request.image, height=8, width=12, sampler=NOT_SAMPLED),
             enlarges=2,
         )
         np.testing.assert_array_equal(request.image, pixels)
@@ -51,5 +50,5 @@ def test_all_other_models_see_transparent_parts_on_white(ways, pixels):
 def test_opaque_images_have_three_channels(pixels):
     pixels[..., 3] = 255
     for image in (Image.fromarray(pixels), pixels[..., :3]):
-        request = Request(prompt="", image=image, height=4, width=6, sampler=samplers.NONE)
+        request = Request(prompt="", image=image, height=4, width=6, sampler=NOT_SAMPLED)
         np.testing.assert_array_equal(loading.prepared(request).image, pixels[..., :3])

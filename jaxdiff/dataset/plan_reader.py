@@ -1,0 +1,230 @@
+"""Turns a manifest's rows into planned images. Imports no JAX.
+
+A row that cannot be used is listed with the reason; the others go on.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
+
+from jaxdiff import checks
+from jaxdiff.checks import BadValueError
+from jaxdiff.dataset.manifest import columns, rows
+from jaxdiff.dataset.manifest import manifest as manifests
+from jaxdiff.dataset.manifest.manifest import Manifest
+from jaxdiff.dataset.manifest.notices import Notices
+from jaxdiff.dataset.manifest.readers import Entry
+from jaxdiff.dataset.manifest.sources import Sources
+from jaxdiff.dataset.plan import PlannedImage
+from jaxdiff.dataset.settings import Settings
+from jaxdiff.diffusion import scheduler_config
+from jaxdiff.errors import InputError
+from jaxdiff.families.ensemble import Ensemble
+from jaxdiff.images import loading
+from jaxdiff.request import LATER_COLUMNS, SOURCES, Request, field_checks
+
+MAX_IMAGES = 10**9  # keys have 9 digits
+MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algorithm
+MAX_REJECTED = 1_000_000  # rows; a manifest with more is another kind of file
+
+
+def image_digest(image: PlannedImage) -> bytes:
+    """Returns the digest of an image's record without its key; valid in this process only."""
+    decides = (image.id, image.image_index, image.request, image.metadata)
+    return hashlib.blake2b(repr(decides).encode(), digest_size=16).digest()
+
+
+def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
+    """Returns the seed of an image whose row has none, independent of the row's position."""
+    text = f"{job_seed}|{row_id}|{image_index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+class PlanReader:
+    """Turns a manifest into planned images and lists the rows that it rejects."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        settings: Settings,
+        model: Ensemble,
+        rejected,
+        known: dict,
+        sources: Sources,
+    ):
+        self.manifest, self.settings, self.defaults = manifest, settings, model.base.defaults
+        self.rejected, self.sources, self.takes_images = rejected, sources, False
+        self.later_columns: set[str] = set()
+        self.with_images = partial(model.with_images, strength=settings.strength)
+        self.known, self.next_key = known, len(known)
+        defaults = model.base.defaults
+        self.enlarges = model.enlarges
+        sides = defaults.size_multiple, defaults.largest_side
+        self.checks = field_checks(*sides, model.samplers)
+        self.schedulers = model.schedulers(settings.scheduler)
+        self.why_not = cache(partial(_why_not, schedulers=self.schedulers, eta=settings.eta))
+        self.lost_tokens = model.lost_tokens(settings.prompt_chunks)
+        self.notices = Notices(settings.prompt_column, model.base.defaults.guidance)
+        self.samplers: set[str] = set()
+        self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
+        self.first_reason = ""
+        self.place_of_id: dict[str, tuple[str, int]] = {}
+        self.prompt_of_item: dict[str, str] = {}  # of manifests with one row per question
+
+    def images(self) -> Iterator[PlannedImage]:
+        """Yields the images of the first `limit` that are not planned yet, in manifest order."""
+        index = 0
+        limit = self.settings.limit or MAX_IMAGES + 1
+        for place, row, lost in self._rows():
+            for image_index in range(min(row.num_images, limit - index)):
+                image = self._planned(place, row, image_index, lost)
+                if not self.known or not self._is_known(image):
+                    yield image
+                    self.next_key += 1
+                index += 1
+            if index > MAX_IMAGES:
+                raise InputError(
+                    f"manifest {self.manifest.name} asks for more than {MAX_IMAGES} images"
+                )
+            if index == limit:
+                return
+
+    def _planned(
+        self, place: tuple[str, int], row: rows.Row, image_index: int, lost: int
+    ) -> PlannedImage:
+        if row.seeds is None:
+            seed = derived_seed(self.settings.seed, row.id, image_index)
+        else:
+            seed = row.seeds[image_index]
+        request = replace(row.request, seed=seed)
+        return PlannedImage(
+            f"{self.next_key:09d}", row.id, image_index, request, row.metadata, *place, lost
+        )
+
+    def _is_known(self, image: PlannedImage) -> bool:
+        """Returns whether the extended plan has the image; raises InputError if it differs."""
+        digest = self.known.pop((image.id, image.image_index), None)
+        if digest not in (None, image_digest(image)):
+            raise InputError(
+                f"line {image.line} of manifest {image.source} changes image "
+                f"{image.image_index} of row {checks.shown(image.id)}, which is already planned"
+            )
+        return digest is not None
+
+    def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
+        """Yields accepted rows: their place (file and line), the row, its number of lost tokens."""
+        number = -1
+        for source in self.manifest.sources:
+            # A name might not be UTF-8.
+            name = os.fsencode(source.name).decode("utf-8", "backslashreplace")
+            arguments = source, self.settings.prompt_column, self.sources.root
+            for entry in manifests.read(*arguments):
+                if entry.values is None and entry.error is None:
+                    self.counts["blank"] += 1
+                    continue
+                number += 1
+                place = (name, entry.line)
+                try:
+                    row = self._accept(entry, place, number)
+                except BadValueError as problem:
+                    self._reject(entry, place, str(problem))
+                else:
+                    self.counts["blank" if row is None else "accepted"] += 1
+                    if row is not None:
+                        prompts = (row.request.prompt, row.request.negative_prompt)
+                        lost = sum(map(self.lost_tokens, prompts))
+                        self.notices.add(place, entry.values, row.request, lost)
+                        yield place, row, lost
+
+    def _accept(self, entry: Entry, place: tuple[str, int], number: int) -> rows.Row | None:
+        """Returns the row, or None if it repeats the item of an accepted row."""
+        if entry.error is not None:
+            raise BadValueError(entry.error)
+        needs_prompt = self.enlarges is None
+        row = rows.parse(entry.values, number, self.settings, self.checks, needs_prompt)
+        request = row.request
+        if not needs_prompt:
+            request = self._sized(request)
+        self._check_size(request)
+        self.samplers.add(request.sampler)
+        if reason := self.why_not(request.sampler, request.steps):
+            raise BadValueError(reason)
+        request = self.sources.pinned(self.with_images(request))
+        row = replace(row, request=request)
+        self.takes_images |= any(getattr(request, name) is not None for name in SOURCES)
+        has = (name for name in LATER_COLUMNS if getattr(request, name) is not None)
+        self.later_columns.update(has)
+        first = self.place_of_id.setdefault(row.id, place)
+        if columns.has_repeated_items(entry.values):
+            said = self.prompt_of_item.setdefault(row.id, request.prompt)
+            if first is not place and said == request.prompt:
+                return None
+        if first is not place:
+            raise BadValueError(self._why_not_again(row.id, number, first, place))
+        return row
+
+    def _why_not_again(self, row_id: str, number: int, first: tuple, place: tuple) -> str:
+        is_number = " (the row's number from 0, which is its default id)"
+        which = checks.shown(row_id) + (is_number if row_id == str(number) else "")
+        where = f" of {first[0]}" if first[0] != place[0] else ""
+        return f"id {which} is already used on line {first[1]}{where}"
+
+    def _sized(self, request: Request) -> Request:
+        """Returns a request with the size of its image, enlarged."""
+        if request.image is None:  # which `with_images` rejects
+            return request
+        size = self.sources.size(request)
+        multiple = self.defaults.size_multiple
+        sides = loading.enlarged_size(*size, self.enlarges, multiple)
+        for name, side in zip(("height", "width"), sides, strict=True):
+            most = self.defaults.largest_side
+            if side > most:
+                raise BadValueError(
+                    f"image is {size[1]}x{size[0]}: enlarged by {self.enlarges}, its {name} would "
+                    f"be {side} px, more than {most}; make it smaller"
+                )
+        return replace(request, height=sides[0], width=sides[1])
+
+    def _check_size(self, request: Request) -> None:
+        latents_px = request.width * request.height // self.defaults.factor**2
+        values = latents_px * self.defaults.latent_channels
+        if self.settings.noise == "torch" and values < MIN_TORCH_VALUES:
+            raise BadValueError(
+                f"{request.width}x{request.height} has {values} latent values; --noise torch needs "
+                f"at least {MIN_TORCH_VALUES}: make it larger"
+            )
+
+    def _reject(self, entry: Entry, place: tuple[str, int], reason: str) -> None:
+        source, line = place
+        self.counts["rejected"] += 1
+        if not self.first_reason:
+            where = f"{source}, " if len(self.manifest.sources) > 1 else ""
+            self.first_reason = f"{where}line {line}: {reason}"
+        record = {"file": source, "line": line, "reason": reason, "raw": entry.raw}
+        self.rejected.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if self.counts["rejected"] > MAX_REJECTED:
+            raise InputError(
+                f"manifest {self.manifest.name} has more than {MAX_REJECTED} rows that cannot be "
+                f"used; {self.first_reason}"
+            )
+
+    def why_nothing(self) -> str:
+        """Returns the error message for a manifest of which nothing can be planned."""
+        if self.counts["rejected"]:
+            return (
+                f"manifest {self.manifest.name}: none of its {self.counts['rejected']} rows can be "
+                f"used; {self.first_reason}"
+            )
+        return f"manifest {self.manifest.name} has no rows"
+
+
+def _why_not(sampler: str, steps: int, **model) -> str:
+    """Returns the error message of `check_steps`, or ""; unlike an error, it can be cached."""
+    try:
+        scheduler_config.check_steps(sampler, steps, **model)
+    except BadValueError as problem:
+        return str(problem)
+    return ""
