@@ -21,6 +21,8 @@ from jaxdiff.models.controlnet import ControlNetConfig, ControlNetModel
 from jaxdiff.models.controlnet_union import ControlNetUnionConfig, ControlNetUnionModel
 from jaxdiff.weights.save import save_params
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 KINDS = {
     "num_control_type": 3,
     "num_trans_channel": 32,

@@ -14,6 +14,8 @@ from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.families.operations import evaluations
 from jaxdiff.request import Options
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 @pytest.fixture(scope="module")
 def model(editing_checkpoint) -> jaxdiff.TextToImage:

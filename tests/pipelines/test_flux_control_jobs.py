@@ -14,6 +14,8 @@ from jaxdiff import cli
 from jaxdiff.models.flux_controlnet import FluxControlNetConfig, FluxControlNetModel
 from jaxdiff.weights.save import save_params
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 DEV = small_families.SMALL["FLUX.1 dev"]
 CONTROL = replace(DEV, pipeline="FluxControlPipeline").changed(
     "transformer", in_channels=128, out_channels=64

@@ -17,6 +17,8 @@ from jaxdiff.dataset import image_files
 from jaxdiff.dataset import run as runs
 from jaxdiff.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 def picture(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:
     """A smooth random picture of (width, height)."""

@@ -14,6 +14,8 @@ from jaxdiff import cli
 from jaxdiff.models.text.clip import CLIPImageEncoderConfig, CLIPVisionModelWithProjection
 from jaxdiff.weights.save import save_params
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 VECTOR, CONTEXT, WIDTHS = 24, 32, (64, 64, 64, 64)  # of the encoder, and of the tiny U-Net
 ENCODER = {
     "architectures": ["CLIPVisionModelWithProjection"],

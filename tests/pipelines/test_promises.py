@@ -95,6 +95,7 @@ def test_extending_a_limited_job_changes_no_pixel(generate, plain):
     assert generate("--batch-size=4", directory="limited") == plain
 
 
+@pytest.mark.slow  # tests/devices/test_parallel.py has the quick one
 def test_four_devices_make_the_pixels_of_one(generate, monkeypatch, capsys):
     # XLA uses at least as many threads as devices, so both runs get four threads.
     monkeypatch.setenv("NPROC", "4")

@@ -29,6 +29,7 @@ def test_every_setting_has_a_name_of_its_own(tmp_path):
     assert len(files) == len(speedups.SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_run_generates_missing_images_and_reports_them(tiny_checkpoint, tmp_path):
     model, rows = (
         str(tiny_checkpoint),

@@ -379,11 +379,11 @@ def family(tmp_path_factory):
     "name",
     [
         "PixArt-Alpha",
-        "FLUX.1 dev",
-        "Z-Image",
-        "FLUX.2 klein base",
         "Qwen-Image",
-        "Sana",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("FLUX.1 dev", "FLUX.2 klein base", "Sana", "Z-Image")
+        ),
     ],
 )
 def test_other_families_learn_and_draw_samples(name, family, images, tmp_path):
