@@ -1,8 +1,9 @@
 """Measures GAN upscalers: their speed beside PyTorch's, and the seams of their tiles.
 
 Weights are random, of the published sizes. Speed is in megapixels of the result per second; each
-round times one image of either, in turn. The seam is the largest difference between an image that
-was enlarged in tiles and the same one in one piece, in 8-bit steps.
+round times one batch of either, in turn, of as many images as jaxdiff computes at once. The seam is
+the largest difference between an image that was enlarged in tiles and the same one in one piece, in
+8-bit steps.
 
     python -m tools.measure_upscaler speed
     python -m tools.measure_upscaler seams
@@ -21,7 +22,7 @@ import safetensors.torch
 import torch
 
 import jaxdiff
-from jaxdiff.engine import tiles, upscaler
+from jaxdiff.engine import tiles
 from jaxdiff.worlds import shapes
 from tools.bench.torch_upscalers import RRDBNet, SRVGGNetCompact
 
@@ -53,10 +54,13 @@ def main() -> None:
 def speed(path: Path, network: torch.nn.Module) -> str:
     """Returns the megapixels per second of both, and the ratio with its spread."""
     model, image = jaxdiff.load(path), _picture(*SIDES)
+    requests = [jaxdiff.Request(prompt="", image=image)]
+    requests *= model.slots(model.prepare(requests[0]), batch_size=1)
     seen = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+    seen = seen.repeat(len(requests), 1, 1, 1)
 
     def ours() -> None:
-        _enlarged(model, image)
+        model.generate(requests)
 
     def theirs() -> None:
         with torch.no_grad():
@@ -65,7 +69,7 @@ def speed(path: Path, network: torch.nn.Module) -> str:
     for each in (ours, theirs):  # compiles, and fills caches
         each()
     pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(ROUNDS)]
-    megapixels = 16 * SIDES[0] * SIDES[1] / 1e6
+    megapixels = len(requests) * 16 * SIDES[0] * SIDES[1] / 1e6
     rates = [megapixels / statistics.median(column) for column in zip(*pairs, strict=True)]
     ratios = sorted(theirs / ours for ours, theirs in pairs)
     return (
@@ -79,7 +83,6 @@ def seams(path: Path, _: torch.nn.Module) -> str:
     image = _picture(*LARGE)
     tiled = _enlarged(jaxdiff.load(path), image).astype(int)
     with mock.patch.object(tiles, "SIDE", max(LARGE)):
-        upscaler._weights.cache_clear()
         whole = _enlarged(jaxdiff.load(path), image)
     difference = np.abs(tiled - whole)
     return f"largest {difference.max()}, mean {difference.mean():.5f} of 255"

@@ -216,9 +216,7 @@ def _tiling(height: int, width: int) -> Tiling:
 @cache
 def _weights(tiling: Tiling, scale: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Returns the weights of enlarged tiles, down and across."""
-    down = tuple(scale * top for top in tiling.tops)
-    across = tuple(scale * left for left in tiling.lefts)
     return (
-        tiles.weights(down, scale * tiling.height, scale * tiles.OVERLAP),
-        tiles.weights(across, scale * tiling.width, scale * tiles.OVERLAP),
+        tiles.weights(tiling.tops, tiling.height, scale),
+        tiles.weights(tiling.lefts, tiling.width, scale),
     )
