@@ -74,10 +74,10 @@ def task(recipe: UpscalerRecipe) -> Task:
         if judge is None:
             return error, metrics
         weights = params["discriminator"]
-        fools = jnp.mean(nnx.softplus(-nnx.merge(judge, stop_gradient(weights))(fake)))
-        fixed = nnx.merge(judge, weights)
-        judged = jnp.mean(nnx.softplus(-fixed(real)))
-        judged += jnp.mean(nnx.softplus(fixed(stop_gradient(fake))))
+        held, trained = (nnx.merge(judge, each) for each in (stop_gradient(weights), weights))
+        fools = jnp.mean(nnx.softplus(-held(fake)))
+        judged = jnp.mean(nnx.softplus(-trained(real)))
+        judged += jnp.mean(nnx.softplus(trained(stop_gradient(fake))))
         total = error + recipe.adversarial_weight * fools + judged
         return total, {**metrics, "generator_loss": fools, "discriminator_loss": judged}
 
