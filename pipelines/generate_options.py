@@ -14,7 +14,9 @@ from jaxdiff.dataset import settings
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.diffusion.samplers import SAMPLERS
 from jaxdiff.errors import InputError
-from jaxdiff.families.ensemble import Ensemble, open_ensemble
+from jaxdiff.families import second_pass
+from jaxdiff.families.ensemble import Ensemble
+from jaxdiff.families.opening import open_ensemble
 from pipelines import dates
 from pipelines.command_line import Parser
 
@@ -74,7 +76,7 @@ class Models:
             for said in (self.controlnet, self.ip_adapter)
         )
         upscale = self.upscale
-        if upscale is not None:
+        if upscale is not None and not second_pass.is_asked(upscale):
             path, factor = split_number(upscale)
             upscale = _absolute(path) + ("" if factor is None else f":{factor}")
         model = _absolute(self.model)
@@ -316,7 +318,8 @@ HELP = {
         "upscale": (
             "MODEL[:FACTOR]",
             "a GAN upscaler (.safetensors) that enlarges every image, such as shapes64-x4, and by "
-            "how much (default: as much as it can)",
+            "how much (default: as much as it can); or latent:1.5,strength=0.4, which enlarges "
+            "the latents and denoises them again",
         ),
         "limit": ("N", "generate only the first N images of the manifest"),
         "overwrite": (

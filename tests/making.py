@@ -13,7 +13,7 @@ from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.run import Run
 from jaxdiff.dataset.store import open_store
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 
 FACTS = {
     "device": "1 x test",

@@ -19,7 +19,7 @@ from jaxdiff.dataset import run as runs
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.manifest import manifest as manifests
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 
 WORDS = ("a", "red", "blue", "large", "small", "circle", "square", "ring", "above", "of", "and")
 MODELS = {"model": "shapes64", "variant": None, "refiner": None}

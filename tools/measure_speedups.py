@@ -24,7 +24,7 @@ import numpy as np
 
 import jaxdiff
 from jaxdiff.families import operations
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 from jaxdiff.request import Bucket, Options
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.scene import CANVAS
@@ -161,7 +161,9 @@ def results(
         if plain is None:
             plain, plain_correct = pixels, correct
         bucket = Bucket(CANVAS, CANVAS, setting.steps, True, setting.sampler)
-        ((whole, spared),) = operations.evaluations(ensemble, Options(**setting.options), bucket)
+        options = Options(**setting.options)
+        steps = ensemble.steps(options, bucket)
+        ((whole, spared),) = operations.evaluations(ensemble, options, steps)
         timed = setting.file(folder, ".json")
         found.append(
             asdict(setting)

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 
 import jaxdiff
-from jaxdiff.engine import tiles
+from jaxdiff.images import tiles
 from jaxdiff.worlds import shapes
 from tools.bench.torch_upscalers import RRDBNet, SRVGGNetCompact
 

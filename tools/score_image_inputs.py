@@ -2,6 +2,7 @@
 
     python -m tools.score_image_inputs outlines --controlnet shapes64-outlines
     python -m tools.score_image_inputs outlines
+    python -m tools.score_image_inputs outlines --controlnet shapes64-outlines --upscale latent:1.5
     python -m tools.score_image_inputs inpainting --model runs/shapes64-inpainting/model
 
 `outlines` draws the outlines of random scenes; an image follows them if it shows exactly their
@@ -20,6 +21,7 @@ from PIL import Image
 
 import jaxdiff
 from jaxdiff.evaluation.intervals import wilson
+from jaxdiff.images import fitting
 from jaxdiff.request import Request
 from jaxdiff.training.loop import grid
 from jaxdiff.worlds import shapes
@@ -48,16 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=TRIALS)
     parser.add_argument("--model", default="shapes64")
     parser.add_argument("--controlnet")
+    parser.add_argument("--upscale", help="such as latent:1.5; images are judged made small again")
     parser.add_argument("--scenes", type=int, default=400)
     parser.add_argument("--picture", type=Path, help="write the first images to this file")
     said = parser.parse_args(arguments)
     trials = [TRIALS[said.what](np.random.default_rng([SEED, i]), i) for i in range(said.scenes)]
     nets = [said.controlnet] if said.controlnet else []
-    model = jaxdiff.load(said.model, controlnet=nets)
+    model = jaxdiff.load(said.model, controlnet=nets, upscale=said.upscale)
     requests = [trial.request for trial in trials]
     if said.what == "outlines" and not nets:
         requests = [Request(prompt=each.prompt, seed=each.seed) for each in requests]
-    images = [np.asarray(image.pixels) for image in model.generate(requests)]
+    images = [fitting.fitted(image.pixels, CANVAS, CANVAS) for image in model.generate(requests)]
     found = [shapes.read(image) for image in images]
     pairs = [*zip(trials, found, strict=True)]
     if said.what == "outlines":

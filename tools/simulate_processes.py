@@ -30,7 +30,7 @@ from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.plan import PlannedImage
 from jaxdiff.dataset.run import Run
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 from pipelines.processes import Place
 
 ADDRESS = "s3://simulated/set"

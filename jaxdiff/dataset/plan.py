@@ -20,6 +20,7 @@ from jaxdiff.dataset import formats, names
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.dataset.store import Store
 from jaxdiff.errors import InputError
+from jaxdiff.families import second_pass
 from jaxdiff.images import sources
 from jaxdiff.request import (
     FIELDS,
@@ -160,10 +161,16 @@ class Plan:
                 path, scale = controlnet.scaled(said)
                 changed.append(f"{name}={Path(path).name.removesuffix('.safetensors')}:{scale:g}")
         if self.upscales:
-            path, _ = controlnet.split_number(self.models["upscale"])
-            name = Path(path).name.removesuffix(".safetensors")
-            changed.append(f"upscale={name}:{self.upscales:g}")
+            changed.append(f"upscale={self._upscaler()}")
         return ", ".join(changed + [settings.scheduler] * bool(settings.scheduler))
+
+    def _upscaler(self) -> str:
+        said = self.models["upscale"]
+        if second_pass.is_asked(said):
+            again = second_pass.parse(said)
+            return f"{second_pass.LATENT}:{again.factor:g} with strength {again.strength:g}"
+        path, _ = controlnet.split_number(said)
+        return f"{Path(path).name.removesuffix('.safetensors')}:{self.upscales:g}"
 
     @property
     def images(self) -> int:

@@ -120,7 +120,7 @@ def make(
         takes_images=takes_images,
         image_root=root if takes_images else "",
         enlarges=model.enlarges or 1,
-        upscales=model.upscaler.factor if model.samples and model.upscaler else None,
+        upscales=model.upscales,
         later_columns=sorted(reader.later_columns),
     )
     sha256 = {file.name: paths.digest(file) for file in sorted(folder.iterdir())}

@@ -38,6 +38,7 @@ def draw(
     before: int = 0,
     after: int = 0,
     encoded_shape: tuple[int, int, int] | None = None,
+    again: bool = False,
 ) -> Noise:
     """Draws noise for a batch of images.
 
@@ -52,10 +53,12 @@ def draw(
       draws: how many times a stochastic sampler draws fresh noise.
       before, after: how many samples of encoded images are drawn before and after the start.
       encoded_shape: of one of these samples; None for `shape`.
+      again: whether this is for the second pass of the same images. Its noise is independent of the
+        first one's, but for torch, whose generator begins anew, as in another call of a pipeline.
     """
     seen = encoded_shape or shape
     if kind == "jax":
-        return _jax_normal(seeds, shape, draws, seen, before + after)
+        return _jax_normal(seeds, shape, draws, seen, before + after, again)
     shapes = [seen] * before + [shape] + [seen] * after + [shape] * draws
     images = [torch_normal(int(seed), [*map(math.prod, shapes)]) for seed in seeds]
     noise = [
@@ -71,18 +74,22 @@ def draw(
 
 
 ENCODED = 2**31  # numbers from here on are of draws for encoded images
+AGAIN = 2**30  # the number of the key of a second pass
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _jax_normal(
     seeds: Array,
     shape: tuple[int, int, int],
     draws: int,
     encoded_shape: tuple[int, int, int],
     encoded: int,
+    again: bool,
 ) -> Noise:
     # Named explicitly: JAX's default generator may change, but a seed's image must not.
     keys = jax.vmap(partial(jax.random.key, impl="threefry2x32"))(seeds)
+    if again:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, AGAIN)
 
     def normal(keys: Array, shape: tuple[int, int, int]) -> Array:
         return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

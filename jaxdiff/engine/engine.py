@@ -13,7 +13,8 @@ from jaxdiff.engine.image import Image
 from jaxdiff.engine.sampler import Sampler
 from jaxdiff.engine.upscaler import Upscaler
 from jaxdiff.errors import InputError
-from jaxdiff.families.ensemble import Ensemble, open_ensemble
+from jaxdiff.families.ensemble import Ensemble
+from jaxdiff.families.opening import open_ensemble
 from jaxdiff.images import loading, preprocessing
 from jaxdiff.request import IMAGE_FIELDS, OPTION_CHECKS, SOURCES, Options, Request, field_checks
 

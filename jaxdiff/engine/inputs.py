@@ -1,6 +1,7 @@
 """Gathers what a batch of requests brings to the program."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ class InputMaker:
         bucket, inpainting, first = request.bucket, self._inpainting, self._encoded(request)
         if self._sees_control or self._enlarging is not None:
             return Brings(channels=True, encodes_first=1)
-        if bucket.strength is None:
+        if request.image is None:  # a second pass begins with the latents of the first
             return Brings(encodes_first=first)
         if self._reference is not None:
             return Brings(channels=True)
@@ -87,11 +88,10 @@ class InputMaker:
 
     def abstract(self, request: Request, slots: int, steps: Steps) -> Inputs:
         """Returns the shapes and shardings of the inputs of `slots` requests like this one."""
-        brings, shape = self.brings(request), self._latent_shape(request)
+        brings, shape, seen = self.brings(request), self._latent_shape(request), steps.bucket
+        sharding = parallel.batch_sharding(self._mesh)
         each = [
-            denoiser.abstract_conditioning(
-                slots, request.height, request.width, parallel.batch_sharding(self._mesh)
-            )
+            denoiser.abstract_conditioning(slots, seen.height, seen.width, sharding)
             for denoiser in self._denoisers
         ]
 
@@ -132,7 +132,7 @@ class InputMaker:
 
         Args:
           batch: requests as `loading.prepared` returns them.
-          steps: the bucket's.
+          steps: those of one pass of the bucket's images.
           codec_params: the autoencoder's parameters.
         """
         place = partial(jax.device_put, device=parallel.batch_sharding(self._mesh))
@@ -143,11 +143,13 @@ class InputMaker:
         fresh_noise = noise.fresh
         if fresh_noise is not None:
             fresh_noise = jax.device_put(fresh_noise, parallel.batch_sharding(self._mesh, axis=1))
-        positive = place([denoiser.conditioning(batch) for denoiser in self._denoisers])
+        seen = steps.bucket
+        prompts = [replace(each, height=seen.height, width=seen.width) for each in batch]
+        positive = place([denoiser.conditioning(prompts) for denoiser in self._denoisers])
         negative = [None] * len(positive)
         if steps.is_guided:
             negative = place(
-                [denoiser.conditioning(batch, negative=True) for denoiser in self._denoisers]
+                [denoiser.conditioning(prompts, negative=True) for denoiser in self._denoisers]
             )
         return Inputs(
             noise=place(noise.start),
@@ -171,6 +173,7 @@ class InputMaker:
             before=brings.encodes_first,
             after=int(brings.encodes_last),
             encoded_shape=None if self._enlarging is None else self._image_shape(batch[0]),
+            again=batch[0].strength is not None and batch[0].image is None,
         )
 
     def _seen(self, request: Request) -> list[tuple[Control, Sequence[int]]]:

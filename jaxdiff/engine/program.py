@@ -1,6 +1,7 @@
 """The program that is compiled: samples latents, decodes them and rounds to 8 bits."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +10,9 @@ from jax import Array
 
 from jaxdiff.diffusion import guidance, objective, sampling
 from jaxdiff.diffusion.step_ranges import StepRange
-from jaxdiff.engine import steering
+from jaxdiff.engine import steering, windows
 from jaxdiff.families.model import Codec, Control, Model
+from jaxdiff.images.tiles import Tiling
 
 
 class Inputs(NamedTuple):
@@ -44,6 +46,31 @@ class Inputs(NamedTuple):
     controls: Sequence[tuple] = ()
 
 
+class Pass(NamedTuple):
+    """The program's arguments for one sampling of latents; a second pass enlarges those of a first.
+
+    Attributes:
+      inputs: the batch's.
+      initial_scale, columns: of a `SamplerTable`.
+    """
+
+    inputs: Inputs
+    initial_scale: Any
+    columns: dict[str, Any]
+
+
+class Route(NamedTuple):
+    """The way of one pass; static under `jax.jit`.
+
+    Attributes:
+      ranges: which denoiser evaluates which rows of the sampler's table; they cover all rows.
+      windows: where on the latents the denoisers see windows; None if they see them whole.
+    """
+
+    ranges: Sequence[StepRange]
+    windows: Tiling | None = None
+
+
 class Weights(NamedTuple):
     """The parameters of the networks, or their shapes and shardings.
 
@@ -59,18 +86,22 @@ class Weights(NamedTuple):
 
 
 SKIP_SCALE = 2.8  # of skip-layer guidance, as in diffusers and Stability AI's code
-# The batch axis of each input.
-AXES = Inputs(
-    noise=0,
-    fresh_noise=1,
-    positive=0,
-    negative=0,
-    guidance_scale=0,
-    image_guidance_scale=0,
-    start=0,
-    kept=0,
-    channels=0,
-    controls=0,
+# The batch axis of each part of a pass.
+AXES = Pass(
+    inputs=Inputs(
+        noise=0,
+        fresh_noise=1,
+        positive=0,
+        negative=0,
+        guidance_scale=0,
+        image_guidance_scale=0,
+        start=0,
+        kept=0,
+        channels=0,
+        controls=0,
+    ),
+    initial_scale=None,
+    columns=None,
 )
 
 
@@ -93,11 +124,9 @@ def sample_pixels(
     codec: Codec,
     dtype,
     weights: Weights,
-    inputs: Inputs,
-    initial_scale: Array,
-    columns: dict[str, Array],
+    passes: Sequence[Pass],
     *,
-    step_ranges: Sequence[StepRange],
+    routes: Sequence[Route],
     decoded_at_once: int,
     guidance_rescale: float = 0.0,
     deep_cache: int = 1,
@@ -111,9 +140,9 @@ def sample_pixels(
       codec: the autoencoder.
       dtype: of the networks' arithmetic; the sampler computes in float32.
       weights: the parameters of the denoisers and of the codec.
-      inputs: the batch's inputs.
-      initial_scale, columns: of a `SamplerTable`.
-      step_ranges: which denoiser evaluates which rows of the table; they cover all rows.
+      passes: the batch's; each but the first begins with the latents of the one before it, enlarged
+        to the size of its noise by bilinear interpolation.
+      routes: the way of each pass.
       decoded_at_once: the number of images to decode at once, a divisor of the batch size.
       guidance_rescale, deep_cache: as in `Options`.
       skipped: its `skipped_layers`.
@@ -122,38 +151,48 @@ def sample_pixels(
     Returns:
       pixels, uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
     """
-    nets = denoisers[0].controls, weights.controls, inputs.controls
-    steer = steering.steer(*nets, inputs.guidance_scale, guesses)
-    walk = [
-        sampling.Stretch(
-            rows,
-            denoiser(
-                denoisers[index],
-                weights.denoisers[index],
+    latents = None
+    for given, route in zip(passes, routes, strict=True):
+        inputs, start = given.inputs, given.inputs.start
+        if latents is not None:
+            start = jax.image.resize(latents, inputs.noise.shape, "bilinear")
+
+        def of_window(part: StepRange, inputs: Inputs, crop: windows.Crop) -> sampling.Denoiser:
+            seen = [(crop(images), *rest) for images, *rest in inputs.controls]
+            nets = denoisers[0].controls, weights.controls, seen
+            steer = steering.steer(*nets, inputs.guidance_scale, guesses)
+            return denoiser(
+                denoisers[part.denoiser],
+                weights.denoisers[part.denoiser],
                 dtype,
-                inputs.positive[index],
-                inputs.negative[index] if guided else None,
+                inputs.positive[part.denoiser],
+                inputs.negative[part.denoiser] if part.guided else None,
                 inputs.guidance_scale,
                 guidance_rescale,
-                skipped if skips else (),
+                skipped if part.skips else (),
                 inputs.channels,
-                steer if controlled else None,
-                inputs.image_guidance_scale if image_guided else None,
-            ),
-            clamp,
+                steer if part.controlled else None,
+                inputs.image_guidance_scale if part.image_guided else None,
+            )
+
+        walk = [
+            sampling.Stretch(
+                part.rows,
+                windows.fused(partial(of_window, part, inputs), route.windows),
+                part.clamp,
+            )
+            for part in route.ranges
+        ]
+        latents = sampling.sample(
+            walk,
+            inputs.noise,
+            given.initial_scale,
+            given.columns,
+            inputs.fresh_noise,
+            start=start,
+            kept=inputs.kept,
+            whole_every=deep_cache,
         )
-        for index, rows, guided, clamp, skips, controlled, image_guided in step_ranges
-    ]
-    latents = sampling.sample(
-        walk,
-        inputs.noise,
-        initial_scale,
-        columns,
-        inputs.fresh_noise,
-        start=inputs.start,
-        kept=inputs.kept,
-        whole_every=deep_cache,
-    )
 
     def decode(latents: Array) -> tuple[Array, Array]:
         images = codec.decode(weights.codec, latents, dtype)

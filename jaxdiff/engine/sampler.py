@@ -16,7 +16,7 @@ from jaxdiff.engine.denoiser import LoadedDenoiser
 from jaxdiff.engine.image import Image
 from jaxdiff.engine.images import ImageEncoder
 from jaxdiff.engine.inputs import InputMaker
-from jaxdiff.engine.program import AXES, Weights, sample_pixels
+from jaxdiff.engine.program import AXES, Inputs, Pass, Route, Weights, sample_pixels
 from jaxdiff.families.ensemble import Ensemble, Steps
 from jaxdiff.images import pasting
 from jaxdiff.request import Bucket, Options, Request
@@ -56,7 +56,7 @@ class Sampler:
         encoder = ImageEncoder(self._codec, self._denoisers[-1].codec.places, self._mesh)
         self._inputs = InputMaker(self._denoisers, self._codec, encoder, self._mesh, options.noise)
         self._programs: dict[tuple, Future[jax.stages.Compiled]] = {}
-        self._steps: dict[Bucket, Steps] = {}
+        self._passes: dict[Bucket, tuple[Steps, ...]] = {}
         pixels = partial(
             sample_pixels,
             [denoiser.denoising for denoiser in self._denoisers],
@@ -68,11 +68,10 @@ class Sampler:
             guesses=options.guess_mode == "on",
         )
         self._sample = compilation.jit(
-            # weights, inputs, initial scale, columns: only the inputs have a batch axis
-            lambda *arrays, **static: parallel.over_data(
-                partial(pixels, **static), self._mesh, (None, AXES, None, None)
-            )(*arrays),
-            static_argnames=("step_ranges", "decoded_at_once"),
+            lambda weights, passes, **static: parallel.over_data(
+                partial(pixels, **static), self._mesh, (None, [AXES] * len(passes))
+            )(weights, passes),
+            static_argnames=("routes", "decoded_at_once"),
         )
 
     def load_weights(self) -> None:
@@ -108,7 +107,7 @@ class Sampler:
     def slots(self, request: Request, batch_size: int) -> int:
         """Returns how many images like a resolved request all devices compute at once."""
         if self._on_cpu:
-            batch_size = batching.on_cpu(request.width, request.height)
+            batch_size = self.largest_batch_size(request)
         return batch_size * self._mesh.shape["data"]
 
     def largest_batch_size(self, request: Request, most: int = batching.MOST) -> int:
@@ -119,7 +118,8 @@ class Sampler:
         then run.
         """
         if self._on_cpu:
-            return batching.on_cpu(request.width, request.height)
+            seen = self._passes_of(request.bucket)[-1].bucket
+            return batching.on_cpu(seen.width, seen.height)
         limit = (self._first_device.memory_stats() or {}).get("bytes_limit", sys.maxsize)
         on_each = max(1, -(-most // self._mesh.shape["data"]))
         most = min(1 << (on_each - 1).bit_length(), batching.MOST)  # the last batch is filled up
@@ -180,10 +180,11 @@ class Sampler:
         table: samplers with equally many rows and draws of noise share a program, unless they
         clamp estimates differently.
         """
-        steps = self._steps_of(request.bucket)
-        brings = self._inputs.brings(request)
-        images = request.bucket.control_modes
-        key = (request.width, request.height, slots, steps.ranges, steps.draws, brings, images)
+        passes = self._passes_of(request.bucket)
+        routes = tuple(Route(steps.ranges, steps.windows) for steps in passes)
+        draws = tuple(steps.draws for steps in passes)
+        brings, images = self._inputs.brings(request), request.bucket.control_modes
+        key = (request.width, request.height, slots, routes, draws, brings, images)
         if key not in self._programs:
             self._programs[key] = compilation.ahead(
                 self._sample,
@@ -192,10 +193,11 @@ class Sampler:
                     self._denoisers[-1].codec.places,
                     [control.places for control in self._denoisers[0].controls],
                 ),
-                self._inputs.abstract(request, slots, steps),
-                np.float32(steps.tables[0].initial_scale),
-                steps.columns(),
-                step_ranges=steps.ranges,
+                [
+                    _pass(steps, self._inputs.abstract(asked, slots, steps))
+                    for asked, steps in zip(self._asked(request), passes, strict=True)
+                ],
+                routes=routes,
                 decoded_at_once=self._decoded_at_once(request, slots),
             )
         return key
@@ -203,12 +205,14 @@ class Sampler:
     def _dispatch(self, batch: list[Request], slots: int) -> tuple[Array, Array]:
         """Starts computing a batch; returns pixels and finiteness, which may not be ready yet."""
         batch = batch + batch[-1:] * (slots - len(batch))
-        steps = self._steps_of(batch[0].bucket)
         program = self._program(batch[0], slots)
-        inputs = self._inputs(batch, steps, self._weights.codec)
-        return compilation.wait(self._programs, program)(
-            self._weights, inputs, np.float32(steps.tables[0].initial_scale), steps.columns()
-        )
+        passes = [
+            _pass(steps, self._inputs(asked, steps, self._weights.codec))
+            for *asked, steps in zip(
+                *map(self._asked, batch), self._passes_of(batch[0].bucket), strict=True
+            )
+        ]
+        return compilation.wait(self._programs, program)(self._weights, passes)
 
     def _fetch(self, batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]:
         pixels, finite = (np.asarray(array) for array in result)
@@ -217,16 +221,26 @@ class Sampler:
                 image = pasting.pasted(image, request.image, request.mask_image)
             yield Image(pixels=image, request=request, finite=bool(is_finite))
 
-    def _steps_of(self, bucket: Bucket) -> Steps:
-        if bucket not in self._steps:
-            self._steps[bucket] = self._ensemble.steps(self._options, bucket)
-        return self._steps[bucket]
+    def _passes_of(self, bucket: Bucket) -> tuple[Steps, ...]:
+        if bucket not in self._passes:
+            self._passes[bucket] = self._ensemble.passes(self._options, bucket)
+        return self._passes[bucket]
+
+    def _asked(self, request: Request) -> list[Request]:
+        """Returns what each pass is asked for."""
+        again = self._ensemble.second_pass
+        return [request] if again is None else [request, again.request(request)]
 
     def _decoded_at_once(self, request: Request, batch_size: int) -> int:
         """Returns how many images each device decodes at once, a divisor of those it computes."""
-        most = max(1, DECODED_PX // (request.width * request.height))
+        last = self._asked(request)[-1]
+        most = max(1, DECODED_PX // (last.width * last.height))
         on_device = batch_size // self._mesh.shape["data"]
         return max(n for n in range(1, on_device + 1) if on_device % n == 0 and n <= most)
+
+
+def _pass(steps: Steps, inputs: Inputs) -> Pass:
+    return Pass(inputs, np.float32(steps.tables[0].initial_scale), steps.columns())
 
 
 def _without_memory(problem: jax.errors.JaxRuntimeError) -> int:

@@ -16,11 +16,10 @@ from jax import Array
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.upscaler import NETWORK
 from jaxdiff.devices import batching, compilation, parallel
-from jaxdiff.engine import tiles
 from jaxdiff.engine.image import Image
-from jaxdiff.engine.tiles import Tiling
 from jaxdiff.families.model import networks_of
-from jaxdiff.images import fitting
+from jaxdiff.images import fitting, tiles
+from jaxdiff.images.tiles import Tiling
 from jaxdiff.weights.load import open_network
 
 TILES = 4  # computed at once on each accelerator

@@ -3,17 +3,13 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxdiff import checks
-from jaxdiff.checkpoint import lora as loras
 from jaxdiff.checkpoint.checkpoint import Checkpoint
-from jaxdiff.checkpoint.controlnet import ControlNetFiles, open_controlnet, scaled, split_number
-from jaxdiff.checkpoint.ip_adapter import IPAdapterFiles, open_ip_adapter
-from jaxdiff.checkpoint.weight_files import NoVariantError
+from jaxdiff.checkpoint.controlnet import ControlNetFiles
+from jaxdiff.checkpoint.ip_adapter import IPAdapterFiles
 from jaxdiff.checks import BadValueError
 from jaxdiff.diffusion import samplers, scheduler_config
 from jaxdiff.diffusion.solvers import SamplerTable
@@ -25,17 +21,13 @@ from jaxdiff.diffusion.step_ranges import (
     with_control,
 )
 from jaxdiff.errors import InputError
-from jaxdiff.families import config_values, image_inputs, open_checkpoint
+from jaxdiff.families import config_values, image_inputs
 from jaxdiff.families.family import CLASSIFIER_FREE, OWN_OPTIONS
+from jaxdiff.families.second_pass import SecondPass
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 from jaxdiff.families.upscaler import UPSCALER
+from jaxdiff.images.tiles import Tiling
 from jaxdiff.request import NOT_SAMPLED, Bucket, Options, Request
-
-# The models that take what an option names.
-WORKS_WITH = {
-    image_inputs.CONTROLS: "Stable Diffusion 1, 2 and XL, FLUX.1 dev and schnell",
-    image_inputs.ADAPTERS: "Stable Diffusion 1, 2 and XL",
-}
 
 
 class Steps(NamedTuple):
@@ -45,11 +37,15 @@ class Steps(NamedTuple):
       tables: the sampler's table for each denoiser.
       ranges: which denoiser evaluates which rows, whether guided, and how estimates are clamped.
       begin: the number of rows before them, which are skipped because another image is the start.
+      bucket: the bucket in whose size the denoisers see the images.
+      windows: where on the latents they see them in windows; None if they see them whole.
     """
 
     tables: Sequence[SamplerTable]
     ranges: tuple[StepRange, ...]
-    begin: int = 0
+    begin: int
+    bucket: Bucket
+    windows: Tiling | None = None
 
     @property
     def draws(self) -> int:
@@ -96,6 +92,7 @@ class Ensemble:
       controls: the ControlNets that steer the base.
       adapters: the IP-Adapters that show it image prompts.
       upscaler: what enlarges the images, if anything does; if the base is an upscaler, the base.
+      second_pass: how enlarged latents are denoised again, if they are.
     """
 
     base: Checkpoint
@@ -103,6 +100,7 @@ class Ensemble:
     controls: tuple[Addition, ...] = ()
     adapters: tuple[Addition, ...] = ()
     upscaler: Upscaling | None = None
+    second_pass: SecondPass | None = None
 
     @property
     def samples(self) -> bool:
@@ -121,6 +119,12 @@ class Ensemble:
         return None if takes is None else takes.enlarges
 
     @property
+    def upscales(self) -> float | None:
+        """By how much the images that the base makes are enlarged; None if they are not."""
+        by = self.second_pass or (self.upscaler if self.samples else None)
+        return None if by is None else by.factor
+
+    @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The base and the refiner, if there is one, in the order of their steps."""
         return (self.base,) if self.refiner is None else (self.base, self.refiner)
@@ -137,6 +141,8 @@ class Ensemble:
         parts = [each.fingerprint for each in every]
         if self.samples and self.upscaler is not None:
             parts += [self.upscaler.checkpoint.fingerprint, f"x{self.upscaler.factor:g}"]
+        if self.second_pass is not None:
+            parts.append(str(self.second_pass))
         if len(parts) == 1:
             return self.base.fingerprint
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
@@ -216,12 +222,27 @@ class Ensemble:
         controls, adapters = (
             tuple(each.scale for each in kind) for kind in (self.controls, self.adapters)
         )
+        if self.second_pass is not None:
+            self.second_pass.check(request, self.base.defaults, is_flow=is_flow)
         request = image_inputs.with_image(request, takes, strength, is_flow=is_flow)
         if self.base.family.sees_control:
             request = image_inputs.with_control(request)
         else:
             request = image_inputs.with_controls(request, controls, self.control_kinds)
         return image_inputs.with_prompts(request, adapters)
+
+    def passes(self, options: Options, bucket: Bucket) -> tuple[Steps, ...]:
+        """Returns the steps in which a bucket's images are made: once, or in two passes.
+
+        Raises:
+          InputError: as `steps` does.
+        """
+        first, again = self.steps(options, bucket), self.second_pass
+        if again is None:
+            return (first,)
+        defaults = self.base.defaults
+        second = self.steps(options, again.bucket(bucket, defaults))
+        return first, second._replace(windows=again.windows(bucket, defaults))
 
     def steps(self, options: Options, bucket: Bucket) -> Steps:
         """Returns the sampler's tables for a bucket, and which denoiser takes which of their rows.
@@ -262,136 +283,4 @@ class Ensemble:
         ranges = after(ranges, skipped)
         if self.controls and bucket.control is not None:
             ranges = with_control(ranges, *bucket.control)
-        return Steps([base, *others], ranges, skipped)
-
-
-def open_ensemble(
-    model: str | Path,
-    variant: str | None = None,
-    refiner: str | Path | None = None,
-    lora: Sequence[str] = (),
-    base: str | Path | None = None,
-    controlnet: Sequence[str] = (),
-    ip_adapter: Sequence[str] = (),
-    upscale: str | Path | None = None,
-) -> Ensemble:
-    """Opens a model and, if given, what is used with it: a refiner, LoRAs and so on.
-
-    Args:
-      model, variant, base: as in `open_checkpoint`. The model must have the variant; a refiner
-        without it uses its default weights.
-      refiner: a second model for the same latents, which takes the last steps (Podell et al., 2023,
-        arXiv:2307.01952, 2.5).
-      lora: LoRAs to add to the model's weights, as in `lora.adapted`.
-      controlnet: each "DIR" or "DIR:SCALE".
-      ip_adapter: each "FILE.safetensors" or "FILE.safetensors:SCALE".
-      upscale: "MODEL" or "MODEL:FACTOR", an upscaler and by how much it enlarges the images.
-
-    Raises:
-      InputError: if one of them cannot be read, or they do not fit together.
-    """
-    first = open_checkpoint(model, variant, base)
-    if first.defaults.base_needed:
-        raise InputError(
-            f"model {str(model)!r} is a refiner; use a base model, and this one as --refiner"
-        )
-    if lora and first.family is UPSCALER:
-        raise InputError(f"--lora has no effect on {first.defaults.name}; leave it out")
-    first = loras.adapted(first, lora)
-    return Ensemble(
-        base=first,
-        refiner=None if refiner is None else _refiner(first, refiner, variant),
-        controls=_controls(first, controlnet),
-        adapters=_adapters(first, ip_adapter),
-        upscaler=_upscaling(first, upscale),
-    )
-
-
-def _controls(base: Checkpoint, said: Sequence[str]) -> tuple[Addition, ...]:
-    """Opens the ControlNets that steer the base."""
-    check = base.family.check_controlnet
-    _refuse_unknown(base, image_inputs.CONTROLS, said, check)
-    controls = tuple(
-        _addition(each, open_controlnet, lambda net: check(base, net.config)) for each in said
-    )
-    if len({net.files.kinds is None for net in controls}) > 1:
-        raise InputError(
-            f"{image_inputs.CONTROLS}: union ControlNets cannot be used together with others; use "
-            "only one of these kinds in a job"
-        )
-    return controls
-
-
-def _adapters(base: Checkpoint, said: Sequence[str]) -> tuple[Addition, ...]:
-    """Opens the IP-Adapters that show the base image prompts."""
-    check = base.family.check_ip_adapter
-    _refuse_unknown(base, image_inputs.ADAPTERS, said, check)
-    return tuple(
-        _addition(each, open_ip_adapter, lambda adapter: check(base, adapter.context_width))
-        for each in said
-    )
-
-
-def _refuse_unknown(
-    base: Checkpoint, option: str, said: Sequence[str], check: Callable | None
-) -> None:
-    if said and check is None:
-        raise InputError(
-            f"{option} works with {WORKS_WITH[option]} only, not with {base.defaults.name}; "
-            "leave it out"
-        )
-
-
-def _refiner(base: Checkpoint, said: str | Path, variant: str | None) -> Checkpoint:
-    """Opens the model that takes the last steps."""
-    takes = base.family.image_inputs(base)
-    if takes is not None and takes.needed:
-        raise InputError(
-            f"--refiner cannot continue what {base.defaults.name} begins, because it would not "
-            "see the image of the row; leave it out"
-        )
-    try:
-        refiner = open_checkpoint(said, variant)
-    except NoVariantError:
-        refiner = open_checkpoint(said)
-    ours, theirs = base.defaults.latents, refiner.defaults.latents
-    for what in ours:
-        if ours[what] != theirs.get(what):
-            raise InputError(
-                f"--refiner {str(said)!r} has different latents from the model "
-                f"({what} {theirs.get(what)}, not {ours[what]}); use the refiner of this model"
-            )
-    return refiner
-
-
-def _upscaling(base: Checkpoint, said: str | Path | None) -> Upscaling | None:
-    """Opens what enlarges the images that the base makes; returns None if nothing does."""
-    if base.family is UPSCALER:
-        if said is not None:
-            raise InputError("--upscale: the model is itself an upscaler; leave one of them out")
-        return Upscaling(base, base.defaults.factor)
-    if said is None:
-        return None
-    path, number = split_number(str(said))
-    upscaler = open_checkpoint(path)
-    if upscaler.family is not UPSCALER:
-        raise InputError(
-            f"--upscale {path} is {upscaler.defaults.name}; use a GAN upscaler, such as shapes64-x4"
-        )
-    scale = upscaler.defaults.factor
-    if number is None:
-        return Upscaling(upscaler, scale)
-    try:
-        return Upscaling(upscaler, checks.number(f"--upscale {said}: the factor", number, 1, scale))
-    except BadValueError as problem:
-        raise InputError(str(problem)) from None
-
-
-def _addition(said: str, open_files: Callable, check: Callable) -> Addition:
-    path, scale = scaled(said)
-    files = open_files(path)
-    try:
-        check(files)
-    except InputError as problem:
-        raise InputError(f"{files.path}: {problem}") from problem
-    return Addition(files, scale)
+        return Steps([base, *others], ranges, skipped, bucket)

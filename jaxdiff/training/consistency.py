@@ -28,7 +28,15 @@ from jaxdiff.diffusion import samplers, sampling
 from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.diffusion.solvers import SamplerTable
 from jaxdiff.diffusion.step_ranges import StepRange
-from jaxdiff.engine.program import Denoising, Inputs, Weights, denoiser, sample_pixels
+from jaxdiff.engine.program import (
+    Denoising,
+    Inputs,
+    Pass,
+    Route,
+    Weights,
+    denoiser,
+    sample_pixels,
+)
 from jaxdiff.errors import InputError
 from jaxdiff.families.config_values import OWN_DEFAULTS
 from jaxdiff.training import data
@@ -364,15 +372,14 @@ def _preview(parts: _Parts) -> Callable[[Params, Params], np.ndarray]:
     @compilation.jit
     def sample(params: Params, frozen: Params, noise: Array, fresh_noise: Array | None) -> Array:
         conditions = conditioning(student, frozen, {"token_ids": token_ids}, shape[:2])
+        inputs = Inputs(noise, fresh_noise, [conditions], [None], scale)
         pixels, _ = sample_pixels(
             [Denoising(student.model, student.prediction_type)],
             codec,
             jnp.float32,
             Weights([params], frozen[codec.component]),
-            Inputs(noise, fresh_noise, [conditions], [None], scale),
-            table.initial_scale,
-            table.columns(),
-            step_ranges=[StepRange(denoiser=0, rows=len(table.timesteps), guided=False)],
+            [Pass(inputs, table.initial_scale, table.columns())],
+            routes=[Route([StepRange(denoiser=0, rows=len(table.timesteps), guided=False)])],
             decoded_at_once=len(captions),
         )
         return pixels

@@ -14,7 +14,15 @@ from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.diffusion import objective, samplers, scheduler_config
 from jaxdiff.diffusion.schedule import NoiseSchedule
 from jaxdiff.diffusion.step_ranges import StepRange
-from jaxdiff.engine.program import Denoising, Inputs, Weights, sample_pixels, to_float
+from jaxdiff.engine.program import (
+    Denoising,
+    Inputs,
+    Pass,
+    Route,
+    Weights,
+    sample_pixels,
+    to_float,
+)
 from jaxdiff.errors import InputError
 from jaxdiff.families.model import Model, Text
 from jaxdiff.models.sd3 import SD3Config
@@ -289,6 +297,16 @@ def preview(
             ids and conditioning(parts, networks, {"token_ids": ids}, (side, side))
             for ids in (positive, negative)
         )
+        inputs = Inputs(
+            noise,
+            fresh_noise,
+            *([each] for each in conditions),
+            jnp.full(count, PREVIEW_GUIDANCE),
+            channels=mask_channels(parts, networks, images, jax.random.key(0))
+            if parts.model.denoiser.inpainting
+            else None,
+            controls=[(images["control"], jnp.ones(count)) for _ in controls],
+        )
         pixels, _ = sample_pixels(
             [Denoising(parts.model, schedule.prediction_type, controls)],
             codec,
@@ -298,19 +316,8 @@ def preview(
                 networks[codec.component],
                 [networks[controlnet.COMPONENT] for _ in controls],
             ),
-            Inputs(
-                noise,
-                fresh_noise,
-                *([each] for each in conditions),
-                jnp.full(count, PREVIEW_GUIDANCE),
-                channels=mask_channels(parts, networks, images, jax.random.key(0))
-                if parts.model.denoiser.inpainting
-                else None,
-                controls=[(images["control"], jnp.ones(count)) for _ in controls],
-            ),
-            table.initial_scale,
-            table.columns(),
-            step_ranges=ranges,
+            [Pass(inputs, table.initial_scale, table.columns())],
+            routes=[Route(ranges)],
             decoded_at_once=1 if size > DECODED_ALONE_PX else count,
         )
         return pixels

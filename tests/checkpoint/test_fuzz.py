@@ -21,7 +21,7 @@ from jaxdiff.checkpoint import lora
 from jaxdiff.engine.engine import TextToImage
 from jaxdiff.errors import InputError
 from jaxdiff.families import inspect, open_checkpoint
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 from jaxdiff.request import Options
 
 MOST_CHARACTERS = 1500  # of a message: paths, and a few values

@@ -13,7 +13,7 @@ import jaxdiff
 from jaxdiff import cli
 from jaxdiff.dataset.image_files import pixel_sha256
 from jaxdiff.errors import InputError
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 
 RANK = 2
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"

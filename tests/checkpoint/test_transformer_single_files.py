@@ -17,8 +17,8 @@ from jaxdiff.checkpoint.component import INDEX
 from jaxdiff.checkpoint.weight_files import NoVariantError
 from jaxdiff.errors import InputError
 from jaxdiff.families import inspect, open_checkpoint
-from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.families.flux import FLUX, PIPELINE
+from jaxdiff.families.opening import open_ensemble
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.models.flux import FluxConfig, FluxTransformer2DModel
 from jaxdiff.models.text.clip import CLIPTextConfig, CLIPTextModel

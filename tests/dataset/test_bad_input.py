@@ -14,7 +14,7 @@ from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.run import open_run
 from jaxdiff.errors import InputError
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 
 GOOD = b'{"prompt": "a red circle"}'
 

@@ -24,7 +24,8 @@ from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.errors import InputError
-from jaxdiff.families.ensemble import Ensemble, open_ensemble
+from jaxdiff.families.ensemble import Ensemble
+from jaxdiff.families.opening import open_ensemble
 
 FORMS = ("jsonl", "json", "csv", "tsv", "txt", "parquet")
 LINES = ("jsonl", "tsv", "txt")  # whose rows are lines

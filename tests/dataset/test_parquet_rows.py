@@ -19,7 +19,7 @@ from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.errors import InputError
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 
 HUB = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

@@ -16,7 +16,7 @@ from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.run import open_run
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 from small_upscalers import write_rrdb, write_srvgg
 
 import jaxdiff
-from jaxdiff.engine import tiles
 from jaxdiff.errors import InputError
+from jaxdiff.images import tiles
 from jaxdiff.request import Request
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.errors import InputError
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 
 
 @pytest.fixture

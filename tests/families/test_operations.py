@@ -12,8 +12,8 @@ from flax import nnx
 from jaxdiff.checkpoint.single_file_configs import CONTENTS
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.families import FAMILIES, operations, unet_operations
-from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.families.model import networks_of
+from jaxdiff.families.opening import open_ensemble
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
 from jaxdiff.request import Bucket

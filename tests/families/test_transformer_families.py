@@ -14,8 +14,8 @@ from jaxdiff import cli
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.errors import InputError
 from jaxdiff.families import open_checkpoint
-from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.families.model import networks_of
+from jaxdiff.families.opening import open_ensemble
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")

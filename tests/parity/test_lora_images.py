@@ -13,8 +13,8 @@ import jaxdiff
 from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.checkpoint.original import ldm
 from jaxdiff.families import open_checkpoint
-from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.families.model import networks_of
+from jaxdiff.families.opening import open_ensemble
 from jaxdiff.training import low_rank
 
 torch = pytest.importorskip("torch")

@@ -13,8 +13,8 @@ import jaxdiff
 from jaxdiff.devices import compilation
 from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.families import inspect, open_checkpoint, upscaling
-from jaxdiff.families.ensemble import open_ensemble
 from jaxdiff.families.model import Text, networks_of
+from jaxdiff.families.opening import open_ensemble
 from jaxdiff.models.k_unet import KUNet, KUNetConfig
 from jaxdiff.models.unet_upscaler import UNetUpscaler, UNetUpscalerConfig
 from jaxdiff.weights.load import abstract_network, file_shapes, load_params, places

@@ -16,7 +16,7 @@ import jaxdiff
 from jaxdiff import cli
 from jaxdiff.checks import BadValueError
 from jaxdiff.errors import InputError
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 from jaxdiff.models.controlnet import ControlNetConfig, ControlNetModel
 from jaxdiff.models.controlnet_union import ControlNetUnionConfig, ControlNetUnionModel
 from jaxdiff.weights.save import save_params

@@ -10,7 +10,7 @@ from jaxdiff import cli
 from jaxdiff.dataset.finished import gallery
 from jaxdiff.dataset.run import open_run
 from jaxdiff.errors import InputError
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 from jaxdiff.families.operations import evaluations
 from jaxdiff.request import Options
 
@@ -78,7 +78,9 @@ def test_guided_steps_have_three_evaluations(model, editing_checkpoint):
     ensemble = open_ensemble(editing_checkpoint)
     for scales, expected in (({}, 9), ({"image_guidance_scale": 0.9}, 3)):
         bucket = model.resolve(edit(**scales)).bucket
-        assert evaluations(ensemble, Options(), bucket) == [(expected, 0)]
+        assert evaluations(ensemble, Options(), ensemble.steps(Options(), bucket)) == [
+            (expected, 0)
+        ]
 
 
 def test_what_would_not_see_the_image_is_refused(editing_checkpoint, tiny_checkpoint):

@@ -16,7 +16,7 @@ import jaxdiff
 from jaxdiff import cli
 from jaxdiff.errors import InputError
 from jaxdiff.families import open_checkpoint
-from jaxdiff.families.ensemble import open_ensemble
+from jaxdiff.families.opening import open_ensemble
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 from jaxdiff.training import consistency, text_to_image
 from jaxdiff.training.recipe import ConsistencyRecipe, Data, Optimizer, TextToImageRecipe

@@ -14,6 +14,7 @@ SIDE, OVERLAP = 288, 32  # px: images of 256, 512, 768 and so on px need few til
 # Measured: nothing of it is seen 12 px from the edge, and 1 of 255 at most 8 px from it.
 MARGIN = 12
 MULTIPLE = 4  # px: of what tiles begin at
+SHARED = 4  # neighbouring windows share at least one in so many of their latents
 
 
 class Tiling(NamedTuple):
@@ -41,37 +42,60 @@ class Tiling(NamedTuple):
 
 
 def tiling(height: int, width: int) -> Tiling:
-    """Places as few tiles as possible evenly, so that neighbours share at least `OVERLAP` pixels.
+    """Places the tiles of an image that a GAN upscaler enlarges; neighbours share `OVERLAP` pixels.
 
     Args:
       height, width: of the image, in pixels, multiples of `MULTIPLE`.
     """
-    return Tiling(min(height, SIDE), min(width, SIDE), _starts(height), _starts(width))
+    starts = (_starts(length, SIDE, OVERLAP, MULTIPLE) for length in (height, width))
+    return Tiling(min(height, SIDE), min(width, SIDE), *starts)
 
 
-def _starts(length: int) -> tuple[int, ...]:
-    last = max(0, length - SIDE)
-    count = 1 + -(-last // (SIDE - OVERLAP))
+def windows(height: int, width: int, window_height: int, window_width: int) -> Tiling:
+    """Places windows on the latents of an image; neighbours share at least a quarter of each.
+
+    Args:
+      height, width: of the whole, in latents.
+      window_height, window_width: of each window, at most those of the whole.
+    """
+    sides = (height, window_height), (width, window_width)
+    starts = (_starts(length, side, side // SHARED) for length, side in sides)
+    return Tiling(window_height, window_width, *starts)
+
+
+def _starts(length: int, side: int, overlap: int, multiple: int = 1) -> tuple[int, ...]:
+    """Places as few tiles as possible evenly, so that neighbours share at least `overlap`."""
+    last = max(0, length - side)
+    count = 1 + -(-last // (side - overlap))
     places = (last * number // max(1, count - 1) for number in range(count))
-    return tuple(place // MULTIPLE * MULTIPLE for place in places)
+    return tuple(place // multiple * multiple for place in places)
 
 
-def weights(starts: tuple[int, ...], side: int, scale: int) -> list[np.ndarray]:
+def weights(
+    starts: tuple[int, ...],
+    side: int,
+    scale: int = 1,
+    *,
+    overlap: int = OVERLAP,
+    margin: int = MARGIN,
+) -> list[np.ndarray]:
     """Returns how much each tile counts along one axis: where several overlap, the sum is 1.
 
     A tile counts nothing in its margin, and fades in behind it, except at the edges of the image.
 
     Args:
-      starts: of the tiles, in pixels.
+      starts: of the tiles, in pixels or latents.
       side: of each tile.
       scale: by how much the tiles have been enlarged.
+      overlap: what neighbours share at least.
+      margin: what is not used along the inner edges of tiles.
 
     Returns:
       float32 [scale side] for each start.
     """
     length = starts[-1] + side
     inside = (np.arange(scale * side) + 0.5) / scale
-    faded = np.clip((inside - MARGIN) / (OVERLAP - 2 * MARGIN), 0, 1)
+    faded = np.clip((inside - margin) / (overlap - 2 * margin), 0, 1)
     each, total = [], np.zeros(scale * length)
     for start in starts:
         before = faded if start else np.ones(len(inside))
