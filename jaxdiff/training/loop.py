@@ -49,6 +49,7 @@ class Task:
       validation: batches of the same size that are never trained on; may be empty.
       preview: maps (params, frozen) to a sample grid, uint8 [height, width, 3].
       export: called with (params, frozen, directory); writes the trained model.
+      validated_by: the metric whose mean is the validation loss; None for the loss itself.
     """
 
     params: Params
@@ -58,6 +59,7 @@ class Task:
     validation: Sequence[dict]
     preview: Callable[[Params, Params], np.ndarray]
     export: Callable[[Params, Params, Path], None]
+    validated_by: str | None = None
 
 
 class Interrupted(Exception):
@@ -136,7 +138,7 @@ class _Run:
       gradients: maps (params, frozen, batch, batch number) to the gradients and the loss's metrics.
       add: adds gradients.
       update: maps (state, sum of gradients, step) to the next state and the update's metrics.
-      evaluate: maps (params, frozen, batch, key) to the loss.
+      evaluate: maps (params, frozen, batch, key) to the validation loss.
     """
 
     task: Task
@@ -175,6 +177,10 @@ def _prepare(task: Task, recipe: Recipe) -> _Run:
         logged = {"gradient_norm": optax.tree.norm(mean), "learning_rate": learning_rate(step)}
         return {"params": params, "ema": ema, "optimizer": optimizer_state}, logged
 
+    def evaluate(*arguments) -> Array:
+        loss, logged = task.loss(*arguments)
+        return loss if task.validated_by is None else logged[task.validated_by]
+
     def jit(function: Callable, **how) -> Callable:
         program = compilation.jit(function, **how)
         if parallel.may_run_ahead(mesh):
@@ -193,7 +199,7 @@ def _prepare(task: Task, recipe: Recipe) -> _Run:
         gradients=jit(gradients, out_shardings=(where["params"], None)),
         add=jit(lambda *trees: jax.tree.map(jnp.add, *trees), donate_argnums=0),
         update=jit(update, out_shardings=(where, None), donate_argnums=0),
-        evaluate=jit(lambda *arguments: task.loss(*arguments)[0]),
+        evaluate=jit(evaluate),
     )
 
 

@@ -96,6 +96,8 @@ def task(recipe: UpscalerRecipe) -> Task:
         validation=[batch(VALIDATION_SEED, number) for number in range(VALIDATION_BATCHES)],
         preview=lambda params, frozen: _preview(graph, params["generator"], large, recipe, config),
         export=export,
+        # How well the discriminator judges says nothing about the generator.
+        validated_by=None if judge is None else "reconstruction",
     )
 
 

@@ -262,3 +262,11 @@ def test_kernels_are_divided_by_their_largest_singular_value():
     assert float(largest_singular_value(matrix)) == pytest.approx(
         float(jnp.linalg.norm(matrix, ord=2)), rel=1e-2
     )
+
+
+def test_validation_measures_the_generator_alone(run):
+    """On the average weights; the discriminator's loss alone is about 1.4."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in lines if "validation_loss" in line):
+        assert 0 < line["validation_loss"] < 0.6 < line["discriminator_loss"] < line["loss"]
+    assert "validation_loss" in lines[-1]
