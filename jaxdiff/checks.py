@@ -23,6 +23,7 @@ DTYPES = ("float32", "bfloat16")
 NOISES = ("jax", "torch")
 SWITCH = ("on", "off")
 PREPROCESSORS = ("none", "canny")
+WEIGHTS = ("full", "int8", "fp8")
 MAX_MARGIN_PX = 4096
 MAX_CONTROLS = 8
 MAX_CONTROL_MODE = 99  # each union ControlNet has its own limit

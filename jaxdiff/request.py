@@ -271,6 +271,8 @@ class Options:
         inside the painted part; "off" returns it as the autoencoder decodes it.
       guess_mode: "on" lets ControlNets steer the prompt's half of a guided step only, and the
         deep layers more than the outer ones (Zhang et al., 2023, arXiv:2302.05543).
+      weights: "int8" or "fp8" stores the kernels of denoisers and text encoders in 8 bits, half of
+        bfloat16; "full" in `dtype`. See `weights.quantization`.
       preprocess: "canny" shows ControlNets the edges of their images, "none" the images themselves.
     """
 
@@ -290,6 +292,7 @@ class Options:
     keep_unmasked: str = field(default="on", metadata=LATER)
     guess_mode: str = field(default="off", metadata=LATER)
     preprocess: str = field(default="none", metadata=LATER)
+    weights: str = field(default="full", metadata=LATER)
 
     @property
     def skipped_layers(self) -> tuple[int, ...]:
@@ -316,4 +319,5 @@ OPTION_CHECKS = {
     "keep_unmasked": (checks.choice, checks.SWITCH),
     "guess_mode": (checks.choice, checks.SWITCH),
     "preprocess": (checks.choice, checks.PREPROCESSORS),
+    "weights": (checks.choice, checks.WEIGHTS),
 }

@@ -414,6 +414,11 @@ HELP = {
         ),
     },
     "performance": {
+        "weights": (
+            "KIND",
+            "int8 or fp8: keep most weights in 8 bits, half of the memory of bfloat16; changes the "
+            "images slightly (default: full, in --dtype)",
+        ),
         "batch_size": (
             "N",
             "images computed at once on each device, or auto: as many as fit, up to 64; a CPU uses "

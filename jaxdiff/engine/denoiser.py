@@ -60,15 +60,18 @@ class LoadedDenoiser:
         """
         self.model = model = networks_of(checkpoint)
 
-        def stored(component: str):
+        def stored(component: str, kind: str | None = None):
             network, tensors = model.networks[component], checkpoint.weights(component)
-            return open_network(network.shapes, network.sharding, tensors, dtype, mesh)
+            return open_network(network.shapes, network.sharding, tensors, dtype, mesh, kind)
 
-        self.stored, self.codec = stored(model.denoiser.component), stored(model.codec.component)
+        kind = None if options.weights == "full" else options.weights
+        self.stored = stored(model.denoiser.component, kind)
+        self.codec = stored(model.codec.component)
         self.prompts = PromptEncoder(
             model,
             of_checkpoint(checkpoint),
-            {name: stored(name) for name in model.text_encoders},
+            {name: stored(name, kind) for name in model.text_encoders},
+            dtype,
             mesh,
             clip_skip=options.clip_skip,
             chunks=options.prompt_chunks,

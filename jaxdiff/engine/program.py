@@ -13,6 +13,7 @@ from jaxdiff.diffusion.step_ranges import StepRange
 from jaxdiff.engine import steering, windows
 from jaxdiff.families.model import Codec, Control, Model
 from jaxdiff.images.tiles import Tiling
+from jaxdiff.weights.quantization import restored
 
 
 class Inputs(NamedTuple):
@@ -233,6 +234,7 @@ def denoiser(
         x: Array, timestep: Array, alpha: Array, sigma: Array, kept: Any
     ) -> tuple[Array, Any]:
         known = x if channels is None else jnp.concatenate([x, channels], axis=-1)
+        weights = restored(params, dtype, after=x)
         latents = known
         if by_image:
             hidden = jnp.concatenate([x, jnp.zeros_like(channels)], axis=-1)
@@ -245,7 +247,7 @@ def denoiser(
             options["residuals"] = steer(x.astype(dtype), timestep, positive, conditioning)
         seen = jnp.log(sigma / alpha) / 4 if network.sees_noise_level else timestep
         output, kept = network.evaluate(
-            params,
+            weights,
             latents,
             jnp.full(latents.shape[0], seen),
             conditioning,
@@ -266,7 +268,7 @@ def denoiser(
         if skipped:
             times = jnp.full(len(x), timestep)
             without, _ = network.evaluate(
-                params, known.astype(dtype), times, positive, None, None, skipped=skipped
+                weights, known.astype(dtype), times, positive, None, None, skipped=skipped
             )
             output = output + SKIP_SCALE * (paired[1::2] - without)
         return objective.to_x0(output, x, alpha, sigma, denoising.prediction_type), kept

@@ -14,6 +14,7 @@ from jaxdiff.families.model import Model, Text
 from jaxdiff.families.tokenizers.tokenizer import Tokenizer
 from jaxdiff.images.clip_pixels import resized
 from jaxdiff.weights.load import StoredNetwork
+from jaxdiff.weights.quantization import restored
 
 # Prompts are encoded in batches of this size, independent of the size of the image batches, so that
 # a prompt's embedding never depends on it. With an image, a prompt is long enough to be alone on a
@@ -35,6 +36,7 @@ class PromptEncoder:
         model: Model,
         tokenizers: Mapping[str, Tokenizer],
         stored: Mapping[str, StoredNetwork],
+        dtype,
         mesh: jax.sharding.Mesh,
         *,
         clip_skip: int,
@@ -46,6 +48,7 @@ class PromptEncoder:
           model: the checkpoint's networks.
           tokenizers: each text encoder's tokenizer.
           stored: each text encoder's weights in their files.
+          dtype: of the networks' arithmetic.
           mesh: the devices.
           clip_skip, chunks: `clip_skip` and `prompt_chunks` of `Options`.
 
@@ -61,10 +64,12 @@ class PromptEncoder:
                 )
         # By the number of layers skipped; negative prompts skip none.
         axes = (None, None) if model.image_size is None else (None, 0)
+
+        def encode(params: dict, tokens: dict, *, clip_skip: int) -> Text:
+            return model.encode_text(restored(params, dtype), tokens, clip_skip=clip_skip)
+
         self._encode = {
-            skip: compilation.jit(
-                parallel.over_data(partial(model.encode_text, clip_skip=skip), mesh, axes),
-            )
+            skip: compilation.jit(parallel.over_data(partial(encode, clip_skip=skip), mesh, axes))
             for skip in (0, clip_skip)
         }
         self._slots = TEXT_BATCH if model.image_size is None else mesh.shape["data"]

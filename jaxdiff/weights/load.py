@@ -18,6 +18,7 @@ from flax import nnx
 from jaxdiff.checkpoint.tensors import StoredTensor, describe_misfits
 from jaxdiff.devices import parallel
 from jaxdiff.errors import InputError
+from jaxdiff.weights.quantization import Quantized, is_quantized, quantize, quantized_places
 
 READERS = 4  # threads, each of which holds one or two tensors
 
@@ -80,6 +81,7 @@ def open_network(
     tensors: Mapping[str, StoredTensor],
     dtype,
     mesh: jax.sharding.Mesh,
+    kind: str | None = None,
 ) -> StoredNetwork:
     """Checks a network's weights and chooses their shardings on `mesh`; reads no weights.
 
@@ -89,13 +91,15 @@ def open_network(
       tensors: the weights in their files, by key.
       dtype: the dtype of the parameters on the devices.
       mesh: the devices.
+      kind: of `quantization.FORMATS`, for kernels that are quantised as they are read; or None.
 
     Raises:
       InputError: as in `load_params`, or if the mesh splits none of the parameters.
     """
     refuse_misfits(shapes, tensors)
     shardings = parallel.parameter_shardings(mesh, shapes, rules)
-    return StoredNetwork(places(shapes, dtype, shardings), tensors)
+    placed = places(shapes, dtype, shardings)
+    return StoredNetwork(placed if kind is None else quantized_places(placed, kind), tensors)
 
 
 def load_params(places: dict, tensors: Mapping[str, StoredTensor]) -> dict:
@@ -113,25 +117,31 @@ def load_params(places: dict, tensors: Mapping[str, StoredTensor]) -> dict:
         weight that is not finite.
     """
     refuse_misfits(places, tensors)
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(places), strict=True)
+    found = jax.tree_util.tree_leaves_with_path(places, is_leaf=is_quantized)
+    paths, leaves = zip(*found, strict=True)
 
-    def load(path, place: jax.ShapeDtypeStruct) -> jax.Array:
+    def load(path, place: jax.ShapeDtypeStruct | Quantized) -> jax.Array | Quantized:
         stored = tensors[key_of(path)]
         with np.errstate(over="ignore"):  # checked below
-            tensor = stored.read().astype(place.dtype, copy=False)
+            tensor = stored.read()
+            if not is_quantized(place):
+                tensor = tensor.astype(place.dtype, copy=False)
         if not np.isfinite(tensor).all():  # cheap beside reading; it would spoil every image
             cause = "contains NaN or infinity; copy the checkpoint again"
             if stored.updates:
                 cause = "is not finite with its LoRAs; use others, or smaller weights for them"
             raise InputError(f"{stored.file}: {key_of(path)} {cause}")
         turned = tensor.transpose(np.argsort(file_axes(path, tensor.ndim)))
+        if is_quantized(place):
+            turned = quantize(turned, place.values.dtype)
+        where = jax.tree.map(lambda each: each.sharding, place)
         # The transfer makes the array contiguous, faster than NumPy. Waiting for it keeps tensors
         # in transfer from piling up in memory.
-        return jax.device_put(turned, place.sharding).block_until_ready()
+        return jax.block_until_ready(jax.device_put(turned, where))
 
     with ThreadPoolExecutor(READERS) as readers:
         arrays = list(readers.map(load, paths, leaves))
-    return jax.tree.unflatten(jax.tree.structure(places), arrays)
+    return jax.tree.unflatten(jax.tree.structure(places, is_leaf=is_quantized), arrays)
 
 
 def refuse_misfits(shapes: dict, found: Mapping[str, StoredTensor]) -> None:
@@ -158,7 +168,7 @@ def file_shapes(shapes: dict) -> dict[str, tuple[int, ...]]:
     """Returns the keys, without a prefix, and shapes of a network's parameters in a file."""
     return {
         key_of(path): tuple(leaf.shape[axis] for axis in file_axes(path, len(leaf.shape)))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes, is_leaf=is_quantized)
     }
 
 

@@ -103,12 +103,12 @@ REQUESTS = [  # one image per device at a time; enough tokens for attention in b
 ON_EIGHT_DEVICES = """
 import json, os, sys
 import numpy as np, jaxdiff
-checkpoint, directory, meshes, requests = sys.argv[1:]
+checkpoint, directory, meshes, requests, options = sys.argv[1:]
 requests = [jaxdiff.Request(**request) for request in json.loads(requests)]
 made, programs = {}, {}
 for mesh in json.loads(meshes):
     before = set(os.listdir(directory))
-    images = jaxdiff.load(checkpoint, mesh=mesh).generate(requests)
+    images = jaxdiff.load(checkpoint, mesh=mesh, **json.loads(options)).generate(requests)
     made[mesh] = np.stack([image.pixels for image in images])
     programs[mesh] = sorted(set(os.listdir(directory)) - before)
 np.savez(f"{directory}/pixels.npz", **made)
@@ -117,7 +117,7 @@ with open(f"{directory}/programs.json", "w") as file:
 """
 
 
-def made_on_eight_devices(checkpoint, directory, meshes, requests):
+def made_on_eight_devices(checkpoint, directory, meshes, requests, **options):
     """Returns, by mesh, the pixels that it makes and the text of all compiled programs it ran."""
     environment = {
         **os.environ,
@@ -125,7 +125,8 @@ def made_on_eight_devices(checkpoint, directory, meshes, requests):
         "XLA_FLAGS": f"{UNOPTIMIZED} --xla_force_host_platform_device_count=8 "
         f"--xla_dump_hlo_as_text --xla_dump_to={directory}",
     }
-    arguments = [json.dumps([*meshes]), json.dumps([*map(dataclasses.asdict, requests)])]
+    asked = [*map(dataclasses.asdict, requests)]
+    arguments = [*map(json.dumps, ([*meshes], asked, options))]
     command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(checkpoint), str(directory), *arguments]
     subprocess.run(command, check=True, env=environment)
     programs = json.loads((directory / "programs.json").read_text())

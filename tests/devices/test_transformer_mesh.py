@@ -14,14 +14,20 @@ REQUESTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["Stable Diffusion 3", "Qwen-Image"])
+WEIGHTS = {"Stable Diffusion 3": "full", "Qwen-Image": "int8"}
+
+
+@pytest.fixture(scope="module", params=WEIGHTS)
 def made(request, tmp_path_factory):
     """Returns, by mesh, the images and the programs of a small checkpoint."""
+    family = request.param
     folder = tmp_path_factory.mktemp("mesh")
-    checkpoint = small_families.save(small_families.SMALL[request.param], folder / "model")
+    checkpoint = small_families.save(small_families.SMALL[family], folder / "model")
     programs = folder / "programs"
     programs.mkdir()
-    return made_on_eight_devices(checkpoint, programs, [ALONE, SPLIT], REQUESTS)
+    return made_on_eight_devices(
+        checkpoint, programs, [ALONE, SPLIT], REQUESTS, weights=WEIGHTS[family]
+    )
 
 
 def test_a_mesh_makes_the_same_images_as_one_device(made, record_property):
