@@ -1,11 +1,13 @@
 """The Hub's own configs give, at full size, the keys and shapes of their weights."""
 
+import jax
 import pytest
 
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.weights.load import abstract_network, file_shapes
+from jaxdiff.weights.load import abstract_network, file_shapes, name_of
+from jaxdiff.weights.quantization import IN_BLOCK
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -13,6 +15,8 @@ transformers = pytest.importorskip("transformers")
 
 import networks  # noqa: E402
 import references  # noqa: E402  (beside this file)
+import test_flux_networks  # noqa: E402
+from published_encoders import T5_XXL_FLUX  # noqa: E402
 
 # The files as on the Hub, including private keys.
 UNET_15 = {
@@ -232,6 +236,30 @@ def test_the_text_encoders_keys_match_transformers(config, count):
     ours = our_keys(clip.network(read), read)
     assert ours == their_keys(lambda: network(config_class.from_dict(config)))
     assert len(ours) == count
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [("unet", UNET_15), ("text_encoder", TEXT_15)],
+        [("unet", UNET_XL), ("text_encoder", TEXT_XL), ("text_encoder_2", TEXT_XL_2)],
+        [(None, test_flux_networks.DEV), (None, T5_XXL_FLUX)],
+    ],
+    ids=["1.5", "XL", "FLUX.1 dev"],
+)
+def test_weights_of_8_bits_take_at_most_0_55_of_16_bits(parts):
+    whole = quantised = 0
+    for network, config in parts:
+        if network is None:  # of a transformer family
+            _, shapes = networks.shapes_of(config)
+        else:
+            config_class, module = networks.NETWORKS[network]
+            read = config_class.from_json(config)
+            _, shapes = abstract_network(module(read), read)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+            whole += leaf.size
+            quantised += leaf.size if IN_BLOCK.search(name_of(path)) else 0
+    assert 1 - quantised / whole / 2 <= 0.55
 
 
 def random_unet(config):
