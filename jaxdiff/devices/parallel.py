@@ -20,19 +20,21 @@ AXES = ("data", "model")
 log = logging.getLogger(__name__)
 
 
-def make_mesh(spec: str | None = None) -> Mesh:
-    """Makes the mesh that `spec` describes over this host's devices.
+def make_mesh(spec: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Makes the mesh that `spec` describes over a host's devices.
 
     Warns about virtual CPU devices without spare threads: see `_without_spare_threads`.
 
     Args:
       spec: for example "data=4" or "data=4,model=2", with any sizes: the first devices are used,
         and the others stay idle. None uses every device for `data`.
+      devices: None for this host's; or devices of another kind, which need not exist: programs
+        can be compiled for them.
 
     Raises:
       InputError: if `spec` cannot be parsed, or asks for more devices than there are.
     """
-    devices = jax.local_devices()
+    devices = jax.local_devices() if devices is None else devices
     sizes = {"data": len(devices), "model": 1} if spec is None else _sizes(spec)
     count = sizes["data"] * sizes["model"]
     if count > len(devices):

@@ -58,6 +58,7 @@ class Weights(NamedTuple):
     controls: Sequence[dict] = ()
 
 
+SAMPLING = "sampling"  # what compiled programs and traces call it
 SKIP_SCALE = 2.8  # of skip-layer guidance, as in diffusers and Stability AI's code
 # The batch axis of each input.
 AXES = Inputs(
@@ -144,16 +145,17 @@ def sample_pixels(
         )
         for index, rows, guided, clamp, skips, controlled, image_guided in step_ranges
     ]
-    latents = sampling.sample(
-        walk,
-        inputs.noise,
-        initial_scale,
-        columns,
-        inputs.fresh_noise,
-        start=inputs.start,
-        kept=inputs.kept,
-        whole_every=deep_cache,
-    )
+    with jax.named_scope(SAMPLING):
+        latents = sampling.sample(
+            walk,
+            inputs.noise,
+            initial_scale,
+            columns,
+            inputs.fresh_noise,
+            start=inputs.start,
+            kept=inputs.kept,
+            whole_every=deep_cache,
+        )
 
     def decode(latents: Array) -> tuple[Array, Array]:
         images = codec.decode(weights.codec, latents, dtype)

@@ -63,7 +63,7 @@ class PromptEncoder:
         axes = (None, None) if model.image_size is None else (None, 0)
         self._encode = {
             skip: compilation.jit(
-                parallel.over_data(partial(model.encode_text, clip_skip=skip), mesh, axes),
+                parallel.over_data(partial(model.encode_text, clip_skip=skip), mesh, axes), mesh
             )
             for skip in (0, clip_skip)
         }
@@ -71,6 +71,11 @@ class PromptEncoder:
         self._image_size, self._clip_skip = model.image_size, clip_skip
         self._cache = {False: EmbeddingCache(mesh), True: EmbeddingCache(mesh)}  # by `negative`
         self._programs: dict[tuple, Future[jax.stages.Compiled]] = {}
+
+    @property
+    def device_bytes(self) -> int:
+        """How much memory the weights take on each device."""
+        return sum(stored.device_bytes for stored in self._stored.values())
 
     def load(self) -> None:
         """Reads the weights; after that, prompts can be encoded."""
