@@ -7,6 +7,7 @@ directory, so that the same question is answered at once.
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from jaxdiff.checkpoint.fingerprint import fingerprint
 from jaxdiff.checkpoint.sources import cache_directory
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.devices import batching, slices
+from jaxdiff.devices.mesh_sizes import mesh_sizes
 from jaxdiff.devices.slices import Slice
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
@@ -74,6 +76,7 @@ def lines(
     by_size = max(buckets, key=lambda each: (each.bucket.width * each.bucket.height, each.images))
     by_work = max(buckets, key=lambda each: each.images * each.operations)
     where, said = slices.parse(job.target.name), []
+    mesh_sizes(settings.mesh, math.prod(where.host_sides))  # fails before anything is compiled
     for each in {by_size.bucket: by_size, by_work.bucket: by_work}.values():
         task = _task(job, settings, each, shard_sizes)
         account = _account(task, ensemble)
