@@ -60,7 +60,7 @@ def account(task: Task) -> dict:
     from jaxdiff.engine.program import SAMPLING
 
     where = slices.parse(task.target)
-    model = TextToImage(Models(**task.models).open(), Options(**task.options), _devices(where))
+    model = TextToImage(Models(**task.models).open(), Options(**task.options), described(where))
     request = model.resolve(plans.example(task.models, **task.row))
     programs, failures = {}, {}
 
@@ -97,7 +97,7 @@ def account(task: Task) -> dict:
     }
 
 
-def _devices(where: slices.Slice) -> list:
+def described(where: slices.Slice) -> list:
     """Returns the described chips of one host; raises InputError if libtpu does not know them."""
     from jax.experimental import topologies
 

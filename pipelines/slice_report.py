@@ -162,6 +162,9 @@ def _compiled(task: Task) -> dict:
             "PYTHONPATH": os.pathsep.join(paths),
             "JAX_PLATFORMS": "cpu",  # else JAX looks for the TPUs
             "TPU_SKIP_MDS_QUERY": "1",  # as libtpu does at a service of Google's cloud
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling is possible beside another dry run
+            # JAX could store programs for chips that are not here, but not read them again.
+            "JAX_ENABLE_COMPILATION_CACHE": "0",
         },
         encoding="utf-8",
         check=False,

@@ -30,5 +30,5 @@ def test_a_target_is_written_in_one_way(target):
 
 @pytest.mark.parametrize("target", ["tpu-v5e:3x3", "tpu-v5e:2x2x1", "tpu-v6e:32x32", "tpu-v5p:2x2"])
 def test_a_slice_must_exist(target):
-    with pytest.raises(InputError, match="there is no such slice; v.. has (1x1|2x2x1), 2x2"):
+    with pytest.raises(InputError, match=r"there is no such slice; v.. has (1x1|2x2x1), 2x2"):
         slices.parse(target)
