@@ -30,24 +30,23 @@ class Task:
       row: the bucket's values of `plan.BUCKET_COLUMNS`.
       target: the slice, as on the command line.
       batch_size: of each chip along `data`; None looks for the largest that fits.
-      images: a larger batch than all chips need for so many is not tried.
+      most: the largest that is tried.
     """
 
     models: dict
     options: dict
     row: dict
     target: str
-    batch_size: int | None
-    images: int
+    batch_size: int | None = None
+    most: int = batching.MOST
 
 
 def account(task: Task) -> dict:
     """Compiles the program for one host's chips and describes what came out, as JSON can.
 
     Returns:
-      the `batch_size`, the `mesh`, and if it does not fit, why it is `too_large`; else the `bytes`
-      of each chip by what they are for, the numbers of `exchanges` by kind, that of `kernels`, and
-      the `cycles`.
+      the `batch_size`, and if it does not fit, why it is `too_large`; else the `bytes` of each chip
+      by what they are for, the numbers of `exchanges` by kind, that of `kernels`, and the `cycles`.
 
     Raises:
       InputError: if libtpu cannot be used, or the model, the options and the mesh do not go
@@ -74,11 +73,10 @@ def account(task: Task) -> dict:
 
     limit, size = where.chip.memory_bytes, task.batch_size
     if size is None:
-        most = batching.enough(task.images, model.mesh.shape["data"])
-        size = batching.largest(memory, limit, lambda _: True, most)
+        size = batching.largest(memory, limit, lambda _: True, task.most)
     if size not in programs and size not in failures:
         memory(size)
-    found = {"batch_size": size, "mesh": dict(model.mesh.shape)}
+    found = {"batch_size": size}
     if size in failures:
         return found | {"too_large": failures[size].removeprefix("RESOURCE_EXHAUSTED: ")}
     program, text = programs[size], programs[size].as_text()

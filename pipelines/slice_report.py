@@ -4,6 +4,7 @@ Another process compiles, because this one has no JAX. Its answers are kept in t
 directory, so that the same question is answered at once.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +18,6 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-import jaxdiff
 from jaxdiff.checkpoint.fingerprint import fingerprint
 from jaxdiff.checkpoint.sources import cache_directory
 from jaxdiff.dataset.settings import Settings
@@ -27,6 +27,7 @@ from jaxdiff.devices.slices import Slice
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.request import Bucket, Options
+from pipelines import slice_program
 from pipelines.generate_options import Job
 from pipelines.jobs import count, duration, is_debugging, say
 from pipelines.slice_program import GIB, Task
@@ -73,22 +74,25 @@ def lines(
     _check_compiler()
     if not ensemble.samples:
         raise InputError(f"--target: {ensemble.name} only enlarges images; this needs a denoiser")
-    by_size = max(buckets, key=lambda each: (each.bucket.width * each.bucket.height, each.images))
+    where = slices.parse(job.target.name)
+    mesh = mesh_sizes(settings.mesh, math.prod(where.host_sides))
+    by_size = max(buckets, key=_size_order)
     by_work = max(buckets, key=lambda each: each.images * each.operations)
-    where, said = slices.parse(job.target.name), []
-    mesh_sizes(settings.mesh, math.prod(where.host_sides))  # fails before anything is compiled
+    said = []
     for each in {by_size.bucket: by_size, by_work.bucket: by_work}.values():
-        task = _task(job, settings, each, shard_sizes)
+        task = _task(job, settings, each, max(shard_sizes), mesh["data"])
         account = _account(task, ensemble)
-        if "too_large" in account:
-            raise InputError(f"{_title(job, each, account)} does not fit: {_remedy(task, account)}")
-        said += [*_described(each, _title(job, each, account), where, account), ""]
+        said += [_title(task, each, account), *_described(each, where, mesh, account), ""]
     if settings.dtype == "float32":
         said += ["float32 takes twice the memory of --dtype bfloat16, which is usual on TPUs"]
     if ensemble.upscaler is not None:
         said += ["the upscaler's program is not compiled; its operations are counted"]
     work = sum(each.images * each.operations for each in buckets)
-    return [*said, *_bill(job.target, where, work, account["mesh"])]
+    return [*said, *_bill(job.target, where, mesh, work)]
+
+
+def _size_order(each: Counted) -> tuple:
+    return each.bucket.width * each.bucket.height, each.bucket.guided, each.images
 
 
 def _check_compiler() -> None:
@@ -108,45 +112,47 @@ def _check_compiler() -> None:
             )
 
 
-def _task(job: Job, settings: Settings, each: Counted, shard_sizes: Sequence[int]) -> Task:
-    fixed = settings.batch_size
+def _task(job: Job, settings: Settings, each: Counted, most_images: int, parts: int) -> Task:
+    """Returns what to compile; tasks are equal if their programs are."""
+    row = each.row | {"guidance_scale": 1.0 + each.bucket.guided}
+    row |= {name: "" for name in ("mask_image", "outpaint") if row.get(name) is not None}
+    fixed, most = settings.batch_size, batching.enough(min(each.images, most_images), parts)
     return Task(
         models=asdict(job.models),
         options={field.name: getattr(settings, field.name) for field in fields(Options)},
-        row=each.row,
+        row=row,
         target=job.target.name,
-        batch_size=None if fixed == batching.AUTO else fixed,
-        images=min(each.images, max(shard_sizes)),  # as a worker chooses it
+        **({"most": most} if fixed == batching.AUTO else {"batch_size": fixed}),
     )
 
 
 def _account(task: Task, ensemble: Ensemble) -> dict:
     """Returns what `slice_program.account` returns, from the cache if it is there."""
-    code = {
-        str(path.relative_to(ROOT)): path for path in Path(jaxdiff.__file__).parent.rglob("*.py")
-    }
-    identity = {
-        "task": asdict(task) | {"models": ensemble.fingerprint},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "flags": {name: os.environ.get(name) for name in FLAGS},
-        "code": fingerprint(code | {"slice_program.py": ROOT / "pipelines" / "slice_program.py"}),
-    }
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    identity = json.dumps(_identity(task, ensemble), sort_keys=True)
+    name = hashlib.sha256(identity.encode()).hexdigest()
     memory = cache_directory() / "slices" / f"{name}.json"
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return json.loads(memory.read_text())
-    except (OSError, ValueError):
-        pass
-    say(f"compiling {task.row['width']}x{task.row['height']} for {task.target}, for minutes")
+    size = f"{task.row['width']}x{task.row['height']}"
+    say(f"compiling for {task.target} at {size}; a large model takes many minutes")
     account = _compiled(task)
-    try:
+    with contextlib.suppress(OSError):  # then the next one compiles again
         memory.parent.mkdir(parents=True, exist_ok=True)
         scratch = memory.with_name(f".{name}-{os.getpid()}")
         scratch.write_text(json.dumps(account))
         scratch.replace(memory)
-    except OSError:  # then the next one compiles again
-        pass
     return account
+
+
+def _identity(task: Task, ensemble: Ensemble) -> dict:
+    """Returns everything that an account depends on."""
+    code = [*(ROOT / "jaxdiff").rglob("*.py"), Path(slice_program.__file__)]
+    return {
+        "task": asdict(task) | {"models": ensemble.fingerprint},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "flags": {name: os.environ.get(name) for name in FLAGS},
+        "code": fingerprint({str(path.relative_to(ROOT)): path for path in code}),
+    }
 
 
 def _compiled(task: Task) -> dict:
@@ -177,44 +183,41 @@ def _compiled(task: Task) -> dict:
     return answer
 
 
-def _title(job: Job, each: Counted, account: dict) -> str:
-    bucket = each.bucket
+def _title(task: Task, each: Counted, account: dict) -> str:
+    """Returns the first line about a program; raises InputError if it does not fit."""
+    bucket, size = each.bucket, account["batch_size"]
     guided = "guided" if bucket.guided else "not guided"
-    return (
-        f"{job.target.name}, {bucket.width}x{bucket.height}, {count(bucket.steps, 'step')} of "
-        f"{bucket.sampler}, {guided}, batch size {account['batch_size']} per device"
+    title = (
+        f"{task.target}, {bucket.width}x{bucket.height}, {count(bucket.steps, 'step')} of "
+        f"{bucket.sampler}, {guided}, batch size {size} per device"
     )
+    if "too_large" in account:
+        helps = ["a smaller --batch-size"] * (size > 1)
+        helps += ["--dtype bfloat16"] * (task.options["dtype"] == "float32")
+        raise InputError(
+            f"{title} does not fit: {account['too_large'].rstrip('.')}; what helps: "
+            f"{', '.join([*helps, 'more for model in --mesh, such as model=2, or larger chips'])}"
+        )
+    return title if task.batch_size else f"{title}: as many as fit, or as the job needs"
 
 
-def _remedy(task: Task, account: dict) -> str:
-    helps = []
-    if account["batch_size"] > 1:
-        helps.append("a smaller --batch-size")
-    if task.options["dtype"] == "float32":
-        helps.append("--dtype bfloat16")
-    mesh = account["mesh"]
-    helps.append(f"--mesh model={2 * mesh['model']}")
-    return f"{account['too_large'].rstrip('.')}; what helps: {', '.join(helps)}, or larger chips"
-
-
-def _described(each: Counted, title: str, where: Slice, account: dict) -> list[str]:
-    mesh, sizes = account["mesh"], account["bytes"]
+def _described(each: Counted, where: Slice, mesh: dict, account: dict) -> list[str]:
+    sizes, exchanges = account["bytes"], account["exchanges"]
     hosts = f" on each of {where.hosts} hosts" if where.hosts > 1 else ""
     total = f"{_size(sum(sizes.values()))} of {_size(where.chip.memory_bytes)} a chip"
     parts = ", ".join(f"{what} {_size(size)}" for what, size in sizes.items())
-    exchanges = ", ".join(f"{number} {kind}" for kind, number in account["exchanges"].items())
+    exchanged = ", ".join(f"{number} {kind}" for kind, number in exchanges.items()) or "none"
     return [
-        title,
         f"  mesh: data={mesh['data']},model={mesh['model']}{hosts}",
         f"  it fits: {total}: {parts}",
-        f"  exchanges between chips: {exchanges or 'none'}; Pallas kernels: {account['kernels']}",
+        f"  exchanges between chips: {exchanged}; Pallas kernels: {account['kernels']}",
         f"  operations: {each.operations:.2e} an image",
-        f"  {_estimate(each, where, account)}",
+        f"  {_estimate(each, where, mesh, account)}",
     ]
 
 
-def _estimate(each: Counted, where: Slice, account: dict) -> str:
-    mesh, cycles, hertz = account["mesh"], account["cycles"], where.chip.hertz
+def _estimate(each: Counted, where: Slice, mesh: dict, account: dict) -> str:
+    cycles, hertz = account["cycles"], where.chip.hertz
     images = account["batch_size"] * mesh["data"]
     turn = cycles["sampling"] / max(1, cycles["turns"])
     said = (
@@ -240,7 +243,7 @@ def _time(cycles: float, hertz: float | None) -> str:
     return text if hertz is None else f"{text} ({1000 * cycles / hertz:.3g} ms)"
 
 
-def _bill(target: Target, where: Slice, work: int, mesh: dict) -> list[str]:
+def _bill(target: Target, where: Slice, mesh: dict, work: int) -> list[str]:
     chips = where.hosts * mesh["data"] * mesh["model"]  # a mesh may leave some idle
     peak = chips * where.chip.flops
     seconds = work / (peak * target.utilisation)
