@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,8 +15,10 @@ from jaxdiff.dataset.plan import Plan
 from jaxdiff.devices import batching
 from jaxdiff.families import operations
 from jaxdiff.request import Bucket
-from pipelines import inputs
+from pipelines import inputs, slice_report
 from pipelines.generate_options import Job
+from pipelines.jobs import duration
+from pipelines.slice_report import Counted
 
 HEADINGS = ("size", "steps", "sampler", "guided", "images", "batches", "padded slots", "shards")
 # Operations per second. The first was measured with shapes64 on two cores shared with other work.
@@ -25,12 +27,13 @@ SPEEDS = ((0.1e12, "two CPU cores"), (100e12, "a fast accelerator"))
 
 @dataclass
 class Share:
-    """A bucket's share of a plan, on one device."""
+    """A bucket's share of a plan, on one device; `row` has its values of `BUCKET_COLUMNS`."""
 
     images: int = 0
     batches: int = 0
     slots: int = 0
     shards: int = 0
+    row: dict = field(default_factory=dict)
 
 
 def report(job: Job, options: PipelineOptions) -> str:
@@ -62,10 +65,15 @@ def report(job: Job, options: PipelineOptions) -> str:
         )
         shares = _shares(folder, plan)
         rows = _rows(folder, plan)
-    work = sum(
-        share.slots * operations.of_image(ensemble, settings, bucket)
-        for bucket, share in shares.items()
-    )
+    of_image = {bucket: operations.of_image(ensemble, settings, bucket) for bucket in shares}
+    work = sum(share.slots * of_image[bucket] for bucket, share in shares.items())
+    on_slice = []
+    if job.target is not None:
+        counted = [
+            Counted(bucket, share.row, share.images, of_image[bucket])
+            for bucket, share in shares.items()
+        ]
+        on_slice = ["", *slice_report.lines(job, settings, ensemble, counted, plan.shard_sizes)]
     return "\n".join(
         [
             rows,
@@ -76,6 +84,7 @@ def report(job: Job, options: PipelineOptions) -> str:
             *_table(shares),
             "",
             _time(work),
+            *on_slice,
         ]
     )
 
@@ -96,7 +105,7 @@ def _shares(folder: Path, plan: Plan) -> dict[Bucket, Share]:
     batch_size, start = _batch_size(plan), 0
     for size in plan.shard_sizes:
         (row,) = table.slice(start, 1).to_pylist()
-        share = shares.setdefault(plans.example(plan.models, **row).bucket, Share())
+        share = shares.setdefault(plans.example(plan.models, **row).bucket, Share(row=row))
         batches = -(-size // batch_size)
         share.images += size
         share.batches += batches
@@ -151,13 +160,6 @@ def _start(bucket: Bucket) -> str:
 
 def _time(work: int) -> str:
     times = ", ".join(
-        f"{_duration(work / speed)} at {speed / 1e12:g} TFLOP/s ({what})" for speed, what in SPEEDS
+        f"{duration(work / speed)} at {speed / 1e12:g} TFLOP/s ({what})" for speed, what in SPEEDS
     )
     return f"about {work:.1e} operations: {times}, plus loading, compilation and writing"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.2g} s"

@@ -18,7 +18,9 @@ from jaxdiff.families import second_pass
 from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.families.opening import open_ensemble
 from pipelines import dates
+from pipelines import target as targets
 from pipelines.command_line import Parser
+from pipelines.target import Target
 
 DESCRIPTION = """\
 Generate an image for every prompt in a manifest, and write a finished dataset to a directory. If it
@@ -122,6 +124,7 @@ class Job:
     strict: bool = False
     retry_failed: bool = False
     dry_run: bool = False
+    target: Target | None = None
     image_root: str | None = None
     if_missing: str = "fail"
 
@@ -153,6 +156,7 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
         models=_models(said),
         settings={name: said[name] for name in settings.NAMES if name in said},
         workers=_workers(said),
+        target=targets.parse(said),
         image_root=_image_root(said.get("image_root")),
         if_missing=_if_missing(said.get("if_missing", Job.if_missing)),
         **{name: bool(said.get(name)) for name in FLAGS},
@@ -437,11 +441,12 @@ HELP = {
             "folder for a trace of a few batches, for TensorBoard or Perfetto",
         ),
     },
+    "dry run for a TPU slice": targets.HELP,
 }
 OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
 NAMES = (  # always text, even if it looks like a number
     *("manifest", "prompt_column", "image_root", "output", "model", "base", "variant", "refiner"),
-    *("lora", "controlnet", "ip_adapter", "upscale", "profile"),
+    *("lora", "controlnet", "ip_adapter", "upscale", "profile", "target"),
 )
 REPEATED = ("lora", "controlnet", "ip_adapter")
 FLAGS = tuple(name for name, value in OPTIONS.items() if value is None)

@@ -1,6 +1,7 @@
 """What all jobs share: exit codes, messages, stopping by signals, errors that keep their type."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,19 @@ class StoppedError(Exception):
 def say(message: str) -> None:
     """Prints a line about the job on stderr."""
     print(f"jaxdiff: {message}", file=sys.stderr, flush=True)
+
+
+def is_debugging() -> bool:
+    """Returns whether the command was given `--debug`."""
+    return logging.getLogger().isEnabledFor(logging.INFO)
+
+
+def duration(seconds: float) -> str:
+    """Returns a number of seconds in a fitting unit, such as "2.5 h"."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def count(number: int, what: str) -> str:

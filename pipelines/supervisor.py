@@ -7,7 +7,6 @@ images it was making are known: after three deaths, that image is given up, not 
 
 import contextlib
 import json
-import logging
 import os
 import queue
 import signal
@@ -184,7 +183,13 @@ class _Worker:
         paths = [*filter(None, [self._environment.get("PYTHONPATH")]), str(PACKAGES)]
         self._has_model = False
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pipelines.worker", *([DEBUG] if _is_debugging() else [])],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "pipelines.worker",
+                *([DEBUG] if jobs.is_debugging() else []),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -199,10 +204,6 @@ class _Worker:
     def _say(self, message: dict | str) -> None:
         self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()
-
-
-def _is_debugging() -> bool:
-    return logging.getLogger().isEnabledFor(logging.INFO)
 
 
 def _listen(lines, answers: queue.SimpleQueue) -> None:

@@ -22,6 +22,15 @@ def on_cpu(width: int, height: int) -> int:
     return max(1, CPU_BATCH_PX // (width * height))
 
 
+def enough(images: int, parts: int) -> int:
+    """Returns the smallest power of two, at most `MOST`, that is enough.
+
+    With it, `parts` devices compute all images at once: the last batch is filled up with copies.
+    """
+    on_each = max(1, -(-images // parts))
+    return min(1 << (on_each - 1).bit_length(), MOST)
+
+
 def largest(
     memory: Callable[[int], int], limit: int, runs: Callable[[int], bool], most: int = MOST
 ) -> int:

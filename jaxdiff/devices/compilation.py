@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,9 +33,17 @@ log = logging.getLogger(__name__)
 _waited = 0.0
 
 
-def jit(function: Callable, **how) -> Callable:
-    """Calls `jax.jit` with the compiler options for this device."""
-    return jax.jit(function, compiler_options=_options(), **how)
+def jit(function: Callable, mesh: jax.sharding.Mesh | None = None, **how) -> Callable:
+    """Calls `jax.jit` with the compiler options for the devices of `mesh`.
+
+    Args:
+      function: what to compile.
+      mesh: the devices that run it; None means this host's, of JAX's default platform.
+      **how: other arguments of `jax.jit`.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    options = _cpu_options() if platform == "cpu" else None
+    return jax.jit(function, compiler_options=options, **how)
 
 
 def ahead(function: Callable, *arguments, **static) -> "Future[jax.stages.Compiled]":
@@ -59,6 +68,13 @@ def wait(programs: "dict[Any, Future[jax.stages.Compiled]]", key) -> "jax.stages
         raise
     finally:
         _waited += time.monotonic() - began
+
+
+def without_memory(problem: jax.errors.JaxRuntimeError) -> int:
+    """Returns more bytes than any device has if memory ran out; else raises the error again."""
+    if "RESOURCE_EXHAUSTED" not in str(problem):
+        raise problem
+    return sys.maxsize
 
 
 def give_up() -> None:
@@ -126,9 +142,7 @@ def _cpu() -> str:
 
 
 @functools.cache
-def _options() -> dict[str, str] | None:
-    if jax.default_backend() != "cpu":
-        return None
+def _cpu_options() -> dict[str, str] | None:
     try:  # the option is experimental: another version of XLA may lack it
         jax.jit(lambda x: x, compiler_options=CPU_OPTIONS).lower(0.0).compile()
     except jax.errors.JaxRuntimeError as problem:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxdiff.devices.mesh_sizes import mesh_sizes
 from jaxdiff.errors import InputError
 
 AXES = ("data", "model")
@@ -20,23 +21,23 @@ AXES = ("data", "model")
 log = logging.getLogger(__name__)
 
 
-def make_mesh(spec: str | None = None) -> Mesh:
-    """Makes the mesh that `spec` describes over this host's devices.
+def make_mesh(spec: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Makes the mesh that `spec` describes over a host's devices.
 
     Warns about virtual CPU devices without spare threads: see `_without_spare_threads`.
 
     Args:
       spec: for example "data=4" or "data=4,model=2", with any sizes: the first devices are used,
         and the others stay idle. None uses every device for `data`.
+      devices: None for this host's; or devices of another kind, which need not exist: programs
+        can be compiled for them.
 
     Raises:
       InputError: if `spec` cannot be parsed, or asks for more devices than there are.
     """
-    devices = jax.local_devices()
-    sizes = {"data": len(devices), "model": 1} if spec is None else _sizes(spec)
+    devices = jax.local_devices() if devices is None else devices
+    sizes = mesh_sizes(spec, len(devices))
     count = sizes["data"] * sizes["model"]
-    if count > len(devices):
-        raise InputError(f"--mesh {spec}: needs {count} devices, but there are {len(devices)}")
     grid = np.array(devices[:count]).reshape(sizes["data"], sizes["model"])
     mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
     if _without_spare_threads(mesh):
@@ -86,16 +87,6 @@ def _threads() -> int:
     said = (os.environ.get(name, "") for name in ("PJRT_NPROC", "NPROC"))
     threads = next((int(text) for text in said if re.fullmatch(r"[1-9][0-9]{0,5}", text)), cores)
     return max(threads, jax.local_device_count())
-
-
-def _sizes(spec: str) -> dict[str, int]:
-    sizes = {}
-    for part in spec.split(","):
-        match = re.fullmatch(r"(data|model)=([1-9][0-9]{0,5})", part.strip())
-        if match is None or match[1] in sizes:
-            raise InputError(f"--mesh {spec}: write it as data=4 or data=4,model=2")
-        sizes[match[1]] = int(match[2])
-    return {"data": 1, "model": 1, **sizes}
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:

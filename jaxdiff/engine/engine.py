@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+import jax
 import jax.numpy as jnp
 
 from jaxdiff import checks
@@ -83,8 +84,18 @@ def load(
 class TextToImage:
     """A loaded model; an image depends only on its request, not on the others in its batch."""
 
-    def __init__(self, ensemble: Ensemble, options: Options):
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        options: Options,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         """Locates the weights of the networks; `load_weights` reads them.
+
+        Args:
+          ensemble: the model.
+          options: how it is sampled.
+          devices: as in `parallel.make_mesh`.
 
         Raises:
           InputError: if the weights do not match the configs, or the networks do not fit the
@@ -94,7 +105,7 @@ class TextToImage:
         preprocessing.check(options.preprocess)
         self.ensemble, self.checkpoint = ensemble, ensemble.base
         self.options = options
-        self.mesh = parallel.make_mesh(options.mesh)
+        self.mesh = parallel.make_mesh(options.mesh, devices)
         dtype = DTYPES[options.dtype]
         self._sampler = self._upscaler = None
         if ensemble.samples:
@@ -215,6 +226,19 @@ class TextToImage:
             self._sampler.compile(request, batch_size)
         if self._upscaler is not None:
             self._upscaler.compile(*self._seen(request))
+
+    def compiled(self, request: Request, batch_size: int) -> jax.stages.Compiled:
+        """Compiles the program for images like a resolved request; reads no weights.
+
+        Raises:
+          jax.errors.JaxRuntimeError: if it does not fit on the devices, or cannot be compiled.
+        """
+        return self._sampler.compiled(request, batch_size)
+
+    @property
+    def encoder_bytes(self) -> int:
+        """How much memory the weights of text and image encoders take on each device."""
+        return self._sampler.encoder_bytes
 
     @property
     def prompt_sizes(self) -> tuple[int, ...]:

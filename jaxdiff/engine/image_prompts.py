@@ -40,10 +40,15 @@ class ImagePromptEncoder:
         self.adapter = adapter
         self._stored, self._mesh = stored, mesh
         encode = partial(adapter.encode, dtype=dtype)
-        self._encode = compilation.jit(parallel.over_data(encode, mesh, (None, None, 0)))
-        self._nothing = compilation.jit(partial(adapter.negative, dtype=dtype))
+        self._encode = compilation.jit(parallel.over_data(encode, mesh, (None, None, 0)), mesh)
+        self._nothing = compilation.jit(partial(adapter.negative, dtype=dtype), mesh)
         self._programs: dict[str, Future[jax.stages.Compiled]] = {}
         self._cache = EmbeddingCache(mesh)
+
+    @property
+    def device_bytes(self) -> int:
+        """How much memory the weights take on each device."""
+        return sum(stored.device_bytes for stored in self._stored)
 
     def load(self) -> None:
         """Reads the weights; after that, images can be encoded."""

@@ -39,8 +39,8 @@ class ImageEncoder:
         def sample(encoded: Array, noise: Array) -> Array:
             return codec.scale(encoded[:, 0] + encoded[:, 1] * noise)
 
-        self._encode = compilation.jit(parallel.over_data(encode, mesh, (None, 0, 0)))
-        self._sample = compilation.jit(parallel.over_data(sample, mesh, (0, 0)))
+        self._encode = compilation.jit(parallel.over_data(encode, mesh, (None, 0, 0)), mesh)
+        self._sample = compilation.jit(parallel.over_data(sample, mesh, (0, 0)), mesh)
         self._programs: dict[tuple[int, int], Future[jax.stages.Compiled]] = {}
         self._cache = EmbeddingCache(mesh)
 

@@ -86,6 +86,7 @@ class Weights(NamedTuple):
     controls: Sequence[dict] = ()
 
 
+SAMPLING = "sampling"  # what compiled programs and traces call it
 SKIP_SCALE = 2.8  # of skip-layer guidance, as in diffusers and Stability AI's code
 # The batch axis of each part of a pass.
 AXES = Pass(
@@ -184,16 +185,17 @@ def sample_pixels(
             )
             for part in route.ranges
         ]
-        latents = sampling.sample(
-            walk,
-            inputs.noise,
-            given.initial_scale,
-            given.columns,
-            inputs.fresh_noise,
-            start=start,
-            kept=inputs.kept,
-            whole_every=deep_cache,
-        )
+        with jax.named_scope(SAMPLING):
+            latents = sampling.sample(
+                walk,
+                inputs.noise,
+                given.initial_scale,
+                given.columns,
+                inputs.fresh_noise,
+                start=start,
+                kept=inputs.kept,
+                whole_every=deep_cache,
+            )
 
     def decode(latents: Array) -> tuple[Array, Array]:
         images = codec.decode(weights.codec, latents, dtype)

@@ -69,13 +69,20 @@ class PromptEncoder:
             return model.encode_text(restored(params, dtype), tokens, clip_skip=clip_skip)
 
         self._encode = {
-            skip: compilation.jit(parallel.over_data(partial(encode, clip_skip=skip), mesh, axes))
+            skip: compilation.jit(
+                parallel.over_data(partial(encode, clip_skip=skip), mesh, axes), mesh
+            )
             for skip in (0, clip_skip)
         }
         self._slots = TEXT_BATCH if model.image_size is None else mesh.shape["data"]
         self._image_size, self._clip_skip = model.image_size, clip_skip
         self._cache = {False: EmbeddingCache(mesh), True: EmbeddingCache(mesh)}  # by `negative`
         self._programs: dict[tuple, Future[jax.stages.Compiled]] = {}
+
+    @property
+    def device_bytes(self) -> int:
+        """How much memory the weights take on each device."""
+        return sum(stored.device_bytes for stored in self._stored.values())
 
     def load(self) -> None:
         """Reads the weights; after that, prompts can be encoded."""

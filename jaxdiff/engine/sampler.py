@@ -71,6 +71,7 @@ class Sampler:
             lambda weights, passes, **static: parallel.over_data(
                 partial(pixels, **static), self._mesh, (None, [AXES] * len(passes))
             )(weights, passes),
+            self._mesh,
             static_argnames=("routes", "decoded_at_once"),
         )
 
@@ -121,8 +122,7 @@ class Sampler:
             seen = self._passes_of(request.bucket)[-1].bucket
             return batching.on_cpu(seen.width, seen.height)
         limit = (self._first_device.memory_stats() or {}).get("bytes_limit", sys.maxsize)
-        on_each = max(1, -(-most // self._mesh.shape["data"]))
-        most = min(1 << (on_each - 1).bit_length(), batching.MOST)  # the last batch is filled up
+        most = batching.enough(most, self._mesh.shape["data"])
         before = dict(self._programs)
 
         def memory(size: int) -> int:
@@ -130,7 +130,7 @@ class Sampler:
             try:
                 account = compilation.wait(self._programs, program).memory_analysis()
             except jax.errors.JaxRuntimeError as problem:
-                return _without_memory(problem)
+                return compilation.without_memory(problem)
             return (
                 account.argument_size_in_bytes
                 + account.output_size_in_bytes
@@ -142,7 +142,7 @@ class Sampler:
             try:
                 list(self.stream([request], size))
             except jax.errors.JaxRuntimeError as problem:
-                return not _without_memory(problem)
+                return not compilation.without_memory(problem)
             return True
 
         size = batching.largest(memory, limit, runs, most)
@@ -159,6 +159,24 @@ class Sampler:
         if any(self._inputs.brings(request)) and self._ensemble.enlarges is None:
             self._inputs.encoder.compile(request.height, request.width)
         self._program(request, self.slots(request, batch_size))
+
+    def compiled(self, request: Request, batch_size: int) -> jax.stages.Compiled:
+        """Compiles the program for images like a resolved request; reads no weights.
+
+        Raises:
+          jax.errors.JaxRuntimeError: if it does not fit on the devices, or cannot be compiled.
+        """
+        program = self._program(request, self.slots(request, batch_size))
+        return compilation.wait(self._programs, program)
+
+    @property
+    def encoder_bytes(self) -> int:
+        """How much memory the weights of text and image encoders take on each device."""
+        return sum(
+            encoder.device_bytes
+            for denoiser in self._denoisers
+            for encoder in (denoiser.prompts, *denoiser.image_prompts)
+        )
 
     @property
     def prompt_sizes(self) -> tuple[int, ...]:
@@ -241,10 +259,3 @@ class Sampler:
 
 def _pass(steps: Steps, inputs: Inputs) -> Pass:
     return Pass(inputs, np.float32(steps.tables[0].initial_scale), steps.columns())
-
-
-def _without_memory(problem: jax.errors.JaxRuntimeError) -> int:
-    """Returns more bytes than any device has if memory ran out; else raises the error again."""
-    if "RESOURCE_EXHAUSTED" not in str(problem):
-        raise problem
-    return sys.maxsize

@@ -64,7 +64,7 @@ class Upscaler:
             images = model.enlarge(params, pixels.astype(dtype) / 255).astype(jnp.float32)
             return jnp.clip(images, 0, 1) * 255, jnp.isfinite(images).all(axis=(1, 2, 3))
 
-        self._enlarge = compilation.jit(parallel.over_data(enlarge, mesh, (None, 0)))
+        self._enlarge = compilation.jit(parallel.over_data(enlarge, mesh, (None, 0)), mesh)
 
     def load_weights(self) -> None:
         """Reads the weights onto the devices; after that, images can be enlarged."""

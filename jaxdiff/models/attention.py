@@ -107,12 +107,15 @@ def _attend_at_once(query: Array, key: Array, value: Array, mask: Array | None, 
 
 
 def _kernel(query: Array, key: Array) -> Callable[..., Array]:
-    """Returns this host's function for `attend` without `is_causal`.
+    """Returns the function for `attend` without `is_causal` on the devices of the program.
 
+    They are those of the mesh that the program is traced for, if there is one, or else this host's.
     `jax.lax.platform_dependent` would trace every kernel on every platform, but cuDNN's cannot be
     traced without cuDNN, and importing Pallas takes a quarter of a second.
     """
-    platform, half, width = jax.default_backend(), query.dtype == jnp.bfloat16, query.shape[-1]
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    half, width = query.dtype == jnp.bfloat16, query.shape[-1]
     if platform == "gpu" and half and width % 8 == 0 and width <= _widest_in_cudnn():
         return partial(_attend_at_once, implementation="cudnn")
     if query.shape[1] * key.shape[1] < BLOCKWISE:

@@ -5,6 +5,7 @@ parameters and the tensors of a file: kernels are transposed, and `kernel`, `sca
 are all called `weight` in the file. A parameter's public name is its dotted path in the dict.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,14 @@ class StoredNetwork(NamedTuple):
 
     places: dict
     tensors: Mapping[str, StoredTensor]
+
+    @property
+    def device_bytes(self) -> int:
+        """How much memory the parameters take on each device."""
+        return sum(
+            math.prod(place.sharding.shard_shape(place.shape)) * place.dtype.itemsize
+            for place in jax.tree.leaves(self.places)
+        )
 
     def load(self) -> dict:
         """Reads the parameters onto their devices, as `load_params` does."""

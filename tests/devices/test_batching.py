@@ -55,6 +55,13 @@ def test_a_shard_has_full_batches(size, batch_size, shard):
     assert batching.full(size, batch_size) == shard
 
 
+@pytest.mark.parametrize(
+    ("images", "parts", "size"), [(1, 4, 1), (8, 4, 2), (9, 4, 4), (9, 1, 16), (10**6, 4, 64)]
+)
+def test_no_batch_is_larger_than_the_images_need(images, parts, size):
+    assert batching.enough(images, parts) == size
+
+
 @pytest.fixture
 def accelerator(tiny_checkpoint, monkeypatch):
     """Returns a function that loads a model, with its CPU treated as an accelerator."""

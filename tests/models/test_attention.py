@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas import tpu as pallas
+from jax.sharding import AxisType
 
 from jaxdiff.models import attention as kernels
 from jaxdiff.models.attention import attend, attention
@@ -166,6 +167,17 @@ def test_a_gpu_uses_cudnns_kernel_in_bfloat16(shapes, monkeypatch):
 
 def test_a_tpu_uses_pallas_kernel_in_bfloat16(monkeypatch):
     assert asked_for(monkeypatch, "tpu", jnp.bfloat16, *SELF) == ["tpu_custom_call"]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_the_devices_of_the_mesh_choose_the_kernel_not_those_of_the_host(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: {"cpu": "tpu", "tpu": "cpu"}[platform])
+    device = jax.sharding.AbstractDevice("any", num_cores=None, platform=platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
+    array = jax.ShapeDtypeStruct(SELF[0], jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = str(jax.make_jaxpr(lambda *arrays: attention(*arrays, 8))(array, array, array))
+    assert ("pallas_call" in traced) == (platform == "tpu")
 
 
 def test_the_kernels_have_gradients(monkeypatch):

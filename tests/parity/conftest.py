@@ -19,9 +19,9 @@ def compiled_fast(compiled_fast):
     older = {"xla_cpu_use_fusion_emitters": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compilation, "CPU_OPTIONS", compilation.CPU_OPTIONS | older)
-        compilation._options.cache_clear()
+        compilation._cpu_options.cache_clear()
         yield
-    compilation._options.cache_clear()
+    compilation._cpu_options.cache_clear()
 
 
 @pytest.fixture(autouse=True)

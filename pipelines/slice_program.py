@@ -1,0 +1,134 @@
+"""The process that compiles a job's program for a TPU slice; the slice need not exist.
+
+    python -m pipelines.slice_program
+
+Reads a `Task` from standard input and writes its account, or why there is none, to standard output,
+each as a line of JSON.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+from jaxdiff.dataset import plan as plans
+from jaxdiff.devices import batching, program_text, slices
+from jaxdiff.errors import InputError
+from jaxdiff.request import Options
+from pipelines.generate_options import Models
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Task:
+    """A program to compile.
+
+    Attributes:
+      models: the arguments of `Models`.
+      options: the fields of `Options`.
+      row: the bucket's values of `plan.BUCKET_COLUMNS`.
+      target: the slice, as on the command line.
+      batch_size: of each chip along `data`; None looks for the largest that fits.
+      most: the largest that is tried.
+    """
+
+    models: dict
+    options: dict
+    row: dict
+    target: str
+    batch_size: int | None = None
+    most: int = batching.MOST
+
+
+def account(task: Task) -> dict:
+    """Compiles the program for one host's chips and describes what came out, as JSON can.
+
+    Returns:
+      the `batch_size`, and if it does not fit, why it is `too_large`; else the `bytes` of each chip
+      by what they are for, the numbers of `exchanges` by kind, that of `kernels`, and the `cycles`.
+
+    Raises:
+      InputError: if libtpu cannot be used, or the model, the options and the mesh do not go
+        together.
+    """
+    import jax
+
+    from jaxdiff.devices import compilation
+    from jaxdiff.engine.engine import TextToImage
+    from jaxdiff.engine.program import SAMPLING
+
+    where = slices.parse(task.target)
+    model = TextToImage(Models(**task.models).open(), Options(**task.options), described(where))
+    request = model.resolve(plans.example(task.models, **task.row))
+    programs, failures = {}, {}
+
+    def memory(size: int) -> int:
+        try:
+            programs[size] = model.compiled(request, size)
+        except jax.errors.JaxRuntimeError as problem:
+            failures[size] = str(problem).splitlines()[0]
+            return compilation.without_memory(problem)
+        return sum(_bytes(programs[size], model.encoder_bytes).values())
+
+    limit, size = where.chip.memory_bytes, task.batch_size
+    if size is None:
+        size = batching.largest(memory, limit, lambda _: True, task.most)
+    if size not in programs and size not in failures:
+        memory(size)
+    found = {"batch_size": size}
+    if size in failures:
+        return found | {"too_large": failures[size].removeprefix("RESOURCE_EXHAUSTED: ")}
+    program, text = programs[size], programs[size].as_text()
+    needed = _bytes(program, model.encoder_bytes)
+    over = sum(needed.values()) - batching.USED * limit
+    if over > 0:
+        return found | {
+            "too_large": f"it takes {sum(needed.values()) / GIB:.2f} GiB of a chip, "
+            f"{over / GIB:.2f} more than {batching.USED:.0%} of its memory"
+        }
+    return found | {
+        "bytes": needed,
+        "exchanges": program_text.exchanges(text),
+        "kernels": program_text.kernels(text),
+        "cycles": program_text.cycles(text, f"{SAMPLING}/while")._asdict(),
+    }
+
+
+def described(where: slices.Slice) -> list:
+    """Returns the described chips of one host; raises InputError if libtpu does not know them."""
+    from jax.experimental import topologies
+
+    sides = where.host_sides
+    # v5p wants three sides, the others two
+    layout = "x".join(map(str, sides[: where.layout.count("x") + 1]))
+    try:
+        described = topologies.get_topology_desc(
+            f"{where.kind}:{layout}", "tpu", chips_per_host_bounds=sides
+        )
+    except Exception as problem:  # of many types, depending on what is wrong with libtpu
+        first, *_ = str(problem).splitlines() or [type(problem).__name__]
+        raise InputError(f"libtpu cannot describe {where.kind}:{layout}: {first}") from problem
+    return described.devices
+
+
+def _bytes(program, encoder_bytes: int) -> dict[str, int]:
+    """Returns the memory of a chip that a program takes, by what it is for."""
+    said = program.memory_analysis()
+    return {
+        "weights and inputs": said.argument_size_in_bytes,
+        "text encoders": encoder_bytes,
+        "temporaries": said.temp_size_in_bytes,
+        "images": said.output_size_in_bytes - said.alias_size_in_bytes,
+        "code": said.generated_code_size_in_bytes,
+    }
+
+
+if __name__ == "__main__":
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")  # keeps the libraries' prints out of it
+    os.dup2(2, 1)
+    try:
+        answer = account(Task(**json.load(sys.stdin)))
+    except InputError as problem:
+        answer = {"refused": str(problem)}
+    print(json.dumps(answer), file=own)

@@ -1,0 +1,124 @@
+"""Real TPU programs, compiled by libtpu without a TPU: they fit, exchange and call kernels."""
+
+from dataclasses import asdict
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small_families
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxdiff import cli
+from jaxdiff.devices import parallel, program_text, slices
+from jaxdiff.models.attention import attention
+from jaxdiff.request import Options
+from pipelines import slice_program
+from pipelines.generate_options import Models
+from pipelines.slice_program import Task
+
+pytestmark = pytest.mark.tpu_aot
+MESHES = {"data=4": False, "data=2,model=2": True}  # whether anything is exchanged
+SIMILAR = ("FLUX.1 schnell", "Stable Diffusion 3 without T5")  # to others in their family
+FAMILIES = [name for name in small_families.SMALL if name not in SIMILAR]
+ROW = {"width": 64, "height": 64, "steps": 3, "guidance_scale": 2.0, "sampler": "euler"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_in_a_process_of_its_own():
+    """Sets what `slice_report` sets for the process that compiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        jax.config.update("jax_enable_compilation_cache", False)
+        yield
+        jax.config.update("jax_enable_compilation_cache", True)
+
+
+def task(model, mesh: str, **changes) -> Task:
+    said = {"batch_size": 1, "target": "tpu-v5e:2x2", "row": ROW} | changes
+    options = asdict(Options(dtype="bfloat16", mesh=mesh))
+    return Task(models=asdict(Models(str(model))), options=options, **said)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", ["Stable Diffusion", *FAMILIES])
+def test_every_family_compiles_for_a_slice(name, mesh, tiny_checkpoint, tmp_path):
+    model = tiny_checkpoint
+    if name in small_families.SMALL:
+        model = small_families.save(small_families.SMALL[name], tmp_path / "small")
+    row = ROW | {"strength": 1.0} if "Edit" in name else ROW  # it begins with an image
+    found = slice_program.account(task(model, mesh, row=row))
+    assert bool(found["exchanges"]) == MESHES[mesh]
+    assert found["cycles"]["turns"] == 3
+    assert found["cycles"]["sampling"] > 3000
+    assert found["cycles"]["rest"] > 1000
+    assert min(found["bytes"].values()) > 0
+
+
+@pytest.mark.parametrize("target", ["tpu-v6e:2x2", "tpu-v5p:2x2x1", "tpu-v5e:1x1", "tpu-v5e:4x4"])
+def test_a_host_of_every_slice_has_a_program(target, tiny_checkpoint):
+    found = slice_program.account(task(tiny_checkpoint, None, target=target))
+    assert found["exchanges"] == {}
+    assert found["cycles"]["turns"] == 3
+
+
+def test_the_largest_batch_is_found(tiny_checkpoint):
+    found = slice_program.account(task(tiny_checkpoint, "data=4", batch_size=None, most=2))
+    assert found["batch_size"] == 2
+
+
+def test_a_batch_that_does_not_fit_says_why(tiny_checkpoint):
+    large = ROW | {"width": 1024, "height": 1024}
+    found = slice_program.account(task(tiny_checkpoint, "data=4", batch_size=512, row=large))
+    assert "exceeds available HBM (15.75G)" in found["too_large"]
+    assert found.keys() == {"batch_size", "too_large"}
+
+
+@pytest.mark.parametrize("mesh", ["data=4", "data=1,model=4", "data=2,model=2"])
+@pytest.mark.parametrize(
+    ("heads", "width", "tokens", "context"),
+    [
+        (8, 40, 4096, 4096),  # Stable Diffusion's, at 512x512
+        (8, 40, 4096, 77),
+        (8, 160, 1024, 1024),  # wider than a register
+        (1, 512, 4096, 4096),  # the autoencoder's: one head for two devices
+        (24, 128, 4608, 4608),  # FLUX.1's, at 1024x1024
+    ],
+)
+def test_attention_calls_pallas_kernel_for_the_meshs_devices(heads, width, tokens, context, mesh):
+    devices = slice_program.described(slices.parse("tpu-v5e:2x2"))
+    where = parallel.make_mesh(mesh, devices)
+    split = NamedSharding(where, PartitionSpec("data"))
+
+    def attend(query, key):
+        return attention(query, key, key, heads)
+
+    query, key = (
+        jax.ShapeDtypeStruct((4, length, heads * width), jnp.bfloat16, sharding=split)
+        for length in (tokens, context)
+    )
+    program = jax.jit(parallel.over_data(attend, where, (0, 0))).lower(query, key).compile()
+    assert program_text.kernels(program.as_text()) == 1
+
+
+def test_a_dry_run_compiles_once(tmp_path, tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    command = ["generate", f"--manifest={prompts}", f"--output={tmp_path / 'out'}", "--dry-run"]
+    command += [f"--model={tiny_checkpoint}", "--steps=3", "--target=tpu-v5e:2x2"]
+    command += ["--num-images=1000", "--batch-size=2"]
+
+    def said(*more: str) -> tuple[str, str]:
+        assert cli.main([*command, *more]) == 0
+        return capsys.readouterr()
+
+    first, errors = said("--price-per-chip-hour=500000")
+    assert "compiling for tpu-v5e:2x2 at 64x64" in errors
+    assert "  exchanges between chips: none; Pallas kernels: 0" in first.splitlines()
+    assert "in each of 3 turns of the sampling loop" in first
+    assert "float32 takes twice the memory of --dtype bfloat16" in first
+    again, errors = said("--price-per-chip-hour=1000000", "--utilisation=0.2")
+    assert errors == ""
+    bills = [float(text.splitlines()[-1].split()[2]) for text in (first, again)]
+    assert bills[1] == pytest.approx(4 * bills[0], rel=0.05)
+    assert not (tmp_path / "out").exists()
