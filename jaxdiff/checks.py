@@ -24,6 +24,7 @@ NOISES = ("jax", "torch")
 SWITCH = ("on", "off")
 PREPROCESSORS = ("none", "canny")
 WEIGHTS = ("full", "int8", "fp8")
+PLACES = ("device", "host")
 MAX_MARGIN_PX = 4096
 MAX_CONTROLS = 8
 MAX_CONTROL_MODE = 99  # each union ControlNet has its own limit

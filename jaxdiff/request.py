@@ -273,6 +273,8 @@ class Options:
         deep layers more than the outer ones (Zhang et al., 2023, arXiv:2302.05543).
       weights: "int8" or "fp8" stores the kernels of denoisers and text encoders in 8 bits, half of
         bfloat16; "full" in `dtype`. See `weights.quantization`.
+      text_encoders: "host" keeps the text encoders in the host's memory and runs them on its CPU;
+        "device" on the mesh.
       preprocess: "canny" shows ControlNets the edges of their images, "none" the images themselves.
     """
 
@@ -293,6 +295,7 @@ class Options:
     guess_mode: str = field(default="off", metadata=LATER)
     preprocess: str = field(default="none", metadata=LATER)
     weights: str = field(default="full", metadata=LATER)
+    text_encoders: str = field(default="device", metadata=LATER)
 
     @property
     def skipped_layers(self) -> tuple[int, ...]:
@@ -320,4 +323,5 @@ OPTION_CHECKS = {
     "guess_mode": (checks.choice, checks.SWITCH),
     "preprocess": (checks.choice, checks.PREPROCESSORS),
     "weights": (checks.choice, checks.WEIGHTS),
+    "text_encoders": (checks.choice, checks.PLACES),
 }

@@ -423,6 +423,11 @@ HELP = {
             "int8 or fp8: keep most weights in 8 bits, half of the memory of bfloat16; changes the "
             "images slightly (default: full, in --dtype)",
         ),
+        "text_encoders": (
+            "PLACE",
+            "host: keep text encoders in the host's memory and run them on its CPU, where a device "
+            "has no room for them (default: device)",
+        ),
         "batch_size": (
             "N",
             "images computed at once on each device, or auto: as many as fit, up to 64; a CPU uses "

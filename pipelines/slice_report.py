@@ -194,6 +194,7 @@ def _title(task: Task, each: Counted, account: dict) -> str:
     if "too_large" in account:
         helps = ["a smaller --batch-size"] * (size > 1)
         helps += ["--dtype bfloat16"] * (task.options["dtype"] == "float32")
+        helps += ["--text-encoders host"] * (task.options["text_encoders"] == "device")
         helps += ["--weights int8"] * (task.options["weights"] == "full")
         raise InputError(
             f"{title} does not fit: {account['too_large'].rstrip('.')}; what helps: "

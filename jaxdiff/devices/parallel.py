@@ -49,6 +49,21 @@ def make_mesh(spec: str | None = None, devices: Sequence[jax.Device] | None = No
     return mesh
 
 
+def host_mesh() -> Mesh:
+    """Makes the mesh of this host's CPU alone, beside those of its accelerators.
+
+    Raises:
+      InputError: if JAX was told to use no CPU.
+    """
+    try:
+        return make_mesh("data=1", jax.local_devices(backend="cpu"))
+    except RuntimeError:
+        raise InputError(
+            "--text-encoders host needs JAX's CPU backend: add cpu to JAX_PLATFORMS, such as "
+            "JAX_PLATFORMS=cuda,cpu"
+        ) from None
+
+
 def _without_spare_threads(mesh: Mesh) -> bool:
     """Checks whether XLA may compute wrong results here: measured with jaxlib 0.10.2, on two cores.
 

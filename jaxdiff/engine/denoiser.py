@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.controlnet import ControlNetFiles
 from jaxdiff.checkpoint.ip_adapter import IPAdapterFiles
+from jaxdiff.devices import parallel
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.engine.image_prompts import ImagePromptEncoder
 from jaxdiff.engine.program import Denoising
@@ -60,19 +61,22 @@ class LoadedDenoiser:
         """
         self.model = model = networks_of(checkpoint)
 
-        def stored(component: str, kind: str | None = None):
+        def stored(component: str, mesh: jax.sharding.Mesh, kind: str | None = None):
             network, tensors = model.networks[component], checkpoint.weights(component)
             return open_network(network.shapes, network.sharding, tensors, dtype, mesh, kind)
 
         kind = None if options.weights == "full" else options.weights
-        self.stored = stored(model.denoiser.component, kind)
-        self.codec = stored(model.codec.component)
+        self.stored = stored(model.denoiser.component, mesh, kind)
+        self.codec = stored(model.codec.component, mesh)
+        self._mesh, of_texts = mesh, mesh
+        if options.text_encoders == "host":
+            of_texts = parallel.host_mesh()
         self.prompts = PromptEncoder(
             model,
             of_checkpoint(checkpoint),
-            {name: stored(name, kind) for name in model.text_encoders},
+            {name: stored(name, of_texts, kind) for name in model.text_encoders},
             dtype,
-            mesh,
+            of_texts,
             clip_skip=options.clip_skip,
             chunks=options.prompt_chunks,
         )
@@ -95,6 +99,8 @@ class LoadedDenoiser:
         prompts = [self._prompt(request, negative) for request in batch]
         images = None if self.model.image_size is None else [r.image for r in batch]
         texts = self.prompts(prompts, images=images, negative=negative)
+        if self.prompts.mesh is not self._mesh:
+            texts = jax.device_put(texts, parallel.replicated(self._mesh))
         if negative and self.model.zeros_for_empty:
             texts = [
                 text if prompt else jax.tree.map(jnp.zeros_like, text)

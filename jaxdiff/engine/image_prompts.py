@@ -38,7 +38,7 @@ class ImagePromptEncoder:
           mesh: the devices.
         """
         self.adapter = adapter
-        self._stored, self._mesh = stored, mesh
+        self._stored, self.mesh = stored, mesh
         encode = partial(adapter.encode, dtype=dtype)
         self._encode = compilation.jit(parallel.over_data(encode, mesh, (None, None, 0)), mesh)
         self._nothing = compilation.jit(partial(adapter.negative, dtype=dtype), mesh)
@@ -79,7 +79,7 @@ class ImagePromptEncoder:
 
         def encode(images: list[np.ndarray]) -> Any:
             padded = images + images[-1:] * (self._slots - len(images))
-            pixels = jax.device_put(np.stack(padded), parallel.batch_sharding(self._mesh))
+            pixels = jax.device_put(np.stack(padded), parallel.batch_sharding(self.mesh))
             return compilation.wait(self._programs, "encode")(*self._params, pixels)
 
         names = [*map(digest, images)]
@@ -88,13 +88,13 @@ class ImagePromptEncoder:
 
     @property
     def _slots(self) -> int:
-        return BATCH * self._mesh.shape["data"]
+        return BATCH * self.mesh.shape["data"]
 
     def _abstract_arguments(self) -> tuple:
         size = self.adapter.size
         pixels = jax.ShapeDtypeStruct(
             (self._slots, size, size, 3),
             np.uint8,
-            sharding=parallel.batch_sharding(self._mesh),
+            sharding=parallel.batch_sharding(self.mesh),
         )
         return *(stored.places for stored in self._stored), pixels

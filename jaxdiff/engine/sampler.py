@@ -176,6 +176,7 @@ class Sampler:
             encoder.device_bytes
             for denoiser in self._denoisers
             for encoder in (denoiser.prompts, *denoiser.image_prompts)
+            if encoder.mesh is self._mesh  # or else on the host
         )
 
     @property

@@ -196,8 +196,12 @@ class Ensemble:
             if getattr(options, name) != getattr(usual, name) and not has_effect:
                 said = name.replace("_", "-")
                 raise InputError(f"--{said} has no effect without --controlnet; leave it out")
-        if options.weights != usual.weights and not self.samples:
-            raise InputError(f"--weights has no effect on {self.base.defaults.name}; leave it out")
+        for name in ("weights", "text_encoders"):
+            if getattr(options, name) != getattr(usual, name) and not self.samples:
+                said = name.replace("_", "-")
+                raise InputError(
+                    f"--{said} has no effect on {self.base.defaults.name}; leave it out"
+                )
         skipped = options.skipped_layers
         if skipped:
             count = config_values.integer(self.base, "transformer", "num_layers", 18)

@@ -14,10 +14,13 @@ REQUESTS = [
 ]
 
 
-WEIGHTS = {"Stable Diffusion 3": "full", "Qwen-Image": "int8"}
+OPTIONS = {
+    "Stable Diffusion 3": {"text_encoders": "host"},
+    "Qwen-Image": {"weights": "int8"},
+}
 
 
-@pytest.fixture(scope="module", params=WEIGHTS)
+@pytest.fixture(scope="module", params=OPTIONS)
 def made(request, tmp_path_factory):
     """Returns, by mesh, the images and the programs of a small checkpoint."""
     family = request.param
@@ -25,9 +28,7 @@ def made(request, tmp_path_factory):
     checkpoint = small_families.save(small_families.SMALL[family], folder / "model")
     programs = folder / "programs"
     programs.mkdir()
-    return made_on_eight_devices(
-        checkpoint, programs, [ALONE, SPLIT], REQUESTS, weights=WEIGHTS[family]
-    )
+    return made_on_eight_devices(checkpoint, programs, [ALONE, SPLIT], REQUESTS, **OPTIONS[family])
 
 
 def test_a_mesh_makes_the_same_images_as_one_device(made, record_property):
