@@ -232,7 +232,7 @@ def _estimate(each: Counted, where: Slice, mesh: dict, account: dict) -> str:
     seconds = (cycles["sampling"] + cycles["rest"]) / hertz
     speed = images * each.operations / seconds
     share = speed / (mesh["data"] * mesh["model"] * where.chip.flops)
-    return f"{said}, and would be {share:.0%} of the chips' peak"
+    return f"{said}, and would be {100 * share:.2g}% of the chips' peak"
 
 
 def _size(size: int) -> str:

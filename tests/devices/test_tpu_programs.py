@@ -33,6 +33,13 @@ def _as_in_a_process_of_its_own():
         jax.config.update("jax_enable_compilation_cache", True)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Returns a checkpoint whose programs compile in seconds."""
+    folder = tmp_path_factory.mktemp("small") / "pixart"
+    return small_families.save(small_families.PIXART, folder)
+
+
 def task(model, mesh: str, **changes) -> Task:
     said = {"batch_size": 1, "target": "tpu-v5e:2x2", "row": ROW} | changes
     options = asdict(Options(dtype="bfloat16", mesh=mesh))
@@ -55,20 +62,20 @@ def test_every_family_compiles_for_a_slice(name, mesh, tiny_checkpoint, tmp_path
 
 
 @pytest.mark.parametrize("target", ["tpu-v6e:2x2", "tpu-v5p:2x2x1", "tpu-v5e:1x1", "tpu-v5e:4x4"])
-def test_a_host_of_every_slice_has_a_program(target, tiny_checkpoint):
-    found = slice_program.account(task(tiny_checkpoint, None, target=target))
+def test_a_host_of_every_slice_has_a_program(target, small):
+    found = slice_program.account(task(small, None, target=target))
     assert found["exchanges"] == {}
     assert found["cycles"]["turns"] == 3
 
 
-def test_the_largest_batch_is_found(tiny_checkpoint):
-    found = slice_program.account(task(tiny_checkpoint, "data=4", batch_size=None, most=2))
+def test_the_largest_batch_is_found(small):
+    found = slice_program.account(task(small, "data=4", batch_size=None, most=2))
     assert found["batch_size"] == 2
 
 
-def test_a_batch_that_does_not_fit_says_why(tiny_checkpoint):
+def test_a_batch_that_does_not_fit_says_why(small):
     large = ROW | {"width": 1024, "height": 1024}
-    found = slice_program.account(task(tiny_checkpoint, "data=4", batch_size=512, row=large))
+    found = slice_program.account(task(small, "data=4", batch_size=512, row=large))
     assert "exceeds available HBM (15.75G)" in found["too_large"]
     assert found.keys() == {"batch_size", "too_large"}
 
@@ -100,13 +107,13 @@ def test_attention_calls_pallas_kernel_for_the_meshs_devices(heads, width, token
     assert program_text.kernels(program.as_text()) == 1
 
 
-def test_a_dry_run_compiles_once(tmp_path, tiny_checkpoint, monkeypatch, capsys):
+def test_a_dry_run_compiles_once(tmp_path, small, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
     command = ["generate", f"--manifest={prompts}", f"--output={tmp_path / 'out'}", "--dry-run"]
-    command += [f"--model={tiny_checkpoint}", "--steps=3", "--target=tpu-v5e:2x2"]
-    command += ["--num-images=1000", "--batch-size=2"]
+    command += [f"--model={small}", "--steps=3", "--target=tpu-v5e:2x2"]
+    command += ["--num-images=1000", "--batch-size=2", "--width=64", "--height=64"]
 
     def said(*more: str) -> tuple[str, str]:
         assert cli.main([*command, *more]) == 0
