@@ -1,4 +1,4 @@
-"""The process that compiles a job's program for a TPU slice; the slice need not exist.
+"""The process that compiles a job's program for a slice, or for GPUs, which need not exist.
 
     python -m pipelines.slice_program
 
@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 
 from jaxdiff.dataset import plan as plans
-from jaxdiff.devices import batching, program_text, slices
+from jaxdiff.devices import batching, gpus, program_text, slices
 from jaxdiff.errors import InputError
 from jaxdiff.request import Options
 from pipelines.generate_options import Models
@@ -96,20 +96,23 @@ def account(task: Task) -> dict:
 
 
 def described(where: slices.Slice) -> list:
-    """Returns the described chips of one host; raises InputError if libtpu does not know them."""
+    """Returns the described chips of one host; raises InputError if its compiler knows none."""
     from jax.experimental import topologies
 
-    sides = where.host_sides
-    # v5p wants three sides, the others two
-    layout = "x".join(map(str, sides[: where.layout.count("x") + 1]))
+    sides, gpu = where.host_sides, where.chip.gpu
+    if gpu is not None:
+        layout = "x".join(map(str, sides))
+        more = gpus.description(gpu, where.chip.memory_bytes)
+        arguments = (layout, "cuda"), {"topology": layout, "target_config": more}
+    else:
+        # v5p wants three sides, the others two
+        layout = "x".join(map(str, sides[: where.layout.count("x") + 1]))
+        arguments = (f"{where.kind}:{layout}", "tpu"), {"chips_per_host_bounds": sides}
     try:
-        described = topologies.get_topology_desc(
-            f"{where.kind}:{layout}", "tpu", chips_per_host_bounds=sides
-        )
-    except Exception as problem:  # of many types, depending on what is wrong with libtpu
+        return topologies.get_topology_desc(*arguments[0], **arguments[1]).devices
+    except Exception as problem:  # of many types, depending on what is wrong with the compiler
         first, *_ = str(problem).splitlines() or [type(problem).__name__]
-        raise InputError(f"libtpu cannot describe {where.kind}:{layout}: {first}") from problem
-    return described.devices
+        raise InputError(f"the compiler cannot describe {where.kind}: {first}") from problem
 
 
 def _bytes(program, encoder_bytes: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What a dry run says about a TPU slice: whether a job fits, and what it may cost there.
+"""What a dry run says about a TPU slice or GPUs: does a job fit, and what may it cost there.
 
 Another process compiles, because this one has no JAX. Its answers are kept in the user's cache
 directory, so that the same question is answered at once.
@@ -33,9 +33,13 @@ from pipelines.jobs import count, duration, is_debugging, say
 from pipelines.slice_program import GIB, Task
 from pipelines.target import Target
 
-COMPILER = "pip install 'jaxdiff[tpu-aot]'"
+# The packages with the compilers, and how to install them.
+COMPILERS = {
+    "TPUs": ("libtpu", "pip install 'jaxdiff[tpu-aot]'"),
+    "GPUs": ("jax-cuda12-plugin", "pip install 'jaxdiff[gpu-aot]'"),
+}
 # What a program depends on, beside the code here, the model and the options.
-PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
+PACKAGES = ("jax", "jaxlib", "flax")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 ROOT = Path(__file__).parents[1]
 
@@ -71,10 +75,10 @@ def lines(
     Raises:
       InputError: if a program does not fit or cannot be compiled for the target.
     """
-    _check_compiler()
+    where = slices.parse(job.target.name)
+    _check_compiler(where)
     if not ensemble.samples:
         raise InputError(f"--target: {ensemble.name} only enlarges images; this needs a denoiser")
-    where = slices.parse(job.target.name)
     mesh = mesh_sizes(settings.mesh, math.prod(where.host_sides))
     by_size = max(buckets, key=_size_order)
     by_work = max(buckets, key=lambda each: each.images * each.operations)
@@ -84,7 +88,7 @@ def lines(
         account = _account(task, ensemble)
         said += [_title(task, each, account), *_described(each, where, mesh, account), ""]
     if settings.dtype == "float32":
-        said += ["float32 takes twice the memory of --dtype bfloat16, which is usual on TPUs"]
+        said += ["float32 takes twice the memory of --dtype bfloat16, which is usual there"]
     if ensemble.upscaler is not None:
         said += ["the upscaler's program is not compiled; its operations are counted"]
     work = sum(each.images * each.operations for each in buckets)
@@ -95,21 +99,27 @@ def _size_order(each: Counted) -> tuple:
     return each.bucket.width * each.bucket.height, each.bucket.guided, each.images
 
 
-def _check_compiler() -> None:
-    """Raises InputError if libtpu is missing, or has a version that JAX does not go with."""
+def _check_compiler(where: Slice) -> None:
+    """Raises InputError if the compiler is missing, or has a version that JAX does not go with."""
+    kind = _kind(where)
+    package, install = COMPILERS[kind]
     try:
-        version = importlib.metadata.version("libtpu")
+        version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise InputError(
-            f"--target needs libtpu, which has the compiler for TPUs: {COMPILER}"
+            f"--target needs {package}, which has the compiler for {kind}: {install}"
         ) from None
     for text in importlib.metadata.requires("jax"):
         needed = Requirement(text)
-        if needed.name == "libtpu" and not needed.specifier.contains(version):
+        if needed.name == package and not needed.specifier.contains(version):
             raise InputError(
-                f"--target: libtpu {version} is installed, but JAX needs {needed.name}"
-                f"{needed.specifier}: {COMPILER}"
+                f"--target: {package} {version} is installed, but JAX needs {package}"
+                f"{needed.specifier}: {install}"
             )
+
+
+def _kind(where: Slice) -> str:
+    return "TPUs" if where.chip.gpu is None else "GPUs"
 
 
 def _task(job: Job, settings: Settings, each: Counted, most_images: int, parts: int) -> Task:
@@ -146,10 +156,11 @@ def _account(task: Task, ensemble: Ensemble) -> dict:
 
 def _identity(task: Task, ensemble: Ensemble) -> dict:
     """Returns everything that an account depends on."""
+    compiler, _ = COMPILERS[_kind(slices.parse(task.target))]
     code = [*(ROOT / "jaxdiff").rglob("*.py"), Path(slice_program.__file__)]
     return {
         "task": asdict(task) | {"models": ensemble.fingerprint},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, compiler)},
         "flags": {name: os.environ.get(name) for name in FLAGS},
         "code": fingerprint({str(path.relative_to(ROOT)): path for path in code}),
     }
@@ -169,6 +180,8 @@ def _compiled(task: Task) -> dict:
             "JAX_PLATFORMS": "cpu",  # else JAX looks for the TPUs
             "TPU_SKIP_MDS_QUERY": "1",  # as libtpu does at a service of Google's cloud
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling is possible beside another dry run
+            # Kernels are tuned by running them, which needs the GPU.
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip(),
             # JAX could store programs for chips that are not here, but not read them again.
             "JAX_ENABLE_COMPILATION_CACHE": "0",
         },
@@ -209,13 +222,16 @@ def _described(each: Counted, where: Slice, mesh: dict, account: dict) -> list[s
     total = f"{_size(sum(sizes.values()))} of {_size(where.chip.memory_bytes)} a chip"
     parts = ", ".join(f"{what} {_size(size)}" for what, size in sizes.items())
     exchanged = ", ".join(f"{number} {kind}" for kind, number in exchanges.items()) or "none"
-    return [
+    said = [
         f"  mesh: data={mesh['data']},model={mesh['model']}{hosts}",
         f"  it fits: {total}: {parts}",
-        f"  exchanges between chips: {exchanged}; Pallas kernels: {account['kernels']}",
+        f"  exchanges between chips: {exchanged}",
         f"  operations: {each.operations:.2e} an image",
-        f"  {_estimate(each, where, mesh, account)}",
     ]
+    if where.chip.gpu is not None:
+        return [*said, "  attention is compiled without cuDNN's kernels, which need the GPU itself"]
+    said[2] += f"; Pallas kernels: {account['kernels']}"
+    return [*said, f"  {_estimate(each, where, mesh, account)}"]
 
 
 def _estimate(each: Counted, where: Slice, mesh: dict, account: dict) -> str:

@@ -11,8 +11,9 @@ UTILISATION = 0.4
 HELP = {
     "target": (
         "SLICE",
-        "with --dry-run: compile the programs for this TPU slice, such as tpu-v5e:2x2, and print "
-        "whether they fit, and an estimate; takes minutes and no TPU (see docs/tpu.md)",
+        "with --dry-run: compile the programs for this TPU slice, such as tpu-v5e:2x2, or these "
+        "GPUs, such as h100:8, and print whether they fit; takes minutes and no such chip (see "
+        "docs/tpu.md)",
     ),
     "utilisation": (
         "SHARE",

@@ -15,6 +15,7 @@ from jaxdiff.errors import InputError
         ("tpu-v6e:16x16", 256, 64, (2, 2, 1)),
         ("tpu-v5p:2x2x1", 4, 1, (2, 2, 1)),
         ("tpu-v5p:16x16x24", 6144, 1536, (2, 2, 1)),
+        ("h100:8", 8, 1, (1, 1, 8)),
     ],
 )
 def test_a_slice_has_hosts_with_chips(target, chips, hosts, sides):
@@ -22,9 +23,11 @@ def test_a_slice_has_hosts_with_chips(target, chips, hosts, sides):
     assert (found.chips, found.hosts, found.host_sides) == (chips, hosts, sides)
 
 
-@pytest.mark.parametrize("target", ["v5e:2x2", "tpu-v5e", "tpu-v5e:", "tpu-v9:2x2", "tpu-v5e:2x"])
+@pytest.mark.parametrize(
+    "target", ["v5e:2x2", "tpu-v5e", "tpu-v5e:", "tpu-v9:2x2", "tpu-v5e:2x", "tpu-h100:1"]
+)
 def test_a_target_is_written_in_one_way(target):
-    with pytest.raises(InputError, match=r"write it as tpu-v5e:2x2; the chips are v5e, v6e, v5p$"):
+    with pytest.raises(InputError, match=r"write it as tpu-v5e:2x2 or h100:8; the chips are v5e, "):
         slices.parse(target)
 
 
