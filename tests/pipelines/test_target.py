@@ -64,6 +64,14 @@ def test_a_missing_compiler_is_named(refused):
     assert refused(*V5E).endswith("the compiler for TPUs: pip install 'jaxdiff[tpu-aot]'")
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is not None, reason="the CUDA plugin is installed"
+)
+def test_the_missing_compiler_for_gpus_is_named(refused):
+    said = refused("--dry-run", "--target=h100:1")
+    assert said.endswith("the compiler for GPUs: pip install 'jaxdiff[gpu-aot]'")
+
+
 def test_a_compiler_of_another_version_is_refused(refused, libtpu):
     libtpu("0.0.1")
     said = refused(*V5E)
