@@ -1,6 +1,6 @@
 """Real TPU programs, compiled by libtpu without a TPU: they fit, exchange and call kernels."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,14 @@ def small(tmp_path_factory):
     return small_families.save(small_families.PIXART, folder)
 
 
+OWN = ("batch_size", "most", "target", "row")
+
+
 def task(model, mesh: str, **changes) -> Task:
-    said = {"batch_size": 1, "target": "tpu-v5e:2x2", "row": ROW} | changes
-    options = asdict(Options(dtype="bfloat16", mesh=mesh))
+    options = {name: value for name, value in changes.items() if name not in OWN}
+    said = {"batch_size": 1, "target": "tpu-v5e:2x2", "row": ROW}
+    said |= {name: value for name, value in changes.items() if name in OWN}
+    options = asdict(Options(dtype="bfloat16", mesh=mesh, **options))
     return Task(models=asdict(Models(str(model))), options=options, **said)
 
 
@@ -71,6 +76,29 @@ def test_a_host_of_every_slice_has_a_program(target, small):
 def test_the_largest_batch_is_found(small):
     found = slice_program.account(task(small, "data=4", batch_size=None, most=2))
     assert found["batch_size"] == 2
+
+
+def test_int8_halves_the_weights_and_restores_few_at_once():
+    whole, small = (
+        slice_program.account(task("shapes64", "data=4", weights=kind))["bytes"]
+        for kind in ("full", "int8")
+    )
+    for what in ("weights and inputs", "text encoders"):
+        assert small[what] < 0.65 * whole[what]  # the decoder and embeddings stay
+    saved = whole["weights and inputs"] - small["weights and inputs"]
+    assert small["temporaries"] < whole["temporaries"] + 0.8 * saved
+
+
+def test_a_second_pass_in_windows_is_part_of_the_program(small):
+    models = asdict(Models(str(small), upscale="latent:2,strength=1"))
+    found = slice_program.account(replace(task(small, "data=4"), models=models))
+    assert found["cycles"]["turns"] == 6
+    assert found["exchanges"] == {}
+
+
+def test_text_encoders_on_the_host_take_nothing_of_a_chip(small):
+    found = slice_program.account(task(small, "data=4", text_encoders="host"))
+    assert found["bytes"]["text encoders"] == 0
 
 
 def test_a_batch_that_does_not_fit_says_why(small):
