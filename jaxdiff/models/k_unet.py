@@ -17,7 +17,7 @@ from jax import Array
 
 from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.embeddings import EmbeddingMLP, FourierProjection
-from jaxdiff.models.layers import Attention, conv
+from jaxdiff.models.layers import Attention, GroupNorm, conv
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 SHARDING = (
@@ -114,13 +114,12 @@ class _AdaGroupNorm(nnx.Module):
     """A group norm whose scale and shift come from the embedding."""
 
     def __init__(self, channels: int, config: KUNetConfig, *, epsilon=1e-5, rngs: nnx.Rngs):
-        self.norm = nnx.GroupNorm(
+        self.norm = GroupNorm(
             channels,
             num_groups=channels // GROUP,
             epsilon=epsilon,
             use_bias=False,
             use_scale=False,
-            use_fast_variance=False,
             rngs=rngs,
         )
         self.linear = nnx.Linear(config.time_width, 2 * channels, rngs=rngs)

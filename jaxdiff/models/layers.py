@@ -51,11 +51,23 @@ def conv(
     )
 
 
-def group_norm(channels: int, groups: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """Makes a group normalisation (Wu and He, 2018) with PyTorch's two-pass variance."""
-    return nnx.GroupNorm(
-        channels, num_groups=groups, epsilon=epsilon, use_fast_variance=False, rngs=rngs
-    )
+class GroupNorm(nnx.GroupNorm):
+    """Group normalisation (Wu and He, 2018), with statistics in float32.
+
+    Of float32 inputs, the variance takes a second pass over them, as in PyTorch. Half-precision
+    inputs are read once: what E[x^2] - E[x]^2 loses in float32 is less than what they have lost.
+    By the TPU compiler's estimate, that takes a quarter of a step of Stable Diffusion 1.5.
+    """
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises [batch, ..., channels]."""
+        self.use_fast_variance = x.dtype != jnp.float32
+        return super().__call__(x)
+
+
+def group_norm(channels: int, groups: int, epsilon: float, *, rngs: nnx.Rngs) -> GroupNorm:
+    """Makes a group normalisation of all channels."""
+    return GroupNorm(channels, num_groups=groups, epsilon=epsilon, rngs=rngs)
 
 
 class ImagePrompt(NamedTuple):
