@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxdiff.checkpoint import single_file, sources, upscaler
+from jaxdiff.checkpoint import gguf_file, single_file, sources, upscaler
 from jaxdiff.checkpoint.component import INDEX, TOKENIZER_FILES, Component, config_file
 from jaxdiff.checkpoint.fingerprint import fingerprint
 from jaxdiff.checkpoint.json_files import read_json
@@ -28,6 +28,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {file.parent.name: file.parent for file in sorted(ASSETS.glob(f"*/{INDEX}"))}
 BUNDLED |= {file.stem: file for file in sorted(ASSETS.glob("*.safetensors"))}
 
+SUFFIXES = (".safetensors", gguf_file.SUFFIX)  # of single files
 SINGLE_FILE = "checkpoint.safetensors"  # the name of any single file within its checkpoint
 
 
@@ -129,8 +130,8 @@ def open_checkpoint(
 
     Args:
       model: a bundled model's name, such as "shapes64"; the path of a diffusers directory or of a
-        single .safetensors file; a Hub id, "owner/name" or "owner/name@revision"; or a URL that
-        fsspec can open, such as "gs://bucket/name".
+        single .safetensors or .gguf file; a Hub id, "owner/name" or "owner/name@revision"; or a URL
+        that fsspec can open, such as "gs://bucket/name".
       variant: which weights to use, such as "fp16"; networks without this variant use their full
         weights. With None, networks without full weights use their fp16 or bf16 variant.
       families: the model families by the class of their pipelines in diffusers.
@@ -168,10 +169,10 @@ def _open(
         )
     if path.is_dir():
         return _open_directory(path, _name(str(model), path), variant, families)
-    if path.is_file() and path.suffix != ".safetensors":
+    if path.is_file() and path.suffix not in SUFFIXES:
         raise InputError(
-            f"{path} is not a .safetensors file, and other formats are not safe to read; convert "
-            "it with PyTorch diffusers: "
+            f"{path} is not a .safetensors or .gguf file, and other formats are not safe to read; "
+            "convert it with PyTorch diffusers: "
             "StableDiffusionPipeline.from_single_file(...).save_pretrained(...), or an upscaler "
             f'with PyTorch: python -c "{upscaler.CONVERT}"'
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jaxdiff.checkpoint import transformer_files, upscaler
+from jaxdiff.checkpoint import gguf_file, transformer_files, upscaler
 from jaxdiff.checkpoint.original import ldm
 from jaxdiff.checkpoint.prediction import prediction_type
 from jaxdiff.checkpoint.safetensors_header import read_header, read_metadata
@@ -81,12 +81,18 @@ def read(path: Path) -> SingleFile:
     """Reads the contents of a single-file checkpoint from its header alone.
 
     Raises:
-      InputError: if it is not a whole safetensors file, its family is not supported, or its keys
-        are not exactly those of its family.
+      InputError: if it is not a whole safetensors or GGUF file, its family is not supported, or
+        its keys are not exactly those of its family.
     """
-    tensors = with_scales(read_header(path))
+    is_gguf = path.suffix == gguf_file.SUFFIX
+    tensors = gguf_file.read_tensors(path) if is_gguf else with_scales(read_header(path))
     _refuse_foreign(path, tensors)
     contents = upscaler.contents(path, tensors) or transformer_files.contents(path, tensors)
+    if contents is None and is_gguf:
+        raise InputError(
+            f"{path} is not a GGUF file of a supported transformer (FLUX.1, FLUX.2, Stable "
+            "Diffusion 3, Z-Image); use a .safetensors file or a diffusers directory"
+        )
     if contents is None:
         contents = _recognise(path, tensors)
         scheduler = _scheduler(path, contents.configs["scheduler"], tensors)
@@ -177,7 +183,7 @@ def weights(
 
 
 def _cut(tensor: StoredTensor, cut: Callable[[StoredTensor], StoredTensor] | None) -> StoredTensor:
-    if tensor.dtype not in FLOATS:
+    if not tensor.is_float:
         raise InputError(
             f"{tensor.file}: {tensor.key} is stored as {tensor.dtype}; use a file whose weights "
             f"are stored as one of {', '.join(FLOATS)}"

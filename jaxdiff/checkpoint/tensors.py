@@ -1,4 +1,4 @@
-"""One tensor of a safetensors file: where its bytes are and how to read them. Imports no JAX."""
+"""One tensor of a file: where its bytes are and how to read them. Imports no JAX."""
 
 import math
 from collections.abc import Collection
@@ -24,10 +24,10 @@ SHOWN = 4  # keys of each kind that an error lists
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A weight in a safetensors file, whose bytes only `read` reads.
+    """A weight in a safetensors or GGUF file, whose bytes only `read` reads.
 
     Attributes:
-      file: the safetensors file.
+      file: the file.
       key: the tensor's name in it.
       dtype: the format's name for it: "F16", "BF16", "F32", "F64", ...
       shape: the shape of the array that `read` returns.
@@ -59,13 +59,18 @@ class StoredTensor:
         """The number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def is_float(self) -> bool:
+        """Whether it is stored as floating-point numbers."""
+        return self.dtype in FLOATS
+
     def rows(self, start: int, stop: int) -> "StoredTensor":
         """Returns a slice along the first axis, so that only these rows are read."""
         if self._reordered or not 0 <= start <= stop <= self.shape[0]:
             raise ValueError(f"cannot slice rows {start} to {stop} of {self}")
-        row_bytes = math.prod(self.shape[1:]) * FLOATS[self.dtype].itemsize
         shape = (stop - start, *self.shape[1:])
-        return replace(self, shape=shape, offset=self.offset + start * row_bytes)
+        begin = self._bytes(start * math.prod(self.shape[1:]))
+        return replace(self, shape=shape, offset=self.offset + begin)
 
     def reshape(self, *shape: int) -> "StoredTensor":
         """Returns the same elements, in the same order, in another shape."""
@@ -111,14 +116,14 @@ class StoredTensor:
         return tensor
 
     def _stored(self) -> np.ndarray:
-        if self.dtype not in FLOATS:
+        if not self.is_float:
             raise InputError(
                 f"{self.file}: {self.key} is stored as {self.dtype}; only {', '.join(FLOATS)} "
                 "are supported"
             )
         try:
             held = self.size * self.taps
-            flat = np.fromfile(self.file, FLOATS[self.dtype], held, offset=self.offset)
+            flat = self._flat(held)
         except OSError as error:
             raise InputError(f"{self.file} cannot be read ({error.strerror})") from error
         if flat.size != held:
@@ -126,6 +131,14 @@ class StoredTensor:
         if self.taps > 1:
             return flat.reshape(*self.shape[:2], self.taps, *self.shape[2:])[:, :, -1]
         return flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
+
+    def _bytes(self, count: int) -> int:
+        """Returns how many bytes the first `count` elements take in the file."""
+        return count * FLOATS[self.dtype].itemsize
+
+    def _flat(self, count: int) -> np.ndarray:
+        """Reads `count` elements, or fewer at the end of the file."""
+        return np.fromfile(self.file, FLOATS[self.dtype], count, offset=self.offset)
 
 
 class Identity(StoredTensor):

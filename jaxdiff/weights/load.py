@@ -131,7 +131,7 @@ def load_params(places: dict, tensors: Mapping[str, StoredTensor]) -> dict:
 
     def load(path, place: jax.ShapeDtypeStruct | Quantized) -> jax.Array | Quantized:
         stored = tensors[key_of(path)]
-        with np.errstate(over="ignore"):  # checked below
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
             tensor = stored.read()
             if not is_quantized(place):
                 tensor = tensor.astype(place.dtype, copy=False)
