@@ -263,8 +263,8 @@ def _parser() -> Parser:
 
 
 MODEL = (
-    "a bundled model, a diffusers directory, a .safetensors file, a Hub id, or a gs:// or s3:// "
-    "URL (default: shapes64)"
+    "a bundled model, a diffusers directory, a .safetensors or .gguf file, a Hub id, or a gs:// or "
+    "s3:// URL (default: shapes64)"
 )
 # For each group: an option's name, its metavar (None: a flag), and its help text.
 HELP = {
@@ -298,8 +298,8 @@ HELP = {
         "model": ("MODEL", MODEL),
         "base": (
             "MODEL",
-            "for a .safetensors file without text encoders or other parts: the model to take them "
-            "from, a diffusers directory, a Hub id or a URL, such as black-forest-labs/FLUX.1-dev",
+            "for a single file without text encoders or other parts: the model to take them from, "
+            "a diffusers directory, a Hub id or a URL, such as black-forest-labs/FLUX.1-dev",
         ),
         "variant": (
             "NAME",

@@ -93,18 +93,17 @@ def test_types_that_the_library_restores_are_read(tmp_path):
         found.reshape(8 * 512).rows(100, 200)
 
 
-def test_a_gguf_model_makes_images(file, base, tmp_path):
+@pytest.mark.usefixtures("compiled_fast")
+def test_a_gguf_model_makes_images(file, base):
     request = Request(prompt="a", steps=1, width=32, height=32)
-    (image,) = jaxdiff.load(file, base=base).generate([request])
+    (image,) = jaxdiff.load(file, base=base, weights="int8").generate([request])
     assert image.finite
-    (small,) = jaxdiff.load(file, base=base, weights="int8").generate([request])
-    assert small.finite
 
 
 def test_what_cannot_be_read_is_one_line(file, base, tmp_path, tensors, capsys):
     content = file.read_bytes()
     short = tmp_path / "short.gguf"
-    for end in (3, 20, 300, len(content) // 2, len(content) - 1):
+    for end in (3, 300, len(content) - 1):
         short.write_bytes(content[:end])
         assert f"{short} is no whole GGUF file" in refusal(short, base)
     short.write_bytes(b"GGUF" + bytes(200))
@@ -129,8 +128,8 @@ def test_blocks_that_cannot_be_restored_are_named(tmp_path):
 
 def test_a_damaged_file_is_one_line_or_a_model(file, base, tmp_path):
     random = np.random.default_rng(0)
-    content, damaged = file.read_bytes(), tmp_path / "damaged.gguf"
-    for _ in range(60):
+    content, damaged, messages = file.read_bytes(), tmp_path / "damaged.gguf", []
+    for _ in range(40):
         changed = bytearray(content)
         for place in random.integers(0, 4000, 3):  # mostly of the header
             changed[place] = random.choice([0, 255, random.integers(256)])
@@ -138,4 +137,6 @@ def test_a_damaged_file_is_one_line_or_a_model(file, base, tmp_path):
         try:
             open_checkpoint(damaged, base=base)
         except InputError as problem:
-            assert "\n" not in str(problem)
+            messages.append(str(problem))
+    assert len(messages) > 20
+    assert not [message for message in messages if "\n" in message]
