@@ -83,9 +83,7 @@ def _control(
     """Builds a ControlNet for the transformer of these configs; see `family.Networks.control`."""
     read, transformer = CONTROLNET.config.from_json(config), configs["transformer"]
     refuse_misfit(vars(transformer), vars(read), shared)
-    graph, shapes = abstract_network(
-        partial(flux_controlnet.FluxControlNetModel, remat=remat), read
-    )
+    graph, shapes = abstract_network(flux_controlnet.FluxControlNetModel, read, remat=remat)
     blocks = transformer.num_layers, transformer.num_single_layers
     return Control(
         Network(graph, shapes, CONTROLNET.sharding),

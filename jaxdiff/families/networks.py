@@ -129,10 +129,8 @@ class Networks:
         """Builds the networks; `remat` is an option of the denoiser, "transformer"."""
         networks = {}
         for name, config in configs.items():
-            made = self.module(name, config)
-            if name == "transformer":
-                made = partial(made, remat=remat)
-            graph, shapes = abstract_network(made, config)
+            options = {"remat": remat} if name == "transformer" else {}
+            graph, shapes = abstract_network(self.module(name, config), config, **options)
             networks[name] = Network(graph, shapes, self.architectures[name].sharding)
         return self.assemble(configs, networks)
 

@@ -220,7 +220,7 @@ def control(configs: Mapping, config: Mapping, *, remat: bool = False) -> Contro
             "use one that was trained for this model"
         )
     network = controlnet_union.ControlNetUnionModel if is_union else controlnet.ControlNetModel
-    graph, shapes = abstract_network(partial(network, remat=remat), read)
+    graph, shapes = abstract_network(network, read, remat=remat)
     return Control(
         Network(graph, shapes, controlnet.SHARDING),
         partial(_steer, graph),
@@ -359,10 +359,8 @@ def module(component: str, config) -> type[nnx.Module]:
 
 
 def _network(component: str, config, remat: bool) -> Network:
-    made = module(component, config)
-    if component == "unet":
-        made = partial(made, remat=remat)
-    graph, shapes = abstract_network(made, config)
+    options = {"remat": remat} if component == "unet" else {}
+    graph, shapes = abstract_network(module(component, config), config, **options)
     return Network(graph, shapes, SHARDING.get(component, clip.SHARDING))
 
 

@@ -34,6 +34,17 @@ def config_and_shapes(directory, component):
     return config, abstract_network(model_class, config)[1]
 
 
+def test_a_network_is_traced_once_and_its_shapes_are_the_callers_own(tiny_checkpoint):
+    config, shapes = config_and_shapes(tiny_checkpoint, "vae")
+    wanted = jax.tree.leaves(shapes)
+    shapes["decoder"].clear()
+    graph, again = abstract_network(AutoencoderKL, config)
+    assert jax.tree.leaves(again) == wanted
+    assert abstract_network(AutoencoderKL, config)[0] is graph
+    wider = replace(config, latent_channels=config.latent_channels + 1)
+    assert jax.tree.leaves(abstract_network(AutoencoderKL, wider)[1]) != wanted
+
+
 @pytest.fixture
 def vae(tiny_checkpoint, tmp_path):
     """The shapes of an autoencoder, and a file with its weights that a test may modify."""
