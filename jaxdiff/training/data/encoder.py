@@ -53,6 +53,7 @@ class Encoder:
                 model,
                 of_checkpoint(checkpoint),
                 {name: stored(name) for name in model.text_encoders},
+                jnp.float32,
                 self._mesh,
                 clip_skip=0,
                 chunks=1,
