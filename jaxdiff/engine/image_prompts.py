@@ -20,7 +20,12 @@ BATCH = 4
 
 
 class ImagePromptEncoder:
-    """An IP-Adapter and its image encoder."""
+    """An IP-Adapter and its image encoder.
+
+    Attributes:
+      adapter: the networks.
+      mesh: the devices that encode.
+    """
 
     def __init__(
         self,

@@ -158,33 +158,9 @@ def sample_pixels(
         inputs, start = given.inputs, given.inputs.start
         if latents is not None:
             start = jax.image.resize(latents, inputs.noise.shape, "bilinear")
-
-        def of_window(part: StepRange, inputs: Inputs, crop: windows.Crop) -> sampling.Denoiser:
-            seen = [(crop(images), *rest) for images, *rest in inputs.controls]
-            nets = denoisers[0].controls, weights.controls, seen
-            steer = steering.steer(*nets, inputs.guidance_scale, guesses)
-            return denoiser(
-                denoisers[part.denoiser],
-                weights.denoisers[part.denoiser],
-                dtype,
-                inputs.positive[part.denoiser],
-                inputs.negative[part.denoiser] if part.guided else None,
-                inputs.guidance_scale,
-                guidance_rescale,
-                skipped if part.skips else (),
-                inputs.channels,
-                steer if part.controlled else None,
-                inputs.image_guidance_scale if part.image_guided else None,
-            )
-
-        walk = [
-            sampling.Stretch(
-                part.rows,
-                windows.fused(partial(of_window, part, inputs), route.windows),
-                part.clamp,
-            )
-            for part in route.ranges
-        ]
+        walk = _stretches(
+            denoisers, weights, dtype, inputs, route, guidance_rescale, skipped, guesses
+        )
         with jax.named_scope(SAMPLING):
             latents = sampling.sample(
                 walk,
@@ -205,6 +181,44 @@ def sample_pixels(
         return decode(latents)
     turns = latents.reshape(-1, decoded_at_once, *latents.shape[1:])
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(decode, turns))
+
+
+def _stretches(
+    denoisers: Sequence[Denoising],
+    weights: Weights,
+    dtype,
+    inputs: Inputs,
+    route: Route,
+    guidance_rescale: float,
+    skipped: tuple[int, ...],
+    guesses: bool,
+) -> list[sampling.Stretch]:
+    """Returns the denoisers of a pass; the arguments are those of `sample_pixels`, of one pass."""
+
+    def of_window(part: StepRange, crop: windows.Crop) -> sampling.Denoiser:
+        seen = [(crop(images), *rest) for images, *rest in inputs.controls]
+        nets = denoisers[0].controls, weights.controls, seen
+        steer = steering.steer(*nets, inputs.guidance_scale, guesses)
+        return denoiser(
+            denoisers[part.denoiser],
+            weights.denoisers[part.denoiser],
+            dtype,
+            inputs.positive[part.denoiser],
+            inputs.negative[part.denoiser] if part.guided else None,
+            inputs.guidance_scale,
+            guidance_rescale,
+            skipped if part.skips else (),
+            inputs.channels,
+            steer if part.controlled else None,
+            inputs.image_guidance_scale if part.image_guided else None,
+        )
+
+    return [
+        sampling.Stretch(
+            part.rows, windows.fused(partial(of_window, part), route.windows), part.clamp
+        )
+        for part in route.ranges
+    ]
 
 
 def denoiser(

@@ -28,6 +28,7 @@ class PromptEncoder:
     If a text encoder also sees the image of a request, embeddings are of prompts with images.
 
     Attributes:
+      mesh: the devices that encode.
       params: the text encoders' parameters, once `load` has read them.
     """
 

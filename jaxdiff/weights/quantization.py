@@ -17,7 +17,6 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 FORMATS = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
-LARGEST = {"int8": 127.0, "fp8": 448.0}
 IN_BLOCK = re.compile(r"\.\d+\..*kernel$")
 
 
@@ -75,11 +74,12 @@ def quantize(kernel: np.ndarray, dtype: np.dtype) -> Quantized:
       dtype: one of the values of `FORMATS`.
     """
     kernel = kernel.astype(np.float32, copy=False)
-    largest = next(LARGEST[kind] for kind, found in FORMATS.items() if found == dtype)
+    is_integer = dtype == np.int8
+    largest = 127.0 if is_integer else float(ml_dtypes.finfo(dtype).max)
     most = np.abs(kernel).max(axis=tuple(range(kernel.ndim - 1)))
     scale = np.where(most > 0, most / largest, 1).astype(np.float32)
     values = kernel / scale
-    return Quantized((np.rint(values) if dtype == np.int8 else values).astype(dtype), scale)
+    return Quantized((np.rint(values) if is_integer else values).astype(dtype), scale)
 
 
 def restored(params: Any, dtype, after: Array | None = None) -> Any:
