@@ -71,3 +71,19 @@ def test_torchs_noise_is_laid_out_channels_first():
 def test_sizes_that_torch_draws_differently_are_rejected():
     with pytest.raises(ValueError, match="at least 16"):
         noise.torch_normal(0, [16, 15])
+
+
+def test_a_second_pass_has_noise_of_its_own_but_torchs_begins_anew():
+    size = 16 * 16 * 4
+    for kind, independent in (("jax", True), ("torch", False)):
+        drawn = [
+            noise.draw(SEEDS, (16, 16, 4), kind, draws=1, again=again) for again in (False, True)
+        ]
+        for first, second in zip(*(each[:2] for each in drawn), strict=True):
+            first, second = (np.asarray(each).reshape(-1, size) for each in (first, second))
+            if independent:
+                assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
+            else:
+                np.testing.assert_array_equal(first, second)
+        start, fresh = (np.asarray(each).ravel() for each in drawn[1][:2])
+        assert abs(np.corrcoef(start, fresh)[0, 1]) < 0.1
