@@ -4,8 +4,6 @@ Another process compiles, because this one has no JAX. Its answers are kept in t
 directory, so that the same question is answered at once.
 """
 
-import contextlib
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -18,8 +16,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from jaxdiff.checkpoint.fingerprint import fingerprint
-from jaxdiff.checkpoint.sources import cache_directory
+from jaxdiff import cache
+from jaxdiff.checkpoint.fingerprint import file_sha256
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.devices import batching, slices
 from jaxdiff.devices.mesh_sizes import mesh_sizes
@@ -138,32 +136,20 @@ def _task(job: Job, settings: Settings, each: Counted, most_images: int, parts: 
 
 def _account(task: Task, ensemble: Ensemble) -> dict:
     """Returns what `slice_program.account` returns, from the cache if it is there."""
-    identity = json.dumps(_identity(task, ensemble), sort_keys=True)
-    name = hashlib.sha256(identity.encode()).hexdigest()
-    memory = cache_directory() / "slices" / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(memory.read_text())
-    size = f"{task.row['width']}x{task.row['height']}"
-    say(f"compiling for {task.target} at {size}; a large model takes many minutes")
-    account = _compiled(task)
-    with contextlib.suppress(OSError):  # then the next one compiles again
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = memory.with_name(f".{name}-{os.getpid()}")
-        scratch.write_text(json.dumps(account))
-        scratch.replace(memory)
-    return account
-
-
-def _identity(task: Task, ensemble: Ensemble) -> dict:
-    """Returns everything that an account depends on."""
     compiler, _ = COMPILERS[_kind(slices.parse(task.target))]
-    code = [*(ROOT / "jaxdiff").rglob("*.py"), Path(slice_program.__file__)]
-    return {
+    identity = {
         "task": asdict(task) | {"models": ensemble.fingerprint},
         "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, compiler)},
         "flags": {name: os.environ.get(name) for name in FLAGS},
-        "code": fingerprint({str(path.relative_to(ROOT)): path for path in code}),
+        "code": file_sha256(Path(slice_program.__file__)),
     }
+
+    def compiled() -> bytes:
+        size = f"{task.row['width']}x{task.row['height']}"
+        say(f"compiling for {task.target} at {size}; a large model takes many minutes")
+        return json.dumps(_compiled(task)).encode()
+
+    return json.loads(cache.remembered("slices", json.dumps(identity, sort_keys=True), compiled))
 
 
 def _compiled(task: Task) -> dict:

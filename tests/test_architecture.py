@@ -27,7 +27,7 @@ ALLOWED = {
     "evaluation",
     "cli": "values families dataset training pipelines",
 }
-LOOSE = {"__init__", "__main__", "checks", "cli", "errors", "request"}
+LOOSE = {"__init__", "__main__", "cache", "checks", "cli", "errors", "request"}
 JAX_HALVES = ("model", "networks")  # ends of the names of modules in families/
 
 

@@ -1,11 +1,10 @@
 """SHA-256 of files, cached between runs. Imports no JAX."""
 
 import hashlib
-import os
 import time
 from pathlib import Path
 
-from jaxdiff.checkpoint.sources import cache_directory
+from jaxdiff import cache
 
 REMEMBERED_BYTES = 50_000_000  # smaller files are hashed too fast to be worth caching
 SETTLED_SECONDS = 5  # a file that changed this recently may change again without a new time stamp
@@ -37,30 +36,15 @@ def file_sha256(path: Path) -> str:
         *(path.resolve(), status.st_dev, status.st_ino),
         *(status.st_size, status.st_mtime_ns, status.st_ctime_ns),
     )
-    memory = cache_directory() / "sha256" / hashlib.sha256(repr(identity).encode()).hexdigest()
-    try:
-        remembered = memory.read_text()
-    except (OSError, ValueError):
-        remembered = ""
-    if len(remembered) == 64:
-        return remembered
+    kept = cache.recall("sha256", repr(identity))
+    if kept is not None:
+        return kept.decode()
     content = _sha256(path)
     if time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
-        _remember(memory, content)
+        cache.keep("sha256", repr(identity), content.encode())
     return content
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _remember(memory: Path, content: str) -> None:
-    """Writes the cache file atomically, or not at all if it cannot be written."""
-    scratch = memory.with_name(f".{memory.name}-{os.getpid()}")
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(content)
-        scratch.replace(memory)
-    except OSError:
-        pass

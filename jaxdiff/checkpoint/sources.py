@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from jaxdiff import cache
 from jaxdiff.checkpoint.component import CONFIG_ONLY, INDEX, TOKENIZER_FILES, Component
 from jaxdiff.checkpoint.weight_files import no_index, tokenizers, wanted_files
 from jaxdiff.errors import InputError
@@ -21,11 +22,6 @@ STAMPS = (
     *("mtime", "modified", "modifiedTime", "modificationTime", "created"),
     *("LastModified", "last_modified", "Last-Modified"),
 )
-
-
-def cache_directory() -> Path:
-    """Returns jaxdiff's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxdiff"
 
 
 def local_path(model: str, variant: str | None, components: Mapping[str, Component]) -> Path:
@@ -183,7 +179,7 @@ def _fetch(
         found = _listing(system, base, ["", *folders, *components, *CONFIG_ONLY])
         wanted = _wanted(found, variant, url, "directory", components)
     parent = url.rpartition("/")[0] if name else url
-    models = cache_directory() / "models"
+    models = cache.directory() / "models"
     stored = {
         path: _stored(system, f"{base}/{path}", f"{parent}/{path}", found[path], models / "files")
         for path in wanted

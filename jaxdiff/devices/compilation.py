@@ -1,9 +1,7 @@
 """Compiles programs with the right XLA options, ahead of their use, and caches them on disk."""
 
-import contextlib
 import functools
 import hashlib
-import itertools
 import logging
 import os
 import platform
@@ -16,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxdiff.checkpoint.sources import cache_directory
+from jaxdiff import cache
 
 # On CPUs, XLA's own convolutions are up to three times as fast as those of the library that it
 # uses by default, but its reductions are slower. A full-size U-Net takes 0.7 of the time.
@@ -97,38 +95,19 @@ def keep_programs() -> None:
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    try:
-        directory = cache_directory() / "xla" / _cpu()
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = directory.stat()
-        usable = os.access(directory, os.W_OK) and facts.st_uid == os.getuid()
-        usable = usable and not facts.st_mode & 0o022
-    except (OSError, RuntimeError):  # the latter without a home directory
-        usable = False
-    if not usable:
+    directory = cache.private(f"xla/{_cpu()}")
+    if directory is None:
         log.warning(
             "compiled programs are not cached: the user's cache directory is not writable, or is "
             "writable by others; set XDG_CACHE_HOME to another directory"
         )
         return
-    _forget_oldest(directory)
+    # JAX's own limit is not used: after a kill at the wrong moment, it never stores anything again.
+    cache.forget_oldest(directory, KEPT_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(directory))
     for name in SMALL_TOO:
         if name.upper() not in os.environ:
             jax.config.update(name, 0)
-
-
-def _forget_oldest(directory: Path) -> None:
-    """Deletes the oldest programs to make room.
-
-    JAX's own limit is not used: after a kill at the wrong moment, it never stores anything again.
-    """
-    with contextlib.suppress(OSError):  # another process may do the same
-        newest_first = sorted(directory.iterdir(), key=lambda path: -path.stat().st_mtime)
-        sizes = itertools.accumulate(path.stat().st_size for path in newest_first)
-        for path, size in zip(newest_first, sizes, strict=True):
-            if size > KEPT_BYTES:
-                path.unlink()
 
 
 def _cpu() -> str:

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from transformers import CLIPTokenizer
 
 from jaxdiff.devices import compilation, parallel
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import clip_checkpoint
 from jaxdiff.families.tokenizers.clip import chunked_tokens, read_tokenizer
+from jaxdiff.families.tokenizers.fast import FastTokenizer
 from jaxdiff.images.clip_pixels import centre_of_resized
 from jaxdiff.models.text.clip import OLD_EOS, SHARDING, CLIPModel
 from jaxdiff.weights.load import abstract_network, open_network
@@ -46,7 +46,7 @@ class Clip:
         self.name, self.fingerprint = stored.name, stored.fingerprint
         self.size, self.width = stored.pixels.size, config.projection_dim
         self._tokenizer = read_tokenizer(stored.tokenizer)
-        self._tokens = min(self._tokenizer.model_max_length, config.text.max_position_embeddings)
+        self._tokens = min(self._tokenizer.max_length, config.text.max_position_embeddings)
         _check_tokenizer(stored, self._tokenizer)
         graph, shapes = abstract_network(CLIPModel, config)
         self._params = open_network(shapes, SHARDING, stored.tensors, np.float32, mesh).load()
@@ -136,14 +136,14 @@ def _open(model: str, batch_size: int) -> Clip:
         raise InputError(f"CLIP {model!r} cannot be read ({reason})") from error
 
 
-def _check_tokenizer(stored: clip_checkpoint.StoredClip, tokenizer: CLIPTokenizer) -> None:
+def _check_tokenizer(stored: clip_checkpoint.StoredClip, tokenizer: FastTokenizer) -> None:
     """Rejects another model's tokenizer: its tokens would be unknown, or lack the end token."""
     config = stored.config.text
     end = config.vocab_size - 1 if config.eos_token_id == OLD_EOS else config.eos_token_id
-    if len(tokenizer) > config.vocab_size or tokenizer.eos_token_id != end:
+    if tokenizer.size > config.vocab_size or tokenizer.end != end:
         raise InputError(
             f"the tokenizer in {stored.tokenizer} belongs to another model: it has "
-            f"{len(tokenizer)} tokens and end token {tokenizer.eos_token_id}, but the text encoder "
+            f"{tokenizer.size} tokens and end token {tokenizer.end}, but the text encoder "
             f"has {config.vocab_size} and {end}; copy the checkpoint again"
         )
 

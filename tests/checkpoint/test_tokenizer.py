@@ -1,6 +1,7 @@
 """The bundled tokenizer: reproduced byte for byte, with one token for each word of a caption."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -81,6 +82,24 @@ def test_loading_it_needs_neither_torch_nor_the_network():
         "assert not asked and 'torch' not in sys.modules, asked"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_next_process_reads_it_without_transformers(tmp_path, tokenizer):
+    texts = ["Five CROSSES, a dog.", "naïve 日本 🎉", "a <|endoftext|> b", "word " * 99]
+    code = (
+        "import json, sys; from pathlib import Path\n"
+        "from jaxdiff.families.tokenizers.clip import ClipTokenizer\n"
+        f"tokens = ClipTokenizer(Path({str(DIRECTORY)!r}), 77)({texts!r})\n"
+        "print(json.dumps(['transformers' in sys.modules, tokens[:, 0].tolist()]))"
+    )
+    run = [sys.executable, "-W", "ignore", "-c", code]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    outputs = [
+        json.loads(subprocess.check_output(run, env=environment, stderr=subprocess.DEVNULL))
+        for _ in range(2)
+    ]
+    expected = tokenizer(texts, padding="max_length", truncation=True).input_ids
+    assert outputs == [[True, expected], [False, expected]]
 
 
 def test_an_encoder_without_room_for_a_text_is_rejected():

@@ -54,15 +54,6 @@ def test_a_cache_that_others_can_write_is_not_used(tmp_path):
     assert keep(XDG_CACHE_HOME=str(tmp_path))[0] == "None"
 
 
-def test_the_oldest_programs_are_deleted(tmp_path, monkeypatch):
-    monkeypatch.setattr(compilation, "KEPT_BYTES", 250)
-    for age, name in enumerate(("new", "older", "oldest")):
-        (tmp_path / name).write_bytes(b"x" * 100)
-        os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    compilation._forget_oldest(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "older"]
-
-
 def test_convolutions_on_a_cpu_are_xlas_own():
     def convolve(x, kernel):
         return jax.lax.conv_general_dilated(

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxdiff import cache
 from jaxdiff.checkpoint.checkpoint import BUNDLED
 from jaxdiff.checkpoint.component import INDEX, TOKENIZER_FILES, config_file
 from jaxdiff.checkpoint.json_files import read_json, write_json
 from jaxdiff.checkpoint.single_file_configs import CONTENTS
-from jaxdiff.checkpoint.sources import cache_directory
 from jaxdiff.families import FAMILIES
 
 FULL_SIZE = {"sd15": CONTENTS[768], "sdxl": CONTENTS[2048]}
@@ -31,13 +31,13 @@ def directory(model: str) -> Path:
     """Returns the diffusers directory of "shapes64", a path, "sd15" or "sdxl" (written if new)."""
     if model not in FULL_SIZE:
         return BUNDLED.get(model) or Path(model)
-    cache = cache_directory() / "bench"
-    if not (cache / model).exists():
+    kept = cache.directory() / "bench"
+    if not (kept / model).exists():
         # In a separate process, because JAX would hold the accelerator in this one.
-        command = [sys.executable, "-m", "tools.bench.checkpoints", model, str(cache / model)]
+        command = [sys.executable, "-m", "tools.bench.checkpoints", model, str(kept / model)]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         subprocess.run(command, check=True, cwd=ROOT, env=environment)
-    return cache / model
+    return kept / model
 
 
 def write(model: str, target: Path) -> None:

@@ -1,18 +1,16 @@
 """Converts prompts to token ids for language models that were trained on conversations."""
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import Qwen2Tokenizer
 
-from jaxdiff.errors import InputError
+from jaxdiff.families.tokenizers import fast
 from jaxdiff.families.tokenizers.tokenizer import (
     Tokens,
-    in_one_line,
     refuse_other_kinds,
     require_one,
+    usable,
 )
 
 
@@ -36,27 +34,21 @@ class ChatTokenizer:
           InputError: if the files cannot be used.
         """
         self.tokens, self._around = tokens, (before, after)
-        self._lock = threading.Lock()  # the tokenizer has mutable settings
         require_one(directory, "vocab.json", "tokenizer.json")
         refuse_other_kinds(directory, "Qwen2Tokenizer")
-        try:
-            self._tokenizer = Qwen2Tokenizer.from_pretrained(directory)
-            if self._tokenizer.pad_token_id is None:
+        with usable(directory):
+            self._tokenizer = fast.read(directory, "Qwen2Tokenizer")
+            if self._tokenizer.pad is None:
                 raise ValueError("it has no pad_token")
             self(["a"])
-        except Exception as error:  # of any kind
-            raise InputError(
-                f"{directory} contains no usable tokenizer ({in_one_line(error)}); copy the "
-                "checkpoint again"
-            ) from error
 
     def __len__(self) -> int:
-        """The size of the vocabulary: one more than its largest id, since ids may have gaps."""
-        return max(self._tokenizer.get_vocab().values()) + 1
+        """The size of the vocabulary."""
+        return self._tokenizer.size
 
     def __call__(self, texts: Sequence[str], chunks: int = 1, *, negative: bool = False) -> Tokens:
         """Returns rows of `tokens` ids, cut off at the end; `chunks` must be 1."""
-        ids = np.full((len(texts), self.tokens), self._tokenizer.pad_token_id, np.int32)
+        ids = np.full((len(texts), self.tokens), self._tokenizer.pad, np.int32)
         mask = np.zeros(ids.shape, bool)
         for row, seen, text in zip(ids, mask, texts, strict=True):
             words = self._words(text)[: self.tokens]
@@ -70,6 +62,4 @@ class ChatTokenizer:
 
     def _words(self, text: str) -> list[int]:
         before, after = self._around
-        with self._lock:
-            found = self._tokenizer(before + text + after, verbose=False)
-        return found["input_ids"]
+        return self._tokenizer.ids(before + text + after, special=True)

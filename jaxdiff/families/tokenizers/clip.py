@@ -1,15 +1,18 @@
 """Converts prompts to token ids for CLIP's text encoders."""
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import CLIPTokenizer
 
 from jaxdiff.checkpoint.tokenizer_files import LEAST_TOKENS
 from jaxdiff.errors import InputError
-from jaxdiff.families.tokenizers.tokenizer import in_one_line, refuse_other_kinds, require_one
+from jaxdiff.families.tokenizers import fast
+from jaxdiff.families.tokenizers.fast import FastTokenizer
+from jaxdiff.families.tokenizers.tokenizer import refuse_other_kinds, require_one, usable
+
+# The special tokens that it needs, as its files call them.
+TOKENS = {"begin": "bos_token", "end": "eos_token", "pad": "pad_token"}
 
 
 class ClipTokenizer:
@@ -32,57 +35,48 @@ class ClipTokenizer:
         require_one(directory, "vocab.json", "tokenizer.json")
         refuse_other_kinds(directory, "CLIPTokenizer")
         self._tokenizer = read_tokenizer(directory)
-        self.tokens = min(self._tokenizer.model_max_length, positions)
+        self.tokens = min(self._tokenizer.max_length, positions)
         if self.tokens < LEAST_TOKENS:
             raise InputError(
                 f"{directory} has no room for a text: a prompt may have only {self.tokens} tokens, "
                 "with its start and end; use another model"
             )
-        self._lock = threading.Lock()  # the tokenizer's truncation setting is mutable state
 
     def __len__(self) -> int:
-        """The size of the vocabulary: one more than its largest id, since ids may have gaps."""
-        return max(self._tokenizer.get_vocab().values()) + 1
+        """The size of the vocabulary."""
+        return self._tokenizer.size
 
     def __call__(
         self, texts: Sequence[str], chunks: int = 1, *, negative: bool = False
     ) -> np.ndarray:
         """Returns token ids, int32 [texts, chunks, tokens]; see `chunked_tokens`."""
-        with self._lock:
-            return chunked_tokens(self._tokenizer, texts, self.tokens, chunks)
+        return chunked_tokens(self._tokenizer, texts, self.tokens, chunks)
 
     def lost(self, text: str, chunks: int = 1) -> int:
         """Returns how many tokens at the end of a text are cut off."""
         most = chunks * (self.tokens - 2)
         if text.isascii() and len(text) <= most:  # a token has at least one byte
             return 0
-        with self._lock:
-            words = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return max(0, len(words) - most)
+        return max(0, len(self._tokenizer.ids(text, special=False)) - most)
 
 
-def read_tokenizer(directory: Path) -> CLIPTokenizer:
-    """Reads a tokenizer with transformers, which raises exceptions of every kind.
+def read_tokenizer(directory: Path) -> FastTokenizer:
+    """Reads a tokenizer in the `CLIPTokenizer` format.
 
     Raises:
-      InputError: if transformers cannot use it.
+      InputError: if it cannot be used.
     """
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(directory)
-        for name in ("bos_token", "eos_token", "pad_token"):
-            if getattr(tokenizer, f"{name}_id") is None:
-                raise ValueError(f"it has no {name}")
+    with usable(directory):
+        tokenizer = fast.read(directory, "CLIPTokenizer")
+        for name in ("begin", "end", "pad"):
+            if getattr(tokenizer, name) is None:
+                raise ValueError(f"it has no {TOKENS[name]}")
         chunked_tokens(tokenizer, ["a"], LEAST_TOKENS, 1)
-    except Exception as error:
-        raise InputError(
-            f"{directory} contains no usable tokenizer ({in_one_line(error)}); copy the checkpoint "
-            "again"
-        ) from error
     return tokenizer
 
 
 def chunked_tokens(
-    tokenizer: CLIPTokenizer, texts: Sequence[str], tokens: int, chunks: int
+    tokenizer: FastTokenizer, texts: Sequence[str], tokens: int, chunks: int
 ) -> np.ndarray:
     """Returns token ids, int32 [texts, chunks, tokens]; truncates texts that are too long.
 
@@ -92,14 +86,13 @@ def chunked_tokens(
     """
     room = tokens - 2  # without start and end
     most = chunks * room
-    ids = np.full((len(texts), chunks, tokens), tokenizer.pad_token_id, np.int32)
-    ids[:, :, 0] = tokenizer.bos_token_id
+    ids = np.full((len(texts), chunks, tokens), tokenizer.pad, np.int32)
+    ids[:, :, 0] = tokenizer.begin
     for row, text in zip(ids, texts, strict=True):
-        words = tokenizer(text, add_special_tokens=False, truncation=True, max_length=most)[
-            "input_ids"
-        ]
+        words = tokenizer.ids(text, special=False)
+        words = words[-most:] if tokenizer.cuts_begin else words[:most]
         for i, chunk in enumerate(row):
             part = words[i * room : (i + 1) * room]
             chunk[1 : len(part) + 1] = part
-            chunk[len(part) + 1] = tokenizer.eos_token_id
+            chunk[len(part) + 1] = tokenizer.end
     return ids

@@ -1,15 +1,13 @@
 """Converts prompts to token ids for Sana, whose text encoder gets an instruction before them."""
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from transformers import GemmaTokenizer
 
-from jaxdiff.errors import InputError
-from jaxdiff.families.tokenizers.tokenizer import in_one_line, refuse_other_kinds, require_one
+from jaxdiff.families.tokenizers import fast
+from jaxdiff.families.tokenizers.tokenizer import refuse_other_kinds, require_one, usable
 
 
 class InstructedTokens(NamedTuple):
@@ -48,28 +46,22 @@ class InstructedTokenizer:
           InputError: if the files cannot be used.
         """
         self.tokens, self._instruction = tokens, instruction
-        self._lock = threading.Lock()  # the tokenizer has mutable settings
         require_one(directory, "tokenizer.json")
         refuse_other_kinds(directory, "GemmaTokenizer")
-        try:
-            self._tokenizer = GemmaTokenizer.from_pretrained(directory)
+        with usable(directory):
+            self._tokenizer = fast.read(directory, "GemmaTokenizer")
             self._row = len(self._words(instruction)) + tokens - 2
             self(["a"])
-        except Exception as error:  # of any kind
-            raise InputError(
-                f"{directory} contains no usable tokenizer ({in_one_line(error)}); copy the "
-                "checkpoint again"
-            ) from error
 
     def __len__(self) -> int:
-        """The size of the vocabulary: one more than its largest id, since ids may have gaps."""
-        return max(self._tokenizer.get_vocab().values()) + 1
+        """The size of the vocabulary."""
+        return self._tokenizer.size
 
     def __call__(
         self, texts: Sequence[str], chunks: int = 1, *, negative: bool = False
     ) -> InstructedTokens:
         """Returns rows of one length for prompts and negative prompts; `chunks` must be 1."""
-        ids = np.full((len(texts), self._row), self._tokenizer.pad_token_id, np.int32)
+        ids = np.full((len(texts), self._row), self._tokenizer.pad, np.int32)
         mask = np.zeros(ids.shape, bool)
         most = self.tokens if negative else self._row
         for row, seen, text in zip(ids, mask, texts, strict=True):
@@ -88,5 +80,4 @@ class InstructedTokenizer:
         return text if negative else self._instruction + text
 
     def _words(self, text: str) -> list[int]:
-        with self._lock:
-            return self._tokenizer(text, verbose=False)["input_ids"]
+        return self._tokenizer.ids(text, special=True)

@@ -1,18 +1,18 @@
 """Converts prompts to token ids for T5's text encoders."""
 
-import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from jaxdiff.checkpoint.tokenizer_files import SENTENCEPIECE
-from jaxdiff.errors import InputError
+from jaxdiff.families.tokenizers import fast
 from jaxdiff.families.tokenizers.tokenizer import (
     Tokens,
-    in_one_line,
     refuse_other_kinds,
     require_one,
+    usable,
 )
 
 
@@ -35,30 +35,19 @@ class T5Tokenizer:
           InputError: if the files cannot be used.
         """
         self.tokens, self._prepared = tokens, prepared
-        self._lock = threading.Lock()  # tokenizers have mutable settings
         require_one(directory, "tokenizer.json", SENTENCEPIECE)
         refuse_other_kinds(directory, "T5Tokenizer")
-        try:
+        with usable(directory):
             if (directory / "tokenizer.json").is_file():
                 self._read_json(directory)
             else:
                 self._read_sentencepiece(directory)
             self(["a"])
-        except Exception as error:  # of any kind, by both libraries
-            raise InputError(
-                f"{directory} contains no usable tokenizer ({in_one_line(error)}); copy the "
-                "checkpoint again"
-            ) from error
 
     def _read_json(self, directory: Path) -> None:
-        import transformers
-
-        found = transformers.T5Tokenizer.from_pretrained(directory)
-        self._end, self._pad = found.eos_token_id, found.pad_token_id
-        self._size = max(found.get_vocab().values()) + 1
-        self._encode = lambda text: found(text, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
+        found = fast.read(directory, "T5Tokenizer")
+        self._end, self._pad, self._size = found.end, found.pad, found.size
+        self._encode = partial(found.ids, special=False)
 
     def _read_sentencepiece(self, directory: Path) -> None:
         import sentencepiece
@@ -88,5 +77,4 @@ class T5Tokenizer:
         return max(0, len(self._words(text)) + 1 - self.tokens)
 
     def _words(self, text: str) -> list[int]:
-        with self._lock:
-            return self._encode(self._prepared(text))
+        return self._encode(self._prepared(text))

@@ -1,6 +1,7 @@
 """What tokenizers have in common: how a model's prompts become token ids."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -101,6 +102,13 @@ def refuse_other_kinds(directory: Path, kind: str) -> None:
         )
 
 
-def in_one_line(error: Exception) -> str:
-    """Describes an exception of another library in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_CHARACTERS]
+@contextlib.contextmanager
+def usable(directory: Path) -> Iterator[None]:
+    """Turns what other libraries raise about a tokenizer's files into an InputError of one line."""
+    try:
+        yield
+    except Exception as error:  # they raise exceptions of every kind
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_CHARACTERS]
+        raise InputError(
+            f"{directory} contains no usable tokenizer ({reason}); copy the checkpoint again"
+        ) from error
