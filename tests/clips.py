@@ -15,7 +15,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxdiff.models.text.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-from jaxdiff.weights.load import abstract_network, file_shapes, load_params, places
+from jaxdiff.weights.load import file_shapes, load_params, places
+from jaxdiff.weights.network import abstract_network
 
 TOKENIZER = Path(__file__).parents[1] / "jaxdiff" / "assets" / "shapes64" / "tokenizer"
 WORDS = {"vocab_size": 641, "max_position_embeddings": 24, "eos_token_id": 2}

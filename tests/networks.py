@@ -21,7 +21,8 @@ from jaxdiff.models import sd3
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.weights.load import abstract_network, file_shapes, key_of, load_params, places
+from jaxdiff.weights.load import file_shapes, key_of, load_params, places
+from jaxdiff.weights.network import abstract_network
 
 BOUND = 1e-4  # of a component's `difference` from the reference
 POOLED = 40  # the width of the small models' pooled text

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from jaxdiff.weights.load import abstract_network
+from jaxdiff.weights.network import abstract_network
 
 
 def random_params(model_class, config, seed: int) -> dict:

@@ -13,7 +13,8 @@ from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLCon
 from jaxdiff.models.flux import FluxConfig, FluxTransformer2DModel
 from jaxdiff.models.text.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.text.t5 import T5Config, T5EncoderModel
-from jaxdiff.weights.load import abstract_network, file_shapes
+from jaxdiff.weights.load import file_shapes
+from jaxdiff.weights.network import abstract_network
 from jaxdiff.weights.save import save_pipeline
 
 T5 = {

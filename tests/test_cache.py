@@ -1,4 +1,4 @@
-"""Answers are kept in the user's cache directory, and taken only from there if nobody changed them."""
+"""Answers are kept in the cache directory, and taken only from there if nobody changed them."""
 
 import os
 

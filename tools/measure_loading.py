@@ -25,7 +25,8 @@ from jaxdiff.checkpoint.component import Component
 from jaxdiff.checkpoint.single_file_configs import CONTENTS
 from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.families import FAMILIES
-from jaxdiff.weights.load import abstract_network, file_shapes, load_params, places
+from jaxdiff.weights.load import file_shapes, load_params, places
+from jaxdiff.weights.network import abstract_network
 
 FLUX_DEV = {"guidance_embeds": True}  # the class's defaults are the rest
 STORED = {

@@ -22,7 +22,8 @@ from jaxdiff.families.tokenizers.clip import chunked_tokens, read_tokenizer
 from jaxdiff.families.tokenizers.fast import FastTokenizer
 from jaxdiff.images.clip_pixels import centre_of_resized
 from jaxdiff.models.text.clip import OLD_EOS, SHARDING, CLIPModel
-from jaxdiff.weights.load import abstract_network, open_network
+from jaxdiff.weights.load import open_network
+from jaxdiff.weights.network import abstract_network
 
 TEMPLATES = ("a photo of a {}.",)  # the CLIP paper's first template (section 3.1.4)
 NEAR_DUPLICATE = 0.95  # cosine of two images that differ only in details: our choice

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdiff.errors import InputError
-from jaxdiff.families.model import Model, Network, Text
+from jaxdiff.families.model import Model, Text
 from jaxdiff.families.networks import QWEN3, Architecture, Networks, fit, model
 from jaxdiff.families.tokenizers.tokenizer import Tokens
 from jaxdiff.models import flux2
 from jaxdiff.models.codecs import autoencoder_kl_flux2
+from jaxdiff.weights.network import Network
 
 LAYERS = (9, 18, 27)  # of the text encoder's hidden states
 

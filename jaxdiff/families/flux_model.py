@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 
 from jaxdiff.families.controlnets import refuse_misfit
-from jaxdiff.families.model import Control, Inpainting, Model, Network, Params, Reference, Text
+from jaxdiff.families.model import Control, Inpainting, Model, Params, Reference, Text
 from jaxdiff.families.networks import (
     AUTOENCODER_KL,
     CLIP_TEXT,
@@ -20,7 +20,7 @@ from jaxdiff.families.networks import (
     model,
 )
 from jaxdiff.models import flux, flux_controlnet
-from jaxdiff.weights.load import abstract_network
+from jaxdiff.weights.network import Network
 
 CONTROLNET = Architecture(
     flux_controlnet.FluxControlNetConfig,
@@ -83,11 +83,11 @@ def _control(
     """Builds a ControlNet for the transformer of these configs; see `family.Networks.control`."""
     read, transformer = CONTROLNET.config.from_json(config), configs["transformer"]
     refuse_misfit(vars(transformer), vars(read), shared)
-    graph, shapes = abstract_network(flux_controlnet.FluxControlNetModel, read, remat=remat)
+    network = Network(flux_controlnet.FluxControlNetModel, read, CONTROLNET.sharding, remat=remat)
     blocks = transformer.num_layers, transformer.num_single_layers
     return Control(
-        Network(graph, shapes, CONTROLNET.sharding),
-        partial(_steer, graph, blocks),
+        network,
+        partial(_steer, network, blocks),
         is_pooled=False,
         sees_latents=True,
         guidance_is_input=read.guidance_embeds,
@@ -96,7 +96,7 @@ def _control(
 
 
 def _steer(
-    graph: nnx.GraphDef,
+    network: Network,
     blocks: tuple[int, int],
     params: Params,
     latents: Array,
@@ -111,12 +111,12 @@ def _steer(
 
     A union net is evaluated for each image alone, and the weighted residuals are added up.
     """
-    network = nnx.merge(graph, params)
+    module = network(params)
     given = {**conditioning, "guidance_scale": guidance_scale}
 
     def residuals(control: Array, modes: Array | None = None) -> tuple[list[Array], list[Array]]:
         seen = control.astype(latents.dtype)
-        double, single = network(latents, timesteps, seen, **given, modes=modes)
+        double, single = module(latents, timesteps, seen, **given, modes=modes)
         return flux_controlnet.spread(double, single, blocks)
 
     if modes is None:

@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from flax import nnx
 from jax import Array
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.errors import InputError
-from jaxdiff.models.sharding import Rules
+from jaxdiff.weights.network import Network
 
 Params = dict  # nested, of arrays
 
@@ -26,20 +25,6 @@ class Text(NamedTuple):
     context: Array
     pooled: Array | None = None
     mask: Array | None = None
-
-
-class Network(NamedTuple):
-    """A network without its weights; static under `jax.jit`.
-
-    Attributes:
-      graph: the module's graph definition; `nnx.merge(graph, params)` is the module.
-      shapes: a `jax.ShapeDtypeStruct` for each parameter, as a nested dict.
-      sharding: the rules that split its parameters over a mesh.
-    """
-
-    graph: nnx.GraphDef
-    shapes: dict
-    sharding: Rules
 
 
 class Inpainting(NamedTuple):

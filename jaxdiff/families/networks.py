@@ -21,7 +21,6 @@ from jaxdiff.families.model import (
     Denoiser,
     ImageAdapter,
     Model,
-    Network,
     Params,
     Reference,
     Text,
@@ -29,7 +28,7 @@ from jaxdiff.families.model import (
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.sharding import Rules
 from jaxdiff.models.text import clip, qwen, t5
-from jaxdiff.weights.load import abstract_network
+from jaxdiff.weights.network import Network
 
 # The config keys that say how many modules a network has: as a number, or a number for each block,
 COUNTS = (
@@ -130,8 +129,8 @@ class Networks:
         networks = {}
         for name, config in configs.items():
             options = {"remat": remat} if name == "transformer" else {}
-            graph, shapes = abstract_network(self.module(name, config), config, **options)
-            networks[name] = Network(graph, shapes, self.architectures[name].sharding)
+            sharding = self.architectures[name].sharding
+            networks[name] = Network(self.module(name, config), config, sharding, **options)
         return self.assemble(configs, networks)
 
     def control(self, configs: Mapping, config: Mapping, *, remat: bool = False) -> Control:
@@ -197,7 +196,7 @@ def model(
     """
 
     def encode(params: Params, tokens: Mapping, clip_skip: int) -> Text:
-        modules = {name: nnx.merge(networks[name].graph, params[name]) for name in text_encoders}
+        modules = {name: networks[name](params[name]) for name in text_encoders}
         return encode_text(modules, tokens, clip_skip)
 
     evaluate = _evaluation(networks["transformer"], fixed)
@@ -235,7 +234,7 @@ def _evaluation(network: Network, fixed: Mapping) -> Callable:
     ):
         if guidance_scale is not None:
             options["guidance_scale"] = guidance_scale
-        called = nnx.merge(network.graph, params)
+        called = network(params)
         return called(latents, timesteps, **conditioning, **fixed, **options), None
 
     return evaluate
@@ -263,16 +262,16 @@ def codec(network: Network, config, channels: int) -> Codec:
         component="vae",
         factor=config.factor,
         channels=channels,
-        encode=partial(_encode, network.graph),
+        encode=partial(_encode, network),
         scale=config.scale,
-        decode=partial(_decode, network.graph, config),
+        decode=partial(_decode, network, config),
     )
 
 
-def _encode(graph: nnx.GraphDef, params: Params, images: Array) -> tuple[Array, Array]:
-    return nnx.merge(graph, params).encode(images)
+def _encode(network: Network, params: Params, images: Array) -> tuple[Array, Array]:
+    return network(params).encode(images)
 
 
-def _decode(graph: nnx.GraphDef, config, params: Params, latents: Array, dtype) -> Array:
-    network = nnx.merge(graph, params)
-    return network.decode(config.unscale(latents).astype(dtype)).astype(jnp.float32)
+def _decode(network: Network, config, params: Params, latents: Array, dtype) -> Array:
+    images = network(params).decode(config.unscale(latents).astype(dtype))
+    return images.astype(jnp.float32)

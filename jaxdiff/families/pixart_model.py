@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from flax import nnx
 
-from jaxdiff.families.model import Model, Network, Text
+from jaxdiff.families.model import Model, Text
 from jaxdiff.families.networks import (
     AUTOENCODER_KL,
     T5,
@@ -15,6 +15,7 @@ from jaxdiff.families.networks import (
 )
 from jaxdiff.families.tokenizers.tokenizer import Tokens
 from jaxdiff.models import pixart
+from jaxdiff.weights.network import Network
 
 
 def _assemble(configs: Mapping, networks: Mapping[str, Network]) -> Model:

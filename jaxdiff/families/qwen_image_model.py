@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdiff.families.model import Model, Network, Reference, Text
+from jaxdiff.families.model import Model, Reference, Text
 from jaxdiff.families.networks import Architecture, Networks, fit, model
 from jaxdiff.families.tokenizers.tokenizer import Tokens
 from jaxdiff.images.clip_pixels import MEAN, STD
 from jaxdiff.models import qwen_image
 from jaxdiff.models.codecs import autoencoder_kl_qwen_image
 from jaxdiff.models.text import qwen, qwen_vl
+from jaxdiff.weights.network import Network
 
 SeenSize = Callable[[int, int], tuple[int, int]]
 

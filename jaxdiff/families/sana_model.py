@@ -5,12 +5,13 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdiff.families.model import Model, Network, Text
+from jaxdiff.families.model import Model, Text
 from jaxdiff.families.networks import Architecture, Networks, fit, model
 from jaxdiff.families.tokenizers.instructed import InstructedTokens
 from jaxdiff.models import sana
 from jaxdiff.models.codecs import autoencoder_dc
 from jaxdiff.models.text import gemma2
+from jaxdiff.weights.network import Network
 
 
 def _assemble(configs: Mapping, networks: Mapping[str, Network]) -> Model:

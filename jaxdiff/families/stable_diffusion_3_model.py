@@ -7,7 +7,7 @@ from functools import partial
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdiff.families.model import Model, Network, Text
+from jaxdiff.families.model import Model, Text
 from jaxdiff.families.networks import (
     AUTOENCODER_KL,
     CLIP_TEXT,
@@ -18,6 +18,7 @@ from jaxdiff.families.networks import (
     model,
 )
 from jaxdiff.models import sd3
+from jaxdiff.weights.network import Network
 
 CLIPS, OPTIONAL_T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 LAYERS_SKIPPED = 1  # the penultimate layer's hidden states (arXiv:2403.03206, appendix B.3)

@@ -21,7 +21,6 @@ from jaxdiff.families.model import (
     ImageAdapter,
     Inpainting,
     Model,
-    Network,
     Params,
     Reference,
     Text,
@@ -32,7 +31,7 @@ from jaxdiff.models import controlnet, controlnet_union, ip_adapter, unet
 from jaxdiff.models.codecs import autoencoder_kl
 from jaxdiff.models.layers import ImagePrompt
 from jaxdiff.models.text import clip
-from jaxdiff.weights.load import abstract_network
+from jaxdiff.weights.network import Network
 
 # The aesthetic scores that XL's refiner is conditioned on (diffusers' defaults).
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
@@ -114,7 +113,6 @@ def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
     encoders = tuple(name for name in configs if name not in CONFIGS)
     unet_config, vae = configs["unet"], configs["vae"]
     is_xl = "text_encoder_2" in encoders
-    graphs = {name: networks[name].graph for name in encoders}
     return Model(
         configs=configs,
         networks=networks,
@@ -123,7 +121,10 @@ def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
             name: configs[name].num_hidden_layers - XL_LAYERS_SKIPPED * is_xl for name in encoders
         },
         encode_text=partial(
-            encode_text, graphs, layers_skipped=XL_LAYERS_SKIPPED * is_xl, pooled=is_xl
+            encode_text,
+            {name: networks[name] for name in encoders},
+            layers_skipped=XL_LAYERS_SKIPPED * is_xl,
+            pooled=is_xl,
         ),
         zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt")),
         sizes=partial(_sizes, _takes_score(index)) if _takes_sizes(unet_config) else None,
@@ -133,7 +134,7 @@ def build(configs: Mapping, index: Mapping, *, remat: bool = False) -> Model:
             guidance_is_input=unet_config.time_cond_proj_dim is not None,
             sample_size=unet_config.sample_size,
             size_multiple=unet_config.factor,
-            evaluate=partial(_evaluate, networks["unet"].graph),
+            evaluate=partial(_evaluate, networks["unet"]),
             inpainting=_inpainting(unet_config, vae),
             reference=_reference(vae) if _edits(index) else None,
         ),
@@ -219,18 +220,19 @@ def control(configs: Mapping, config: Mapping, *, remat: bool = False) -> Contro
             f"the ControlNet takes {factor} pixels per latent, the model {configs['vae'].factor}; "
             "use one that was trained for this model"
         )
-    network = controlnet_union.ControlNetUnionModel if is_union else controlnet.ControlNetModel
-    graph, shapes = abstract_network(network, read, remat=remat)
+    union = controlnet_union.ControlNetUnionModel
+    model_class = union if is_union else controlnet.ControlNetModel
+    network = Network(model_class, read, controlnet.SHARDING, remat=remat)
     return Control(
-        Network(graph, shapes, controlnet.SHARDING),
-        partial(_steer, graph),
+        network,
+        partial(_steer, network),
         is_pooled=read.global_pool_conditions,
         is_union=is_union,
     )
 
 
 def _steer(
-    graph: nnx.GraphDef,
+    network: Network,
     params: Params,
     latents: Array,
     timesteps: Array,
@@ -240,8 +242,8 @@ def _steer(
 ) -> tuple[list[Array], Array]:
     """Evaluates a ControlNet; `union` is what only union nets take."""
     given = {"pooled": conditioning.pooled, "time_ids": conditioning.time_ids}
-    network = nnx.merge(graph, params)
-    return network(latents, timesteps, conditioning.context, images, **given, **union)
+    module = network(params)
+    return module(latents, timesteps, conditioning.context, images, **given, **union)
 
 
 def image_adapter(configs: Mapping, files: IPAdapterFiles) -> ImageAdapter:
@@ -265,17 +267,14 @@ def image_adapter(configs: Mapping, files: IPAdapterFiles) -> ImageAdapter:
             f"{files.encoder}/config.json: num_hidden_layers = {layers} describes more layers than "
             f"the {len(files.encoder_tensors)} weights in the file; copy the encoder again"
         )
-    adapter = Network(*abstract_network(ip_adapter.IPAdapterModel, read), ip_adapter.SHARDING)
-    encoder = Network(
-        *abstract_network(clip.CLIPVisionModelWithProjection, encoder_config), clip.SHARDING
-    )
-    graphs = adapter.graph, encoder.graph
+    adapter = Network(ip_adapter.IPAdapterModel, read, ip_adapter.SHARDING)
+    encoder = Network(clip.CLIPVisionModelWithProjection, encoder_config, clip.SHARDING)
     return ImageAdapter(
         adapter,
         encoder,
         encoder_config.image_size,
-        partial(_encode_images, *graphs, files.kind),
-        partial(_encode_nothing, *graphs, files.kind),
+        partial(_encode_images, adapter, encoder, files.kind),
+        partial(_encode_nothing, adapter, encoder, files.kind),
         lambda conditioning, prompts: conditioning._replace(
             image_prompts=ip_adapter.image_prompts(prompts)
         ),
@@ -283,8 +282,8 @@ def image_adapter(configs: Mapping, files: IPAdapterFiles) -> ImageAdapter:
 
 
 def _encode_images(
-    adapter: nnx.GraphDef,
-    encoder: nnx.GraphDef,
+    adapter: Network,
+    encoder: Network,
     kind: str,
     params: Params,
     encoder_params: Params,
@@ -292,20 +291,20 @@ def _encode_images(
     dtype,
 ) -> list[tuple[Array, Array]]:
     pixels = (images.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
-    seen = ip_adapter.embedded(nnx.merge(encoder, encoder_params), kind, pixels.astype(dtype))
-    return nnx.merge(adapter, params)(seen)
+    seen = ip_adapter.embedded(encoder(encoder_params), kind, pixels.astype(dtype))
+    return adapter(params)(seen)
 
 
 def _encode_nothing(
-    adapter: nnx.GraphDef,
-    encoder: nnx.GraphDef,
+    adapter: Network,
+    encoder: Network,
     kind: str,
     params: Params,
     encoder_params: Params,
     dtype,
 ) -> list[tuple[Array, Array]]:
-    seen = ip_adapter.embedded_negative(nnx.merge(encoder, encoder_params), kind, dtype)
-    return nnx.merge(adapter, params)(seen)
+    seen = ip_adapter.embedded_negative(encoder(encoder_params), kind, dtype)
+    return adapter(params)(seen)
 
 
 def for_inpainting(configs: Mapping) -> dict:
@@ -320,7 +319,7 @@ def with_guidance_input(configs: Mapping, width: int) -> dict:
 
 
 def encode_text(
-    graphs: Mapping[str, nnx.GraphDef],
+    networks: Mapping[str, Network],
     params: Params,
     token_ids: dict[str, Array],
     clip_skip: int,
@@ -340,9 +339,9 @@ def encode_text(
       chunk, [batch, width], or None.
     """
     contexts = []
-    for name, graph in graphs.items():
+    for name, network in networks.items():
         batch, chunks, tokens = token_ids[name].shape
-        hidden, vector = nnx.merge(graph, params[name])(
+        hidden, vector = network(params[name])(
             token_ids[name].reshape(batch * chunks, tokens),
             layers_skipped=clip_skip + layers_skipped,
             final_norm=not pooled,
@@ -360,8 +359,8 @@ def module(component: str, config) -> type[nnx.Module]:
 
 def _network(component: str, config, remat: bool) -> Network:
     options = {"remat": remat} if component == "unet" else {}
-    graph, shapes = abstract_network(module(component, config), config, **options)
-    return Network(graph, shapes, SHARDING.get(component, clip.SHARDING))
+    sharding = SHARDING.get(component, clip.SHARDING)
+    return Network(module(component, config), config, sharding, **options)
 
 
 def _takes_sizes(config: unet.UNetConfig) -> bool:
@@ -388,7 +387,7 @@ def _condition(text: Text, sizes: Array | None) -> Conditioning:
 
 
 def _evaluate(
-    graph: nnx.GraphDef,
+    network: Network,
     params: Params,
     latents: Array,
     timesteps: Array,
@@ -398,8 +397,7 @@ def _evaluate(
     *,
     residuals: tuple[list[Array], Array] | None = None,
 ) -> tuple[Array, Array]:
-    network = nnx.merge(graph, params)
-    return network.evaluate(
+    return network(params).evaluate(
         latents,
         timesteps,
         deep=kept,

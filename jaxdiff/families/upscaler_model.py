@@ -7,9 +7,9 @@ from flax import nnx
 from jax import Array
 
 from jaxdiff.checkpoint.upscaler import NETWORK, RRDB
-from jaxdiff.families.model import Network, Params
+from jaxdiff.families.model import Params
 from jaxdiff.models import rrdb, srvgg
-from jaxdiff.weights.load import abstract_network
+from jaxdiff.weights.network import Network
 
 
 class UpscalerModel(NamedTuple):
@@ -46,10 +46,8 @@ def module(component: str, config: Any) -> type[nnx.Module]:
 def build(configs: Mapping, index: Mapping) -> UpscalerModel:
     """Builds the network; see `family.Networks`."""
     config = configs[NETWORK]
-    graph, shapes = abstract_network(module(NETWORK, config), config)
     sharding = rrdb.SHARDING if isinstance(config, rrdb.RRDBNetConfig) else srvgg.SHARDING
-
-    def enlarge(params: Params, images: Array) -> Array:
-        return nnx.merge(graph, params)(images)
-
-    return UpscalerModel({NETWORK: Network(graph, shapes, sharding)}, config.scale, enlarge)
+    network = Network(module(NETWORK, config), config, sharding)
+    return UpscalerModel(
+        {NETWORK: network}, config.scale, lambda params, images: network(params)(images)
+    )

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from functools import partial
 
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
-from jaxdiff.families.model import Denoiser, Enlarging, Model, Network, Params, Text
+from jaxdiff.families.model import Denoiser, Enlarging, Model, Params, Text
 from jaxdiff.families.networks import AUTOENCODER_KL, CLIP_TEXT, Architecture, Networks, codec
 from jaxdiff.families.stable_diffusion_model import check_widths, encode_text
 from jaxdiff.families.upscaling_values import LATENT_FACTOR
 from jaxdiff.models import k_unet
+from jaxdiff.weights.network import Network
 
 LEVEL_WIDTH = 64  # of the cosines, and of the sines, of the noise in the image that is enlarged
 
@@ -26,7 +26,7 @@ def _assemble(configs: Mapping, networks: Mapping[str, Network]) -> Model:
         "time_cond_proj_dim": 2 * LEVEL_WIDTH + text.hidden_size,
     }
     check_widths(unet, vae, needed)
-    encoder = {"text_encoder": networks["text_encoder"].graph}
+    encoder = {"text_encoder": networks["text_encoder"]}
     return Model(
         configs=configs,
         networks=networks,
@@ -39,7 +39,7 @@ def _assemble(configs: Mapping, networks: Mapping[str, Network]) -> Model:
             component="unet",
             sample_size=unet.sample_size,
             size_multiple=unet.factor,
-            evaluate=partial(_evaluate, networks["unet"].graph),
+            evaluate=partial(_evaluate, networks["unet"]),
             enlarging=Enlarging(LATENT_FACTOR, vae.latent_channels, sees_latents=True),
             sees_noise_level=True,
         ),
@@ -48,7 +48,7 @@ def _assemble(configs: Mapping, networks: Mapping[str, Network]) -> Model:
 
 
 def _evaluate(
-    graph: nnx.GraphDef,
+    network: Network,
     params: Params,
     latents: Array,
     timesteps: Array,
@@ -64,7 +64,7 @@ def _evaluate(
     shape = len(latents), LEVEL_WIDTH
     level = [jnp.ones(shape, latents.dtype), jnp.zeros(shape, latents.dtype)]
     condition = jnp.concatenate([*level, text.pooled], axis=-1)
-    output = nnx.merge(graph, params)(latents, timesteps, text.context, condition)
+    output = network(params)(latents, timesteps, text.context, condition)
     return -output[..., :-1], None
 
 

@@ -5,15 +5,15 @@ from dataclasses import replace
 from functools import partial
 
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from jaxdiff.errors import InputError
-from jaxdiff.families.model import Denoiser, Enlarging, Model, Network, Params
+from jaxdiff.families.model import Denoiser, Enlarging, Model, Params
 from jaxdiff.families.networks import AUTOENCODER_KL, CLIP_TEXT, Architecture, Networks, codec
 from jaxdiff.families.stable_diffusion_model import check_widths, encode_text
 from jaxdiff.families.upscaling_values import NOISE_LEVEL
 from jaxdiff.models import unet_upscaler
+from jaxdiff.weights.network import Network
 
 IMAGE_CHANNELS = 3
 SCALING_FACTOR = 0.08333  # of the latents, whatever the file says, as in diffusers' pipeline
@@ -38,13 +38,13 @@ def _assemble(configs: Mapping, networks: Mapping[str, Network]) -> Model:
         networks=networks,
         text_encoders=("text_encoder",),
         skippable={"text_encoder": text.num_hidden_layers},
-        encode_text=partial(encode_text, {"text_encoder": networks["text_encoder"].graph}),
+        encode_text=partial(encode_text, {"text_encoder": networks["text_encoder"]}),
         condition=lambda text, sizes: text.context,
         denoiser=Denoiser(
             component="unet",
             sample_size=unet.sample_size,
             size_multiple=unet.factor,
-            evaluate=partial(_evaluate, networks["unet"].graph),
+            evaluate=partial(_evaluate, networks["unet"]),
             enlarging=Enlarging(vae.factor, IMAGE_CHANNELS, sees_latents=False),
         ),
         codec=codec(networks["vae"], vae, vae.latent_channels),
@@ -52,7 +52,7 @@ def _assemble(configs: Mapping, networks: Mapping[str, Network]) -> Model:
 
 
 def _evaluate(
-    graph: nnx.GraphDef,
+    network: Network,
     params: Params,
     latents: Array,
     timesteps: Array,
@@ -62,7 +62,7 @@ def _evaluate(
 ) -> tuple[Array, Array]:
     """Evaluates the U-Net; see `Denoiser.evaluate`."""
     labels = jnp.full(len(latents), NOISE_LEVEL)
-    return nnx.merge(graph, params).evaluate(latents, timesteps, context, kept, class_labels=labels)
+    return network(params).evaluate(latents, timesteps, context, kept, class_labels=labels)
 
 
 _NETWORKS = Networks(

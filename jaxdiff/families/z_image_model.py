@@ -5,7 +5,7 @@ from functools import partial
 
 from flax import nnx
 
-from jaxdiff.families.model import Model, Network, Text
+from jaxdiff.families.model import Model, Text
 from jaxdiff.families.networks import (
     AUTOENCODER_KL,
     QWEN3,
@@ -16,6 +16,7 @@ from jaxdiff.families.networks import (
 )
 from jaxdiff.families.tokenizers.tokenizer import Tokens
 from jaxdiff.models import z_image
+from jaxdiff.weights.network import Network
 
 LAYER = -2  # the last but one of the text encoder's hidden states
 

@@ -24,7 +24,8 @@ from jaxdiff.families.tokenizers.tokenizer import Tokenizer, of_checkpoint
 from jaxdiff.models.controlnet import ControlNetConfig
 from jaxdiff.training.loop import Params
 from jaxdiff.training.recipe import TextToImageRecipe
-from jaxdiff.weights.load import abstract_network, load_params, name_of, places
+from jaxdiff.weights.load import load_params, name_of, places
+from jaxdiff.weights.network import abstract_network
 from jaxdiff.weights.save import save_pipeline
 
 # The recipe's keys for components.

@@ -5,17 +5,14 @@ parameters and the tensors of a file: kernels are transposed, and `kernel`, `sca
 are all called `weight` in the file. A parameter's public name is its dotted path in the dict.
 """
 
-import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jaxdiff.checkpoint.tensors import StoredTensor, describe_misfits
 from jaxdiff.devices import parallel
@@ -23,32 +20,6 @@ from jaxdiff.errors import InputError
 from jaxdiff.weights.quantization import Quantized, is_quantized, quantize, quantized_places
 
 READERS = 4  # threads, each of which holds one or two tensors
-
-
-def abstract_network(model_class, config, **options) -> tuple[nnx.GraphDef, dict]:
-    """Makes a network without weights, which costs only the tracing, and that only once.
-
-    Args:
-      model_class: an `nnx.Module` that can be called as
-        `model_class(config, rngs=..., **options)`.
-      config: the network's config dataclass, which must be hashable.
-
-    Returns:
-      the network's graph definition, and the shapes of its parameters as a nested dict;
-      `load_params` turns the shapes into arrays, and `nnx.merge(graph, params)` is the network.
-    """
-    graph, shapes = _traced(model_class, config, tuple(sorted(options.items())))
-    return graph, jax.tree.map(lambda leaf: leaf, shapes)  # a dict that the caller may change
-
-
-@functools.lru_cache(maxsize=16)
-def _traced(model_class, config, options: tuple) -> tuple[nnx.GraphDef, dict]:
-    # No weights are drawn, so one key is enough; `nnx.Rngs` would count the keys in the traced
-    # program, which takes ten times as long (9 s for Stable Diffusion's U-Net).
-    rngs = SimpleNamespace(params=lambda: jax.random.key(0))
-    made = nnx.eval_shape(lambda: model_class(config, rngs=rngs, **dict(options)))
-    graph, state = nnx.split(made)
-    return graph, nnx.to_pure_dict(state)
 
 
 def places(shapes: dict, dtype, shardings=None) -> dict:

@@ -26,7 +26,8 @@ from jaxdiff.models.sd3 import SD3Config, SD3Transformer2DModel
 from jaxdiff.models.text.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.text.t5 import T5Config, T5EncoderModel
 from jaxdiff.models.z_image import ZImageConfig, ZImageTransformer2DModel
-from jaxdiff.weights.load import abstract_network, file_shapes
+from jaxdiff.weights.load import file_shapes
+from jaxdiff.weights.network import abstract_network
 
 RANK = 2
 TINY = {"num_layers": 2, "num_attention_heads": 2}

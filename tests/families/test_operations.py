@@ -17,7 +17,8 @@ from jaxdiff.families.opening import open_ensemble
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
 from jaxdiff.request import Bucket
-from jaxdiff.weights.load import abstract_network, file_shapes
+from jaxdiff.weights.load import file_shapes
+from jaxdiff.weights.network import abstract_network
 
 
 def counted(shapes: dict, height: int, width: int, prefix: str = "") -> int:

@@ -17,7 +17,8 @@ from jaxdiff.families import qwen_image
 from jaxdiff.models.codecs import autoencoder_kl_qwen_image as qwen
 from jaxdiff.models.codecs.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from jaxdiff.models.codecs.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
-from jaxdiff.weights.load import abstract_network, file_shapes, load_params, places
+from jaxdiff.weights.load import file_shapes, load_params, places
+from jaxdiff.weights.network import abstract_network
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -301,7 +302,8 @@ import importlib, json, sys
 import jax, networks, numpy as np
 from flax import nnx
 from jaxdiff.devices import parallel
-from jaxdiff.weights.load import abstract_network, name_of
+from jaxdiff.weights.load import name_of
+from jaxdiff.weights.network import abstract_network
 
 mesh = parallel.make_mesh("model=2")
 for place, name, options in json.loads(sys.argv[1]):

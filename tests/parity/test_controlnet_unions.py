@@ -11,7 +11,8 @@ from flax import nnx
 from jaxdiff.checkpoint.controlnet import open_controlnet
 from jaxdiff.errors import InputError
 from jaxdiff.models.controlnet_union import ControlNetUnionConfig, ControlNetUnionModel
-from jaxdiff.weights.load import abstract_network, file_shapes, load_params, places
+from jaxdiff.weights.load import file_shapes, load_params, places
+from jaxdiff.weights.network import abstract_network
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

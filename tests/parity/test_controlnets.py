@@ -13,7 +13,8 @@ from jaxdiff.checkpoint.controlnet import open_controlnet
 from jaxdiff.devices import parallel
 from jaxdiff.errors import InputError
 from jaxdiff.models.controlnet import SHARDING, ControlNetConfig, ControlNetModel
-from jaxdiff.weights.load import abstract_network, file_shapes, open_network
+from jaxdiff.weights.load import file_shapes, open_network
+from jaxdiff.weights.network import abstract_network
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -6,7 +6,8 @@ import pytest
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.weights.load import abstract_network, file_shapes, name_of
+from jaxdiff.weights.load import file_shapes, name_of
+from jaxdiff.weights.network import abstract_network
 from jaxdiff.weights.quantization import IN_BLOCK
 
 torch = pytest.importorskip("torch")

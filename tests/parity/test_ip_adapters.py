@@ -21,7 +21,8 @@ from jaxdiff.models import ip_adapter
 from jaxdiff.models.ip_adapter import IPAdapterConfig, IPAdapterModel, ResamplerConfig
 from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.weights.load import abstract_network, file_shapes, open_network
+from jaxdiff.weights.load import file_shapes, open_network
+from jaxdiff.weights.network import abstract_network
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

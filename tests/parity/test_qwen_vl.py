@@ -16,7 +16,8 @@ from jaxdiff.families.components import QWEN_2_5_VL, QWEN_2_5_VL_WITH_VISION
 from jaxdiff.images.clip_pixels import MEAN, STD
 from jaxdiff.models.text import qwen_vision, qwen_vl
 from jaxdiff.models.text.qwen_vl import Qwen2_5_VLImageConfig, Qwen2_5_VLModel
-from jaxdiff.weights.load import abstract_network, file_shapes, load_params, name_of, places
+from jaxdiff.weights.load import file_shapes, load_params, name_of, places
+from jaxdiff.weights.network import abstract_network
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

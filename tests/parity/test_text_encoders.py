@@ -22,7 +22,8 @@ from jaxdiff.models.text.qwen import (
     Qwen3Model,
 )
 from jaxdiff.models.text.t5 import T5Config, T5EncoderModel
-from jaxdiff.weights.load import abstract_network, file_shapes, load_params, name_of, places
+from jaxdiff.weights.load import file_shapes, load_params, name_of, places
+from jaxdiff.weights.network import abstract_network
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -19,7 +19,8 @@ from jaxdiff.models.flux import FluxConfig, FluxTransformer2DModel
 from jaxdiff.models.flux2 import Flux2Config, Flux2Transformer2DModel
 from jaxdiff.models.sd3 import SD3Config, SD3Transformer2DModel
 from jaxdiff.models.z_image import ZImageConfig, ZImageTransformer2DModel
-from jaxdiff.weights.load import abstract_network, file_shapes
+from jaxdiff.weights.load import file_shapes
+from jaxdiff.weights.network import abstract_network
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import jaxdiff
 from jaxdiff.devices import compilation
@@ -17,7 +16,8 @@ from jaxdiff.families.model import Text, networks_of
 from jaxdiff.families.opening import open_ensemble
 from jaxdiff.models.k_unet import KUNet, KUNetConfig
 from jaxdiff.models.unet_upscaler import UNetUpscaler, UNetUpscalerConfig
-from jaxdiff.weights.load import abstract_network, file_shapes, load_params, places
+from jaxdiff.weights.load import file_shapes, load_params, places
+from jaxdiff.weights.network import abstract_network
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -195,7 +195,7 @@ def test_the_unet_of_x4(checkpoint):
     labels = {"class_labels": np.array([20, 350])}
 
     def run(params, given):
-        return nnx.merge(model.networks["unet"].graph, params)(**given)
+        return model.networks["unet"](params)(**given)
 
     others = their_output(reference, **given, **labels)
     assert (

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from jaxdiff import cli
@@ -90,14 +89,14 @@ def test_latents_match_the_images(finished, photos, tiny_checkpoint):
     assert len(latents) == len(images)
     checkpoint = open_checkpoint(tiny_checkpoint)
     model = networks_of(checkpoint)
-    config, (graph, shapes, _) = model.configs["vae"], model.networks["vae"]
-    params = load_params(places(shapes, np.float32), checkpoint.weights("vae"))
+    config, network = model.configs["vae"], model.networks["vae"]
+    params = load_params(places(network.shapes, np.float32), checkpoint.weights("vae"))
     check_encoders(latents, config, {"vae": params} | text_params(checkpoint))
     params["encoder"]["conv_in"]["bias"] += 1
     with pytest.raises(InputError, match="not encoded by the autoencoder of this model"):
         check_encoders(latents, config, {"vae": params} | text_params(checkpoint))
     params["encoder"]["conv_in"]["bias"] -= 1
-    encode = jax.jit(lambda pixels: nnx.merge(graph, params).encode(pixels / 127.5 - 1.0))
+    encode = jax.jit(lambda pixels: network(params).encode(pixels / 127.5 - 1.0))
     for index in (0, 7, 19):
         number = int(latents.caption(index).split()[1])
         height, width = latents.sizes[index]

@@ -17,7 +17,8 @@ from jaxdiff.families.stable_diffusion import PIPELINE, STABLE_DIFFUSION
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxdiff.models.text.clip import CLIPTextConfig, CLIPTextModel
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
-from jaxdiff.weights.load import abstract_network, load_params, places
+from jaxdiff.weights.load import load_params, places
+from jaxdiff.weights.network import Network, abstract_network
 from jaxdiff.weights.save import save_params, save_pipeline
 
 COMPONENTS = STABLE_DIFFUSION.components
@@ -43,6 +44,19 @@ def test_a_network_is_traced_once_and_its_shapes_are_the_callers_own(tiny_checkp
     assert abstract_network(AutoencoderKL, config)[0] is graph
     wider = replace(config, latent_channels=config.latent_channels + 1)
     assert jax.tree.leaves(abstract_network(AutoencoderKL, wider)[1]) != wanted
+
+
+def test_the_shapes_of_a_network_are_kept_for_the_next_process(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config, shapes = config_and_shapes(tiny_checkpoint, "vae")
+    wider = replace(config, latent_channels=config.latent_channels + 1)
+    for asked in (config, wider):
+        wanted = abstract_network(AutoencoderKL, asked)[1]
+        for _ in range(2):  # traced, and from the cache
+            assert Network(AutoencoderKL, asked, ()).shapes == wanted
+    assert len(list((tmp_path / "jaxdiff" / "networks").iterdir())) == 2
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from itertools import count
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import jaxdiff
 from jaxdiff.devices import compilation, parallel
@@ -44,7 +43,7 @@ def text(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
 
 def step(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
     """Evaluates the U-Net once for a batch of images, each with its unconditional half."""
-    graph, params = _network(work, "unet", dtype)
+    network, params = _network(work, "unet", dtype)
     rows = workload.GUIDED_PAIR * batch
     latents = jax.device_put(workload.latents(work, rows).astype(DTYPES[dtype]))
     conditioning = {
@@ -55,16 +54,16 @@ def step(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
 
     @compilation.jit
     def unet(params: dict, latents: jax.Array, conditioning: dict) -> jax.Array:
-        return nnx.merge(graph, params)(latents, timesteps, **conditioning)
+        return network(params)(latents, timesteps, **conditioning)
 
     return lambda: unet(params, latents, conditioning).block_until_ready()
 
 
 def decode(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
     """Decodes latents to images."""
-    graph, params = _network(work, "vae", dtype)
+    network, params = _network(work, "vae", dtype)
     latents = jax.device_put(workload.latents(work, batch).astype(DTYPES[dtype]))
-    vae = compilation.jit(lambda params, latents: nnx.merge(graph, params).decode(latents))
+    vae = compilation.jit(lambda params, latents: network(params).decode(latents))
     return lambda: vae(params, latents).block_until_ready()
 
 
@@ -141,4 +140,4 @@ def _network(work: Workload, name: str, dtype: str) -> tuple:
     network = networks_of(work.checkpoint).networks[name]
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     where = places(network.shapes, DTYPES[dtype], device)
-    return network.graph, load_params(where, work.checkpoint.weights(name))
+    return network, load_params(where, work.checkpoint.weights(name))

@@ -19,7 +19,7 @@ from jax import Array
 from jaxdiff.families.model import Denoiser
 from jaxdiff.training.components import Components
 from jaxdiff.training.loop import Params
-from jaxdiff.weights.load import abstract_network
+from jaxdiff.weights.network import abstract_network
 from jaxdiff.worlds.shapes import SHAPES, Scene
 from jaxdiff.worlds.shapes.scene import CANVAS
 
