@@ -50,7 +50,7 @@ def test_the_shapes_of_a_network_are_kept_for_the_next_process(
     tiny_checkpoint, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config, shapes = config_and_shapes(tiny_checkpoint, "vae")
+    config, _ = config_and_shapes(tiny_checkpoint, "vae")
     wider = replace(config, latent_channels=config.latent_channels + 1)
     for asked in (config, wider):
         wanted = abstract_network(AutoencoderKL, asked)[1]
