@@ -70,7 +70,7 @@ class ShardImages:
         is_stopping: Callable[[], bool],
         profile: Profile,
     ):
-        from jaxdiff.devices import compilation  # imports JAX
+        from jaxdiff.devices import programs  # imports JAX
 
         self._model, self._plan, self._tell = model, plan, tell
         self._alone, self._deadly = set(alone), deadly or {}
@@ -78,7 +78,7 @@ class ShardImages:
         self._batch_size = batch_size
         self._running: dict[str, PlannedImage] = {}
         self._unreadable: dict[str, str] = {}  # why an image that a row names cannot be used
-        self._waited, self._waited_before = compilation.seconds_waited, compilation.seconds_waited()
+        self._waited, self._waited_before = programs.seconds_waited, programs.seconds_waited()
         self._encode_seconds = 0.0
         self._write_seconds = 0.0
         self.made = self.failed = self.padded = 0

@@ -1,4 +1,4 @@
-"""Compiles programs with the right XLA options, ahead of their use, and caches them on disk."""
+"""Compiles programs with the right XLA options, and caches them on disk."""
 
 import functools
 import hashlib
@@ -6,11 +6,8 @@ import logging
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -19,7 +16,6 @@ from jaxdiff import cache
 # On CPUs, XLA's own convolutions are up to three times as fast as those of the library that it
 # uses by default, but its reductions are slower. A full-size U-Net takes 0.7 of the time.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-THREADS = 2  # for compiling; more would delay the reading of weights
 KEPT_BYTES = 2**33  # of compiled programs; the oldest are deleted first
 # Programs that compile quickly are cached, too: a process starts with dozens of them.
 SMALL_TOO = (
@@ -28,7 +24,6 @@ SMALL_TOO = (
 )
 
 log = logging.getLogger(__name__)
-_waited = 0.0
 
 
 def jit(function: Callable, mesh: jax.sharding.Mesh | None = None, **how) -> Callable:
@@ -44,46 +39,11 @@ def jit(function: Callable, mesh: jax.sharding.Mesh | None = None, **how) -> Cal
     return jax.jit(function, compiler_options=options, **how)
 
 
-def ahead(function: Callable, *arguments, **static) -> "Future[jax.stages.Compiled]":
-    """Starts to compile a jitted function for arguments of which only the shapes are known.
-
-    Args:
-      function: the result of `jax.jit`.
-      arguments: trees of arrays, or of `jax.ShapeDtypeStruct`s with their shardings.
-      static: the static arguments.
-    """
-    return _pool().submit(lambda: function.lower(*arguments, **static).compile())
-
-
-def wait(programs: "dict[Any, Future[jax.stages.Compiled]]", key) -> "jax.stages.Compiled":
-    """Waits for a program that `ahead` started; drops it on failure, so that it can be retried."""
-    global _waited
-    began = time.monotonic()
-    try:
-        return programs[key].result()
-    except BaseException:
-        del programs[key]
-        raise
-    finally:
-        _waited += time.monotonic() - began
-
-
 def without_memory(problem: jax.errors.JaxRuntimeError) -> int:
     """Returns more bytes than any device has if memory ran out; else raises the error again."""
     if "RESOURCE_EXHAUSTED" not in str(problem):
         raise problem
     return sys.maxsize
-
-
-def give_up() -> None:
-    """Cancels queued compilations."""
-    _pool().shutdown(wait=False, cancel_futures=True)
-    _pool.cache_clear()
-
-
-def seconds_waited() -> float:
-    """Returns the total time for which this process has been blocked by compilation."""
-    return _waited
 
 
 @functools.cache  # once in a process
@@ -128,9 +88,3 @@ def _cpu_options() -> dict[str, str] | None:
         log.warning("convolutions are slower, because this XLA lacks an option: %s", problem)
         return None
     return CPU_OPTIONS
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    """Returns the threads that compile; XLA releases the interpreter lock meanwhile."""
-    return ThreadPoolExecutor(THREADS, "compiling")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff import checks
-from jaxdiff.devices import batching, compilation, parallel
+from jaxdiff.devices import batching, compilation, parallel, programs
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.engine.image import Image
 from jaxdiff.engine.sampler import Sampler
@@ -76,7 +76,7 @@ def load(
     try:
         loaded.load_weights()
     except BaseException:
-        compilation.give_up()
+        programs.give_up()
         raise
     return loaded
 

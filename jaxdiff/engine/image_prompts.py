@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.devices import compilation, parallel
+from jaxdiff.devices.programs import Program, wait
 from jaxdiff.engine.embeddings import EmbeddingCache, digest
 from jaxdiff.families.model import ImageAdapter
 from jaxdiff.weights.load import StoredNetwork
@@ -45,7 +46,7 @@ class ImagePromptEncoder:
         self.adapter = adapter
         self._stored, self.mesh = stored, mesh
         encode = partial(adapter.encode, dtype=dtype)
-        self._encode = compilation.jit(parallel.over_data(encode, mesh, (None, None, 0)), mesh)
+        self._encode = Program(encode, mesh, (None, None, 0))
         self._nothing = compilation.jit(partial(adapter.negative, dtype=dtype), mesh)
         self._programs: dict[str, Future[jax.stages.Compiled]] = {}
         self._cache = EmbeddingCache(mesh)
@@ -63,11 +64,11 @@ class ImagePromptEncoder:
     def compile(self) -> None:
         """Starts compiling the encoder; returns at once."""
         if not self._programs:
-            self._programs["encode"] = compilation.ahead(self._encode, *self._abstract_arguments())
+            self._programs["encode"] = self._encode.compile(*self._abstract_arguments())
 
     def abstract(self) -> Any:
         """Returns the shapes of one image's prompt."""
-        batch = jax.eval_shape(self._encode, *self._abstract_arguments())
+        batch = self._encode.result(*self._abstract_arguments())
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
 
     def negative(self, count: int) -> Any:
@@ -85,7 +86,7 @@ class ImagePromptEncoder:
         def encode(images: list[np.ndarray]) -> Any:
             padded = images + images[-1:] * (self._slots - len(images))
             pixels = jax.device_put(np.stack(padded), parallel.batch_sharding(self.mesh))
-            return compilation.wait(self._programs, "encode")(*self._params, pixels)
+            return wait(self._programs, "encode")(*self._params, pixels)
 
         names = [*map(digest, images)]
         found = self._cache(dict(zip(names, images, strict=True)), self._slots, encode)

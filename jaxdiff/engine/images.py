@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from jaxdiff.devices import batching, compilation, parallel
+from jaxdiff.devices.programs import Program, wait
 from jaxdiff.engine.embeddings import EmbeddingCache, digest
 from jaxdiff.engine.program import to_float
 from jaxdiff.families.model import Codec
@@ -39,7 +40,7 @@ class ImageEncoder:
         def sample(encoded: Array, noise: Array) -> Array:
             return codec.scale(encoded[:, 0] + encoded[:, 1] * noise)
 
-        self._encode = compilation.jit(parallel.over_data(encode, mesh, (None, 0, 0)), mesh)
+        self._encode = Program(encode, mesh, (None, 0, 0))
         self._sample = compilation.jit(parallel.over_data(sample, mesh, (0, 0)), mesh)
         self._programs: dict[tuple[int, int], Future[jax.stages.Compiled]] = {}
         self._cache = EmbeddingCache(mesh)
@@ -52,7 +53,7 @@ class ImageEncoder:
                 jax.ShapeDtypeStruct(dims, dtype, sharding=parallel.batch_sharding(self._mesh))
                 for dims, dtype in (((*shape, 3), np.uint8), (shape, bool))
             )
-            self._programs[height, width] = compilation.ahead(self._encode, self._places, *arrays)
+            self._programs[height, width] = self._encode.compile(self._places, *arrays)
 
     def __call__(
         self,
@@ -94,7 +95,7 @@ class ImageEncoder:
         def encode(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Array:
             padded = pairs + pairs[-1:] * (slots - len(pairs))
             arrays = [np.stack(part) for part in zip(*padded, strict=True)]
-            program = compilation.wait(self._programs, (height, width))
+            program = wait(self._programs, (height, width))
             return program(params, *jax.device_put(arrays, place))
 
         names = [*map(_name, images, hidden)]

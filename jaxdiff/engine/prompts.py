@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from functools import partial
 
 import jax
 import numpy as np
 
-from jaxdiff.devices import compilation, parallel
+from jaxdiff.devices import parallel
+from jaxdiff.devices.programs import Program, wait
 from jaxdiff.engine.embeddings import EmbeddingCache, digest
 from jaxdiff.errors import InputError
 from jaxdiff.families.model import Model, Text
@@ -63,18 +63,12 @@ class PromptEncoder:
                 raise InputError(
                     f"--clip-skip {clip_skip}: {name} has only {layers} layers to skip; skip fewer"
                 )
-        # By the number of layers skipped; negative prompts skip none.
         axes = (None, None) if model.image_size is None else (None, 0)
 
         def encode(params: dict, tokens: dict, *, clip_skip: int) -> Text:
             return model.encode_text(restored(params, dtype), tokens, clip_skip=clip_skip)
 
-        self._encode = {
-            skip: compilation.jit(
-                parallel.over_data(partial(encode, clip_skip=skip), mesh, axes), mesh
-            )
-            for skip in (0, clip_skip)
-        }
+        self._encode = Program(encode, mesh, axes)
         self._slots = TEXT_BATCH if model.image_size is None else mesh.shape["data"]
         self._image_size, self._clip_skip = model.image_size, clip_skip
         self._cache = {False: EmbeddingCache(mesh), True: EmbeddingCache(mesh)}  # by `negative`
@@ -95,15 +89,15 @@ class PromptEncoder:
         Args:
           size: the height and width of images, if prompts have any; others ignore them.
         """
-        for clip_skip in self._encode:
+        for clip_skip in {0, self._clip_skip}:
             key = clip_skip, self._seen(size)
             if key not in self._programs:
                 arguments = self._abstract_arguments(size)
-                self._programs[key] = compilation.ahead(self._encode[clip_skip], *arguments)
+                self._programs[key] = self._encode.compile(*arguments, clip_skip=clip_skip)
 
     def abstract(self, *size: int) -> Text:
         """Returns the shapes of one prompt's embedding; the arguments are those of `compile`."""
-        batch = jax.eval_shape(self._encode[0], *self._abstract_arguments(size))
+        batch = self._encode.result(*self._abstract_arguments(size), clip_skip=self._clip_skip)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
 
     def _seen(self, size: tuple[int, ...]) -> tuple[int, int] | None:
@@ -152,7 +146,7 @@ class PromptEncoder:
             if images is not None:
                 seen = [resized(image, *self._seen(size)) for _, image in padded]
                 tokens["image"] = np.stack(seen)
-            return compilation.wait(self._programs, program)(self.params, tokens)
+            return wait(self._programs, program)(self.params, tokens)
 
         shown = [None] * len(prompts) if images is None else images
         pairs = [*zip(prompts, shown, strict=True)]

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from jaxdiff.devices import batching, compilation, parallel
+from jaxdiff.devices.programs import Program, wait
 from jaxdiff.engine.denoiser import LoadedDenoiser
 from jaxdiff.engine.image import Image
 from jaxdiff.engine.images import ImageEncoder
@@ -67,13 +68,8 @@ class Sampler:
             skipped=options.skipped_layers,
             guesses=options.guess_mode == "on",
         )
-        self._sample = compilation.jit(
-            lambda weights, passes, **static: parallel.over_data(
-                partial(pixels, **static), self._mesh, (None, [AXES] * len(passes))
-            )(weights, passes),
-            self._mesh,
-            static_argnames=("routes", "decoded_at_once"),
-        )
+        number = 1 if ensemble.second_pass is None else 2
+        self._sample = Program(pixels, mesh, (None, [AXES] * number))
 
     def load_weights(self) -> None:
         """Reads the weights onto the devices; after that, images can be generated."""
@@ -128,7 +124,7 @@ class Sampler:
         def memory(size: int) -> int:
             program = self._program(request, self.slots(request, size))
             try:
-                account = compilation.wait(self._programs, program).memory_analysis()
+                account = wait(self._programs, program).memory_analysis()
             except jax.errors.JaxRuntimeError as problem:
                 return compilation.without_memory(problem)
             return (
@@ -167,7 +163,7 @@ class Sampler:
           jax.errors.JaxRuntimeError: if it does not fit on the devices, or cannot be compiled.
         """
         program = self._program(request, self.slots(request, batch_size))
-        return compilation.wait(self._programs, program)
+        return wait(self._programs, program)
 
     @property
     def encoder_bytes(self) -> int:
@@ -205,8 +201,7 @@ class Sampler:
         brings, images = self._inputs.brings(request), request.bucket.control_modes
         key = (request.width, request.height, slots, routes, draws, brings, images)
         if key not in self._programs:
-            self._programs[key] = compilation.ahead(
-                self._sample,
+            self._programs[key] = self._sample.compile(
                 Weights(
                     [denoiser.stored.places for denoiser in self._denoisers],
                     self._denoisers[-1].codec.places,
@@ -231,7 +226,7 @@ class Sampler:
                 *map(self._asked, batch), self._passes_of(batch[0].bucket), strict=True
             )
         ]
-        return compilation.wait(self._programs, program)(self._weights, passes)
+        return wait(self._programs, program)(self._weights, passes)
 
     def _fetch(self, batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]:
         pixels, finite = (np.asarray(array) for array in result)

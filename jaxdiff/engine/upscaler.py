@@ -15,7 +15,8 @@ from jax import Array
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.upscaler import NETWORK
-from jaxdiff.devices import batching, compilation, parallel
+from jaxdiff.devices import batching, parallel
+from jaxdiff.devices.programs import Program, wait
 from jaxdiff.engine.image import Image
 from jaxdiff.families.model import networks_of
 from jaxdiff.images import fitting, tiles
@@ -64,7 +65,7 @@ class Upscaler:
             images = model.enlarge(params, pixels.astype(dtype) / 255).astype(jnp.float32)
             return jnp.clip(images, 0, 1) * 255, jnp.isfinite(images).all(axis=(1, 2, 3))
 
-        self._enlarge = compilation.jit(parallel.over_data(enlarge, mesh, (None, 0)), mesh)
+        self._enlarge = Program(enlarge, mesh, (None, 0))
 
     def load_weights(self) -> None:
         """Reads the weights onto the devices; after that, images can be enlarged."""
@@ -112,9 +113,7 @@ class Upscaler:
         pixels += pixels[-1:] * (slots - len(pixels))
         program = self._program(batch[0].canvas.tiling)
         place = parallel.batch_sharding(self._mesh)
-        return compilation.wait(self._programs, program)(
-            self._params, jax.device_put(np.stack(pixels), place)
-        )
+        return wait(self._programs, program)(self._params, jax.device_put(np.stack(pixels), place))
 
     def _finished(self, begun: "deque[_Canvas]") -> Iterator[Image]:
         while begun and not begun[0].missing:
@@ -127,7 +126,7 @@ class Upscaler:
             shape = (self._slots(tiling), *key, 3)
             place = parallel.batch_sharding(self._mesh)
             pixels = jax.ShapeDtypeStruct(shape, np.uint8, sharding=place)
-            self._programs[key] = compilation.ahead(self._enlarge, self._stored.places, pixels)
+            self._programs[key] = self._enlarge.compile(self._stored.places, pixels)
         return key
 
     def _slots(self, tiling: Tiling) -> int:

@@ -83,7 +83,9 @@ def _control(
     """Builds a ControlNet for the transformer of these configs; see `family.Networks.control`."""
     read, transformer = CONTROLNET.config.from_json(config), configs["transformer"]
     refuse_misfit(vars(transformer), vars(read), shared)
-    network = Network(flux_controlnet.FluxControlNetModel, read, CONTROLNET.sharding, remat=remat)
+    network = Network(
+        flux_controlnet.FluxControlNetModel, read, CONTROLNET.sharding, {"remat": remat}
+    )
     blocks = transformer.num_layers, transformer.num_single_layers
     return Control(
         network,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jax import Array
+from jax import Array, export
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.errors import InputError
@@ -25,6 +25,9 @@ class Text(NamedTuple):
     context: Array
     pooled: Array | None = None
     mask: Array | None = None
+
+
+export.register_namedtuple_serialization(Text, serialized_name="jaxdiff.Text")
 
 
 class Inpainting(NamedTuple):

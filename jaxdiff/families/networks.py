@@ -130,7 +130,7 @@ class Networks:
         for name, config in configs.items():
             options = {"remat": remat} if name == "transformer" else {}
             sharding = self.architectures[name].sharding
-            networks[name] = Network(self.module(name, config), config, sharding, **options)
+            networks[name] = Network(self.module(name, config), config, sharding, options)
         return self.assemble(configs, networks)
 
     def control(self, configs: Mapping, config: Mapping, *, remat: bool = False) -> Control:

@@ -222,7 +222,7 @@ def control(configs: Mapping, config: Mapping, *, remat: bool = False) -> Contro
         )
     union = controlnet_union.ControlNetUnionModel
     model_class = union if is_union else controlnet.ControlNetModel
-    network = Network(model_class, read, controlnet.SHARDING, remat=remat)
+    network = Network(model_class, read, controlnet.SHARDING, {"remat": remat})
     return Control(
         network,
         partial(_steer, network),
@@ -360,7 +360,7 @@ def module(component: str, config) -> type[nnx.Module]:
 def _network(component: str, config, remat: bool) -> Network:
     options = {"remat": remat} if component == "unet" else {}
     sharding = SHARDING.get(component, clip.SHARDING)
-    return Network(module(component, config), config, sharding, **options)
+    return Network(module(component, config), config, sharding, options)
 
 
 def _takes_sizes(config: unet.UNetConfig) -> bool:

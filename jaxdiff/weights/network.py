@@ -3,8 +3,9 @@
 import functools
 import importlib.metadata
 import json
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -38,34 +39,34 @@ def _traced(model_class, config, options: tuple) -> tuple[nnx.GraphDef, dict]:
     return graph, nnx.to_pure_dict(state)
 
 
-class Network:
+class Network(NamedTuple):
     """A network without its weights, which is traced only if it is called.
 
     Attributes:
+      model_class, config, options: as in `abstract_network`.
       sharding: the rules that split its parameters over a mesh, as in
         `parallel.parameter_shardings`.
     """
 
-    def __init__(self, model_class, config, sharding: Sequence[tuple[str, int]], **options):
-        """Names the network; the arguments, but for the sharding, are `abstract_network`'s."""
-        self.sharding = sharding
-        self._named = (model_class, config), options
+    model_class: type[nnx.Module]
+    config: Any
+    sharding: Sequence[tuple[str, int]]
+    options: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def shapes(self) -> dict:
         """A `jax.ShapeDtypeStruct` for each parameter, as a nested dict."""
-        (model_class, config), options = self._named
         versions = [importlib.metadata.version(name) for name in ("flax", "jax")]
-        name = f"{model_class.__module__}.{model_class.__qualname__}"
+        name = f"{self.model_class} {self.config} {dict(self.options)} {versions}"
 
         def traced() -> bytes:
-            _, shapes = abstract_network(model_class, config, **options)
+            _, shapes = abstract_network(self.model_class, self.config, **self.options)
             found = jax.tree_util.tree_leaves_with_path(shapes)
             return json.dumps(
                 [[[key.key for key in path], leaf.shape, leaf.dtype.name] for path, leaf in found]
             ).encode()
 
-        kept = cache.remembered("networks", f"{name} {config} {options} {versions}", traced)
+        kept = cache.remembered("networks", name, traced)
         shapes = {}
         for (*folders, last), shape, dtype in json.loads(kept):
             folder = functools.reduce(lambda inner, key: inner.setdefault(key, {}), folders, shapes)
@@ -74,6 +75,5 @@ class Network:
 
     def __call__(self, params: dict) -> nnx.Module:
         """Returns the Flax module with these parameters, at no cost inside of `jax.jit`."""
-        (model_class, config), options = self._named
-        graph, _ = _traced(model_class, config, tuple(sorted(options.items())))
+        graph, _ = _traced(self.model_class, self.config, tuple(sorted(self.options.items())))
         return nnx.merge(graph, params)

@@ -6,7 +6,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 from jaxdiff.devices import compilation
 
@@ -69,13 +68,3 @@ def test_an_option_unknown_to_xla_is_left_out(monkeypatch, caplog):
     monkeypatch.setattr(compilation, "CPU_OPTIONS", {"xla_cpu_of_the_future": "yes"})
     assert compilation._cpu_options.__wrapped__() is None
     assert "convolutions are slower" in caplog.text
-
-
-def test_a_failed_compilation_raises_where_it_is_awaited():
-    def wrong(x):
-        raise ZeroDivisionError("in the function")
-
-    programs = {"wrong": compilation.ahead(compilation.jit(wrong), 1.0)}
-    with pytest.raises(ZeroDivisionError, match="in the function"):
-        compilation.wait(programs, "wrong")
-    assert programs == {}  # it can be retried

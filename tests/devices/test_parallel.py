@@ -86,8 +86,9 @@ def test_each_device_of_model_holds_its_part_of_all_weights(width):
     parsed = {name: it for name, it in family.configs.items() if name != "scheduler"}
     networks = STABLE_DIFFUSION_XL.networks()
     model = networks.build(networks.read_configs(parsed), family.index)
-    for component, (_, shapes, rules) in model.networks.items():
-        places = parallel.parameter_shardings(mesh, shapes, rules)
+    for component, network in model.networks.items():
+        shapes = network.shapes
+        places = parallel.parameter_shardings(mesh, shapes, network.sharding)
         held = jax.tree.map(lambda x, place: place.shard_shape(x.shape), shapes, places)
         whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
         part = sum(map(math.prod, jax.tree.leaves(held, is_leaf=lambda x: type(x) is tuple)))
