@@ -420,7 +420,8 @@ HELP = {
     "performance": {
         "weights": (
             "KIND",
-            "int8 or fp8: keep most weights in 8 bits, half of the memory of bfloat16; changes the "
+            "int8 or fp8: keep most weights in 8 bits, half of the memory of bfloat16; w8a8: int8, "
+            "and multiply 8-bit integers in linear layers, which TPUs do faster; all change the "
             "images slightly (default: full, in --dtype)",
         ),
         "text_encoders": (

@@ -16,7 +16,7 @@ PROMPTS, SEED = 64, 30_000_000  # a seed that no recipe uses
 SETTINGS = [
     {"dtype": dtype, "weights": weights}
     for dtype in ("float32", "bfloat16")
-    for weights in ("full", "int8", "fp8")
+    for weights in ("full", "int8", "fp8", "w8a8")
 ]
 
 

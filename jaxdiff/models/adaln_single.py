@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from jaxdiff.models.embeddings import NumberEmbedding
+from jaxdiff.models.linear import Linear
 
 
 class _Embeddings(nnx.Module):
@@ -37,7 +38,7 @@ class AdaLayerNormSingle(nnx.Module):
     def __init__(self, width: int, *, takes_sizes: bool = False, rngs: nnx.Rngs):
         """Makes the layers; with `takes_sizes`, the width is a multiple of 3."""
         self.emb = _Embeddings(width, takes_sizes=takes_sizes, rngs=rngs)
-        self.linear = nnx.Linear(width, 6 * width, rngs=rngs)
+        self.linear = Linear(width, 6 * width, rngs=rngs)
 
     def __call__(self, timesteps: Array, dtype, sizes: Array | None = None) -> tuple[Array, Array]:
         """Embeds the numbers and computes the modulations.

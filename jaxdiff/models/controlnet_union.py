@@ -16,6 +16,7 @@ from jax import Array
 from jaxdiff.models import controlnet, unet_encoder
 from jaxdiff.models.embeddings import EmbeddingMLP, sinusoids
 from jaxdiff.models.layers import Chain
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.text.clip import ACTIVATIONS
 
 CLASS_NAME = "ControlNetUnionModel"
@@ -58,7 +59,7 @@ class _Attention(nnx.Module):
         draw = nnx.initializers.lecun_normal()
         self.in_proj_weight = nnx.Param(draw(rngs.params(), (3 * width, width)))
         self.in_proj_bias = nnx.Param(jnp.zeros(3 * width))
-        self.out_proj = nnx.Linear(width, width, rngs=rngs)
+        self.out_proj = Linear(width, width, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         first = 2 * x.shape[-1]  # the rows of queries and keys
@@ -67,8 +68,8 @@ class _Attention(nnx.Module):
 
 class _FeedForward(nnx.Module):
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.c_fc = nnx.Linear(width, MLP_RATIO * width, rngs=rngs)
-        self.c_proj = nnx.Linear(MLP_RATIO * width, width, rngs=rngs)
+        self.c_fc = Linear(width, MLP_RATIO * width, rngs=rngs)
+        self.c_proj = Linear(MLP_RATIO * width, width, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.c_proj(ACTIVATIONS["quick_gelu"](self.c_fc(x)))
@@ -94,7 +95,7 @@ class ControlNetUnionModel(controlnet.ControlNetModel):
         self.transformer_layes = Chain(  # sic
             [_Block(width, rngs=rngs) for _ in range(config.num_trans_layer)]
         )
-        self.spatial_ch_projs = nnx.Linear(width, config.num_proj_channel, rngs=rngs)
+        self.spatial_ch_projs = Linear(width, config.num_proj_channel, rngs=rngs)
         self.control_add_embedding = EmbeddingMLP(
             kinds * config.addition_time_embed_dim, config.time_width, rngs=rngs
         )

@@ -10,6 +10,7 @@ from jax import Array
 from jaxdiff.models.attention import attend, merge_heads, split_heads
 from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.embeddings import rotate_pairs
+from jaxdiff.models.linear import Linear
 
 EPSILON = 1e-6  # of norms, unless a network has its own
 
@@ -61,7 +62,7 @@ class AdaLayerNorm(nnx.Module):
 
     def __init__(self, width: int, count: int, *, use_bias: bool = True, rngs: nnx.Rngs):
         self.count = count
-        self.linear = nnx.Linear(width, count * width, use_bias=use_bias, rngs=rngs)
+        self.linear = Linear(width, count * width, use_bias=use_bias, rngs=rngs)
 
     def __call__(self, embedding: Array) -> Sequence[Array]:
         """Maps [batch, width] to `count` arrays of that shape."""
@@ -88,7 +89,7 @@ class SelfAttention(nnx.Module):
         head_width = width // num_heads
 
         def linear():
-            return nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
+            return Linear(width, width, use_bias=use_bias, rngs=rngs)
 
         self.num_heads = num_heads
         self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
@@ -138,7 +139,7 @@ class JointAttention(nnx.Module):
         head_width = width // num_heads
 
         def linear():
-            return nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
+            return Linear(width, width, use_bias=use_bias, rngs=rngs)
 
         def norm():
             return nnx.RMSNorm(head_width, epsilon=EPSILON, rngs=rngs) if qk_norm else None

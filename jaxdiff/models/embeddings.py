@@ -9,6 +9,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxdiff.models.linear import Linear
+
 
 def sinusoids(
     numbers: Array, width: int, *, cosine_first: bool = True, freq_shift: int = 0
@@ -60,12 +62,12 @@ class EmbeddingMLP(nnx.Module):
     ):
         self.activation = activation
         self.cond_proj = (
-            nnx.Linear(condition_width, in_width, use_bias=False, rngs=rngs)
+            Linear(condition_width, in_width, use_bias=False, rngs=rngs)
             if condition_width
             else None
         )
-        self.linear_1 = nnx.Linear(in_width, width, use_bias=use_bias, rngs=rngs)
-        self.linear_2 = nnx.Linear(width, width, use_bias=use_bias, rngs=rngs)
+        self.linear_1 = Linear(in_width, width, use_bias=use_bias, rngs=rngs)
+        self.linear_2 = Linear(width, width, use_bias=use_bias, rngs=rngs)
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         """Maps [..., in width] and [..., condition width] to [..., width]."""

@@ -36,6 +36,7 @@ from jaxdiff.models.embeddings import (
     rotary_angles,
 )
 from jaxdiff.models.feed_forward import FeedForward, gelu_tanh
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
@@ -174,8 +175,8 @@ class _SingleBlock(nnx.Module):
         self.attn = SelfAttention(
             width, config.num_attention_heads, qk_norm=True, out=False, rngs=rngs
         )
-        self.proj_mlp = nnx.Linear(width, hidden, rngs=rngs)
-        self.proj_out = nnx.Linear(width + hidden, width, rngs=rngs)
+        self.proj_mlp = Linear(width, hidden, rngs=rngs)
+        self.proj_out = Linear(width + hidden, width, rngs=rngs)
 
     def __call__(self, x: Array, embedding: Array, angles: Array) -> Array:
         """Maps the text's tokens, followed by the image's, to the same shape."""
@@ -198,8 +199,8 @@ class FluxBlocks(nnx.Module):
         width = config.width
         self.config, self.remat = config, remat
         self.time_text_embed = _Embedding(config, rngs=rngs)
-        self.context_embedder = nnx.Linear(config.joint_attention_dim, width, rngs=rngs)
-        self.x_embedder = nnx.Linear(config.in_channels, width, rngs=rngs)
+        self.context_embedder = Linear(config.joint_attention_dim, width, rngs=rngs)
+        self.x_embedder = Linear(config.in_channels, width, rngs=rngs)
         self.transformer_blocks = nnx.List(
             [_Block(config, rngs=rngs) for _ in range(config.num_layers)]
         )
@@ -256,7 +257,7 @@ class FluxTransformer2DModel(FluxBlocks):
         super().__init__(config, rngs=rngs, remat=remat)
         width = config.width
         self.norm_out = AdaLayerNorm(width, 2, rngs=rngs)
-        self.proj_out = nnx.Linear(width, config.token_size, rngs=rngs)
+        self.proj_out = Linear(width, config.token_size, rngs=rngs)
 
     def __call__(
         self,

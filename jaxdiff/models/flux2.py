@@ -32,6 +32,7 @@ from jaxdiff.models.embeddings import (
     rotate_pairs,
 )
 from jaxdiff.models.flux import DoubleBlock, TimeEmbedding
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
@@ -80,7 +81,7 @@ class Flux2Config(TransformerConfig):
         return int(self.width * self.mlp_ratio)
 
 
-_Linear = partial(nnx.Linear, use_bias=False)
+_Linear = partial(Linear, use_bias=False)
 
 
 def _gated(x: Array) -> Array:

@@ -15,6 +15,7 @@ from jax import Array
 
 from jaxdiff.models import flux
 from jaxdiff.models.dit import packed
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import ROWS
 
@@ -41,11 +42,11 @@ class FluxControlNetModel(flux.FluxBlocks):
         width = config.width
 
         def linears(count: int) -> nnx.List:
-            return nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(count)])
+            return nnx.List([Linear(width, width, rngs=rngs) for _ in range(count)])
 
         self.controlnet_blocks = linears(config.num_layers)
         self.controlnet_single_blocks = linears(config.num_single_layers)
-        self.controlnet_x_embedder = nnx.Linear(config.in_channels, width, rngs=rngs)
+        self.controlnet_x_embedder = Linear(config.in_channels, width, rngs=rngs)
         self.controlnet_mode_embedder = (
             nnx.Embed(config.num_mode, width, rngs=rngs) if config.num_mode else None
         )

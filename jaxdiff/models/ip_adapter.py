@@ -20,6 +20,7 @@ from jax import Array
 from jaxdiff.errors import InputError
 from jaxdiff.models.attention import attention
 from jaxdiff.models.layers import ImagePrompt
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.sharding import COLUMNS, ROWS
 from jaxdiff.models.text.clip import CLIPVisionModelWithProjection
 
@@ -139,7 +140,7 @@ class _Projection(nnx.Module):
     def __init__(self, config: IPAdapterConfig, *, rngs: nnx.Rngs):
         self.tokens = config.tokens
         out = config.tokens * config.context_width
-        self.proj = nnx.Linear(config.image_width, out, rngs=rngs)
+        self.proj = Linear(config.image_width, out, rngs=rngs)
         self.norm = _norm(config.context_width, rngs)
 
     def __call__(self, vectors: Array) -> Array:
@@ -155,9 +156,9 @@ class _FullProjection(nnx.Module):
         # In the file, the second place is the activation's.
         self.proj = nnx.List(
             [
-                nnx.Linear(width, width, rngs=rngs),
+                Linear(width, width, rngs=rngs),
                 None,
-                nnx.Linear(width, context_width, rngs=rngs),
+                Linear(width, context_width, rngs=rngs),
                 _norm(context_width, rngs),
             ]
         )
@@ -176,9 +177,9 @@ class _LatentAttention(nnx.Module):
         self.num_heads = inner // HEAD_WIDTH
         self.norm1 = _norm(width, rngs)
         self.norm2 = _norm(width, rngs)
-        self.to_q = nnx.Linear(width, inner, use_bias=False, rngs=rngs)
-        self.to_kv = nnx.Linear(width, 2 * inner, use_bias=False, rngs=rngs)
-        self.to_out = nnx.Linear(inner, width, use_bias=False, rngs=rngs)
+        self.to_q = Linear(width, inner, use_bias=False, rngs=rngs)
+        self.to_kv = Linear(width, 2 * inner, use_bias=False, rngs=rngs)
+        self.to_out = Linear(inner, width, use_bias=False, rngs=rngs)
 
     def __call__(self, states: Array, latents: Array) -> Array:
         """Maps [batch, states, width] and [batch, tokens, width] to the latter's shape."""
@@ -198,20 +199,20 @@ class _Resampler(nnx.Module):
         sizes = config.resampler
         draw = nnx.initializers.normal(sizes.width**-0.5)
         self.latents = nnx.Param(draw(rngs.params(), (1, config.tokens, sizes.width)))
-        self.proj_in = nnx.Linear(config.image_width, sizes.width, rngs=rngs)
+        self.proj_in = Linear(config.image_width, sizes.width, rngs=rngs)
         self.layers = nnx.List(
             [
                 nnx.List([_LatentAttention(sizes, rngs=rngs), self._feed_forward(sizes, rngs)])
                 for _ in range(sizes.depth)
             ]
         )
-        self.proj_out = nnx.Linear(sizes.width, config.context_width, rngs=rngs)
+        self.proj_out = Linear(sizes.width, config.context_width, rngs=rngs)
         self.norm_out = _norm(config.context_width, rngs)
 
     @staticmethod
     def _feed_forward(sizes: ResamplerConfig, rngs: nnx.Rngs) -> nnx.List:
-        first = nnx.Linear(sizes.width, sizes.hidden, use_bias=False, rngs=rngs)
-        last = nnx.Linear(sizes.hidden, sizes.width, use_bias=False, rngs=rngs)
+        first = Linear(sizes.width, sizes.hidden, use_bias=False, rngs=rngs)
+        last = Linear(sizes.hidden, sizes.width, use_bias=False, rngs=rngs)
         # In the file, the third place is the activation's.
         return nnx.List([_norm(sizes.width, rngs), first, None, last])
 
@@ -230,8 +231,8 @@ PROJECTIONS = {PLAIN: _Projection, PLUS: _Resampler, FULL_FACE: _FullProjection}
 
 class _KeysAndValues(nnx.Module):
     def __init__(self, width: int, context_width: int, *, rngs: nnx.Rngs):
-        self.to_k_ip = nnx.Linear(context_width, width, use_bias=False, rngs=rngs)
-        self.to_v_ip = nnx.Linear(context_width, width, use_bias=False, rngs=rngs)
+        self.to_k_ip = Linear(context_width, width, use_bias=False, rngs=rngs)
+        self.to_v_ip = Linear(context_width, width, use_bias=False, rngs=rngs)
 
 
 class IPAdapterModel(nnx.Module):

@@ -18,6 +18,7 @@ from jax import Array
 from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.embeddings import EmbeddingMLP, FourierProjection
 from jaxdiff.models.layers import Attention, GroupNorm, conv
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 SHARDING = (
@@ -122,7 +123,7 @@ class _AdaGroupNorm(nnx.Module):
             use_scale=False,
             rngs=rngs,
         )
-        self.linear = nnx.Linear(config.time_width, 2 * channels, rngs=rngs)
+        self.linear = Linear(config.time_width, 2 * channels, rngs=rngs)
 
     def __call__(self, x: Array, embedding: Array) -> Array:
         """Maps [batch, h, w, channels] and [batch, time width] to x's shape."""

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from jaxdiff.models.attention import attention
+from jaxdiff.models.linear import Linear
 
 
 class Chain(nnx.List):
@@ -91,10 +92,10 @@ class Attention(nnx.Module):
     ):
         context_width = context_width or width
         self.num_heads = num_heads
-        self.to_q = nnx.Linear(width, width, use_bias=qkv_bias, rngs=rngs)
-        self.to_k = nnx.Linear(context_width, width, use_bias=qkv_bias, rngs=rngs)
-        self.to_v = nnx.Linear(context_width, width, use_bias=qkv_bias, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(width, width, rngs=rngs)])
+        self.to_q = Linear(width, width, use_bias=qkv_bias, rngs=rngs)
+        self.to_k = Linear(context_width, width, use_bias=qkv_bias, rngs=rngs)
+        self.to_v = Linear(context_width, width, use_bias=qkv_bias, rngs=rngs)
+        self.to_out = nnx.List([Linear(width, width, rngs=rngs)])
 
     def __call__(
         self,
@@ -132,7 +133,7 @@ class ResnetBlock2D(nnx.Module):
     ):
         self.norm1 = group_norm(in_channels, groups, epsilon, rngs=rngs)
         self.conv1 = conv(in_channels, out_channels, 3, rngs=rngs)
-        self.time_emb_proj = nnx.Linear(time_width, out_channels, rngs=rngs) if time_width else None
+        self.time_emb_proj = Linear(time_width, out_channels, rngs=rngs) if time_width else None
         self.norm2 = group_norm(out_channels, groups, epsilon, rngs=rngs)
         self.conv2 = conv(out_channels, out_channels, 3, rngs=rngs)
         self.conv_shortcut = (

@@ -15,6 +15,7 @@ from jaxdiff.models.dit import EPSILON, TransformerConfig, modulated, residual, 
 from jaxdiff.models.embeddings import EmbeddingMLP, grid_sinusoids
 from jaxdiff.models.feed_forward import FeedForward, gelu_tanh
 from jaxdiff.models.layers import Attention, conv
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
@@ -151,7 +152,7 @@ class PixArtTransformer2DModel(nnx.Module):
             [_Block(config, rngs=rngs) for _ in range(config.num_layers)]
         )
         self.scale_shift_table = modulation_table(2, width, rngs=rngs)
-        self.proj_out = nnx.Linear(width, patch**2 * config.out_channels, rngs=rngs)
+        self.proj_out = Linear(width, patch**2 * config.out_channels, rngs=rngs)
 
     def __call__(
         self,

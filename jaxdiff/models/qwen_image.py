@@ -32,6 +32,7 @@ from jaxdiff.models.embeddings import (
 )
 from jaxdiff.models.feed_forward import FeedForward
 from jaxdiff.models.layers import Chain
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
@@ -98,7 +99,7 @@ class _Block(nnx.Module):
     def __init__(self, config: QwenImageConfig, *, rngs: nnx.Rngs):
         width = config.width
         self.img_mod, self.txt_mod = (
-            Chain([nnx.silu, nnx.Linear(width, 6 * width, rngs=rngs)]) for _ in range(2)
+            Chain([nnx.silu, Linear(width, 6 * width, rngs=rngs)]) for _ in range(2)
         )
         self.attn = JointAttention(width, config.num_attention_heads, qk_norm=True, rngs=rngs)
         self.img_mlp, self.txt_mlp = FeedForward(width, rngs=rngs), FeedForward(width, rngs=rngs)
@@ -125,13 +126,13 @@ class QwenImageTransformer2DModel(nnx.Module):
         self.config, self.remat = config, remat
         self.time_text_embed = nnx.Dict(timestep_embedder=NumberEmbedding(config.width, rngs=rngs))
         self.txt_norm = nnx.RMSNorm(config.joint_attention_dim, epsilon=EPSILON, rngs=rngs)
-        self.img_in = nnx.Linear(config.in_channels, config.width, rngs=rngs)
-        self.txt_in = nnx.Linear(config.joint_attention_dim, config.width, rngs=rngs)
+        self.img_in = Linear(config.in_channels, config.width, rngs=rngs)
+        self.txt_in = Linear(config.joint_attention_dim, config.width, rngs=rngs)
         self.transformer_blocks = nnx.List(
             [_Block(config, rngs=rngs) for _ in range(config.num_layers)]
         )
         self.norm_out = AdaLayerNorm(config.width, 2, rngs=rngs)
-        self.proj_out = nnx.Linear(config.width, config.in_channels, rngs=rngs)
+        self.proj_out = Linear(config.width, config.in_channels, rngs=rngs)
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ from jaxdiff.models.efficient_vit import GatedConvolutions, attend_linearly, poi
 from jaxdiff.models.embeddings import EmbeddingMLP
 from jaxdiff.models.feed_forward import gelu_tanh
 from jaxdiff.models.layers import Attention, conv
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
@@ -133,7 +134,7 @@ class SanaTransformer2DModel(nnx.Module):
             [_Block(config, rngs=rngs) for _ in range(config.num_layers)]
         )
         self.scale_shift_table = modulation_table(2, width, rngs=rngs)
-        self.proj_out = nnx.Linear(width, config.out_channels, rngs=rngs)
+        self.proj_out = Linear(width, config.out_channels, rngs=rngs)
 
     def __call__(self, latents: Array, timesteps: Array, *, context: Array, mask: Array) -> Array:
         """Evaluates the denoiser once.

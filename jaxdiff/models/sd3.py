@@ -24,6 +24,7 @@ from jaxdiff.models.dit import (
 from jaxdiff.models.embeddings import EmbeddingMLP, NumberEmbedding, grid_sinusoids
 from jaxdiff.models.feed_forward import FeedForward
 from jaxdiff.models.layers import conv
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
@@ -189,7 +190,7 @@ class SD3Transformer2DModel(nnx.Module):
         self.config, self.remat = config, remat
         self.pos_embed = _PatchEmbedding(config, rngs=rngs)
         self.time_text_embed = _TimeTextEmbedding(config, rngs=rngs)
-        self.context_embedder = nnx.Linear(config.joint_attention_dim, config.width, rngs=rngs)
+        self.context_embedder = Linear(config.joint_attention_dim, config.width, rngs=rngs)
         self.transformer_blocks = nnx.List(
             [
                 _Block(
@@ -202,9 +203,7 @@ class SD3Transformer2DModel(nnx.Module):
             ]
         )
         self.norm_out = AdaLayerNorm(config.width, 2, rngs=rngs)
-        self.proj_out = nnx.Linear(
-            config.width, config.patch_size**2 * config.out_channels, rngs=rngs
-        )
+        self.proj_out = Linear(config.width, config.patch_size**2 * config.out_channels, rngs=rngs)
 
     def __call__(
         self,

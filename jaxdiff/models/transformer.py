@@ -11,6 +11,7 @@ from jax import Array
 
 from jaxdiff.models.feed_forward import FeedForward
 from jaxdiff.models.layers import Attention, ImagePrompt, conv, group_norm
+from jaxdiff.models.linear import Linear
 
 
 class BasicTransformerBlock(nnx.Module):
@@ -63,7 +64,7 @@ class Transformer2DModel(nnx.Module):
     ):
         def projection():
             if linear_projection:
-                return nnx.Linear(channels, channels, rngs=rngs)
+                return Linear(channels, channels, rngs=rngs)
             return conv(channels, channels, 1, rngs=rngs)
 
         self.norm = group_norm(channels, groups, 1e-6, rngs=rngs)

@@ -18,6 +18,7 @@ from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.dit import SelfAttention, layer_norm, packed, unpacked
 from jaxdiff.models.embeddings import constant_angles, grid_positions, rotary_angles, sinusoids
 from jaxdiff.models.layers import Chain
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.remat import call
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
@@ -89,9 +90,9 @@ class _FeedForward(nnx.Module):
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         hidden = int(width / 3 * 8)  # in this order, which decides how it is rounded
-        self.w1 = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
-        self.w2 = nnx.Linear(hidden, width, use_bias=False, rngs=rngs)
-        self.w3 = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
+        self.w1 = Linear(width, hidden, use_bias=False, rngs=rngs)
+        self.w2 = Linear(hidden, width, use_bias=False, rngs=rngs)
+        self.w3 = Linear(width, hidden, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.w2(nnx.silu(self.w1(x)) * self.w3(x))
@@ -116,7 +117,7 @@ class _Block(nnx.Module):
         self.attention_norm1, self.attention_norm2 = norm(), norm()
         self.ffn_norm1, self.ffn_norm2 = norm(), norm()
         self.adaLN_modulation = (
-            Chain([nnx.Linear(config.time_width, 4 * width, rngs=rngs)]) if modulated else None
+            Chain([Linear(config.time_width, 4 * width, rngs=rngs)]) if modulated else None
         )
 
     def __call__(
@@ -148,10 +149,8 @@ class _FinalLayer(nnx.Module):
     """Maps tokens to patches, after a norm that the timestep scales."""
 
     def __init__(self, config: ZImageConfig, *, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(config.dim, PATCH**2 * config.in_channels, rngs=rngs)
-        self.adaLN_modulation = Chain(
-            [nnx.silu, nnx.Linear(config.time_width, config.dim, rngs=rngs)]
-        )
+        self.linear = Linear(config.dim, PATCH**2 * config.in_channels, rngs=rngs)
+        self.adaLN_modulation = Chain([nnx.silu, Linear(config.time_width, config.dim, rngs=rngs)])
 
     def __call__(self, x: Array, embedding: Array) -> Array:
         return self.linear(layer_norm(x) * (1 + self.adaLN_modulation(embedding))[:, None])
@@ -174,7 +173,7 @@ class ZImageTransformer2DModel(nnx.Module):
             return nnx.Param(jax.random.normal(rngs.params(), (1, width)))
 
         self.config, self.remat = config, remat
-        embedder = nnx.Linear(PATCH**2 * config.in_channels, width, rngs=rngs)
+        embedder = Linear(PATCH**2 * config.in_channels, width, rngs=rngs)
         self.all_x_embedder = nnx.Dict({patch: embedder})
         self.all_final_layer = nnx.Dict({patch: _FinalLayer(config, rngs=rngs)})
         self.noise_refiner = blocks(config.n_refiner_layers, True)
@@ -182,16 +181,16 @@ class ZImageTransformer2DModel(nnx.Module):
         self.t_embedder = nnx.Dict(
             mlp=Chain(
                 [
-                    nnx.Linear(SINUSOIDS, TIME_WIDTH, rngs=rngs),
+                    Linear(SINUSOIDS, TIME_WIDTH, rngs=rngs),
                     nnx.silu,
-                    nnx.Linear(TIME_WIDTH, config.time_width, rngs=rngs),
+                    Linear(TIME_WIDTH, config.time_width, rngs=rngs),
                 ]
             )
         )
         self.cap_embedder = Chain(
             [
                 nnx.RMSNorm(config.cap_feat_dim, epsilon=config.norm_eps, rngs=rngs),
-                nnx.Linear(config.cap_feat_dim, width, rngs=rngs),
+                Linear(config.cap_feat_dim, width, rngs=rngs),
             ]
         )
         self.x_pad_token, self.cap_pad_token = token(), token()

@@ -122,7 +122,7 @@ def load_params(places: dict, tensors: Mapping[str, StoredTensor]) -> dict:
             raise InputError(f"{stored.file}: {key_of(path)} {cause}")
         turned = tensor.transpose(np.argsort(file_axes(path, tensor.ndim)))
         if is_quantized(place):
-            turned = quantize(turned, place.values.dtype)
+            turned = quantize(turned, place)
         where = jax.tree.map(lambda each: each.sharding, place)
         # The transfer makes the array contiguous, faster than NumPy. Waiting for it keeps tensors
         # in transfer from piling up in memory.

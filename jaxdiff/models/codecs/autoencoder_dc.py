@@ -18,6 +18,7 @@ from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.dit import packed, unpacked
 from jaxdiff.models.efficient_vit import GatedConvolutions, attend_linearly
 from jaxdiff.models.layers import Chain, Upsample2D, conv
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 EPSILON = 1e-5
@@ -199,13 +200,13 @@ class _LinearAttention(nnx.Module):
     def __init__(self, channels: int, head_width: int, scales: tuple[int, ...], *, rngs: nnx.Rngs):
         self.head_width = head_width
         self.to_q, self.to_k, self.to_v = (
-            nnx.Linear(channels, channels, use_bias=False, rngs=rngs) for _ in range(3)
+            Linear(channels, channels, use_bias=False, rngs=rngs) for _ in range(3)
         )
         heads = channels // head_width
         self.to_qkv_multiscale = nnx.List(
             [_Scale(3 * channels, size, heads, rngs=rngs) for size in scales]
         )
-        self.to_out = nnx.Linear(channels * (1 + len(scales)), channels, use_bias=False, rngs=rngs)
+        self.to_out = Linear(channels * (1 + len(scales)), channels, use_bias=False, rngs=rngs)
         self.norm_out = _RMSNorm(channels, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:

@@ -12,6 +12,7 @@ from jax import Array
 
 from jaxdiff.models.attention import attention
 from jaxdiff.models.config import ComponentConfig
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 ACTIVATIONS = {
@@ -146,10 +147,10 @@ class _SelfAttention(nnx.Module):
         width = config.hidden_size
         self.is_causal = isinstance(config, CLIPTextConfig)
         self.num_heads = config.num_attention_heads
-        self.q_proj = nnx.Linear(width, width, rngs=rngs)
-        self.k_proj = nnx.Linear(width, width, rngs=rngs)
-        self.v_proj = nnx.Linear(width, width, rngs=rngs)
-        self.out_proj = nnx.Linear(width, width, rngs=rngs)
+        self.q_proj = Linear(width, width, rngs=rngs)
+        self.k_proj = Linear(width, width, rngs=rngs)
+        self.v_proj = Linear(width, width, rngs=rngs)
+        self.out_proj = Linear(width, width, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -160,8 +161,8 @@ class _SelfAttention(nnx.Module):
 class _MLP(nnx.Module):
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, rngs: nnx.Rngs):
         self.activation = config.hidden_act
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
@@ -234,7 +235,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        self.text_projection = nnx.Linear(
+        self.text_projection = Linear(
             config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs
         )
 
@@ -305,7 +306,7 @@ class CLIPVisionModelWithProjection(nnx.Module):
     def __init__(self, config: CLIPImageEncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.vision_model = CLIPVisionModel(config, rngs=rngs)
-        self.visual_projection = nnx.Linear(
+        self.visual_projection = Linear(
             config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs
         )
 
@@ -328,8 +329,8 @@ class CLIPModel(nnx.Module):
         text, vision, shared = config.text, config.vision, config.projection_dim
         self.text_model = CLIPTextModel(text, rngs=rngs)
         self.vision_model = CLIPVisionModel(vision, rngs=rngs)
-        self.text_projection = nnx.Linear(text.hidden_size, shared, use_bias=False, rngs=rngs)
-        self.visual_projection = nnx.Linear(vision.hidden_size, shared, use_bias=False, rngs=rngs)
+        self.text_projection = Linear(text.hidden_size, shared, use_bias=False, rngs=rngs)
+        self.visual_projection = Linear(vision.hidden_size, shared, use_bias=False, rngs=rngs)
         # The logarithm of the factor by which cosines are multiplied before a softmax.
         self.logit_scale = nnx.Param(jnp.full((), 2.6592))
 

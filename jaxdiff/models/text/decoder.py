@@ -19,6 +19,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.models.attention import attend, merge_heads, split_heads
 from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.embeddings import constant_angles, rotary_angles, rotate_halves
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 # Keys that transformers also writes, but that do not change the hidden states: the rotation has no
@@ -116,10 +117,10 @@ class SelfAttention(nnx.Module):
         width, head_width = config.hidden_size, config.head_dim
         self.num_heads, self.num_groups = config.num_attention_heads, config.num_key_value_heads
         self.q_proj, self.k_proj, self.v_proj = (
-            nnx.Linear(width, heads * head_width, use_bias=qkv_bias, rngs=rngs)
+            Linear(width, heads * head_width, use_bias=qkv_bias, rngs=rngs)
             for heads in (self.num_heads, self.num_groups, self.num_groups)
         )
-        self.o_proj = nnx.Linear(self.num_heads * head_width, width, use_bias=False, rngs=rngs)
+        self.o_proj = Linear(self.num_heads * head_width, width, use_bias=False, rngs=rngs)
         self.q_norm, self.k_norm = (
             nnx.RMSNorm(head_width, epsilon=config.rms_norm_eps, rngs=rngs) if qk_norm else None
             for _ in range(2)
@@ -153,9 +154,9 @@ class MLP(nnx.Module):
     ):
         width, hidden = config.hidden_size, config.intermediate_size
         self.activation = activation
-        self.gate_proj = nnx.Linear(width, hidden, use_bias=use_bias, rngs=rngs)
-        self.up_proj = nnx.Linear(width, hidden, use_bias=use_bias, rngs=rngs)
-        self.down_proj = nnx.Linear(hidden, width, use_bias=use_bias, rngs=rngs)
+        self.gate_proj = Linear(width, hidden, use_bias=use_bias, rngs=rngs)
+        self.up_proj = Linear(width, hidden, use_bias=use_bias, rngs=rngs)
+        self.down_proj = Linear(hidden, width, use_bias=use_bias, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Maps [batch, tokens, width] to the same shape."""

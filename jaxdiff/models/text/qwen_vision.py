@@ -21,6 +21,7 @@ from jaxdiff.models.embeddings import (
     rotate_halves,
 )
 from jaxdiff.models.layers import Chain
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.sharding import COLUMNS, ROWS
 from jaxdiff.models.text import decoder
 
@@ -125,8 +126,8 @@ class _Attention(nnx.Module):
     def __init__(self, config: Qwen2_5_VLVisionConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
         self.num_heads = config.num_heads
-        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
-        self.proj = nnx.Linear(width, width, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, rngs=rngs)
+        self.proj = Linear(width, width, rngs=rngs)
 
     def __call__(self, x: Array, angles: Array, seen: np.ndarray) -> Array:
         """Maps [batch, tokens, width] to the same shape.
@@ -161,8 +162,8 @@ class _Merger(nnx.Module):
     def __init__(self, config: Qwen2_5_VLVisionConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size * MERGE**2
         self.ln_q = nnx.RMSNorm(config.hidden_size, epsilon=EPSILON, rngs=rngs)
-        first = nnx.Linear(width, width, rngs=rngs)
-        last = nnx.Linear(width, config.out_hidden_size, rngs=rngs)
+        first = Linear(width, width, rngs=rngs)
+        last = Linear(width, config.out_hidden_size, rngs=rngs)
         self.mlp = Chain([first, _gelu, last])
 
     def __call__(self, x: Array) -> Array:

@@ -14,6 +14,7 @@ from jax import Array
 from jaxdiff.models.attention import merge_heads, split_heads
 from jaxdiff.models.config import ComponentConfig
 from jaxdiff.models.feed_forward import gelu_tanh
+from jaxdiff.models.linear import Linear
 from jaxdiff.models.sharding import COLUMNS, ROWS
 
 MODEL_TYPES = ("t5", "umt5")
@@ -115,10 +116,8 @@ class _SelfAttention(nnx.Module):
     def __init__(self, config: T5Config, *, has_bias: bool, rngs: nnx.Rngs):
         width, inner = config.d_model, config.num_heads * config.d_kv
         self.num_heads = config.num_heads
-        self.q, self.k, self.v = (
-            nnx.Linear(width, inner, use_bias=False, rngs=rngs) for _ in range(3)
-        )
-        self.o = nnx.Linear(inner, width, use_bias=False, rngs=rngs)
+        self.q, self.k, self.v = (Linear(width, inner, use_bias=False, rngs=rngs) for _ in range(3))
+        self.o = Linear(inner, width, use_bias=False, rngs=rngs)
         self.relative_attention_bias = (
             nnx.Embed(config.relative_attention_num_buckets, config.num_heads, rngs=rngs)
             if has_bias
@@ -160,9 +159,9 @@ class _SelfAttentionLayer(nnx.Module):
 
 class _FeedForward(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        self.wi_0 = nnx.Linear(config.d_model, config.d_ff, use_bias=False, rngs=rngs)
-        self.wi_1 = nnx.Linear(config.d_model, config.d_ff, use_bias=False, rngs=rngs)
-        self.wo = nnx.Linear(config.d_ff, config.d_model, use_bias=False, rngs=rngs)
+        self.wi_0 = Linear(config.d_model, config.d_ff, use_bias=False, rngs=rngs)
+        self.wi_1 = Linear(config.d_model, config.d_ff, use_bias=False, rngs=rngs)
+        self.wo = Linear(config.d_ff, config.d_model, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.wo(gelu_tanh(self.wi_0(x)) * self.wi_1(x))
