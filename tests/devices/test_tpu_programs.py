@@ -79,10 +79,12 @@ def test_the_largest_batch_is_found(small):
 
 
 def test_int8_halves_the_weights_and_restores_few_at_once():
-    whole, small = (
+    whole, small, multiplied = (
         slice_program.account(task("shapes64", "data=4", weights=kind))["bytes"]
-        for kind in ("full", "int8")
+        for kind in ("full", "int8", "w8a8")
     )
+    for what in ("weights and inputs", "text encoders"):
+        assert multiplied[what] == small[what]
     for what in ("weights and inputs", "text encoders"):
         assert small[what] < 0.65 * whole[what]  # the decoder and embeddings stay
     saved = whole["weights and inputs"] - small["weights and inputs"]
