@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from jaxdiff.checkpoint.sources import cache_directory
+from jaxdiff.devices import program_folder
 
 # On CPUs, XLA's own convolutions are up to three times as fast as those of the library that it
 # uses by default, but its reductions are slower. A full-size U-Net takes 0.7 of the time.
@@ -28,6 +29,9 @@ SMALL_TOO = (
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
 )
+# XLA's own caches are for GPUs alone, but where they are on, the directory's path is part of each
+# program's key: in a copy of the directory, none would be found.
+XLAS_OWN = "jax_persistent_cache_enable_xla_caches"
 
 log = logging.getLogger(__name__)
 _waited = 0.0
@@ -95,17 +99,15 @@ def keep_programs() -> None:
     JAX's own settings (JAX_COMPILATION_CACHE_DIR and so on) take precedence. A directory that
     cannot be written, or that others can write to (they could run code here), is not used.
     """
+    if XLAS_OWN.upper() not in os.environ and jax.default_backend() != "gpu":
+        jax.config.update(XLAS_OWN, "none")
     if jax.config.jax_compilation_cache_dir is not None:
         return
     try:
         directory = cache_directory() / "xla" / _cpu()
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = directory.stat()
-        usable = os.access(directory, os.W_OK) and facts.st_uid == os.getuid()
-        usable = usable and not facts.st_mode & 0o022
-    except (OSError, RuntimeError):  # the latter without a home directory
-        usable = False
-    if not usable:
+    except RuntimeError:  # without a home directory
+        directory = None
+    if directory is None or not program_folder.make(directory):
         log.warning(
             "compiled programs are not cached: the user's cache directory is not writable, or is "
             "writable by others; set XDG_CACHE_HOME to another directory"

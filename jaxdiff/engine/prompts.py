@@ -89,17 +89,18 @@ class PromptEncoder:
         """Reads the weights; after that, prompts can be encoded."""
         self.params = {name: stored.load() for name, stored in self._stored.items()}
 
-    def compile(self, *size: int) -> None:
-        """Starts compiling the encoders for all prompts; returns at once.
+    def compile(self, *size: int) -> "list[Future[jax.stages.Compiled]]":
+        """Starts compiling the encoders for all prompts; returns their programs at once.
 
         Args:
           size: the height and width of images, if prompts have any; others ignore them.
         """
-        for clip_skip in self._encode:
-            key = clip_skip, self._seen(size)
+        keys = [(clip_skip, self._seen(size)) for clip_skip in self._encode]
+        for key in keys:
             if key not in self._programs:
                 arguments = self._abstract_arguments(size)
-                self._programs[key] = compilation.ahead(self._encode[clip_skip], *arguments)
+                self._programs[key] = compilation.ahead(self._encode[key[0]], *arguments)
+        return [self._programs[key] for key in keys]
 
     def abstract(self, *size: int) -> Text:
         """Returns the shapes of one prompt's embedding; the arguments are those of `compile`."""
