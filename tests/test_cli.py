@@ -59,7 +59,7 @@ def test_the_version_is_that_of_the_installed_package(capsys):
     [
         (
             ["make"],
-            "unknown command 'make'; the commands are generate, compile, upscale, inspect, verify, ",
+            "unknown command 'make'; the commands are generate, compile, upscale, inspect, ",
         ),
         (["verify"], "the following arguments are required: DIR (jaxdiff verify --help"),
         (["verify", "/nowhere"], "/nowhere holds no jaxdiff run"),
