@@ -122,7 +122,7 @@ def report(job: Job, options: PipelineOptions) -> str:
             "",
             *_table(shares),
             "",
-            _time(work),
+            *_time(work, None if on_slice else job.price_per_chip_hour),
             *on_slice,
         ]
     )
@@ -197,8 +197,12 @@ def _start(bucket: Bucket) -> str:
     return f"{'image and mask' if bucket.masked else 'image'}, {bucket.strength:g}{control}"
 
 
-def _time(work: int) -> str:
+def _time(work: int, price: float | None) -> list[str]:
     times = ", ".join(
         f"{duration(work / speed)} at {speed / 1e12:g} TFLOP/s ({what})" for speed, what in SPEEDS
     )
-    return f"about {work:.1e} operations: {times}, plus loading, compilation and writing"
+    said = [f"about {work:.1e} operations: {times}, plus loading, compilation and writing"]
+    if price is not None:
+        costs = ", ".join(f"{work / speed / 3600 * price:.2f} ({what})" for speed, what in SPEEDS)
+        said += [f"the bill of this time, at {price:g} an hour: {costs}"]
+    return said

@@ -106,7 +106,7 @@ def lines(
     if ensemble.upscaler is not None:
         said += ["the upscaler's program is not compiled; its operations are counted"]
     work = sum(each.images * each.operations for each in buckets)
-    return [*said, *_bill(job.target, where, mesh, work)]
+    return [*said, *_bill(job.target, job.price_per_chip_hour, where, mesh, work)]
 
 
 def largest_batch_size(
@@ -303,7 +303,7 @@ def _time(cycles: float, hertz: float | None) -> str:
     return text if hertz is None else f"{text} ({1000 * cycles / hertz:.3g} ms)"
 
 
-def _bill(target: Target, where: Slice, mesh: dict, work: int) -> list[str]:
+def _bill(target: Target, price: float | None, where: Slice, mesh: dict, work: int) -> list[str]:
     chips = where.hosts * mesh["data"] * mesh["model"]  # a mesh may leave some idle
     peak = chips * where.chip.flops
     seconds = work / (peak * target.utilisation)
@@ -312,10 +312,10 @@ def _bill(target: Target, where: Slice, mesh: dict, work: int) -> list[str]:
         f"{target.utilisation:.0%} of the peak of {count(chips, 'chip')} ({peak / 1e12:.0f} "
         "TFLOP/s in bfloat16), plus loading, compilation and padding"
     )
-    if target.price is None:
+    if price is None:
         return [said]
-    cost = seconds / 3600 * where.chips * target.price
+    cost = seconds / 3600 * where.chips * price
     return [
         said,
-        f"the bill: {cost:.2f} for {count(where.chips, 'chip')} at {target.price:g} an hour each",
+        f"the bill: {cost:.2f} for {count(where.chips, 'chip')} at {price:g} an hour each",
     ]
