@@ -53,7 +53,7 @@ def run(job: Job, beam_arguments: list[str]) -> int:
         for found in programs:
             title = slice_report.fitting(where, buckets[found["bucket"]], task.options, found)
             print(f"{title}: {found['what']}, {found['seconds']:.1f} s", flush=True)
-    sizes = [path.stat().st_size for path in directory.glob("*-cache")]
+    sizes = [path.stat().st_size for path in _programs(directory)]
     print(f"{job.output} has {count(len(sizes), 'program')}, {sum(sizes) / 2**20:.1f} MiB")
     fixed = ""
     if task.batch_size != planned.settings.batch_size:
@@ -99,6 +99,8 @@ def _compiled(task: Task, directory: Path, devices: Mapping[str, str]) -> Iterat
       directory: where the programs are kept.
       devices: environment variables that decide for which devices they are.
 
+    If it is stopped, the program that was being compiled leaves nothing behind.
+
     Raises:
       InputError: if it refuses.
       RuntimeError: if a program cannot be compiled or written.
@@ -109,6 +111,7 @@ def _compiled(task: Task, directory: Path, devices: Mapping[str, str]) -> Iterat
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
+    finished = {*_programs(directory)}
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "pipelines.compile_programs"],
         stdin=subprocess.PIPE,
@@ -127,8 +130,16 @@ def _compiled(task: Task, directory: Path, devices: Mapping[str, str]) -> Iterat
                 if "failed" in found:
                     raise RuntimeError(found["failed"])
                 yield found
+                finished = {*_programs(directory)}
             if process.wait():
                 raise RuntimeError("a program cannot be compiled")
         except BaseException:
-            process.kill()  # the other programs are not compiled
+            process.kill()
+            process.wait()
+            for path in {*_programs(directory)} - finished:  # JAX never replaces a broken one
+                path.unlink()
             raise
+
+
+def _programs(directory: Path) -> Iterator[Path]:
+    return directory.glob("*-cache")

@@ -83,7 +83,8 @@ def compile_all(task: Task, tell: Callable[[dict], None]) -> None:
             blank = loading.blank(request, model.prompt_sizes, model.enlarges)
             size = model.largest_batch_size(blank, task.most[bucket])
         began = time.monotonic()
-        for what, program in model.programs(request, size):
+        # The hosts of a slice may have another kind of processor than this one.
+        for what, program in model.programs(request, size, on_host=where is None):
             if program in compiled:
                 continue
             compiled.add(program)

@@ -227,15 +227,18 @@ class TextToImage:
             pass
 
     def programs(
-        self, request: Request, batch_size: int
+        self, request: Request, batch_size: int, *, on_host: bool = True
     ) -> "Iterator[tuple[str, Future[jax.stages.Compiled]]]":
         """Starts compiling the programs for images like a resolved request, one after the other.
+
+        Args:
+          on_host: whether to compile those of text encoders on the host, too.
 
         Yields:
           what a program is for, and the program; those of several kinds of images may share some.
         """
         if self._sampler is not None:
-            yield from self._sampler.programs(request, batch_size)
+            yield from self._sampler.programs(request, batch_size, on_host=on_host)
         if self._upscaler is not None:
             yield "upscaling", self._upscaler.compile(*self._seen(request))
 

@@ -151,16 +151,20 @@ class Sampler:
         return size
 
     def programs(
-        self, request: Request, batch_size: int
+        self, request: Request, batch_size: int, *, on_host: bool = True
     ) -> "Iterator[tuple[str, Future[jax.stages.Compiled]]]":
         """Starts compiling the programs for images like a resolved request, one after the other.
+
+        Args:
+          on_host: whether to compile those of text encoders on the host, too.
 
         Yields:
           what a program is for, and the program.
         """
         for denoiser in self._denoisers:
-            for program in denoiser.prompts.compile(request.height, request.width):
-                yield "prompts", program
+            if on_host or denoiser.prompts.mesh is self._mesh:
+                for program in denoiser.prompts.compile(request.height, request.width):
+                    yield "prompts", program
             for encoder in denoiser.image_prompts:
                 yield "image prompts", encoder.compile()
         if any(self._inputs.brings(request)) and self._ensemble.enlarges is None:

@@ -1,7 +1,11 @@
 """Programs that are compiled ahead are those that a job needs; what cannot be used is refused."""
 
+import functools
 import os
+import resource
 import shutil
+import signal
+import subprocess
 
 import pytest
 
@@ -11,6 +15,15 @@ pytestmark = pytest.mark.usefixtures("compiled_fast")
 # Around the programs that are compiled ahead, JAX compiles these, which take a moment.
 SMALL = {"jit__jax_normal", "jit_dynamic_slice", "jit_squeeze", "jit_stack"}
 ROWS = '{"prompt": "a"}\n{"prompt": "b", "width": 16, "height": 8, "guidance_scale": 1}\n'
+
+
+MOST_BYTES = 2**15
+
+
+def limit() -> None:
+    """Lets this process write small files only."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, MOST_BYTES))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
 @pytest.fixture
@@ -89,6 +102,16 @@ def test_the_datasets_directory_is_not_meant(tmp_path, capsys):
 def test_programs_for_gpus_are_compiled_there(refused):
     said = refused("--target=h100:8")
     assert "programs for GPUs are tuned by running them; leave it out" in said
+
+
+def test_a_program_that_cannot_be_written_leaves_nothing(tmp_path, compiling, monkeypatch, capsys):
+    programs = tmp_path / "programs"
+    monkeypatch.setattr(subprocess, "Popen", functools.partial(subprocess.Popen, preexec_fn=limit))
+    assert cli.main(compiling(programs)) == 1
+    said = capsys.readouterr()
+    assert ": prompts, " in said.out
+    assert "File too large" in said.err
+    assert all(path.stat().st_size < MOST_BYTES for path in programs.iterdir())
 
 
 def test_the_process_that_compiles_says_what_is_wrong(refused):
