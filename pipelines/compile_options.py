@@ -44,6 +44,8 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
     if {"-h", "--help"} & {*arguments}:
         parser.print_help()
         raise SystemExit(0)
+    if {"--dry-run", "--dry_run"} & {*arguments}:
+        parser.error("--dry-run belongs to jaxdiff generate, which then tells what fits")
     job, rest = generate_options.parse([*arguments, "--dry-run"])  # with which --target goes
     if not any(word.partition("=")[0] == "--output" for word in arguments):
         parser.missing("--output", rest, "; a job file's is for the dataset")

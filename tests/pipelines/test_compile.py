@@ -99,6 +99,10 @@ def test_the_datasets_directory_is_not_meant(tmp_path, capsys):
     assert "--output is missing; a job file's is for the dataset" in capsys.readouterr().err
 
 
+def test_a_dry_run_is_another_command(refused):
+    assert "--dry-run belongs to jaxdiff generate" in refused("--dry-run")
+
+
 def test_programs_for_gpus_are_compiled_there(refused):
     said = refused("--target=h100:8")
     assert "programs for GPUs are tuned by running them; leave it out" in said
