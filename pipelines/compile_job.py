@@ -95,11 +95,11 @@ def _task(job: Job, planned: Planned) -> Task:
 def _compiled(task: Task, directory: Path, devices: Mapping[str, str]) -> Iterator[dict]:
     """Runs `compile_programs` in a process of its own, and yields what it tells of each program.
 
+    If it is stopped, the program that was being compiled leaves nothing behind.
+
     Args:
       directory: where the programs are kept.
       devices: environment variables that decide for which devices they are.
-
-    If it is stopped, the program that was being compiled leaves nothing behind.
 
     Raises:
       InputError: if it refuses.
@@ -137,7 +137,7 @@ def _compiled(task: Task, directory: Path, devices: Mapping[str, str]) -> Iterat
             process.kill()
             process.wait()
             for path in {*_programs(directory)} - finished:  # JAX never replaces a broken one
-                path.unlink()
+                path.unlink(missing_ok=True)
             raise
 
 

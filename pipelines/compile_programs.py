@@ -65,13 +65,13 @@ def compile_all(task: Task, tell: Callable[[dict], None]) -> None:
     from jaxdiff.engine.program import SAMPLING
 
     warnings.filterwarnings("error", "Error writing persistent compilation cache entry")
-    compilation.keep_programs()
     where = devices = None
     if task.target is None:
         worker.check_devices()
     else:
         where = slices.parse(task.target)
         devices = slice_program.described(where)
+    compilation.keep_programs()
     model = TextToImage(Models(**task.models).open(), Options(**task.options), devices)
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     if task.batch_size == batching.AUTO and not on_cpu:
