@@ -17,18 +17,26 @@ def directory() -> Path:
 
 
 def private(folder: str) -> Path | None:
-    """Returns a folder of the cache directory, or None if it cannot be used.
-
-    It must be writable, and only by this user: what others put there could run here.
-    """
+    """Returns a folder of the cache directory; None if `make_private` cannot make it."""
     try:
         path = directory() / folder
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = path.stat()
-    except (OSError, RuntimeError):  # the latter without a home directory
+    except RuntimeError:  # without a home directory
         return None
+    return path if make_private(path) else None
+
+
+def make_private(folder: Path) -> bool:
+    """Makes a folder if it is missing; returns whether it can be used.
+
+    It must be writable for this user, and for no other: what they put there could run here.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.stat()
+    except (OSError, ValueError):  # the latter for a name with a NUL
+        return False
     is_own = facts.st_uid == os.getuid() and not facts.st_mode & 0o022
-    return path if is_own and os.access(path, os.W_OK) else None
+    return is_own and os.access(folder, os.W_OK)
 
 
 def remembered(kind: str, identity: str, make: Callable[[], bytes]) -> bytes:

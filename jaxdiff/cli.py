@@ -17,6 +17,7 @@ Prompt manifests in, verifiable image datasets out: batch text-to-image generati
 
 commands:
   generate   generate an image for every prompt in a manifest
+  compile    compile a job's programs ahead of time, for machines that start without compiling
   upscale    enlarge the images of a folder or of a dataset
   inspect    show what a model contains, and whether it can be used
   verify     check, from its files alone, that a dataset is complete and unchanged
@@ -59,6 +60,7 @@ def _version() -> str:
 def _command(name: str) -> Callable[[list[str]], int]:
     commands = {
         "generate": _generate,
+        "compile": _compile,
         "upscale": _upscale,
         "inspect": _inspect,
         "verify": _verify,
@@ -80,6 +82,15 @@ def _generate(arguments: list[str]) -> int:
     from pipelines import generate
 
     return generate.run(job, beam_arguments)
+
+
+def _compile(arguments: list[str]) -> int:
+    from pipelines import compile_options
+
+    job, beam_arguments = compile_options.parse(arguments)
+    from pipelines import compile_job
+
+    return compile_job.run(job, beam_arguments)
 
 
 def _upscale(arguments: list[str]) -> int:

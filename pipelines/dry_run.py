@@ -12,8 +12,10 @@ from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import planning
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.plan import Plan
+from jaxdiff.dataset.settings import Settings
 from jaxdiff.devices import batching
 from jaxdiff.families import operations
+from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.request import Bucket
 from pipelines import inputs, slice_report
 from pipelines.generate_options import Job
@@ -36,8 +38,38 @@ class Share:
     row: dict = field(default_factory=dict)
 
 
-def report(job: Job, options: PipelineOptions) -> str:
-    """Plans in a temporary folder and describes the plan, as lines of text.
+@dataclass(frozen=True)
+class Planned:
+    """A plan that was made to be described, not to be kept.
+
+    Attributes:
+      ensemble, settings: the job's.
+      plan: it.
+      rows: what became of the manifest's rows, as a line of text.
+      shares: each bucket's.
+    """
+
+    ensemble: Ensemble
+    settings: Settings
+    plan: Plan
+    rows: str
+    shares: dict[Bucket, Share]
+
+    def counted(self) -> list[Counted]:
+        """Returns the buckets, each with the operations of an image."""
+        return [
+            Counted(
+                bucket,
+                share.row,
+                share.images,
+                operations.of_image(self.ensemble, self.settings, bucket),
+            )
+            for bucket, share in self.shares.items()
+        ]
+
+
+def planned(job: Job, options: PipelineOptions) -> Planned:
+    """Plans in a temporary folder.
 
     Args:
       options: Beam's options, which may be needed to read the manifest.
@@ -63,27 +95,34 @@ def report(job: Job, options: PipelineOptions) -> str:
             models=models,
             image_root=job.image_root,
         )
-        shares = _shares(folder, plan)
-        rows = _rows(folder, plan)
-    of_image = {bucket: operations.of_image(ensemble, settings, bucket) for bucket in shares}
-    work = sum(share.slots * of_image[bucket] for bucket, share in shares.items())
+        return Planned(ensemble, settings, plan, _rows(folder, plan), _shares(folder, plan))
+
+
+def report(job: Job, options: PipelineOptions) -> str:
+    """Describes what a job would do, as lines of text; the arguments are those of `planned`.
+
+    Raises:
+      InputError: as `planned` does, or if a program does not fit the job's target.
+    """
+    found = planned(job, options)
+    plan, shares, counted = found.plan, found.shares, found.counted()
+    work = sum(shares[each.bucket].slots * each.operations for each in counted)
     on_slice = []
     if job.target is not None:
-        counted = [
-            Counted(bucket, share.row, share.images, of_image[bucket])
-            for bucket, share in shares.items()
-        ]
-        on_slice = ["", *slice_report.lines(job, settings, ensemble, counted, plan.shard_sizes)]
+        on_slice = slice_report.lines(
+            job, found.settings, found.ensemble, counted, plan.shard_sizes
+        )
+        on_slice = ["", *on_slice]
     return "\n".join(
         [
-            rows,
+            found.rows,
             *(f"{kind}: {text}" for kind, text in plan.notices.items()),
             f"images: {plan.images}; model: {plan.model_name}; shards: {len(plan.shard_sizes)}; "
             f"batch size: {_batch_size(plan)} per device{_may_differ(plan)}",
             "",
             *_table(shares),
             "",
-            _time(work),
+            *_time(work, None if on_slice else job.price_per_chip_hour),
             *on_slice,
         ]
     )
@@ -158,8 +197,12 @@ def _start(bucket: Bucket) -> str:
     return f"{'image and mask' if bucket.masked else 'image'}, {bucket.strength:g}{control}"
 
 
-def _time(work: int) -> str:
+def _time(work: int, price: float | None) -> list[str]:
     times = ", ".join(
         f"{duration(work / speed)} at {speed / 1e12:g} TFLOP/s ({what})" for speed, what in SPEEDS
     )
-    return f"about {work:.1e} operations: {times}, plus loading, compilation and writing"
+    said = [f"about {work:.1e} operations: {times}, plus loading, compilation and writing"]
+    if price is not None:
+        costs = ", ".join(f"{work / speed / 3600 * price:.2f} ({what})" for speed, what in SPEEDS)
+        said += [f"the bill of this time, at {price:g} an hour: {costs}"]
+    return said

@@ -68,16 +68,16 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     beam_runner = runners.choose(beam_arguments, job.workers.count)
     supervisor.device_share(0, job.workers.count, os.environ)  # fails before anything is written
     copies = contextlib.ExitStack()
-    with _unreadable_named():
+    with inputs.unreadable_named():
         if job.if_missing == "skip" and not inputs.exists(job.manifest, beam_runner[1]):
             print(f"{job.manifest} does not exist: nothing to do")
             return EXIT_OK
     if job.dry_run:
-        with _unreadable_named():
+        with inputs.unreadable_named():
             said = dry_run.report(job, beam_runner[1])
         print(said)
         return EXIT_OK
-    with _unreadable_named():
+    with inputs.unreadable_named():
         ensemble = job.models.open()
         settings = job_settings.resolve(job.settings, ensemble)
         _check_bucket(job, settings)
@@ -330,15 +330,6 @@ def _summarize(job: Job, report: dict) -> None:
             f"{count(counts['failed'], 'image')} could not be generated; see "
             f"{job.output}/{names.FAILED}"
         )
-
-
-@contextlib.contextmanager
-def _unreadable_named() -> Iterator[None]:
-    try:
-        yield
-    except OSError as problem:
-        name = problem.filename or "the input"
-        raise InputError(f"{name} cannot be read: {problem.strerror}") from None
 
 
 @contextlib.contextmanager

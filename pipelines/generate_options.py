@@ -125,6 +125,7 @@ class Job:
     retry_failed: bool = False
     dry_run: bool = False
     target: Target | None = None
+    price_per_chip_hour: float | None = None
     image_root: str | None = None
     if_missing: str = "fail"
 
@@ -157,6 +158,7 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
         settings={name: said[name] for name in settings.NAMES if name in said},
         workers=_workers(said),
         target=targets.parse(said),
+        price_per_chip_hour=targets.price(said),
         image_root=_image_root(said.get("image_root")),
         if_missing=_if_missing(said.get("if_missing", Job.if_missing)),
         **{name: bool(said.get(name)) for name in FLAGS},

@@ -38,6 +38,16 @@ def fetched(where: str, options: PipelineOptions) -> Iterator[Manifest]:
         yield _copied(where, Path(folder), options)
 
 
+@contextlib.contextmanager
+def unreadable_named() -> Iterator[None]:
+    """Raises InputError, with the file's name, where the operating system refuses to read one."""
+    try:
+        yield
+    except OSError as problem:
+        name = problem.filename or "the input"
+        raise InputError(f"{name} cannot be read: {problem.strerror}") from None
+
+
 def exists(where: str, options: PipelineOptions) -> bool:
     """Returns whether there is a file or a folder at a manifest's path, glob or URL.
 

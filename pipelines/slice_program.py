@@ -80,15 +80,10 @@ def account(task: Task) -> dict:
     if size in failures:
         return found | {"too_large": failures[size].removeprefix("RESOURCE_EXHAUSTED: ")}
     program, text = programs[size], programs[size].as_text()
-    needed = _bytes(program, model.encoder_bytes)
-    over = sum(needed.values()) - batching.USED * limit
-    if over > 0:
-        return found | {
-            "too_large": f"it takes {sum(needed.values()) / GIB:.2f} GiB of a chip, "
-            f"{over / GIB:.2f} more than {batching.USED:.0%} of its memory"
-        }
+    found |= memory_of(program, model.encoder_bytes, limit)
+    if "too_large" in found:
+        return found
     return found | {
-        "bytes": needed,
         "exchanges": program_text.exchanges(text),
         "kernels": program_text.kernels(text),
         "cycles": program_text.cycles(text, f"{SAMPLING}/while")._asdict(),
@@ -113,6 +108,18 @@ def described(where: slices.Slice) -> list:
     except Exception as problem:  # of many types, depending on what is wrong with the compiler
         first, *_ = str(problem).splitlines() or [type(problem).__name__]
         raise InputError(f"the compiler cannot describe {where.kind}: {first}") from problem
+
+
+def memory_of(program, encoder_bytes: int, limit: int) -> dict:
+    """Returns the `bytes` that a program takes of a chip's `limit`, or why it is `too_large`."""
+    needed = _bytes(program, encoder_bytes)
+    over = sum(needed.values()) - batching.USED * limit
+    if over > 0:
+        return {
+            "too_large": f"it takes {sum(needed.values()) / GIB:.2f} GiB of a chip, "
+            f"{over / GIB:.2f} more than {batching.USED:.0%} of its memory"
+        }
+    return {"bytes": needed}
 
 
 def _bytes(program, encoder_bytes: int) -> dict[str, int]:

@@ -10,8 +10,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -40,6 +40,14 @@ COMPILERS = {
 PACKAGES = ("jax", "jaxlib", "flax")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 ROOT = Path(__file__).parents[1]
+# The environment in which programs are compiled for chips that need not exist.
+DESCRIBED = {
+    "JAX_PLATFORMS": "cpu",  # else JAX looks for the TPUs
+    "TPU_SKIP_MDS_QUERY": "1",  # as libtpu does at a service of Google's cloud
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling is possible beside another dry run
+}
+# JAX could store programs for chips that are not here, but not read them again.
+NOTHING_KEPT = {"JAX_ENABLE_COMPILATION_CACHE": "0"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,12 @@ class Counted:
     images: int
     operations: int
 
+    @property
+    def example(self) -> dict:
+        """The row without what does not count: equal examples have equal programs."""
+        row = self.row | {"guidance_scale": 1.0 + self.bucket.guided}
+        return row | {name: "" for name in ("mask_image", "outpaint") if row.get(name) is not None}
+
 
 def lines(
     job: Job,
@@ -74,7 +88,7 @@ def lines(
       InputError: if a program does not fit or cannot be compiled for the target.
     """
     where = slices.parse(job.target.name)
-    _check_compiler(where)
+    check_compiler(where)
     if not ensemble.samples:
         raise InputError(f"--target: {ensemble.name} only enlarges images; this needs a denoiser")
     mesh = mesh_sizes(settings.mesh, math.prod(where.host_sides))
@@ -90,14 +104,35 @@ def lines(
     if ensemble.upscaler is not None:
         said += ["the upscaler's program is not compiled; its operations are counted"]
     work = sum(each.images * each.operations for each in buckets)
-    return [*said, *_bill(job.target, where, mesh, work)]
+    return [*said, *_bill(job.target, job.price_per_chip_hour, where, mesh, work)]
+
+
+def largest_batch_size(
+    job: Job,
+    settings: Settings,
+    ensemble: Ensemble,
+    buckets: Sequence[Counted],
+    shard_sizes: Sequence[int],
+) -> int:
+    """Returns the largest batch size that fits the job's target, found for the largest images.
+
+    Raises:
+      InputError: if not even one image fits, or the program cannot be compiled for the target.
+    """
+    mesh = mesh_sizes(settings.mesh, math.prod(slices.parse(job.target.name).host_sides))
+    largest = max(buckets, key=_size_order)
+    most = max(each.images for each in buckets)
+    task = _task(job, settings, replace(largest, images=most), max(shard_sizes), mesh["data"])
+    account = _account(task, ensemble)
+    fitting(task.target, largest.bucket, task.options, account)
+    return account["batch_size"]
 
 
 def _size_order(each: Counted) -> tuple:
     return each.bucket.width * each.bucket.height, each.bucket.guided, each.images
 
 
-def _check_compiler(where: Slice) -> None:
+def check_compiler(where: Slice) -> None:
     """Raises InputError if the compiler is missing, or has a version that JAX does not go with."""
     kind = _kind(where)
     package, install = COMPILERS[kind]
@@ -122,13 +157,11 @@ def _kind(where: Slice) -> str:
 
 def _task(job: Job, settings: Settings, each: Counted, most_images: int, parts: int) -> Task:
     """Returns what to compile; tasks are equal if their programs are."""
-    row = each.row | {"guidance_scale": 1.0 + each.bucket.guided}
-    row |= {name: "" for name in ("mask_image", "outpaint") if row.get(name) is not None}
     fixed, most = settings.batch_size, batching.enough(min(each.images, most_images), parts)
     return Task(
         models=asdict(job.models),
         options={field.name: getattr(settings, field.name) for field in fields(Options)},
-        row=row,
+        row=each.example,
         target=job.target.name,
         **({"most": most} if fixed == batching.AUTO else {"batch_size": fixed}),
     )
@@ -154,23 +187,14 @@ def _account(task: Task, ensemble: Ensemble) -> dict:
 
 def _compiled(task: Task) -> dict:
     """Runs `slice_program` in a process of its own; raises InputError if it refuses."""
-    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+    # Kernels are tuned by running them, which needs the GPU.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pipelines.slice_program"],
         input=json.dumps(asdict(task)),
         stdout=subprocess.PIPE,
         stderr=None if is_debugging() else subprocess.DEVNULL,  # libtpu says much
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(paths),
-            "JAX_PLATFORMS": "cpu",  # else JAX looks for the TPUs
-            "TPU_SKIP_MDS_QUERY": "1",  # as libtpu does at a service of Google's cloud
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling is possible beside another dry run
-            # Kernels are tuned by running them, which needs the GPU.
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip(),
-            # JAX could store programs for chips that are not here, but not read them again.
-            "JAX_ENABLE_COMPILATION_CACHE": "0",
-        },
+        env=environment({**DESCRIBED, **NOTHING_KEPT, "XLA_FLAGS": flags.strip()}),
         encoding="utf-8",
         check=False,
     )
@@ -182,24 +206,42 @@ def _compiled(task: Task) -> dict:
     return answer
 
 
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment of a process that compiles."""
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+    return {**os.environ, **more, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def _title(task: Task, each: Counted, account: dict) -> str:
     """Returns the first line about a program; raises InputError if it does not fit."""
-    bucket, size = each.bucket, account["batch_size"]
+    said = fitting(task.target, each.bucket, task.options, account)
+    return said if task.batch_size else f"{said}: as many as fit, or as the job needs"
+
+
+def fitting(where: str, bucket: Bucket, options: dict, account: dict) -> str:
+    """Returns what a program is for; raises InputError if it does not fit.
+
+    Args:
+      where: the devices.
+      options: the fields of `Options`.
+      account: the `batch_size`, and why it is `too_large` if it is.
+    """
+    size = account["batch_size"]
     guided = "guided" if bucket.guided else "not guided"
     title = (
-        f"{task.target}, {bucket.width}x{bucket.height}, {count(bucket.steps, 'step')} of "
+        f"{where}, {bucket.width}x{bucket.height}, {count(bucket.steps, 'step')} of "
         f"{bucket.sampler}, {guided}, batch size {size} per device"
     )
     if "too_large" in account:
         helps = ["a smaller --batch-size"] * (size > 1)
-        helps += ["--dtype bfloat16"] * (task.options["dtype"] == "float32")
-        helps += ["--text-encoders host"] * (task.options["text_encoders"] == "device")
-        helps += ["--weights int8"] * (task.options["weights"] == "full")
+        helps += ["--dtype bfloat16"] * (options["dtype"] == "float32")
+        helps += ["--text-encoders host"] * (options["text_encoders"] == "device")
+        helps += ["--weights int8"] * (options["weights"] == "full")
         raise InputError(
             f"{title} does not fit: {account['too_large'].rstrip('.')}; what helps: "
             f"{', '.join([*helps, 'more for model in --mesh, such as model=2, or larger chips'])}"
         )
-    return title if task.batch_size else f"{title}: as many as fit, or as the job needs"
+    return title
 
 
 def _described(each: Counted, where: Slice, mesh: dict, account: dict) -> list[str]:
@@ -247,7 +289,7 @@ def _time(cycles: float, hertz: float | None) -> str:
     return text if hertz is None else f"{text} ({1000 * cycles / hertz:.3g} ms)"
 
 
-def _bill(target: Target, where: Slice, mesh: dict, work: int) -> list[str]:
+def _bill(target: Target, price: float | None, where: Slice, mesh: dict, work: int) -> list[str]:
     chips = where.hosts * mesh["data"] * mesh["model"]  # a mesh may leave some idle
     peak = chips * where.chip.flops
     seconds = work / (peak * target.utilisation)
@@ -256,10 +298,10 @@ def _bill(target: Target, where: Slice, mesh: dict, work: int) -> list[str]:
         f"{target.utilisation:.0%} of the peak of {count(chips, 'chip')} ({peak / 1e12:.0f} "
         "TFLOP/s in bfloat16), plus loading, compilation and padding"
     )
-    if target.price is None:
+    if price is None:
         return [said]
-    cost = seconds / 3600 * where.chips * target.price
+    cost = seconds / 3600 * where.chips * price
     return [
         said,
-        f"the bill: {cost:.2f} for {count(where.chips, 'chip')} at {target.price:g} an hour each",
+        f"the bill: {cost:.2f} for {count(where.chips, 'chip')} at {price:g} an hour each",
     ]

@@ -1,4 +1,4 @@
-"""The TPU slice that a dry run compiles for, from the command line."""
+"""What a dry run compiles for, and what it computes the bill with, from the command line."""
 
 from dataclasses import dataclass
 
@@ -19,23 +19,24 @@ HELP = {
         "SHARE",
         f"the share of the chips' peak that hours are computed with (default: {UTILISATION})",
     ),
-    "price_per_chip_hour": ("PRICE", "what a chip costs for an hour, to print the bill"),
+    "price_per_chip_hour": (
+        "PRICE",
+        "with --dry-run: what a chip costs for an hour, to print the bill",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """What `--target` and the options of its bill say.
+    """What `--target` and `--utilisation` say.
 
     Attributes:
       name: of the slice, such as "tpu-v5e:2x2".
       utilisation: the share of the chips' peak that the job is taken to reach.
-      price: of a chip for an hour, in any currency; None for no bill.
     """
 
     name: str
     utilisation: float = UTILISATION
-    price: float | None = None
 
 
 def parse(said: dict) -> Target | None:
@@ -44,20 +45,36 @@ def parse(said: dict) -> Target | None:
     Raises:
       InputError: if there is no such slice, a number is out of range, or `--dry-run` is missing.
     """
-    name, price = said.get("target"), said.get("price_per_chip_hour")
-    for other in ("price_per_chip_hour", "utilisation"):
-        if name is None and other in said:
-            raise InputError(f"--{other.replace('_', '-')} needs --target, such as tpu-v5e:2x2")
+    name = said.get("target")
+    if name is None and "utilisation" in said:
+        raise InputError("--utilisation needs --target, such as tpu-v5e:2x2")
     if name is None:
         return None
-    if not said.get("dry_run"):
-        raise InputError("--target is for a dry run: add --dry-run, or leave it out")
+    _check_dry_run("target", said)
     slices.parse(name)
+    return Target(name, _number("utilisation", said.get("utilisation", UTILISATION), 0.01, 1))
+
+
+def price(said: dict) -> float | None:
+    """Returns what a chip costs for an hour, in any currency; None for no bill.
+
+    Raises:
+      InputError: if it is out of range, or `--dry-run` is missing.
+    """
+    if "price_per_chip_hour" not in said:
+        return None
+    _check_dry_run("price_per_chip_hour", said)
+    return _number("price_per_chip_hour", said["price_per_chip_hour"], 0, 10**6)
+
+
+def _check_dry_run(name: str, said: dict) -> None:
+    if not said.get("dry_run"):
+        option = name.replace("_", "-")
+        raise InputError(f"--{option} is for a dry run: add --dry-run, or leave it out")
+
+
+def _number(name: str, value, least: float, most: float) -> float:
     try:
-        utilisation = said.get("utilisation", UTILISATION)
-        utilisation = checks.number("--utilisation", utilisation, 0.01, 1)
-        if price is not None:
-            price = checks.number("--price-per-chip-hour", price, 0, 10**6)
+        return checks.number(f"--{name.replace('_', '-')}", value, least, most)
     except checks.BadValueError as problem:
         raise InputError(str(problem)) from None
-    return Target(name, utilisation, price)

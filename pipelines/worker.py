@@ -169,7 +169,7 @@ def _load(task: Task, run: Run, first: Request, tell: Callable[[dict], None]) ->
         _held = None  # frees the old model's memory first
         import jaxdiff
 
-        _check_devices()
+        check_devices()
         kinds = [first, *(run.kinds() if task.mode == "make" else ())]
         sizes = {kind.bucket: (kind, _known_batch_size(run, kind)) for kind in kinds}
         expecting = {kind: size for kind, size in sizes.values() if size is not None}
@@ -182,7 +182,7 @@ def _load(task: Task, run: Run, first: Request, tell: Callable[[dict], None]) ->
     return _held[1]
 
 
-def _check_devices() -> None:
+def check_devices() -> None:
     """Raises InputError if the platform is missing, or if JAX silently fell back to the CPU."""
     import jax
 

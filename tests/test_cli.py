@@ -20,6 +20,7 @@ from pipelines import generate_options
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "generate",
+    "compile",
     "upscale",
     "inspect",
     "verify",
@@ -58,7 +59,7 @@ def test_the_version_is_that_of_the_installed_package(capsys):
     [
         (
             ["make"],
-            "unknown command 'make'; the commands are generate, upscale, inspect, verify, view, ",
+            "unknown command 'make'; the commands are generate, compile, upscale, inspect, ",
         ),
         (["verify"], "the following arguments are required: DIR (jaxdiff verify --help"),
         (["verify", "/nowhere"], "/nowhere holds no jaxdiff run"),

@@ -22,6 +22,9 @@ SMALL_TOO = (
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
 )
+# XLA's own caches are for GPUs alone, but where they are on, the directory's path is part of each
+# program's key: in a copy of the directory, none would be found.
+XLAS_OWN = "jax_persistent_cache_enable_xla_caches"
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,8 @@ def keep_programs() -> None:
     JAX's own settings (JAX_COMPILATION_CACHE_DIR and so on) take precedence. A directory that
     cannot be written, or that others can write to (they could run code here), is not used.
     """
+    if XLAS_OWN.upper() not in os.environ and jax.default_backend() != "gpu":
+        jax.config.update(XLAS_OWN, "none")
     if jax.config.jax_compilation_cache_dir is not None:
         return
     directory = cache.private(f"xla/{_cpu()}")

@@ -1,6 +1,7 @@
 """Generates images from requests."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
 
@@ -222,10 +223,24 @@ class TextToImage:
 
     def compile(self, request: Request, batch_size: int) -> None:
         """Starts compiling the programs for images like a resolved request; returns at once."""
+        for _ in self.programs(request, batch_size):
+            pass
+
+    def programs(
+        self, request: Request, batch_size: int, *, on_host: bool = True
+    ) -> "Iterator[tuple[str, Future[jax.stages.Compiled]]]":
+        """Starts compiling the programs for images like a resolved request, one after the other.
+
+        Args:
+          on_host: whether to compile those of text encoders on the host, too.
+
+        Yields:
+          what a program is for, and the program; those of several kinds of images may share some.
+        """
         if self._sampler is not None:
-            self._sampler.compile(request, batch_size)
+            yield from self._sampler.programs(request, batch_size, on_host=on_host)
         if self._upscaler is not None:
-            self._upscaler.compile(*self._seen(request))
+            yield "upscaling", self._upscaler.compile(*self._seen(request))
 
     def compiled(self, request: Request, batch_size: int) -> jax.stages.Compiled:
         """Compiles the program for images like a resolved request; reads no weights.

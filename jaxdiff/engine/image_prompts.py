@@ -61,10 +61,11 @@ class ImagePromptEncoder:
         self._params = [stored.load() for stored in self._stored]
         self._negative = self._nothing(*self._params)
 
-    def compile(self) -> None:
-        """Starts compiling the encoder; returns at once."""
+    def compile(self) -> "Future[jax.stages.Compiled]":
+        """Starts compiling the encoder; returns its program at once."""
         if not self._programs:
             self._programs["encode"] = self._encode.compile(*self._abstract_arguments())
+        return self._programs["encode"]
 
     def abstract(self) -> Any:
         """Returns the shapes of one image's prompt."""

@@ -45,8 +45,8 @@ class ImageEncoder:
         self._programs: dict[tuple[int, int], Future[jax.stages.Compiled]] = {}
         self._cache = EmbeddingCache(mesh)
 
-    def compile(self, height: int, width: int) -> None:
-        """Starts compiling the encoder for images of this size; returns at once."""
+    def compile(self, height: int, width: int) -> "Future[jax.stages.Compiled]":
+        """Starts compiling the encoder for images of this size; returns its program at once."""
         if (height, width) not in self._programs:
             shape = (self._slots(height, width), height, width)
             arrays = (
@@ -54,6 +54,7 @@ class ImageEncoder:
                 for dims, dtype in (((*shape, 3), np.uint8), (shape, bool))
             )
             self._programs[height, width] = self._encode.compile(self._places, *arrays)
+        return self._programs[height, width]
 
     def __call__(
         self,

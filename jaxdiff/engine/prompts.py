@@ -83,17 +83,18 @@ class PromptEncoder:
         """Reads the weights; after that, prompts can be encoded."""
         self.params = {name: stored.load() for name, stored in self._stored.items()}
 
-    def compile(self, *size: int) -> None:
-        """Starts compiling the encoders for all prompts; returns at once.
+    def compile(self, *size: int) -> "list[Future[jax.stages.Compiled]]":
+        """Starts compiling the encoders for all prompts; returns their programs at once.
 
         Args:
           size: the height and width of images, if prompts have any; others ignore them.
         """
-        for clip_skip in {0, self._clip_skip}:
-            key = clip_skip, self._seen(size)
+        keys = {skip: (skip, self._seen(size)) for skip in (0, self._clip_skip)}
+        for skip, key in keys.items():
             if key not in self._programs:
                 arguments = self._abstract_arguments(size)
-                self._programs[key] = self._encode.compile(*arguments, clip_skip=clip_skip)
+                self._programs[key] = self._encode.compile(*arguments, clip_skip=skip)
+        return [self._programs[key] for key in keys.values()]
 
     def abstract(self, *size: int) -> Text:
         """Returns the shapes of one prompt's embedding; the arguments are those of `compile`."""

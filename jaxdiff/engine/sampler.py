@@ -17,7 +17,7 @@ from jaxdiff.engine.denoiser import LoadedDenoiser
 from jaxdiff.engine.image import Image
 from jaxdiff.engine.images import ImageEncoder
 from jaxdiff.engine.inputs import InputMaker
-from jaxdiff.engine.program import AXES, Inputs, Pass, Route, Weights, sample_pixels
+from jaxdiff.engine.program import AXES, SAMPLING, Inputs, Pass, Route, Weights, sample_pixels
 from jaxdiff.families.ensemble import Ensemble, Steps
 from jaxdiff.images import pasting
 from jaxdiff.request import Bucket, Options, Request
@@ -146,15 +146,26 @@ class Sampler:
         self._programs = before | {chosen: self._programs[chosen]}  # the others take memory
         return size
 
-    def compile(self, request: Request, batch_size: int) -> None:
-        """Starts compiling the programs for images like a resolved request; returns at once."""
+    def programs(
+        self, request: Request, batch_size: int, *, on_host: bool = True
+    ) -> "Iterator[tuple[str, Future[jax.stages.Compiled]]]":
+        """Starts compiling the programs for images like a resolved request, one after the other.
+
+        Args:
+          on_host: whether to compile those of text encoders on the host, too.
+
+        Yields:
+          what a program is for, and the program.
+        """
         for denoiser in self._denoisers:
-            denoiser.prompts.compile(request.height, request.width)
+            if on_host or denoiser.prompts.mesh is self._mesh:
+                for program in denoiser.prompts.compile(request.height, request.width):
+                    yield "prompts", program
             for encoder in denoiser.image_prompts:
-                encoder.compile()
+                yield "image prompts", encoder.compile()
         if any(self._inputs.brings(request)) and self._ensemble.enlarges is None:
-            self._inputs.encoder.compile(request.height, request.width)
-        self._program(request, self.slots(request, batch_size))
+            yield "images", self._inputs.encoder.compile(request.height, request.width)
+        yield SAMPLING, self._programs[self._program(request, self.slots(request, batch_size))]
 
     def compiled(self, request: Request, batch_size: int) -> jax.stages.Compiled:
         """Compiles the program for images like a resolved request; reads no weights.

@@ -71,9 +71,9 @@ class Upscaler:
         """Reads the weights onto the devices; after that, images can be enlarged."""
         self._params = self._stored.load()
 
-    def compile(self, height: int, width: int) -> None:
-        """Starts compiling the program for images of this size in pixels; returns at once."""
-        self._program(_tiling(height, width))
+    def compile(self, height: int, width: int) -> "Future[jax.stages.Compiled]":
+        """Starts compiling the program for images of this size in pixels; returns it at once."""
+        return self._programs[self._program(_tiling(height, width))]
 
     def images_at_once(self, height: int, width: int) -> int:
         """Returns how many images of this size all devices compute at once."""

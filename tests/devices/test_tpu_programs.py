@@ -159,3 +159,37 @@ def test_a_dry_run_compiles_once(tmp_path, small, monkeypatch, capsys):
     bills = [float(text.splitlines()[-1].split()[2]) for text in (first, again)]
     assert bills[1] == pytest.approx(4 * bills[0], rel=0.05)
     assert not (tmp_path / "out").exists()
+
+
+def test_programs_compiled_ahead_have_the_same_keys_everywhere(
+    tmp_path, small, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    command = ["compile", f"--manifest={prompts}", f"--model={small}", "--dtype=bfloat16"]
+    command += ["--target=tpu-v5e:2x2", "--steps=3", "--width=64", "--height=64"]
+
+    def keys(folder: str, *more: str) -> list[str]:
+        assert cli.main([*command, f"--output={tmp_path / folder}", *more]) == 0
+        return sorted(path.name for path in (tmp_path / folder).iterdir())
+
+    found = keys("found")
+    title, *_, usage = capsys.readouterr().out.splitlines()
+    assert title.startswith("tpu-v5e:2x2, 64x64, 3 steps of ")
+    assert usage.endswith(" and --batch-size 1")  # two images on four chips
+    assert {name.partition("-")[0] for name in found} == {"jit_encode", "jit__lambda"}
+    assert keys("again", "--batch-size=1") == found
+    on_host = {*keys("host", "--batch-size=1", "--text-encoders=host")}
+    assert {name.partition("-")[0] for name in {*found} - on_host} == {"jit_encode"}
+    assert {name.partition("-")[0] for name in on_host} == {"jit__lambda"}
+
+
+def test_a_program_that_does_not_fit_is_not_for_a_fleet(tmp_path, small, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    command = ["compile", f"--manifest={prompts}", f"--model={small}", "--batch-size=512"]
+    command += ["--target=tpu-v5e:2x2", "--dtype=bfloat16", "--width=1024", "--height=1024"]
+    assert cli.main([*command, f"--output={tmp_path / 'programs'}"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "batch size 512 per device does not fit: " in said

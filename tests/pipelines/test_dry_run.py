@@ -1,7 +1,10 @@
 """A dry run prints what the job would do, and does nothing."""
 
+import re
 import tempfile
 from pathlib import Path
+
+import pytest
 
 from jaxdiff import cli
 from jaxdiff.dataset import shard as shards
@@ -39,6 +42,23 @@ def test_a_dry_run_shows_buckets_batches_padding_shards_and_time(tmp_path, comma
     assert said[-1].startswith("about ")
     assert " operations: " in said[-1]
     assert " at 0.1 TFLOP/s (two CPU cores), " in said[-1]
+
+
+def test_a_price_makes_a_bill_of_the_estimated_time(tmp_path, command, capsys):
+    more = ("--dry-run", "--num-images=100000")
+
+    def bill(price: str) -> list[float]:
+        arguments = command(tmp_path / "out", *more, f"--price-per-chip-hour={price}")
+        assert cli.main(arguments) == 0
+        time, said = lines(capsys)[-2:]
+        work = float(time.split()[1])
+        assert said.startswith(f"the bill of this time, at {price} an hour: ")
+        costs = [float(cost) for cost in re.findall(r"([0-9.]+) \(", said)]
+        hours = [work / speed / 3600 for speed in (0.1e12, 100e12)]
+        assert costs == pytest.approx([float(price) * each for each in hours], rel=0.06)
+        return costs
+
+    assert bill("2000") == pytest.approx([2 * cost for cost in bill("1000")], rel=0.01)
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path, command, capsys, monkeypatch):

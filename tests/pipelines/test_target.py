@@ -49,9 +49,13 @@ def test_a_target_needs_a_dry_run(refused):
     assert "--target is for a dry run: add --dry-run" in refused(V5E[1])
 
 
-@pytest.mark.parametrize("option", ["--utilisation=0.5", "--price-per-chip-hour=1.2"])
-def test_the_bill_needs_a_target(option, refused):
-    assert f"{option.partition('=')[0]} needs --target" in refused("--dry-run", option)
+def test_the_bill_needs_a_dry_run(refused):
+    said = refused("--price-per-chip-hour=1.2")
+    assert "--price-per-chip-hour is for a dry run: add --dry-run" in said
+
+
+def test_a_share_of_the_peak_needs_a_target(refused):
+    assert "--utilisation needs --target" in refused("--dry-run", "--utilisation=0.5")
 
 
 @pytest.mark.parametrize("option", ["--utilisation=0", "--price-per-chip-hour=-1"])
