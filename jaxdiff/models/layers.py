@@ -55,15 +55,29 @@ def conv(
 class GroupNorm(nnx.GroupNorm):
     """Group normalisation (Wu and He, 2018), with statistics in float32.
 
-    Of float32 inputs, the variance takes a second pass over them, as in PyTorch. Half-precision
-    inputs are read once: what E[x^2] - E[x]^2 loses in float32 is less than what they have lost.
-    By the TPU compiler's estimate, that takes a quarter of a step of Stable Diffusion 1.5.
+    Of float32 inputs, the variance takes a second pass over them, as in PyTorch. Both passes add up
+    channels first and groups of them then: XLA's reductions over parts of the last axis are slow on
+    CPUs (four times, with two channels in a group).
+
+    Half-precision inputs are read once: what E[x^2] - E[x]^2 loses in float32 is less than what
+    they have lost. By the TPU compiler's estimate, that takes a quarter of a step of Stable
+    Diffusion 1.5.
     """
 
     def __call__(self, x: Array) -> Array:
         """Normalises [batch, ..., channels]."""
-        self.use_fast_variance = x.dtype != jnp.float32
-        return super().__call__(x)
+        if x.dtype != jnp.float32:
+            self.use_fast_variance = True
+            return super().__call__(x)
+        deviations = x - self._mean(x)
+        scale = jax.lax.rsqrt(self._mean(jnp.square(deviations)) + self.epsilon)
+        return deviations * (scale * self.scale[...]) + self.bias[...]
+
+    def _mean(self, x: Array) -> Array:
+        """Returns the mean of each channel's group, [batch, 1, ..., channels]."""
+        channels = x.mean(axis=tuple(range(1, x.ndim - 1)), keepdims=True)
+        groups = channels.reshape(*channels.shape[:-1], self.num_groups, -1).mean(axis=-1)
+        return jnp.repeat(groups, self.group_size, axis=-1)
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, rngs: nnx.Rngs) -> GroupNorm:
