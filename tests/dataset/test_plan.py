@@ -197,7 +197,8 @@ def test_planning_and_verifying_import_no_jax(tmp_path, manifest, tiny_checkpoin
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(os.path.dirname(os.path.dirname(__file__)))!r})
-from jaxdiff.dataset import image_files, ledger, shard
+from jaxdiff.dataset import ledger, shard
+from jaxdiff.images import image_files
 from jaxdiff.dataset.finished import card
 from pipelines import generate_options
 from making import make_plan, make_shard

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import jaxdiff
 from jaxdiff import cli
-from jaxdiff.dataset import image_files
 from jaxdiff.dataset.local import LocalStore
+from jaxdiff.images import image_files
 
 
 def records(directory: Path) -> list[dict]:

@@ -13,9 +13,9 @@ from PIL import Image
 
 import jaxdiff
 from jaxdiff import cli
-from jaxdiff.dataset import image_files
 from jaxdiff.dataset import run as runs
 from jaxdiff.errors import InputError
+from jaxdiff.images import image_files
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
