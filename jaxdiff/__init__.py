@@ -3,20 +3,32 @@
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
-from jaxdiff.errors import InputError
+from jaxdiff.errors import InputError, UnfinishedError
 from jaxdiff.request import Request
 
 if TYPE_CHECKING:
     from jaxdiff.engine.engine import TextToImage, load
     from jaxdiff.engine.image import Image
+    from pipelines.make_dataset import MadeDataset, make_dataset
 
-__all__ = ["Image", "InputError", "Request", "TextToImage", "load"]
+__all__ = [
+    "Image",
+    "InputError",
+    "MadeDataset",
+    "Request",
+    "TextToImage",
+    "UnfinishedError",
+    "load",
+    "make_dataset",
+]
 
 # Imported on demand, so that jaxdiff.dataset can be used on a machine without JAX.
 _LATE = {
     "Image": "jaxdiff.engine.image",
+    "MadeDataset": "pipelines.make_dataset",
     "TextToImage": "jaxdiff.engine.engine",
     "load": "jaxdiff.engine.engine",
+    "make_dataset": "pipelines.make_dataset",
 }
 
 

@@ -91,7 +91,7 @@ class InputMaker:
         """Returns a resolved request whose latents, if it has any, are an array.
 
         Raises:
-          BadValueError: if they are not of the size of the image's latents, or not finite.
+          BadValueError: unless they are floats in the size of the image's latents.
         """
         if request.latents is None:
             return request
