@@ -1,19 +1,47 @@
 """Batch text-to-image generation in JAX: prompt manifests in, verifiable image datasets out."""
 
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
+from jaxdiff.errors import InputError, UnfinishedError
 from jaxdiff.request import Request
 
 if TYPE_CHECKING:
     from jaxdiff.engine.engine import TextToImage, load
+    from jaxdiff.engine.image import Image
+    from pipelines.make_dataset import MadeDataset, make_dataset
 
-__all__ = ["Request", "TextToImage", "load"]
+__all__ = [
+    "Image",
+    "InputError",
+    "MadeDataset",
+    "Request",
+    "TextToImage",
+    "UnfinishedError",
+    "load",
+    "make_dataset",
+]
+
+# Imported on demand, so that jaxdiff.dataset can be used on a machine without JAX.
+_LATE = {
+    "Image": "jaxdiff.engine.image",
+    "MadeDataset": "pipelines.make_dataset",
+    "TextToImage": "jaxdiff.engine.engine",
+    "load": "jaxdiff.engine.engine",
+    "make_dataset": "pipelines.make_dataset",
+}
 
 
 def __getattr__(name: str):
-    # Imported on demand, so that jaxdiff.dataset can be used on a machine without JAX.
-    if name in ("TextToImage", "load"):
-        from jaxdiff.engine import engine
-
-        return getattr(engine, name)
+    if name == "__version__":
+        try:
+            return metadata.version("jaxdiff")
+        except metadata.PackageNotFoundError:
+            return "(a checkout that is not installed)"
+    if name in _LATE:
+        return getattr(import_module(_LATE[name]), name)
     raise AttributeError(f"module 'jaxdiff' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,10 +1,10 @@
 """The `jaxdiff` command. Imports a subcommand's modules only when it runs, so help is instant."""
 
-import importlib.metadata
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jaxdiff
 from jaxdiff import checks
 from jaxdiff.errors import InputError
 from pipelines import command_line
@@ -45,16 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(OVERVIEW, end="")
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(f"jaxdiff {_version()}")
+        print(f"jaxdiff {jaxdiff.__version__}")
         return 0
     return command_line.run(lambda said: _command(said[0])(said[1:]), arguments)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("jaxdiff")
-    except importlib.metadata.PackageNotFoundError:
-        return "(a checkout that is not installed)"
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

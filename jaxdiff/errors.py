@@ -1,4 +1,4 @@
-"""The exception for a user's mistakes."""
+"""The exceptions for a user's mistakes and for jobs that end early."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,10 @@ class InputError(Exception):
     The message is a single line that names the file, row or option and the remedy. The command
     line prints it without a traceback and exits with code 2.
     """
+
+
+class UnfinishedError(Exception):
+    """A job failed part-way; when the reason in the message is gone, it can be continued."""
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

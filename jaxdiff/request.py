@@ -1,11 +1,13 @@
 """The request for one image, and the options that all images of a run share. Imports no JAX."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxdiff import checks
+from jaxdiff.errors import InputError
 
 NOT_SAMPLED = "none"  # the sampler of a request whose image is enlarged by a GAN upscaler
 
@@ -43,10 +45,14 @@ class Source(NamedTuple):
 class Request:
     """A request for one image. `None` selects the model's default.
 
+    Numbers and texts are checked at once, as far as that is possible without the model; an
+    `InputError` names the field.
+
     Attributes:
       prompt: describes the image.
       negative_prompt: what classifier-free guidance steers away from.
-      seed: 0 to 2**32 - 1; with the same model and settings, it determines every pixel.
+      seed: 0 to 2**32 - 1; with the same model and settings, it determines every pixel. `None`
+        derives one from the place of the request, as `derived_seed` does.
       width, height: pixels, multiples of the autoencoder's factor (8 for Stable Diffusion).
       steps: sampling steps, at least 1.
       guidance_scale: w in uncond + w (cond - uncond); guidance is off at 1 and below.
@@ -72,11 +78,13 @@ class Request:
       ip_adapter_image: an image prompt for each of the model's IP-Adapters, in any form of `image`;
         for one adapter, it need not be in a list. Its middle square is seen.
       ip_adapter_scale: how much each of them counts, or one number for all.
+      latents: the noise to begin with in place of the seed's, of variance 1, float32 [h, w,
+        channels], in the size of the latents; only in Python.
     """
 
     prompt: str
     negative_prompt: str = ""
-    seed: int = 0
+    seed: int | None = None
     width: int | None = None
     height: int | None = None
     steps: int | None = None
@@ -94,6 +102,16 @@ class Request:
     control_mode: int | tuple[int, ...] | None = None
     ip_adapter_image: Any = None
     ip_adapter_scale: float | tuple[float, ...] | None = None
+    latents: Any = None
+
+    def __post_init__(self):
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    object.__setattr__(self, name, check(name, value))
+                except checks.BadValueError as problem:
+                    raise InputError(str(problem)) from None
 
     @property
     def bucket(self) -> Bucket:
@@ -161,6 +179,7 @@ IMAGE_FIELDS = {
     "ip_adapter_scale": Field(checks.numbers_in, (0, 10), "string"),
 }
 SOURCES = ("image", "mask_image", "control_image", "ip_adapter_image")
+
 # Fields that may have a value for each of several images: of numbers, and all of them.
 NUMBERS = ("controlnet_conditioning_scale", "control_mode", "ip_adapter_scale")
 SEVERAL = ("control_image", "ip_adapter_image", *NUMBERS)
@@ -178,12 +197,39 @@ IMAGE_COLUMNS = {
 LATER_COLUMNS = ("image_guidance_scale", "control_mode")
 
 
+def _check_without_model(field: Field) -> Callable:
+    """Returns a function that checks a field, given its name and value, without the model.
+
+    The model knows which sizes are possible, and its samplers.
+    """
+    check, arguments = {
+        checks.side: (checks.integer, (1, checks.MAX_SIDE_PX)),
+        checks.choice: (checks.text, ()),
+    }.get(field.check, (field.check, field.arguments))
+    return lambda name, value: check(name, value, *arguments)
+
+
+# The checks of the fields that are not images.
+_CHECKS = {
+    name: _check_without_model(field)
+    for name, field in {**FIELDS, **IMAGE_FIELDS}.items()
+    if name not in SOURCES
+}
+
+
+def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
+    """Returns the seed of an image whose row has none, independent of the row's position."""
+    text = f"{job_seed}|{row_id}|{image_index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
 def to_columns(request: Request) -> dict:
     """Returns a request, whose images are sources, as values by column.
 
     Of several images or numbers, one is written alone, and more as a JSON list.
     """
     values = dict(vars(request))
+    del values["latents"]
     for name in SOURCES:
         sources = values.pop(name)
         several = sources if name in SEVERAL else sources and [sources]

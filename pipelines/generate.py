@@ -31,7 +31,7 @@ from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.dataset.run import Run
 from jaxdiff.dataset.store import Lock, Store, is_address, open_store
-from jaxdiff.errors import InputError
+from jaxdiff.errors import InputError, UnfinishedError
 from jaxdiff.families.ensemble import Ensemble
 from pipelines import (
     command_line,
@@ -64,10 +64,8 @@ def run(job: Job, beam_arguments: list[str]) -> int:
       InputError: if the command or its input cannot be used; nothing has been written.
       OSError: if the disk is full or a write fails; running the same command again continues.
     """
-    began = time.monotonic()
     beam_runner = runners.choose(beam_arguments, job.workers.count)
     supervisor.device_share(0, job.workers.count, os.environ)  # fails before anything is written
-    copies = contextlib.ExitStack()
     with inputs.unreadable_named():
         if job.if_missing == "skip" and not inputs.exists(job.manifest, beam_runner[1]):
             print(f"{job.manifest} does not exist: nothing to do")
@@ -77,11 +75,33 @@ def run(job: Job, beam_arguments: list[str]) -> int:
             said = dry_run.report(job, beam_runner[1])
         print(said)
         return EXIT_OK
+    try:
+        counts = make(job, beam_runner)
+    except StoppedError:
+        say(f"stopped; run the same command to continue {job.output}")
+        return EXIT_STOPPED
+    except UnfinishedError as problem:
+        say(str(problem))
+        return EXIT_FAILED
+    return EXIT_SOME_IMAGES_FAILED if counts["failed"] else EXIT_OK
+
+
+def make(job: Job, beam_runner: tuple[PipelineRunner, PipelineOptions]) -> dict[str, int]:
+    """Makes a job's dataset, or what is missing of it; returns its counts, as `ledger.verify` does.
+
+    Raises:
+      InputError: if the job or its input cannot be used; nothing has been written.
+      OSError: if the disk is full or a write fails.
+      StoppedError: if it was stopped.
+      UnfinishedError: if it failed part-way in another way. After this and the two before it,
+        making the same job again continues it.
+    """
+    began, copies = time.monotonic(), contextlib.ExitStack()
     with inputs.unreadable_named():
         ensemble = job.models.open()
         settings = job_settings.resolve(job.settings, ensemble)
         _check_bucket(job, settings)
-        manifest = copies.enter_context(inputs.fetched(job.manifest, beam_runner[1]))
+        manifest = copies.enter_context(inputs.fetched(job.manifest, beam_runner[1], job.content))
         identity = planning.identify(manifest, settings, ensemble)
     store = open_store(job.output)
     waiting = None if job.overwrite or job.retry_failed else _waiting(job)
@@ -95,20 +115,15 @@ def run(job: Job, beam_arguments: list[str]) -> int:
             dataset = _planned(job, manifest, settings, ensemble, identity, lock)
             copies.close()
             try:
-                counts = _finish(job, dataset, lock, beam_runner, time.monotonic() - began)
+                return _finish(job, dataset, lock, beam_runner, time.monotonic() - began)
             except InputError as problem:
                 if not store.has_shards() and lock.try_alone():
                     store.clear()
                     raise
-                say(f"{problem}; fix this, then run the same command again")
-                return EXIT_FAILED
-    except StoppedError:
-        say(f"stopped; run the same command to continue {job.output}")
-        return EXIT_STOPPED
+                again = f"{problem}; fix this, then run the same command again"
+                raise UnfinishedError(again) from None
     except (ledger.IncompleteError, supervisor.WorkerError) as problem:
-        say(str(problem))
-        return EXIT_FAILED
-    return EXIT_SOME_IMAGES_FAILED if counts["failed"] else EXIT_OK
+        raise UnfinishedError(str(problem)) from problem
 
 
 def _check_bucket(job: Job, settings: job_settings.Settings) -> None:

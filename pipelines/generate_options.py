@@ -113,9 +113,13 @@ class Workers:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A parsed command. `settings` has the given values only, unchecked, by `Settings`' names."""
+    """A parsed command. `settings` has the given values only, unchecked, by `Settings`' names.
+
+    If there is a `content`, it is the file of the manifest, which has no other place.
+    """
 
     manifest: str
+    content: Path | None = None
     output: str | Path
     models: Models
     settings: dict
@@ -150,8 +154,30 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
     for name in ("manifest", "output"):
         if name not in said:
             parser.missing(f"--{name}", rest)
+    return _job(said), rest
+
+
+def from_python(said: dict) -> Job:
+    """Reads options that are given by name, as in a job file; None counts as not given.
+
+    Raises:
+      InputError: as `parse` does.
+    """
+    said = {name: _with_paths(value) for name, value in said.items() if value is not None}
+    _check_types(said, "make_dataset")
+    return _job(said)
+
+
+def _with_paths(value):
+    """Returns an option's value, or several in a list, with paths as text."""
+    if isinstance(value, list | tuple):
+        return [_with_paths(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _job(said: dict) -> Job:
     said = dates.filled(said)
-    job = Job(
+    return Job(
         manifest=said["manifest"],
         output=said["output"],
         models=_models(said),
@@ -163,7 +189,6 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
         if_missing=_if_missing(said.get("if_missing", Job.if_missing)),
         **{name: bool(said.get(name)) for name in FLAGS},
     )
-    return job, rest
 
 
 def _with_hyphens(word: str) -> str:
@@ -226,16 +251,21 @@ def _read_job(path: Path) -> dict:
     except (OSError, RecursionError, ValueError) as problem:
         raise InputError(f"job file {path} cannot be read: {problem}") from None
     said = {name.replace("-", "_"): value for name, value in said.items()}
+    _check_types(said, f"job file {path}")
+    return said
+
+
+def _check_types(said: dict, where: str) -> None:
+    """Raises InputError for an unknown option, or one of a type that no other check rejects."""
     for name, value in said.items():
         if name not in OPTIONS:
-            raise InputError(f"job file {path}: unknown option {name!r}{suggest(name)}")
+            raise InputError(f"{where}: unknown option {name!r}{suggest(name)}")
         is_flag = name in FLAGS
         if is_flag and not isinstance(value, bool):
-            raise InputError(f"job file {path}: {name} must be true or false, not {value!r}")
+            raise InputError(f"{where}: {name} must be true or false, not {value!r}")
         several = value if name in REPEATED and isinstance(value, list) else [value]
         if name in NAMES and not all(isinstance(each, str) for each in several):
-            raise InputError(f"job file {path}: {name} must be text, not {value!r}")
-    return said
+            raise InputError(f"{where}: {name} must be text, not {value!r}")
 
 
 def suggest(name: str) -> str:

@@ -44,6 +44,7 @@ class TextToImageModelHandler(ModelHandler[Request, PredictionResult, "TextToIma
     fingerprint. All batches have the same size: short ones, such as the last of a bundle, are
     padded with copies, so that nothing is recompiled. Requests of different sizes, steps or
     samplers are computed separately, with each group padded: for mixed sizes, use several handlers.
+    Give each request a seed: those without one all get the same.
 
     RunInference's metrics are in the namespace "jaxdiff", and so are the counters `images`,
     `failed` and `padded_slots`.

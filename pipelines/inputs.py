@@ -20,17 +20,23 @@ EXTRAS = {"gs": ("google.cloud.storage", "gcp"), "s3": ("boto3", "aws")}  # a mo
 
 
 @contextlib.contextmanager
-def fetched(where: str, options: PipelineOptions) -> Iterator[Manifest]:
+def fetched(
+    where: str, options: PipelineOptions, content: Path | None = None
+) -> Iterator[Manifest]:
     """Yields the manifest at a path, glob or URL; its files are local until the context ends.
 
     Args:
       where: as for `manifest.find`, or the URL of a file, of a folder of text files with one prompt
         each, or of a glob.
       options: Beam's options, which may be needed to reach it.
+      content: the manifest's file, if `where` is only its name.
 
     Raises:
       InputError: if it does not exist or cannot be read.
     """
+    if content is not None:
+        yield manifests.of_names(where, {where: content})
+        return
     if "://" not in where:
         yield manifests.find(where)
         return

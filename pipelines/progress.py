@@ -6,7 +6,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,16 +20,30 @@ BAR_SECONDS = 0.5
 LISTING_SECONDS = 15.0  # between listings of a bucket
 LINE_SECONDS = 30.0
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} images, {rate_fmt}, {remaining} left"
+_told: Callable[[int, int], object] | None = None  # in place of stderr, of the job in this process
+
+
+@contextlib.contextmanager
+def told_to(callback: Callable[[int, int], object]) -> Iterator[None]:
+    """Calls a function with the numbers of finished and of all images, from a thread of its own."""
+    global _told
+    _told = callback
+    try:
+        yield
+    finally:
+        _told = None
 
 
 @contextlib.contextmanager
 def shown(run: Run) -> Iterator[None]:
     """Shows progress on stderr: a bar on a terminal, otherwise a line every 30 seconds."""
-    if sys.stderr is None:  # as in some services
+    if _told is None and sys.stderr is None:  # as in some services
         yield
         return
     done = threading.Event()
-    show = _bar if sys.stderr.isatty() else _lines
+    show = _bar if sys.stderr and sys.stderr.isatty() else _lines
+    if _told is not None:
+        show = partial(_tell, _told)
     counter = Counter(run)
     thread = threading.Thread(target=show, args=(counter, run.plan.images, done), daemon=True)
     thread.start()
@@ -72,6 +87,17 @@ class Counter:
                 entries = self._run.store.entries(names.DONE)
             self._finished = (time.monotonic(), entries)
         return entries
+
+
+def _tell(
+    callback: Callable[[int, int], object], counter: Counter, total: int, done: threading.Event
+) -> None:
+    told, last = None, False
+    while not last:
+        last = done.wait(BAR_SECONDS)
+        if (count := counter.count()) != told:
+            callback(count, total)
+            told = count
 
 
 def _bar(counter: Counter, total: int, done: threading.Event) -> None:

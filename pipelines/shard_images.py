@@ -191,7 +191,7 @@ class ShardImages:
         """Yields images as the model makes them, and reports which are being computed."""
         self._running = {}
         requests = self._announced(planned)
-        images = self._model.stream(requests, self._batch_size)
+        images = self._model.stream_bucket(requests, self._batch_size)
         for image, made in zip(planned, images, strict=True):
             del self._running[image.key]
             yield image, self._unreadable.get(image.key, made)
@@ -237,7 +237,7 @@ class ShardImages:
         plain = replace(image.request, **NOTHING, width=width, height=height)
         plain = self._blank(plain)
         try:
-            list(self._model.stream([plain], self._batch_size))
+            list(self._model.stream_bucket([plain], self._batch_size))
         except Exception:
             return False
         return True
@@ -253,7 +253,7 @@ class ShardImages:
         try:
             nothing = replace(image.request, **NOTHING)
             nothing = self._blank(nothing)
-            (plain,) = self._model.stream([nothing], self._batch_size)
+            (plain,) = self._model.stream_bucket([nothing], self._batch_size)
         except Exception as problem:
             if _is_fatal(problem):
                 raise self._explained(problem, image) from problem

@@ -65,7 +65,7 @@ class NoiseModel:
     def slots(self, request, batch_size: int) -> int:
         return batch_size
 
-    def stream(self, requests, batch_size: int) -> Iterator[SimpleNamespace]:
+    def stream_bucket(self, requests, batch_size: int) -> Iterator[SimpleNamespace]:
         for request in requests:
             noise = np.random.default_rng(request.seed)
             pixels = noise.integers(0, 256, (request.height, request.width, 3), dtype=np.uint8)

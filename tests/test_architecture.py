@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 # room "values", but for the command line.
 ALLOWED = {
     "values": "",
-    **dict.fromkeys(("images", "models", "diffusion", "worlds", "checkpoint"), "values"),
+    **dict.fromkeys(("models", "diffusion", "worlds", "checkpoint"), "values"),
+    "images": "values diffusion",
     "devices": "values checkpoint",
     "weights": "values checkpoint devices",
     "families": "values images checkpoint weights models diffusion",

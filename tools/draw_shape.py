@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jaxdiff.dataset.image_files import decode
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import datasets
+from jaxdiff.images.image_files import decode
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes import verdict
 from jaxdiff.worlds.shapes.captions import Caption, Group

@@ -21,9 +21,9 @@ import numpy as np
 from PIL import Image
 
 from jaxdiff import cli
-from jaxdiff.dataset.image_files import decode
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import datasets
+from jaxdiff.images.image_files import decode
 from jaxdiff.training.loop import grid
 from jaxdiff.training.recipe import Data, TextToImageRecipe, read
 from jaxdiff.training.shapes import scenes

@@ -2,6 +2,6 @@
 
 Data flows through the modules in this order: manifest.manifest and manifest.readers (bytes to raw
 rows), manifest.columns and manifest.rows (validation), planning and plan (images, batches, shards),
-image_files (encoding), formats and shard (writing and commit), ledger (verification), finished.card
-(README and Croissant). finished.signing and finished.gallery are optional.
+formats and shard (encoding, writing and commit), ledger (verification), finished.card (README and
+Croissant). finished.signing and finished.gallery are optional.
 """

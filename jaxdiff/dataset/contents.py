@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import image_files
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.plan import PlannedImage
 from jaxdiff.dataset.run import Run
 from jaxdiff.dataset.shard import Marker
+from jaxdiff.images import image_files
 
 UNREADABLE = (  # what readers raise for bytes that no writer wrote
     *(ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RecursionError),

@@ -24,7 +24,7 @@ from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.images import loading
-from jaxdiff.request import LATER_COLUMNS, SOURCES, Request, field_checks
+from jaxdiff.request import LATER_COLUMNS, SOURCES, Request, derived_seed, field_checks
 
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algorithm
@@ -35,12 +35,6 @@ def image_digest(image: PlannedImage) -> bytes:
     """Returns the digest of an image's record without its key; valid in this process only."""
     decides = (image.id, image.image_index, image.request, image.metadata)
     return hashlib.blake2b(repr(decides).encode(), digest_size=16).digest()
-
-
-def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
-    """Returns the seed of an image whose row has none, independent of the row's position."""
-    text = f"{job_seed}|{row_id}|{image_index}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 class PlanReader:

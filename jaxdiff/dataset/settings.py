@@ -4,13 +4,13 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from jaxdiff import checks
-from jaxdiff.dataset import formats, image_files
+from jaxdiff.dataset import formats
 from jaxdiff.devices.batching import AUTO
 from jaxdiff.diffusion.scheduler_config import check_steps
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.families.family import UNGUIDED
-from jaxdiff.images import preprocessing
+from jaxdiff.images import image_files, preprocessing
 from jaxdiff.request import LATER, OPTION_CHECKS, Options, Request, field_checks
 
 FORMATS = tuple(formats.FORMATS)

@@ -28,13 +28,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from jaxdiff.dataset import formats, image_files, names, paths
+from jaxdiff.dataset import formats, names, paths
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.plan import Plan, PlannedImage
 from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
-from jaxdiff.images import decoding, fitting
+from jaxdiff.images import decoding, fitting, image_files
 
 Check = Literal["size", "etag", "bytes"]
 OUTCOME_FIELDS = (

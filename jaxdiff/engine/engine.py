@@ -1,16 +1,19 @@
 """Generates images from requests."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdiff import checks
 from jaxdiff.devices import batching, compilation, parallel, programs
 from jaxdiff.diffusion import scheduler_config
+from jaxdiff.engine import mixture, prompted
 from jaxdiff.engine.image import Image
 from jaxdiff.engine.sampler import Sampler
 from jaxdiff.engine.upscaler import Upscaler
@@ -18,8 +21,9 @@ from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.families.opening import open_ensemble
 from jaxdiff.images import loading, preprocessing
-from jaxdiff.request import IMAGE_FIELDS, OPTION_CHECKS, SOURCES, Options, Request, field_checks
+from jaxdiff.request import OPTION_CHECKS, Options, Request, derived_seed, field_checks
 
+LOOK_AHEAD = 8  # batches; how far `stream` reads ahead to fill them
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -128,6 +132,7 @@ class TextToImage:
         default = self.checkpoint.defaults
         width, height = default.size
         defaults = {
+            "seed": derived_seed(prompted.JOB_SEED, "0", 0),
             "width": width,
             "height": height,
             "steps": default.steps,
@@ -140,9 +145,6 @@ class TextToImage:
         try:
             for name, (check, *arguments) in rules.items():
                 values[name] = check(name, values[name], *arguments)
-            for name, field in IMAGE_FIELDS.items():
-                if name in given and name not in SOURCES:
-                    values[name] = field.check(name, given[name], *field.arguments)
             scheduler_config.check_steps(
                 values["sampler"],
                 values["steps"],
@@ -163,49 +165,110 @@ class TextToImage:
             if self.ensemble.enlarges is not None:
                 multiple = self.checkpoint.defaults.size_multiple
                 request = loading.sized(request, self.enlarges, multiple)
-            return loading.prepared(
+            prepared = loading.prepared(
                 self.resolve(request),
                 preprocess=self.options.preprocess,
                 prompt_sizes=self.prompt_sizes,
                 enlarges=self.enlarges,
             )
+            return prepared if self._sampler is None else self._sampler.prepare(prepared)
         except checks.BadValueError as problem:
             raise InputError(str(problem)) from None
 
-    def generate(self, requests: Sequence[Request], batch_size: int = 8) -> list[Image]:
-        """Generates one image for each request, in the same order.
+    def generate(
+        self,
+        prompts: str | Request | Iterable[str | Request],
+        batch_size: int = 8,
+        *,
+        num_images: int = 1,
+        seeds: Sequence[int] | None = None,
+        latents: np.ndarray | Sequence[np.ndarray] | None = None,
+        output: Literal["images", "latents"] = "images",
+        progress: Callable[[int, int], object] | None = None,
+        **settings,
+    ) -> list[Image] | list[np.ndarray]:
+        """Generates images: `num_images` of the first prompt, then of the next, and so on.
+
+        Prompts without a seed get those that `jaxdiff generate` derives for a manifest of the same
+        rows, so equal prompts give different images, and equal calls equal ones.
 
         Args:
-          requests: any sizes and settings; requests with the same `Request.bucket` are batched
-            together.
+          prompts: texts or requests, of any sizes and settings; those of the same `Request.bucket`
+            are computed together.
           batch_size: the number of images computed at once on each device of the mesh's `data`
             axis; on a CPU it is chosen by image size instead.
+          num_images: images per prompt.
+          seeds: one for each image of the result, in place of all others.
+          latents: the noise to begin with, for each image of the result: see `Request.latents`.
+          output: "latents" returns what would be decoded, scaled as the denoiser sees it: for each
+            image float32 [h, w, channels].
+          progress: called with the number of finished images and of all images.
+          **settings: fields of `Request`, for prompts that leave them open: `steps=20`. With
+            `seed=7`, the images of each prompt have the seeds 7, 8 and so on.
 
         Raises:
-          InputError: if this model cannot fulfil a request.
+          InputError: if this model cannot fulfil a request; then no image is generated.
         """
-        resolved = [self.prepare(request) for request in requests]
-        buckets: dict[tuple, list[int]] = {}
-        for index, request in enumerate(resolved):
-            buckets.setdefault(request.bucket, []).append(index)
-        images: list[Image] = [None] * len(resolved)
-        for indices in buckets.values():
-            stream = self.stream([resolved[index] for index in indices], batch_size)
-            for index, image in zip(indices, stream, strict=True):
-                images[index] = image
-        return images
+        if output not in ("images", "latents"):
+            raise InputError(f"output must be images or latents, not {checks.shown(output)}")
+        if output == "latents" and (self._sampler is None or self._upscaler is not None):
+            raise InputError("output must be images: an upscaler makes no latents")
+        requests = [*prompted.requests(prompts, num_images, settings)]
+        if seeds is not None:
+            requests = prompted.each(requests, "seed", "seeds", seeds)
+        if latents is not None:
+            requests = prompted.each(requests, "latents", "latents", latents)
+        prepared = [self.prepare(request) for request in requests]
+        decodes, total = output == "images", len(prepared)
+        images = mixture.in_order(
+            prepared,
+            lambda some: self.stream_bucket(some, batch_size, decodes=decodes),
+            look_ahead=total,
+            finished=lambda done: progress and progress(done, total),
+        )
+        return [image if decodes else image.pixels for image in images]
 
-    def stream(self, requests: Iterable[Request], batch_size: int) -> Iterator[Image]:
+    def stream(
+        self,
+        prompts: Iterable[str | Request],
+        batch_size: int = 8,
+        *,
+        num_images: int = 1,
+        **settings,
+    ) -> Iterator[Image]:
+        """Generates images as `generate` does, one after the other, for any number of prompts.
+
+        It keeps no more than a few batches of images: if sizes or settings vary, it reads prompts
+        ahead to fill batches, and yields the images in the order of the prompts.
+
+        Args:
+          prompts: consumed as needed; they may never end.
+          batch_size, num_images, **settings: as in `generate`.
+
+        Raises:
+          InputError: when it reads a request that this model cannot fulfil.
+        """
+        requests = prompted.requests(prompts, num_images, settings)
+        return mixture.in_order(
+            map(self.prepare, requests),
+            lambda some: self.stream_bucket(some, batch_size),
+            look_ahead=LOOK_AHEAD * batch_size * self.mesh.shape["data"],
+        )
+
+    def stream_bucket(
+        self, requests: Iterable[Request], batch_size: int, *, decodes: bool = True
+    ) -> Iterator[Image]:
         """Generates images of one bucket, computing one batch ahead of the caller.
 
         Args:
           requests: from `prepare`, with the same `Request.bucket`; consumed as needed.
           batch_size: as in `generate`; a short last batch is filled up with copies.
+          decodes: whether to decode the images; if not, their pixels are latents, float32.
         """
         if self._sampler is None:
             images = (Image(request.image, request, finite=True) for request in requests)
         else:
-            images = self._sampler.stream(requests, batch_size)
+            images = self._sampler.stream(requests, batch_size, decodes=decodes)
         return images if self._upscaler is None else self._upscaler.stream(images)
 
     def slots(self, request: Request, batch_size: int) -> int:

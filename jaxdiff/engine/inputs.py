@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxdiff.checks import BadValueError
 from jaxdiff.devices import parallel
 from jaxdiff.diffusion import noise as random_noise
 from jaxdiff.diffusion.noise import Noise
@@ -85,6 +86,22 @@ class InputMaker:
         kept = bucket.masked and not channels
         first += start or kept or (channels and inpainting.encodes_image)
         return Brings(start, kept, channels, first, encodes_last=kept or channels)
+
+    def with_latents(self, request: Request) -> Request:
+        """Returns a resolved request whose latents, if it has any, are an array.
+
+        Raises:
+          BadValueError: unless they are floats in the size of the image's latents.
+        """
+        if request.latents is None:
+            return request
+        latents, shape = np.asarray(request.latents), self._latent_shape(request)
+        if latents.shape != shape or not np.issubdtype(latents.dtype, np.floating):
+            raise BadValueError(
+                f"latents must be floats {[*shape]} (height, width, channels) for "
+                f"{request.width}x{request.height}, not {latents.dtype} {[*latents.shape]}"
+            )
+        return replace(request, latents=latents.astype(np.float32))
 
     def abstract(self, request: Request, slots: int, steps: Steps) -> Inputs:
         """Returns the shapes and shardings of the inputs of `slots` requests like this one."""
@@ -165,7 +182,7 @@ class InputMaker:
     def _drawn(self, batch: Sequence[Request], brings: Brings, draws: int) -> Noise:
         seeds = np.array([request.seed for request in batch], np.uint32)
         shape = self._latent_shape(batch[0])
-        return random_noise.draw(
+        drawn = random_noise.draw(
             seeds,
             shape,
             self._noise,
@@ -175,6 +192,11 @@ class InputMaker:
             encoded_shape=None if self._enlarging is None else self._image_shape(batch[0]),
             again=batch[0].strength is not None and batch[0].image is None,
         )
+        if all(request.latents is None for request in batch):
+            return drawn
+        pairs = zip(batch, np.asarray(drawn.start), strict=True)
+        given = [start if each.latents is None else each.latents for each, start in pairs]
+        return drawn._replace(start=np.stack(given))
 
     def _seen(self, request: Request) -> list[tuple[Control, Sequence[int]]]:
         """Returns each net with the places of its control images in a resolved request."""

@@ -134,6 +134,7 @@ def sample_pixels(
     deep_cache: int = 1,
     skipped: tuple[int, ...] = (),
     guesses: bool = False,
+    decodes: bool = True,
 ) -> tuple[Array, Array]:
     """Samples pixels from noise; a pure function, for `jax.jit`.
 
@@ -149,9 +150,11 @@ def sample_pixels(
       guidance_rescale, deep_cache: as in `Options`.
       skipped: its `skipped_layers`.
       guesses: whether its `guess_mode` is on.
+      decodes: whether to decode the latents.
 
     Returns:
-      pixels, uint8 [batch, h * factor, w * factor, 3], and whether each image was finite, [batch].
+      pixels, uint8 [batch, h * factor, w * factor, 3], or else latents, float32 [batch, h, w,
+      channels]; and whether each image was finite, [batch].
     """
     latents = None
     for given, route in zip(passes, routes, strict=True):
@@ -176,6 +179,9 @@ def sample_pixels(
     def decode(latents: Array) -> tuple[Array, Array]:
         images = codec.decode(weights.codec, latents, dtype)
         return to_pixels(images), jnp.isfinite(images).all(axis=(1, 2, 3))
+
+    if not decodes:
+        return latents, jnp.isfinite(latents).all(axis=(1, 2, 3))
 
     if decoded_at_once == len(latents):
         return decode(latents)

@@ -83,23 +83,26 @@ class Sampler:
             [control.load() for control in self._denoisers[0].controls],
         )
 
-    def stream(self, requests: Iterable[Request], batch_size: int) -> Iterator[Image]:
+    def stream(
+        self, requests: Iterable[Request], batch_size: int, *, decodes: bool = True
+    ) -> Iterator[Image]:
         """Generates images of one bucket, computing one batch ahead of the caller.
 
         Args:
           requests: from `prepare`, with the same `Request.bucket`; consumed as needed.
           batch_size: as in `generate`; a short last batch is filled up with copies.
+          decodes: whether to decode the images; if not, their pixels are latents, float32.
         """
         requests, running = iter(requests), deque()
         ahead = 1 if parallel.may_run_ahead(self._mesh) else 0
         for first in requests:
             slots = self.slots(first, batch_size)
             batch = [first, *itertools.islice(requests, slots - 1)]
-            running.append((batch, self._dispatch(batch, slots)))
+            running.append((batch, self._dispatch(batch, slots, decodes)))
             if len(running) > ahead:
-                yield from self._fetch(*running.popleft())
+                yield from self._fetch(*running.popleft(), decodes)
         while running:
-            yield from self._fetch(*running.popleft())
+            yield from self._fetch(*running.popleft(), decodes)
 
     def slots(self, request: Request, batch_size: int) -> int:
         """Returns how many images like a resolved request all devices compute at once."""
@@ -145,6 +148,14 @@ class Sampler:
         chosen = self._program(request, self.slots(request, size))
         self._programs = before | {chosen: self._programs[chosen]}  # the others take memory
         return size
+
+    def prepare(self, request: Request) -> Request:
+        """Returns a prepared request with its latents, if it has any, as an array.
+
+        Raises:
+          BadValueError: if they do not fit.
+        """
+        return self._inputs.with_latents(request)
 
     def programs(
         self, request: Request, batch_size: int, *, on_host: bool = True
@@ -199,7 +210,7 @@ class Sampler:
     def _first_device(self) -> jax.Device:
         return self._mesh.devices.flat[0]
 
-    def _program(self, request: Request, slots: int) -> tuple:
+    def _program(self, request: Request, slots: int, decodes: bool = True) -> tuple:
         """Returns the key of the program for these batches; starts compiling it if it is new.
 
         Seeds, prompts and guidance scales are arguments of the program, and so is the sampler's
@@ -210,7 +221,7 @@ class Sampler:
         routes = tuple(Route(steps.ranges, steps.windows) for steps in passes)
         draws = tuple(steps.draws for steps in passes)
         brings, images = self._inputs.brings(request), request.bucket.control_modes
-        key = (request.width, request.height, slots, routes, draws, brings, images)
+        key = (request.width, request.height, slots, routes, draws, brings, images, decodes)
         if key not in self._programs:
             self._programs[key] = self._sample.compile(
                 Weights(
@@ -224,13 +235,14 @@ class Sampler:
                 ],
                 routes=routes,
                 decoded_at_once=self._decoded_at_once(request, slots),
+                decodes=decodes,
             )
         return key
 
-    def _dispatch(self, batch: list[Request], slots: int) -> tuple[Array, Array]:
+    def _dispatch(self, batch: list[Request], slots: int, decodes: bool) -> tuple[Array, Array]:
         """Starts computing a batch; returns pixels and finiteness, which may not be ready yet."""
         batch = batch + batch[-1:] * (slots - len(batch))
-        program = self._program(batch[0], slots)
+        program = self._program(batch[0], slots, decodes)
         passes = [
             _pass(steps, self._inputs(asked, steps, self._weights.codec))
             for *asked, steps in zip(
@@ -239,10 +251,12 @@ class Sampler:
         ]
         return wait(self._programs, program)(self._weights, passes)
 
-    def _fetch(self, batch: list[Request], result: tuple[Array, Array]) -> Iterator[Image]:
+    def _fetch(
+        self, batch: list[Request], result: tuple[Array, Array], decodes: bool
+    ) -> Iterator[Image]:
         pixels, finite = (np.asarray(array) for array in result)
         for request, image, is_finite in zip(batch, pixels, finite, strict=False):
-            if request.bucket.masked and self._options.keep_unmasked == "on":
+            if decodes and request.bucket.masked and self._options.keep_unmasked == "on":
                 image = pasting.pasted(image, request.image, request.mask_image)
             yield Image(pixels=image, request=request, finite=bool(is_finite))
 

@@ -4,12 +4,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxdiff.dataset import image_files, names, run
+from jaxdiff.dataset import names, run
 from jaxdiff.dataset.finished import reader
 from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation.benchmarks import prompt_of
 from jaxdiff.evaluation.records import Picture
+from jaxdiff.images import image_files
 
 
 def open_dataset(where: str | Path) -> Run:

@@ -24,9 +24,8 @@ import numpy as np
 from PIL import Image
 from scipy import fft
 
-from jaxdiff.dataset import image_files
 from jaxdiff.errors import InputError
-from jaxdiff.images import fitting
+from jaxdiff.images import fitting, image_files
 from jaxdiff.training.data import EncodedExamples, open_examples
 from jaxdiff.training.recipe import Data
 

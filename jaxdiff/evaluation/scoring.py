@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import image_files
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import clip_measures, duplicates, statistics
 from jaxdiff.evaluation.records import Picture
+from jaxdiff.images import image_files
 from jaxdiff.worlds.shapes import caption_for, read
 from jaxdiff.worlds.shapes.scene import CANVAS
 from jaxdiff.worlds.shapes.verdict import compare

@@ -69,7 +69,9 @@ class SecondPass(NamedTuple):
         if controls is not None and isinstance(controls[0], np.ndarray):
             size = larger.height, larger.width
             controls = tuple(fitting.fitted(image, *size) for image in controls)
-        return replace(larger, image=None, strength=self.strength, control_image=controls)
+        return replace(
+            larger, image=None, latents=None, strength=self.strength, control_image=controls
+        )
 
     def bucket(self, first: Bucket, defaults: Defaults) -> Bucket:
         """Returns the second pass's bucket, in whose size the denoiser sees each window."""

@@ -1,1 +1,1 @@
-"""Images that others made: safe decoding, addresses, fitting. Imports no JAX."""
+"""Image files: safe decoding, addresses, fitting, encoding with settings. Imports no JAX."""

@@ -11,9 +11,9 @@ from safetensors.numpy import save_file
 
 import jaxdiff
 from jaxdiff import cli
-from jaxdiff.dataset.image_files import pixel_sha256
 from jaxdiff.errors import InputError
 from jaxdiff.families.opening import open_ensemble
+from jaxdiff.images.image_files import pixel_sha256
 
 RANK = 2
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from jaxdiff.dataset import image_files
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.run import open_run
+from jaxdiff.images import image_files
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
 PROMPT = 'ein "grüner" Stern 🌟\nzweite Zeile'

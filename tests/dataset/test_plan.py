@@ -10,13 +10,14 @@ import pytest
 from making import make_plan
 
 from jaxdiff import checks, cli
-from jaxdiff.dataset import names, plan_reader
+from jaxdiff.dataset import names
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.run import open_run
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
 from jaxdiff.families.opening import open_ensemble
+from jaxdiff.request import derived_seed
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_a_derived_seed_depends_on_the_id_and_not_on_the_position(plan):
     assert seeds == {(i.id, i.image_index): i.request.seed for i in second}
     assert len(set(seeds.values())) == 3
     # sha256("0|a|0") begins with these four bytes.
-    assert seeds["a", 0] == plan_reader.derived_seed(0, "a", 0) == 0x699BA3D2
+    assert seeds["a", 0] == derived_seed(0, "a", 0) == 0x699BA3D2
     _, (third,), _ = plan([a, b], seed=1)
     assert seeds != {(i.id, i.image_index): i.request.seed for i in third}
 
@@ -197,7 +198,8 @@ def test_planning_and_verifying_import_no_jax(tmp_path, manifest, tiny_checkpoin
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(os.path.dirname(os.path.dirname(__file__)))!r})
-from jaxdiff.dataset import image_files, ledger, shard
+from jaxdiff.dataset import ledger, shard
+from jaxdiff.images import image_files
 from jaxdiff.dataset.finished import card
 from pipelines import generate_options
 from making import make_plan, make_shard

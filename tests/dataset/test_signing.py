@@ -18,11 +18,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from making import make_plan, make_shard
 
 from jaxdiff import cli
-from jaxdiff.dataset import bucket, formats, image_files, ledger, names
+from jaxdiff.dataset import bucket, formats, ledger, names
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.finished import signing
 from jaxdiff.dataset.run import open_run
 from jaxdiff.errors import InputError
+from jaxdiff.images import image_files
 
 PEM = serialization.Encoding.PEM
 KEYS = {

@@ -58,7 +58,7 @@ def test_images_are_8_bit_rgb_of_the_models_size(images):
 
 
 def test_planning_and_the_engine_have_the_same_names():
-    named = [*request.FIELDS, *request.IMAGE_FIELDS]
+    named = [*request.FIELDS, *request.IMAGE_FIELDS, "latents"]
     assert sorted(named) == sorted(field.name for field in fields(request.Request))
     assert noise.KINDS == checks.NOISES
     assert tuple(engine.DTYPES) == checks.DTYPES

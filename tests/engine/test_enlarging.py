@@ -119,7 +119,7 @@ def test_values_that_overflow_are_told(tmp_path):
         ),
         (
             Request(prompt="", image=picture(2049, 8)),
-            "height must be a whole number from 4 to 8192",
+            "height must be a whole number from 1 to 8192",
         ),
     ],
 )

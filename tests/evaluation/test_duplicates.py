@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.dataset import image_files
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation.duplicates import (
     HashIndex,
@@ -16,6 +15,7 @@ from jaxdiff.evaluation.duplicates import (
     pixel_hashes,
     read_training_set,
 )
+from jaxdiff.images import image_files
 from jaxdiff.training.data import encoded
 from jaxdiff.worlds import shapes
 

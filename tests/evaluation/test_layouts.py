@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.dataset.image_files import decode
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation.benchmarks import BENCHMARKS
 from jaxdiff.evaluation.layouts import folders as layouts
 from jaxdiff.evaluation.records import Picture, Prompt
+from jaxdiff.images.image_files import decode
 
 ROW = {"tag": "colors", "include": [{"count": 1, "class": "cup", "color": "red"}]}
 

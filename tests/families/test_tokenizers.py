@@ -2,7 +2,9 @@
 
 import io
 import json
+import logging
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import tokenizers
 import transformers
 
 from jaxdiff.errors import InputError
+from jaxdiff.families import tokenizers as families_tokenizers
 from jaxdiff.families.tokenizers.chat import ChatTokenizer
 from jaxdiff.families.tokenizers.instructed import InstructedTokenizer
 from jaxdiff.families.tokenizers.openers import t5_tokenizer
@@ -125,3 +128,11 @@ def test_an_empty_folder_is_one_line(tmp_path, read):
     with pytest.raises(InputError, match="contains no tokenizer") as caught:
         read(tmp_path, 20, *options)
     assert "\n" not in str(caught.value)
+
+
+def test_that_pytorch_is_missing_is_not_said():
+    assert families_tokenizers.NO_PYTORCH in Path(transformers.__file__).read_text()
+    logger = logging.getLogger("transformers")
+    said = (f"{families_tokenizers.NO_PYTORCH} More", "another warning")
+    records = [logging.makeLogRecord({"msg": message}) for message in said]
+    assert [bool(logger.filter(record)) for record in records] == [False, True]

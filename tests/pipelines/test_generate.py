@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import jaxdiff
 from jaxdiff import cli
-from jaxdiff.dataset import image_files
 from jaxdiff.dataset.local import LocalStore
+from jaxdiff.images import image_files
 
 
 def records(directory: Path) -> list[dict]:
@@ -81,6 +81,10 @@ def test_a_manifest_becomes_a_finished_dataset(tmp_path, command, capsys, tiny_c
     request = jaxdiff.Request(prompt="a blue square", negative_prompt="a star", seed=7, steps=2)
     (image,) = model.generate([request], batch_size=2)
     assert (image.pixels == image_files.decode(content)).all()
+    images = model.generate("a red circle", num_images=3, steps=2)  # the seeds are derived, too
+    assert [image.request.seed for image in images] == [record["seed"] for record in made[:3]]
+    hashes = [image_files.pixel_sha256(image.pixels) for image in images]
+    assert hashes == [record["pixel_sha256"] for record in made[:3]]
 
 
 def test_another_job_in_the_same_directory_is_rejected_with_the_difference(

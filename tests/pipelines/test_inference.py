@@ -90,7 +90,7 @@ def test_everything_is_counted(inferred):
     assert counters["padded_slots"] == sum(-number % slots for number in (4, 3, 4, 4, 4, 1))
 
 
-@pytest.mark.parametrize("wrong", [None, {"prompt": "a ring"}, Request(prompt="\udc80")])
+@pytest.mark.parametrize("wrong", [None, {"prompt": "a ring"}, BAD])
 def test_an_invalid_request_becomes_a_failure(wrong, inferred):
     handler = TextToImageModelHandler("any")
     *_, model = inferred

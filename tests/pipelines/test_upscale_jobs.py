@@ -16,8 +16,8 @@ from small_upscalers import write_rrdb, write_srvgg
 
 import jaxdiff
 from jaxdiff import cli
-from jaxdiff.dataset import formats, image_files, names
-from jaxdiff.images import fitting
+from jaxdiff.dataset import formats, names
+from jaxdiff.images import fitting, image_files
 from jaxdiff.request import Request
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")

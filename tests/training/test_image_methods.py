@@ -82,7 +82,8 @@ def test_a_trained_controlnet_steers(tiny_checkpoint, tmp_path):
     loaded = jaxdiff.load(tiny_checkpoint, controlnet=folder)
     edges = np.zeros((64, 64, 3), np.uint8)
     requests = [
-        jaxdiff.Request(prompt="a star", steps=2, control_image=edges + add) for add in (0, 200)
+        jaxdiff.Request(prompt="a star", seed=0, steps=2, control_image=edges + add)
+        for add in (0, 200)
     ]
     dark, light = (image.pixels for image in loaded.generate(requests))
     assert not np.array_equal(dark, light)

@@ -3,9 +3,10 @@
 import json
 import re
 
-from jaxdiff.dataset import formats, image_files, names
+from jaxdiff.dataset import formats, names
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.plan import Plan
+from jaxdiff.images import image_files
 
 CROISSANT_CONTEXT = {
     "@language": "en",

@@ -24,14 +24,14 @@ from pathlib import Path
 from PIL import Image
 
 from jaxdiff.checks import MAX_SIDE_PX
-from jaxdiff.dataset import formats, image_files
+from jaxdiff.dataset import formats
 from jaxdiff.dataset.finished import reader
 from jaxdiff.dataset.plan import Plan
 from jaxdiff.dataset.run import Run, open_run
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.dataset.store import local
 from jaxdiff.errors import InputError
-from jaxdiff.images import loading
+from jaxdiff.images import image_files, loading
 from jaxdiff.request import FIELDS, IMAGE_COLUMNS, LATER_COLUMNS, Options, from_columns
 
 ASSETS = Path(__file__).parents[2] / "assets" / "gallery"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxdiff.dataset import image_files as image_files
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
+from jaxdiff.images import image_files as image_files
 from jaxdiff.request import FIELDS
 
 ROWS_AT_ONCE = 500

@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from jaxdiff.dataset import image_files, ledger, names
+from jaxdiff.dataset import ledger, names
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.run import Run, open_run
 from jaxdiff.errors import InputError
+from jaxdiff.images import image_files
 
 try:
     import c2pa

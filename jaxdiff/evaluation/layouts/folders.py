@@ -17,7 +17,6 @@ from PIL import Image
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
-from jaxdiff.dataset.image_files import decode
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation.layouts.forms import (
     GENEVAL,
@@ -29,6 +28,7 @@ from jaxdiff.evaluation.layouts.forms import (
     encoded,
 )
 from jaxdiff.evaluation.records import Picture, Prompt
+from jaxdiff.images.image_files import decode
 
 MAX_FILE_BYTES = 2**28
 MAX_ROW_BYTES = 2**20

@@ -16,9 +16,9 @@ from PIL import Image
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
-from jaxdiff.dataset.image_files import SAVE, decode
 from jaxdiff.evaluation.benchmarks import STYLES
 from jaxdiff.evaluation.records import Prompt
+from jaxdiff.images.image_files import SAVE, decode
 
 MAX_NAME_BYTES = 255  # limit of common file systems
 GRID_IMAGES = 16  # at most, in a GenEval prompt's overview

@@ -11,7 +11,7 @@ from html import escape
 
 from PIL import Image
 
-from jaxdiff.dataset import image_files
+from jaxdiff.images import image_files
 
 THUMBNAIL_PX = 128  # the longer side; smaller images are not resized
 LARGEST_PIXELS = 64_000_000  # larger images are not decoded

@@ -25,7 +25,7 @@ class NoiseModel:
     def slots(self, request, batch_size: int) -> int:
         return batch_size
 
-    def stream(self, requests: Iterable, batch_size: int) -> Iterator[SimpleNamespace]:
+    def stream_bucket(self, requests: Iterable, batch_size: int) -> Iterator[SimpleNamespace]:
         requests = iter(requests)
         while batch := [*itertools.islice(requests, batch_size)]:
             yield from self.make(batch)
