@@ -1,4 +1,5 @@
 """The `jaxdiff` command. Imports a subcommand's modules only when it runs, so help is instant."""
+# PYTHON_ARGCOMPLETE_OK
 
 import importlib.metadata
 import sys
@@ -6,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxdiff import checks
-from jaxdiff.errors import InputError
-from pipelines import command_line
+from jaxdiff.errors import InputError, suggestion
+from pipelines import command_line, completion
 from pipelines.command_line import Parser
 
 OVERVIEW = """\
@@ -16,7 +17,7 @@ usage: jaxdiff COMMAND [option ...]
 Prompt manifests in, verifiable image datasets out: batch text-to-image generation in JAX.
 
 commands:
-  generate   generate an image for every prompt in a manifest
+  generate   generate an image for each prompt
   upscale    enlarge the images of a folder or of a dataset
   inspect    show what a model contains, and whether it can be used
   verify     check, from its files alone, that a dataset is complete and unchanged
@@ -27,11 +28,11 @@ commands:
   evaluate   evaluate models on a prompt benchmark, and write a report
 
 to get started:
-  echo "a red circle above a blue square" > prompts.txt
-  jaxdiff generate --manifest prompts.txt --output out/first
+  jaxdiff generate --prompt "a red circle above a blue square" --output out/first
 
 `jaxdiff COMMAND --help` lists a command's options. Every command takes --debug, which shows
-tracebacks and the libraries' own messages. `jaxdiff --version` prints the version.
+tracebacks and the libraries' own messages. `jaxdiff --version` prints the version. For completion
+with the Tab key, add to ~/.bashrc or ~/.zshrc: eval "$(register-python-argcomplete jaxdiff)"
 """
 SHOWN_PROBLEMS = 20
 DATASET = "the dataset's directory, or its s3://, gs:// or az:// address"
@@ -40,6 +41,9 @@ DATASET = "the dataset's directory, or its s3://, gs:// or az:// address"
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit code. An error is printed as one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if completion.is_asked():
+        name = completion.command(_commands())
+        arguments = ["generate" if name == "upscale" else name]  # which has the same options
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(OVERVIEW, end="")
         return 0 if arguments else 2
@@ -57,7 +61,15 @@ def _version() -> str:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {
+    commands = _commands()
+    if name not in commands:
+        hint = suggestion(name, commands) or f"; the commands are {', '.join(commands)}"
+        raise InputError(f"unknown command {name!r}{hint}")
+    return commands[name]
+
+
+def _commands() -> dict[str, Callable[[list[str]], int]]:
+    return {
         "generate": _generate,
         "upscale": _upscale,
         "inspect": _inspect,
@@ -68,9 +80,6 @@ def _command(name: str) -> Callable[[list[str]], int]:
         "encode": _encode,
         "evaluate": _evaluate,
     }
-    if name not in commands:
-        raise InputError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
-    return commands[name]
 
 
 def _generate(arguments: list[str]) -> int:
@@ -165,9 +174,20 @@ def _view(arguments: list[str]) -> int:
     parser.add_argument(
         "--output", metavar="DIR", type=Path, help="the gallery's folder (default: DIR/gallery)"
     )
+    parser.add_argument(
+        "--sheet",
+        metavar="FILE.png",
+        type=Path,
+        help="write no gallery, but the first 64 images with their prompts as one picture",
+    )
     said = parser.parse_args(arguments)
-    from jaxdiff.dataset.finished import gallery
+    from jaxdiff.dataset.finished import gallery, sheet
 
+    if said.sheet and said.output:
+        parser.error("--sheet names a file, --output a gallery's folder; use one of them")
+    if said.sheet:
+        print(sheet.write(said.directory, said.sheet))
+        return 0
     print(gallery.write(said.directory, said.output))
     return 0
 

@@ -48,7 +48,7 @@ def report(job: Job, options: PipelineOptions) -> str:
     ensemble = job.models.open()
     settings = job_settings.resolve(job.settings, ensemble)
     with (
-        inputs.fetched(job.manifest, options) as manifest,
+        inputs.fetched(job.manifest, options, job.prompts) as manifest,
         tempfile.TemporaryDirectory(prefix="jaxdiff-plan-") as temporary,
     ):
         folder = Path(temporary) / "plan"

@@ -69,7 +69,7 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     supervisor.device_share(0, job.workers.count, os.environ)  # fails before anything is written
     copies = contextlib.ExitStack()
     with _unreadable_named():
-        if job.if_missing == "skip" and not inputs.exists(job.manifest, beam_runner[1]):
+        if _is_missing(job, beam_runner[1]):
             print(f"{job.manifest} does not exist: nothing to do")
             return EXIT_OK
     if job.dry_run:
@@ -81,7 +81,8 @@ def run(job: Job, beam_arguments: list[str]) -> int:
         ensemble = job.models.open()
         settings = job_settings.resolve(job.settings, ensemble)
         _check_bucket(job, settings)
-        manifest = copies.enter_context(inputs.fetched(job.manifest, beam_runner[1]))
+        fetched = inputs.fetched(job.manifest, beam_runner[1], job.prompts)
+        manifest = copies.enter_context(fetched)
         identity = planning.identify(manifest, settings, ensemble)
     store = open_store(job.output)
     waiting = None if job.overwrite or job.retry_failed else _waiting(job)
@@ -109,6 +110,11 @@ def run(job: Job, beam_arguments: list[str]) -> int:
         say(str(problem))
         return EXIT_FAILED
     return EXIT_SOME_IMAGES_FAILED if counts["failed"] else EXIT_OK
+
+
+def _is_missing(job: Job, options: PipelineOptions) -> bool:
+    """Returns whether there is no manifest, and the job is to be skipped then."""
+    return job.if_missing == "skip" and not job.prompts and not inputs.exists(job.manifest, options)
 
 
 def _check_bucket(job: Job, settings: job_settings.Settings) -> None:
@@ -155,7 +161,7 @@ def _finish(
     todo = ledger.todo(dataset)
     if was_finished and (todo or counts):  # else only reports are missing, and it stays the root
         dataset.store.delete(names.SUCCESS, names.REPORT)
-    _report_plan(job, dataset)
+    _report_plan(dataset)
     _report_todo(dataset, todo)
     shards = partial(GenerateShard, dataset, job.models.anywhere(), job.workers)
     is_first = lock.is_first
@@ -215,7 +221,7 @@ def _planned(
     goes_on = not job.overwrite or bool(store.kind(names.SUCCESS))
     if old and old.plan.id == plans.digest(identity) and goes_on:
         with _rejected(old) as file:
-            _check_strict(job, old.plan, file)
+            _check_strict(job.strict, old.plan, file)
         return old
     if old and not job.overwrite:
         why = f"holds another run ({plans.differences(old.plan.identity, identity)})"
@@ -269,7 +275,7 @@ def _make_plan(
             extended=extended,
         )
         with (folder / plan.rejected_file).open("rb") as file:
-            _check_strict(job, plan, file)
+            _check_strict(job.strict, plan, file)
         if extended:
             kept = count(len(extended.shards), "shard")
             say(f"{job.output} is extended; its {kept} will not change")
@@ -282,19 +288,19 @@ def _rejected(dataset: Run) -> BinaryIO:
     return dataset.store.open(f"{names.PLAN}/{dataset.plan.rejected_file}")
 
 
-def _check_strict(job: Job, plan: Plan, rejected: BinaryIO) -> None:
-    if job.strict and plan.rows["rejected"]:
-        raise InputError(f"--strict: {_rejections(job, plan, rejected)}")
+def _check_strict(strict: bool, plan: Plan, rejected: BinaryIO) -> None:
+    if strict and plan.rows["rejected"]:
+        raise InputError(f"--strict: {_rejections(plan, rejected)}")
     for kind, text in plan.notices.items():
-        if job.strict and kind != notices.COPIED:
+        if strict and kind != notices.COPIED:
             raise InputError(f"--strict: {kind}: {text}")
 
 
-def _report_plan(job: Job, dataset: Run) -> None:
+def _report_plan(dataset: Run) -> None:
     """Prints which rows cannot be used, and what the plan does that may not be expected."""
     if dataset.plan.rows["rejected"]:
         with _rejected(dataset) as file:
-            rejections = _rejections(job, dataset.plan, file)
+            rejections = _rejections(dataset.plan, file)
         say(f"{rejections}; see {dataset.address}/{names.REJECTED}")
     for kind, text in dataset.plan.notices.items():
         say(f"{kind}: {text}")
@@ -307,12 +313,12 @@ def _report_todo(dataset: Run, todo: list[int]) -> None:
         say(f"{count(dataset.plan.images, 'image')} in {count(total, 'shard')}{made}")
 
 
-def _rejections(job: Job, plan: Plan, rejected: BinaryIO) -> str:
+def _rejections(plan: Plan, rejected: BinaryIO) -> str:
     number = plan.rows["rejected"]
     first = json.loads(rejected.readline())
-    where = f" of {first['file']}" if first["file"] != job.manifest else ""
+    where = f" of {first['file']}" if first["file"] != plan.manifest else ""
     return (
-        f"{number} of {number + plan.rows['accepted']} rows of {job.manifest} cannot be used; "
+        f"{number} of {number + plan.rows['accepted']} rows of {plan.manifest} cannot be used; "
         f"first: line {first['line']}{where}: {first['reason']}"
     )
 

@@ -1,8 +1,6 @@
-"""Draws a dataset's first 64 images with their prompts: python tools/contact_sheet.py DIR."""
+"""A contact sheet: a dataset's first images with their prompts, in one picture."""
 
-import io
 import itertools
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,26 +11,51 @@ from jaxdiff.dataset import run
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.errors import InputError
+from jaxdiff.images import decoding
 
 COLUMNS, IMAGES = 8, 64
+ENDINGS = (".png", ".jpg", ".webp")
 IMAGE_PX, MARGIN_PX = 160, 8
 FONT_PX, LINES = 12, 3
 LINE_PX, LINE_CHARACTERS = 15, 26
 CELL_PX = IMAGE_PX + 2 * MARGIN_PX, IMAGE_PX + 2 * MARGIN_PX + LINES * LINE_PX
 
 
-def samples(directory: Path) -> Iterator[Sample]:
+def write(where: str | Path, path: Path) -> Path:
+    """Draws the first 64 images of a dataset, finished or not, and writes a file.
+
+    Args:
+      where: the dataset's directory or address.
+      path: of the image; its ending chooses the format, such as ".png".
+
+    Returns:
+      The path.
+
+    Raises:
+      InputError: if there is no dataset, none of its images is made yet, one is damaged, or the
+        path has another ending or no folder.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise InputError(f"--sheet {path} must end in one of {', '.join(ENDINGS)}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path.absolute().parent} does not exist; make it first")
+    chosen = [*itertools.islice(_samples(where), IMAGES)]
+    if not chosen:
+        raise InputError(f"{where} has no finished images yet")
+    _draw(chosen).save(path)
+    return path
+
+
+def _samples(where: str | Path) -> Iterator[Sample]:
     """Yields the finished images of a dataset in shard order."""
-    found = run.find(directory)
-    if found is None:
-        raise InputError(f"{directory} is not a jaxdiff dataset; name the --output of a job")
+    found = run.open_run(where)
     for shard in found.shards:
         if marker := shards.read_marker(found, shard):
             with found.store.fetched(*marker.files) as local:
                 yield from shards.samples(found, marker, local)
 
 
-def draw(chosen: list[Sample]) -> Image.Image:
+def _draw(chosen: list[Sample]) -> Image.Image:
     """Draws a grid of images with the prompt under each."""
     rows = -(-len(chosen) // COLUMNS)
     sheet = Image.new("RGB", (min(COLUMNS, len(chosen)) * CELL_PX[0], rows * CELL_PX[1]), "white")
@@ -41,7 +64,7 @@ def draw(chosen: list[Sample]) -> Image.Image:
     for index, sample in enumerate(chosen):
         x = index % COLUMNS * CELL_PX[0] + MARGIN_PX
         y = index // COLUMNS * CELL_PX[1] + MARGIN_PX
-        image = Image.open(io.BytesIO(sample.image)).convert("RGB")
+        image = Image.fromarray(decoding.decode(sample.image, f"image {sample.record['key']}"))
         scale = IMAGE_PX / max(image.size)
         size = [max(1, round(scale * side)) for side in image.size]
         image = image.resize(size, Image.Resampling.BICUBIC)
@@ -52,26 +75,3 @@ def draw(chosen: list[Sample]) -> Image.Image:
         for number, line in enumerate(lines):
             canvas.text((x, y + IMAGE_PX + 4 + number * LINE_PX), line, "black", font)
     return sheet
-
-
-def main() -> int:
-    """Writes DIR/contact_sheet.png."""
-    if len(sys.argv) != 2:
-        print("usage: python tools/contact_sheet.py DIR", file=sys.stderr)
-        return 2
-    directory = Path(sys.argv[1])
-    try:
-        chosen = list(itertools.islice(samples(directory), IMAGES))
-    except (InputError, OSError, ValueError) as problem:
-        print(f"contact_sheet: {problem}", file=sys.stderr)
-        return 2
-    if not chosen:
-        print(f"contact_sheet: {directory} has no finished images yet", file=sys.stderr)
-        return 2
-    draw(chosen).save(directory / "contact_sheet.png")
-    print(directory / "contact_sheet.png")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
