@@ -140,13 +140,14 @@ def _verify(arguments: list[str]) -> int:
 
         if not repair(directory):
             return 75
+    from pipelines import jobs
+
     if beam_arguments:
         from pipelines import verify
-        from pipelines.jobs import StoppedError
 
         try:
             counts, problems = verify.verify(directory, beam_arguments)
-        except StoppedError:
+        except jobs.StoppedError:
             print("jaxdiff: stopped; run the same command to begin again", file=sys.stderr)
             return 75
     else:
@@ -159,7 +160,8 @@ def _verify(arguments: list[str]) -> int:
         what = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         print(f"{directory}: {what}", file=sys.stderr)
         return 1
-    print(f"{directory} is complete: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+    made = f"images: {counts['made']} of {counts['planned']} made"
+    print(f"{directory} is complete: {jobs.rows(counts)}; {made}")
     return 0
 
 

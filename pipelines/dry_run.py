@@ -1,8 +1,8 @@
-"""`jaxdiff generate --dry-run`: what a job would do. Generates nothing."""
+"""`jaxdiff generate --dry-run`: what a job would do. Keeps no image."""
 
 import json
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,30 +10,56 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import planning
+from jaxdiff.dataset import run as runs
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.plan import Plan
+from jaxdiff.dataset.run import Run
+from jaxdiff.dataset.store import open_store
 from jaxdiff.devices import batching
 from jaxdiff.families import operations
 from jaxdiff.request import Bucket
-from pipelines import inputs, slice_report
+from pipelines import inputs, jobs, slice_report, supervisor
 from pipelines.generate_options import Job
-from pipelines.jobs import duration
+from pipelines.jobs import count, duration
 from pipelines.slice_report import Counted
+from pipelines.worker import Task
 
 HEADINGS = ("size", "steps", "sampler", "guided", "images", "batches", "padded slots", "shards")
 # Operations per second. The first was measured with shapes64 on two cores shared with other work.
 SPEEDS = ((0.1e12, "two CPU cores"), (100e12, "a fast accelerator"))
+# Bytes of a photograph for each pixel, and of an image's record and of its place in a shard.
+PIXEL_BYTES = {"png": 1.8, "webp": 1.3, "jpeg": 0.6}
+RECORD_BYTES = {"webdataset": 4000, "parquet": 1000, "imagefolder": 1500}
 
 
 @dataclass
 class Share:
-    """A bucket's share of a plan, on one device; `row` has its values of `BUCKET_COLUMNS`."""
+    """A bucket's share of a plan, on one device.
 
-    images: int = 0
-    batches: int = 0
-    slots: int = 0
-    shards: int = 0
-    row: dict = field(default_factory=dict)
+    Attributes:
+      row: its values of `BUCKET_COLUMNS`.
+      shards: the sizes of its shards; `first` is the number of the first of them.
+    """
+
+    row: dict
+    first: int
+    batch_size: int
+    shards: list[int] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """The number of its images."""
+        return sum(self.shards)
+
+    @property
+    def batches(self) -> int:
+        """The number of batches, of which each shard's last may be padded."""
+        return sum(-(-size // self.batch_size) for size in self.shards)
+
+    @property
+    def slots(self) -> int:
+        """The number of images with the padding."""
+        return self.batches * self.batch_size
 
 
 def report(job: Job, options: PipelineOptions) -> str:
@@ -51,7 +77,8 @@ def report(job: Job, options: PipelineOptions) -> str:
         inputs.fetched(job.manifest, options, job.prompts) as manifest,
         tempfile.TemporaryDirectory(prefix="jaxdiff-plan-") as temporary,
     ):
-        folder = Path(temporary) / "plan"
+        store = open_store(temporary)
+        folder = store.scratch("plan")
         identity = planning.identify(manifest, settings, ensemble)
         models = job.models.planned()
         plan = planning.make(
@@ -65,8 +92,13 @@ def report(job: Job, options: PipelineOptions) -> str:
         )
         shares = _shares(folder, plan)
         rows = _rows(folder, plan)
-    of_image = {bucket: operations.of_image(ensemble, settings, bucket) for bucket in shares}
-    work = sum(share.slots * of_image[bucket] for bucket, share in shares.items())
+        of_image = {bucket: operations.of_image(ensemble, settings, bucket) for bucket in shares}
+        work = {bucket: share.slots * of_image[bucket] for bucket, share in shares.items()}
+        measured = None
+        if job.measure:
+            run = runs.begin(folder, store)
+            largest = max(work, key=work.get)
+            measured = largest, _measured(job, run, shares[largest].first)
     on_slice = []
     if job.target is not None:
         counted = [
@@ -83,15 +115,19 @@ def report(job: Job, options: PipelineOptions) -> str:
             "",
             *_table(shares),
             "",
-            _time(work),
+            *(
+                [_nominal_time(sum(work.values()))]
+                if measured is None
+                else _time(job, shares, of_image, *measured)
+            ),
+            _space(plan, shares, measured and measured[1]["bytes"]),
             *on_slice,
         ]
     )
 
 
 def _rows(folder: Path, plan: Plan) -> str:
-    said = ", ".join(f"{count} {what}" for what, count in plan.rows.items())
-    said = f"{plan.manifest}: rows: {said}"
+    said = f"{plan.manifest}: {jobs.rows(plan.rows)}"
     if plan.rows["rejected"]:
         with (folder / plan.rejected_file).open(encoding="utf-8") as file:
             first = json.loads(file.readline())
@@ -103,14 +139,10 @@ def _shares(folder: Path, plan: Plan) -> dict[Bucket, Share]:
     table = pq.read_table(folder / plan.images_file, columns=[*plans.BUCKET_COLUMNS])
     shares: dict[Bucket, Share] = {}
     batch_size, start = _batch_size(plan), 0
-    for size in plan.shard_sizes:
+    for number, size in enumerate(plan.shard_sizes):
         (row,) = table.slice(start, 1).to_pylist()
-        share = shares.setdefault(plans.example(plan.models, **row).bucket, Share(row=row))
-        batches = -(-size // batch_size)
-        share.images += size
-        share.batches += batches
-        share.slots += batches * batch_size
-        share.shards += 1
+        bucket = plans.example(plan.models, **row).bucket
+        shares.setdefault(bucket, Share(row, number, batch_size)).shards.append(size)
         start += size
     return shares
 
@@ -139,7 +171,7 @@ def _table(shares: dict[Bucket, Share]) -> list[str]:
                 str(share.images),
                 str(share.batches),
                 str(share.slots - share.images),
-                str(share.shards),
+                str(len(share.shards)),
                 *([_start(bucket)] if brings else []),
             )
         )
@@ -158,8 +190,51 @@ def _start(bucket: Bucket) -> str:
     return f"{'image and mask' if bucket.masked else 'image'}, {bucket.strength:g}{control}"
 
 
-def _time(work: int) -> str:
+def _measured(job: Job, run: Run, shard: int) -> dict:
+    """Times two batches of a shard in a worker; returns what `worker.make_shard` does."""
+    task = Task(run.address, vars(job.models.anywhere()), shard, "measure")
+    with supervisor.closed_afterwards():
+        return supervisor.make_shard(task, job.workers)
+
+
+def _time(
+    job: Job, shares: dict[Bucket, Share], of_image: dict[Bucket, int], bucket: Bucket, found: dict
+) -> list[str]:
+    """Returns what was measured of a bucket, and the time of the job; others by operations."""
+    slots, seconds = found["slots"], found["seconds"]
+    whole = sum(
+        replace(share, batch_size=slots).batches * seconds * of_image[each] / of_image[bucket]
+        for each, share in shares.items()
+    )
+    workers = job.workers.count
+    whole = found["startup"] + whole / (1 if "cpu" in found["device"] else workers)
+    return [
+        f"measured on {found['device']}: {count(slots, 'image')} of {bucket.width}x"
+        f"{bucket.height} in {duration(seconds)}, after loading and compiling in "
+        f"{duration(found['startup'])}",
+        f"time: about {duration(whole)} with {count(workers, 'worker')}",
+    ]
+
+
+def _space(plan: Plan, shares: dict[Bucket, Share], image_bytes: float | None) -> str:
+    settings, pixels = (
+        plan.settings,
+        sum(share.images * bucket.width * bucket.height for bucket, share in shares.items()),
+    )
+    pixels *= (plan.enlarges * (plan.upscales or 1)) ** 2
+    known = "like the measured images"
+    if image_bytes is None:
+        image_bytes = PIXEL_BYTES[settings.image_format] * pixels / plan.images
+        known = "for photographs"
+    space = plan.images * (image_bytes + RECORD_BYTES[settings.format])
+    return f"disk space: about {jobs.size(space)} as {settings.image_format}, {known}"
+
+
+def _nominal_time(work: int) -> str:
     times = ", ".join(
         f"{duration(work / speed)} at {speed / 1e12:g} TFLOP/s ({what})" for speed, what in SPEEDS
     )
-    return f"about {work:.1e} operations: {times}, plus loading, compilation and writing"
+    return (
+        f"time: about {work:.1e} operations: {times}, plus loading, compilation and writing; "
+        "--measure times two batches here"
+    )

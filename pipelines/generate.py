@@ -26,6 +26,7 @@ from jaxdiff.dataset import ledger, names, planning
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import run as runs
 from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.manifest import notices
 from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.dataset.plan import Plan
@@ -73,8 +74,12 @@ def run(job: Job, beam_arguments: list[str]) -> int:
             print(f"{job.manifest} does not exist: nothing to do")
             return EXIT_OK
     if job.dry_run:
-        with _unreadable_named():
-            said = dry_run.report(job, beam_runner[1])
+        try:
+            with _unreadable_named():
+                said = dry_run.report(job, beam_runner[1])
+        except supervisor.WorkerError as problem:
+            say(str(problem))
+            return EXIT_FAILED
         print(said)
         return EXIT_OK
     with _unreadable_named():
@@ -163,21 +168,21 @@ def _finish(
         dataset.store.delete(names.SUCCESS, names.REPORT)
     _report_plan(dataset)
     _report_todo(dataset, todo)
-    shards = partial(GenerateShard, dataset, job.models.anywhere(), job.workers)
+    how = partial(GenerateShard, dataset, job.models.anywhere(), job.workers)
     is_first = lock.is_first
     with supervisor.closed_afterwards():
         if job.retry_failed:
-            make_shards(shards("make"), dataset.plan, todo, beam_runner)
+            make_shards(how("make"), dataset.plan, todo, beam_runner)
             ledger.settle(dataset)
-            make_shards(shards("retry"), dataset.plan, ledger.with_failed(dataset), beam_runner)
+            make_shards(how("retry"), dataset.plan, ledger.with_failed(dataset), beam_runner)
         else:
             lock.share()
-            _make_all(shards("make"), dataset, todo, beam_runner, is_first)
+            _make_all(how("make"), dataset, todo, beam_runner, is_first)
     if not job.retry_failed and (counts := ledger.finished(dataset)):
         print(f"{job.output} was finished by another process: {count(counts['made'], 'image')}")
         return counts
     report = ledger.finalize(dataset, plan_seconds)
-    _summarize(job, report)
+    _summarize(job, dataset, todo, report)
     return report["counts"]
 
 
@@ -323,19 +328,34 @@ def _rejections(plan: Plan, rejected: BinaryIO) -> str:
     )
 
 
-def _summarize(job: Job, report: dict) -> None:
-    counts, seconds = report["counts"], report["seconds"]
-    stages = ("plan", "load", "compile", "generate", "finalize")
-    print(
-        f"{count(counts['made'], 'image')} in {job.output} on {', '.join(report['devices'])}: "
-        f"{report['images_per_worker_second'] or 0:.2f} images/s per worker\n"
-        + ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in stages)
-    )
+def _summarize(job: Job, dataset: Run, todo: list[int], report: dict) -> None:
+    """Prints what was made and how long it took, also by this run alone if others began it."""
+    counts, whole, label = report["counts"], report, ""
+    ends = {stage: report["seconds"][stage] for stage in ("plan", "finalize")}
+    if len(todo) < len(dataset.shards):
+        markers = [shards.read_marker(dataset, shard) for shard in dataset.shards]
+        whole, label = ledger.spent(markers), "all runs: "
+        if todo and not job.retry_failed and processes.place(os.environ) is None:
+            this = ledger.spent([markers[shard] for shard in todo])
+            this["seconds"] |= ends
+            print(f"this run: {count(this['made'], 'image')}{_costs(this)}")
+    print(f"{label}{count(counts['made'], 'image')} in {job.output}{_costs(whole)}")
     if counts["failed"]:
         print(
             f"{count(counts['failed'], 'image')} could not be generated; see "
             f"{job.output}/{names.FAILED}"
         )
+
+
+def _costs(spent: dict) -> str:
+    """Returns the end of a summary line, and a line of the seconds by stage."""
+    stages = ("plan", "load", "compile", "generate", "finalize")
+    seconds = {stage: spent["seconds"][stage] for stage in stages if stage in spent["seconds"]}
+    return (
+        f" on {', '.join(spent['devices'])}: "
+        f"{spent['images_per_worker_second'] or 0:.2f} images/s per worker\n"
+        + ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items())
+    )
 
 
 @contextlib.contextmanager

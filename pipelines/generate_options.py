@@ -137,6 +137,7 @@ class Job:
     strict: bool = False
     retry_failed: bool = False
     dry_run: bool = False
+    measure: bool = False
     target: Target | None = None
     image_root: str | None = None
     if_missing: str = "fail"
@@ -160,6 +161,8 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
         if not word.startswith("-") and (not before.startswith("-") or "=" in before):
             parser.error(f"unexpected {word!r}")
     prompts = _prompts(said)
+    if said.get("measure") and not said.get("dry_run"):
+        raise InputError("--measure is for a dry run: add --dry-run, or leave it out")
     for name, hint in (("manifest", "; or give a --prompt"), ("output", "")):
         if name not in said:
             parser.missing(f"--{name}", rest, hint)
@@ -379,7 +382,11 @@ HELP = {
         "retry_failed": (None, "retry the images in failed.jsonl"),
         "dry_run": (
             None,
-            "generate nothing; print the plan and the estimated time",
+            "generate nothing; print the plan, and estimates of the time and of the disk space",
+        ),
+        "measure": (
+            None,
+            "with --dry-run: load the model and time two batches on this machine",
         ),
     },
     "defaults for rows that do not set them": {

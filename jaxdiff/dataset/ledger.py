@@ -382,13 +382,29 @@ def _failed(run: Run, markers: list[shards.Marker]) -> str:
     return "".join(lines)
 
 
-def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) -> dict:
-    """Returns the run's report from its plan and markers; seconds are sums over the shards."""
+def spent(markers: list[shards.Marker]) -> dict:
+    """Returns what shards cost: images made, seconds by stage, and what follows from them.
+
+    Seconds are sums over the shards, which several workers may have made at the same time.
+    """
     facts = [marker.facts for marker in markers]
     seconds = {
         stage: sum(fact["seconds"].get(stage, 0.0) for fact in facts)
         for stage in facts[0]["seconds"]
     }
+    made = sum(marker.made for marker in markers)
+    rate = made / seconds["generate"] if seconds["generate"] else None
+    return {
+        "made": made,
+        "images_per_worker_second": rate and round(rate, 3),
+        "seconds": seconds,
+        "devices": sorted({fact["device"] for fact in facts}),
+    }
+
+
+def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) -> dict:
+    """Returns the run's report from its plan and markers."""
+    facts, cost = [marker.facts for marker in markers], spent(markers)
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "plan_id": plan.id,
@@ -398,11 +414,9 @@ def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) ->
         "counts": counts,
         "notices": plan.notices,
         "padded": sum(fact["padded"] for fact in facts),
-        "images_per_worker_second": round(counts["made"] / seconds["generate"], 3)
-        if seconds["generate"]
-        else None,
-        "seconds": seconds,
-        "devices": sorted({fact["device"] for fact in facts}),
+        "images_per_worker_second": cost["images_per_worker_second"],
+        "seconds": cost["seconds"],
+        "devices": cost["devices"],
         "versions": {
             name: sorted({fact["versions"].get(name, "unknown") for fact in facts})
             for name in facts[0]["versions"]

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -174,6 +175,9 @@ def test_prompts_work_like_a_text_file_and_can_be_extended(tmp_path, command, no
         assert cli.main(["generate", *same, *options]) == 0
         assert "is already finished: 2 images" in capsys.readouterr().out
     assert cli.main(["generate", *prompts, "--prompt=a ring", *options]) == 0
+    summary = capsys.readouterr().out
+    assert re.search(r"^this run: 1 image on 1 x cpu: .*\nplan .* load .* finalize", summary)
+    assert re.search(rf"\nall runs: 3 images in {directory} on 1 x cpu: .*\nload ", summary)
     assert cli.main(["verify", str(directory)]) == 0
     assert open_run(directory).plan.images == 3
     assert cli.main(["generate", "--prompt=a star", *options]) == 2
