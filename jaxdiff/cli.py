@@ -160,7 +160,8 @@ def _verify(arguments: list[str]) -> int:
         what = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         print(f"{directory}: {what}", file=sys.stderr)
         return 1
-    made = f"images: {counts['made']} of {counts['planned']} made"
+    failed = f", {counts['failed']} failed" if counts["failed"] else ""
+    made = f"images: {counts['made']} of {counts['planned']} made{failed}"
     print(f"{directory} is complete: {jobs.rows(counts)}; {made}")
     return 0
 
