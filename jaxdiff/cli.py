@@ -184,12 +184,12 @@ def _view(arguments: list[str]) -> int:
         help="write no gallery, but the first 64 images with their prompts as one picture",
     )
     said = parser.parse_args(arguments)
-    from jaxdiff.dataset.finished import gallery, sheet
+    from jaxdiff.dataset.finished import contact_sheet, gallery
 
     if said.sheet and said.output:
         parser.error("--sheet names a file, --output a gallery's folder; use one of them")
     if said.sheet:
-        print(sheet.write(said.directory, said.sheet))
+        print(contact_sheet.write(said.directory, said.sheet))
         return 0
     print(gallery.write(said.directory, said.output))
     return 0
@@ -262,10 +262,15 @@ def _train(arguments: list[str]) -> int:
         print(train.export(said.recipe, said.output, said.export, said.to, class_images))
         return 0
     try:
-        return 0 if train.train(said.recipe, said.output, class_images) else 75
+        finished = train.train(said.recipe, said.output, class_images)
     except loop.Interrupted as problem:
         print(f"jaxdiff: {problem}", file=sys.stderr)
         return 1
+    if not finished:
+        print(f"jaxdiff: stopped; run the same command to continue {said.output}", file=sys.stderr)
+        return 75
+    print(train.summary(said.recipe, said.output))
+    return 0
 
 
 def _encode(arguments: list[str]) -> int:
