@@ -10,7 +10,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/jaxdiff generate --manifest configs/manifests/demo.jsonl --output out/demo
-	$(BIN)/python tools/contact_sheet.py out/demo
+	$(BIN)/jaxdiff view out/demo --sheet out/demo/contact_sheet.png
 	$(BIN)/jaxdiff view out/demo
 
 test: .venv/installed-$(EXTRAS)

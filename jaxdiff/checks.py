@@ -122,8 +122,11 @@ def scheduler(name: str, value) -> str:
     for key, said in changes.items() if isinstance(changes, dict) else [("", value)]:
         plain[key] = said if isinstance(said, str) else json.dumps(said, default=repr)
         if not re.fullmatch(r"[a-z_]+", str(key)) or not re.fullmatch(r"[\w.+-]+", plain[key]):
+            hint = ""
+            if isinstance(value, str) and "=" not in value:
+                hint = f"; to choose a sampler, use {name.replace('scheduler', 'sampler')}"
             raise BadValueError(
-                f'{name} must have the form "key=value, key=value", not {shown(value)}'
+                f'{name} must have the form "key=value, key=value", not {shown(value)}{hint}'
             )
     return ", ".join(f"{key}={said}" for key, said in sorted(plain.items()))
 

@@ -1,4 +1,5 @@
 """The `jaxdiff` command. Imports a subcommand's modules only when it runs, so help is instant."""
+# PYTHON_ARGCOMPLETE_OK
 
 import sys
 from collections.abc import Callable
@@ -6,8 +7,8 @@ from pathlib import Path
 
 import jaxdiff
 from jaxdiff import checks
-from jaxdiff.errors import InputError
-from pipelines import command_line
+from jaxdiff.errors import InputError, suggestion
+from pipelines import command_line, completion
 from pipelines.command_line import Parser
 
 OVERVIEW = """\
@@ -16,7 +17,7 @@ usage: jaxdiff COMMAND [option ...]
 Prompt manifests in, verifiable image datasets out: batch text-to-image generation in JAX.
 
 commands:
-  generate   generate an image for every prompt in a manifest
+  generate   generate an image for each prompt
   compile    compile a job's programs ahead of time, for machines that start without compiling
   upscale    enlarge the images of a folder or of a dataset
   inspect    show what a model contains, and whether it can be used
@@ -28,11 +29,11 @@ commands:
   evaluate   evaluate models on a prompt benchmark, and write a report
 
 to get started:
-  echo "a red circle above a blue square" > prompts.txt
-  jaxdiff generate --manifest prompts.txt --output out/first
+  jaxdiff generate --prompt "a red circle above a blue square" --output out/first
 
 `jaxdiff COMMAND --help` lists a command's options. Every command takes --debug, which shows
-tracebacks and the libraries' own messages. `jaxdiff --version` prints the version.
+tracebacks and the libraries' own messages. `jaxdiff --version` prints the version. For completion
+with the Tab key, add to ~/.bashrc or ~/.zshrc: eval "$(register-python-argcomplete jaxdiff)"
 """
 SHOWN_PROBLEMS = 20
 DATASET = "the dataset's directory, or its s3://, gs:// or az:// address"
@@ -41,6 +42,9 @@ DATASET = "the dataset's directory, or its s3://, gs:// or az:// address"
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit code. An error is printed as one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if completion.is_asked():
+        name = completion.command(_commands())
+        arguments = ["generate" if name == "upscale" else name]  # which has the same options
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(OVERVIEW, end="")
         return 0 if arguments else 2
@@ -51,7 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {
+    commands = _commands()
+    if name not in commands:
+        hint = suggestion(name, commands) or f"; the commands are {', '.join(commands)}"
+        raise InputError(f"unknown command {name!r}{hint}")
+    return commands[name]
+
+
+def _commands() -> dict[str, Callable[[list[str]], int]]:
+    return {
         "generate": _generate,
         "compile": _compile,
         "upscale": _upscale,
@@ -63,9 +75,6 @@ def _command(name: str) -> Callable[[list[str]], int]:
         "encode": _encode,
         "evaluate": _evaluate,
     }
-    if name not in commands:
-        raise InputError(f"unknown command {name!r}; the commands are {', '.join(commands)}")
-    return commands[name]
 
 
 def _generate(arguments: list[str]) -> int:
@@ -135,13 +144,14 @@ def _verify(arguments: list[str]) -> int:
 
         if not repair(directory):
             return 75
+    from pipelines import jobs
+
     if beam_arguments:
         from pipelines import verify
-        from pipelines.jobs import StoppedError
 
         try:
             counts, problems = verify.verify(directory, beam_arguments)
-        except StoppedError:
+        except jobs.StoppedError:
             print("jaxdiff: stopped; run the same command to begin again", file=sys.stderr)
             return 75
     else:
@@ -154,7 +164,9 @@ def _verify(arguments: list[str]) -> int:
         what = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         print(f"{directory}: {what}", file=sys.stderr)
         return 1
-    print(f"{directory} is complete: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+    failed = f", {counts['failed']} failed" if counts["failed"] else ""
+    made = f"images: {counts['made']} of {counts['planned']} made{failed}"
+    print(f"{directory} is complete: {jobs.rows(counts)}; {made}")
     return 0
 
 
@@ -169,9 +181,20 @@ def _view(arguments: list[str]) -> int:
     parser.add_argument(
         "--output", metavar="DIR", type=Path, help="the gallery's folder (default: DIR/gallery)"
     )
+    parser.add_argument(
+        "--sheet",
+        metavar="FILE.png",
+        type=Path,
+        help="write no gallery, but the first 64 images with their prompts as one picture",
+    )
     said = parser.parse_args(arguments)
-    from jaxdiff.dataset.finished import gallery
+    from jaxdiff.dataset.finished import contact_sheet, gallery
 
+    if said.sheet and said.output:
+        parser.error("--sheet names a file, --output a gallery's folder; use one of them")
+    if said.sheet:
+        print(contact_sheet.write(said.directory, said.sheet))
+        return 0
     print(gallery.write(said.directory, said.output))
     return 0
 
@@ -243,10 +266,15 @@ def _train(arguments: list[str]) -> int:
         print(train.export(said.recipe, said.output, said.export, said.to, class_images))
         return 0
     try:
-        return 0 if train.train(said.recipe, said.output, class_images) else 75
+        finished = train.train(said.recipe, said.output, class_images)
     except loop.Interrupted as problem:
         print(f"jaxdiff: {problem}", file=sys.stderr)
         return 1
+    if not finished:
+        print(f"jaxdiff: stopped; run the same command to continue {said.output}", file=sys.stderr)
+        return 75
+    print(train.summary(said.recipe, said.output))
+    return 0
 
 
 def _encode(arguments: list[str]) -> int:

@@ -1,7 +1,6 @@
 """What all commands share: the parser, and errors as one line and an exit code."""
 
 import argparse
-import difflib
 import logging
 import os
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from jaxdiff import checks
 from jaxdiff.errors import InputError
+from pipelines import completion, spellings
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,15 +31,38 @@ class Parser(argparse.ArgumentParser):
             "--debug", action="store_true", help="show tracebacks and the libraries' own messages"
         )
 
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        """Reads the known arguments, or completes them if a shell asks."""
+        if completion.is_asked() and type(self) is Parser:  # argcomplete parses as a subclass
+            completion.answer(self)
+        return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """Reads the arguments, all of which must be known; raises InputError."""
+        said, rest = self.parse_known_args(args, namespace)
+        if rest:
+            name = rest[0].partition("=")[0]
+            if not name.startswith("-"):
+                self.error(f"unexpected {rest[0]!r}")
+            self.error(f"unknown option {name}{spellings.suggest(name, self.names)}")
+        return said
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the options, with underscores."""
+        flags = (flag for action in self._actions for flag in action.option_strings)
+        return [flag[2:].replace("-", "_") for flag in flags if flag.startswith("--")]
+
     def error(self, message: str):
         """Raises InputError."""
         raise InputError(f"{message} ({self.prog} --help lists the options)")
 
     def missing(self, option: str, rest: Sequence[str], hint: str = ""):
         """Raises InputError for a missing option, or for its misspelling among the unknown ones."""
-        unknown = [word.partition("=")[0] for word in rest]
-        for near in difflib.get_close_matches(option, unknown, n=1):
-            self.error(f"unknown option {near}; did you mean {option}?")
+        name = option[2:].replace("-", "_")
+        for word in (word.partition("=")[0] for word in rest if word.startswith("-")):
+            if spellings.meant(word, [name]):
+                self.error(f"unknown option {word}; did you mean {option}?")
         self.error(f"{option} is missing{hint}")
 
 

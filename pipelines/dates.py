@@ -19,7 +19,7 @@ def filled(said: dict) -> dict:
     Raises:
       InputError: if the day is not a date, or if it is missing where a path needs it.
     """
-    dated = [name for name in ("manifest", "output") if PLACEHOLDER in said[name]]
+    dated = [name for name in ("manifest", "output") if PLACEHOLDER in said.get(name, "")]
     source, day = "--date", said.get("date")
     if day is None:
         source, day = VARIABLE, os.environ.get(VARIABLE)

@@ -46,7 +46,7 @@ from jaxdiff.evaluation.layouts import folders
 from jaxdiff.evaluation.measures import OF_IMAGES
 from jaxdiff.evaluation.published import PUBLISHED
 from jaxdiff.evaluation.records import Picture, Prompt, Scores
-from jaxdiff.evaluation.report import report
+from jaxdiff.evaluation.report import report, wording
 from jaxdiff.evaluation.scoring import Scoring
 from pipelines import command_line, evaluate_options, generate, jobs, runners
 from pipelines.evaluate_options import Candidate, Evaluation, Export
@@ -338,7 +338,7 @@ def _report(
     benchmark = BENCHMARKS[asked.benchmark]
     sources = {each.name: _images(asked, each, prompts) for each in asked.runs}
     with open_store(asked.output).filled() as folder:
-        report.write(
+        contents = report.write(
             folder,
             benchmark.title,
             {
@@ -353,7 +353,9 @@ def _report(
             partial(_find, sources, {scores.name: rows for scores, rows in judged}),
             _tables(asked.benchmark, prompts, judged),
         )
-    print(f"wrote {join(asked.output, 'report.html')}, report.md and report.json")
+    for line in wording.summary(contents):
+        print(line)
+    print(f"Report: {join(asked.output, 'report.html')}")
 
 
 def _clip_said(model: str) -> str:

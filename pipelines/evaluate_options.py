@@ -9,7 +9,7 @@ from jaxdiff.dataset.store import is_address, join, open_store
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation.benchmarks import BENCHMARKS
 from jaxdiff.evaluation.layouts.folders import LAYOUTS
-from pipelines import generate_options
+from pipelines import generate_options, spellings
 from pipelines.command_line import Parser
 from pipelines.generate_options import Job
 
@@ -176,11 +176,12 @@ def folder_name(name: str) -> str:
 def _varied(text: str) -> list[tuple[str, str]]:
     name, equals, values = text.partition("=")
     name = name.replace("_", "-")
-    if not equals or not values or name.replace("-", "_") not in settings.NAMES:
-        raise InputError(
-            f"--vary {text}: use NAME=VALUE,VALUE with an option of jaxdiff generate, for example "
-            "steps=10,20"
-        )
+    if not equals or not values:
+        raise InputError(f"--vary {text}: use NAME=VALUE,VALUE, for example steps=10,20")
+    if name.replace("-", "_") not in settings.NAMES:
+        hint = spellings.meant(name, settings.NAMES)
+        hint = f"did you mean {hint.replace('_', '-')}?" if hint else "use one of jaxdiff generate"
+        raise InputError(f"--vary {text}: unknown option {name!r}; {hint}")
     return [(name, value) for value in values.split(",")]
 
 

@@ -26,6 +26,7 @@ from jaxdiff.dataset import ledger, names, planning
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import run as runs
 from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.manifest import notices
 from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.dataset.plan import Plan
@@ -67,12 +68,16 @@ def run(job: Job, beam_arguments: list[str]) -> int:
     beam_runner = runners.choose(beam_arguments, job.workers.count)
     supervisor.device_share(0, job.workers.count, os.environ)  # fails before anything is written
     with inputs.unreadable_named():
-        if job.if_missing == "skip" and not inputs.exists(job.manifest, beam_runner[1]):
+        if _is_missing(job, beam_runner[1]):
             print(f"{job.manifest} does not exist: nothing to do")
             return EXIT_OK
     if job.dry_run:
-        with inputs.unreadable_named():
-            said = dry_run.report(job, beam_runner[1])
+        try:
+            with inputs.unreadable_named():
+                said = dry_run.report(job, beam_runner[1])
+        except supervisor.WorkerError as problem:
+            say(str(problem))
+            return EXIT_FAILED
         print(said)
         return EXIT_OK
     try:
@@ -101,7 +106,10 @@ def make(job: Job, beam_runner: tuple[PipelineRunner, PipelineOptions]) -> dict[
         ensemble = job.models.open()
         settings = job_settings.resolve(job.settings, ensemble)
         _check_bucket(job, settings)
-        manifest = copies.enter_context(inputs.fetched(job.manifest, beam_runner[1], job.content))
+        fetched = inputs.fetched(
+            job.manifest, beam_runner[1], content=job.content, prompts=job.prompts
+        )
+        manifest = copies.enter_context(fetched)
         identity = planning.identify(manifest, settings, ensemble)
     store = open_store(job.output)
     waiting = None if job.overwrite or job.retry_failed else _waiting(job)
@@ -124,6 +132,11 @@ def make(job: Job, beam_runner: tuple[PipelineRunner, PipelineOptions]) -> dict[
                 raise UnfinishedError(again) from None
     except (ledger.IncompleteError, supervisor.WorkerError) as problem:
         raise UnfinishedError(str(problem)) from problem
+
+
+def _is_missing(job: Job, options: PipelineOptions) -> bool:
+    """Returns whether there is no manifest, and the job is to be skipped then."""
+    return job.if_missing == "skip" and not job.prompts and not inputs.exists(job.manifest, options)
 
 
 def _check_bucket(job: Job, settings: job_settings.Settings) -> None:
@@ -170,23 +183,23 @@ def _finish(
     todo = ledger.todo(dataset)
     if was_finished and (todo or counts):  # else only reports are missing, and it stays the root
         dataset.store.delete(names.SUCCESS, names.REPORT)
-    _report_plan(job, dataset)
+    _report_plan(dataset)
     _report_todo(dataset, todo)
-    shards = partial(GenerateShard, dataset, job.models.anywhere(), job.workers)
+    how = partial(GenerateShard, dataset, job.models.anywhere(), job.workers)
     is_first = lock.is_first
     with supervisor.closed_afterwards():
         if job.retry_failed:
-            make_shards(shards("make"), dataset.plan, todo, beam_runner)
+            make_shards(how("make"), dataset.plan, todo, beam_runner)
             ledger.settle(dataset)
-            make_shards(shards("retry"), dataset.plan, ledger.with_failed(dataset), beam_runner)
+            make_shards(how("retry"), dataset.plan, ledger.with_failed(dataset), beam_runner)
         else:
             lock.share()
-            _make_all(shards("make"), dataset, todo, beam_runner, is_first)
+            _make_all(how("make"), dataset, todo, beam_runner, is_first)
     if not job.retry_failed and (counts := ledger.finished(dataset)):
         print(f"{job.output} was finished by another process: {count(counts['made'], 'image')}")
         return counts
     report = ledger.finalize(dataset, plan_seconds)
-    _summarize(job, report)
+    _summarize(job, dataset, todo, report)
     return report["counts"]
 
 
@@ -230,7 +243,7 @@ def _planned(
     goes_on = not job.overwrite or bool(store.kind(names.SUCCESS))
     if old and old.plan.id == plans.digest(identity) and goes_on:
         with _rejected(old) as file:
-            _check_strict(job, old.plan, file)
+            _check_strict(job.strict, old.plan, file)
         return old
     if old and not job.overwrite:
         why = f"holds another run ({plans.differences(old.plan.identity, identity)})"
@@ -284,7 +297,7 @@ def _make_plan(
             extended=extended,
         )
         with (folder / plan.rejected_file).open("rb") as file:
-            _check_strict(job, plan, file)
+            _check_strict(job.strict, plan, file)
         if extended:
             kept = count(len(extended.shards), "shard")
             say(f"{job.output} is extended; its {kept} will not change")
@@ -297,19 +310,19 @@ def _rejected(dataset: Run) -> BinaryIO:
     return dataset.store.open(f"{names.PLAN}/{dataset.plan.rejected_file}")
 
 
-def _check_strict(job: Job, plan: Plan, rejected: BinaryIO) -> None:
-    if job.strict and plan.rows["rejected"]:
-        raise InputError(f"--strict: {_rejections(job, plan, rejected)}")
+def _check_strict(strict: bool, plan: Plan, rejected: BinaryIO) -> None:
+    if strict and plan.rows["rejected"]:
+        raise InputError(f"--strict: {_rejections(plan, rejected)}")
     for kind, text in plan.notices.items():
-        if job.strict and kind != notices.COPIED:
+        if strict and kind != notices.COPIED:
             raise InputError(f"--strict: {kind}: {text}")
 
 
-def _report_plan(job: Job, dataset: Run) -> None:
+def _report_plan(dataset: Run) -> None:
     """Prints which rows cannot be used, and what the plan does that may not be expected."""
     if dataset.plan.rows["rejected"]:
         with _rejected(dataset) as file:
-            rejections = _rejections(job, dataset.plan, file)
+            rejections = _rejections(dataset.plan, file)
         say(f"{rejections}; see {dataset.address}/{names.REJECTED}")
     for kind, text in dataset.plan.notices.items():
         say(f"{kind}: {text}")
@@ -322,29 +335,44 @@ def _report_todo(dataset: Run, todo: list[int]) -> None:
         say(f"{count(dataset.plan.images, 'image')} in {count(total, 'shard')}{made}")
 
 
-def _rejections(job: Job, plan: Plan, rejected: BinaryIO) -> str:
+def _rejections(plan: Plan, rejected: BinaryIO) -> str:
     number = plan.rows["rejected"]
     first = json.loads(rejected.readline())
-    where = f" of {first['file']}" if first["file"] != job.manifest else ""
+    where = f" of {first['file']}" if first["file"] != plan.manifest else ""
     return (
-        f"{number} of {number + plan.rows['accepted']} rows of {job.manifest} cannot be used; "
+        f"{number} of {number + plan.rows['accepted']} rows of {plan.manifest} cannot be used; "
         f"first: line {first['line']}{where}: {first['reason']}"
     )
 
 
-def _summarize(job: Job, report: dict) -> None:
-    counts, seconds = report["counts"], report["seconds"]
-    stages = ("plan", "load", "compile", "generate", "finalize")
-    print(
-        f"{count(counts['made'], 'image')} in {job.output} on {', '.join(report['devices'])}: "
-        f"{report['images_per_worker_second'] or 0:.2f} images/s per worker\n"
-        + ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in stages)
-    )
+def _summarize(job: Job, dataset: Run, todo: list[int], report: dict) -> None:
+    """Prints what was made and how long it took, also by this run alone if others began it."""
+    counts, whole, label = report["counts"], report, ""
+    ends = {stage: report["seconds"][stage] for stage in ("plan", "finalize")}
+    if len(todo) < len(dataset.shards):
+        markers = [shards.read_marker(dataset, shard) for shard in dataset.shards]
+        whole, label = ledger.spent(markers), "all runs: "
+        if todo and not job.retry_failed and processes.place(os.environ) is None:
+            this = ledger.spent([markers[shard] for shard in todo])
+            this["seconds"] |= ends
+            print(f"this run: {count(this['made'], 'image')}{_costs(this)}")
+    print(f"{label}{count(counts['made'], 'image')} in {job.output}{_costs(whole)}")
     if counts["failed"]:
         print(
             f"{count(counts['failed'], 'image')} could not be generated; see "
             f"{job.output}/{names.FAILED}"
         )
+
+
+def _costs(spent: dict) -> str:
+    """Returns the end of a summary line, and a line of the seconds by stage."""
+    stages = ("plan", "load", "compile", "generate", "finalize")
+    seconds = {stage: spent["seconds"][stage] for stage in stages if stage in spent["seconds"]}
+    return (
+        f" on {', '.join(spent['devices'])}: "
+        f"{spent['images_per_worker_second'] or 0:.2f} images/s per worker\n"
+        + ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items())
+    )
 
 
 @contextlib.contextmanager

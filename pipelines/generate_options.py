@@ -1,7 +1,7 @@
 """The options of `jaxdiff generate`, from the command line or a TOML file. Does not import Beam."""
 
-import difflib
 import os
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,11 @@ from jaxdiff.errors import InputError
 from jaxdiff.families import second_pass
 from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.families.opening import open_ensemble
+from jaxdiff.request import OPTION_CHECKS
 from pipelines import dates
 from pipelines import target as targets
 from pipelines.command_line import Parser
+from pipelines.spellings import suggest
 from pipelines.target import Target
 
 DESCRIPTION = """\
@@ -36,9 +38,9 @@ manifest can also be several files, as a glob, a folder of text files with one p
 dataset of images.
 """
 EPILOG = """\
-example:
-  echo "a red circle above a blue square" > prompts.txt
-  jaxdiff generate --manifest prompts.txt --output out/first --num-images 4
+examples:
+  jaxdiff generate --prompt "a red circle above a blue square" --output out/first
+  jaxdiff generate --manifest prompts.txt --output out/many --num-images 4
 
 You can also put options in a TOML file (`steps = 30`): jaxdiff generate JOB.toml. Command-line
 options override the file. Options not listed here are passed to Apache Beam, such as
@@ -48,6 +50,10 @@ exit codes: 0 success, every valid row has its images; 1 failed part-way, run th
 continue; 2 the command or its input cannot be used, nothing was written; 3 finished, but the images
 in failed.jsonl could not be generated; 75 stopped by a signal, run the same command to continue
 """
+
+
+STANDARD_INPUT = "-"
+PROMPTS = "command-line.txt"  # the name of a manifest of the command line's prompts
 
 
 @dataclass(frozen=True)
@@ -113,12 +119,18 @@ class Workers:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A parsed command. `settings` has the given values only, unchecked, by `Settings`' names.
+    """A parsed command.
 
-    If there is a `content`, it is the file of the manifest, which has no other place.
+    Attributes:
+      manifest: a path, a glob, a URL, or "-" for standard input; with `prompts` or `content`, only
+        a name.
+      prompts: those of the command line, without line breaks.
+      content: the file of a manifest that has no other place.
+      settings: the given values only, unchecked, by `Settings`' names.
     """
 
     manifest: str
+    prompts: tuple[str, ...] = ()
     content: Path | None = None
     output: str | Path
     models: Models
@@ -128,6 +140,7 @@ class Job:
     strict: bool = False
     retry_failed: bool = False
     dry_run: bool = False
+    measure: bool = False
     target: Target | None = None
     price_per_chip_hour: float | None = None
     image_root: str | None = None
@@ -151,10 +164,13 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
     for before, word in zip(["", *rest], rest, strict=False):
         if not word.startswith("-") and (not before.startswith("-") or "=" in before):
             parser.error(f"unexpected {word!r}")
-    for name in ("manifest", "output"):
+    prompts = _prompts(said)
+    if said.get("measure") and not said.get("dry_run"):
+        raise InputError("--measure is for a dry run: add --dry-run, or leave it out")
+    for name, hint in (("manifest", "; or give a --prompt"), ("output", "")):
         if name not in said:
-            parser.missing(f"--{name}", rest)
-    return _job(said), rest
+            parser.missing(f"--{name}", rest, hint)
+    return _job(said, prompts), rest
 
 
 def from_python(said: dict) -> Job:
@@ -175,10 +191,11 @@ def _with_paths(value):
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _job(said: dict) -> Job:
+def _job(said: dict, prompts: tuple[str, ...] = ()) -> Job:
     said = dates.filled(said)
     return Job(
         manifest=said["manifest"],
+        prompts=prompts,
         output=said["output"],
         models=_models(said),
         settings={name: said[name] for name in settings.NAMES if name in said},
@@ -191,6 +208,23 @@ def _job(said: dict) -> Job:
     )
 
 
+def _prompts(said: dict) -> tuple[str, ...]:
+    """Returns the prompts of the command line, and names them as the manifest."""
+    prompts = _several(said, "prompt")
+    if not prompts:
+        return ()
+    if "manifest" in said:
+        raise InputError("--prompt replaces --manifest; use one of them")
+    for prompt in prompts:
+        if not prompt.strip() or re.search(r"[\r\n]", prompt):
+            raise InputError(
+                f"--prompt {checks.shown(prompt)} must be one line of text; repeat --prompt for "
+                "further prompts"
+            )
+    said["manifest"] = PROMPTS
+    return prompts
+
+
 def _with_hyphens(word: str) -> str:
     """Replaces the underscores in the name of one of our options with hyphens."""
     name, equals, value = word.partition("=")
@@ -199,10 +233,15 @@ def _with_hyphens(word: str) -> str:
 
 
 def _models(said: dict) -> Models:
-    several = {name: said.get(name, ()) for name in REPEATED}
-    several = {n: (each,) if isinstance(each, str) else tuple(each) for n, each in several.items()}
+    several = {name: _several(said, name) for name in ("lora", "controlnet", "ip_adapter")}
     others = {name: said.get(name) for name in ("variant", "refiner", "base", "upscale")}
     return Models(said.get("model", "shapes64"), **several, **others)
+
+
+def _several(said: dict, name: str) -> tuple[str, ...]:
+    """Returns the values of an option that may be repeated; a job file may have one alone."""
+    values = said.get(name, ())
+    return (values,) if isinstance(values, str) else tuple(values)
 
 
 def _workers(said: dict) -> Workers:
@@ -259,7 +298,7 @@ def _check_types(said: dict, where: str) -> None:
     """Raises InputError for an unknown option, or one of a type that no other check rejects."""
     for name, value in said.items():
         if name not in OPTIONS:
-            raise InputError(f"{where}: unknown option {name!r}{suggest(name)}")
+            raise InputError(f"{where}: unknown option {name!r}{suggest(name, OPTIONS)}")
         is_flag = name in FLAGS
         if is_flag and not isinstance(value, bool):
             raise InputError(f"{where}: {name} must be true or false, not {value!r}")
@@ -268,17 +307,10 @@ def _check_types(said: dict, where: str) -> None:
             raise InputError(f"{where}: {name} must be text, not {value!r}")
 
 
-def suggest(name: str) -> str:
-    """Returns the end of a message: a suggestion for a misspelled option, or nothing."""
-    names = [option.replace("_", "-") for option in OPTIONS]
-    close = difflib.get_close_matches(name.replace("_", "-"), names, n=1)
-    return f"; did you mean --{close[0]}?" if close else ""
-
-
 def _parser() -> Parser:
     parser = Parser(
         "generate",
-        usage="jaxdiff generate [JOB.toml] --manifest FILE --output DIR [option ...]",
+        usage="jaxdiff generate [JOB.toml] --manifest FILE|--prompt TEXT --output DIR [option ...]",
         description=DESCRIPTION,
         epilog=EPILOG,
     )
@@ -290,7 +322,9 @@ def _parser() -> Parser:
                 group.add_argument(flag, action="store_true", default=None, help=text)
             else:
                 action = "append" if name in REPEATED else "store"
-                group.add_argument(flag, metavar=value, action=action, help=text)
+                argument = group.add_argument(flag, metavar=value, action=action, help=text)
+                if name in CHOICES:
+                    argument.completer = lambda name=name, **_: CHOICES[name]
     return parser
 
 
@@ -304,7 +338,14 @@ HELP = {
         "manifest": (
             "FILE",
             "the prompts: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, optionally .gz; a "
-            "folder of .txt files with one prompt each; or a quoted glob; local, gs:// or s3://",
+            "folder of .txt files with one prompt each; or a quoted glob; local, gs:// or s3://; "
+            "or - for standard input: JSON Lines, or a table with a column prompt, or one prompt "
+            "per line",
+        ),
+        "prompt": (
+            "TEXT",
+            "a prompt, in place of --manifest; may be repeated, and works like a text file with "
+            "these lines",
         ),
         "prompt_column": ("NAME", "the manifest's column of prompts (default: prompt)"),
         "image_root": (
@@ -340,7 +381,8 @@ HELP = {
         "refiner": ("MODEL", "a second model for the last steps, such as the SDXL refiner"),
         "lora": (
             "FILE[:WEIGHT]",
-            "a LoRA (.safetensors) to add to the model's weights; may be repeated",
+            "a LoRA (.safetensors), or the directory of one, to add to the model's weights; may be "
+            "repeated",
         ),
         "controlnet": (
             "DIR[:SCALE]",
@@ -371,7 +413,11 @@ HELP = {
         "retry_failed": (None, "retry the images in failed.jsonl"),
         "dry_run": (
             None,
-            "generate nothing; print the plan and the estimated time",
+            "generate nothing; print the plan, and estimates of the time and of the disk space",
+        ),
+        "measure": (
+            None,
+            "with --dry-run: load the model and time two batches on this machine",
         ),
     },
     "defaults for rows that do not set them": {
@@ -484,7 +530,15 @@ HELP = {
 OPTIONS = {name: value for group in HELP.values() for name, (value, _) in group.items()}
 NAMES = (  # always text, even if it looks like a number
     *("manifest", "prompt_column", "image_root", "output", "model", "base", "variant", "refiner"),
-    *("lora", "controlnet", "ip_adapter", "upscale", "profile", "target"),
+    *("prompt", "lora", "controlnet", "ip_adapter", "upscale", "profile", "target"),
 )
-REPEATED = ("lora", "controlnet", "ip_adapter")
+CHOICES = {  # for a shell to complete
+    "sampler": (*SAMPLERS,),
+    **{
+        name: arguments[0]
+        for name, (check, *arguments) in (settings.CHECKS | OPTION_CHECKS).items()
+        if check is checks.choice
+    },
+}
+REPEATED = ("prompt", "lora", "controlnet", "ip_adapter")
 FLAGS = tuple(name for name, value in OPTIONS.items() if value is None)

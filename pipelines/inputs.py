@@ -1,11 +1,15 @@
-"""Remote manifests (gs://, s3://), copied to a local folder through Beam's file systems."""
+"""Manifests that are not local files: prompts of the command line, standard input, and URLs.
+
+Each is copied to a temporary folder; URLs (gs://, s3://) through Beam's file systems.
+"""
 
 import contextlib
 import glob
 import importlib.util
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from apache_beam.io.filesystem import CompressionTypes
@@ -15,21 +19,28 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from jaxdiff.dataset.manifest import manifest as manifests
 from jaxdiff.dataset.manifest.manifest import Manifest
 from jaxdiff.errors import InputError
+from pipelines import jobs
+from pipelines.generate_options import STANDARD_INPUT
 
 EXTRAS = {"gs": ("google.cloud.storage", "gcp"), "s3": ("boto3", "aws")}  # a module and its extra
 
 
 @contextlib.contextmanager
 def fetched(
-    where: str, options: PipelineOptions, content: Path | None = None
+    where: str,
+    options: PipelineOptions,
+    *,
+    content: Path | None = None,
+    prompts: Sequence[str] = (),
 ) -> Iterator[Manifest]:
-    """Yields the manifest at a path, glob or URL; its files are local until the context ends.
+    """Yields a job's manifest; its files are local until the context ends.
 
     Args:
-      where: as for `manifest.find`, or the URL of a file, of a folder of text files with one prompt
-        each, or of a glob.
+      where: as for `manifest.find`; "-" for standard input; or the URL of a file, of a folder of
+        text files with one prompt each, or of a glob.
       options: Beam's options, which may be needed to reach it.
-      content: the manifest's file, if `where` is only its name.
+      content: the manifest's file; if it is given, `where` is only a name.
+      prompts: the lines of a text manifest; if there are any, `where` is only a name.
 
     Raises:
       InputError: if it does not exist or cannot be read.
@@ -37,11 +48,19 @@ def fetched(
     if content is not None:
         yield manifests.of_names(where, {where: content})
         return
-    if "://" not in where:
+    if not prompts and where != STANDARD_INPUT and "://" not in where:
         yield manifests.find(where)
         return
-    with tempfile.TemporaryDirectory(prefix="jaxdiff-manifest-") as folder:
-        yield _copied(where, Path(folder), options)
+    with tempfile.TemporaryDirectory(prefix="jaxdiff-manifest-") as temporary:
+        folder = Path(temporary)
+        if prompts:
+            lines = "".join(f"{line}\n" for line in prompts)
+            (folder / "prompts").write_text(lines, "utf-8", "surrogateescape")
+            yield manifests.of_names(where, {where: folder / "prompts"})
+        elif where == STANDARD_INPUT:
+            yield _read(folder / "stdin")
+        else:
+            yield _copied(where, folder, options)
 
 
 @contextlib.contextmanager
@@ -60,11 +79,41 @@ def exists(where: str, options: PipelineOptions) -> bool:
     Raises:
       InputError: if the URL cannot be reached.
     """
+    if where == STANDARD_INPUT:
+        return True
     if "://" not in where:
         return Path(where).exists() or bool(glob.glob(where, recursive=True))
     with _file_system(where, options):
         addresses, _ = _found(where)
     return bool(addresses)
+
+
+def _read(path: Path) -> Manifest:
+    """Copies standard input to a path; recognises its format by its beginning."""
+    if sys.stdin is None:
+        raise InputError("--manifest -: there is no standard input; name a file")
+    if sys.stdin.isatty():
+        jobs.say("reading prompts, one per line, until Ctrl-D")
+    with path.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
+    with path.open("rb") as file:
+        head = file.read(2**16)
+    if b"\0" in head or head.startswith(b"\x1f\x8b"):
+        raise InputError("--manifest -: standard input is not text; unpack it, or name its file")
+    name = f"stdin.{_kind(head.decode('utf-8-sig', 'replace'))}"
+    return manifests.of_names(name, {name: path})
+
+
+def _kind(head: str) -> str:
+    """Returns the file type of a text that begins like this."""
+    first, *_ = head.lstrip().splitlines() or [""]
+    if first.startswith("{"):
+        return "jsonl"
+    for kind, separator in (("csv", ","), ("tsv", "\t")):
+        names = [name.strip(' "').casefold() for name in first.split(separator)]
+        if len(names) > 1 and "prompt" in names:
+            return kind
+    return "txt"
 
 
 def _copied(where: str, folder: Path, options: PipelineOptions) -> Manifest:

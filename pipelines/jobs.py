@@ -29,11 +29,28 @@ def is_debugging() -> bool:
 
 
 def duration(seconds: float) -> str:
-    """Returns a number of seconds in a fitting unit, such as "2.5 h"."""
+    """Returns a number of seconds in a fitting unit, such as "2.5 h" or "40 s"."""
+    if seconds < 1:
+        return "less than 1 s"
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.2g} s"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def size(count: float) -> str:
+    """Returns a number of bytes in a fitting unit, such as "1.5 GB"."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
+def rows(counts: dict[str, int]) -> str:
+    """Returns what became of a manifest's rows, by `Plan.rows`."""
+    return (
+        f"rows: {counts['accepted']} used, {counts['rejected']} rejected, {counts['blank']} blank"
+    )
 
 
 def count(number: int, what: str) -> str:

@@ -21,7 +21,7 @@ from pipelines import progress as shown_progress
 ROWS = "rows.jsonl"  # the name of a manifest of rows, in messages and records
 ROWS_AT_ONCE = 1024  # of a table, as Python objects
 INDEX = re.compile(r"__index_level_\d+__")  # the index of a DataFrame, as a column without a name
-OF_THE_COMMAND = ("dry_run", "if_missing")  # options that make no dataset
+OF_THE_COMMAND = ("dry_run", "if_missing", "measure", "prompt")  # they have other ways in Python
 _running = threading.Lock()  # jobs of one process would share workers and the signal to stop
 
 

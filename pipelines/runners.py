@@ -7,6 +7,7 @@ runner if it can, so the same command would behave differently offline.
 import contextlib
 import importlib.util
 import io
+import re
 import shutil
 
 from apache_beam.options import pipeline_options as beam_options
@@ -18,7 +19,8 @@ from apache_beam.runners.portability.portable_runner import PortableRunner
 from apache_beam.runners.runner import PipelineRunner
 
 from jaxdiff.errors import InputError
-from pipelines import generate_options as job_options
+from pipelines import spellings
+from pipelines.generate_options import OPTIONS
 
 THREADS = 8  # Beam threads per worker; Beam deals the shards out to them in advance, in turn
 AT_HOME = ("DirectRunner", "SwitchingDirectRunner", "FnApiRunner")
@@ -54,6 +56,10 @@ def choose(arguments: list[str], workers: int) -> tuple[PipelineRunner, Pipeline
       InputError: if an option or the runner is unknown, unreliable for a job or not installed, or
         if the option belongs to another runner.
     """
+    for word in arguments:
+        if re.match("-[A-Za-z]", word):  # Beam has no such options, and ignores them
+            name, hint = word.partition("=")[0], spellings.suggest(word.partition("=")[0], OPTIONS)
+            raise InputError(f"unknown option {name}{hint}")
     name = _runner_name(arguments)
     if name in (None, *AT_HOME):
         return FnApiRunner(), _options_at_home(arguments, workers)
@@ -101,7 +107,7 @@ def _options_at_home(arguments: list[str], workers: int) -> PipelineOptions:
         said = options.view_as(owned).get_all_options(drop_default=True, current_only=True)
         for name in said.keys() - FOR_FILES:
             ours = name.removeprefix("num_")
-            hint = f", or use --{ours.replace('_', '-')}" * (ours in job_options.OPTIONS)
+            hint = f", or use --{ours.replace('_', '-')}" * (ours in OPTIONS)
             raise InputError(f"--{name} is an option of {owner}: add --runner {owner}{hint}")
     direct = options.view_as(beam_options.DirectOptions)
     if direct.direct_running_mode == "multi_processing":
@@ -129,7 +135,7 @@ def _refuse_unknown(options: PipelineOptions, with_runner: PipelineRunner | None
     """Raises InputError for unknown options; a JVM runner may have some, but no misspelled ones."""
     known, every = _parse(options)
     for name in every:
-        suggestion = job_options.suggest(name)
+        suggestion = spellings.suggest(name, OPTIONS)
         if name not in known and (suggestion or not isinstance(with_runner, PortableRunner)):
             said = f"--{name.replace('_', '-')}"
             if suggestion.endswith(f"{said}?"):  # correct, but for another command

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from jaxdiff.dataset import names
 from jaxdiff.dataset import shard as shards
+from jaxdiff.dataset.plan import PlannedImage
 from jaxdiff.dataset.run import Run, open_run
 from jaxdiff.dataset.store import open_store
 from jaxdiff.devices import batching
@@ -60,7 +61,8 @@ class Task:
       directory: the dataset's, absolute, or its address.
       models: the arguments of `generate_options.Models`.
       mode: "make" makes a missing shard; "retry" retries the failed images of a finished shard;
-        "repair" remakes a finished shard's files, with the same bytes as in its marker.
+        "repair" remakes a finished shard's files, with the same bytes as in its marker; "measure"
+        times some batches of it and keeps nothing.
       alone: the keys of images to compute in batches of their own, padded with copies, because they
         were being made when the process died.
       deadly: the keys of images that have killed the process too often, each with the reason.
@@ -70,7 +72,7 @@ class Task:
     directory: str
     models: dict
     shard: int
-    mode: Literal["make", "retry", "repair"] = "make"
+    mode: Literal["make", "retry", "repair", "measure"] = "make"
     alone: tuple[str, ...] = ()
     deadly: dict[str, str] | None = None
     profile: str | None = None
@@ -106,6 +108,8 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
     is_retry = task.mode == "retry"
     revision = marker.revision + 1 if is_retry else 0
     batch_size = _batch_size(run, model, planned[0].request)
+    if task.mode == "measure":
+        return _measured(model, run, planned, batch_size, started, tell)
     loaded = time.monotonic()
     files = marker.files if is_retry else ()
     with run.store.fetched(*files) as local, shards.Attempt(run, task.shard, revision) as attempt:
@@ -132,6 +136,45 @@ def make_shard(task: Task, tell: Callable[[dict], None]) -> dict[str, float]:
             attempt.commit(facts)
     run.store.forget_old()  # now that this run has a shard
     return {"images": work.made, "failed": work.failed, "padded": work.padded} | seconds
+
+
+def _measured(
+    model: "TextToImage",
+    run: Run,
+    planned: list[PlannedImage],
+    batch_size: int,
+    started: float,
+    tell: Callable[[dict], None],
+) -> dict:
+    """Makes a batch of a shard to warm up, then up to two batches, and keeps none of them.
+
+    Returns:
+      "device"; "slots", the images that all devices compute at once; "startup", the seconds until
+      the first batch is made; "seconds", what each batch takes after that; "bytes" of an image's
+      file, None if all images failed.
+    """
+    slots = model.slots(planned[0].request, batch_size)
+    times = [started]
+    for images in (planned[:slots], planned[slots : 3 * slots] or planned[:slots]):
+        work = ShardImages(
+            model,
+            run.plan,
+            batch_size,
+            tell=tell,
+            is_stopping=stopping.is_set,
+            profile=Profile(None),
+        )
+        with shards.Attempt(run, 0) as attempt:
+            work.fill(attempt, images, set(), iter(()))
+            files = attempt.image_bytes
+        times.append(time.monotonic())
+    return {
+        "device": device_of(model),
+        "slots": slots,
+        "startup": times[1] - times[0],
+        "seconds": (times[2] - times[1]) / -(-len(images) // slots),
+        "bytes": sum(files) / len(files) if files else None,
+    }
 
 
 @functools.cache  # one per process

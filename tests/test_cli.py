@@ -1,4 +1,5 @@
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -42,11 +43,40 @@ def test_help_names_the_commands_and_an_example(capsys):
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
     assert re.findall(r"^  (\w+)  +", said, re.M) == COMMANDS
-    assert "jaxdiff generate --manifest prompts.txt --output out/first" in said
+    assert 'jaxdiff generate --prompt "a red circle above a blue square" --output out/first' in said
     for command in COMMANDS:
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
         assert f"usage: jaxdiff {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("jaxdiff ve", ["verify "]),
+        ("jaxdiff generate job.toml --ste", ["--steps "]),
+        ("jaxdiff upscale in --sampler euler", ["euler", "euler_ancestral"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_values(tmp_path, line, completed):
+    said = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "said"),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }
+    code = """
+import sys
+from jaxdiff import cli
+sys.stdout.close()
+sys.addaudithook(lambda event, names: event == "import" and names[0] in HEAVY and sys.exit(9))
+HEAVY = {"jax", "flax", "torch", "transformers", "apache_beam"}
+cli.main()
+"""
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT, env=os.environ | said, check=False).returncode == 0
+    assert (tmp_path / "said").read_text().split("\n") == completed
 
 
 def test_the_version_is_that_of_the_installed_package(capsys):
@@ -61,10 +91,31 @@ def test_the_version_is_that_of_the_installed_package(capsys):
             ["make"],
             "unknown command 'make'; the commands are generate, compile, upscale, inspect, ",
         ),
+        (["genrate"], "unknown command 'genrate'; did you mean generate?"),
+        (["view", "x", "--ouput", "y"], "unknown option --ouput; did you mean --output? (jaxdiff "),
+        (["view", "x", "y"], "unexpected 'y' (jaxdiff view --help"),
+        (["view", "x", "--sheet", "y.gif"], "--sheet y.gif must end in one of .png, .jpg, .webp"),
+        (["view", "/nowhere", "--sheet", "y.png"], "/nowhere holds no jaxdiff run"),
+        (
+            ["generate", "--prompt=a", "--outdir", "x"],
+            "unknown option --outdir; did you mean --output?",
+        ),
+        (
+            ["generate", "--prompt=a\nb", "--output=o"],
+            "--prompt 'a\\nb' must be one line of text; repeat --prompt for further prompts",
+        ),
+        (
+            ["generate", "--prompt=a", "--manifest=x.txt", "--output=o"],
+            "--prompt replaces --manifest; use one of them",
+        ),
+        (
+            ["evaluate", "--benchmark=shapes", "--output=o", "--vary=step=1,2"],
+            "--vary step=1,2: unknown option 'step'; did you mean steps?",
+        ),
         (["verify"], "the following arguments are required: DIR (jaxdiff verify --help"),
         (["verify", "/nowhere"], "/nowhere holds no jaxdiff run"),
         (["view", "/nowhere"], "/nowhere holds no jaxdiff run"),
-        (["generate"], "--manifest is missing (jaxdiff generate --help"),
+        (["generate"], "--manifest is missing; or give a --prompt (jaxdiff generate --help"),
         (["generate", "--manifest", "x.txt"], "--output is missing"),
         (["generate", "--manfest=x.txt"], "unknown option --manfest; did you mean --manifest?"),
         (
@@ -196,14 +247,10 @@ def test_the_contact_sheet_has_an_image_for_every_prompt(tmp_path, tiny_checkpoi
     job = {"manifest": tmp_path / "p.txt", "output": directory, "model": tiny_checkpoint}
     job |= {"steps": 2, "batch-size": 2}
     assert cli.main(["generate", *(f"--{name}={value}" for name, value in job.items())]) == 0
-    ended = subprocess.run(
-        [sys.executable, "tools/contact_sheet.py", str(directory)],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT)},
-        check=True,
-    )
-    assert ended.returncode == 0
-    with Image.open(directory / "contact_sheet.png") as sheet:
-        assert sheet.width > sheet.height > 300
-        assert len(sheet.convert("RGB").getcolors(10**7)) > 1000
+    sheet = directory / "contact_sheet.png"
+    assert cli.main(["view", str(directory), "--sheet", str(sheet)]) == 0
+    assert not (directory / "gallery").exists()
+    with Image.open(sheet) as drawn:
+        assert drawn.width > drawn.height > 300
+        assert len(drawn.convert("RGB").getcolors(10**7)) > 1000
     assert cli.main(["verify", str(directory)]) == 0

@@ -95,12 +95,13 @@ class Update:
 
 
 def parse(said: str) -> Lora:
-    """Reads "FILE.safetensors" or "FILE.safetensors:WEIGHT".
+    """Reads "FILE.safetensors" or "FILE.safetensors:WEIGHT"; a directory means the file in it.
 
     Raises:
-      InputError: if it has neither form, or the weight is not a number.
+      InputError: if it has neither form, the weight is not a number, or a directory has not one
+        .safetensors file.
     """
-    found = SAID.fullmatch(said)
+    found = SAID.fullmatch(_in_directory(said))
     if not found:
         raise InputError(
             f"lora {said!r} must be FILE.safetensors or FILE.safetensors:WEIGHT; other kinds of "
@@ -112,6 +113,21 @@ def parse(said: str) -> Lora:
         return Lora(file, checks.number(what, weight, -MAX_WEIGHT, MAX_WEIGHT))
     except checks.BadValueError as problem:
         raise InputError(str(problem)) from None
+
+
+def _in_directory(said: str) -> str:
+    """Names the file in place of its directory, as diffusers and our training write one."""
+    folder, colon, weight = said, "", ""
+    if not os.path.isdir(said):
+        folder, colon, weight = said.rpartition(":")
+    if not folder or not os.path.isdir(folder):
+        return said
+    files = sorted(str(path) for path in Path(folder).glob("*.safetensors"))
+    if len(files) != 1:
+        raise InputError(
+            f"lora {folder} is a directory with {len(files)} .safetensors files; name one file"
+        )
+    return files[0] + colon + weight
 
 
 def adapted(checkpoint: Checkpoint, loras: Sequence[str]) -> Checkpoint:

@@ -138,7 +138,7 @@ def finalize(run: Run, plan_seconds: float, root: Root | None = None) -> dict:
     store, run = run.store, _swept(run)
     markers = _markers(run)
     folders = (names.DATA, names.METADATA, names.DONE)  # other files of a user may stay elsewhere
-    if problems := [*_check_shards(run), *proof.strays(run, markers, folders)]:
+    if problems := [*_unfinished(run), *_check_shards(run), *proof.strays(run, markers, folders)]:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise IncompleteError(f"{run.address}: {problems[0]}{more}")
     counts = _counts(run.plan, markers)
@@ -213,7 +213,7 @@ def verify(
     run = open_run(store).snapshot()
     if problems := [*_check_plan(run)] or [*_check_rows(run)]:
         return {}, problems
-    if problems := [*check_shards(run)]:
+    if problems := [*_unfinished(run), *check_shards(run)]:
         return {}, problems
     markers = _markers(run)
     if problems := [*proof.strays(run, markers)]:
@@ -297,27 +297,43 @@ def _check_shards(run: Run, deep: bool = False) -> Iterator[str]:
             yield from problems
 
 
+def _unfinished(run: Run) -> Iterator[str]:
+    """Yields one line if shards are missing."""
+    if missing := todo(run):
+        total, how = len(run.shards), "run the same generate command to finish"
+        if len(missing) == 1:
+            yield f"shard {missing[0]} of {total} is not finished; {how} it"
+        else:
+            yield f"{len(missing)} of {total} shards are not finished; {how} them"
+
+
 def check_shard(run: Run, shard: int, deep: bool = False) -> Iterator[str]:
-    """Yields how a shard's bytes differ from what its marker names; if `deep`, also its images."""
+    """Yields how a shard's bytes differ from what its marker names; if `deep`, also its images.
+
+    There is nothing to check in a shard that is not finished.
+    """
     try:
         markers = shards.read_markers(run, shard)
     except ValueError as problem:
         yield f"{problem}; {_mend(run)}"
         return
     if not markers:
-        made = f"shard {shard} of {len(run.shards)} is not finished"
-        yield f"{made}; run the same generate command to finish it"
-        return
+        return  # `_unfinished` says so
     marker = markers[-1]
     with run.store.fetched(*marker.files) if deep else contextlib.nullcontext() as local:
         here = Run(local, run.plan) if deep else run
         wrong = {name: shards.why_not(here, marker, name, "etag") for name in marker.files}
-        yield from (f"{name} {why}; {_mend(run)}" for name, why in wrong.items() if why)
+        images_name, within = marker.images_name, []
         if deep and not wrong[marker.metadata_name]:
-            images_name = marker.images_name
             path = local.path(images_name)
             if not paths.wrong_kind_within(path, run.is_folder(images_name)):
-                yield from contents.problems(run, marker, local)
+                within = [*contents.problems(run, marker, local)]
+        if within and wrong[images_name]:  # one problem, and where it is
+            more = f", and {len(within) - 1} more" if len(within) > 1 else ""
+            first, within = within[0].removeprefix(f"{images_name}: "), []
+            wrong[images_name] += f" ({first}{more})"
+        yield from (f"{name} {why}; {_mend(run)}" for name, why in wrong.items() if why)
+        yield from within
 
 
 def _check_root(run: Run, markers: list[shards.Marker]) -> Iterator[str]:
@@ -382,13 +398,29 @@ def _failed(run: Run, markers: list[shards.Marker]) -> str:
     return "".join(lines)
 
 
-def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) -> dict:
-    """Returns the run's report from its plan and markers; seconds are sums over the shards."""
+def spent(markers: list[shards.Marker]) -> dict:
+    """Returns what shards cost: images made, seconds by stage, and what follows from them.
+
+    Seconds are sums over the shards, which several workers may have made at the same time.
+    """
     facts = [marker.facts for marker in markers]
     seconds = {
         stage: sum(fact["seconds"].get(stage, 0.0) for fact in facts)
         for stage in facts[0]["seconds"]
     }
+    made = sum(marker.made for marker in markers)
+    rate = made / seconds["generate"] if seconds["generate"] else None
+    return {
+        "made": made,
+        "images_per_worker_second": rate and round(rate, 3),
+        "seconds": seconds,
+        "devices": sorted({fact["device"] for fact in facts}),
+    }
+
+
+def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) -> dict:
+    """Returns the run's report from its plan and markers."""
+    facts, cost = [marker.facts for marker in markers], spent(markers)
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "plan_id": plan.id,
@@ -398,11 +430,9 @@ def _report(plan: Plan, markers: list[shards.Marker], counts: dict[str, int]) ->
         "counts": counts,
         "notices": plan.notices,
         "padded": sum(fact["padded"] for fact in facts),
-        "images_per_worker_second": round(counts["made"] / seconds["generate"], 3)
-        if seconds["generate"]
-        else None,
-        "seconds": seconds,
-        "devices": sorted({fact["device"] for fact in facts}),
+        "images_per_worker_second": cost["images_per_worker_second"],
+        "seconds": cost["seconds"],
+        "devices": cost["devices"],
         "versions": {
             name: sorted({fact["versions"].get(name, "unknown") for fact in facts})
             for name in facts[0]["versions"]

@@ -299,6 +299,11 @@ class Attempt:
         self._rows.append({**sample.record, **outcome})
         self._report()
 
+    @property
+    def image_bytes(self) -> list[int]:
+        """The size of each image's file so far."""
+        return [row["bytes"] for row in self._rows if row["status"] == "made"]
+
     def add_failed(self, planned: PlannedImage, error: str) -> None:
         """Records an image that failed."""
         self._failed += 1

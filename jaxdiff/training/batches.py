@@ -149,6 +149,15 @@ def of(parts: Components, recipe: TextToImageRecipe, output: Path) -> Batches:
         return made
 
     samples = source.samples
+    if prompts := recipe.checkpoints.prompts:
+        most = sample_count(size_of(parts, recipe.data))
+        if samples.keys() & {*IMAGES_IN}:
+            raise InputError("checkpoints.prompts: samples of this model begin with images")
+        if len(prompts) > most:
+            raise InputError(
+                f"checkpoints.prompts: at most {most} images of this size fit in a grid"
+            )
+        samples = {"captions": [*prompts]}
     if inpaints:
         samples = {**samples, "masks": _masks([recipe.seed, MASKS], samples["pixels"])}
     validation = range(VALIDATION_BATCHES) if source.held_out else ()

@@ -42,7 +42,7 @@ from jaxdiff.families.config_values import OWN_DEFAULTS
 from jaxdiff.training import data
 from jaxdiff.training.autoencoder import VALIDATION_SEED
 from jaxdiff.training.components import Components, load_model
-from jaxdiff.training.loop import Params, Task, grid
+from jaxdiff.training.loop import Params, Task, captioned
 from jaxdiff.training.recipe import ConsistencyRecipe, Data
 from jaxdiff.training.shapes import scenes
 from jaxdiff.training.text_to_image import DTYPES, conditioning, in_dtype
@@ -365,7 +365,8 @@ def _latent_shape(model: Components, recipe: ConsistencyRecipe) -> tuple[int, in
 def _preview(parts: _Parts) -> Callable[[Params, Params], np.ndarray]:
     """Returns a function that draws the student's sample grid."""
     student, shape = parts.student, _latent_shape(parts.student, parts.recipe)
-    captions, table = scenes.preview_captions(), parts.short
+    captions = [*parts.recipe.checkpoints.prompts] or scenes.preview_captions()
+    table = parts.short
     token_ids, codec = student.tokenized(captions), student.model.codec
     scale = jnp.full(len(captions), sum(parts.recipe.guidance_scale) / 2)
 
@@ -387,6 +388,6 @@ def _preview(parts: _Parts) -> Callable[[Params, Params], np.ndarray]:
     def preview(params: Params, frozen: Params) -> np.ndarray:
         seeds = np.arange(len(captions), dtype=np.uint32)
         noise = random_noise.draw(seeds, shape, "jax", table.draws)
-        return grid(np.asarray(sample(params, frozen, noise.start, noise.fresh)), columns=8)
+        return captioned(np.asarray(sample(params, frozen, noise.start, noise.fresh)), captions)
 
     return preview

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxdiff.devices import compilation, parallel
 from jaxdiff.errors import InputError
+from jaxdiff.images import sheet
 from jaxdiff.training import checkpoints, watch
 from jaxdiff.training.optimizers import average_decay, optimizer
 from jaxdiff.training.recipe import Recipe
@@ -33,6 +34,7 @@ from jaxdiff.training.recipe import Recipe
 Params = Any  # a nested dict of arrays
 MOST_LOADERS = 8  # threads that prefetch batches, one batch each
 VALIDATION_SEED = 2**31 - 1
+LEAST_PX = 160  # of a picture in a grid with captions, which smaller ones are too narrow for
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ def _read(run: _Run, manager: ocp.CheckpointManager, watched: watch.Watch, step:
     measured = watch.measurements(*logged)
     _check_finite(run, manager, step, measured)
     watched.add(measured, run.recipe.batch_size * run.recipe.optimizer.accumulate)
-    if step % watch.LOG_EVERY == 0 and not _is_due(run.recipe, step):
+    if watch.is_logged(step) and not _is_due(run.recipe, step):
         watched.write_line(step, {})
 
 
@@ -342,6 +344,12 @@ def _stopped_by_sigterm() -> Iterator[threading.Event]:
         yield stopped
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+def captioned(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """Arranges images, uint8 [n, h, w, 3], in rows of 8 with a caption under each."""
+    px = max(LEAST_PX, images.shape[2])
+    return np.asarray(sheet.draw(images, captions, 8, px))
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:

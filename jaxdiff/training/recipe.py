@@ -254,6 +254,8 @@ def read(path: Path) -> Recipe:
         if name in RANGES and not low <= value <= high:
             wanted = f"at least {low}" if high == ANY else f"from {low} to {high}"
             raise InputError(f"{path}: {name} must be {wanted}, not {value}")
+    if recipe.checkpoints.prompts and objective not in ("text_to_image", "consistency"):
+        raise InputError(f'{path}: checkpoints.prompts has no effect on objective = "{objective}"')
     warmup, cooldown = recipe.optimizer.warmup_steps, recipe.optimizer.cooldown_steps
     if cooldown and recipe.optimizer.schedule != "constant":
         raise InputError(

@@ -74,11 +74,14 @@ class Checkpoints:
       every: steps between checkpoints, each with a sample grid and a validation.
       keep: how many of the newest checkpoints to keep.
       keep_best: how many checkpoints with the lowest validation loss to keep as well.
+      prompts: what the sample grids show, for models of text alone; by default captions of the
+        data.
     """
 
     every: int = 500
     keep: int = 2
     keep_best: int = 1
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from jaxdiff.models.unet import UNetConfig
 from jaxdiff.request import Bucket
 from jaxdiff.training import batches, controlnet, inpainting, low_rank, noise_levels
 from jaxdiff.training.components import Components, from_recipe
-from jaxdiff.training.loop import Params, Task, grid
+from jaxdiff.training.loop import Params, Task, captioned
 from jaxdiff.training.recipe import TextToImageRecipe
 from jaxdiff.training.shapes import places
 
@@ -326,9 +326,11 @@ def preview(
         seeds, shape = np.arange(count, dtype=np.uint32), (side, side, codec.channels)
         noise = random_noise.draw(seeds, shape, "jax", table.draws)
         pixels = np.asarray(sample(params, frozen, noise.start, noise.fresh, images))
+        shown = captions
         if images:
             pixels = np.stack([_shown(images), pixels], axis=1).reshape(-1, *pixels.shape[1:])
-        return grid(pixels, columns=min(8, len(pixels)))
+            shown = [text for caption in captions for text in ("", caption)]
+        return captioned(pixels, shown)
 
     return picture
 

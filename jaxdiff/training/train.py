@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ from jaxdiff.training.recipe import (
     flat,
     read,
 )
+from jaxdiff.training.watch import METRICS, read_metrics
 
 LOCK = ".lock"
 RECIPE = "recipe.toml"
@@ -75,6 +78,52 @@ def train(
         except OSError as problem:
             problem.filename = problem.filename or str(output)  # a full disk gives no file name
             raise
+
+
+def summary(recipe_path: Path, output: Path) -> str:
+    """Returns lines about a finished run: where its model is, its losses, and how to use it."""
+    recipe = read(recipe_path)
+    lines = [f"model: {output / 'model'}, after {recipe.steps} steps"]
+    metrics = read_metrics(output / METRICS)
+    measured = [line for line in metrics if "validation_loss" in line]
+    if measured:
+        best, last = min(measured, key=lambda line: line["validation_loss"]), measured[-1]
+        loss = f"validation loss: {last['validation_loss']:.4g}"
+        if best["step"] != last["step"] and recipe.checkpoints.keep_best:
+            again = shlex.join(["jaxdiff", "train", str(recipe_path), "--output", str(output)])
+            loss += f"; the best was {best['validation_loss']:.4g} at step {best['step']}: "
+            loss += f"{again} --export best"
+        lines.append(loss)
+    elif metrics:
+        lines.append(f"training loss: {metrics[-1]['loss']:.4g}")
+    return "\n".join([*lines, f"to use it: {_use(recipe, output / 'model')}"])
+
+
+def _use(recipe: Recipe, model: Path) -> str:
+    """Returns the command, or the key of a recipe, that uses a run's model."""
+    match recipe:
+        case AutoencoderRecipe():
+            return f"vae = {json.dumps(str(model))} in a recipe"
+        case TextEncoderRecipe():
+            return f"text_encoder = {json.dumps(str(model))} in a recipe"
+        case UpscalerRecipe():
+            words = ["upscale", "FOLDER", "--model", str(model / upscaler.FILE)]
+        case TextToImageRecipe(method="lora"):
+            words = ["generate", "--model", recipe.model, "--lora", str(model)]
+        case TextToImageRecipe(method="controlnet"):
+            words = ["generate", "--model", recipe.model, "--controlnet", str(model)]
+        case _:
+            words = ["generate", "--model", str(model)]
+    if _takes_images(recipe):
+        words += ["--manifest", "ROWS.jsonl"]
+    elif words[0] == "generate":
+        words += ["--prompt", "TEXT"]
+    return shlex.join(["jaxdiff", *words, "--output", "out/first"])
+
+
+def _takes_images(recipe: Recipe) -> bool:
+    """Returns whether the rows of a manifest bring images for the trained model."""
+    return getattr(recipe, "method", "") in ("controlnet", "inpaint")
 
 
 def export(

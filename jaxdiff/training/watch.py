@@ -1,7 +1,9 @@
 """Reports on a run: metrics.jsonl, TensorBoard, plots, sample grids and a progress bar."""
 
 import json
+import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +13,10 @@ from tqdm import tqdm
 
 from jaxdiff.training import tensorboard
 
-LOG_EVERY = 50
+METRICS = "metrics.jsonl"
+EARLY_STEPS = 200  # with more lines than later ones
+LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
+SMOOTHED_LINES = 10  # in about as many lines, the drawn mean forgets what was before
 NOISE_LINES = 20  # lines of the metrics averaged into one curve of losses by noise level
 
 
@@ -23,7 +28,7 @@ class Watch:
     """
 
     def __init__(self, output: Path, start: int, steps: int, window: list[dict]):
-        self.metrics_path = output / "metrics.jsonl"
+        self.metrics_path = output / METRICS
         self.lines = [line for line in read_metrics(self.metrics_path) if line["step"] <= start]
         unfinished = self.metrics_path.with_suffix(".unfinished")
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
@@ -32,7 +37,11 @@ class Watch:
         self.events = tensorboard.begin(output / "tensorboard", start)
         self.window = window
         self.images, self.since = 0, time.monotonic()
-        self.progress = tqdm(initial=start, total=steps, unit="step", mininterval=0.5)
+        # On a terminal, a bar; elsewhere, lines.
+        is_shown = sys.stderr is not None and sys.stderr.isatty()
+        how = {"unit": "step", "mininterval": 0.5, "disable": not is_shown}
+        self.progress = tqdm(initial=start, total=steps, **how)
+        self.said = -math.inf
 
     def add(self, measured: dict, images: int) -> None:
         """Adds the metrics of one step, from `measurements`, and its number of images."""
@@ -50,8 +59,19 @@ class Watch:
         tensorboard.append_scalars(self.events, step, scalars)
         self.lines.append(line)
         self.progress.set_postfix(loss=f"{line['loss']:.4f}", images_per_second=f"{rate:.0f}")
+        if self.progress.disable and (others or time.monotonic() >= self.said + LINE_SECONDS):
+            self.said = time.monotonic()
+            self._say(line)
         self.window = []
         self.begin_window()
+
+    def _say(self, line: dict) -> None:
+        """Prints a line of progress."""
+        names = ("loss", "validation_loss", "images_per_second")
+        known = [f"{name.replace('_', ' ')} {line[name]:.4g}" for name in names if name in line]
+        if sys.stderr is not None:  # as in some services
+            step = f"jaxdiff: step {line['step']}/{self.progress.total}: "
+            print(step + ", ".join(known), file=sys.stderr, flush=True)
 
     def begin_window(self) -> None:
         """Restarts the clock, so that time not spent on training is excluded."""
@@ -67,6 +87,11 @@ class Watch:
         if any("loss_by_noise_level" in line for line in self.lines):
             draw_noise_levels(self.lines, self.output / "noise_levels.png")
         self.begin_window()
+
+
+def is_logged(step: int) -> bool:
+    """Returns whether a line is due: at the first step, every 10 steps, and later every 50."""
+    return step == 1 or step % (10 if step <= EARLY_STEPS else 50) == 0
 
 
 def measurements(batches: list[dict], update: dict) -> dict:
@@ -111,18 +136,46 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def draw_loss(lines: list[dict], path: Path) -> None:
-    """Plots the losses against the step."""
+    """Plots the losses against the step; the training loss as it is and smoothed."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4))).subplots()
-    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label="training")
+    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    axes.plot(steps, losses, color="C0", alpha=0.3)
+    axes.plot(steps, _smoothed(losses), color="C0", label="training, smoothed")
     measured = [line for line in lines if "validation_loss" in line]
     if measured:
         steps, losses = zip(*((m["step"], m["validation_loss"]) for m in measured), strict=True)
-        axes.plot(steps, losses, "o-", markersize=3, label="validation, averaged weights")
-        axes.legend()
-    axes.set(title="loss", xlabel="step", yscale="log")
+        axes.plot(
+            steps, losses, "o-", color="C1", markersize=3, label="validation, averaged weights"
+        )
+    axes.legend()
+    axes.set(title="loss", xlabel="step")
+    _log_scale(axes)
     figure.savefig(path, dpi=100)
+
+
+def _smoothed(losses: list[float]) -> np.ndarray:
+    """Returns exponential means, whose first values are plain means."""
+    means = np.zeros(len(losses))
+    for index, loss in enumerate(losses):
+        share = max(1 / (index + 1), 1 / SMOOTHED_LINES)
+        means[index] = loss if index == 0 else means[index - 1] + share * (loss - means[index - 1])
+    return means
+
+
+def _log_scale(axes) -> None:
+    """Makes the y axis logarithmic, with plain numbers."""
+    from matplotlib import ticker
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    is_narrow = high < 10 * low
+    axes.yaxis.set_major_locator(
+        ticker.MaxNLocator(6) if is_narrow else ticker.LogLocator(subs=(1, 2, 5))
+    )
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def draw_noise_levels(lines: list[dict], path: Path) -> None:
@@ -141,6 +194,7 @@ def draw_noise_levels(lines: list[dict], path: Path) -> None:
         levels = (np.arange(len(means)) + 0.5) / len(means)
         label = f"steps {part[0]['step']} to {part[-1]['step']}"
         axes.plot(levels[known.any(0)], means[known.any(0)], "o-", markersize=3, label=label)
-    axes.set(title="loss", xlabel="timestep, scaled to [0, 1] (1 is pure noise)", yscale="log")
+    axes.set(title="loss", xlabel="timestep, scaled to [0, 1] (1 is pure noise)")
     axes.legend()
+    _log_scale(axes)
     figure.savefig(path, dpi=100)

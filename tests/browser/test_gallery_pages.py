@@ -119,6 +119,19 @@ def type_query(page, query: str) -> None:
         ("toString:x", 0),
         ("[{}]", 1),
         ('"', 8),  # of a phrase that is being typed
+        ("seed>7", 2),
+        ("seed>=7 seed<70", 2),
+        ("Seed=7.0", 1),
+        ("seed!=7", 7),
+        ("width=16 -red", 5),
+        ('-"red circle"', 7),
+        ("-level>2", 7),
+        ("level<=3", 1),
+        ("group>1", 0),
+        ("-sampler:euler -status=failed", 5),
+        ("-", 8),
+        ('-"', 8),
+        ("a>b", 0),
     ],
 )
 def test_a_search_finds_prompts_and_metadata(page, few, query, count):
@@ -158,6 +171,26 @@ def test_keys_go_through_the_grid_and_through_the_full_view(page, few):
     page.press("ArrowDown")
     columns = page.run("sizes.columns")
     assert page.run("document.activeElement.dataset.key") == f"{columns:09d}"
+
+
+def test_one_tile_at_most_carries_a_ring(page, few):
+    page.open(few)
+    page.click("#grid > a")  # where the mouse stays
+    page.wait("element('view').open")
+    page.press("ArrowRight", "Escape")
+    page.wait("!element('view').open && document.activeElement.dataset.key === '000000001'")
+    ringed = "getComputedStyle(e).outlineStyle !== 'none'"
+    hovered = "getComputedStyle(e.firstChild).boxShadow.includes(' 4px')"
+    found = f"[...document.querySelectorAll('#grid > a')].filter((e) => {ringed} || {hovered})"
+    assert page.run(f"{found}.map((e) => e.dataset.key)") == ["000000001"]
+
+
+def test_the_syntax_of_the_search_is_explained_below_the_box(page, few):
+    page.open(few)
+    said = text(page, "syntax")
+    queries = said.removeprefix("Also: ").split(", ")
+    assert queries == ['"a phrase"', "-word", "steps=20", "seed>10", "sampler:euler"]
+    assert page.run("element('syntax').clientHeight > 0")
 
 
 def test_an_address_opens_what_it_says(page, few):

@@ -289,6 +289,8 @@ def test_a_lora_that_does_not_fit_gives_a_one_line_error(
     [
         ("{}/heart.bin", "must be FILE.safetensors"),
         ("{}/heart.safetensors", "no such file"),
+        ("{}", "is a directory with 4 .safetensors files; name one file"),
+        ("{}/empty:0.5", "is a directory with 0 .safetensors files"),
         ("{}/text.safetensors", "is not a safetensors file"),
         ("{}/good.safetensors:much", r"the weight must be a number .* not 'much'"),
         ("{}/good.safetensors:nan", r"the weight must be a number .* not 'nan'"),
@@ -303,6 +305,7 @@ def test_the_command_rejects_bad_loras_before_it_writes(
     save(tensors, tmp_path / "metadata.safetensors", lora_adapter_metadata="[")
     save(stored(checkpoint, peft_key), tmp_path / "peft.safetensors")
     (tmp_path / "text.safetensors").write_text("no weights at all")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "prompts.txt").write_text("a heart\n")
     job = ["--manifest", f"{tmp_path}/prompts.txt", "--output", f"{tmp_path}/out"]
     options = ["--model", str(tiny_checkpoint), "--lora", lora.format(tmp_path)]
@@ -310,6 +313,14 @@ def test_the_command_rejects_bad_loras_before_it_writes(
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_works_like_the_only_file_in_it(tiny_checkpoint, tmp_path, tensors):
+    file = save(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    for weight in ("", ":0.5"):
+        loras = [f"{where}{weight}" for where in (file, tmp_path)]
+        one, other = (open_ensemble(tiny_checkpoint, lora=[lora]) for lora in loras)
+        assert one.fingerprint == other.fingerprint
 
 
 def test_a_job_records_its_loras_and_continues_with_no_others(

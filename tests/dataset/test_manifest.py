@@ -173,6 +173,7 @@ def test_a_parquet_row_that_is_not_utf8_does_not_stop_the_others(tmp_path):
     [
         ("p.docx", b"", "the name must end in one of .jsonl"),
         ("prompts", b"", "the name must end in one of .jsonl"),
+        ("p.csv", b"prompt;n\na;1\n", "has one column, 'prompt;n': it is separated by semicolons"),
         ("p.csv", b"text,n\na,1\n", "has no column 'prompt', only 'text, n'; name the column"),
         ("p.tsv", b"prompt\ta\ta\nx\ty\tz\n", "names a column twice"),
         (

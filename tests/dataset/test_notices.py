@@ -68,15 +68,17 @@ def test_copied_columns_are_named_and_those_like_settings_apart(noticed):
     said = noticed("\n".join(map(json.dumps, rows))).plan.notices
     assert said.keys() == {notices.COPIED, "columns like settings"}
     assert said[notices.COPIED].startswith("'category', 'seeed', 'clip_skip' ")
-    assert said["columns like settings"].startswith("'seeed', 'clip_skip': ")
+    assert said["columns like settings"].startswith(
+        "'seeed', 'clip_skip': copied, without effect on images; did you mean seed? The columns "
+    )
 
 
 def test_columns_of_a_known_set_and_a_second_prompt_are_not_taken_for_settings():
     names = ("image_name", "prompt", "part_id", "seed", "step", "cfg", "sampler", "width")
     found = columns.copied(names)
-    assert found == dict.fromkeys(("image_name", "part_id", "step", "cfg", "sampler"), False)
-    assert columns.copied(("prompt", "caption"), "caption") == {"prompt": False}
-    assert columns.copied(("prompt", "prompt_2")) == {"prompt_2": True}
+    assert found == dict.fromkeys(("image_name", "part_id", "step", "cfg", "sampler"), None)
+    assert columns.copied(("prompt", "caption"), "caption") == {"prompt": None}
+    assert columns.copied(("prompt", "prompt_2")) == {"prompt_2": "prompt_2"}
 
 
 def test_lost_tokens_are_counted_as_the_tokenizer_counts_them(noticed, tiny_checkpoint):

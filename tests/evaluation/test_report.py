@@ -12,7 +12,7 @@ from PIL import Image
 
 from jaxdiff.evaluation import comparison, intervals
 from jaxdiff.evaluation.records import Prompt, Scores
-from jaxdiff.evaluation.report import report
+from jaxdiff.evaluation.report import markdown, page, report, wording
 
 HOSTILE = "</h4><script>document.title='owned'</script> a | b\n# c [d](e) `f` \ud800 \u202e"
 FAILED = np.nan
@@ -207,6 +207,28 @@ def test_a_report_has_the_measured_values(tmp_path):
             assert said in text
         assert "https://github.com/djghosh13/geneval" in text
         assert "javascript:" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ((0.375, 0.1, 0.6), "better (+37.5 points), shown at 95%"),
+        ((-0.25, -0.4, -0.1), "worse (\u221225.0 points), shown at 95%"),
+        ((0.1, -0.2, 0.4), "no difference shown at 95%"),
+        ((0.0, None, None), "no pair differs"),
+    ],
+)
+def test_a_comparison_has_a_verdict_in_words(change, said):
+    contents = report.contents_of("Shapes", {}, two_runs())
+    (compared,) = contents["comparisons"]
+    compared["measures"]["correct"][0] |= dict(zip(("value", "low", "high"), change, strict=True))
+    assert wording.verdict(contents, compared) == f"correct: {said}"
+    assert f"correct: {said}" in markdown.document(contents).replace("\\", "")
+    assert f"correct: {said}" in page.page(contents, picture()[0])
+    first, second, verdict = wording.summary(contents)
+    assert first.startswith("first: 37.5% correct (95% interval ")
+    assert second.startswith("second: 75.0% correct")
+    assert verdict == f"second compared with first: correct: {said}"
 
 
 def test_equal_scores_give_equal_bytes(tmp_path):

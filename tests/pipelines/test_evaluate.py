@@ -1,6 +1,7 @@
 """`jaxdiff evaluate`: images are scored, measured and written in a benchmark's layout."""
 
 import json
+import re
 from pathlib import Path
 
 import clips
@@ -95,9 +96,13 @@ def test_results_have_the_format_of_genevals_scorer(dataset, tmp_path):
     ]
 
 
-def test_existing_scores_are_reused_and_the_report_is_the_same(dataset, tmp_path):
+def test_existing_scores_are_reused_and_the_report_is_the_same(dataset, tmp_path, capsys):
     made, output = dataset(), tmp_path / "out"
+    capsys.readouterr()
     assert evaluate(*made, output) == 0
+    *_, score, where = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r".+: 50\.0% correct \(95% interval [\d.]+ to [\d.]+\)", score)
+    assert where == f"Report: {output}/report.html"
     names = ("report.json", "report.md", "report.html", "results.jsonl")
     before = {name: (output / name).read_bytes() for name in names}
     files = sorted((output / "scores").glob("*.parquet"))

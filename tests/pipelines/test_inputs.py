@@ -1,6 +1,8 @@
 """Remote manifests, through a real Beam file system: local files under another URL scheme."""
 
 import gzip
+import io
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from jaxdiff import cli
 from jaxdiff.dataset.manifest import manifest as manifests
+from jaxdiff.dataset.run import open_run
 from jaxdiff.errors import InputError
 from pipelines import inputs
 
@@ -157,6 +160,68 @@ def test_an_unreachable_url_is_a_one_line_error(capsys, tmp_path, monkeypatch):
         assert cli.main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"jaxdiff: manifest {where} {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_work_like_a_text_file_and_can_be_extended(tmp_path, command, noisy, capsys):
+    path, directory = tmp_path / "prompts.txt", tmp_path / "out"
+    path.write_text("a red circle\na star, {date}\n")
+    _, manifest, *options = command(directory, manifest=path)
+    assert manifest == f"--manifest={path}"
+    prompts = ["--prompt", "a red circle", "--prompt=a star, {date}"]
+    assert cli.main(["generate", *prompts, *options]) == 0
+    for same in (prompts, [manifest]):
+        capsys.readouterr()
+        assert cli.main(["generate", *same, *options]) == 0
+        assert "is already finished: 2 images" in capsys.readouterr().out
+    assert cli.main(["generate", *prompts, "--prompt=a ring", *options]) == 0
+    summary = capsys.readouterr().out
+    assert re.search(r"^this run: 1 image on 1 x cpu: .*\nplan .* load .* finalize", summary)
+    assert re.search(rf"\nall runs: 3 images in {directory} on 1 x cpu: .*\nload ", summary)
+    assert cli.main(["verify", str(directory)]) == 0
+    assert open_run(directory).plan.images == 3
+    assert cli.main(["generate", "--prompt=a star", *options]) == 2
+    said = capsys.readouterr().err
+    assert "line 1 of manifest command-line.txt changes image 0 of row '0'" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "rows"),
+    [
+        ('\n {"prompt": "a", "seed": 1}\n', "stdin.jsonl", [{"prompt": "a", "seed": 1}]),
+        ("seed,Prompt\n1,a\n", "stdin.csv", [{"seed": "1", "Prompt": "a"}]),
+        ("prompt\tn\na, b\t1\n", "stdin.tsv", [{"prompt": "a, b", "n": "1"}]),
+        ("a prompt, in oils\nprompt\n", "stdin.txt", ["a prompt, in oils", "prompt"]),
+        ("\ufeffprompt\n", "stdin.txt", ["prompt"]),
+    ],
+)
+def test_the_format_of_standard_input_is_known_by_its_beginning(monkeypatch, text, name, rows):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    with fetched("-") as manifest:
+        (source,) = manifest.sources
+        assert manifest.name == source.name == name
+        found = [entry.values for entry in manifests.read(source) if entry.values]
+        assert found == [{"prompt": row} if isinstance(row, str) else row for row in rows]
+    assert not source.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        (gzip.compress(b"a\n"), "standard input is not text; unpack it, or name its file"),
+        ("a\n".encode("utf-16"), "standard input is not text"),
+        (None, "there is no standard input; name a file"),
+        (b"", "manifest stdin.txt has no rows"),
+    ],
+)
+def test_unusable_standard_input_is_a_one_line_error(
+    monkeypatch, tmp_path, command, capsys, stdin, message
+):
+    file = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin))
+    monkeypatch.setattr(sys, "stdin", file)
+    assert cli.main(command(tmp_path / "out", manifest="-")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
     assert not (tmp_path / "out").exists()
 
 

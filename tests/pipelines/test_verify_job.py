@@ -92,7 +92,7 @@ def test_a_sound_dataset_is_complete(dataset, said):
     code, out, err = said(dataset)
     assert (code, err) == (0, "")
     assert f"{dataset} is complete" in out
-    assert "23 made, 1 failed" in out
+    assert "rows: 24 used, 0 rejected, 0 blank; images: 23 of 24 made, 1 failed" in out
     assert said(dataset, *BEAM) == (code, out, err)
     assert store.entries(names.WORK) == before
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import typing
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import jaxdiff
+from jaxdiff import cli
 from jaxdiff.errors import InputError
 from jaxdiff.training import recipe
 from jaxdiff.training.train import train
@@ -128,15 +130,23 @@ def test_another_recipe_is_rejected_in_the_same_directory(autoencoder_run, tmp_p
         train(tmp_path / "recipe.toml", autoencoder_run)
 
 
-def test_a_trained_denoiser_becomes_a_model_that_generates(autoencoder_run, tmp_path):
+def test_a_trained_denoiser_becomes_a_model_that_generates(autoencoder_run, tmp_path, capsys):
     text = TEXT_TO_IMAGE.format(autoencoder=autoencoder_run / "model")
+    prompts = 'prompts = ["a red circle", "a star above a ring"]'
+    text = text.replace("[checkpoints]", f"[checkpoints]\n{prompts}")
     (tmp_path / "recipe.toml").write_text(text)
-    train(tmp_path / "recipe.toml", tmp_path / "run")
-    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert cli.main(["train", f"{tmp_path}/recipe.toml", f"--output={tmp_path}/run"]) == 0
+    model, loss, use = capsys.readouterr().out.splitlines()
+    assert model == f"model: {tmp_path}/run/model, after 20 steps"
+    assert re.fullmatch(r"validation loss: [\d.]+", loss)
+    assert use == (
+        f"to use it: jaxdiff generate --model {tmp_path}/run/model --prompt TEXT --output out/first"
+    )
+    *_, line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 20
     assert 0 < json.loads(line)["loss"] < 1.2  # the variance of v is 1
     assert Image.open(tmp_path / "run" / "loss.png").size[0] > 100
-    assert Image.open(tmp_path / "run" / "samples" / "000020.png").size == (526, 394)
+    assert Image.open(tmp_path / "run" / "samples" / "000020.png").size == (352, 221)
     model = jaxdiff.load(tmp_path / "run" / "model")
     (image,) = model.generate([jaxdiff.Request(prompt="a red circle", steps=2)])
     assert image.finite
@@ -165,6 +175,11 @@ def test_the_autoencoders_latents_are_scaled_to_unit_variance(autoencoder_run):
         ("steps = 6", "", "steps is missing"),
         ("steps = 6", "steps = 0", "steps must be at least 1"),
         ("steps = 6", 'steps = "6"', "steps must be a whole number"),
+        (
+            "every = 2",
+            'every = 2\nprompts = ["a"]',
+            "prompts has no effect on objective",
+        ),
         ("steps = 6", "steps = 6\nwarmth = 1", "warmth: unknown key"),
         ("learning_rate = 1e-3", "", "optimizer.learning_rate is missing"),
         ("steps = 6", "steps = ", "not a readable TOML"),

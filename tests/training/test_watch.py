@@ -1,10 +1,12 @@
 """The metrics, plots and TensorBoard files of a run, read back."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from small_runs import RECIPE, task
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,9 +29,9 @@ def events(output) -> EventAccumulator:
     return read
 
 
-def test_a_line_is_written_every_fifty_steps_and_with_every_checkpoint(run):
+def test_a_line_is_written_at_first_steps_and_with_every_checkpoint(run):
     lines = watch.read_metrics(run / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [20, 40, 50, 60]
+    assert [line["step"] for line in lines] == [1, 10, 20, 30, 40, 50, 60]
     assert [line["step"] for line in lines if "validation_loss" in line] == [20, 40, 60]
     for line in lines:
         assert line["gradient_norm"] > 0
@@ -66,6 +68,31 @@ def test_the_plots_and_grids_are_images(run):
     for name in ("loss.png", "noise_levels.png", "samples/000040.png"):
         with Image.open(run / name) as picture:
             picture.load()
+
+
+def test_without_a_terminal_progress_is_in_plain_lines(tmp_path, capsys):
+    loop.fit(task(), replace(RECIPE, steps=40), tmp_path)
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    validated = r", validation loss [\d.]+, images per second [\d.e+]+$"
+    for step, rest in ((1, ""), (20, validated), (40, validated)):
+        assert re.search(rf"^jaxdiff: step {step}/40: loss [\d.]+{rest}", said, re.M)
+
+
+def test_the_axis_of_the_loss_has_plain_numbers(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    for losses in ([1.8, 1.7, 1.6], [3.0, 0.1, 0.002]):
+        lines = [{"step": n, "loss": loss} for n, loss in enumerate(losses, 1)]
+        watch.draw_loss(lines, tmp_path / "loss.png")
+        (axes,) = drawn.pop().axes
+        low, high = axes.get_ylim()
+        ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+        assert len(ticks) >= 3
+        for tick in ticks:
+            assert axes.yaxis.get_major_formatter()(tick) == f"{tick:g}"
+        smooth = axes.lines[1].get_ydata()
+        assert smooth.tolist() == pytest.approx([np.mean(losses[: n + 1]) for n in range(3)])
 
 
 def test_levels_without_images_have_no_loss():

@@ -3,21 +3,34 @@
 //   red circle         both words, anywhere: prompts, id, seed, sampler, the row's columns
 //   "red circle"       this exact phrase
 //   sampler:euler      within one field, which may be a column of the manifest
-//   seed=7             a field with exactly this value
+//   seed=7  seed!=7    a field with exactly this value, or with another one
+//   seed>10            a number: also >=, < and <=
+//   -red  -sampler:euler  not this
 "use strict";
 
-const TERM = /(?:([^\s:="]+)([:=]))?(?:"([^"]*)"?|(\S+))/g;
+const TERM = /(-?)(?:([^\s:=<>!"-][^\s:=<>!"]*)(:|=|!=|>=|<=|>|<))?(?:"([^"]*)"?|(\S+))/g;
+const COMPARED = {
+  ">": (one, other) => one > other,
+  ">=": (one, other) => one >= other,
+  "<": (one, other) => one < other,
+  "<=": (one, other) => one <= other,
+};
 const ANYWHERE = ["prompt", "negative_prompt", "id", "seed", "sampler", "error"];
 
 // Returns the terms of a query; a field name that no image has is part of the text.
 function parseQuery(query, isField) {
   const terms = [];
-  for (const [whole, name, sign, quoted, word] of query.matchAll(TERM)) {
-    const text = quoted ?? word;
+  for (const [whole, minus, name, sign, quoted, word] of query.matchAll(TERM)) {
+    const text = (quoted ?? word).toLowerCase();
+    const not = minus === "-";
+    if (whole === "-" || (not && !text)) continue; // still being typed
     if (name && isField(name.toLowerCase())) {
-      terms.push({ field: name.toLowerCase(), exactly: sign === "=", text: text.toLowerCase() });
+      const field = name.toLowerCase();
+      if (sign === "!=") terms.push({ field, sign: "=", text, not: !not });
+      else terms.push({ field, sign, text, not });
     } else {
-      terms.push({ text: (name ? whole.replaceAll('"', "") : text).toLowerCase() });
+      const said = name ? whole.slice(minus.length).replaceAll('"', "").toLowerCase() : text;
+      terms.push({ text: said, not });
     }
   }
   return terms;
@@ -25,19 +38,28 @@ function parseQuery(query, isField) {
 
 // Returns the query for all images with this value of the field, or null if it cannot be written.
 function queryFor(name, value) {
-  if (!/^[^\s:="]+$/.test(name)) return null;
+  if (!/^[^\s:=<>!"-][^\s:=<>!"]*$/.test(name)) return null;
   const text = asText(value).replaceAll('"', "");
   return `${name}=${/^[^\s"]+$/.test(text) ? text : `"${text}"`}`;
 }
 
 function matches(image, terms) {
-  return terms.every((term) => {
-    if (!term.field) return image.text.includes(term.text);
-    const value = fieldOf(image, term.field);
-    if (value == null) return false;
-    const text = asText(value).replaceAll('"', "").toLowerCase();
-    return term.exactly || typeof value === "number" ? text === term.text : text.includes(term.text);
-  });
+  return terms.every((term) => holds(image, term) !== term.not);
+}
+
+function holds(image, { field, sign, text }) {
+  if (!field) return image.text.includes(text);
+  const value = fieldOf(image, field);
+  if (value == null) return false;
+  const said = asText(value).replaceAll('"', "").toLowerCase();
+  // A column of a CSV file has its numbers as text.
+  if (sign in COMPARED) return COMPARED[sign](numberOf(said), numberOf(text));
+  if (typeof value === "number") return said === text || numberOf(text) === value;
+  return sign === "=" ? said === text : said.includes(text);
+}
+
+function numberOf(text) {
+  return text.trim() === "" ? NaN : Number(text);
 }
 
 // Returns the text that a search without a field name looks through.

@@ -88,8 +88,8 @@ def _plain(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def copied(names: tuple[str, ...], prompt_column: str | None = None) -> dict[str, bool]:
-    """Returns the columns without a meaning, and whether each looks like a setting.
+def copied(names: tuple[str, ...], prompt_column: str | None = None) -> dict[str, str | None]:
+    """Returns the columns without a meaning, and the setting that each looks like, if any.
 
     Those of a known set do not, nor does a column `prompt` beside the one that the user named.
 
@@ -99,15 +99,17 @@ def copied(names: tuple[str, ...], prompt_column: str | None = None) -> dict[str
     known = DIFFUSIONDB if set(names) >= DIFFUSIONDB else {"prompt"} if prompt_column else set()
     found = meaning(names, prompt_column)
     return {
-        name: name not in known and _is_like_setting(name)
+        name: None if name in known else _like(name)
         for name, means in found.items()
         if means is None
     }
 
 
-def _is_like_setting(name: str) -> bool:
+def _like(name: str) -> str | None:
+    """Returns the column or other setting whose name is similar."""
     every = (*COLUMNS, *ALIASES, *OTHER_SETTINGS)
-    return bool(difflib.get_close_matches(_plain(name), every, n=1, cutoff=SIMILAR))
+    near = difflib.get_close_matches(_plain(name), every, n=1, cutoff=SIMILAR)
+    return ALIASES.get(near[0], near[0]) if near else None
 
 
 def has_repeated_items(names: Iterable[str]) -> bool:
@@ -117,7 +119,11 @@ def has_repeated_items(names: Iterable[str]) -> bool:
 
 def no_prompt(names: Iterable[str], prompt_column: str | None) -> str:
     """Returns the end of a message that reports a missing prompt column."""
-    shown = checks.shown(", ".join(map(str, names)))
+    names = [*map(str, names)]
+    shown = checks.shown(", ".join(names))
+    if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
+        separator = "semicolons" if ";" in names[0] else "tabs"
+        return f"has one column, {shown}: it is separated by {separator}; save it with commas"
     return (
         f"has no column {checks.shown(prompt_column or 'prompt')}, only {shown}; "
         "name the column of prompts with --prompt-column"

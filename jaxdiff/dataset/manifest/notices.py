@@ -41,7 +41,7 @@ class Notices:
         self._prompt_column = prompt_column
         self._negative_is_ignored = guidance != CLASSIFIER_FREE
         self._scale_is_ignored = guidance == UNGUIDED
-        self._copied: dict[str, bool] = {}  # whether they look like settings
+        self._copied: dict[str, str | None] = {}  # the setting that each looks like
         self._cut, self._foreign, self._ignored, self._scaled = (_Rows() for _ in range(4))
         self._most_lost = 0
 
@@ -71,7 +71,9 @@ class Notices:
 
     def texts(self) -> dict[str, str]:
         """Returns a line for each kind of notice that applies, by the kind's name."""
-        settings = [name for name, is_like_setting in self._copied.items() if is_like_setting]
+        settings = {name: like for name, like in self._copied.items() if like}
+        near = dict.fromkeys(like for like in settings.values() if like in columns.COLUMNS)
+        hint = f"; did you mean {', '.join(near)}?" if near else "."
         effective = ", ".join(columns.COLUMNS)
         why = "the model takes none"
         if not self._negative_is_ignored:
@@ -79,8 +81,8 @@ class Notices:
         found = {
             COPIED: self._copied and f"{_shown(self._copied)} (to the images' metadata)",
             "columns like settings": settings
-            and f"{_shown(settings)}: copied, without effect on images; the columns with an effect "
-            f"are {effective}",
+            and f"{_shown(settings)}: copied, without effect on images{hint} The columns with an "
+            f"effect are {effective}",
             "cut prompts": self._cut.count
             and f"{self._cut}, up to {self._most_lost} tokens are lost at the end; shorten them, "
             "or use --prompt-chunks if the model has it",

@@ -72,7 +72,9 @@ def _comparisons(contents: dict) -> Iterator[str]:
     for compared in contents["comparisons"]:
         yield f"## {_text(compared['name'])} compared with {_text(compared['to'])}"
         pairs = wording.plural(compared["pairs"], "pair")
-        yield f"Over {pairs} of images with the same prompt and seed."
+        said = wording.verdict(contents, compared)
+        said = f"**{_text(said)}.** " if said else ""
+        yield f"{said}Over {pairs} of images with the same prompt and seed."
         rows = []
         for name, changes in compared["measures"].items():
             measure = contents["measures"][name]

@@ -119,7 +119,9 @@ def _bars(contents: dict, name: str) -> str:
 def _comparisons(contents: dict) -> Iterator[str]:
     for number, compared in enumerate(contents["comparisons"], 1):
         pairs = wording.plural(compared["pairs"], "pair")
-        parts = [f"<p>Over {pairs} of images with the same prompt and seed.</p>"]
+        said = wording.verdict(contents, compared)
+        said = f"<b>{escape(said)}.</b> " if said else ""
+        parts = [f"<p>{said}Over {pairs} of images with the same prompt and seed.</p>"]
         if contents["headline"] in compared["measures"]:
             parts.append(_changes(contents, compared, number))
         others = [

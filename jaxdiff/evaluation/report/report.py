@@ -45,7 +45,7 @@ def write(
     runs: Sequence[Scores],
     picture: Callable[[str, str], bytes | None],
     tables: Sequence[Table] = (),
-) -> None:
+) -> dict:
     """Writes report.json, report.md and report.html, each atomically.
 
     Args:
@@ -55,6 +55,9 @@ def write(
       runs: at least one, all over the same prompts; the others are compared with the first.
       picture: returns an image's file by the run's name and the image's key, None if there is none.
       tables: additional tables, for example published scores.
+
+    Returns:
+      the contents of report.json.
     """
     contents = contents_of(title, settings, runs, tables)
     page = pages.page(contents, picture)
@@ -62,6 +65,7 @@ def write(
     _write(directory / "report.json", text)
     _write(directory / "report.md", markdown.document(contents))
     _write(directory / "report.html", page)
+    return contents
 
 
 def contents_of(

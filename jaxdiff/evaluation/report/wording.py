@@ -44,6 +44,38 @@ def probability(p: float | None) -> str:
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
+def verdict(contents: dict, compared: dict) -> str:
+    """Says in words how a run's headline measure compares with the first run's; "" if unknown."""
+    changes = compared["measures"].get(contents["headline"])
+    if not changes or changes[0]["value"] is None:
+        return ""
+    measure, overall = contents["measures"][contents["headline"]], changes[0]
+    level = f"{contents['confidence']:.0%}"
+    if overall["low"] is None:
+        return f"{measure['title']}: no pair differs"
+    if overall["low"] <= 0 <= overall["high"]:
+        return f"{measure['title']}: no difference shown at {level}"
+    is_better = (overall["value"] > 0) == (measure["better"] == "higher")
+    by = change(overall, measure["is_share"])
+    return f"{measure['title']}: {'better' if is_better else 'worse'} ({by}), shown at {level}"
+
+
+def summary(contents: dict) -> list[str]:
+    """Returns lines for the terminal: each run's headline measure, and how runs compare."""
+    lines = []
+    for run in contents["runs"] if contents["headline"] else []:
+        if means := run["measures"].get(contents["headline"]):
+            measure = contents["measures"][contents["headline"]]
+            value = number(means[0]["value"], measure["is_share"])
+            bounds = interval(means[0], measure["is_share"])
+            bounds = bounds and f" ({contents['confidence']:.0%} interval {bounds})"
+            lines.append(f"{run['name']}: {value} {measure['title']}{bounds}")
+    for compared in contents["comparisons"]:
+        if said := verdict(contents, compared):
+            lines.append(f"{compared['name']} compared with {compared['to']}: {said}")
+    return lines
+
+
 def counted(kinds: dict[str, int], most: int = 3) -> str:
     """Lists the most frequent kinds with their counts, most frequent first."""
     return ", ".join(f"{kind} {count}" for kind, count in Counter(kinds).most_common(most))
