@@ -1,6 +1,8 @@
 """Batch text-to-image generation in JAX: prompt manifests in, verifiable image datasets out."""
 
+import logging
 from importlib import import_module, metadata
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from jaxdiff.errors import InputError, UnfinishedError
@@ -39,8 +41,18 @@ def __getattr__(name: str):
         except metadata.PackageNotFoundError:
             return "(a checkout that is not installed)"
     if name in _LATE:
-        return getattr(import_module(_LATE[name]), name)
+        return getattr(_imported(_LATE[name]), name)
     raise AttributeError(f"module 'jaxdiff' has no attribute {name!r}")
+
+
+def _imported(module: str) -> ModuleType:
+    """Imports a module without Beam's warning that Google's libraries are not installed."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return import_module(module)
+    finally:
+        logging.disable(level)
 
 
 def __dir__() -> list[str]:

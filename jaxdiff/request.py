@@ -113,6 +113,10 @@ class Request:
                 except checks.BadValueError as problem:
                     raise InputError(str(problem)) from None
 
+    def __repr__(self) -> str:
+        said = (f"{name}={value!r}" for name, value in vars(self).items() if value is not None)
+        return f"Request({', '.join(said)})"
+
     @property
     def bucket(self) -> Bucket:
         """The bucket of this image, whose fields must all be resolved."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
+from apache_beam.utils import interactive_utils
 
 from jaxdiff import checks
 from jaxdiff.errors import InputError
@@ -95,6 +96,7 @@ def make_dataset(
             job = replace(job, content=content)
         beam_runner = runners.choose([*beam_arguments], job.workers.count)
         supervisor.device_share(0, job.workers.count, os.environ)
+        afterwards.enter_context(_outside_of_notebooks())
         if progress is not None:
             afterwards.enter_context(shown_progress.told_to(progress))
         try:
@@ -102,6 +104,17 @@ def make_dataset(
         except jobs.StoppedError:
             raise KeyboardInterrupt(f"the same call continues {job.output}") from None
     return MadeDataset(job.output, counts["made"], counts["failed"], counts["rejected"])
+
+
+@contextlib.contextmanager
+def _outside_of_notebooks() -> Iterator[None]:
+    """Keeps Beam from loading its own tools for notebooks, which need pandas, for one pipeline."""
+    known = interactive_utils.is_in_ipython
+    interactive_utils.is_in_ipython = lambda: False
+    try:
+        yield
+    finally:
+        interactive_utils.is_in_ipython = known
 
 
 def _write(rows, prompt_column: str, path: Path) -> None:

@@ -6,6 +6,7 @@ into one of the library `tokenizers`, which is kept as JSON: later processes nee
 
 import importlib.metadata
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def read(directory: Path, kind: str) -> FastTokenizer:
 
 def _made(directory: Path, kind: str) -> bytes:
     """Returns the fields of a `FastTokenizer` as JSON, with the settings that its own lacks."""
-    import transformers
+    with warnings.catch_warnings(action="ignore"):  # of tqdm, in notebooks without widgets
+        import transformers
 
     found = getattr(transformers, kind).from_pretrained(directory)
     backend = found.backend_tokenizer
