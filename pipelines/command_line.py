@@ -57,12 +57,19 @@ class Parser(argparse.ArgumentParser):
         """Raises InputError."""
         raise InputError(f"{message} ({self.prog} --help lists the options)")
 
-    def missing(self, option: str, rest: Sequence[str], hint: str = ""):
-        """Raises InputError for a missing option, or for its misspelling among the unknown ones."""
-        name = option[2:].replace("-", "_")
+    def missing(self, option: str, rest: Sequence[str], hint: str = "", others: Sequence[str] = ()):
+        """Raises InputError for a missing option, or for a misspelling among the unknown ones.
+
+        Args:
+          option: its name, with hyphens.
+          rest: the unknown arguments.
+          hint: the end of the message.
+          others: names of options in its place, without hyphens.
+        """
+        names = [option[2:].replace("-", "_"), *others]
         for word in (word.partition("=")[0] for word in rest if word.startswith("-")):
-            if spellings.meant(word, [name]):
-                self.error(f"unknown option {word}; did you mean {option}?")
+            if spellings.meant(word, names):
+                self.error(f"unknown option {word}{spellings.suggest(word, names)}")
         self.error(f"{option} is missing{hint}")
 
 

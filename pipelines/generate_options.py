@@ -167,9 +167,10 @@ def parse(arguments: list[str]) -> tuple[Job, list[str]]:
     prompts = _prompts(said)
     if said.get("measure") and not said.get("dry_run"):
         raise InputError("--measure is for a dry run: add --dry-run, or leave it out")
-    for name, hint in (("manifest", "; or give a --prompt"), ("output", "")):
-        if name not in said:
-            parser.missing(f"--{name}", rest, hint)
+    if "manifest" not in said:
+        parser.missing("--manifest", rest, "; or give a --prompt", others=["prompt"])
+    if "output" not in said:
+        parser.missing("--output", rest)
     return _job(said, prompts), rest
 
 

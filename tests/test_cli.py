@@ -118,6 +118,7 @@ def test_the_version_is_that_of_the_installed_package(capsys):
         (["generate"], "--manifest is missing; or give a --prompt (jaxdiff generate --help"),
         (["generate", "--manifest", "x.txt"], "--output is missing"),
         (["generate", "--manfest=x.txt"], "unknown option --manfest; did you mean --manifest?"),
+        (["generate", "--promt=a star"], "unknown option --promt; did you mean --prompt?"),
         (
             ["evaluate", "--output", "o", "--bench", "shapes"],
             "unknown option --bench; did you mean",
