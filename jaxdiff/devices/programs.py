@@ -65,6 +65,8 @@ class Program:
         def call(*arguments):
             return exported.call(jax.tree.leaves(arguments))
 
+        # What caches and traces call it.
+        call.__name__ = getattr(self._function, "func", self._function).__name__
         return compilation.jit(call, self._mesh).lower(*arguments).compile()
 
     def _traced(self, arguments: tuple, static: dict) -> export.Exported:

@@ -178,11 +178,11 @@ def test_programs_compiled_ahead_have_the_same_keys_everywhere(
     title, *_, usage = capsys.readouterr().out.splitlines()
     assert title.startswith("tpu-v5e:2x2, 64x64, 3 steps of ")
     assert usage.endswith(" and --batch-size 1")  # two images on four chips
-    assert {name.partition("-")[0] for name in found} == {"jit_encode", "jit__lambda"}
+    assert {name.partition("-")[0] for name in found} == {"jit_encode", "jit_sample_pixels"}
     assert keys("again", "--batch-size=1") == found
     on_host = {*keys("host", "--batch-size=1", "--text-encoders=host")}
     assert {name.partition("-")[0] for name in {*found} - on_host} == {"jit_encode"}
-    assert {name.partition("-")[0] for name in on_host} == {"jit__lambda"}
+    assert {name.partition("-")[0] for name in on_host} == {"jit_sample_pixels"}
 
 
 def test_a_program_that_does_not_fit_is_not_for_a_fleet(tmp_path, small, capsys):
