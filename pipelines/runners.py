@@ -20,7 +20,7 @@ from apache_beam.runners.runner import PipelineRunner
 
 from jaxdiff.errors import InputError
 from pipelines import spellings
-from pipelines.generate_options import OPTIONS
+from pipelines.generate_help import OPTIONS
 
 THREADS = 8  # Beam threads per worker; Beam deals the shards out to them in advance, in turn
 AT_HOME = ("DirectRunner", "SwitchingDirectRunner", "FnApiRunner")

@@ -7,7 +7,7 @@ from jaxdiff.devices import slices
 from jaxdiff.errors import InputError
 
 UTILISATION = 0.4
-# As in `generate_options.HELP`.
+# As in `generate_help.HELP`.
 HELP = {
     "target": (
         "SLICE",
