@@ -35,6 +35,7 @@ from jaxdiff.evaluation import (
     benchmarks,
     best,
     clip_measures,
+    cost,
     datasets,
     merging,
     results,
@@ -218,7 +219,7 @@ def _judge(
         prompts,
         asked.images,
         name=each.name,
-        settings=_settings(images),
+        settings=_settings(images) | _cost(each),
         with_clip=bool(asked.clip),
     )
     whole, missing = {}, {}
@@ -263,6 +264,11 @@ def _settings(images: Images) -> dict[str, str]:
         "options": plan.options,
     }
     return {name: str(value) for name, value in said.items() if value not in ("", None)}
+
+
+def _cost(each: Candidate) -> dict[str, str]:
+    """Returns what an image of a run that this command makes costs, for the report."""
+    return cost.of_image(_run(absolute(each.images)), each.job.models.open()) if each.job else {}
 
 
 def _score(images: Images, scored: Scoring, output: str, beam_arguments: list[str]) -> None:

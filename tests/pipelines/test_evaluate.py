@@ -199,7 +199,11 @@ def test_models_and_settings_are_compared_at_equal_seeds(tmp_path, tiny_checkpoi
     assert cli.main(["evaluate", *map(str, said)]) == 0
     report = json.loads((output / "report.json").read_text())
     assert [run["name"] for run in report["runs"]] == ["tiny steps=1", "tiny steps=2"]
-    assert [run["told"]["steps"] for run in report["runs"]] == ["1", "2"]
+    told = [run["told"] for run in report["runs"]]
+    assert [each["steps"] for each in told] == ["1", "2"]
+    assert [each["evaluations per image"] for each in told] == ["2", "4"]  # guided
+    once, twice = (float(each["operations per image"]) for each in told)
+    assert once < twice < 2 * once  # both decode once
     (comparison,) = report["comparisons"]
     assert comparison["pairs"] == 4
     assert {path.name for path in output.iterdir() if path.is_dir()} == {
