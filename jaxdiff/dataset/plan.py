@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -44,8 +45,7 @@ MODELS = ("model", "variant", "refiner", "lora", "base", "controlnet", "ip_adapt
 ROW_GROUP_IMAGES = 4096  # at least, in whole shards; each row group adds metadata
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedImage:
+class PlannedImage(NamedTuple):
     """One image to generate.
 
     Attributes:
@@ -68,11 +68,6 @@ class PlannedImage:
     source: str
     line: int
     tokens_lost: int | None = None
-
-    def columns(self) -> dict:
-        """Returns the image as a row of the plan."""
-        own = {name: getattr(self, name) for name in self.__slots__}
-        return own | to_columns(own.pop("request"))
 
 
 @dataclass(frozen=True)
@@ -285,6 +280,12 @@ def differences(old: dict, new: dict) -> str:
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     )
+
+
+def planned_columns(images: Sequence[PlannedImage]) -> dict[str, Sequence]:
+    """Returns the columns of a plan's Parquet file for these images."""
+    own = dict(zip(PlannedImage._fields, zip(*images, strict=True), strict=True))
+    return own | to_columns(own.pop("request"))
 
 
 def planned_images(table: pa.Table) -> list[PlannedImage]:

@@ -28,6 +28,8 @@ from jaxdiff.request import LATER_COLUMNS, SOURCES, Request, field_checks
 
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algorithm
+# Rows whose tokens are counted at once: their characters and images, which take memory.
+BATCH_SIZE = 2**16
 MAX_REJECTED = 1_000_000  # rows; a manifest with more is another kind of file
 
 
@@ -35,12 +37,6 @@ def image_digest(image: PlannedImage) -> bytes:
     """Returns the digest of an image's record without its key; valid in this process only."""
     decides = (image.id, image.image_index, image.request, image.metadata)
     return hashlib.blake2b(repr(decides).encode(), digest_size=16).digest()
-
-
-def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
-    """Returns the seed of an image whose row has none, independent of the row's position."""
-    text = f"{job_seed}|{row_id}|{image_index}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 class PlanReader:
@@ -78,7 +74,7 @@ class PlanReader:
         """Yields the images of the first `limit` that are not planned yet, in manifest order."""
         index = 0
         limit = self.settings.limit or MAX_IMAGES + 1
-        for place, row, lost in self._rows():
+        for place, row, lost in self._counted_rows():
             for image_index in range(min(row.num_images, limit - index)):
                 image = self._planned(place, row, image_index, lost)
                 if not self.known or not self._is_known(image):
@@ -95,11 +91,12 @@ class PlanReader:
     def _planned(
         self, place: tuple[str, int], row: rows.Row, image_index: int, lost: int
     ) -> PlannedImage:
-        if row.seeds is None:
-            seed = derived_seed(self.settings.seed, row.id, image_index)
-        else:
-            seed = row.seeds[image_index]
-        request = replace(row.request, seed=seed)
+        request = row.request
+        if image_index and row.seeds is None:
+            seed = rows.derived_seed(self.settings.seed, row.id, image_index)
+            request = replace(request, seed=seed)
+        elif image_index:
+            request = replace(request, seed=row.seeds[image_index])
         return PlannedImage(
             f"{self.next_key:09d}", row.id, image_index, request, row.metadata, *place, lost
         )
@@ -114,9 +111,37 @@ class PlanReader:
             )
         return digest is not None
 
-    def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
+    def _counted_rows(self) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
         """Yields accepted rows: their place (file and line), the row, its number of lost tokens."""
-        number = -1
+        for batch in self._batches():
+            requests = [row.request for _, row in batch]
+            prompts = {text for each in requests for text in (each.prompt, each.negative_prompt)}
+            counts = self.lost_tokens(prompts)
+            for place, row in batch:
+                lost = counts[row.request.prompt] + counts[row.request.negative_prompt]
+                if lost:
+                    self.notices.add_cut(place, lost)
+                yield place, row, lost
+
+    def _batches(self) -> Iterator[list[tuple[tuple[str, int], rows.Row]]]:
+        """Yields accepted rows in batches; before an error, those that precede it."""
+        batch, size = [], 0
+        try:
+            for place, row in self._rows():
+                batch.append((place, row))
+                size += row.num_images + len(row.metadata)
+                size += len(row.request.prompt) + len(row.request.negative_prompt)
+                if size >= BATCH_SIZE:
+                    yield batch
+                    batch, size = [], 0
+        except InputError:
+            yield batch
+            raise
+        yield batch
+
+    def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row]]:
+        """Yields the accepted rows of the first `limit` images, with their file and line."""
+        number, images = -1, 0
         for source in self.manifest.sources:
             # A name might not be UTF-8.
             name = os.fsencode(source.name).decode("utf-8", "backslashreplace")
@@ -134,10 +159,11 @@ class PlanReader:
                 else:
                     self.counts["blank" if row is None else "accepted"] += 1
                     if row is not None:
-                        prompts = (row.request.prompt, row.request.negative_prompt)
-                        lost = sum(map(self.lost_tokens, prompts))
-                        self.notices.add(place, entry.values, row.request, lost)
-                        yield place, row, lost
+                        self.notices.add(place, entry.values, row.request)
+                        images += row.num_images
+                        yield place, row
+                        if self.settings.limit and images >= self.settings.limit:
+                            return
 
     def _accept(self, entry: Entry, place: tuple[str, int], number: int) -> rows.Row | None:
         """Returns the row, or None if it repeats the item of an accepted row."""
@@ -153,8 +179,9 @@ class PlanReader:
         if reason := self.why_not(request.sampler, request.steps):
             raise BadValueError(reason)
         request = self.sources.pinned(self.with_images(request))
-        row = replace(row, request=request)
-        self.takes_images |= any(getattr(request, name) is not None for name in SOURCES)
+        row = row._replace(request=request)
+        if any(getattr(request, name) is not None for name in SOURCES):
+            self.takes_images = True
         has = (name for name in LATER_COLUMNS if getattr(request, name) is not None)
         self.later_columns.update(has)
         first = self.place_of_id.setdefault(row.id, place)

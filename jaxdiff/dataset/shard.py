@@ -31,7 +31,7 @@ from PIL import Image
 from jaxdiff.dataset import formats, image_files, names, paths
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.local import LocalStore
-from jaxdiff.dataset.plan import Plan, PlannedImage
+from jaxdiff.dataset.plan import Plan, PlannedImage, planned_columns
 from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
 from jaxdiff.images import decoding, fitting
@@ -229,7 +229,8 @@ def samples(run: Run, marker: Marker, local: LocalStore) -> Iterator[Sample]:
 
 def record(planned: PlannedImage, plan: Plan) -> dict:
     """Returns the fields of an image's record that are known before it is generated."""
-    known = planned.columns() | {name: plan.identity[name] for name in ("noise", "dtype", "model")}
+    known = {name: values[0] for name, values in planned_columns([planned]).items()}
+    known |= {name: plan.identity[name] for name in ("noise", "dtype", "model")}
     known["options"] = plan.options
     if plan.upscales:
         sides = (planned.request.width, planned.request.height)

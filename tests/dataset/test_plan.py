@@ -10,9 +10,10 @@ import pytest
 from making import make_plan
 
 from jaxdiff import checks, cli
-from jaxdiff.dataset import names, plan_reader
+from jaxdiff.dataset import names
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import settings as job_settings
+from jaxdiff.dataset.manifest.rows import derived_seed
 from jaxdiff.dataset.run import open_run
 from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
@@ -56,7 +57,7 @@ def test_a_derived_seed_depends_on_the_id_and_not_on_the_position(plan):
     assert seeds == {(i.id, i.image_index): i.request.seed for i in second}
     assert len(set(seeds.values())) == 3
     # sha256("0|a|0") begins with these four bytes.
-    assert seeds["a", 0] == plan_reader.derived_seed(0, "a", 0) == 0x699BA3D2
+    assert seeds["a", 0] == derived_seed(0, "a", 0) == 0x699BA3D2
     _, (third,), _ = plan([a, b], seed=1)
     assert seeds != {(i.id, i.image_index): i.request.seed for i in third}
 
