@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 
@@ -31,6 +32,7 @@ MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algo
 # Rows whose tokens are counted at once: their characters and images, which take memory.
 BATCH_SIZE = 2**16
 MAX_REJECTED = 1_000_000  # rows; a manifest with more is another kind of file
+Batch = list[tuple[tuple[str, int], rows.Row]]  # accepted rows, with their file and line
 
 
 def image_digest(image: PlannedImage) -> bytes:
@@ -67,6 +69,7 @@ class PlanReader:
         self.samplers: set[str] = set()
         self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
         self.first_reason = ""
+        self.problem: InputError | None = None
         self.place_of_id: dict[str, tuple[str, int]] = {}
         self.prompt_of_item: dict[str, str] = {}  # of manifests with one row per question
 
@@ -112,19 +115,32 @@ class PlanReader:
         return digest is not None
 
     def _counted_rows(self) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
-        """Yields accepted rows: their place (file and line), the row, its number of lost tokens."""
-        for batch in self._batches():
-            requests = [row.request for _, row in batch]
-            prompts = {text for each in requests for text in (each.prompt, each.negative_prompt)}
-            counts = self.lost_tokens(prompts)
-            for place, row in batch:
-                lost = counts[row.request.prompt] + counts[row.request.negative_prompt]
-                if lost:
-                    self.notices.add_cut(place, lost)
-                yield place, row, lost
+        """Yields accepted rows: their place (file and line), the row, its number of lost tokens.
 
-    def _batches(self) -> Iterator[list[tuple[tuple[str, int], rows.Row]]]:
-        """Yields accepted rows in batches; before an error, those that precede it."""
+        The tokens of a batch are counted while the next one is read.
+        """
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            before = iter(())
+            for batch in self._batches():
+                counting = pool.submit(self.lost_tokens, _prompts(batch))
+                yield from before
+                before = self._with_lost_tokens(batch, counting)
+            yield from before
+        if self.problem is not None:
+            raise self.problem
+
+    def _with_lost_tokens(
+        self, batch: Batch, counting: Future[dict[str, int]]
+    ) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
+        counts = counting.result()
+        for place, row in batch:
+            lost = counts[row.request.prompt] + counts[row.request.negative_prompt]
+            if lost:
+                self.notices.add_cut(place, lost)
+            yield place, row, lost
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yields accepted rows in batches; an error is kept until all rows before it are used."""
         batch, size = [], 0
         try:
             for place, row in self._rows():
@@ -134,9 +150,8 @@ class PlanReader:
                 if size >= BATCH_SIZE:
                     yield batch
                     batch, size = [], 0
-        except InputError:
-            yield batch
-            raise
+        except InputError as problem:
+            self.problem = problem
         yield batch
 
     def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row]]:
@@ -246,6 +261,11 @@ class PlanReader:
                 f"used; {self.first_reason}"
             )
         return f"manifest {self.manifest.name} has no rows"
+
+
+def _prompts(batch: Batch) -> set[str]:
+    requests = [row.request for _, row in batch]
+    return {text for each in requests for text in (each.prompt, each.negative_prompt)}
 
 
 def _why_not(sampler: str, steps: int, **model) -> str:
