@@ -178,12 +178,15 @@ IMAGE_COLUMNS = {
 LATER_COLUMNS = ("image_guidance_scale", "control_mode")
 
 
+_NAMES = tuple(each.name for each in fields(Request))
+
+
 def to_columns(requests: Sequence[Request]) -> dict[str, list]:
     """Returns requests, whose images are sources, as lists of values by column.
 
     Of several images or numbers, one is written alone, and more as a JSON list.
     """
-    values = {each.name: [getattr(r, each.name) for r in requests] for each in fields(Request)}
+    values = {name: [getattr(each, name) for each in requests] for name in _NAMES}
     for name in SOURCES:
         sources = values.pop(name)
         if name not in SEVERAL:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,7 +111,7 @@ class Plan:
     enlarges: int = 1
     upscales: float | None = None
 
-    @property
+    @cached_property
     def record_fields(self) -> formats.Fields:
         """The names and types of the fields of its images' records."""
         missing = () if self.counts_tokens else ("tokens_lost",)
@@ -135,13 +136,13 @@ class Plan:
         """The name of the file that lists the rejected rows."""
         return f"rejected-{self.id[:16]}.jsonl"
 
-    @property
+    @cached_property
     def settings(self) -> Settings:
         """The settings of the plan; an option missing from it has its default."""
         known = {option.name for option in fields(Settings)}
         return Settings(**{name: self.identity[name] for name in known & self.identity.keys()})
 
-    @property
+    @cached_property
     def options(self) -> str:
         """The model's non-default options and its LoRAs: "name=value, name=value"."""
         settings, elsewhere = self.settings, ("noise", "dtype", "mesh", "scheduler")
