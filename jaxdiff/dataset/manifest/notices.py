@@ -56,7 +56,7 @@ class Notices:
         """
         if len(self._copied) < KEPT_NAMES:
             self._copied |= columns.copied(tuple(names), self._prompt_column)
-        if any(map(_has_foreign_syntax, (request.prompt, request.negative_prompt))):
+        if any(map(has_foreign_syntax, (request.prompt, request.negative_prompt))):
             self._foreign.add(place)
         unguided = self._negative_is_ignored or request.guidance_scale <= 1
         if request.negative_prompt and unguided:
@@ -93,7 +93,8 @@ class Notices:
         return {kind: text for kind, text in found.items() if text}
 
 
-def _has_foreign_syntax(prompt: str) -> bool:
+def has_foreign_syntax(prompt: str) -> bool:
+    """Returns whether a prompt has what another tool would not encode as text."""
     return bool(SIGNS.search(prompt) and FOREIGN_SYNTAX.search(prompt))
 
 
