@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from jaxdiff import checks
@@ -227,29 +227,36 @@ def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-def to_columns(request: Request) -> dict:
-    """Returns a request, whose images are sources, as values by column.
+# The fields that a plan keeps.
+_NAMES = tuple(each.name for each in fields(Request) if each.name != "latents")
+
+
+def to_columns(requests: Sequence[Request]) -> dict[str, list]:
+    """Returns requests, whose images are sources, as lists of values by column.
 
     Of several images or numbers, one is written alone, and more as a JSON list.
     """
-    values = dict(vars(request))
-    del values["latents"]
+    values = {name: [getattr(each, name) for each in requests] for name in _NAMES}
     for name in SOURCES:
         sources = values.pop(name)
-        several = sources if name in SEVERAL else sources and [sources]
+        if name not in SEVERAL:
+            sources = [source and [source] for source in sources]
         for ending, part in ("", 0), ("_sha256", 1):
-            parts = several and [source[part] for source in several]
-            values[f"{_column(name)}{ending}"] = parts and _joined(parts)
+            values[f"{_column(name)}{ending}"] = [
+                several and _joined([source[part] for source in several]) for several in sources
+            ]
     for name in NUMBERS:
-        if values[name] is not None:
-            values[name] = _joined([*values[name]])
-    if request.outpaint is not None:
-        values["outpaint"] = ",".join(map(str, request.outpaint))
+        values[name] = [several and _joined([*several]) for several in values[name]]
+    values["outpaint"] = [px and ",".join(map(str, px)) for px in values["outpaint"]]
     return values
 
 
 def from_columns(values: dict) -> Request:
-    """Returns the request that `to_columns` wrote; image columns may be missing."""
+    """Returns the request that `to_columns` wrote as these values; those of images may be missing.
+
+    Args:
+      values: one for each column.
+    """
     values = {**dict.fromkeys(IMAGE_COLUMNS), **values}
     for name in SOURCES:
         address = values.pop(_column(name))

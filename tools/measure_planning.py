@@ -2,7 +2,8 @@
 
     python tools/measure_planning.py [--rows 1000000] [--images-per-shard N]
 
-Each part runs in its own process; prints its seconds and the peak resident memory from the kernel.
+Each part runs in its own process; prints its seconds, those that its threads spent on CPUs, and the
+peak resident memory from the kernel. On a busy machine, only the seconds on CPUs can be compared.
 """
 
 import argparse
@@ -60,12 +61,13 @@ def _in_a_process(what: str, function, *arguments) -> None:
 
 
 def _measure(what: str, function, *arguments) -> None:
-    began = time.monotonic()
+    began, used = time.monotonic(), time.process_time()
     said = function(*arguments)
-    seconds = time.monotonic() - began
+    seconds, of_cpu = time.monotonic() - began, time.process_time() - used
     status = Path("/proc/self/status").read_text()
     peak_bytes = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
-    print(f"{what}: {said} in {seconds:.1f} s, {peak_bytes / 1e9:.2f} GB", flush=True)
+    times = f"{seconds:.1f} s ({of_cpu:.1f} s of CPU)"
+    print(f"{what}: {said} in {times}, {peak_bytes / 1e9:.2f} GB", flush=True)
 
 
 def _plan(path: Path, output: Path, images_per_shard: int | None) -> str:

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.local import LocalStore
-from jaxdiff.dataset.plan import PlannedImage
 from jaxdiff.dataset.run import Run
 from jaxdiff.dataset.shard import Marker
 from jaxdiff.images import image_files
@@ -54,21 +53,20 @@ def _compared(run: Run, marker: Marker, local: LocalStore) -> Iterator[str]:
     if made != marker.made:
         yield f"{metadata_name} has {made} images instead of the {marker.made} of its done-marker"
     samples = shards.samples(run, marker, local)
-    for image, row in zip(planned, rows, strict=True):
+    for known, row in zip(shards.records(planned, run.plan), rows, strict=True):
         sample = next(samples, None) if row["status"] == "made" else None
-        if not _is_as_planned(run, marker, image, row):
-            yield f"{metadata_name}: the row of image {image.key} does not match the plan"
+        if not _is_as_planned(known, marker, row):
+            yield f"{metadata_name}: the row of image {known['key']} does not match the plan"
         if row["status"] == "made" and (
             problem := _check_sample(sample, row, run.plan.settings.image_format)
         ):
-            yield f"{images_name}: image {image.key} {problem}"
+            yield f"{images_name}: image {known['key']} {problem}"
     if next(samples, None) is not None:
         yield f"{images_name} holds more images than {metadata_name} has rows"
 
 
-def _is_as_planned(run: Run, marker: Marker, image: PlannedImage, row: dict) -> bool:
+def _is_as_planned(known: dict, marker: Marker, row: dict) -> bool:
     """Returns whether a row has what is known without the image; it may lack later columns."""
-    known = shards.record(image, run.plan)
     if row["status"] == "made":
         known |= {"error": None, "file": marker.images_name}
         sound = True

@@ -7,6 +7,7 @@ its shard's done-marker; and `_SUCCESS`, the root of the proof, records all of i
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from jaxdiff.errors import InputError
 
 REPORTS = (names.SUCCESS, *proof.REPORTS)
 FETCHED_AT_ONCE = 4  # shards of a bucket
+MOST_THREADS = 16  # each has a shard's metadata in memory
 TIMES = ("finished", "seconds", "images_per_worker_second")  # in the report
 
 
@@ -288,11 +290,13 @@ def _check_rows(run: Run) -> Iterator[str]:
 
 
 def _check_shards(run: Run, deep: bool = False) -> Iterator[str]:
-    if not (deep and is_address(run.address)):
+    if not deep:
         for shard in run.shards:
-            yield from check_shard(run, shard, deep)
+            yield from check_shard(run, shard)
         return
-    with ThreadPoolExecutor(FETCHED_AT_ONCE) as threads:  # to read some while others are checked
+    # On a disk, decoding images takes most of the time; it and hashing release the GIL.
+    count = FETCHED_AT_ONCE if is_address(run.address) else min(os.cpu_count(), MOST_THREADS)
+    with ThreadPoolExecutor(count) as threads:
         for problems in threads.map(lambda shard: [*check_shard(run, shard, True)], run.shards):
             yield from problems
 

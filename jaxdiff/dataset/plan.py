@@ -11,7 +11,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -44,8 +46,7 @@ MODELS = ("model", "variant", "refiner", "lora", "base", "controlnet", "ip_adapt
 ROW_GROUP_IMAGES = 4096  # at least, in whole shards; each row group adds metadata
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedImage:
+class PlannedImage(NamedTuple):
     """One image to generate.
 
     Attributes:
@@ -68,11 +69,6 @@ class PlannedImage:
     source: str
     line: int
     tokens_lost: int | None = None
-
-    def columns(self) -> dict:
-        """Returns the image as a row of the plan."""
-        own = {name: getattr(self, name) for name in self.__slots__}
-        return own | to_columns(own.pop("request"))
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ class Plan:
     enlarges: int = 1
     upscales: float | None = None
 
-    @property
+    @cached_property
     def record_fields(self) -> formats.Fields:
         """The names and types of the fields of its images' records."""
         missing = () if self.counts_tokens else ("tokens_lost",)
@@ -140,13 +136,13 @@ class Plan:
         """The name of the file that lists the rejected rows."""
         return f"rejected-{self.id[:16]}.jsonl"
 
-    @property
+    @cached_property
     def settings(self) -> Settings:
         """The settings of the plan; an option missing from it has its default."""
         known = {option.name for option in fields(Settings)}
         return Settings(**{name: self.identity[name] for name in known & self.identity.keys()})
 
-    @property
+    @cached_property
     def options(self) -> str:
         """The model's non-default options and its LoRAs: "name=value, name=value"."""
         settings, elsewhere = self.settings, ("noise", "dtype", "mesh", "scheduler")
@@ -285,6 +281,12 @@ def differences(old: dict, new: dict) -> str:
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     )
+
+
+def planned_columns(images: Sequence[PlannedImage]) -> dict[str, Sequence]:
+    """Returns the columns of a plan's Parquet file for these images."""
+    own = dict(zip(PlannedImage._fields, zip(*images, strict=True), strict=True))
+    return own | to_columns(own.pop("request"))
 
 
 def planned_images(table: pa.Table) -> list[PlannedImage]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 
@@ -28,7 +29,10 @@ from jaxdiff.request import LATER_COLUMNS, SOURCES, Request, derived_seed, field
 
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algorithm
+# Rows whose tokens are counted at once: their characters and images, which take memory.
+BATCH_SIZE = 2**16
 MAX_REJECTED = 1_000_000  # rows; a manifest with more is another kind of file
+Batch = list[tuple[tuple[str, int], rows.Row]]  # accepted rows, with their file and line
 
 
 def image_digest(image: PlannedImage) -> bytes:
@@ -65,6 +69,7 @@ class PlanReader:
         self.samplers: set[str] = set()
         self.counts = {"blank": 0, "rejected": 0, "accepted": 0}
         self.first_reason = ""
+        self.problem: InputError | None = None
         self.place_of_id: dict[str, tuple[str, int]] = {}
         self.prompt_of_item: dict[str, str] = {}  # of manifests with one row per question
 
@@ -72,7 +77,7 @@ class PlanReader:
         """Yields the images of the first `limit` that are not planned yet, in manifest order."""
         index = 0
         limit = self.settings.limit or MAX_IMAGES + 1
-        for place, row, lost in self._rows():
+        for place, row, lost in self._counted_rows():
             for image_index in range(min(row.num_images, limit - index)):
                 image = self._planned(place, row, image_index, lost)
                 if not self.known or not self._is_known(image):
@@ -89,11 +94,12 @@ class PlanReader:
     def _planned(
         self, place: tuple[str, int], row: rows.Row, image_index: int, lost: int
     ) -> PlannedImage:
-        if row.seeds is None:
+        request = row.request
+        if image_index and row.seeds is None:
             seed = derived_seed(self.settings.seed, row.id, image_index)
-        else:
-            seed = row.seeds[image_index]
-        request = replace(row.request, seed=seed)
+            request = replace(request, seed=seed)
+        elif image_index:
+            request = replace(request, seed=row.seeds[image_index])
         return PlannedImage(
             f"{self.next_key:09d}", row.id, image_index, request, row.metadata, *place, lost
         )
@@ -108,9 +114,49 @@ class PlanReader:
             )
         return digest is not None
 
-    def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
-        """Yields accepted rows: their place (file and line), the row, its number of lost tokens."""
-        number = -1
+    def _counted_rows(self) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
+        """Yields accepted rows: their place (file and line), the row, its number of lost tokens.
+
+        The tokens of a batch are counted while the next one is read.
+        """
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            before = iter(())
+            for batch in self._batches():
+                counting = pool.submit(self.lost_tokens, _prompts(batch))
+                yield from before
+                before = self._with_lost_tokens(batch, counting)
+            yield from before
+        if self.problem is not None:
+            raise self.problem
+
+    def _with_lost_tokens(
+        self, batch: Batch, counting: Future[dict[str, int]]
+    ) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
+        counts = counting.result()
+        for place, row in batch:
+            lost = counts[row.request.prompt] + counts[row.request.negative_prompt]
+            if lost:
+                self.notices.add_cut(place, lost)
+            yield place, row, lost
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yields accepted rows in batches; an error is kept until all rows before it are used."""
+        batch, size = [], 0
+        try:
+            for place, row in self._rows():
+                batch.append((place, row))
+                size += row.num_images + len(row.metadata)
+                size += len(row.request.prompt) + len(row.request.negative_prompt)
+                if size >= BATCH_SIZE:
+                    yield batch
+                    batch, size = [], 0
+        except InputError as problem:
+            self.problem = problem
+        yield batch
+
+    def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row]]:
+        """Yields the accepted rows of the first `limit` images, with their file and line."""
+        number, images = -1, 0
         for source in self.manifest.sources:
             # A name might not be UTF-8.
             name = os.fsencode(source.name).decode("utf-8", "backslashreplace")
@@ -128,10 +174,11 @@ class PlanReader:
                 else:
                     self.counts["blank" if row is None else "accepted"] += 1
                     if row is not None:
-                        prompts = (row.request.prompt, row.request.negative_prompt)
-                        lost = sum(map(self.lost_tokens, prompts))
-                        self.notices.add(place, entry.values, row.request, lost)
-                        yield place, row, lost
+                        self.notices.add(place, entry.values, row.request)
+                        images += row.num_images
+                        yield place, row
+                        if self.settings.limit and images >= self.settings.limit:
+                            return
 
     def _accept(self, entry: Entry, place: tuple[str, int], number: int) -> rows.Row | None:
         """Returns the row, or None if it repeats the item of an accepted row."""
@@ -147,8 +194,9 @@ class PlanReader:
         if reason := self.why_not(request.sampler, request.steps):
             raise BadValueError(reason)
         request = self.sources.pinned(self.with_images(request))
-        row = replace(row, request=request)
-        self.takes_images |= any(getattr(request, name) is not None for name in SOURCES)
+        row = row._replace(request=request)
+        if any(getattr(request, name) is not None for name in SOURCES):
+            self.takes_images = True
         has = (name for name in LATER_COLUMNS if getattr(request, name) is not None)
         self.later_columns.update(has)
         first = self.place_of_id.setdefault(row.id, place)
@@ -213,6 +261,11 @@ class PlanReader:
                 f"used; {self.first_reason}"
             )
         return f"manifest {self.manifest.name} has no rows"
+
+
+def _prompts(batch: Batch) -> set[str]:
+    requests = [row.request for _, row in batch]
+    return {text for each in requests for text in (each.prompt, each.negative_prompt)}
 
 
 def _why_not(sampler: str, steps: int, **model) -> str:

@@ -1,5 +1,6 @@
 """Plans a manifest: checks rows, numbers images and fills shards. Imports no JAX."""
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -22,6 +23,7 @@ from jaxdiff.dataset.plan import (
     Plan,
     PlannedImage,
     digest,
+    planned_columns,
     planned_images,
 )
 from jaxdiff.dataset.plan_reader import PlanReader, image_digest
@@ -168,8 +170,8 @@ def _copy_shards(run: Run, writer: pq.ParquetWriter) -> dict:
 
 def _table(images: list[PlannedImage], schema: pa.Schema) -> pa.Table:
     """Returns a shard's images as rows of the plan."""
-    rows = [image.columns() for image in images]
-    return pa.table({name: [row[name] for row in rows] for name in schema.names}, schema)
+    columns = planned_columns(images)
+    return pa.table([pa.array(columns[each.name], each.type) for each in schema], schema=schema)
 
 
 def _widened(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -223,13 +225,14 @@ def _shards(images: Iterator[PlannedImage], settings: Settings) -> Iterator[list
     filling: dict[Bucket, list[PlannedImage]] = {}
     characters: Counter[Bucket] = Counter()
     held = 0
+    full_size = functools.cache(functools.partial(_shard_size, settings=settings))
     for image in images:
         bucket = image.request.bucket
         shard = filling.setdefault(bucket, [])
         shard.append(image)
         characters[bucket] += (size := _characters(image))
         held += size
-        is_full = len(shard) == _shard_size(bucket, settings)
+        is_full = len(shard) == full_size(bucket)
         if not is_full and held >= MAX_HELD_CHARACTERS:
             bucket, is_full = max(characters, key=characters.get), True
         if is_full or characters[bucket] >= MAX_SHARD_CHARACTERS:

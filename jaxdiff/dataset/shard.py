@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +31,7 @@ from PIL import Image
 from jaxdiff.dataset import formats, names, paths
 from jaxdiff.dataset.formats import Sample
 from jaxdiff.dataset.local import LocalStore
-from jaxdiff.dataset.plan import Plan, PlannedImage
+from jaxdiff.dataset.plan import Plan, PlannedImage, planned_columns
 from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
 from jaxdiff.images import decoding, fitting, image_files
@@ -227,17 +227,18 @@ def samples(run: Run, marker: Marker, local: LocalStore) -> Iterator[Sample]:
     return read(local.path(marker.images_name))
 
 
-def record(planned: PlannedImage, plan: Plan) -> dict:
-    """Returns the fields of an image's record that are known before it is generated."""
-    known = planned.columns() | {name: plan.identity[name] for name in ("noise", "dtype", "model")}
-    known["options"] = plan.options
+def records(images: Sequence[PlannedImage], plan: Plan) -> list[dict]:
+    """Returns the fields of images' records that are known before they are generated."""
+    columns = planned_columns(images)
+    for name in ("noise", "dtype", "model"):
+        columns[name] = [plan.identity[name]] * len(images)
+    columns["options"] = [plan.options] * len(images)
     if plan.upscales:
-        sides = (planned.request.width, planned.request.height)
-        known |= {
-            name: fitting.enlarged(side, plan.upscales)
-            for name, side in zip(formats.UPSCALED, sides, strict=True)
-        }
-    return {name: known[name] for name, _ in plan.record_fields if name in known}
+        for name, sides in zip(formats.UPSCALED, ("width", "height"), strict=True):
+            columns[name] = [fitting.enlarged(side, plan.upscales) for side in columns[sides]]
+    known = [name for name, _ in plan.record_fields if name in columns]
+    rows = zip(*(columns[name] for name in known), strict=True)
+    return [dict(zip(known, row, strict=True)) for row in rows]
 
 
 def encode(planned: PlannedImage, pixels: np.ndarray, plan: Plan) -> Sample:
@@ -249,7 +250,7 @@ def encode(planned: PlannedImage, pixels: np.ndarray, plan: Plan) -> Sample:
     settings = plan.settings
     if pixels.shape[-1] == 4 and settings.image_format not in image_files.LOSSLESS:
         pixels = decoding.rgb(Image.fromarray(pixels), planned.key)
-    known = record(planned, plan)
+    (known,) = records([planned], plan)
     shown = {name: value for name, value in known.items() if name != "metadata"}
     content = image_files.encode(pixels, shown, settings.image_format)
     hashes = {
@@ -307,7 +308,8 @@ class Attempt:
     def add_failed(self, planned: PlannedImage, error: str) -> None:
         """Records an image that failed."""
         self._failed += 1
-        self._rows.append({**record(planned, self._run.plan), "status": "failed", "error": error})
+        (known,) = records([planned], self._run.plan)
+        self._rows.append({**known, "status": "failed", "error": error})
         self._report()
 
     def commit(self, facts: dict) -> bool:

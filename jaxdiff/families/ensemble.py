@@ -1,8 +1,9 @@
 """The checkpoints that make an image together: a base and perhaps a refiner. Imports no JAX."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from jaxdiff.diffusion.step_ranges import (
 from jaxdiff.errors import InputError
 from jaxdiff.families import config_values, image_inputs
 from jaxdiff.families.family import CLASSIFIER_FREE, OWN_OPTIONS
+from jaxdiff.families.image_inputs import ImageInputs
 from jaxdiff.families.second_pass import SecondPass
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 from jaxdiff.families.upscaler import UPSCALER
@@ -115,7 +117,7 @@ class Ensemble:
     @property
     def enlarges(self) -> int | None:
         """By how much the base enlarges the image of a request; None if it does not."""
-        takes = self.base.family.image_inputs(self.base)
+        takes = self._image_inputs
         return None if takes is None else takes.enlarges
 
     @property
@@ -147,10 +149,24 @@ class Ensemble:
             return self.base.fingerprint
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
-    @property
+    @cached_property
     def control_kinds(self) -> tuple[int, ...]:
         """The number of kinds of images that each union ControlNet knows; none for others."""
         return tuple(each.files.kinds for each in self.controls if each.files.kinds)
+
+    # These are asked for every row of a manifest.
+    @cached_property
+    def _image_inputs(self) -> ImageInputs | None:
+        return self.base.family.image_inputs(self.base)
+
+    @cached_property
+    def _is_flow(self) -> bool:
+        return scheduler_config.prediction_type(self.base.defaults.scheduler) == "flow"
+
+    @cached_property
+    def _scales(self) -> tuple[tuple[float, ...], ...]:
+        kinds = self.controls, self.adapters
+        return tuple(tuple(each.scale for each in kind) for kind in kinds)
 
     def schedulers(self, changes: str) -> list[dict]:
         """Returns each checkpoint's scheduler config with the changes in `Options.scheduler`.
@@ -164,8 +180,8 @@ class Ensemble:
             for checkpoint in self.checkpoints
         ]
 
-    def lost_tokens(self, chunks: int) -> Callable[[str], int]:
-        """Returns a function that maps a prompt to the number of its tokens that are cut off.
+    def lost_tokens(self, chunks: int) -> Callable[[Collection[str]], dict[str, int]]:
+        """Returns a function that maps prompts to the numbers of their tokens that are cut off.
 
         Of a checkpoint's text encoders, the one that loses least counts; of the checkpoints, the
         one that loses most.
@@ -175,10 +191,13 @@ class Ensemble:
         """
         each = [of_checkpoint(checkpoint).values() for checkpoint in self.checkpoints]
 
-        def lost(prompt: str) -> int:
-            return max(
-                min((tokenizer.lost(prompt, chunks) for tokenizer in of), default=0) for of in each
-            )
+        def lost(prompts: Collection[str]) -> dict[str, int]:
+            most = dict.fromkeys(prompts, 0)
+            for of in each:
+                losses = zip(*(tokenizer.lost([*most], chunks) for tokenizer in of), strict=True)
+                for prompt, lost in zip(most, losses, strict=bool(of)):
+                    most[prompt] = max(most[prompt], min(lost))
+            return most
 
         return lost
 
@@ -223,11 +242,8 @@ class Ensemble:
         """
         if not self.samples and request.steps != self.base.defaults.steps:
             raise BadValueError("an upscaler takes no steps; leave steps out")
-        is_flow = scheduler_config.prediction_type(self.base.defaults.scheduler) == "flow"
-        takes = self.base.family.image_inputs(self.base)
-        controls, adapters = (
-            tuple(each.scale for each in kind) for kind in (self.controls, self.adapters)
-        )
+        is_flow, takes = self._is_flow, self._image_inputs
+        controls, adapters = self._scales
         if self.second_pass is not None:
             self.second_pass.check(request, self.base.defaults, is_flow=is_flow)
         request = image_inputs.with_image(request, takes, strength, is_flow=is_flow)
@@ -257,7 +273,7 @@ class Ensemble:
           InputError: if the sampler does not support a scheduler's config.
         """
         configs = self.schedulers(options.scheduler)
-        takes = self.base.family.image_inputs(self.base)
+        takes = self._image_inputs
         schedules = [
             checkpoint.family.schedule(config, bucket)
             for checkpoint, config in zip(self.checkpoints, configs, strict=True)

@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 from jaxdiff import cli
 from jaxdiff.dataset.finished import card
 from jaxdiff.dataset.manifest import columns, notices
-from jaxdiff.dataset.manifest.notices import FOREIGN_SYNTAX
+from jaxdiff.dataset.manifest.notices import has_foreign_syntax
 from jaxdiff.dataset.run import open_run
 
 LONG = "a red circle above a blue square " * 12
@@ -126,7 +126,7 @@ def test_more_chunks_lose_fewer_tokens(noticed, tiny_checkpoint):
     ],
 )
 def test_other_tools_syntax_is_recognised(prompt):
-    assert FOREIGN_SYNTAX.search(prompt)
+    assert has_foreign_syntax(prompt)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_other_tools_syntax_is_recognised(prompt):
     ],
 )
 def test_ordinary_punctuation_is_no_syntax(prompt):
-    assert not FOREIGN_SYNTAX.search(prompt)
+    assert not has_foreign_syntax(prompt)
 
 
 def test_syntax_is_counted_in_both_prompts(noticed):

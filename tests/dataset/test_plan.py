@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from making import make_plan
 
 from jaxdiff import checks, cli
-from jaxdiff.dataset import names
+from jaxdiff.dataset import names, plan_reader
 from jaxdiff.dataset import plan as plans
 from jaxdiff.dataset import settings as job_settings
 from jaxdiff.dataset.run import open_run
@@ -47,6 +48,35 @@ def test_images_have_keys_in_the_order_of_the_manifest(plan):
     ]
     assert images[2].metadata == '{"n":1}'
     assert images[2].line == 2
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_rows_are_the_same_in_batches_of_any_size(plan, monkeypatch, limit):
+    long = "a red circle above a blue square " * 12
+    rows = [{"prompt": f"{n} {long if n % 3 else ''}", "num_images": 1 + n % 2} for n in range(8)]
+    rows[2:2] = ["no JSON", {"prompt": ""}]
+    rows.append({"prompt": "beyond the limit", "steps": 0})
+    made, *found = plan(rows, limit=limit)
+    monkeypatch.setattr(plan_reader, "BATCH_SIZE", 1)
+    one_by_one, *again = plan(rows, limit=limit)
+    assert again == found
+    assert len(found[1]) == (2 if limit else 3)
+    assert {image.tokens_lost > 0 for shard in found[0] for image in shard} == {True, False}
+    assert one_by_one.notices == made.notices
+    assert one_by_one.sha256 == made.sha256
+
+
+def test_an_error_is_raised_after_the_rows_before_it(tmp_path, tiny_checkpoint):
+    path, rows = tmp_path / "rows.jsonl.gz", [{"prompt": "a", "id": "x"}]
+    path.write_bytes(gzip.compress(json.dumps(rows[0]).encode()))
+    run = make_plan(tmp_path / "out", path, tiny_checkpoint)
+    rows = [{"prompt": "b", "id": "x"}, *({"prompt": f"{n} {n**9}"} for n in range(9999))]
+    whole = gzip.compress("\n".join(map(json.dumps, rows)).encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="changes image 0 of row 'x', which is already planned"):
+        make_plan(tmp_path / "out", path, tiny_checkpoint, extended=run)
+    with pytest.raises(InputError, match="not a complete gzip file"):
+        make_plan(tmp_path / "new", path, tiny_checkpoint)
 
 
 def test_a_derived_seed_depends_on_the_id_and_not_on_the_position(plan):

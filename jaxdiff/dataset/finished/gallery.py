@@ -39,7 +39,7 @@ INDEX = "index.html"
 GENERATOR = '<meta name="generator" content="jaxdiff view">'
 FILES = re.compile(r"files-[0-9a-f]{8}")  # the folder that INDEX names, new each time
 THUMBNAIL_PX = 384  # the longer side; smaller images are their own thumbnails
-CHUNK_IMAGES, CHUNK_CHARACTERS = 500, 2**20
+CHUNK_IMAGES, CHUNK_CHARACTERS = 2000, 2**20  # the page searches again after each
 WAITING_IMAGES = 16  # read, but not written yet
 # The fields of an image, in the order in which its record is written.
 COLUMNS = (
@@ -268,7 +268,7 @@ def _sources(row: dict, plan: Plan) -> dict[str, Image.Image]:
         if any("://" in said for said in (root, *(each.address for each in named if each))):
             return {}
         brought = loading.prepared(request, root, plan.settings.preprocess, enlarges=plan.enlarges)
-    except (ImportError, ValueError):  # the former without OpenCV
+    except (ImportError, InputError, ValueError):  # the first without OpenCV
         return {}
     pictures = {"sources": brought.image, "masks": brought.mask_image}
     for name, images in (

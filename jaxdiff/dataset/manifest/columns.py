@@ -42,9 +42,9 @@ MAX_COLUMNS = 1000
 MAX_NAME_CHARACTERS = 500
 
 
-def check(names: Iterable[str]) -> None:
+@functools.lru_cache(maxsize=64)
+def check(names: tuple[str, ...]) -> None:
     """Raises BadValueError for too many columns, or for a name that is too long."""
-    names = tuple(names)
     if len(names) > MAX_COLUMNS:
         raise BadValueError(f"{len(names)} columns; at most {MAX_COLUMNS}")
     longest = max(names, key=len, default="")

@@ -24,6 +24,7 @@ FOREIGN_SYNTAX = re.compile(
     """,
     re.VERBOSE,
 )
+SIGNS = re.compile(r"[(){<:+[_]|BREAK|--")  # one is in all of that; a search for them is fast
 SHOWN_NAMES = 10
 KEPT_NAMES = 1000  # of columns, which JSON rows may have without end
 COPIED = "copied columns"  # the only notice that changes no pixel
@@ -45,29 +46,28 @@ class Notices:
         self._cut, self._foreign, self._ignored, self._scaled = (_Rows() for _ in range(4))
         self._most_lost = 0
 
-    def add(
-        self, place: tuple[str, int], names: Iterable[str], request: Request, tokens_lost: int
-    ) -> None:
+    def add(self, place: tuple[str, int], names: Iterable[str], request: Request) -> None:
         """Counts one row.
 
         Args:
           place: its file and line.
           names: of its columns.
           request: shared by its images.
-          tokens_lost: how many tokens its prompts lose.
         """
         if len(self._copied) < KEPT_NAMES:
             self._copied |= columns.copied(tuple(names), self._prompt_column)
-        if tokens_lost:
-            self._cut.add(place)
-            self._most_lost = max(self._most_lost, tokens_lost)
-        if any(map(FOREIGN_SYNTAX.search, (request.prompt, request.negative_prompt))):
+        if any(map(has_foreign_syntax, (request.prompt, request.negative_prompt))):
             self._foreign.add(place)
         unguided = self._negative_is_ignored or request.guidance_scale <= 1
         if request.negative_prompt and unguided:
             self._ignored.add(place)
         if self._scale_is_ignored and request.guidance_scale > 1:
             self._scaled.add(place)
+
+    def add_cut(self, place: tuple[str, int], tokens_lost: int) -> None:
+        """Counts a row whose prompts lose tokens."""
+        self._cut.add(place)
+        self._most_lost = max(self._most_lost, tokens_lost)
 
     def texts(self) -> dict[str, str]:
         """Returns a line for each kind of notice that applies, by the kind's name."""
@@ -93,6 +93,11 @@ class Notices:
             and f"{self._scaled}; the model was distilled to need none",
         }
         return {kind: text for kind, text in found.items() if text}
+
+
+def has_foreign_syntax(prompt: str) -> bool:
+    """Returns whether a prompt has what another tool would not encode as text."""
+    return bool(SIGNS.search(prompt) and FOREIGN_SYNTAX.search(prompt))
 
 
 class _Rows:

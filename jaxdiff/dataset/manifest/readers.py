@@ -301,7 +301,7 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str, str | None]]:
                     quotes += rest.count(b'"')
                 line = line[: 4 * MAX_RAW_CHARACTERS]  # a character has 4 bytes at most
                 line += b'"' * ((quotes - line.count(b'"')) % 2)  # for the CSV reader
-            for part in [line] if error else LINE_END.split(line):
+            for part in LINE_END.split(line) if b"\r" in line and not error else [line]:
                 if part or not number:
                     number += 1
                     yield number, _decode(part), error
@@ -322,7 +322,7 @@ def _damage_named(name: str) -> Iterator[None]:
 def _header(name: str, names: list[str], prompt_column: str | None) -> dict[str, str | None]:
     """Returns the meaning of the table's columns."""
     try:
-        columns.check(names)
+        columns.check(tuple(names))
     except BadValueError as problem:
         raise InputError(f"manifest {name} has {problem}") from None
     meaning = columns.meaning(tuple(names), prompt_column)

@@ -3,24 +3,23 @@
 import json
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxdiff import checks
 from jaxdiff.checks import MAX_SEED, BadValueError
 from jaxdiff.dataset.manifest import columns
 from jaxdiff.dataset.settings import Settings
-from jaxdiff.request import IMAGE_FIELDS, Request
+from jaxdiff.request import IMAGE_FIELDS, Request, derived_seed
 
 MAX_ID_CHARACTERS = 500
 JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One accepted row.
 
     Attributes:
-      request: shared by its images; does not contain their seeds yet. Its images are addresses.
+      request: of its first image; the others differ in their seeds. Its images are addresses.
       seeds: of its images; None if they are derived from its id.
       metadata: its other columns, as a JSON object.
     """
@@ -51,8 +50,9 @@ def parse(
     Raises:
       BadValueError: for a row that cannot be used.
     """
-    columns.check(values)
-    meaning = columns.meaning(tuple(values), settings.prompt_column)
+    names = tuple(values)
+    columns.check(names)
+    meaning = columns.meaning(names, settings.prompt_column)
     said = {m: values[c] for c, m in meaning.items() if m and values[c] is not None}
     others = {c: values[c] for c, m in meaning.items() if not m}
 
@@ -61,18 +61,19 @@ def parse(
     if needs_prompt and _is_blank(said.get("prompt")):
         raise BadValueError("the prompt is empty or missing")
     said.setdefault("prompt", "")
-    wanted = {}
-    for name, (check, *arguments) in request_checks.items():
+    wanted = {name: getattr(settings, name) for name in request_checks if name not in said}
+    for name in request_checks:
         if name in said:
+            check, *arguments = request_checks[name]
             wanted[name] = check(name, said[name], *arguments)
-        else:
-            wanted[name] = getattr(settings, name)
-    for name, field in IMAGE_FIELDS.items():
+    for name in IMAGE_FIELDS:
         if name in said:
+            field = IMAGE_FIELDS[name]
             wanted[name] = field.check(name, said[name], *field.arguments)
-    request = Request(**wanted)
     num_images, seeds = _seeds(said, settings.num_images)
     row_id = _id(said.get("id", row_number))
+    wanted["seed"] = derived_seed(settings.seed, row_id, 0) if seeds is None else seeds[0]
+    request = Request(**wanted)
     return Row(row_id, request, num_images, seeds, _json(others))
 
 

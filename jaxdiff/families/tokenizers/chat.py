@@ -56,10 +56,14 @@ class ChatTokenizer:
             seen[: len(words)] = True
         return Tokens(ids, mask)
 
-    def lost(self, text: str, chunks: int = 1) -> int:
-        """Returns how many tokens at the end of a text, with what follows it, are cut off."""
-        return max(0, len(self._words(text)) - self.tokens)
+    def lost(self, texts: Sequence[str], chunks: int = 1) -> list[int]:
+        """Returns how many tokens at the end of each text, with what follows it, are cut off."""
+        counts = self._tokenizer.counts([*map(self._whole, texts)], special=True)
+        return [max(0, count - self.tokens) for count in counts]
 
     def _words(self, text: str) -> list[int]:
+        return self._tokenizer.ids(self._whole(text), special=True)
+
+    def _whole(self, text: str) -> str:
         before, after = self._around
-        return self._tokenizer.ids(before + text + after, special=True)
+        return before + text + after

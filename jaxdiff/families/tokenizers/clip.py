@@ -52,12 +52,13 @@ class ClipTokenizer:
         """Returns token ids, int32 [texts, chunks, tokens]; see `chunked_tokens`."""
         return chunked_tokens(self._tokenizer, texts, self.tokens, chunks)
 
-    def lost(self, text: str, chunks: int = 1) -> int:
-        """Returns how many tokens at the end of a text are cut off."""
+    def lost(self, texts: Sequence[str], chunks: int = 1) -> list[int]:
+        """Returns how many tokens at the end of each text are cut off."""
         most = chunks * (self.tokens - 2)
-        if text.isascii() and len(text) <= most:  # a token has at least one byte
-            return 0
-        return max(0, len(self._tokenizer.ids(text, special=False)) - most)
+        # A token has at least one byte.
+        long = [text for text in texts if not text.isascii() or len(text) > most]
+        counts = dict(zip(long, self._tokenizer.counts(long, special=False), strict=True))
+        return [max(0, counts.get(text, 0) - most) for text in texts]
 
 
 def read_tokenizer(directory: Path) -> FastTokenizer:

@@ -71,9 +71,11 @@ class InstructedTokenizer:
         kept = np.append(0, np.arange(most - self.tokens + 1, most)).astype(np.int32)
         return InstructedTokens(ids, mask, np.tile(kept, (len(texts), 1)))
 
-    def lost(self, text: str, chunks: int = 1) -> int:
-        """Returns how many tokens at the end of a prompt are cut off."""
-        return max(0, len(self._words(self._prepared(text, False))) - self._row)
+    def lost(self, texts: Sequence[str], chunks: int = 1) -> list[int]:
+        """Returns how many tokens at the end of each prompt are cut off."""
+        prepared = [self._prepared(text, negative=False) for text in texts]
+        counts = self._tokenizer.counts(prepared, special=True)
+        return [max(0, count - self._row) for count in counts]
 
     def _prepared(self, text: str, negative: bool) -> str:
         text = text.lower().strip()

@@ -48,6 +48,7 @@ class T5Tokenizer:
         found = fast.read(directory, "T5Tokenizer")
         self._end, self._pad, self._size = found.end, found.pad, found.size
         self._encode = partial(found.ids, special=False)
+        self._counts = partial(found.counts, special=False)
 
     def _read_sentencepiece(self, directory: Path) -> None:
         import sentencepiece
@@ -55,6 +56,7 @@ class T5Tokenizer:
         found = sentencepiece.SentencePieceProcessor(model_file=str(directory / SENTENCEPIECE))
         self._end, self._pad, self._size = found.eos_id(), found.pad_id(), found.vocab_size()
         self._encode = found.encode
+        self._counts = lambda texts: [*map(len, found.encode(texts))]
 
     def __len__(self) -> int:
         """The size of the vocabulary: one more than its largest id."""
@@ -65,16 +67,14 @@ class T5Tokenizer:
         ids = np.full((len(texts), self.tokens), self._pad, np.int32)
         mask = np.zeros(ids.shape, bool)
         for row, seen, text in zip(ids, mask, texts, strict=True):
-            words = [*self._words(text)[: self.tokens - 1], self._end]
+            words = [*self._encode(self._prepared(text))[: self.tokens - 1], self._end]
             row[: len(words)] = words
             seen[: len(words)] = True
         return Tokens(ids, mask)
 
-    def lost(self, text: str, chunks: int = 1) -> int:
-        """Returns how many tokens at the end of a text are cut off."""
-        if text.isascii() and len(text) + 2 <= self.tokens:  # one for each, one for the first word
-            return 0
-        return max(0, len(self._words(text)) + 1 - self.tokens)
-
-    def _words(self, text: str) -> list[int]:
-        return self._encode(self._prepared(text))
+    def lost(self, texts: Sequence[str], chunks: int = 1) -> list[int]:
+        """Returns how many tokens at the end of each text are cut off."""
+        # A character makes one token at most, and the first word another one.
+        long = [text for text in texts if not text.isascii() or len(text) + 2 > self.tokens]
+        counts = dict(zip(long, self._counts([*map(self._prepared, long)]), strict=True))
+        return [max(0, counts.get(text, 0) + 1 - self.tokens) for text in texts]

@@ -48,8 +48,8 @@ class Tokenizer(Protocol):
           negative: whether they are negative prompts, which some families treat differently.
         """
 
-    def lost(self, text: str, chunks: int = 1) -> int:
-        """Returns how many tokens at the end of a text are cut off."""
+    def lost(self, texts: Sequence[str], chunks: int = 1) -> list[int]:
+        """Returns how many tokens at the end of each text are cut off."""
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Tokenizer]:
