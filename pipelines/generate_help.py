@@ -207,8 +207,8 @@ HELP = {
         "weights": (
             "KIND",
             "int8 or fp8: keep most weights in 8 bits, half of the memory of bfloat16; w8a8: int8, "
-            "and multiply 8-bit integers in linear layers, which TPUs do faster; all change the "
-            "images slightly (default: full, in --dtype)",
+            "and multiply 8-bit integers in linear layers; all change the images slightly "
+            "(default: full, in --dtype)",
         ),
         "text_encoders": (
             "PLACE",
