@@ -64,7 +64,8 @@ class Image:
     def _settings(self) -> dict:
         """Returns the request's texts and numbers, by column."""
         plain = replace(self.request, **dict.fromkeys(SOURCES))
-        settings = {name: said for name, said in to_columns(plain).items() if said is not None}
+        columns = to_columns([plain])
+        settings = {name: said for name, (said,) in columns.items() if said is not None}
         if self.request.image is not None:  # the file says that it was made of another image
             settings["init_image"] = "given as pixels"
         return settings

@@ -279,7 +279,7 @@ def test_qwen_image_takes_at_least_two_steps(refused, planned):
     assert "steps must be at least 2" in refused("Qwen-Image", "--steps=1")
     code, output, _ = planned("Qwen-Image", rows=[{"prompt": "a", "steps": 1}, {"prompt": "b"}])
     assert code == 0
-    assert "1 rejected, 1 accepted" in output
+    assert "rows: 1 used, 1 rejected" in output
     assert "line 1: steps must be at least 2" in output
 
 
