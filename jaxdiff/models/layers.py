@@ -71,7 +71,10 @@ class GroupNorm(nnx.GroupNorm):
             return super().__call__(x)
         deviations = x - self._mean(x)
         scale = jax.lax.rsqrt(self._mean(jnp.square(deviations)) + self.epsilon)
-        return deviations * (scale * self.scale[...]) + self.bias[...]
+        if self.scale is not None:
+            scale = scale * self.scale[...]
+        normalised = deviations * scale
+        return normalised if self.bias is None else normalised + self.bias[...]
 
     def _mean(self, x: Array) -> Array:
         """Returns the mean of each channel's group, [batch, 1, ..., channels]."""

@@ -50,7 +50,8 @@ def difference(path, network, record) -> float:
     """Returns the relative difference of an enlarged image before it is rounded."""
     model = jaxdiff.load(path)
     pixels = np.random.default_rng(0).integers(0, 256, (*SIDES, 3), np.uint8)
-    enlarged, _ = model._upscaler._enlarge(model._upscaler._params, pixels[None])
+    arguments = model._upscaler._params, pixels[None]
+    enlarged, _ = model._upscaler._enlarge.compile(*arguments).result()(*arguments)
     with torch.no_grad():
         seen = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
         wanted = network(seen)[0].permute(1, 2, 0).clamp(0, 1).numpy()
