@@ -103,8 +103,11 @@ def their_pixels(pipeline, request: jaxdiff.Request) -> np.ndarray:
         *("strength", "control_guidance_start", "control_guidance_end"),
         *("controlnet_conditioning_scale", "control_mode"),
     ):
-        if getattr(request, name) is not None:
-            words[name] = getattr(request, name)
+        value = getattr(request, name)
+        if isinstance(value, tuple):
+            value = [*value] if len(value) > 1 else value[0]
+        if value is not None:
+            words[name] = value
     if request.control_mode is not None:  # without a list, the pipeline drops all but one image
         words["control_guidance_end"] = [1.0] * len(seen)
     if request.image is not None:

@@ -278,7 +278,7 @@ def test_a_layout_in_a_bucket_has_no_image_of_an_earlier_one(client, evaluation,
     for name in ("00003/samples/0000.png", "best/images/7.png", "notes/7.png", "notes.txt"):
         client.put_object(Bucket="sets", Key=f"again/{name}", Body=b"mine")
     assert cli.main(evaluation("s3://sets/again", given)) == 0
-    assert "wrote s3://sets/again/report.html" in capsys.readouterr().out
+    assert "Report: s3://sets/again/report.html" in capsys.readouterr().out
     there = {key.removeprefix("again/") for key in objects(client) if key.startswith("again/")}
     assert "00002/samples/0001.png" in there
     assert not {"00003/samples/0000.png", "best/images/7.png"} & there
