@@ -44,7 +44,7 @@ def test_only_rows_that_make_the_model_fail_are_lost_until_retried(
     assert cli.main(command(directory)) == 3
     assert failures(directory) == dict.fromkeys(STAR_KEYS, "RuntimeError: no stars")
     assert cli.main(["verify", str(directory)]) == 0
-    assert "21 made, 3 failed" in capsys.readouterr().out
+    assert "images: 21 of 24 made, 3 failed" in capsys.readouterr().out
 
     assert cli.main(command(directory, "--retry-failed")) == 3  # they still fail
     faulty(None)
