@@ -247,7 +247,7 @@ MISTAKES = {
     "--output o": "--benchmark is missing; choose from shapes, geneval",
     "--benchmark genval --output o": "invalid choice: 'genval'",
     "--benchmark geneval --output o": "--benchmark geneval needs --prompts: prompts/evaluation_",
-    "--benchmark shapes --output o --vary stepps=1,2": "unknown option 'stepps'; did you mean steps?",
+    "--benchmark shapes --output o --vary stepps=1,2": "unknown option 'stepps'",
     "--benchmark shapes --output o --keep best:clip": "--keep best:clip needs --clip",
     "--benchmark shapes --output o --clip nowhere": "nowhere",
     "--benchmark shapes --output o --reference nowhere": "nowhere: image folder not found",
