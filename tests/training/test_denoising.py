@@ -220,7 +220,8 @@ def test_a_trained_checkpoint_generates_and_keeps_frozen_networks(
     task = text_to_image.task(recipe(tiny_checkpoint, folder), tmp_path)
     moved = jax.tree.map(lambda leaf: leaf + 0.01, task.params)
     task.export(moved, task.frozen, tmp_path / "model")
-    assert task.preview(moved, task.frozen).shape == (64, 8 * 64 + 7 * 2, 3)
+    side, lines = 160 + 2 * 8, 3 * 15  # of a picture with its margins, and of its caption
+    assert task.preview(moved, task.frozen).shape == (side + lines, 8 * side, 3)
     (image,) = jaxdiff.load(tmp_path / "model").generate(
         [jaxdiff.Request(prompt="a star", steps=2)]
     )
