@@ -401,7 +401,8 @@ def test_other_families_learn_and_draw_samples(name, family, images, tmp_path):
     assert found == pytest.approx(wanted, rel=5e-3)
     assert set(gradient) == {"transformer"}
     task = text_to_image.task(dataclasses.replace(cached, method="lora"), tmp_path)
-    assert task.preview(task.params, task.frozen).shape == (64, 4 * 64 + 3 * 2, 3)
+    side, lines = 160 + 2 * 8, 3 * 15  # of a picture with its margins, and of its caption
+    assert task.preview(task.params, task.frozen).shape == (side + lines, 4 * side, 3)
     if name == "PixArt-Alpha":
         assert task.batch(0)["mask"].dtype == bool
         assert task.batch(0)["mask"].sum() == 2  # the end of the empty caption
