@@ -90,7 +90,7 @@ def test_sizes_have_plain_units(count, said):
 
 
 def test_a_price_makes_a_bill_of_the_estimated_time(tmp_path, command, capsys):
-    more = ("--dry-run", "--num-images=100000")
+    more = ("--dry-run", "--num-images=4000")
 
     def bill(price: str) -> list[float]:
         arguments = command(tmp_path / "out", *more, f"--price-per-chip-hour={price}")
@@ -103,7 +103,7 @@ def test_a_price_makes_a_bill_of_the_estimated_time(tmp_path, command, capsys):
         assert costs == pytest.approx([float(price) * each for each in hours], rel=0.06)
         return costs
 
-    assert bill("2000") == pytest.approx([2 * cost for cost in bill("1000")], rel=0.01)
+    assert bill("800000") == pytest.approx([2 * cost for cost in bill("400000")], rel=0.02)
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path, command, capsys, monkeypatch):
