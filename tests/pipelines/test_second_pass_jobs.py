@@ -123,6 +123,7 @@ def test_models_that_enlarge_images_have_no_second_pass(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_deep_features_are_reused_in_their_own_windows(tiny_checkpoint):
     """Those of another window would be far off; the images are the same beside others."""
     requests = [Request(prompt=prompt, seed=5, steps=8) for prompt in "ab"]

@@ -64,6 +64,7 @@ def test_the_error_of_an_engine_that_cannot_start_gives_the_reason(tmp_path):
         Engine(OURS, "step", 1, work)
 
 
+@pytest.mark.slow
 def test_both_engines_compute_the_same(tiny_checkpoint, tmp_path, capsys):
     pytest.importorskip("diffusers")
     output, markdown = tmp_path / "bench.json", tmp_path / "bench.md"

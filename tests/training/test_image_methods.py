@@ -102,6 +102,7 @@ def test_inpainting_begins_as_the_model_that_is_widened(tiny_checkpoint, tmp_pat
     assert gradient.keys() == {"unet"}
 
 
+@pytest.mark.slow
 def test_a_model_for_inpainting_is_exported_used_and_trained_further(tiny_checkpoint, tmp_path):
     task = made(method("inpaint", tiny_checkpoint), tmp_path / "a")
     moved = jax.tree.map(lambda leaf: leaf + 0.01, task.params)

@@ -91,7 +91,10 @@ def test_a_product_of_8_bit_integers_is_as_exact_as_its_scales():
         assert (error <= most + 64 * step * steps / 4 + 1e-5 * np.abs(product)).all()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("shapes64", "w8a8"), ("shapes64-flow", "int8")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("shapes64", "w8a8"), pytest.param("shapes64-flow", "int8", marks=pytest.mark.slow)],
+)
 def test_images_change_little_and_do_not_depend_on_their_neighbours(name, kind, record_property):
     whole, small = (jaxdiff.load(name, weights=each) for each in ("full", kind))
     before, after = (model.generate(REQUESTS) for model in (whole, small))
