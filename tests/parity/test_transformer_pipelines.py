@@ -159,6 +159,7 @@ def test_defaults_are_the_pipelines(checkpoint, family):
         assert defaults.guidance_scale == scale
 
 
+@pytest.mark.slow
 def test_the_bundled_transformer_gives_the_same_images(record_property):
     """Loaded by diffusers as any Stable Diffusion 3 without T5; at its own steps and guidance."""
     directory = BUNDLED["shapes64-flow"]

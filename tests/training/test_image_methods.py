@@ -89,6 +89,7 @@ def test_a_trained_controlnet_steers(tiny_checkpoint, tmp_path):
     assert not np.array_equal(dark, light)
 
 
+@pytest.mark.slow
 def test_inpainting_begins_as_the_model_that_is_widened(tiny_checkpoint, tmp_path):
     task = made(method("inpaint", tiny_checkpoint), tmp_path / "a")
     kernel = task.params["unet"]["conv_in"]["kernel"]

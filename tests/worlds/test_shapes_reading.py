@@ -58,6 +58,7 @@ def test_scenes_are_read_back_through_noise(drawn):
     assert read_back(drawn[:500], noisy) >= 0.995
 
 
+@pytest.mark.slow
 def test_scenes_are_read_back_from_jpeg(drawn):
     change = lambda image, _: encoded(image, format="JPEG", quality=90)  # noqa: E731
     assert read_back(drawn, change) >= 0.98
