@@ -18,8 +18,8 @@ NAMED = (type, types.BuiltinFunctionType, np.ufunc)
 def identity(value: Any) -> str:
     """Describes a value with everything that tracing it may depend on, but for the source code.
 
-    A function is described by its name and by what it holds: the values of its closure, defaults
-    and partial arguments.
+    A function is described by its name, its place in the source, and what it holds: the values of
+    its closure, defaults and partial arguments.
 
     Args:
       value: a function, or a value that one holds.
@@ -38,7 +38,9 @@ def identity(value: Any) -> str:
         return f"method({_all(value.__func__, value.__self__)})"
     if isinstance(value, types.FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or ()]
-        parts = [*held, value.__defaults__, value.__kwdefaults__]
+        # Two lambdas of one function have the same name, but not the same place.
+        place = hashlib.sha256(repr([*value.__code__.co_positions()]).encode()).hexdigest()
+        parts = [place, *held, value.__defaults__, value.__kwdefaults__]
         return f"{value.__module__}.{value.__qualname__}({_all(*parts)})"
     if isinstance(value, Mapping):
         items = (f"{identity(key)}: {identity(each)}" for key, each in value.items())

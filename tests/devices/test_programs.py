@@ -129,6 +129,13 @@ def test_functions_that_hold_other_values_have_other_identities(one, other):
         assert identity(hold(one)) != identity(hold(other))
 
 
+def test_functions_of_the_same_name_have_other_identities():
+    one, other = (lambda x: x + 1), (lambda x: x + 2)  # a choice between them may be held nowhere
+    assert one.__qualname__ == other.__qualname__
+    assert identity(one) == identity(one)
+    assert identity(one) != identity(other)
+
+
 def test_what_is_not_known_has_no_identity():
     with pytest.raises(TypeError, match="no program can be identified"):
         identity(holding(object()))
