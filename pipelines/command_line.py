@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         """
         names = [option[2:].replace("-", "_"), *others]
         for word in (word.partition("=")[0] for word in rest if word.startswith("-")):
-            if spellings.meant(word, names):
+            if spellings.closest(word, names):
                 self.error(f"unknown option {word}{spellings.suggest(word, names)}")
         self.error(f"{option} is missing{hint}")
 

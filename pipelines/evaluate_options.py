@@ -179,7 +179,7 @@ def _varied(text: str) -> list[tuple[str, str]]:
     if not equals or not values:
         raise InputError(f"--vary {text}: use NAME=VALUE,VALUE, for example steps=10,20")
     if name.replace("-", "_") not in settings.NAMES:
-        hint = spellings.meant(name, settings.NAMES)
+        hint = spellings.closest(name, settings.NAMES)
         hint = f"did you mean {hint.replace('_', '-')}?" if hint else "use one of jaxdiff generate"
         raise InputError(f"--vary {text}: unknown option {name!r}; {hint}")
     return [(name, value) for value in values.split(",")]

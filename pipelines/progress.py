@@ -92,12 +92,12 @@ class Counter:
 def _tell(
     callback: Callable[[int, int], object], counter: Counter, total: int, done: threading.Event
 ) -> None:
-    told, last = None, False
+    reported, last = None, False
     while not last:
         last = done.wait(BAR_SECONDS)
-        if (count := counter.count()) != told:
+        if (count := counter.count()) != reported:
             callback(count, total)
-            told = count
+            reported = count
 
 
 def _bar(counter: Counter, total: int, done: threading.Event) -> None:

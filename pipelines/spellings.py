@@ -42,7 +42,7 @@ OTHER_NAMES = {
 }
 
 
-def meant(name: str, names: Collection[str]) -> str | None:
+def closest(name: str, names: Collection[str]) -> str | None:
     """Returns the option that an unknown one is likely to mean, without hyphens; None if unclear.
 
     Args:
@@ -57,5 +57,5 @@ def meant(name: str, names: Collection[str]) -> str | None:
 
 def suggest(name: str, names: Collection[str]) -> str:
     """Returns the end of a message: a suggestion for an unknown option, or nothing."""
-    option = meant(name, names)
+    option = closest(name, names)
     return f"; did you mean --{option.replace('_', '-')}?" if option else ""

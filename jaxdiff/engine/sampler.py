@@ -160,14 +160,7 @@ class Sampler:
     def programs(
         self, request: Request, batch_size: int, *, on_host: bool = True
     ) -> "Iterator[tuple[str, Future[jax.stages.Compiled]]]":
-        """Starts compiling the programs for images like a resolved request, one after the other.
-
-        Args:
-          on_host: whether to compile those of text encoders on the host, too.
-
-        Yields:
-          what a program is for, and the program.
-        """
+        """Starts compiling the programs for images like a resolved request; see `TextToImage.programs`."""
         for denoiser in self._denoisers:
             if on_host or denoiser.prompts.mesh is self._mesh:
                 for program in denoiser.prompts.compile(request.height, request.width):
