@@ -160,7 +160,7 @@ class Sampler:
     def programs(
         self, request: Request, batch_size: int, *, on_host: bool = True
     ) -> "Iterator[tuple[str, Future[jax.stages.Compiled]]]":
-        """Starts compiling the programs for images like a resolved request; see `TextToImage.programs`."""
+        """Starts compiling the programs for images; see `TextToImage.programs`."""
         for denoiser in self._denoisers:
             if on_host or denoiser.prompts.mesh is self._mesh:
                 for program in denoiser.prompts.compile(request.height, request.width):
