@@ -78,7 +78,8 @@ class Program:
         versions = [importlib.metadata.version(name) for name in PACKAGES]
         settings = [f"{name}={value}" for name, value in sorted(jax.config.values.items())]
         described = identity([self._function, self._mesh, self._axes, static, shapes])
-        name = f"{described} {structure} {versions} {settings}"
+        here = jax.local_devices()[0].device_kind  # on which kernels of attention depend
+        name = f"{described} {structure} {versions} {settings} {here}"
 
         def traced() -> bytes:
             function = functools.partial(self._function, **static)
