@@ -10,7 +10,6 @@ prints one line. The files were just written, so they may come from the page cac
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -18,8 +17,6 @@ import time
 from pathlib import Path
 
 import jax
-import ml_dtypes  # noqa: F401  (makes its dtypes known to NumPy by name)
-import numpy as np
 
 from jaxdiff.checkpoint.component import Component
 from jaxdiff.checkpoint.single_file_configs import CONTENTS
@@ -27,15 +24,9 @@ from jaxdiff.checkpoint.weight_files import read_weights
 from jaxdiff.families import FAMILIES
 from jaxdiff.weights.load import file_shapes, load_params, places
 from jaxdiff.weights.network import abstract_network
+from tools import random_weights
 
 FLUX_DEV = {"guidance_embeds": True}  # the class's defaults are the rest
-STORED = {
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float32": "F32",
-    "float8_e4m3fn": "F8_E4M3",
-}
-TILE = 2**24  # random numbers, repeated to fill a tensor
 MIB = 2**20
 
 
@@ -56,22 +47,6 @@ def networks(name: str, blocks: str) -> dict[str, tuple[Component, dict]]:
         )
         for component, config in made.read_configs(parsed).items()
     }
-
-
-def write_random(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
-    """Writes a safetensors file tensor by tensor, which the safetensors library cannot."""
-    header, end = {}, 0
-    for key, shape in shapes.items():
-        start, end = end, end + int(np.prod(shape)) * np.dtype(dtype).itemsize
-        header[key] = {"dtype": STORED[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    tile = np.random.default_rng(0).standard_normal(TILE, np.float32).astype(dtype)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes.values():
-            size = int(np.prod(shape))
-            for start in range(0, size, TILE):
-                tile[: size - start].tofile(file)
 
 
 def load(directory: str, dtype: str, name: str, blocks: str) -> None:
@@ -96,7 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--network", choices=("sd15", "flux"), default="sd15")
     parser.add_argument("--blocks", default="19,38", help="of FLUX.1: double and single ones")
-    parser.add_argument("--stored", choices=STORED, default="float16")
+    parser.add_argument("--stored", choices=random_weights.STORED, default="float16")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--directory", help="where to write the checkpoint (default: a temporary directory)"
@@ -104,7 +79,7 @@ def main() -> int:
     said = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=said.directory) as scratch:
         for component, (_, shapes) in networks(said.network, said.blocks).items():
-            write_random(
+            random_weights.write(
                 Path(scratch, f"{component}.safetensors"), file_shapes(shapes), said.stored
             )
         call = f"load({scratch!r}, {said.dtype!r}, {said.network!r}, {said.blocks!r})"

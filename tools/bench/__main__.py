@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--model",
         default="shapes64",
-        help="shapes64, a directory, or sd15 or sdxl (random weights)",
+        help="shapes64, a directory, or sd15, sdxl or flux1-dev (random weights)",
     )
     add("--parts", type=_one_of(PARTS), default=[*PARTS], help=f"default: {','.join(PARTS)}")
     add("--batch", type=_counts, default=[1, 8], help="batch sizes (default: 1,8)")
@@ -102,7 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance-scale", type=float, help="default: the model's own")
     add("--dtype", choices=DTYPES, default="float32", help="jaxdiff's dtype")
     add("--torch-dtype", type=_one_of((*DTYPES, NONE)), help="one column each; none: only jaxdiff")
-    add("--torch-compile", choices=COMPILE_MODES, default="off", help="mode for U-Net and decoder")
+    add(
+        "--torch-compile",
+        choices=COMPILE_MODES,
+        default="off",
+        help="mode for denoiser and decoder",
+    )
     add("--rounds", type=_count, default=5, help="pairs of turns (A B A B)")
     add("--turn-seconds", type=float, default=1.0, help="minimum length of a turn")
     add("--batches-a-turn", type=_count, default=4, help="batches per turn of the part images")

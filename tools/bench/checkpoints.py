@@ -1,19 +1,18 @@
 """The measured checkpoints: a user's, the bundled one, or one with random weights.
 
-    python -m tools.bench.checkpoints sd15|sdxl DIR
+    python -m tools.bench.checkpoints sd15|sdxl|flux1-dev DIR
 
 writes one with random weights: the published architecture at full size, in diffusers' layout and
-float16.
+bfloat16.
 """
 
 import json
 import os
+import string
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import numpy as np
 
 from jaxdiff import cache
 from jaxdiff.checkpoint.checkpoint import BUNDLED
@@ -21,14 +20,20 @@ from jaxdiff.checkpoint.component import INDEX, TOKENIZER_FILES, config_file
 from jaxdiff.checkpoint.json_files import read_json, write_json
 from jaxdiff.checkpoint.single_file_configs import CONTENTS
 from jaxdiff.families import FAMILIES
+from tools import random_weights
+from tools.bench import flux_dev
 
-FULL_SIZE = {"sd15": CONTENTS[768], "sdxl": CONTENTS[2048]}
-TOKENS = 77  # per prompt; the bundled tokenizer's own limit is 24
+FULL_SIZE = {  # `model_index.json` and the configs
+    "sd15": (CONTENTS[768].index, CONTENTS[768].configs),
+    "sdxl": (CONTENTS[2048].index, CONTENTS[2048].configs),
+    "flux1-dev": (flux_dev.INDEX, flux_dev.CONFIGS),
+}
+TOKENS, T5_TOKENS = 77, 512  # per prompt; the bundled tokenizer's own limit is 24
 ROOT = Path(__file__).parents[2]
 
 
 def directory(model: str) -> Path:
-    """Returns the diffusers directory of "shapes64", a path, "sd15" or "sdxl" (written if new)."""
+    """Returns the diffusers directory of "shapes64", a path, or a `FULL_SIZE` (written if new)."""
     if model not in FULL_SIZE:
         return BUNDLED.get(model) or Path(model)
     kept = cache.directory() / "bench"
@@ -44,25 +49,26 @@ def write(model: str, target: Path) -> None:
     """Writes a full-size checkpoint atomically."""
     from jaxdiff.weights.load import file_shapes
 
-    contents = FULL_SIZE[model]
-    family = FAMILIES[contents.index["_class_name"]]
+    index, configs = FULL_SIZE[model]
+    family = FAMILIES[index["_class_name"]]
     built = family.networks()
-    parsed = {name: contents.configs[name] for name in family.components}
-    networks = built.build(built.read_configs(parsed), contents.index).networks
+    parsed = {name: configs[name] for name in family.components}
+    networks = built.build(built.read_configs(parsed), index).networks
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
-        write_json(new / INDEX, contents.index)
-        for name, config in contents.configs.items():
+        write_json(new / INDEX, index)
+        for name, config in configs.items():
             (new / name).mkdir()
             write_json(new / name / config_file(name), config)
         for name, component in family.components.items():
             if component.tokenizer:
-                _write_tokenizer(new / component.tokenizer)
+                is_t5 = component.class_name == "T5EncoderModel"
+                (_write_t5_tokenizer if is_t5 else _write_clip_tokenizer)(new / component.tokenizer)
             shapes = file_shapes(networks[name].shapes)
             shapes = {_key(key, component.prefix): shape for key, shape in shapes.items()}
-            _write_weights(new / name / component.weights_file, shapes)
+            random_weights.write(new / name / component.weights_file, shapes, "bfloat16")
         new.rename(target)
 
 
@@ -71,7 +77,7 @@ def _key(key: str, prefix: str) -> str:
     return key if key.startswith("text_projection.") else prefix + key
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_clip_tokenizer(folder: Path) -> None:
     bundled = BUNDLED["shapes64"] / "tokenizer"
     folder.mkdir()
     for name in TOKENIZER_FILES:
@@ -81,28 +87,14 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def _write_weights(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Writes random weights tensor by tensor, because all of XL's would fill the memory.
+def _write_t5_tokenizer(folder: Path) -> None:
+    """Writes one of single characters."""
+    from transformers import T5Tokenizer
 
-    The safetensors library cannot do this. The weights are scaled to keep activations near 1, so
-    that nothing overflows.
-    """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for key, shape in shapes.items():
-        start, end = end, end + int(np.prod(shape)) * np.dtype(np.float16).itemsize
-        header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header)
-    text += " " * (-len(text) % 8)  # aligns the tensors to words, because they are memory-mapped
-    random = np.random.default_rng(0)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text.encode())
-        for key, shape in shapes.items():
-            numbers = random.standard_normal(shape, np.float32)
-            if len(shape) == 1:
-                numbers = 0.1 * numbers + (0 if key.endswith("bias") else 1)
-            else:
-                numbers /= np.sqrt(np.prod(shape[1:]), dtype=np.float32)
-            numbers.astype(np.float16).tofile(file)
+    special = ["<pad>", "</s>", "<unk>"]
+    pieces = [(piece, 0.0) for piece in special]
+    pieces += [(piece, -4.0) for piece in ("▁", *string.ascii_letters, *string.digits)]
+    T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=T5_TOKENS).save_pretrained(folder)
 
 
 if __name__ == "__main__":

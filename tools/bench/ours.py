@@ -23,6 +23,7 @@ from tools.bench import workload
 from tools.bench.workload import Workload
 
 ONE_DEVICE = "data=1"  # like the other engine
+NUMBERS = ("time_ids", "guidance_scale")  # conditioning that is float32 whatever the dtype
 
 
 def text(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
@@ -42,21 +43,21 @@ def text(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
 
 
 def step(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:
-    """Evaluates the U-Net once for a batch of images, each with its unconditional half."""
-    network, params = _network(work, "unet", dtype)
-    rows = workload.GUIDED_PAIR * batch
+    """Evaluates the denoiser once for a batch of images, each with any unconditional half."""
+    network, params = _network(work, work.denoiser, dtype)
+    rows = work.rows_an_image * batch
     latents = jax.device_put(workload.latents(work, rows).astype(DTYPES[dtype]))
     conditioning = {
-        name: jnp.asarray(array, jnp.float32 if name == "time_ids" else DTYPES[dtype])
+        name: jnp.asarray(array, jnp.float32 if name in NUMBERS else DTYPES[dtype])
         for name, array in workload.conditioning(work, rows).items()
     }
     timesteps = jnp.full(rows, workload.TIMESTEP, jnp.float32)
 
     @compilation.jit
-    def unet(params: dict, latents: jax.Array, conditioning: dict) -> jax.Array:
+    def denoise(params: dict, latents: jax.Array, conditioning: dict) -> jax.Array:
         return network(params)(latents, timesteps, **conditioning)
 
-    return lambda: unet(params, latents, conditioning).block_until_ready()
+    return lambda: denoise(params, latents, conditioning).block_until_ready()
 
 
 def decode(work: Workload, dtype: str, batch: int) -> Callable[[], jax.Array]:

@@ -1,7 +1,7 @@
 """The parts measured for PyTorch diffusers, like those in `ours`, in its fastest configuration.
 
 It uses all threads, fused attention (diffusers' default), inference mode, channels-last
-convolutions if they are faster, and on GPUs a compiled U-Net and decoder.
+convolutions if they are faster, and on GPUs a compiled denoiser and decoder.
 """
 
 import itertools
@@ -26,17 +26,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def text(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
     """Encodes prompts to embeddings; there is no cache here."""
-    pipeline = _pipeline(work, dtype, unet=None, vae=None)
+    pipeline = _pipeline(work, dtype, **{work.denoiser: None}, vae=None)
+    # Pipelines without an unconditional half do not know this option.
+    options = {} if work.rows_an_image == 1 else {"do_classifier_free_guidance": False}
     turns = itertools.count()
 
     def run() -> torch.Tensor:
         prompts = workload.prompts(next(turns) * batch, batch)
         with torch.inference_mode():
             context, *_ = pipeline.encode_prompt(
-                prompts,
-                device=DEVICE,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
+                prompts, device=DEVICE, num_images_per_prompt=1, **options
             )
         _synchronize()
         return context[0]
@@ -45,11 +44,16 @@ def text(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
 
 
 def step(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
-    """Evaluates the U-Net once for a batch of images, each with its unconditional half."""
+    """Evaluates the denoiser once for a batch of images, each with any unconditional half."""
+    network, forward = (_unet if work.denoiser == "unet" else _flux)(work, dtype, batch)
+    return _fastest(network, network, forward, work.compile_mode)
+
+
+def _unet(work: Workload, dtype: str, batch: int) -> tuple[torch.nn.Module, Callable]:
     unet = diffusers.UNet2DConditionModel.from_pretrained(
         work.model, subfolder="unet", dtype=_dtype(dtype)
     ).to(DEVICE)
-    rows = workload.GUIDED_PAIR * batch
+    rows = work.rows_an_image * batch
     inputs = workload.conditioning(work, rows)
     added = {
         name: _tensor(inputs[key], dtype)
@@ -63,7 +67,36 @@ def step(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
     def forward(network: Callable) -> torch.Tensor:
         return network(latents, timestep, context, added_cond_kwargs=added).sample
 
-    return _fastest(unet, unet, forward, work.compile_mode)
+    return unet, forward
+
+
+def _flux(work: Workload, dtype: str, batch: int) -> tuple[torch.nn.Module, Callable]:
+    pipeline, numbers = diffusers.FluxPipeline, _dtype(dtype)
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(
+        work.model, subfolder="transformer", dtype=numbers
+    ).to(DEVICE)
+    inputs = {
+        name: _tensor(array, dtype) for name, array in workload.conditioning(work, batch).items()
+    }
+    latents = _tensor(np.moveaxis(workload.latents(work, batch), -1, 1), dtype)
+    _, channels, height, width = latents.shape
+    arguments = {
+        "hidden_states": pipeline._pack_latents(latents, batch, channels, height, width),
+        "timestep": torch.full((batch,), workload.TIMESTEP / 1000, dtype=numbers, device=DEVICE),
+        "guidance": inputs.get("guidance_scale"),
+        "pooled_projections": inputs["pooled"],
+        "encoder_hidden_states": inputs["context"],
+        "txt_ids": torch.zeros(inputs["context"].shape[1], 3, dtype=numbers, device=DEVICE),
+        "img_ids": pipeline._prepare_latent_image_ids(
+            batch, height // 2, width // 2, DEVICE, numbers
+        ),
+    }
+
+    def forward(network: Callable) -> torch.Tensor:
+        packed = network(**arguments).sample
+        return pipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
+
+    return transformer, forward
 
 
 def decode(work: Workload, dtype: str, batch: int) -> Callable[[], torch.Tensor]:
@@ -83,7 +116,9 @@ def images(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
     """Makes 8-bit pixels from prompts; the conversion to 8 bits runs on the device."""
     pipeline = _compiled_pipeline(work, dtype)
     few = replace(work, steps=LAYOUT_STEPS)
-    _choose_layout((pipeline.unet, pipeline.vae), lambda: _pixels(pipeline, few, 0, batch))
+    _choose_layout(
+        (_denoiser(pipeline, work), pipeline.vae), lambda: _pixels(pipeline, few, 0, batch)
+    )
     batches = _batches(pipeline, work, batch)
     return lambda: np.concatenate(list(itertools.islice(batches, work.batches_a_turn)))
 
@@ -98,7 +133,9 @@ def files(work: Workload, dtype: str, batch: int) -> Callable[[], np.ndarray]:
     """Makes PNG files from prompts, in the loop that a user would write instead of a job."""
     pipeline = _compiled_pipeline(work, dtype)
     few = replace(work, steps=LAYOUT_STEPS)
-    _choose_layout((pipeline.unet, pipeline.vae), lambda: _pixels(pipeline, few, 0, batch))
+    _choose_layout(
+        (_denoiser(pipeline, work), pipeline.vae), lambda: _pixels(pipeline, few, 0, batch)
+    )
     batches = _batches(pipeline, work, batch)
 
     def run() -> np.ndarray:
@@ -199,11 +236,15 @@ def _pipeline(work: Workload, dtype: str, **without):
 def _compiled_pipeline(work: Workload, dtype: str):
     pipeline = _pipeline(work, dtype)
     if work.compile_mode != "off":
-        pipeline.unet.compile(mode=work.compile_mode, dynamic=False)
+        _denoiser(pipeline, work).compile(mode=work.compile_mode, dynamic=False)
         pipeline.vae.decode = torch.compile(
             pipeline.vae.decode, mode=work.compile_mode, dynamic=False
         )
     return pipeline
+
+
+def _denoiser(pipeline, work: Workload) -> torch.nn.Module:
+    return getattr(pipeline, work.denoiser)
 
 
 def _fastest(

@@ -6,10 +6,10 @@ import numpy as np
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.families import open_checkpoint
+from jaxdiff.families.family import CLASSIFIER_FREE
 
-GUIDED_PAIR = 2  # rows of the U-Net's batch per image
 TIMESTEP = 500
-XL_POOLED, XL_TIME_IDS = "text_encoder_2", 6
+XL_POOLED = "text_encoder_2"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,16 @@ class Workload:
         """Opens the model."""
         return open_checkpoint(self.model)
 
+    @property
+    def denoiser(self) -> str:
+        """The denoiser's folder: "unet" or "transformer"."""
+        return "unet" if "unet" in self.checkpoint.networks else "transformer"
+
+    @property
+    def rows_an_image(self) -> int:
+        """The rows of the denoiser's batch per image: 2 with an unconditional half."""
+        return 2 if self.checkpoint.defaults.guidance == CLASSIFIER_FREE else 1
+
 
 def prompts(first: int, count: int) -> list[str]:
     """Returns prompts that differ from each other and from those of other numbers."""
@@ -49,39 +59,43 @@ def prompts(first: int, count: int) -> list[str]:
 
 def latents(work: Workload, batch: int) -> np.ndarray:
     """Returns normal float32 latents [batch, h, w, channels] for the image size."""
-    factor, channels = (
-        work.checkpoint.defaults.size_multiple,
-        work.checkpoint.defaults.latent_channels,
-    )
-    shape = (batch, work.height // factor, work.width // factor, channels)
+    defaults = work.checkpoint.defaults
+    height, width = work.height // defaults.factor, work.width // defaults.factor
+    shape = (batch, height, width, defaults.latent_channels)
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
 def conditioning(work: Workload, rows: int) -> dict[str, np.ndarray]:
-    """Returns the conditioning of the U-Net in float32, without the timestep.
+    """Returns the conditioning of the denoiser in float32, without the timestep.
 
     Returns:
       "context" [rows, tokens, width]; for Stable Diffusion XL also "pooled" [rows, width] and
-      "time_ids" [rows, 6].
+      "time_ids" [rows, 6]; for FLUX.1 also "pooled" and, if it takes one, "guidance_scale" [rows].
     """
     checkpoint, random = work.checkpoint, np.random.default_rng(1)
-    width = checkpoint.config("unet")["cross_attention_dim"]
-    arrays = {"context": random.standard_normal((rows, _tokens(checkpoint), width), np.float32)}
-    if checkpoint.config("unet").get("addition_embed_type") == "text_time":
+    config = checkpoint.config(work.denoiser)
+    width = config.get("cross_attention_dim") or config["joint_attention_dim"]
+    shape = (rows, checkpoint.defaults.tokens, width)
+    arrays = {"context": random.standard_normal(shape, np.float32)}
+    if config.get("addition_embed_type") == "text_time":
         pooled = checkpoint.config(XL_POOLED)["projection_dim"]
         arrays["pooled"] = random.standard_normal((rows, pooled), np.float32)
         sizes = [work.height, work.width, 0, 0, work.height, work.width]
         arrays["time_ids"] = np.tile(np.float32(sizes), (rows, 1))
+    elif pooled := config.get("pooled_projection_dim"):
+        arrays["pooled"] = random.standard_normal((rows, pooled), np.float32)
+        if config.get("guidance_embeds"):
+            arrays["guidance_scale"] = np.full(rows, work.guidance_scale, np.float32)
     return arrays
 
 
 def step_operations(work: Workload, batch: int) -> int:
-    """Counts the floating-point operations of one guided step of a batch."""
+    """Counts the floating-point operations of one step of a batch, guided as the model is."""
     checkpoint = work.checkpoint
     factor = checkpoint.defaults.factor
     size = work.height // factor, work.width // factor
-    whole, _ = checkpoint.family.operations(checkpoint, *size, _tokens(checkpoint))
-    return GUIDED_PAIR * batch * whole
+    whole, _ = checkpoint.family.operations(checkpoint, *size, checkpoint.defaults.tokens)
+    return work.rows_an_image * batch * whole
 
 
 def decode_operations(work: Workload, batch: int) -> int:
@@ -105,7 +119,3 @@ def matrix(size: int) -> np.ndarray:
 def product_operations(size: int) -> int:
     """Counts the floating-point operations of the product of two square matrices."""
     return 2 * size**3
-
-
-def _tokens(checkpoint: Checkpoint) -> int:
-    return checkpoint.config(checkpoint.text_encoders[0])["max_position_embeddings"]
