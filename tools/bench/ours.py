@@ -134,7 +134,8 @@ def to_numpy(output: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def prepare_process(work: Workload) -> None:
-    """Does nothing: JAX reads its settings from the environment."""
+    """Keeps compiled programs, as `jaxdiff.load` does; JAX's settings are in the environment."""
+    compilation.keep_programs()
 
 
 def _network(work: Workload, name: str, dtype: str) -> tuple:
