@@ -6,13 +6,33 @@ import numpy as np
 import pytest
 
 from tools.bench import __main__ as bench
-from tools.bench import report, workload
+from tools.bench import checkpoints, flux_dev, profile, report, workload
 from tools.bench.engine import Column, Engine, EngineError, failure_of
 from tools.bench.measure import Figure, Plan
 from tools.bench.workload import Workload
 
 OURS, THEIRS = Column("jaxdiff", "float32"), Column("diffusers", "float32")
 HALF = Column("diffusers", "bfloat16")
+SMALL_FLUX = {
+    "text_encoder": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+    },
+    "text_encoder_2": {"d_ff": 64, "d_kv": 8, "d_model": 32, "num_heads": 4, "num_layers": 2},
+    "transformer": {
+        "attention_head_dim": 16,
+        "axes_dims_rope": [4, 6, 6],
+        "joint_attention_dim": 32,
+        "num_attention_heads": 2,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "pooled_projection_dim": 32,
+    },
+    "vae": {"block_out_channels": [8, 8, 8, 16], "layers_per_block": 1, "norm_num_groups": 4},
+    "scheduler": {},
+}
 PLAN = Plan([OURS, THEIRS, HALF], [1], rounds=3, one_at_a_time=False, job_images=8)
 
 
@@ -62,6 +82,43 @@ def test_the_error_of_an_engine_that_cannot_start_gives_the_reason(tmp_path):
     work = Workload(str(tmp_path / "missing"), 64, 64, 2, 3.0, 1, 0.0, 0.9, "off")
     with pytest.raises(EngineError, match="missing"):
         Engine(OURS, "step", 1, work)
+
+
+@pytest.fixture
+def small_flux_dev(tmp_path, monkeypatch):
+    """A directory as the one that is written for flux1-dev, with smaller networks."""
+    configs = {name: flux_dev.CONFIGS[name] | sizes for name, sizes in SMALL_FLUX.items()}
+    monkeypatch.setitem(checkpoints.FULL_SIZE, "flux1-dev", (flux_dev.INDEX, configs))
+    checkpoints.write("flux1-dev", tmp_path / "flux1-dev")
+    return tmp_path / "flux1-dev"
+
+
+def test_the_profile_of_a_step_lists_its_operations(small_flux_dev, tmp_path, capsys):
+    arguments = ["--model", small_flux_dev, "--parts", "step", "--batch", "2", "--size", "64"]
+    assert profile.main([*map(str, arguments), "--output", str(tmp_path / "trace")]) == 0
+    table = (tmp_path / "trace" / "step.md").read_text()
+    head, _, everything, *operations = table.splitlines()
+    assert head == "| operation | ms | share | calls |"
+    count, milliseconds = everything.removeprefix("| all ").split(" | ")[:2]
+    assert int(count) >= len(operations) > 5
+    assert all(float(row.split(" | ")[1]) <= float(milliseconds) for row in operations)
+    assert table in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_both_engines_compute_the_same_flux(small_flux_dev, tmp_path):
+    pytest.importorskip("diffusers")
+    output = tmp_path / "bench.json"
+    arguments = ["--model", small_flux_dev, "--parts", "text,step,decode,images", "--batch", "2"]
+    arguments += ["--size", "64", "--rounds", "1", "--steps", "2", "--batches-a-turn", "1"]
+    arguments += ["--turn-seconds", "0", "--output", output]
+    assert bench.main([*map(str, arguments)]) == 0
+    compared = [
+        figure["ratios"]["diffusers float32"]["difference of outputs"]
+        for figure in json.loads(output.read_text())["figures"]
+    ]
+    assert len(compared) == 4
+    assert max(compared) < 0.001
 
 
 @pytest.mark.slow
