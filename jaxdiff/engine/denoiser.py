@@ -83,7 +83,7 @@ class LoadedDenoiser:
         networks = checkpoint.family.networks()
         nets = [_fitted(networks.control, model, files, files.config) for files in controls]
         self.controls = [
-            open_network(net.network.shapes, net.network.sharding, files.tensors, dtype, mesh)
+            open_network(net.network.shapes, net.network.sharding, files.tensors, dtype, mesh, kind)
             for net, files in zip(nets, controls, strict=True)
         ]
         self.image_prompts = [
