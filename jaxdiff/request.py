@@ -328,11 +328,12 @@ class Options:
         inside the painted part; "off" returns it as the autoencoder decodes it.
       guess_mode: "on" lets ControlNets steer the prompt's half of a guided step only, and the
         deep layers more than the outer ones (Zhang et al., 2023, arXiv:2302.05543).
-      weights: "int8" or "fp8" stores the kernels of denoisers and text encoders in 8 bits, half of
-        bfloat16; "w8a8" also multiplies 8-bit integers in linear layers; "full" stores them in
-        `dtype`. See `weights.quantization`.
-      text_encoders: "host" keeps the text encoders in the host's memory and runs them on its CPU;
-        "device" on the mesh.
+      weights: "int8" or "fp8" stores the kernels of denoisers, ControlNets and text encoders in 8
+        bits, half of bfloat16; "w8a8" also multiplies 8-bit integers in linear layers; "full"
+        stores them in `dtype`. See `weights.quantization`.
+      text_encoders: where they are: "device" keeps them on the mesh; "unload" keeps them in the
+        host's memory, and on the mesh only while they encode the prompts of many images; "host"
+        runs them on the host's CPU.
       preprocess: "canny" shows ControlNets the edges of their images, "none" the images themselves.
     """
 

@@ -92,8 +92,7 @@ def compile_all(task: Task, tell: Callable[[dict], None]) -> None:
             try:
                 done = program.result()
                 if where is not None and what == SAMPLING:
-                    memory = where.chip.memory_bytes
-                    found |= slice_program.memory_of(done, model.encoder_bytes, memory)
+                    found |= slice_program.memory_of(done, model, where.chip.memory_bytes)
             except jax.errors.JaxRuntimeError as problem:
                 compilation.without_memory(problem)
                 first = str(problem).splitlines()[0]

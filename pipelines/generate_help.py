@@ -212,8 +212,9 @@ HELP = {
         ),
         "text_encoders": (
             "PLACE",
-            "host: keep text encoders in the host's memory and run them on its CPU, where a device "
-            "has no room for them (default: device)",
+            "where devices have no room for text encoders: unload keeps them in the host's memory, "
+            "and on devices only while they encode the prompts of a shard; host runs them on the "
+            "host's CPU (default: device)",
         ),
         "batch_size": (
             "N",

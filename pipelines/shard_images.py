@@ -147,13 +147,15 @@ class ShardImages:
         """Yields each image with its pixels, or with the reason for its failure, in order."""
         if self._alone:
             self._works(planned[0])  # if the process dies here, no row is to blame
-        rest = deque(planned)
+        rest, most = deque(planned), len(planned)
+        if planned and self._model.encodes_ahead:
+            most = self._model.prompts_at_once(planned[0].request, self._batch_size)
         while rest:
             together = [rest.popleft()]
             if together[0].key in self._alone:
                 yield from self._made_alone(together)
                 continue
-            while rest and rest[0].key not in self._alone:
+            while rest and rest[0].key not in self._alone and len(together) < most:
                 together.append(rest.popleft())
             made = 0
             try:
@@ -190,12 +192,26 @@ class ShardImages:
     def _stream(self, planned: list[PlannedImage]) -> Iterator[tuple[PlannedImage, "Image"]]:
         """Yields images as the model makes them, and reports which are being computed."""
         self._running = {}
+        if self._model.encodes_ahead:
+            self._encode_prompts(planned)
         requests = self._announced(planned)
         images = self._model.stream_bucket(requests, self._batch_size)
         for image, made in zip(planned, images, strict=True):
             del self._running[image.key]
             yield image, self._unreadable.get(image.key, made)
         self._tell({"running": []})
+
+    def _encode_prompts(self, planned: list[PlannedImage]) -> None:
+        """Encodes the prompts of all images before the first is made."""
+        self._tell({"running": [image.key for image in planned]})  # one of them might kill it
+        requests = [image.request for image in planned]
+        try:
+            # The model may be asked for an image of an empty prompt while others are made.
+            self._model.encode_prompts([replace(requests[0], **NOTHING), *requests])
+        except Exception as problem:
+            if _is_fatal(problem):
+                raise
+            # The batch with the guilty prompt will fail, too.
 
     def _announced(self, planned: list[PlannedImage]) -> Iterator:
         """Yields the images' requests, and announces each batch before its first request."""
@@ -274,6 +290,9 @@ class ShardImages:
         slots = self._model.slots(image.request, self._batch_size)
         size = f"{image.request.width}x{image.request.height}"
         less = "a smaller --batch-size" if self._batch_size > 1 else "bfloat16 or smaller images"
+        on_cpu = self._model.mesh.devices.flat[0].platform == "cpu"
+        if self._plan.settings.text_encoders == "device" and not on_cpu:
+            less += ", or --text-encoders unload"
         return InputError(
             f"a batch of {slots} images of {size} does not fit in the memory of "
             f"{device_of(self._model)}; free some memory, or start over in another directory with "

@@ -10,12 +10,18 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jaxdiff.dataset import plan as plans
 from jaxdiff.devices import batching, gpus, program_text, slices
 from jaxdiff.errors import InputError
 from jaxdiff.request import Options
 from pipelines.generate_options import Models
+
+if TYPE_CHECKING:
+    import jax
+
+    from jaxdiff.engine.engine import TextToImage
 
 GIB = 2**30
 
@@ -66,10 +72,10 @@ def account(task: Task) -> dict:
     def memory(size: int) -> int:
         try:
             programs[size] = model.compiled(request, size)
+            return sum(_bytes(programs[size], model).values())
         except jax.errors.JaxRuntimeError as problem:
             failures[size] = str(problem).splitlines()[0]
             return compilation.without_memory(problem)
-        return sum(_bytes(programs[size], model.encoder_bytes).values())
 
     limit, size = where.chip.memory_bytes, task.batch_size
     if size is None:
@@ -80,7 +86,7 @@ def account(task: Task) -> dict:
     if size in failures:
         return found | {"too_large": failures[size].removeprefix("RESOURCE_EXHAUSTED: ")}
     program, text = programs[size], programs[size].as_text()
-    found |= memory_of(program, model.encoder_bytes, limit)
+    found |= memory_of(program, model, limit)
     if "too_large" in found:
         return found
     return found | {
@@ -110,9 +116,13 @@ def described(where: slices.Slice) -> list:
         raise InputError(f"the compiler cannot describe {where.kind}: {first}") from problem
 
 
-def memory_of(program, encoder_bytes: int, limit: int) -> dict:
-    """Returns the `bytes` that a program takes of a chip's `limit`, or why it is `too_large`."""
-    needed = _bytes(program, encoder_bytes)
+def memory_of(program: "jax.stages.Compiled", model: "TextToImage", limit: int) -> dict:
+    """Returns the `bytes` that a model's program takes of a chip, or why it is `too_large`.
+
+    Args:
+      limit: the bytes that a chip has.
+    """
+    needed = _bytes(program, model)
     over = sum(needed.values()) - batching.USED * limit
     if over > 0:
         return {
@@ -122,14 +132,17 @@ def memory_of(program, encoder_bytes: int, limit: int) -> dict:
     return {"bytes": needed}
 
 
-def _bytes(program, encoder_bytes: int) -> dict[str, int]:
-    """Returns the memory of a chip that a program takes, by what it is for."""
+def _bytes(program: "jax.stages.Compiled", model: "TextToImage") -> dict[str, int]:
+    """Returns the memory of a chip that a model's program takes, by what it is for."""
     said = program.memory_analysis()
+    images = said.output_size_in_bytes - said.alias_size_in_bytes
+    # Text encoders that are unloaded are there when the program's temporaries and images are not.
+    beyond = max(0, model.visiting_bytes - said.temp_size_in_bytes - images)
     return {
         "weights and inputs": said.argument_size_in_bytes,
-        "text encoders": encoder_bytes,
+        "text encoders": model.encoder_bytes + beyond,
         "temporaries": said.temp_size_in_bytes,
-        "images": said.output_size_in_bytes - said.alias_size_in_bytes,
+        "images": images,
         "code": said.generated_code_size_in_bytes,
     }
 

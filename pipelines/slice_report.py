@@ -235,7 +235,8 @@ def fitting(where: str, bucket: Bucket, options: dict, account: dict) -> str:
     if "too_large" in account:
         helps = ["a smaller --batch-size"] * (size > 1)
         helps += ["--dtype bfloat16"] * (options["dtype"] == "float32")
-        helps += ["--text-encoders host"] * (options["text_encoders"] == "device")
+        helps += ["--text-encoders unload"] * (options["text_encoders"] == "device")
+        helps += ["--text-encoders host"] * (options["text_encoders"] == "unload")
         helps += ["--weights int8"] * (options["weights"] == "full")
         raise InputError(
             f"{title} does not fit: {account['too_large'].rstrip('.')}; what helps: "

@@ -61,6 +61,7 @@ class NoiseModel:
     knows_stars = False
     prompt_sizes = ()
     enlarges = 1
+    encodes_ahead = False
 
     def slots(self, request, batch_size: int) -> int:
         return batch_size

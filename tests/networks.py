@@ -19,6 +19,7 @@ from jaxdiff.families import networks as families
 from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION_XL
 from jaxdiff.models import sd3
 from jaxdiff.models.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jaxdiff.models.controlnet import ControlNetConfig, ControlNetModel
 from jaxdiff.models.text import clip
 from jaxdiff.models.unet import UNet2DConditionModel, UNetConfig
 from jaxdiff.weights.load import file_shapes, key_of, load_params, places
@@ -27,6 +28,7 @@ from jaxdiff.weights.network import abstract_network
 BOUND = 1e-4  # of a component's `difference` from the reference
 POOLED = 40  # the width of the small models' pooled text
 NETWORKS = {
+    "controlnet": (ControlNetConfig, lambda config: ControlNetModel),
     "text_encoder": (clip.CLIPTextConfig, clip.network),
     "text_encoder_2": (clip.CLIPTextConfig, clip.network),
     "unet": (UNetConfig, lambda config: UNet2DConditionModel),

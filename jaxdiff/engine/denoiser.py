@@ -79,11 +79,12 @@ class LoadedDenoiser:
             of_texts,
             clip_skip=options.clip_skip,
             chunks=options.prompt_chunks,
+            unloads=options.text_encoders == "unload",
         )
         networks = checkpoint.family.networks()
         nets = [_fitted(networks.control, model, files, files.config) for files in controls]
         self.controls = [
-            open_network(net.network.shapes, net.network.sharding, files.tensors, dtype, mesh)
+            open_network(net.network.shapes, net.network.sharding, files.tensors, dtype, mesh, kind)
             for net, files in zip(nets, controls, strict=True)
         ]
         self.image_prompts = [
@@ -94,12 +95,17 @@ class LoadedDenoiser:
         prediction_type = scheduler_config.prediction_type(scheduler)
         self.denoising = Denoising(model, prediction_type, tuple(nets))
 
+    def encode_prompts(self, batch: Sequence[Request], *, guided: bool) -> None:
+        """Encodes prompts, and negative ones if `guided`, ahead of their use."""
+        for negative in (False, True)[: 1 + guided]:
+            self.prompts([self._prompt(each, negative) for each in batch], negative=negative)
+
     def conditioning(self, batch: Sequence[Request], *, negative: bool = False):
         """Returns the denoiser's conditioning for a batch's prompts or negative prompts."""
         prompts = [self._prompt(request, negative) for request in batch]
         images = None if self.model.image_size is None else [r.image for r in batch]
         texts = self.prompts(prompts, images=images, negative=negative)
-        if self.prompts.mesh is not self._mesh:
+        if self.prompts.unloads or self.prompts.mesh is not self._mesh:
             texts = jax.device_put(texts, parallel.replicated(self._mesh))
         if negative and self.model.zeros_for_empty:
             texts = [

@@ -1,5 +1,6 @@
 """Generates images from requests."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -222,7 +223,7 @@ class TextToImage:
         decodes, total = output == "images", len(prepared)
         images = mixture.in_order(
             prepared,
-            lambda some: self.stream_bucket(some, batch_size, decodes=decodes),
+            lambda some: self._stream_in_parts(some, batch_size, decodes=decodes),
             look_ahead=total,
             finished=lambda done: progress and progress(done, total),
         )
@@ -251,9 +252,46 @@ class TextToImage:
         requests = prompted.requests(prompts, num_images, settings)
         return mixture.in_order(
             map(self.prepare, requests),
-            lambda some: self.stream_bucket(some, batch_size),
+            lambda some: self._stream_in_parts(some, batch_size),
             look_ahead=LOOK_AHEAD * batch_size * self.mesh.shape["data"],
         )
+
+    def _stream_in_parts(
+        self, requests: Iterator[Request], batch_size: int, *, decodes: bool = True
+    ) -> Iterator[Image]:
+        """Generates images as `stream_bucket` does; encodes prompts ahead if that is wanted."""
+        if not self.encodes_ahead:
+            yield from self.stream_bucket(requests, batch_size, decodes=decodes)
+            return
+        for first in requests:
+            most = self.prompts_at_once(first, batch_size)
+            part = [first, *itertools.islice(requests, most - 1)]
+            self.encode_prompts(part)
+            yield from self.stream_bucket(part, batch_size, decodes=decodes)
+
+    @property
+    def encodes_ahead(self) -> bool:
+        """Whether `encode_prompts` is to be called before `stream_bucket`.
+
+        Text encoders are unloaded then. Without the call, `stream_bucket` brings them back to the
+        devices for each batch with new prompts, while the batch before is still computed.
+        """
+        return self.options.text_encoders == "unload"
+
+    def prompts_at_once(self, request: Request, batch_size: int) -> int:
+        """Returns for how many images like a resolved request `encode_prompts` keeps the prompts.
+
+        They are full batches.
+        """
+        return self._sampler.prompts_at_once(request, batch_size)
+
+    def encode_prompts(self, requests: Sequence[Request]) -> None:
+        """Encodes the prompts of images that `stream_bucket` will make.
+
+        Args:
+          requests: resolved ones of one bucket, at most as many as `prompts_at_once` says.
+        """
+        self._sampler.encode_prompts(requests)
 
     def stream_bucket(
         self, requests: Iterable[Request], batch_size: int, *, decodes: bool = True
@@ -315,8 +353,23 @@ class TextToImage:
 
     @property
     def encoder_bytes(self) -> int:
-        """How much memory the weights of text and image encoders take on each device."""
+        """How much memory the weights of text and image encoders take on each device all the time.
+
+        Those of text encoders that are unloaded are not counted.
+        """
         return self._sampler.encoder_bytes
+
+    @property
+    def visiting_bytes(self) -> int:
+        """How much memory unloaded text encoders take on each device while they encode.
+
+        Their temporaries are counted; the program for images has none then. Their programs are
+        compiled; no weights are read. 0 if none are unloaded.
+
+        Raises:
+          jax.errors.JaxRuntimeError: if they do not fit, or cannot be compiled.
+        """
+        return self._sampler.visiting_bytes
 
     @property
     def prompt_sizes(self) -> tuple[int, ...]:

@@ -1,7 +1,9 @@
 """Tokenizes and encodes prompts on the devices, with an LRU cache of embeddings."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import jax
 import numpy as np
@@ -29,6 +31,7 @@ class PromptEncoder:
 
     Attributes:
       mesh: the devices that encode.
+      unloads: whether the weights are on them only while prompts are encoded.
       params: the text encoders' parameters, once `load` has read them.
     """
 
@@ -42,6 +45,7 @@ class PromptEncoder:
         *,
         clip_skip: int,
         chunks: int,
+        unloads: bool = False,
     ):
         """Prepares the text encoders; `load` reads their weights.
 
@@ -52,17 +56,25 @@ class PromptEncoder:
           dtype: of the networks' arithmetic.
           mesh: the devices.
           clip_skip, chunks: `clip_skip` and `prompt_chunks` of `Options`.
+          unloads: whether weights and embeddings stay in the host's memory. The weights come to the
+            devices to encode new prompts, so many prompts should be encoded at once.
 
         Raises:
-          InputError: if a text encoder has too few layers for `clip_skip`.
+          InputError: if a text encoder has too few layers for `clip_skip`, or sees images and is to
+            be unloaded.
         """
-        self.mesh, self.chunks = mesh, chunks
+        self.mesh, self.chunks, self.unloads = mesh, chunks, unloads
         self._stored, self._tokenizers = stored, tokenizers
         for name, layers in model.skippable.items():
             if clip_skip > layers:
                 raise InputError(
                     f"--clip-skip {clip_skip}: {name} has only {layers} layers to skip; skip fewer"
                 )
+        if unloads and model.image_size is not None:
+            raise InputError(
+                "--text-encoders unload: the text encoder of this model sees the images of each "
+                "batch; use --text-encoders host"
+            )
         axes = (None, None) if model.image_size is None else (None, 0)
 
         def encode(params: dict, tokens: dict, *, clip_skip: int) -> Text:
@@ -71,7 +83,9 @@ class PromptEncoder:
         self._encode = Program(encode, mesh, axes)
         self._slots = TEXT_BATCH if model.image_size is None else mesh.shape["data"]
         self._image_size, self._clip_skip = model.image_size, clip_skip
-        self._cache = {False: EmbeddingCache(mesh), True: EmbeddingCache(mesh)}  # by `negative`
+        self._cache = {  # by `negative`
+            negative: EmbeddingCache(mesh, on_host=unloads) for negative in (False, True)
+        }
         self._programs: dict[tuple, Future[jax.stages.Compiled]] = {}
 
     @property
@@ -81,7 +95,9 @@ class PromptEncoder:
 
     def load(self) -> None:
         """Reads the weights; after that, prompts can be encoded."""
-        self.params = {name: stored.load() for name, stored in self._stored.items()}
+        self.params = {
+            name: stored.load(on_host=self.unloads) for name, stored in self._stored.items()
+        }
 
     def compile(self, *size: int) -> "list[Future[jax.stages.Compiled]]":
         """Starts compiling the encoders for all prompts; returns their programs at once.
@@ -101,20 +117,54 @@ class PromptEncoder:
         batch = self._encode.result(*self._abstract_arguments(size), clip_skip=self._clip_skip)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
 
+    @property
+    def at_once(self) -> int:
+        """How many prompts fit in half of the cache, so that it keeps older ones, too."""
+        return max(1, self._cache[False].most(self.abstract()) // 2)
+
+    def visiting_bytes(self) -> int:
+        """Returns how much memory of each device encoding takes, if the weights do not stay there.
+
+        Raises:
+          jax.errors.JaxRuntimeError: if the programs cannot be compiled.
+        """
+        if not self.unloads:
+            return 0
+        accounts = [program.result().memory_analysis() for program in self.compile()]
+        return self.device_bytes + max(
+            each.temp_size_in_bytes + each.output_size_in_bytes for each in accounts
+        )
+
     def _seen(self, size: tuple[int, ...]) -> tuple[int, int] | None:
         """Returns the height and width in which images of a size are seen; None if none are."""
         return None if self._image_size is None else self._image_size(*size)
 
     def _abstract_arguments(self, size: tuple[int, ...]) -> tuple[dict, dict]:
-        params = {name: stored.places for name, stored in self._stored.items()}
         tokens = self._tokens([""] * self._slots, negative=False)
         sharding = None
         if self._image_size is not None:
             tokens["image"] = np.empty((self._slots, *self._seen(size), 3), np.uint8)
             sharding = parallel.batch_sharding(self.mesh)
-        return params, jax.tree.map(
+        return self._places, jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tokens
         )
+
+    @property
+    def _places(self) -> dict:
+        return {name: stored.places for name, stored in self._stored.items()}
+
+    @contextlib.contextmanager
+    def _on_devices(self) -> Iterator[dict]:
+        """Yields the weights on the devices, and takes them off again if they do not stay."""
+        if not self.unloads:
+            yield self.params
+            return
+        placed = jax.device_put(self.params, jax.tree.map(lambda x: x.sharding, self._places))
+        try:
+            yield placed
+        finally:
+            for leaf in jax.tree.leaves(placed):
+                leaf.delete()
 
     def _tokens(self, texts: Sequence[str], *, negative: bool) -> dict:
         return {
@@ -141,16 +191,19 @@ class PromptEncoder:
         self.compile(*size)
         program = 0 if negative else self._clip_skip, self._seen(size)
 
-        def encode(items: list[tuple]) -> Text:
+        def encode(params: dict, items: list[tuple]) -> Text:
             padded = items + items[-1:] * (self._slots - len(items))
             tokens = self._tokens([text for text, _ in padded], negative=negative)
             if images is not None:
                 seen = [resized(image, *self._seen(size)) for _, image in padded]
                 tokens["image"] = np.stack(seen)
-            return wait(self._programs, program)(self.params, tokens)
+            return wait(self._programs, program)(params, tokens)
 
         shown = [None] * len(prompts) if images is None else images
         pairs = [*zip(prompts, shown, strict=True)]
         names = [(prompt, None if image is None else digest(image)) for prompt, image in pairs]
-        found = self._cache[negative](dict(zip(names, pairs, strict=True)), self._slots, encode)
+        cache, items = self._cache[negative], dict(zip(names, pairs, strict=True))
+        nothing_new = contextlib.nullcontext()
+        with nothing_new if cache.knows(items) else self._on_devices() as params:
+            found = cache(items, self._slots, partial(encode, params))
         return [found[name] for name in names]

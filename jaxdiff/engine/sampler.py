@@ -1,9 +1,10 @@
 """Samples images: forms batches, compiles their programs and runs them."""
 
 import itertools
+import logging
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -21,6 +22,8 @@ from jaxdiff.engine.program import AXES, SAMPLING, Inputs, Pass, Route, Weights,
 from jaxdiff.families.ensemble import Ensemble, Steps
 from jaxdiff.images import pasting
 from jaxdiff.request import Bucket, Options, Request
+
+log = logging.getLogger(__name__)
 
 # The most pixels to decode at once: an autoencoder's activations are many times as large as them.
 DECODED_PX = 1024 * 1024
@@ -43,6 +46,8 @@ class Sampler:
             options.
         """
         self._ensemble, self._options, self._mesh = ensemble, options, mesh
+        if options.text_encoders == "unload" and self._on_cpu:
+            log.warning("--text-encoders unload saves nothing on a CPU, whose memory is the host's")
         schedulers = ensemble.schedulers(options.scheduler)
         steering = [
             [each.files for each in kind] for kind in (ensemble.controls, ensemble.adapters)
@@ -82,6 +87,18 @@ class Sampler:
             self._denoisers[-1].codec.load(),
             [control.load() for control in self._denoisers[0].controls],
         )
+
+    def prompts_at_once(self, request: Request, batch_size: int) -> int:
+        """Returns how many images `encode_prompts` takes; see `TextToImage.prompts_at_once`."""
+        fewest = min(denoiser.prompts.at_once for denoiser in self._denoisers)
+        slots = self.slots(request, batch_size)
+        return max(1, fewest // slots) * slots
+
+    def encode_prompts(self, requests: Sequence[Request]) -> None:
+        """Encodes prompts ahead of their use; see `TextToImage.encode_prompts`."""
+        guided = any(steps.is_guided for steps in self._passes_of(requests[0].bucket))
+        for denoiser in self._denoisers:
+            denoiser.encode_prompts(requests, guided=guided)
 
     def stream(
         self, requests: Iterable[Request], batch_size: int, *, decodes: bool = True
@@ -182,13 +199,16 @@ class Sampler:
 
     @property
     def encoder_bytes(self) -> int:
-        """How much memory the weights of text and image encoders take on each device."""
-        return sum(
-            encoder.device_bytes
-            for denoiser in self._denoisers
-            for encoder in (denoiser.prompts, *denoiser.image_prompts)
-            if encoder.mesh is self._mesh  # or else on the host
-        )
+        """How much memory encoders take on each device; see `TextToImage.encoder_bytes`."""
+        texts = (denoiser.prompts for denoiser in self._denoisers)
+        stay = [each for each in texts if each.mesh is self._mesh and not each.unloads]
+        images = (encoder for denoiser in self._denoisers for encoder in denoiser.image_prompts)
+        return sum(encoder.device_bytes for encoder in (*stay, *images))
+
+    @property
+    def visiting_bytes(self) -> int:
+        """How much memory encoding takes on each device; see `TextToImage.visiting_bytes`."""
+        return max(denoiser.prompts.visiting_bytes() for denoiser in self._denoisers)
 
     @property
     def prompt_sizes(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from jax import Array
 
 from jaxdiff.diffusion import guidance
 from jaxdiff.families.model import Control
+from jaxdiff.weights.quantization import restored
 
 # Maps (latents [b, h, w, c], timestep, the prompts' conditioning, that of the whole step, whose
 # batch is twice as large if it is guided) to the sum of what the nets add to the denoiser's layers.
@@ -25,7 +26,7 @@ def steer(
     """Returns the function that evaluates all nets and adds up their scaled residuals.
 
     Args:
-      controls, weights: the nets and their parameters.
+      controls, weights: the nets and their parameters, which may be quantised.
       inputs: for each net, what it sees and how strongly it steers, as in `Inputs.controls`.
       guidance_scale: [batch], for nets that take it.
       guesses: whether each net steers only the prompt's half of a guided step, and its outer layers
@@ -51,6 +52,7 @@ def steer(
                 union = {name: guidance.paired(array, array) for name, array in union.items()}
             options = {"guidance_scale": guidance_scale} if net.guidance_is_input else {}
             times = jnp.full(len(x), timestep)
+            params = restored(params, latents.dtype, after=latents)
             found = net.evaluate(params, x, times, given, seen, **options, **union)
             leaves, structure = jax.tree.flatten(found)
             weights = jnp.ones(len(leaves))

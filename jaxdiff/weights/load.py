@@ -59,9 +59,9 @@ class StoredNetwork(NamedTuple):
             for place in jax.tree.leaves(self.places)
         )
 
-    def load(self) -> dict:
-        """Reads the parameters onto their devices, as `load_params` does."""
-        return load_params(self.places, self.tensors)
+    def load(self, *, on_host: bool = False) -> dict:
+        """Reads the parameters onto their devices or into the host's memory: see `load_params`."""
+        return load_params(self.places, self.tensors, on_host=on_host)
 
 
 def open_network(
@@ -91,15 +91,18 @@ def open_network(
     return StoredNetwork(placed if kind is None else quantized_places(placed, kind), tensors)
 
 
-def load_params(places: dict, tensors: Mapping[str, StoredTensor]) -> dict:
+def load_params(
+    places: dict, tensors: Mapping[str, StoredTensor], *, on_host: bool = False
+) -> dict:
     """Reads one network's weights tensor by tensor, each straight to its device.
 
     Args:
       places: each parameter's shape, dtype and sharding, as the function `places` returns them.
       tensors: exactly these weights by key, as `Checkpoint.weights` returns them.
+      on_host: whether the weights stay in the host's memory, ready for their devices.
 
     Returns:
-      `places` with a JAX array at each leaf.
+      `places` with a JAX array at each leaf, or with a NumPy array if `on_host`.
 
     Raises:
       InputError: listing the weights that are missing, unknown or of the wrong shape; or for a
@@ -109,7 +112,7 @@ def load_params(places: dict, tensors: Mapping[str, StoredTensor]) -> dict:
     found = jax.tree_util.tree_leaves_with_path(places, is_leaf=is_quantized)
     paths, leaves = zip(*found, strict=True)
 
-    def load(path, place: jax.ShapeDtypeStruct | Quantized) -> jax.Array | Quantized:
+    def load(path, place: jax.ShapeDtypeStruct | Quantized) -> jax.Array | np.ndarray | Quantized:
         stored = tensors[key_of(path)]
         with np.errstate(over="ignore", invalid="ignore"):  # checked below
             tensor = stored.read()
@@ -123,6 +126,8 @@ def load_params(places: dict, tensors: Mapping[str, StoredTensor]) -> dict:
         turned = tensor.transpose(np.argsort(file_axes(path, tensor.ndim)))
         if is_quantized(place):
             turned = quantize(turned, place)
+        if on_host:
+            return jax.tree.map(lambda array: np.asarray(array, order="C"), turned)
         where = jax.tree.map(lambda each: each.sharding, place)
         # The transfer makes the array contiguous, faster than NumPy. Waiting for it keeps tensors
         # in transfer from piling up in memory.

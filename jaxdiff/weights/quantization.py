@@ -4,9 +4,9 @@ Activations stay as they are, except for w8a8: there, the inputs of linear layer
 well, each vector with a scale of its own (Yao et al., 2022, arXiv:2206.01861), so that products are
 of 8-bit integers.
 
-Of denoisers and text encoders, the kernels of the numbered blocks are quantised: nearly all of the
-weights. Embeddings, the first and the last layers are outside of these and stay, as do norms and
-biases.
+Of denoisers, ControlNets and text encoders, the kernels of the numbered blocks are quantised:
+nearly all of the weights. Embeddings, the first and the last layers are outside of these and stay,
+as do norms and biases.
 """
 
 import functools
@@ -24,7 +24,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 INT8 = np.dtype(np.int8)
 FORMATS = {"int8": INT8, "fp8": np.dtype(ml_dtypes.float8_e4m3fn), "w8a8": INT8}
 LARGEST = 127  # of symmetric int8
-IN_BLOCK = re.compile(r"\.\d+\..*kernel$")
+# The layers of `controlnet_`, though numbered, are the first and the last ones of a ControlNet.
+IN_BLOCK = re.compile(r"^(?!controlnet_).*\.\d+\..*kernel$")
 
 
 @functools.partial(

@@ -103,6 +103,23 @@ def test_text_encoders_on_the_host_take_nothing_of_a_chip(small):
     assert found["bytes"]["text encoders"] == 0
 
 
+@pytest.mark.parametrize("tokens", [256, 400_000])  # of the text encoder's embeddings
+def test_unloaded_text_encoders_take_what_exceeds_the_temporaries(tokens, tmp_path):
+    larger = small_families.PIXART.changed("text_encoder", vocab_size=tokens)
+    model = small_families.save(larger, tmp_path / "model")
+    stay, leave = (
+        slice_program.account(task(model, "data=4", text_encoders=place))["bytes"]
+        for place in ("device", "unload")
+    )
+    beyond = stay["text encoders"] - stay["temporaries"] - stay["images"]
+    if tokens == 256:
+        assert beyond < 0
+        assert leave == stay | {"text encoders": 0}
+    else:  # and the temporaries of encoding
+        assert 0 < beyond < leave["text encoders"] < stay["text encoders"]
+        assert leave | {"text encoders": 0} == stay | {"text encoders": 0}
+
+
 def test_a_batch_that_does_not_fit_says_why(small):
     large = ROW | {"width": 1024, "height": 1024}
     found = slice_program.account(task(small, "data=4", batch_size=512, row=large))

@@ -244,6 +244,24 @@ def test_the_cache_of_embeddings_has_a_limit(model, images, monkeypatch):
     np.testing.assert_array_equal(pixels(again), pixels(images))
 
 
+def test_unloaded_text_encoders_come_to_the_device_once_for_many_prompts(
+    model, tiny_checkpoint, monkeypatch
+):
+    many = [replace(REQUESTS[0], prompt=f"{number} rings") for number in range(20)]
+    unloading = jaxdiff.load(tiny_checkpoint, text_encoders="unload")
+    (encoder,) = (denoiser.prompts for denoiser in unloading._sampler._denoisers)
+    monkeypatch.setattr(embeddings, "HELD_BYTES", 16 * 24 * 32 * 4)  # of 16 prompts
+    assert unloading.prompts_at_once(unloading.resolve(many[0]), 8) == 8
+    came, bring = [], encoder._on_devices
+    monkeypatch.setattr(encoder, "_on_devices", lambda: came.append(1) or bring())
+    found = [unloading.generate(many), [*unloading.stream(many)]]
+    # For the prompts of 8, 8 and 4 images and the empty negative one; then for those forgotten.
+    assert len(came) == 4 + 3
+    expected = pixels(model.generate(many))
+    for made in found:
+        np.testing.assert_array_equal(pixels(made), expected)
+
+
 def test_the_cache_of_images_has_a_limit(model, monkeypatch):
     random = np.random.default_rng(0)
     pictures = random.integers(0, 256, (20, 64, 64, 3), np.uint8)

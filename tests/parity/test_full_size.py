@@ -194,6 +194,12 @@ TEXT_XL_2 = TEXT_XL | {
     "num_hidden_layers": 32,
     "projection_dim": 1280,
 }
+# That of InstantX and Shakker Labs for many kinds of images, without the kinds.
+FLUX_CONTROLNET = test_flux_networks.DEV | {
+    "_class_name": "FluxControlNetModel",
+    "num_layers": 5,
+    "num_single_layers": 10,
+}
 
 
 def our_keys(model_class, config) -> dict:
@@ -245,8 +251,10 @@ def test_the_text_encoders_keys_match_transformers(config, count):
         [("unet", UNET_15), ("text_encoder", TEXT_15)],
         [("unet", UNET_XL), ("text_encoder", TEXT_XL), ("text_encoder_2", TEXT_XL_2)],
         [(None, test_flux_networks.DEV), (None, T5_XXL_FLUX)],
+        [("controlnet", {"cross_attention_dim": 768})],
+        [(None, FLUX_CONTROLNET)],
     ],
-    ids=["1.5", "XL", "FLUX.1 dev"],
+    ids=["1.5", "XL", "FLUX.1 dev", "ControlNet of 1.5", "ControlNet of FLUX.1 dev"],
 )
 def test_weights_of_8_bits_take_at_most_0_55_of_16_bits(parts):
     whole = quantised = 0

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from random_weights import random_params
+from small_controlnets import KINDS, of_unet
 from test_images_in import picture
 
 import jaxdiff
@@ -17,52 +17,19 @@ from jaxdiff import cli
 from jaxdiff.checks import BadValueError
 from jaxdiff.errors import InputError
 from jaxdiff.families.opening import open_ensemble
-from jaxdiff.models.controlnet import ControlNetConfig, ControlNetModel
-from jaxdiff.models.controlnet_union import ControlNetUnionConfig, ControlNetUnionModel
-from jaxdiff.weights.save import save_params
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
-
-KINDS = {
-    "num_control_type": 3,
-    "num_trans_channel": 32,
-    "num_proj_channel": 32,
-    "addition_time_embed_dim": 8,
-}
-
-
-def write_net(folder: Path, seed: int, **config) -> Path:
-    """Writes a random ControlNet for the tiny checkpoint; with `KINDS`, a union net."""
-    is_union = config.keys() >= KINDS.keys()
-    network = ControlNetUnionModel if is_union else ControlNetModel
-    read = (ControlNetUnionConfig if is_union else ControlNetConfig)(
-        **{
-            "block_out_channels": (32, 64),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "layers_per_block": 1,
-            "cross_attention_dim": 32,
-            "attention_head_dim": 4,
-            "norm_num_groups": 8,
-            "conditioning_embedding_out_channels": (4, 4, 8, 8),
-            **config,
-        }
-    )
-    folder.mkdir()
-    params = random_params(network, read, seed)
-    save_params(params, folder / "diffusion_pytorch_model.safetensors", "float32")
-    (folder / "config.json").write_text(json.dumps(read.to_json()))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def nets(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("nets")
-    return [write_net(folder / f"net{seed}", seed) for seed in (1, 2)]
+    return [of_unet(folder / f"net{seed}", seed) for seed in (1, 2)]
 
 
 @pytest.fixture(scope="module")
 def union(tmp_path_factory) -> Path:
-    return write_net(tmp_path_factory.mktemp("union") / "net", 3, **KINDS)
+    return of_unet(tmp_path_factory.mktemp("union") / "net", 3, **KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +63,7 @@ def test_order_batches_and_neighbors_change_nothing(generate, nets, tmp_path):
 
 def test_records_name_every_control_image_and_scale(generate, nets, tmp_path):
     row = {"id": "x", "control_image": ["a.png", "b.png"], "control_guidance_end": 0.7}
-    options = (f"--controlnet={nets[0]}:0.5", f"--controlnet={nets[1]}")
+    options = (f"--controlnet={nets[0]}:0.5", f"--controlnet={nets[1]}", "--weights=int8")
     assert generate([row], *options) == 0
     found = records(tmp_path / "out")["x"]
     assert found["control_image"] == '["a.png", "b.png"]'
@@ -192,7 +159,7 @@ def test_a_control_image_without_a_net_is_rejected(generate, capsys):
     ],
 )
 def test_a_net_for_another_model_is_refused(generate, tmp_path, capsys, config, reason):
-    net = write_net(tmp_path / "net", 1, **config)
+    net = of_unet(tmp_path / "net", 1, **config)
     assert generate([{"control_image": "a.png"}], f"--controlnet={net}") == 2
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -207,7 +174,7 @@ def test_a_net_for_another_model_is_refused(generate, tmp_path, capsys, config, 
     ],
 )
 def test_what_else_does_not_fit_is_refused(tiny_checkpoint, tmp_path, config, reason):
-    net = write_net(tmp_path / "net", 1, **config)
+    net = of_unet(tmp_path / "net", 1, **config)
     with pytest.raises(InputError, match=reason):
         jaxdiff.load(tiny_checkpoint, controlnet=net)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from injected import at, in_noise_at
 from making import files
@@ -26,6 +27,11 @@ def whole(finished) -> Path:
 def failures(directory: Path) -> dict[str, str]:
     lines = (directory / "failed.jsonl").read_text().splitlines()
     return {line["key"]: line["reason"] for line in map(json.loads, lines)}
+
+
+def pixels(directory: Path) -> dict[str, str | None]:
+    rows = pq.read_table(directory / "metadata").to_pylist()
+    return {row["key"]: row["pixel_sha256"] for row in rows}
 
 
 def children() -> list[int]:
@@ -55,6 +61,18 @@ def test_only_rows_that_make_the_model_fail_are_lost_until_retried(
     assert cli.main(["verify", str(directory)]) == 0
     assert cli.main(command(directory, "--retry-failed")) == 0
     assert "is already finished: 24 images" in capsys.readouterr().out
+
+
+def test_a_prompt_that_cannot_be_encoded_ahead_is_lost_alone(
+    tmp_path, command, faulty, whole, capfd
+):
+    faulty(at("star", 'raise RuntimeError("no stars")'))
+    directory = tmp_path / "out"
+    assert cli.main(command(directory, "--text-encoders=unload", "--images-per-shard=24")) == 3
+    assert "--text-encoders unload saves nothing on a CPU" in capfd.readouterr().err
+    assert failures(directory) == dict.fromkeys(STAR_KEYS, "RuntimeError: no stars")
+    assert pixels(directory) == pixels(whole) | dict.fromkeys(STAR_KEYS)
+    assert cli.main(["verify", str(directory)]) == 0
 
 
 def test_a_model_that_fails_on_every_image_blames_no_row(tmp_path, command, faulty, capsys):

@@ -1,18 +1,14 @@
 """Jobs of FLUX.1 whose images a control image steers: by a ControlNet, or seen by the model."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import small_families
-from random_weights import random_params
+from small_controlnets import of_flux
 from test_images_in import picture
 
 from jaxdiff import cli
-from jaxdiff.models.flux_controlnet import FluxControlNetConfig, FluxControlNetModel
-from jaxdiff.weights.save import save_params
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
@@ -30,22 +26,14 @@ def pictures(tmp_path) -> None:
         picture(ord(name), (32, 32)).save(tmp_path / f"{name}.png")
 
 
-def write_net(folder: Path) -> Path:
-    """Writes a ControlNet with random weights for the small checkpoint."""
-    read = FluxControlNetConfig(**vars(DEV.configs["transformer"]))
-    folder.mkdir()
-    params = random_params(FluxControlNetModel, read, 1)
-    save_params(params, folder / "diffusion_pytorch_model.safetensors", "float32")
-    (folder / "config.json").write_text(json.dumps(read.to_json()))
-    return folder
-
-
 @pytest.mark.parametrize("has_net", [True, False])
 def test_control_images_steer_and_rows_without_one_are_rejected(
     generate, tmp_path, has_net, capsys
 ):
     model = small_families.save(DEV if has_net else CONTROL, tmp_path / "model")
-    options = [f"--controlnet={write_net(tmp_path / 'net')}"] if has_net else []
+    options = []
+    if has_net:
+        options = [f"--controlnet={of_flux(tmp_path / 'net', 1)}", "--weights=w8a8"]
     rows = [
         {"id": "a", "seed": 1, "control_image": "a.png"},
         {"id": "b", "seed": 1, "control_image": "b.png"},

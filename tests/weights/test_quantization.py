@@ -6,16 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_controlnets
 import small_families
 from flax import nnx
 
 import jaxdiff
 from jaxdiff import cli
 from jaxdiff.dataset import formats
+from jaxdiff.engine import steering
+from jaxdiff.engine.engine import TextToImage
 from jaxdiff.families import open_checkpoint
 from jaxdiff.families.model import networks_of
+from jaxdiff.families.opening import open_ensemble
+from jaxdiff.families.stable_diffusion_model import Conditioning
 from jaxdiff.models.linear import Linear
-from jaxdiff.request import Request
+from jaxdiff.request import Options, Request
+from jaxdiff.weights.load import name_of
 from jaxdiff.weights.quantization import (
     FORMATS,
     IN_BLOCK,
@@ -25,15 +31,17 @@ from jaxdiff.weights.quantization import (
     restored,
 )
 
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
 REQUESTS = [Request(prompt=prompt, seed=5) for prompt in ("a red circle", "two stars", "a square")]
 
 
 def names(shapes: dict) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's parameters by their names."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-    }
+    return {name_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -156,3 +164,42 @@ def test_networks_have_as_many_quantised_leaves_as_kernels_in_blocks(tiny_checkp
     found = [*filter(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))]
     network = model._sampler._denoisers[0].model.networks["unet"]
     assert len(found) == sum(bool(IN_BLOCK.search(name)) for name in names(network.shapes))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("unet", "int8"), pytest.param("flux", "w8a8", marks=pytest.mark.slow)]
+)
+def test_controlnets_steer_nearly_as_without(tiny_checkpoint, tmp_path, family, kind):
+    model, net = tiny_checkpoint, tmp_path / "net"
+    if family == "unet":
+        small_controlnets.of_unet(net, 1)
+        text = Conditioning(normal(1, 24, 32))
+    else:
+        small_controlnets.of_flux(net, 1)
+        model = small_families.save(small_families.SMALL["FLUX.1 dev"], tmp_path / "model")
+        text = {"context": normal(1, 8, 32), "pooled": normal(1, 32)}
+    found = []
+    for each in ("full", kind):
+        ensemble = open_ensemble(model, controlnet=[str(net)])
+        (denoiser,) = TextToImage(ensemble, Options(weights=each))._sampler._denoisers
+        nets, params = denoiser.denoising.controls, denoiser.controls[0].load()
+        shape = 1, 4, 4, 16 if nets[0].sees_latents else 4
+        seen = normal(*shape) if nets[0].sees_latents else np.full((1, 32, 32, 3), 99, np.uint8)
+
+        def residuals(params, nets=nets, seen=seen, shape=shape):
+            steer = steering.steer(nets, [params], [(seen, np.ones(1))], np.ones(1), guesses=False)
+            return steer(normal(*shape), jnp.float32(500), text, text)
+
+        leaves = jax.tree.leaves(jax.jit(residuals)(params))
+        found.append((params, np.concatenate([np.ravel(leaf) for leaf in leaves])))
+    (whole, before), (small, after) = found
+    kernels = {name for name in names(whole) if IN_BLOCK.search(name)}
+    leaves = jax.tree_util.tree_leaves_with_path(small, is_leaf=is_quantized)
+    quantized = {name_of(path) for path, leaf in leaves if is_quantized(leaf)}
+    assert quantized == kernels
+    assert not {name for name in kernels if name.startswith("controlnet_")}
+    # A kernel's errors are even over steps of its largest weight / 127, and that is at most 5
+    # standard deviations; with w8a8, those of its inputs are alike. They add up as squares.
+    of_layer = 5 / 127 / np.sqrt(12) * np.sqrt(1 + (kind == "w8a8"))
+    error = np.sqrt(np.mean((after - before) ** 2) / np.mean(before**2))
+    assert 1e-4 < error < of_layer * np.sqrt(len(kernels))

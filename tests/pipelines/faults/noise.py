@@ -21,6 +21,7 @@ class NoiseModel:
     checkpoint = SimpleNamespace(defaults=SimpleNamespace(size=(64, 64)))
     prompt_sizes = ()
     enlarges = 1
+    encodes_ahead = False
 
     def slots(self, request, batch_size: int) -> int:
         return batch_size
