@@ -17,13 +17,14 @@ import shutil
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import apache_beam as beam
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.local import LocalStore
@@ -356,7 +357,7 @@ def _report(
                 "training set": asked.training,
             },
             [scores for scores, _ in judged],
-            partial(_find, sources, {scores.name: rows for scores, rows in judged}),
+            partial(_pictures, sources, {scores.name: rows for scores, rows in judged}),
             _tables(asked.benchmark, prompts, judged),
         )
     for line in wording.summary(contents):
@@ -384,14 +385,18 @@ def _tables(
     return tables
 
 
-def _find(
-    sources: dict[str, Images], rows: dict[str, pa.Table], run: str, key: str
-) -> bytes | None:
-    """Returns an image's file by its run and key; None if it could not be generated."""
-    row = rows[run]["key"].index(key).as_py()
-    part = rows[run]["part"][row].as_py()
-    found = (each.image for each in sources[run].pictures(part) if each.key == key)
-    return next(found, None)
+def _pictures(
+    sources: dict[str, Images], rows: dict[str, pa.Table], run: str, keys: Collection[str]
+) -> Iterator[tuple[str, bytes | None]]:
+    """Yields a run's images with these keys, None for one that could not be generated.
+
+    Each part is read once at most.
+    """
+    is_asked = pc.is_in(rows[run]["key"], pa.array(keys))
+    for part in rows[run]["part"].filter(is_asked).unique().to_pylist():
+        for picture in sources[run].pictures(part):
+            if picture.key in keys:
+                yield picture.key, picture.image
 
 
 def _export_dataset(asked: Export) -> int:

@@ -1,5 +1,6 @@
 """`jaxdiff evaluate`: images are scored, measured and written in a benchmark's layout."""
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,8 @@ from PIL import Image
 from jaxdiff import cli
 from jaxdiff.dataset import ledger
 from jaxdiff.dataset import shard as shards
-from jaxdiff.evaluation import benchmarks
+from jaxdiff.evaluation import benchmarks, datasets
+from jaxdiff.images import image_files
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes import Caption, Group
 
@@ -210,6 +212,20 @@ def test_models_and_settings_are_compared_at_equal_seeds(tmp_path, tiny_checkpoi
         "tiny-steps-1",
         "tiny-steps-2",
     }
+    # The page has each pair that differs side by side: the first run's image, then the second's.
+    groups = [group for groups in comparison["differing"].values() for group in groups]
+    keys = [image["key"] for each in groups for pair in each["largest"] for image in pair["images"]]
+    files = [
+        {each.key: each.image for each in datasets.of_dataset(output / name / "dataset")}
+        for name in ("tiny-steps-1", "tiny-steps-2")
+    ]
+    shown = re.findall(
+        r'base64,([^"]+)" */?>', (output / "report.html").read_text().split("<body>")[1]
+    )
+    assert len(keys) == len(shown) >= 4
+    for number, (key, thumbnail) in enumerate(zip(keys, shown, strict=True)):
+        pixels = image_files.decode(base64.b64decode(thumbnail))
+        assert np.array_equal(pixels, image_files.decode(files[number % 2][key]))
 
 
 def test_a_dataset_is_exported_without_being_scored(dataset, tmp_path):
