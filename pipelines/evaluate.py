@@ -50,7 +50,7 @@ from jaxdiff.evaluation.published import PUBLISHED
 from jaxdiff.evaluation.records import Picture, Prompt, Scores
 from jaxdiff.evaluation.report import report, wording
 from jaxdiff.evaluation.scoring import Scoring
-from pipelines import command_line, evaluate_options, generate, jobs, runners
+from pipelines import command_line, evaluate_options, generate, inputs, jobs, runners
 from pipelines.evaluate_options import Candidate, Evaluation, Export
 from pipelines.jobs import (
     EXIT_OK,
@@ -159,6 +159,7 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
     runners.choose(beam_arguments, 1)  # fails before anything is written
     if asked.clip:
         clip_measures.open_clip(asked.clip)
+    _check(asked)
     reference = asked.reference and sets.read_reference(Path(asked.reference), asked.clip)
     code = _make_images(asked, prompts, beam_arguments)
     if code not in (EXIT_OK, EXIT_SOME_IMAGES_FAILED):
@@ -177,6 +178,16 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
             code = EXIT_SOME_IMAGES_FAILED
     _report(asked, prompts, judged)
     return code
+
+
+def _check(asked: Evaluation) -> None:
+    """Raises InputError for any run that cannot be made or judged, before the first one is."""
+    for each in asked.runs:
+        if each.job:
+            with inputs.unreadable_named():
+                generate.opened(each.job)
+        elif not asked.is_layout:
+            _run(absolute(each.images))
 
 
 def _make_images(asked: Evaluation, prompts: list[Prompt], beam_arguments: list[str]) -> int:
@@ -240,8 +251,6 @@ def _judge(
         whole |= sets.copies(tables(), asked.training)
     if asked.clip:
         whole |= sets.directions(tables(), prompts, asked.clip)
-    for measure, why in missing.items():
-        print(f"jaxdiff: no {measure}: {why}", file=sys.stderr)
     return replace(scores, whole=whole, missing=missing), rows
 
 
@@ -360,6 +369,9 @@ def _report(
             partial(_pictures, sources, {scores.name: rows for scores, rows in judged}),
             _tables(asked.benchmark, prompts, judged),
         )
+    missing = (pair for scores, _ in judged for pair in scores.missing.items())
+    for measure, why in dict.fromkeys(missing):  # once, whatever the number of runs
+        print(f"jaxdiff: no {measure}: {why}", file=sys.stderr)
     for line in wording.summary(contents):
         print(line)
     print(f"Report: {join(asked.output, 'report.html')}")

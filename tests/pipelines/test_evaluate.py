@@ -257,6 +257,32 @@ def test_an_existing_layout_is_scored(dataset, tmp_path, capsys):
     assert str(missing) in said
 
 
+def test_datasets_are_compared(dataset, tmp_path, capsys):
+    folders = []
+    for name, shown in (("A", SHOWN), ("B", [RING, RING, *SHOWN[2:]])):
+        directory, asked = dataset(shown=shown)
+        folders.append(directory.rename(tmp_path / name))
+    output = tmp_path / "out"
+    assert evaluate(folders[0], asked, output, "--dataset", folders[1]) == 0
+    assert "B compared with A: correct: " in capsys.readouterr().out
+    report = json.loads((output / "report.json").read_text())
+    assert [run["name"] for run in report["runs"]] == ["A", "B"]
+    lost, won = report["comparisons"][0]["differing"]["correct"]
+    assert (lost["higher"], lost["pairs"], won["pairs"]) == ("A", 1, 0)
+    assert [image["key"] for image in lost["largest"][0]["images"]] == ["000000000"] * 2
+    assert (output / "A" / "results.jsonl").exists()
+    assert (output / "B" / "results.jsonl").exists()
+
+
+def test_a_dataset_of_other_prompts_is_not_judged(dataset, tmp_path, capsys):
+    directory, _ = dataset([{"prompt": "a star"}], [STAR], benchmark="prompts")
+    capsys.readouterr()
+    said = ["--benchmark", "shapes", "--dataset", directory, "--output", tmp_path / "out"]
+    assert cli.main(["evaluate", *map(str, said)]) == 2
+    said = capsys.readouterr().err
+    assert "image 000000000 has the prompt 'a star', which is not a row of the shapes" in said
+
+
 MISTAKES = {
     "": "--output is missing",
     "--output o": "--benchmark is missing; choose from shapes, geneval",
@@ -266,10 +292,12 @@ MISTAKES = {
     "--benchmark shapes --output o --keep best:clip": "--keep best:clip needs --clip",
     "--benchmark shapes --output o --clip nowhere": "nowhere",
     "--benchmark shapes --output o --reference nowhere": "nowhere: image folder not found",
+    "--benchmark shapes --output o --vary steps=2,x": "steps",
+    "--benchmark shapes --output o --model shapes64 --model nowhere": "nowhere",
     "--benchmark shapes --output o --dataset d --model m": "--model and --vary generate images",
     "--benchmark shapes --output o --dataset nowhere": "nowhere is not a jaxdiff generate dataset",
     "--benchmark shapes --output o --steps many": "steps",
-    "--export geneval --output o": "--export needs --dataset",
+    "--export geneval --output o": "--export needs one --dataset",
     "--benchmark shapes --output o --images 0": "must be a whole number from 1",
 }
 
@@ -281,3 +309,4 @@ def test_an_error_is_one_line(words, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1, said
     assert MISTAKES[words] in said
+    assert list(tmp_path.iterdir()) == []

@@ -132,7 +132,8 @@ def _comparisons(contents: dict, thumbnails: Thumbnails) -> Iterator[str]:
         ]
         if others:
             heads = ["measure, overall", "difference", "95% interval", "p"]
-            parts.append(f"<h3>Other measures</h3>{_table(heads, others, right=range(1, 4))}")
+            title = "Other measures" if contents["headline"] else "Measures"
+            parts.append(f"<h3>{title}</h3>{_table(heads, others, right=range(1, 4))}")
         if shown := examples.differing(contents, compared, number, thumbnails):
             parts.append(f"<h3>Pairs that differ most</h3>{shown}")
         yield _section(f"{compared['name']} compared with {compared['to']}", "".join(parts))
