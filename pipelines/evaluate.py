@@ -16,7 +16,6 @@ import json
 import shutil
 import sys
 import threading
-from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -153,9 +152,13 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
     if isinstance(asked, Export):
         return _export_dataset(asked)
     _run.cache_clear()  # a dataset may have changed since an earlier evaluation
-    prompts = benchmarks.read(
-        asked.benchmark, asked.prompts, per_tag=asked.per_tag, seed=asked.prompts_seed
-    )
+    if asked.images:
+        prompts = benchmarks.read(
+            asked.benchmark, asked.prompts, per_tag=asked.per_tag, seed=asked.prompts_seed
+        )
+    else:
+        prompts, images = _of_datasets([each.images for each in asked.runs])
+        asked = replace(asked, images=images)
     runners.choose(beam_arguments, 1)  # fails before anything is written
     if asked.clip:
         clip_measures.open_clip(asked.clip)
@@ -178,6 +181,19 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
             code = EXIT_SOME_IMAGES_FAILED
     _report(asked, prompts, judged)
     return code
+
+
+def _of_datasets(addresses: list[str | Path]) -> tuple[list[Prompt], int]:
+    """Returns the prompts of datasets, which must have the same ones, and the images of each."""
+    (prompts, images), *others = (datasets.prompts_of(_run(absolute(each))) for each in addresses)
+    texts = {prompt.id: prompt.text for prompt in prompts}
+    for address, (other, _) in zip(addresses[1:], others, strict=True):
+        if {prompt.id: prompt.text for prompt in other} != texts:
+            raise InputError(
+                f"{address} has other prompts than {addresses[0]}; compare datasets that were made "
+                "from the same manifest"
+            )
+    return prompts, images
 
 
 def _check(asked: Evaluation) -> None:
@@ -413,18 +429,14 @@ def _pictures(
 
 def _export_dataset(asked: Export) -> int:
     """Writes a dataset in a benchmark's layout."""
-    prompts, counts = {}, Counter()
-    for picture in datasets.of_dataset(asked.dataset):
-        prompts[picture.prompt.id] = picture.prompt
-        counts[picture.prompt.id] += 1
-    images = max(counts.values(), default=0)
+    prompts, images = datasets.prompts_of(datasets.open_dataset(asked.dataset))
     store, pictures = open_store(asked.output), datasets.of_dataset(asked.dataset)
     if is_address(asked.output):
         store.prepare()
         if store.entries(""):
             raise InputError(f"{asked.output} holds other objects; name a new prefix")
     with store.filled() as folder:
-        made = folders.export(asked.layout, pictures, [*prompts.values()], images, folder)
+        made = folders.export(asked.layout, pictures, prompts, images, folder)
     print(f"wrote {made} images to {asked.output} in layout {asked.layout}")
     return EXIT_OK
 

@@ -22,7 +22,7 @@ EPILOG = """\
 examples:
   jaxdiff evaluate --benchmark shapes --model shapes64 --output out/judged
   jaxdiff evaluate --benchmark shapes --model A --model B --vary steps=10,20 --output out/compared
-  jaxdiff evaluate --benchmark prompts --prompts p.txt --dataset A --dataset B --output out/ab
+  jaxdiff evaluate --benchmark prompts --dataset out/a --dataset out/b --output out/ab
   jaxdiff evaluate --benchmark geneval --prompts evaluation_metadata.jsonl --model M --output out/g
   jaxdiff evaluate --export geneval --dataset out/first --output out/for-geneval
 
@@ -59,7 +59,7 @@ class Evaluation:
 
     Attributes:
       benchmark, prompts: as in `benchmarks.read`; per_tag and prompts_seed too.
-      images: the number of images per prompt.
+      images: the number of images per prompt; 0 to take it and the prompts from the datasets.
       output: the directory or the address of the report.
       runs: the runs to evaluate; the first is compared with each of the others.
       is_layout: whether the runs' images are in the benchmark's layout, not in a dataset.
@@ -115,10 +115,13 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
         parser.missing("--benchmark", rest, f"; choose from {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[said.benchmark]
     given = said.dataset or said.layout
+    has_own = said.dataset and said.benchmark == "prompts" and not said.prompts
     if given and (said.model or said.vary):
         parser.error("--model and --vary generate images; omit them with --dataset or --layout")
     if said.dataset and said.layout:
         parser.error("--dataset and --layout both name the images; use one of them")
+    if has_own and said.images:
+        parser.error("--images: the dataset says how many; omit it, or name its --prompts")
     if given:
         runs, beam_arguments = _existing(said), rest
     else:
@@ -128,7 +131,7 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
         prompts=said.prompts,
         per_tag=said.per_tag,
         prompts_seed=said.prompts_seed,
-        images=said.images or benchmark.images,
+        images=0 if has_own else said.images or benchmark.images,
         output=said.output,
         runs=runs,
         is_layout=said.layout is not None,
@@ -239,7 +242,8 @@ OPTIONS = {
         "--prompts": {
             **PATH,
             "metavar": "FILE",
-            "help": "the benchmark's official prompt file (optional for shapes)",
+            "help": "the benchmark's official prompt file (optional for shapes, and with --dataset "
+            "for prompts)",
         },
         "--model": {
             "metavar": "MODEL",

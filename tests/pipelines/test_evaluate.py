@@ -274,6 +274,33 @@ def test_datasets_are_compared(dataset, tmp_path, capsys):
     assert (output / "B" / "results.jsonl").exists()
 
 
+def test_datasets_of_any_manifest_are_compared_without_its_file(tmp_path, tiny_checkpoint, capsys):
+    folders = []
+    for name, text in (("A", "a star\na ring\n"), ("B", "a star\na ring\n"), ("C", "x\ny\n")):
+        manifest = tmp_path / f"{name}.txt"
+        manifest.write_text(text)
+        run = make_plan(tmp_path / name, manifest, tiny_checkpoint, num_images=3, batch_size=1)
+        with shards.Attempt(run, 0) as attempt:
+            for image in run.planned(0):
+                pixels = np.full((16, 16, 3), ord(name), np.uint8)
+                attempt.add(shards.encode(image, pixels, run.plan))
+            attempt.commit(FACTS)
+        ledger.finalize(run, 0.0)
+        folders.append(str(tmp_path / name))
+    a, b, other = folders
+    said = ["evaluate", "--benchmark", "prompts", "--output", str(tmp_path / "out"), "--dataset", a]
+    assert cli.main([*said, "--dataset", b]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(run["name"], run["prompts"], run["images"]) for run in report["runs"]] == [
+        ("A", 2, 6),
+        ("B", 2, 6),
+    ]
+    assert report["comparisons"][0]["pairs"] == 6
+    capsys.readouterr()
+    assert cli.main([*said, "--dataset", other]) == 2
+    assert f"{other} has other prompts than {a}; compare datasets" in capsys.readouterr().err
+
+
 def test_a_dataset_of_other_prompts_is_not_judged(dataset, tmp_path, capsys):
     directory, _ = dataset([{"prompt": "a star"}], [STAR], benchmark="prompts")
     capsys.readouterr()
@@ -294,6 +321,7 @@ MISTAKES = {
     "--benchmark shapes --output o --reference nowhere": "nowhere: image folder not found",
     "--benchmark shapes --output o --vary steps=2,x": "steps",
     "--benchmark shapes --output o --model shapes64 --model nowhere": "nowhere",
+    "--benchmark prompts --output o --dataset d --images 2": "--images: the dataset says how many",
     "--benchmark shapes --output o --dataset d --model m": "--model and --vary generate images",
     "--benchmark shapes --output o --dataset nowhere": "nowhere is not a jaxdiff generate dataset",
     "--benchmark shapes --output o --steps many": "steps",
