@@ -25,6 +25,7 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jaxdiff.dataset import run as dataset_runs
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.run import Run
@@ -198,6 +199,12 @@ def _of_datasets(addresses: list[str | Path]) -> tuple[list[Prompt], int]:
 
 def _check(asked: Evaluation) -> None:
     """Raises InputError for any run that cannot be made or judged, before the first one is."""
+    for output in (asked.output, *(each.output for each in asked.runs)):
+        if dataset_runs.find(output):
+            raise InputError(
+                f"--output: {output} is a dataset, which would no longer be whole with other files "
+                "in it; name another directory"
+            )
     for each in asked.runs:
         if each.job:
             with inputs.unreadable_named():

@@ -149,6 +149,8 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
 
 def _runs(said, rest: list[str]) -> tuple[tuple[Candidate, ...], list[str]]:
     """Returns a run for each model and each combination of varied settings."""
+    if any(word.partition("=")[0] == "--prompt" for word in rest):
+        raise InputError("--prompt is for jaxdiff generate; --prompts names a file of prompts")
     models = said.model or ["shapes64"]
     # Never in a bucket: manifests cannot be read from all of them, and the plan keeps the rows.
     folder = open_store(said.output).work() if is_address(said.output) else said.output

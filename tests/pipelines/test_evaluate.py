@@ -297,6 +297,10 @@ def test_datasets_of_any_manifest_are_compared_without_its_file(tmp_path, tiny_c
     ]
     assert report["comparisons"][0]["pairs"] == 6
     capsys.readouterr()
+    for output, more in ((a, []), (str(tmp_path), ["--dataset", b])):  # whose folders are A and B
+        assert cli.main([*said, *more, "--output", output]) == 2
+        assert f"--output: {a} is a dataset" in capsys.readouterr().err
+    assert cli.main(["verify", a]) == 0
     assert cli.main([*said, "--dataset", other]) == 2
     assert f"{other} has other prompts than {a}; compare datasets" in capsys.readouterr().err
 
@@ -326,6 +330,7 @@ MISTAKES = {
     "--benchmark shapes --output o --dataset nowhere": "nowhere is not a jaxdiff generate dataset",
     "--benchmark shapes --output o --steps many": "steps",
     "--export geneval --output o": "--export needs one --dataset",
+    "--benchmark prompts --output o --prompt a": "--prompts names a file",
     "--benchmark shapes --output o --images 0": "must be a whole number from 1",
 }
 
