@@ -16,15 +16,16 @@ import json
 import shutil
 import sys
 import threading
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import apache_beam as beam
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from jaxdiff.dataset import run as dataset_runs
 from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.local import LocalStore
 from jaxdiff.dataset.run import Run
@@ -49,7 +50,7 @@ from jaxdiff.evaluation.published import PUBLISHED
 from jaxdiff.evaluation.records import Picture, Prompt, Scores
 from jaxdiff.evaluation.report import report, wording
 from jaxdiff.evaluation.scoring import Scoring
-from pipelines import command_line, evaluate_options, generate, jobs, runners
+from pipelines import command_line, evaluate_options, generate, inputs, jobs, runners
 from pipelines.evaluate_options import Candidate, Evaluation, Export
 from pipelines.jobs import (
     EXIT_OK,
@@ -152,12 +153,17 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
     if isinstance(asked, Export):
         return _export_dataset(asked)
     _run.cache_clear()  # a dataset may have changed since an earlier evaluation
-    prompts = benchmarks.read(
-        asked.benchmark, asked.prompts, per_tag=asked.per_tag, seed=asked.prompts_seed
-    )
+    if asked.images:
+        prompts = benchmarks.read(
+            asked.benchmark, asked.prompts, per_tag=asked.per_tag, seed=asked.prompts_seed
+        )
+    else:
+        prompts, images = _of_datasets([each.images for each in asked.runs])
+        asked = replace(asked, images=images)
     runners.choose(beam_arguments, 1)  # fails before anything is written
     if asked.clip:
         clip_measures.open_clip(asked.clip)
+    _check(asked)
     reference = asked.reference and sets.read_reference(Path(asked.reference), asked.clip)
     code = _make_images(asked, prompts, beam_arguments)
     if code not in (EXIT_OK, EXIT_SOME_IMAGES_FAILED):
@@ -176,6 +182,35 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
             code = EXIT_SOME_IMAGES_FAILED
     _report(asked, prompts, judged)
     return code
+
+
+def _of_datasets(addresses: list[str | Path]) -> tuple[list[Prompt], int]:
+    """Returns the prompts of datasets, which must have the same ones, and the images of each."""
+    (prompts, images), *others = (datasets.prompts_of(_run(absolute(each))) for each in addresses)
+    texts = {prompt.id: prompt.text for prompt in prompts}
+    for address, (other, _) in zip(addresses[1:], others, strict=True):
+        if {prompt.id: prompt.text for prompt in other} != texts:
+            raise InputError(
+                f"{address} has other prompts than {addresses[0]}; compare datasets that were made "
+                "from the same manifest"
+            )
+    return prompts, images
+
+
+def _check(asked: Evaluation) -> None:
+    """Raises InputError for any run that cannot be made or judged, before the first one is."""
+    for output in (asked.output, *(each.output for each in asked.runs)):
+        if dataset_runs.find(output):
+            raise InputError(
+                f"--output: {output} is a dataset, which would no longer be whole with other files "
+                "in it; name another directory"
+            )
+    for each in asked.runs:
+        if each.job:
+            with inputs.unreadable_named():
+                generate.opened(each.job)
+        elif not asked.is_layout:
+            _run(absolute(each.images))
 
 
 def _make_images(asked: Evaluation, prompts: list[Prompt], beam_arguments: list[str]) -> int:
@@ -239,8 +274,6 @@ def _judge(
         whole |= sets.copies(tables(), asked.training)
     if asked.clip:
         whole |= sets.directions(tables(), prompts, asked.clip)
-    for measure, why in missing.items():
-        print(f"jaxdiff: no {measure}: {why}", file=sys.stderr)
     return replace(scores, whole=whole, missing=missing), rows
 
 
@@ -356,9 +389,12 @@ def _report(
                 "training set": asked.training,
             },
             [scores for scores, _ in judged],
-            partial(_find, sources, {scores.name: rows for scores, rows in judged}),
+            partial(_pictures, sources, {scores.name: rows for scores, rows in judged}),
             _tables(asked.benchmark, prompts, judged),
         )
+    missing = (pair for scores, _ in judged for pair in scores.missing.items())
+    for measure, why in dict.fromkeys(missing):  # once, whatever the number of runs
+        print(f"jaxdiff: no {measure}: {why}", file=sys.stderr)
     for line in wording.summary(contents):
         print(line)
     print(f"Report: {join(asked.output, 'report.html')}")
@@ -384,30 +420,30 @@ def _tables(
     return tables
 
 
-def _find(
-    sources: dict[str, Images], rows: dict[str, pa.Table], run: str, key: str
-) -> bytes | None:
-    """Returns an image's file by its run and key; None if it could not be generated."""
-    row = rows[run]["key"].index(key).as_py()
-    part = rows[run]["part"][row].as_py()
-    found = (each.image for each in sources[run].pictures(part) if each.key == key)
-    return next(found, None)
+def _pictures(
+    sources: dict[str, Images], rows: dict[str, pa.Table], run: str, keys: Collection[str]
+) -> Iterator[tuple[str, bytes | None]]:
+    """Yields a run's images with these keys, None for one that could not be generated.
+
+    Each part is read once at most.
+    """
+    is_asked = pc.is_in(rows[run]["key"], pa.array(keys))
+    for part in rows[run]["part"].filter(is_asked).unique().to_pylist():
+        for picture in sources[run].pictures(part):
+            if picture.key in keys:
+                yield picture.key, picture.image
 
 
 def _export_dataset(asked: Export) -> int:
     """Writes a dataset in a benchmark's layout."""
-    prompts, counts = {}, Counter()
-    for picture in datasets.of_dataset(asked.dataset):
-        prompts[picture.prompt.id] = picture.prompt
-        counts[picture.prompt.id] += 1
-    images = max(counts.values(), default=0)
+    prompts, images = datasets.prompts_of(datasets.open_dataset(asked.dataset))
     store, pictures = open_store(asked.output), datasets.of_dataset(asked.dataset)
     if is_address(asked.output):
         store.prepare()
         if store.entries(""):
             raise InputError(f"{asked.output} holds other objects; name a new prefix")
     with store.filled() as folder:
-        made = folders.export(asked.layout, pictures, [*prompts.values()], images, folder)
+        made = folders.export(asked.layout, pictures, prompts, images, folder)
     print(f"wrote {made} images to {asked.output} in layout {asked.layout}")
     return EXIT_OK
 

@@ -22,6 +22,7 @@ EPILOG = """\
 examples:
   jaxdiff evaluate --benchmark shapes --model shapes64 --output out/judged
   jaxdiff evaluate --benchmark shapes --model A --model B --vary steps=10,20 --output out/compared
+  jaxdiff evaluate --benchmark prompts --dataset out/a --dataset out/b --output out/ab
   jaxdiff evaluate --benchmark geneval --prompts evaluation_metadata.jsonl --model M --output out/g
   jaxdiff evaluate --export geneval --dataset out/first --output out/for-geneval
 
@@ -58,7 +59,7 @@ class Evaluation:
 
     Attributes:
       benchmark, prompts: as in `benchmarks.read`; per_tag and prompts_seed too.
-      images: the number of images per prompt.
+      images: the number of images per prompt; 0 to take it and the prompts from the datasets.
       output: the directory or the address of the report.
       runs: the runs to evaluate; the first is compared with each of the others.
       is_layout: whether the runs' images are in the benchmark's layout, not in a dataset.
@@ -105,21 +106,24 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
     if not said.output:
         parser.missing("--output", rest)
     if said.export:
-        if not said.dataset:
-            parser.error("--export needs --dataset, the dataset to export")
+        if len(said.dataset) != 1:
+            parser.error("--export needs one --dataset, the dataset to export")
         if rest or said.benchmark:
             parser.error(f"--export takes only --dataset and --output, not {rest or '...'}")
-        return Export(said.export, said.dataset, said.output), []
+        return Export(said.export, *said.dataset, said.output), []
     if not said.benchmark:
         parser.missing("--benchmark", rest, f"; choose from {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[said.benchmark]
     given = said.dataset or said.layout
+    has_own = said.dataset and said.benchmark == "prompts" and not said.prompts
     if given and (said.model or said.vary):
         parser.error("--model and --vary generate images; omit them with --dataset or --layout")
     if said.dataset and said.layout:
         parser.error("--dataset and --layout both name the images; use one of them")
+    if has_own and said.images:
+        parser.error("--images: the dataset says how many; omit it, or name its --prompts")
     if given:
-        runs, beam_arguments = (Candidate(Path(given).name, None, given, said.output),), rest
+        runs, beam_arguments = _existing(said), rest
     else:
         runs, beam_arguments = _runs(said, rest)
     evaluation = Evaluation(
@@ -127,7 +131,7 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
         prompts=said.prompts,
         per_tag=said.per_tag,
         prompts_seed=said.prompts_seed,
-        images=said.images or benchmark.images,
+        images=0 if has_own else said.images or benchmark.images,
         output=said.output,
         runs=runs,
         is_layout=said.layout is not None,
@@ -145,6 +149,8 @@ def parse(arguments: list[str]) -> tuple[Evaluation | Export, list[str]]:
 
 def _runs(said, rest: list[str]) -> tuple[tuple[Candidate, ...], list[str]]:
     """Returns a run for each model and each combination of varied settings."""
+    if any(word.partition("=")[0] == "--prompt" for word in rest):
+        raise InputError("--prompt is for jaxdiff generate; --prompts names a file of prompts")
     models = said.model or ["shapes64"]
     # Never in a bucket: manifests cannot be read from all of them, and the plan keeps the rows.
     folder = open_store(said.output).work() if is_address(said.output) else said.output
@@ -157,14 +163,35 @@ def _runs(said, rest: list[str]) -> tuple[tuple[Candidate, ...], list[str]]:
         job, beam_arguments = generate_options.parse([*rest, *words])
         name = " ".join([Path(model).name, *(f"{name}={value}" for name, value in chosen)])
         runs.append(Candidate(name, job, said.output, said.output))
+    runs = _apart(runs, said.output)
+    for position, run in enumerate(runs):
+        dataset = join(run.output, "dataset")
+        runs[position] = replace(run, job=replace(run.job, output=dataset), images=dataset)
+    return tuple(runs), beam_arguments
+
+
+def _existing(said) -> tuple[Candidate, ...]:
+    """Returns a run for each dataset, or for the layout, by its folder's name if these differ."""
+    given = said.dataset or [said.layout]
+    names = [Path(each).name for each in given]
+    if len(set(names)) < len(names):
+        names = given
+    pairs = zip(names, given, strict=True)
+    runs = [Candidate(name, None, images, said.output) for name, images in pairs]
+    return tuple(_apart(runs, said.output))
+
+
+def _apart(runs: list[Candidate], output: str | Path) -> list[Candidate]:
+    """Gives several runs names of their own, and folders in the output."""
+    if len(runs) == 1:
+        return runs
     names = [run.name for run in runs]
+    named = []
     for position, run in enumerate(runs):
         earlier = names[:position].count(run.name)
         name = f"{run.name} ({earlier + 1})" if earlier else run.name
-        output = said.output if len(runs) == 1 else join(said.output, folder_name(name))
-        dataset = join(output, "dataset")
-        runs[position] = Candidate(name, replace(run.job, output=dataset), dataset, output)
-    return tuple(runs), beam_arguments
+        named.append(replace(run, name=name, output=join(output, folder_name(name))))
+    return named
 
 
 def folder_name(name: str) -> str:
@@ -217,7 +244,8 @@ OPTIONS = {
         "--prompts": {
             **PATH,
             "metavar": "FILE",
-            "help": "the benchmark's official prompt file (optional for shapes)",
+            "help": "the benchmark's official prompt file (optional for shapes, and with --dataset "
+            "for prompts)",
         },
         "--model": {
             "metavar": "MODEL",
@@ -249,8 +277,10 @@ OPTIONS = {
         },
         "--dataset": {
             "metavar": "DIR",
+            "action": "append",
+            "default": [],
             "help": "evaluate an existing dataset, also at an s3://, gs:// or az:// address; "
-            "generate no images",
+            "generate no images; repeat it to compare datasets",
         },
         "--layout": {
             **PATH,

@@ -103,9 +103,7 @@ def make(job: Job, beam_runner: tuple[PipelineRunner, PipelineOptions]) -> dict[
     """
     began, copies = time.monotonic(), contextlib.ExitStack()
     with inputs.unreadable_named():
-        ensemble = job.models.open()
-        settings = job_settings.resolve(job.settings, ensemble)
-        _check_bucket(job, settings)
+        ensemble, settings = opened(job)
         fetched = inputs.fetched(
             job.manifest, beam_runner[1], content=job.content, prompts=job.prompts
         )
@@ -132,6 +130,14 @@ def make(job: Job, beam_runner: tuple[PipelineRunner, PipelineOptions]) -> dict[
                 raise UnfinishedError(again) from None
     except (ledger.IncompleteError, supervisor.WorkerError) as problem:
         raise UnfinishedError(str(problem)) from problem
+
+
+def opened(job: Job) -> tuple[Ensemble, job_settings.Settings]:
+    """Opens a job's models and completes its settings; raises InputError if that is impossible."""
+    ensemble = job.models.open()
+    settings = job_settings.resolve(job.settings, ensemble)
+    _check_bucket(job, settings)
+    return ensemble, settings
 
 
 def _is_missing(job: Job, options: PipelineOptions) -> bool:

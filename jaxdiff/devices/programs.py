@@ -15,6 +15,8 @@ from jaxdiff import cache
 from jaxdiff.devices import compilation, parallel
 from jaxdiff.devices.identity import identity
 
+POOL = "compiling"  # the names of its threads begin with this
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event
 THREADS = 2  # for compiling; more would delay the reading of weights
 PACKAGES = ("jax", "jaxlib", "flax")
 # What is exported is only used with the same versions, so it need not be compatible with others.
@@ -127,7 +129,17 @@ def seconds_waited() -> float:
     return _waited
 
 
+def _count_other(event: str, seconds: float, **_) -> None:
+    """Counts what JAX compiles in its caller, who waits: the drawing of noise, for example."""
+    global _waited
+    if event == COMPILED and not threading.current_thread().name.startswith(POOL):
+        _waited += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_other)
+
+
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     """Returns the threads that compile; XLA releases the interpreter lock meanwhile."""
-    return ThreadPoolExecutor(THREADS, "compiling")
+    return ThreadPoolExecutor(THREADS, POOL)

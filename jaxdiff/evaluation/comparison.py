@@ -55,6 +55,21 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Differing:
+    """The image pairs in which a measure is higher in one of two runs than in the other.
+
+    Attributes:
+      higher: the name of the run in which it is higher.
+      pairs: how many there are.
+      largest: those that differ most, as the indices of their images in the first and second run.
+    """
+
+    higher: str
+    pairs: int
+    largest: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Worst:
     """A prompt on which a run did badly; `images` are indices into the images of its scores."""
 
@@ -174,6 +189,33 @@ def _names(scores: Scores) -> list[tuple[str, int]]:
     ids = [prompt.id for prompt in scores.prompts]
     owners, seeds = scores.owners.tolist(), scores.seeds.tolist()
     return [(ids[owner], seed) for owner, seed in zip(owners, seeds, strict=True)]
+
+
+def differing(first: Scores, second: Scores, measure: str, n: int) -> list[Differing]:
+    """Returns the pairs in which a measure is higher in the first run, and those in the second.
+
+    Of each, at most n are listed: each prompt's largest difference, then its second largest, and so
+    on; ties take from each category in turn. Pairs in which one has no value are left out.
+    """
+    of_first, of_second = _pairs(first, second)
+    a, b = values_of(first, measure)[of_first], values_of(second, measure)[of_second]
+    owners = first.owners[of_first].tolist()
+    numbers = categories(first.prompts)[1].tolist()
+    found = []
+    for name, gains in ((first.name, a - b), (second.name, b - a)):
+        times, before, ranked = Counter(), Counter(), []
+        for pair in np.argsort(-gains, kind="stable").tolist():  # NaN last
+            if not gains[pair] > 0:
+                break
+            rank = (times[owners[pair]], -gains[pair])
+            turn = (*rank, numbers[owners[pair]])
+            ranked.append((*rank, before[turn], pair))
+            times[owners[pair]] += 1
+            before[turn] += 1
+        largest = [pair for *_, pair in sorted(ranked)[:n]]
+        images = [(int(of_first[pair]), int(of_second[pair])) for pair in largest]
+        found.append(Differing(name, len(ranked), images))
+    return found
 
 
 def worst(scores: Scores, measure: str, n: int) -> list[Worst]:

@@ -1,6 +1,7 @@
 """Reads the pictures of a `jaxdiff generate` dataset, each with its prompt."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from jaxdiff.dataset.finished import reader
 from jaxdiff.dataset.run import Run
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation.benchmarks import prompt_of
-from jaxdiff.evaluation.records import Picture
+from jaxdiff.evaluation.records import Picture, Prompt
 from jaxdiff.images import image_files
 
 
@@ -21,6 +22,22 @@ def open_dataset(where: str | Path) -> Run:
     if found.store.kind(names.SUCCESS):
         raise InputError(f"{where} is not finished; run its generate command again")
     return found
+
+
+def prompts_of(dataset: Run) -> tuple[list[Prompt], int]:
+    """Returns a dataset's prompts, and the largest number of images of one of them.
+
+    Raises:
+      InputError: if columns that `jaxdiff evaluate` wrote are damaged.
+    """
+    prompts, images = {}, Counter()
+    for shard in dataset.shards:
+        for image in dataset.planned(shard):
+            images[image.id] += 1
+            if images[image.id] == 1:
+                metadata = json.loads(image.metadata)
+                prompts[image.id] = prompt_of(metadata, image.id, image.request.prompt)
+    return list(prompts.values()), max(images.values(), default=0)
 
 
 def of_shard(dataset: Run, shard: int) -> Iterator[Picture]:

@@ -46,7 +46,7 @@ def merge(
             stranger = table["id"][owners.index(-1)].as_py()
             raise InputError(
                 f"prompt {stranger!r} of the images is not in the benchmark's file; name the file "
-                "that they were made from, or another --output"
+                "that they were made from, or leave --prompts out with --benchmark prompts"
             )
         if with_clip:
             of_prompts.add(owners, table)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxdiff import checks
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import clip_measures, duplicates, statistics
 from jaxdiff.evaluation.records import Picture
@@ -156,6 +157,11 @@ def _judged(picture: Picture, image: np.ndarray) -> dict:
         raise InputError(
             f"image {picture.key} has {width}x{height} pixels, but the shapes world's scorer needs "
             f"{CANVAS}x{CANVAS}; set --width {CANVAS} --height {CANVAS}, or use another benchmark"
+        )
+    if "include" not in picture.prompt.row:
+        raise InputError(
+            f"image {picture.key} has the prompt {checks.shown(picture.prompt.text)}, which is not "
+            "a row of the shapes benchmark, so it cannot be judged; use --benchmark prompts"
         )
     seen = read(image)
     verdict = compare(caption_for({"prompt": picture.prompt.text, **picture.prompt.row}), seen)

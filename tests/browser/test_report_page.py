@@ -57,11 +57,15 @@ def address(runs, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("report")
     written = io.BytesIO()
     Image.new("RGB", (512, 256), "red").save(written, "png")
+
+    def give(name, keys):
+        return ((key, written.getvalue()) for key in keys)
+
     table = report.Table(
         "Published", "", ["model", *VALUES], [["x" * 40, 0.5, 0.5, 0.5]], [("them", "https://a.b")]
     )
     told = {"command": "jaxdiff evaluate " + "x" * 500}
-    report.write(folder, "Shapes", told, runs, lambda name, key: written.getvalue(), [table])
+    report.write(folder, "Shapes", told, runs, give, [table])
     return (folder / "report.html").as_uri()
 
 
@@ -83,9 +87,9 @@ def test_a_page_asks_for_nothing_and_fits(page, address, width):
     assert page.run("document.title") == "Shapes · jaxdiff"
     assert page.run("document.querySelectorAll('script').length") == 0
     assert page.run("document.documentElement.scrollWidth <= innerWidth")
-    for part in (".results li", ".bars", ".prompts > li"):
+    for part in (".results li", ".bars", ".prompts > li", ".pairs figure"):
         wide = f"[...document.querySelectorAll({part!r})].map((e) => e.scrollWidth - e.clientWidth)"
-        assert max(page.run(wide)) <= 0, part
+        assert max(page.run(wide), default=0) <= 0, part
 
 
 def test_prompts_are_text_and_images_are_shown(page, address):
@@ -95,6 +99,29 @@ def test_prompts_are_text_and_images_are_shown(page, address):
     sizes = page.run("[...document.images].map((i) => [i.naturalWidth, i.naturalHeight])")
     assert sizes
     assert all(size == [128, 64] for size in sizes)
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_pairs_that_differ_are_side_by_side(page, address, runs, width):
+    load(page, address, width)
+    shown = page.run("""
+        [...document.querySelectorAll('details[open] .pairs > li')].map((pair) =>
+            [...pair.querySelectorAll('figure')].map((figure) => {
+                const box = figure.querySelector('img').getBoundingClientRect();
+                return {left: box.left, right: box.right, top: box.top,
+                    run: figure.querySelector('b').textContent,
+                    said: figure.querySelector('b').nextSibling.data,
+                    color: getComputedStyle(figure.querySelector('figcaption')).borderTopColor};
+            }))
+    """)
+    assert len(shown) == 2 * (len(runs) - 1)  # one in each category with a wrong image
+    others = [run.name for run in runs[1:] for _ in range(2)]
+    for (left, right), other in zip(shown, others, strict=True):
+        assert (left["run"], left["said"]) == ("first", "wrong color: a red circle")
+        assert (right["run"], right["said"]) == (other, "correct")
+        assert left["top"] == right["top"]
+        assert left["right"] < right["left"]
+        assert left["color"] != right["color"]
 
 
 def test_bars_and_whiskers_are_as_wide_as_their_numbers(page, address, runs):

@@ -11,7 +11,7 @@ import pytest
 
 from jaxdiff.devices import parallel
 from jaxdiff.devices.identity import identity
-from jaxdiff.devices.programs import Program, wait
+from jaxdiff.devices.programs import Program, seconds_waited, wait
 
 NUMBERS = np.arange(6, dtype=np.float32).reshape(2, 3)
 TRACED = []  # by the function below
@@ -139,3 +139,13 @@ def test_functions_of_the_same_name_have_other_identities():
 def test_what_is_not_known_has_no_identity():
     with pytest.raises(TypeError, match="no program can be identified"):
         identity(holding(object()))
+
+
+def test_compiling_counts_where_it_is_waited_for():
+    program = Program(partial(scaled, 17.0), parallel.make_mesh("data=1"), (None, 0))
+    before = seconds_waited()
+    compiled = program.compile({"bias": np.float32(1)}, NUMBERS)
+    compiled.result()  # as if the caller had done something else meanwhile
+    assert seconds_waited() == before
+    jax.jit(lambda x: x * 17.0 + 3.0)(NUMBERS)  # as noise is drawn
+    assert seconds_waited() > before

@@ -35,14 +35,14 @@ def scores(by_prompt: list[list[float]], categories: str = "", name: str = "firs
 
 
 def picture(size: int = 64):
-    """Returns a function that gives an image for every key, and a list of its calls."""
+    """Returns a function that gives an image for every key, and a list of what was asked for."""
     written = io.BytesIO()
     Image.effect_noise((size, size // 2), 80).convert("RGB").save(written, "png")
     asked = []
 
-    def give(name: str, key: str) -> bytes:
-        asked.append((name, key))
-        return written.getvalue()
+    def give(name: str, keys) -> list[tuple[str, bytes]]:
+        asked.append((name, *keys))
+        return [(key, written.getvalue()) for key in keys]
 
     return give, asked
 
@@ -136,6 +136,73 @@ def test_where_lower_is_better_the_worst_are_the_highest():
     run.values["near_duplicates"] = np.array([0.5, 0, 1.0])
     found = comparison.worst(run, "near_duplicates", 3)
     assert [w.prompt.id for w in found] == ["p2", "p0"]
+
+
+def test_pairs_that_differ_come_from_each_prompt_and_category_in_turn():
+    first = scores([[1, 1, 0], [1, 0, FAILED], [1, 1, 1]], "aab")
+    second = scores([[0, 0, 0], [0, 1, 1], [1, 0, 1]], "aab", "second")
+    lost, won = comparison.differing(first, second, "correct", 3)
+    assert (lost.higher, lost.pairs) == ("first", 4)
+    # Prompts 0 and 2 begin, each the first of its category; prompt 0's second pair waits.
+    assert lost.largest == [(0, 0), (7, 7), (3, 3)]
+    assert (won.higher, won.pairs, won.largest) == ("second", 2, [(4, 4), (5, 5)])
+
+
+def test_pairs_are_ordered_by_their_difference():
+    first, second = scores([[1, 1], [1, 1]]), scores([[1, 1], [1, 1]], name="second")
+    first.values["clip_score"] = np.array([30.0, 20, 31, np.nan])
+    second.values["clip_score"] = np.array([31.0, 26, 35, 40])
+    lower, higher = comparison.differing(first, second, "clip_score", 9)
+    assert (lower.pairs, lower.largest) == (0, [])
+    assert higher.largest == [(1, 1), (2, 2), (0, 0)]  # +6, +4, and the first prompt's other, +1
+
+
+def test_pairs_that_differ_are_side_by_side(tmp_path):
+    give, asked = picture()
+    runs = two_runs()
+    for run, values in zip(runs, (np.arange(8.0), np.arange(8.0)[::-1]), strict=True):
+        run.values["clip_score"] = values
+    report.write(tmp_path, "Shapes", {}, runs, give)
+    (compared,) = json.loads((tmp_path / "report.json").read_text())["comparisons"]
+    lost, won = compared["differing"]["correct"]
+    assert (lost["higher"], lost["pairs"], won["higher"], won["pairs"]) == ("first", 0, "second", 3)
+    assert [pair["prompt"] for pair in won["largest"]] == ["prompt 0", "prompt 3", "prompt 1"]
+    a, b = won["largest"][0]["images"]
+    assert (a["key"], a["seed"], a["value"], a["reason"]) == ("000000001", 1, 0, "wrong color: red")
+    assert (b["key"], b["seed"], b["value"], b["reason"]) == ("000000001", 1, 1, "")
+    largest = [group["largest"] for group in compared["differing"]["clip_score"]]
+    assert list(map(len, largest)) == [2, 2]
+    assert [name for name, *_ in asked] == ["first", "second"]  # each dataset is read once
+    document = (tmp_path / "report.md").read_text()
+    assert "### Only second is correct: 3 of 8 pairs\n" in document
+    assert "| prompt 0 | 1 | wrong color: red | correct | 000000001 |" in document
+    page = (tmp_path / "report.html").read_text()
+    assert "Only second is correct: 3 of 8 pairs<" in page
+    assert "CLIPScore is higher in first: 4 of 8 pairs, 2 shown<" in page
+    one = re.search(r'<ul class="prompts pairs"><li>.*?</li>', page)[0]
+    captions = re.findall(r"<figcaption><b[^>]*>(.*?)</b>(.*?)</figcaption>", one)
+    assert captions == [("first", "wrong color: red"), ("second", "correct")]
+    assert one.count('<img class="pixels" alt="Image 000000001, seed 1"') == 2
+
+
+def test_equal_runs_have_no_pairs_that_differ(tmp_path):
+    runs = [scores([[1, 0], [0, 1]]), scores([[1, 0], [0, 1]], name="second")]
+    report.write(tmp_path, "Shapes", {}, runs, picture()[0])
+    for name in ("report.html", "report.md"):
+        assert "Pairs that differ" not in (tmp_path / name).read_text()
+        assert "is correct:" not in (tmp_path / name).read_text()
+
+
+@pytest.mark.parametrize(("others", "most"), [(1, 6), (9, 3)])
+def test_pairs_are_few_whatever_the_number_of_runs(others, most):
+    first = scores([[1]] * 20)
+    runs = [first, *(scores([[0]] * 20, name=f"run {n}") for n in range(others))]
+    for run in runs:
+        run.values["sharpness"] = np.full(20, run.values["correct"][0])
+    for compared in report.contents_of("Shapes", {}, runs)["comparisons"]:
+        shown = {name: lost for name, (lost, _) in compared["differing"].items()}
+        assert [lost["pairs"] for lost in shown.values()] == [20, 20]
+        assert [len(lost["largest"]) for lost in shown.values()] == [most, 2]
 
 
 def test_failures_are_counted_by_kind():
@@ -263,7 +330,8 @@ def test_text_is_escaped(tmp_path):
         missing={"clip_score": HOSTILE},
     )
     table = report.Table(HOSTILE, HOSTILE, [HOSTILE, "b"], [[HOSTILE, HOSTILE]], [(HOSTILE, "")])
-    report.write(tmp_path, HOSTILE, {HOSTILE: HOSTILE}, [run, run], picture()[0], [table])
+    other = replace(run, name=f"{HOSTILE} 2", values={"correct": np.ones(4)})
+    report.write(tmp_path, HOSTILE, {HOSTILE: HOSTILE}, [run, other], picture()[0], [table])
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page
     assert page.count("&lt;script&gt;") > 20
@@ -293,18 +361,19 @@ def test_thumbnails_are_small_and_few(tmp_path, size, lossless):
     report.write(tmp_path, "Shapes", {}, [scores([[0] * 9] * 50)], give)
     page = (tmp_path / "report.html").read_text()
     thumbnails = re.findall(r'src="data:image/webp;base64,([^"]+)"', page)
-    assert len(thumbnails) == len(asked) == 12 * 4
+    assert len(thumbnails) == 12 * 4
+    assert [len(keys) for _, *keys in asked] == [12 * 4]
     assert page.count("4 of 9 images") == 12
     with Image.open(io.BytesIO(base64.b64decode(thumbnails[0]))) as image:
         assert image.size == ((64, 32) if lossless else (128, 64))
         if lossless:
-            original = np.asarray(Image.open(io.BytesIO(give("", ""))))
+            original = np.asarray(Image.open(io.BytesIO(dict(give("", "k"))["k"])))
             assert np.array_equal(np.asarray(image.convert("RGB")), original)
 
 
 def test_missing_or_damaged_images_are_reported(tmp_path):
-    def give(name, key):
-        return {"000000000": None, "000000001": b"no image"}.get(key)
+    def give(name, keys):
+        return [("000000000", None), ("000000001", b"no image")]
 
     report.write(tmp_path, "Shapes", {}, [scores([[FAILED, 0], [1, 1]])], give)
     page = (tmp_path / "report.html").read_text()

@@ -1,5 +1,6 @@
 """`jaxdiff evaluate`: images are scored, measured and written in a benchmark's layout."""
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,8 @@ from PIL import Image
 from jaxdiff import cli
 from jaxdiff.dataset import ledger
 from jaxdiff.dataset import shard as shards
-from jaxdiff.evaluation import benchmarks
+from jaxdiff.evaluation import benchmarks, datasets
+from jaxdiff.images import image_files
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes import Caption, Group
 
@@ -210,6 +212,19 @@ def test_models_and_settings_are_compared_at_equal_seeds(tmp_path, tiny_checkpoi
         "tiny-steps-1",
         "tiny-steps-2",
     }
+    # The page has each pair that differs side by side: the first run's image, then the second's.
+    groups = [group for groups in comparison["differing"].values() for group in groups]
+    keys = [image["key"] for each in groups for pair in each["largest"] for image in pair["images"]]
+    files = [
+        {each.key: each.image for each in datasets.of_dataset(output / name / "dataset")}
+        for name in ("tiny-steps-1", "tiny-steps-2")
+    ]
+    body = (output / "report.html").read_text().split("<body>")[1]
+    shown = re.findall(r'base64,([^"]+)"', body)
+    assert len(keys) == len(shown) >= 4
+    for number, (key, thumbnail) in enumerate(zip(keys, shown, strict=True)):
+        pixels = image_files.decode(base64.b64decode(thumbnail))
+        assert np.array_equal(pixels, image_files.decode(files[number % 2][key]))
 
 
 def test_a_dataset_is_exported_without_being_scored(dataset, tmp_path):
@@ -242,6 +257,63 @@ def test_an_existing_layout_is_scored(dataset, tmp_path, capsys):
     assert str(missing) in said
 
 
+def test_datasets_are_compared(dataset, tmp_path, capsys):
+    folders = []
+    for name, shown in (("A", SHOWN), ("B", [RING, RING, *SHOWN[2:]])):
+        directory, asked = dataset(shown=shown)
+        folders.append(directory.rename(tmp_path / name))
+    output = tmp_path / "out"
+    assert evaluate(folders[0], asked, output, "--dataset", folders[1]) == 0
+    assert "B compared with A: correct: " in capsys.readouterr().out
+    report = json.loads((output / "report.json").read_text())
+    assert [run["name"] for run in report["runs"]] == ["A", "B"]
+    lost, won = report["comparisons"][0]["differing"]["correct"]
+    assert (lost["higher"], lost["pairs"], won["pairs"]) == ("A", 1, 0)
+    assert [image["key"] for image in lost["largest"][0]["images"]] == ["000000000"] * 2
+    assert (output / "A" / "results.jsonl").exists()
+    assert (output / "B" / "results.jsonl").exists()
+
+
+def test_datasets_of_any_manifest_are_compared_without_its_file(tmp_path, tiny_checkpoint, capsys):
+    folders = []
+    for name, text in (("A", "a star\na ring\n"), ("B", "a star\na ring\n"), ("C", "x\ny\n")):
+        manifest = tmp_path / f"{name}.txt"
+        manifest.write_text(text)
+        run = make_plan(tmp_path / name, manifest, tiny_checkpoint, num_images=3, batch_size=1)
+        with shards.Attempt(run, 0) as attempt:
+            for image in run.planned(0):
+                pixels = np.full((16, 16, 3), ord(name), np.uint8)
+                attempt.add(shards.encode(image, pixels, run.plan))
+            attempt.commit(FACTS)
+        ledger.finalize(run, 0.0)
+        folders.append(str(tmp_path / name))
+    a, b, other = folders
+    said = ["evaluate", "--benchmark", "prompts", "--output", str(tmp_path / "out"), "--dataset", a]
+    assert cli.main([*said, "--dataset", b]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(run["name"], run["prompts"], run["images"]) for run in report["runs"]] == [
+        ("A", 2, 6),
+        ("B", 2, 6),
+    ]
+    assert report["comparisons"][0]["pairs"] == 6
+    capsys.readouterr()
+    for output, more in ((a, []), (str(tmp_path), ["--dataset", b])):  # whose folders are A and B
+        assert cli.main([*said, *more, "--output", output]) == 2
+        assert f"--output: {a} is a dataset" in capsys.readouterr().err
+    assert cli.main(["verify", a]) == 0
+    assert cli.main([*said, "--dataset", other]) == 2
+    assert f"{other} has other prompts than {a}; compare datasets" in capsys.readouterr().err
+
+
+def test_a_dataset_of_other_prompts_is_not_judged(dataset, tmp_path, capsys):
+    directory, _ = dataset([{"prompt": "a star"}], [STAR], benchmark="prompts")
+    capsys.readouterr()
+    said = ["--benchmark", "shapes", "--dataset", directory, "--output", tmp_path / "out"]
+    assert cli.main(["evaluate", *map(str, said)]) == 2
+    said = capsys.readouterr().err
+    assert "image 000000000 has the prompt 'a star', which is not a row of the shapes" in said
+
+
 MISTAKES = {
     "": "--output is missing",
     "--output o": "--benchmark is missing; choose from shapes, geneval",
@@ -251,10 +323,14 @@ MISTAKES = {
     "--benchmark shapes --output o --keep best:clip": "--keep best:clip needs --clip",
     "--benchmark shapes --output o --clip nowhere": "nowhere",
     "--benchmark shapes --output o --reference nowhere": "nowhere: image folder not found",
+    "--benchmark shapes --output o --vary steps=2,x": "steps",
+    "--benchmark shapes --output o --model shapes64 --model nowhere": "nowhere",
+    "--benchmark prompts --output o --dataset d --images 2": "--images: the dataset says how many",
     "--benchmark shapes --output o --dataset d --model m": "--model and --vary generate images",
     "--benchmark shapes --output o --dataset nowhere": "nowhere is not a jaxdiff generate dataset",
     "--benchmark shapes --output o --steps many": "steps",
-    "--export geneval --output o": "--export needs --dataset",
+    "--export geneval --output o": "--export needs one --dataset",
+    "--benchmark prompts --output o --prompt a": "--prompts names a file",
     "--benchmark shapes --output o --images 0": "must be a whole number from 1",
 }
 
@@ -266,3 +342,4 @@ def test_an_error_is_one_line(words, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1, said
     assert MISTAKES[words] in said
+    assert list(tmp_path.iterdir()) == []

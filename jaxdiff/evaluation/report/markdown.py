@@ -92,6 +92,22 @@ def _comparisons(contents: dict) -> Iterator[str]:
         if rows:
             heads = ["measure", "category", "pairs", "difference", "95% interval", "p"]
             yield _lines(heads, rows)
+        yield from _differing(contents, compared)
+
+
+def _differing(contents: dict, compared: dict) -> Iterator[str]:
+    """Yields the pairs that differ by the headline measure: by others, images say more."""
+    name = contents["headline"]
+    for group in compared["differing"].get(name, []):
+        rows = []
+        for pair in group["largest"]:
+            a, b = pair["images"]
+            values = [wording.judged(contents, name, image) for image in (a, b)]
+            keys = ", ".join(dict.fromkeys((a["key"], b["key"])))
+            rows.append([pair["prompt"], a["seed"], *values, keys])
+        if rows:
+            yield f"### {_text(wording.higher(contents, compared, name, group))}"
+            yield _lines(["prompt", "seed", compared["to"], compared["name"], "images"], rows)
 
 
 def _all_measures(contents: dict) -> Iterator[str]:

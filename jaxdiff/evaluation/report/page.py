@@ -8,32 +8,33 @@ read the page.
 import base64
 import hashlib
 import string
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
 
-from jaxdiff.evaluation.report import drawings, wording
+from jaxdiff.evaluation.report import drawings, examples, wording
+from jaxdiff.evaluation.report.examples import Thumbnails
 from jaxdiff.evaluation.report.wording import MOST_ROWS
 
 ASSETS = Path(__file__).parents[2] / "assets"
-MOST_IMAGES = 4  # per prompt
 
 
-def page(contents: dict, picture: Callable[[str, str], bytes | None]) -> str:
+def page(contents: dict, pictures: examples.Pictures) -> str:
     """Returns the page's HTML.
 
     Args:
       contents: from `report.contents_of`.
-      picture: as in `report.write`.
+      pictures: as in `report.write`.
     """
+    thumbnails = examples.thumbnails(contents, pictures)
     style = (ASSETS / "report" / "report.css").read_text("utf-8")
     icon = (ASSETS / "gallery" / "icon.svg").read_bytes()
     style_hash = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     body = [
         _head(contents),
         *_headline_bars(contents),
-        *_comparisons(contents),
-        *_worst(contents, picture),
+        *_comparisons(contents, thumbnails),
+        *_worst(contents, thumbnails),
         *_failures(contents),
         *_all_measures(contents),
         *_missing(contents),
@@ -80,7 +81,7 @@ def _headline_bars(contents: dict) -> Iterator[str]:
     name = contents["headline"]
     if name and len(contents["categories"]) > 1:
         title = contents["measures"][name]["title"]
-        yield _section(f"{_capital(title)} by category", _bars(contents, name))
+        yield _section(f"{wording.capital(title)} by category", _bars(contents, name))
 
 
 def _bars(contents: dict, name: str) -> str:
@@ -116,7 +117,7 @@ def _bars(contents: dict, name: str) -> str:
     return _bar_table(measure["title"], bodies) + _rest(len(means[0]))
 
 
-def _comparisons(contents: dict) -> Iterator[str]:
+def _comparisons(contents: dict, thumbnails: Thumbnails) -> Iterator[str]:
     for number, compared in enumerate(contents["comparisons"], 1):
         pairs = wording.plural(compared["pairs"], "pair")
         said = wording.verdict(contents, compared)
@@ -131,7 +132,10 @@ def _comparisons(contents: dict) -> Iterator[str]:
         ]
         if others:
             heads = ["measure, overall", "difference", "95% interval", "p"]
-            parts.append(f"<h3>Other measures</h3>{_table(heads, others, right=range(1, 4))}")
+            title = "Other measures" if contents["headline"] else "Measures"
+            parts.append(f"<h3>{title}</h3>{_table(heads, others, right=range(1, 4))}")
+        if shown := examples.differing(contents, compared, number, thumbnails):
+            parts.append(f"<h3>Pairs that differ most</h3>{shown}")
         yield _section(f"{compared['name']} compared with {compared['to']}", "".join(parts))
 
 
@@ -158,46 +162,14 @@ def _changes(contents: dict, compared: dict, number: int) -> str:
 
 
 def _bar_table(title: str, bodies: str) -> str:
-    caption = escape(f"{_capital(title)}, with its 95% interval")
+    caption = escape(f"{wording.capital(title)}, with its 95% interval")
     table = f'<table class="bars"><caption>{caption}</caption>{bodies}</table>'
     return f'<div class="scroll">{table}</div>'
 
 
-def _worst(contents: dict, picture: Callable[[str, str], bytes | None]) -> Iterator[str]:
-    parts = []
-    for run in contents["runs"]:
-        if run["worst"]:
-            items = "".join(_prompt(contents, run, prompt, picture) for prompt in run["worst"])
-            name = f'<h3 dir="auto">{escape(run["name"])}</h3>'
-            parts.append(name if len(contents["runs"]) > 1 else "")
-            parts.append(f'<ul class="prompts">{items}</ul>')
-    if parts:
-        yield _section("Worst prompts", "".join(parts))
-
-
-def _prompt(contents: dict, run: dict, prompt: dict, picture: Callable) -> str:
-    measure = contents["measures"][contents["headline"]]
-    shown = prompt["images"][:MOST_IMAGES]
-    said = [f"{measure['title']} {wording.number(prompt['value'], measure['is_share'])}"]
-    said += [prompt["category"]] if prompt["category"] else []
-    if len(prompt["images"]) > len(shown):
-        said.append(f"{len(shown)} of {len(prompt['images'])} images")
-    figures = []
-    for image in shown:
-        value = wording.number(image["value"], measure["is_share"])
-        if contents["headline"] == "correct":
-            value = image["reason"] or "correct"
-        description = f"Image {image['key']}"
-        description += f", seed {image['seed']}" if image["seed"] >= 0 else ""
-        figures.append(
-            f"<figure>{drawings.thumbnail(picture(run['name'], image['key']), description)}"
-            f"<figcaption>{escape(value)}</figcaption></figure>"
-        )
-    return (
-        f'<li><h4 dir="auto">{escape(prompt["prompt"])}</h4>'
-        f'<p class="quiet">{escape(" · ".join(said))}</p>'
-        f'<div class="images">{"".join(figures)}</div></li>'
-    )
+def _worst(contents: dict, thumbnails: Thumbnails) -> Iterator[str]:
+    if shown := examples.worst(contents, thumbnails):
+        yield _section("Worst prompts", shown)
 
 
 def _failures(contents: dict) -> Iterator[str]:
@@ -225,7 +197,7 @@ def _all_measures(contents: dict) -> Iterator[str]:
         rows.append([measure["title"], *cells, better])
         by_category = any(name in run["measures"] for run in contents["runs"])
         if by_category and name != contents["headline"] and len(contents["categories"]) > 1:
-            title = f"{_capital(measure['title'])} by category"
+            title = f"{wording.capital(measure['title'])} by category"
             details.append(
                 f"<details><summary>{escape(title)}</summary>{_bars(contents, name)}</details>"
             )
@@ -338,7 +310,3 @@ def _largest(tables: list[list[dict]], names: tuple[str, ...]) -> float:
     """Returns the largest absolute value under these names."""
     values = [abs(row[name] or 0) for rows in tables for row in rows for name in names]
     return max(values, default=0.0)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -6,18 +6,22 @@ They have no timestamps or host names: the same scores give the same bytes.
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jaxdiff.evaluation import comparison, intervals, measures
 from jaxdiff.evaluation.comparison import Change, Mean, Worst
-from jaxdiff.evaluation.records import Scores
+from jaxdiff.evaluation.records import Prompt, Scores
 from jaxdiff.evaluation.report import markdown
 from jaxdiff.evaluation.report import page as pages
+from jaxdiff.evaluation.report.examples import Pictures
 
 SCHEMA = 1
 WORST_PROMPTS, WORST_OF_A_RUN = 12, 4  # for all runs together; at least for each run
+# Pairs that differ, of each run: by the first measure, for all comparisons together and at least
+# for each one; by every other measure.
+PAIRS, PAIRS_OF_A_COMPARISON, PAIRS_OF_OTHERS = 6, 3, 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def write(
     title: str,
     settings: dict[str, str],
     runs: Sequence[Scores],
-    picture: Callable[[str, str], bytes | None],
+    pictures: Pictures,
     tables: Sequence[Table] = (),
 ) -> dict:
     """Writes report.json, report.md and report.html, each atomically.
@@ -53,14 +57,15 @@ def write(
       title: the benchmark's.
       settings: settings of the whole evaluation to show, for example the number of images.
       runs: at least one, all over the same prompts; the others are compared with the first.
-      picture: returns an image's file by the run's name and the image's key, None if there is none.
+      pictures: yields the files of a run's images: takes the run's name and the images' keys, and
+        gives each key with its file, None if there is none. Called at most once for each run.
       tables: additional tables, for example published scores.
 
     Returns:
       the contents of report.json.
     """
     contents = contents_of(title, settings, runs, tables)
-    page = pages.page(contents, picture)
+    page = pages.page(contents, pictures)
     text = json.dumps(contents, indent=1, allow_nan=False) + "\n"  # ASCII, so any text is valid
     _write(directory / "report.json", text)
     _write(directory / "report.md", markdown.document(contents))
@@ -78,6 +83,7 @@ def contents_of(
     headline = comparison.headline(runs)
     named = {name for run in runs for name in (*run.values, *run.whole, *run.missing)}
     worst = max(WORST_OF_A_RUN, WORST_PROMPTS // len(runs))
+    most = max(PAIRS_OF_A_COMPARISON, PAIRS // max(1, len(runs) - 1))
     return {
         "schema": SCHEMA,
         "benchmark": title,
@@ -97,8 +103,9 @@ def contents_of(
                     measure: [_change(change) for change in changes]
                     for measure, changes in compared.changes.items()
                 },
+                "differing": _differing(runs[0], run, compared.changes, most),
             }
-            for compared in comparison.compare(runs)
+            for run, compared in zip(runs[1:], comparison.compare(runs), strict=True)
         ],
         "tables": [asdict(table) for table in tables],
     }
@@ -146,23 +153,53 @@ def _change(change: Change) -> dict:
     }
 
 
-def _worst(run: Scores, measure: str, worst: Worst) -> dict:
-    values = comparison.values_of(run, measure)
-    return {
-        "id": worst.prompt.id,
-        "prompt": worst.prompt.text,
-        "category": worst.prompt.category,
-        "value": worst.value,
-        "images": [
+def _differing(first: Scores, second: Scores, compared: Iterable[str], most: int) -> dict:
+    """Returns the pairs that differ, by measure of images; at most `most` of each by the first."""
+    found = {}
+    for measure in (name for name in measures.OF_IMAGES if name in compared):
+        n = PAIRS_OF_OTHERS if found else most
+        found[measure] = [
             {
-                "key": run.keys[number],
-                "seed": int(run.seeds[number]),
-                "value": _known(values[number]),
-                "reason": run.reasons[number],
+                "higher": differing.higher,
+                "pairs": differing.pairs,
+                "largest": _largest(first, second, measure, differing.largest),
             }
-            for number in worst.images
-        ],
-    }
+            for differing in comparison.differing(first, second, measure, n)
+        ]
+    return found
+
+
+def _largest(
+    first: Scores, second: Scores, measure: str, pairs: Sequence[tuple[int, int]]
+) -> list[dict]:
+    of_first = _images(first, measure, [number for number, _ in pairs])
+    of_second = _images(second, measure, [number for _, number in pairs])
+    return [
+        _prompt(first.prompts[first.owners[number]]) | {"images": images}
+        for (number, _), *images in zip(pairs, of_first, of_second, strict=True)
+    ]
+
+
+def _worst(run: Scores, measure: str, worst: Worst) -> dict:
+    images = _images(run, measure, worst.images)
+    return _prompt(worst.prompt) | {"value": worst.value, "images": images}
+
+
+def _prompt(prompt: Prompt) -> dict:
+    return {"id": prompt.id, "prompt": prompt.text, "category": prompt.category}
+
+
+def _images(run: Scores, measure: str, numbers: Sequence[int]) -> list[dict]:
+    values = comparison.values_of(run, measure)
+    return [
+        {
+            "key": run.keys[number],
+            "seed": int(run.seeds[number]),
+            "value": _known(values[number]),
+            "reason": run.reasons[number],
+        }
+        for number in numbers
+    ]
 
 
 def _known(value: float) -> float | None:

@@ -60,6 +60,22 @@ def verdict(contents: dict, compared: dict) -> str:
     return f"{measure['title']}: {'better' if is_better else 'worse'} ({by}), shown at {level}"
 
 
+def higher(contents: dict, compared: dict, name: str, differing: dict) -> str:
+    """Says in which run a measure is higher, in how many pairs, and how many of them are shown."""
+    title, run = contents["measures"][name]["title"], differing["higher"]
+    said = f"only {run} is correct" if name == "correct" else f"{title} is higher in {run}"
+    said += f": {differing['pairs']:,} of {plural(compared['pairs'], 'pair')}"
+    shown = len(differing["largest"])
+    return capital(said) + (f", {shown} shown" if shown < differing["pairs"] else "")
+
+
+def judged(contents: dict, name: str, image: dict) -> str:
+    """Formats an image's value of a measure; what is wrong with it, if a judge said so."""
+    if name == "correct":
+        return image["reason"] or "correct"
+    return number(image["value"], contents["measures"][name]["is_share"])
+
+
 def summary(contents: dict) -> list[str]:
     """Returns lines for the terminal: each run's headline measure, and how runs compare."""
     lines = []
@@ -100,6 +116,11 @@ def cells(rows: list[list[str | float | None]]) -> list[list[str]]:
         return "—" if value is None else str(value)
 
     return list(map(list, zip(*map(column, zip(*rows, strict=True)), strict=True)))
+
+
+def capital(text: str) -> str:
+    """Returns text with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
 
 
 def plural(count: int, noun: str) -> str:
