@@ -17,7 +17,7 @@ from jaxdiff.diffusion import noise
 from jaxdiff.engine import embeddings, engine, sampler
 from jaxdiff.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 REQUESTS = [
     jaxdiff.Request(

@@ -30,7 +30,7 @@ def test_networks(case):
 
 
 @pytest.mark.parametrize("case", TRANSFORMER_CONFIGS)
-def test_networks_of_transformer_families(case, compiled_fast):
+def test_networks_of_transformer_families(case, compiled_faster):
     parts = {"input": {}, "output": {}}
     for name, array in stored(case).items():
         kind, _, name = name.partition(".")

@@ -23,7 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (  # noqa
     Qwen2VLImageProcessorPil,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 PIX2PIX, KONTEXT, QWEN = "instructed SD 1.5", "instructed FLUX.1", "instructed Qwen-Image"
 

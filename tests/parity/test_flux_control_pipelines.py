@@ -15,7 +15,7 @@ import transformer_families  # noqa: E402  (beside this file)
 from PIL import Image  # noqa: E402
 from test_image_pipelines import PROMPTS, SIZE, mask, picture  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 DEV, CONTROL = "FLUX.1 dev", "controlled FLUX.1"
 

@@ -13,7 +13,7 @@ from PIL import Image  # noqa: E402
 from test_image_pipelines import PROMPTS, SIZE, picture  # noqa: E402
 from test_ip_adapters import write  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 PIPELINES = {
     "SD 1.5": (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionImg2ImgPipeline),

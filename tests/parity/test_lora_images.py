@@ -23,7 +23,7 @@ peft = pytest.importorskip("peft")
 
 import families  # noqa: E402  (beside this file)
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 REQUEST = jaxdiff.Request(prompt="a red heart", seed=7, steps=4, guidance_scale=3.0)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1"]

@@ -15,7 +15,7 @@ import families  # noqa: E402  (beside this file)
 import networks  # noqa: E402
 import references  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 
 @pytest.fixture

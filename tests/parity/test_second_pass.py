@@ -22,7 +22,7 @@ from test_pipeline import SCHEDULERS  # noqa: E402
 from jaxdiff.images import fitting, tiles  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("compiled_fast"),
+    pytest.mark.usefixtures("compiled_faster"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 

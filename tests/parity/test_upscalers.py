@@ -29,7 +29,7 @@ from test_pipeline import SCHEDULERS  # noqa: E402
 from upscalers import LATENT, X4  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("compiled_fast"),
+    pytest.mark.usefixtures("compiled_faster"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 

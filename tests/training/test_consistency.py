@@ -17,7 +17,7 @@ from jaxdiff.training import consistency
 from jaxdiff.training.recipe import ConsistencyRecipe, Data, Optimizer
 from jaxdiff.training.train import train
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 RECIPE = """
 objective = "consistency"

@@ -21,7 +21,7 @@ from jaxdiff.training.shapes import scenes
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes.scene import CANVAS
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 EVERY_PAIR = tuple(f"{color} {shape}" for color in shapes.COLORS for shape in shapes.SHAPES)
 FLOW = {"_class_name": FLOW_CLASS, "num_train_timesteps": 1000, "shift": 3.0}

@@ -18,7 +18,7 @@ from jaxdiff.training.recipe import ConsistencyRecipe, Data, Optimizer
 from jaxdiff.weights.load import name_of
 from jaxdiff.worlds import shapes
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 SHAPES = Data(scenes=64)
 SMALL = {"conditioning_embedding_out_channels": [4, 4, 8]}  # as shapes64 needs it

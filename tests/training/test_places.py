@@ -14,7 +14,7 @@ from jaxdiff.training.recipe import Data, Loss
 from jaxdiff.training.shapes import places
 from jaxdiff.worlds.shapes import SHAPES, Object, Scene
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 
 def test_a_map_has_its_peaks_where_the_objects_are_and_nothing_elsewhere():

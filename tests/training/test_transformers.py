@@ -29,7 +29,7 @@ from jaxdiff.training.recipe import (
 from jaxdiff.training.shapes import places
 from jaxdiff.training.train import train
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 TOKENIZER = Path(jaxdiff.__file__).parent / "assets" / "shapes64" / "tokenizer"
 PARITY = Path(__file__).parents[1] / "parity"

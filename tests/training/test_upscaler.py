@@ -20,7 +20,7 @@ from jaxdiff.training.data.degradation import degraded
 from jaxdiff.training.recipe import Checkpoints, Degradation
 from jaxdiff.training.train import train
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 RECIPE = """
 objective = "upscaler"
