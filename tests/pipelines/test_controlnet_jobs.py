@@ -135,6 +135,7 @@ def test_bad_rows_are_rejected_alone(generate, nets, tmp_path):
     assert "control_mode" not in found
 
 
+@pytest.mark.slow
 def test_a_union_net_sees_images_of_several_kinds(generate, union, tmp_path, capsys):
     rows = [
         {"id": "2", "seed": 1, "control_image": "a.png", "control_mode": 2},
@@ -212,6 +213,7 @@ def test_what_else_does_not_fit_is_refused(tiny_checkpoint, tmp_path, config, re
         jaxdiff.load(tiny_checkpoint, controlnet=net)
 
 
+@pytest.mark.slow
 def test_canny_shows_the_edges(generate, nets, tmp_path):
     square = Image.new("RGB", (64, 64), "white")
     square.paste("red", (16, 16, 48, 48))

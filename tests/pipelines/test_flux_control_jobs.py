@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import small_families
+from cases import further
 from random_weights import random_params
 from test_images_in import picture
 
@@ -40,7 +41,7 @@ def write_net(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("has_net", [True, False])
+@pytest.mark.parametrize("has_net", [False, further(True)])
 def test_control_images_steer_and_rows_without_one_are_rejected(
     generate, tmp_path, has_net, capsys
 ):

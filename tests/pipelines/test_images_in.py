@@ -113,6 +113,7 @@ def test_what_a_mask_leaves_out_comes_back_as_it_was(generate, folder):
     assert (made[40:] != given[40:]).any(axis=(1, 2)).all()
 
 
+@pytest.mark.slow
 def test_without_pasting_the_autoencoder_changes_it_slightly(generate, folder):
     row = {"image": "a.png", "mask_image": "mask.png"}
     assert generate([row], "--keep-unmasked=off") == 0
@@ -130,6 +131,7 @@ def test_outpainting_keeps_the_image_inside_its_borders(generate, folder):
     assert records(folder / "out")[0]["outpaint"] == "32,0,0,16"
 
 
+@pytest.mark.slow
 def test_larger_images_are_cropped_in_the_middle_and_resized(generate, folder):
     wide = Image.new("RGB", (256, 128), "white")
     wide.paste(picture(3, (128, 128)), (64, 0))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import further
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -379,11 +380,7 @@ def family(tmp_path_factory):
     "name",
     [
         "PixArt-Alpha",
-        "Qwen-Image",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("FLUX.1 dev", "FLUX.2 klein base", "Sana", "Z-Image")
-        ),
+        *map(further, ("FLUX.1 dev", "FLUX.2 klein base", "Qwen-Image", "Sana", "Z-Image")),
     ],
 )
 def test_other_families_learn_and_draw_samples(name, family, images, tmp_path):
