@@ -45,10 +45,6 @@ def test_a_job_killed_between_any_two_steps_continues(tmp_path, tiny_checkpoint,
     tell(environment, "make", tmp_path, tiny_checkpoint, "before", 1, "webdataset")
 
 
-def test_a_retry_killed_at_a_third_of_its_steps_continues(tmp_path, tiny_checkpoint, environment):
-    tell(environment, "retry", tmp_path, tiny_checkpoint, "before", 3, "imagefolder")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("story", "format_", "when"),
@@ -56,6 +52,7 @@ def test_a_retry_killed_at_a_third_of_its_steps_continues(tmp_path, tiny_checkpo
         ("make", "webdataset", "after"),
         ("make", "imagefolder", "before"),
         ("extend", "parquet", "before"),
+        ("retry", "imagefolder", "before"),
         ("retry", "imagefolder", "after"),
         ("retry", "webdataset", "before"),
         ("extend", "imagefolder", "after"),
