@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from cases import further
 from making import files
 from safetensors.numpy import load_file, save_file
 
@@ -168,7 +169,7 @@ def test_an_output_directory_that_cannot_be_made_is_one_line(command, capsys):
 @pytest.mark.parametrize(
     ("more", "same"),
     [
-        (["--images-per-shard=8"], True),
+        further(["--images-per-shard=8"], True),
         (["--direct_running_mode=multi_threading", "--direct_num_workers=2"], True),
         (["--format=parquet", "--image-format=webp"], True),
         (["--seed=1"], False),

@@ -312,10 +312,10 @@ def test_python_takes_paths_pictures_and_arrays(tiny_checkpoint, folder):
 def test_the_model_decodes_what_it_encoded():
     """At a low strength, the bundled model gives the image back."""
     model = jaxdiff.load("shapes64")
-    (first,) = model.generate([jaxdiff.Request(prompt="a red circle", seed=3)])
+    (first,) = model.generate([jaxdiff.Request(prompt="a red circle", seed=3)], batch_size=1)
     request = jaxdiff.Request(prompt="a red circle", seed=4, image=first.pixels, strength=0.2)
-    (again,) = model.generate([request])
+    (again,) = model.generate([request], batch_size=1)
     difference = np.abs(again.pixels.astype(int) - first.pixels)
     assert difference.mean() < 4
-    (other,) = model.generate([jaxdiff.Request(prompt="a red circle", seed=4)])
+    (other,) = model.generate([jaxdiff.Request(prompt="a red circle", seed=4)], batch_size=1)
     assert np.abs(other.pixels.astype(int) - first.pixels).mean() > 4 * difference.mean()

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import jaxdiff
+from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.models.discriminator import Discriminator, largest_singular_value
 from jaxdiff.training import checkpoints, recipe, upscaler
@@ -66,7 +67,9 @@ def made(folder: Path, *changes: tuple[str, str]):
 
 
 def gradients(task) -> dict:
-    gradient = jax.jit(jax.grad(lambda params, batch: task.loss(params, {}, batch, None)[0]))
+    gradient = compilation.jit(
+        jax.grad(lambda params, batch: task.loss(params, {}, batch, None)[0])
+    )
     return gradient(task.params, task.batch(0))
 
 
