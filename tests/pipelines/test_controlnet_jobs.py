@@ -94,6 +94,7 @@ def test_order_batches_and_neighbors_change_nothing(generate, nets, tmp_path):
     assert cli.main(["verify", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.usefixtures("noisy")
 def test_records_name_every_control_image_and_scale(generate, nets, tmp_path):
     row = {"id": "x", "control_image": ["a.png", "b.png"], "control_guidance_end": 0.7}
     options = (f"--controlnet={nets[0]}:0.5", f"--controlnet={nets[1]}")

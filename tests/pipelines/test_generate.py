@@ -103,6 +103,7 @@ def test_another_job_in_the_same_directory_is_rejected_with_the_difference(
     assert files(directory) == before
 
 
+@pytest.mark.usefixtures("noisy")
 def test_overwrite_starts_over_and_keeps_foreign_files(tmp_path, command, finish):
     directory = tmp_path / "out"
     finish(directory)
