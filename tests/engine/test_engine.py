@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import jax
 import numpy as np
 import pytest
+from cases import further
 
 import jaxdiff
 from jaxdiff import checks, request
@@ -193,8 +194,8 @@ def test_a_model_may_refine_itself(tiny_checkpoint, images):
 @pytest.mark.parametrize(
     "options",
     [
-        *({"clip_skip": 1}, {"prompt_chunks": 2}, {"guidance_rescale": 0.7}, {"eta": 0.5}),
-        {"deep_cache": 2},
+        *({"clip_skip": 1}, {"prompt_chunks": 2}, {"deep_cache": 2}),
+        *map(further, ({"guidance_rescale": 0.7}, {"eta": 0.5})),
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import making
 import pytest
+from cases import further
 from making import files
 
 from jaxdiff import cli
@@ -41,8 +42,9 @@ def tell(environment, story: str, folder: Path, model: Path, when: str, every: i
     assert steps > 80  # of a job of three shards
 
 
-def test_a_job_killed_between_any_two_steps_continues(tmp_path, tiny_checkpoint, environment):
-    tell(environment, "make", tmp_path, tiny_checkpoint, "before", 1, "webdataset")
+@pytest.mark.parametrize("every", [2, further(1)])
+def test_a_job_killed_between_its_steps_continues(tmp_path, tiny_checkpoint, environment, every):
+    tell(environment, "make", tmp_path, tiny_checkpoint, "before", every, "webdataset")
 
 
 @pytest.mark.slow
