@@ -92,10 +92,15 @@ def test_a_perturbed_student_learns(unguided):
     params = jax.tree.map(lambda leaf: 1.05 * leaf, params)
     optimizer = optax.adam(1e-4)
     state, errors = optimizer.init(params), []
+
+    @compilation.jit
+    def step(params, state, gradients):
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state
+
     for _ in range(10):
         (error, _), gradients = loss(params)
-        updates, state = optimizer.update(gradients, state)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, gradients)
         errors.append(float(error))
     assert errors[0] > 1e-4
     assert errors[-1] < 0.9 * errors[0]
