@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import further
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPTokenizer
 
@@ -213,7 +212,7 @@ def try_seeds(seeds: range, originals: dict[str, Path], folder: Path) -> dict[st
     return counts
 
 
-@pytest.mark.parametrize("start", [0, 20, further(40), further(60)])
+@pytest.mark.parametrize("start", [0, 20, 40, 60])
 def test_a_damaged_checkpoint_is_one_line_or_a_model(originals, tmp_path, start):
     counts = try_seeds(range(start, start + 20), originals, tmp_path)
     assert all(counts.values()), counts

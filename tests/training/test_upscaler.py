@@ -153,7 +153,6 @@ def test_each_network_learns_from_its_own_part_of_the_loss(tmp_path):
     assert any(float(jnp.abs(leaf).max()) > 1e-5 for leaf in jax.tree.leaves(twice))
 
 
-@pytest.mark.slow
 def test_an_upscaler_learns_its_world(tmp_path):
     changes = (
         ("adversarial_weight = 0.1\ndiscriminator_features = 4", ""),
