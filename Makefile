@@ -1,6 +1,6 @@
 # make demo   a dataset of images with the bundled model, and its gallery, in out/demo
 # make test   the tests
-# make test-slow EXTRAS=test,parity   the slow ones: full size, long runs, many random kills and damages
+# make test-slow EXTRAS=test,parity   the slow ones: full size, long runs, further families and cases, many random kills
 # make lint   ruff, as CI runs it
 PYTHON ?= python3
 EXTRAS ?= test

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxdiff.checkpoint.weight_files import read_weights
-from jaxdiff.devices import parallel
+from jaxdiff.devices import compilation, parallel
 from jaxdiff.families import FAMILIES, flux_model
 from jaxdiff.families import networks as families
 from jaxdiff.families.stable_diffusion import STABLE_DIFFUSION_XL
@@ -89,7 +89,7 @@ def _compiled(network: str, config: dict, tensors: Callable) -> Callable:
         def call(params, arrays, named):
             return getattr(nnx.merge(graph, params), method)(*arrays, **named, **dict(options))
 
-        return jax.jit(call)
+        return compilation.jit(call)
 
     def run(*arrays, method="__call__", options=None, **named):
         return program(method, *(options or {}).items())(params, arrays, named)
@@ -162,7 +162,7 @@ def outputs_of(config: dict, inputs: dict[str, np.ndarray]) -> dict[str, jax.Arr
         hidden = network(**inputs, layers=LAYERS)
         return {f"hidden {layer}": each for layer, each in zip(LAYERS, hidden, strict=True)}
 
-    found = jax.jit(run)(params, inputs)
+    found = compilation.jit(run)(params, inputs)
     if read(config).component == "text_encoder":
         return {name: hidden[inputs["mask"]] for name, hidden in found.items()}
     return found

@@ -93,7 +93,7 @@ def test_types_that_the_library_restores_are_read(tmp_path):
         found.reshape(8 * 512).rows(100, 200)
 
 
-@pytest.mark.usefixtures("compiled_fast")
+@pytest.mark.usefixtures("compiled_faster")
 def test_a_gguf_model_makes_images(file, base):
     request = Request(prompt="a", steps=1, width=32, height=32)
     (image,) = jaxdiff.load(file, base=base, weights="int8").generate([request])

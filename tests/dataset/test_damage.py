@@ -40,8 +40,8 @@ JOBS = [  # each format of shards, and of images
     {"format": "imagefolder", "image_format": "webp"},
 ]
 FAILING = ("000000001", "000000005")
-DAMAGES, SLOW_DAMAGES = 100, 300  # for each format
-REPAIRS, SLOW_REPAIRS = 50, 150
+DAMAGES, SLOW_DAMAGES = 60, 300  # for each format
+REPAIRS, SLOW_REPAIRS = 30, 150
 SECONDS = 20  # a damaged dataset must not make anything wait
 
 

@@ -20,7 +20,11 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=OPTIONS)
+@pytest.fixture(
+    scope="module",
+    # Text encoders on the host have a test of their own.
+    params=["Qwen-Image", pytest.param("Stable Diffusion 3", marks=pytest.mark.slow)],
+)
 def made(request, tmp_path_factory):
     """Returns, by mesh, the images and the programs of a small checkpoint."""
     family = request.param

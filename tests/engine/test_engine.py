@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import jax
 import numpy as np
 import pytest
+from cases import further
 
 import jaxdiff
 from jaxdiff import checks, request
@@ -17,7 +18,7 @@ from jaxdiff.diffusion import noise
 from jaxdiff.engine import embeddings, engine, sampler
 from jaxdiff.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 REQUESTS = [
     jaxdiff.Request(
@@ -112,11 +113,11 @@ def test_each_size_is_compiled_once(model, images, compiled):
     sizes = [(64, 64), (72, 40), (64, 64), (40, 72), (72, 40)] * 2
     requests = [replace(REQUESTS[0], width=w, height=h, steps=3) for w, h in sizes]
     before = len(compiled)
-    for image, (width, height) in zip(model.generate(requests, batch_size=2), sizes, strict=True):
+    for image, (width, height) in zip(model.generate(requests, batch_size=4), sizes, strict=True):
         assert image.pixels.shape == (height, width, 3)
     wide_and_high = len(compiled) - before
     assert wide_and_high >= 2
-    model.generate([replace(request, seed=9) for request in requests], batch_size=2)
+    model.generate([replace(request, seed=9) for request in requests], batch_size=4)
     assert len(compiled) - before == wide_and_high
 
 
@@ -193,8 +194,8 @@ def test_a_model_may_refine_itself(tiny_checkpoint, images):
 @pytest.mark.parametrize(
     "options",
     [
-        *({"clip_skip": 1}, {"prompt_chunks": 2}, {"guidance_rescale": 0.7}, {"eta": 0.5}),
-        {"deep_cache": 2},
+        *({"clip_skip": 1}, {"prompt_chunks": 2}, {"deep_cache": 2}),
+        *map(further, ({"guidance_rescale": 0.7}, {"eta": 0.5})),
     ],
     ids=str,
 )
@@ -282,9 +283,9 @@ def test_plain_images_of_two_sizes_are_not_taken_for_each_other():
 def test_the_end_of_a_long_prompt_matters_only_with_more_chunks(tiny_checkpoint, model):
     long = replace(REQUESTS[0], prompt="a red circle and a blue star " * 4)
     requests = [long, replace(long, prompt=long.prompt + "on a white background")]
-    cut = pixels(model.generate(requests, batch_size=2))
+    cut = pixels(model.generate(requests, batch_size=4))
     np.testing.assert_array_equal(cut[0], cut[1])
-    whole = pixels(jaxdiff.load(tiny_checkpoint, prompt_chunks=2).generate(requests, batch_size=2))
+    whole = pixels(jaxdiff.load(tiny_checkpoint, prompt_chunks=2).generate(requests, batch_size=4))
     assert (whole[0] != whole[1]).any()
 
 

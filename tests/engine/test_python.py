@@ -18,7 +18,7 @@ from jaxdiff.diffusion import noise
 from jaxdiff.images import image_files
 from jaxdiff.request import Source, derived_seed
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 FAST = {"steps": 2, "sampler": "ddim"}
 PROMPT = "a ring, ünd"
 

@@ -18,7 +18,7 @@ from jaxdiff.families.model import networks_of
 from jaxdiff.families.opening import open_ensemble
 from jaxdiff.families.tokenizers.tokenizer import of_checkpoint
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 FLUX, SCHNELL, KLEIN, SD3 = "FLUX.1 dev", "FLUX.1 schnell", "FLUX.2 klein", "Stable Diffusion 3"
 WITHOUT_T5 = "Stable Diffusion 3 without T5"

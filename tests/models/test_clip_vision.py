@@ -7,7 +7,7 @@ from scipy.special import erf, expit, softmax
 
 from jaxdiff.models.text.clip import CLIPConfig, CLIPVisionConfig
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * expit(1.702 * x),
     "gelu": lambda x: x * (1 + erf(x / np.sqrt(2))) / 2,

@@ -7,6 +7,8 @@ import networks
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.usefixtures("compiled_faster")
+
 with np.load(Path(__file__).parents[1] / "golden" / "networks.npz") as file:
     GOLDEN = dict(file)
 CONFIGS = json.loads(str(GOLDEN.pop("configs")))
@@ -30,7 +32,7 @@ def test_networks(case):
 
 
 @pytest.mark.parametrize("case", TRANSFORMER_CONFIGS)
-def test_networks_of_transformer_families(case, compiled_fast):
+def test_networks_of_transformer_families(case):
     parts = {"input": {}, "output": {}}
     for name, array in stored(case).items():
         kind, _, name = name.partition(".")

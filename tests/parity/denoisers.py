@@ -17,6 +17,7 @@ import torch
 from flax import nnx
 from networks import POSITIONS, opened, read, shapes_of
 
+from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.weights.load import file_shapes
 
@@ -24,7 +25,7 @@ from jaxdiff.weights.load import file_shapes
 def compiled(config: dict, dtype=np.float32, **options) -> Callable[[dict], jax.Array]:
     """Our network as a function of its arrays by name; the options are those of its call."""
     graph, params = opened(config, dtype)
-    run = jax.jit(lambda params, arrays: nnx.merge(graph, params)(**arrays, **options))
+    run = compilation.jit(lambda params, arrays: nnx.merge(graph, params)(**arrays, **options))
     return partial(run, params)
 
 
@@ -71,7 +72,7 @@ def check_recomputed_gradients(config: dict, arrays: dict[str, np.ndarray], bloc
 
         steps = [step.primitive for step in jax.make_jaxpr(loss)(params).eqns]
         assert steps.count(recomputing) == blocks * remat
-        found.append(jax.jit(jax.grad(loss))(params))
+        found.append(compilation.jit(jax.grad(loss))(params))
     plain, recomputed = found
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), recomputed, plain)
     flat, others = (jax.flatten_util.ravel_pytree(each)[0] for each in found)

@@ -233,7 +233,7 @@ def save(name: str, directory: Path) -> Path:
     family = every[name]
     torch.manual_seed(sorted(every).index(name))
     networks = {
-        "unet": diffusers.UNet2DConditionModel(**_shallow(family.unet)),
+        "unet": diffusers.UNet2DConditionModel(**shallow(family.unet)),
         "vae": diffusers.AutoencoderKL(**family.vae),
         "text_encoder": _text_encoder(transformers.CLIPTextModel, family.text_encoder),
     }
@@ -261,7 +261,7 @@ def save_controlnet(name: str, directory: Path, seed: int = 0, kinds: int | None
     With `kinds`, it is a union net for as many kinds of images.
     """
     torch.manual_seed(seed)
-    unet = diffusers.UNet2DConditionModel(**_shallow(FAMILIES[name].unet))
+    unet = diffusers.UNet2DConditionModel(**shallow(FAMILIES[name].unet))
     network = diffusers.ControlNetModel.from_unet(
         unet, conditioning_embedding_out_channels=(4, 4, 8, 8)
     )
@@ -281,7 +281,7 @@ def union_of(controlnet: diffusers.ControlNetModel, kinds: int, **config):
     return diffusers.ControlNetUnionModel.from_config(config)
 
 
-def _shallow(unet: Mapping) -> dict:
+def shallow(unet: Mapping) -> dict:
     """The config with one block where several of one kind follow each other."""
     downs, ups = unet["down_block_types"], unet["up_block_types"]
     kept = [i for i, kind in enumerate(downs) if i == 0 or kind != downs[i - 1]]

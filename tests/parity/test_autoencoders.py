@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.families import qwen_image
 from jaxdiff.models.codecs import autoencoder_kl_qwen_image as qwen
@@ -30,7 +30,7 @@ from published_autoencoders import (  # noqa: E402  (beside this file)
     FULL_QWEN_IMAGE,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 FLUX_2 = {
     "block_out_channels": (8, 16),
@@ -157,7 +157,7 @@ def loaded(reference):
     params = load_params(places(shapes, np.float32), tensors)
 
     def run(method, array):
-        return jax.jit(lambda params, x: getattr(nnx.merge(graph, params), method)(x))(
+        return compilation.jit(lambda params, x: getattr(nnx.merge(graph, params), method)(x))(
             params, array
         )
 

@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import (  # noqa: E402
     CLIPImageProcessorPil,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 BOUND = 2e-5  # of the difference, relative to the reference's norm
 
 

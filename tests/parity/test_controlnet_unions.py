@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxdiff.checkpoint.controlnet import open_controlnet
+from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.models.controlnet_union import ControlNetUnionConfig, ControlNetUnionModel
 from jaxdiff.weights.load import file_shapes, load_params, places
@@ -28,7 +29,7 @@ from test_controlnets import (  # noqa: E402
     reference_residuals,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 VARIANT, KINDS = "XL", 5
 MODES = np.array([[3, 0], [1, 1]])  # of each row's two images
@@ -55,7 +56,7 @@ def net(tmp_path_factory):
     files = open_controlnet(str(folder))
     _, graph, shapes = read(files.config)
 
-    @jax.jit
+    @compilation.jit
     def run(params, arrays):
         return nnx.merge(graph, params)(**arrays)
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxdiff.checkpoint.controlnet import open_controlnet
-from jaxdiff.devices import parallel
+from jaxdiff.devices import compilation, parallel
 from jaxdiff.errors import InputError
 from jaxdiff.models.controlnet import SHARDING, ControlNetConfig, ControlNetModel
 from jaxdiff.weights.load import file_shapes, open_network
@@ -23,13 +23,14 @@ import families  # noqa: E402  (beside this file)
 import networks  # noqa: E402
 from test_full_size import UNET_15, UNET_21, UNET_XL  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
+XL = families.shallow(families.UNET_XL)
 UNETS = {
-    "SD 1.5": (families.UNET, (8, 8)),
+    "SD 1.5": (families.shallow(families.UNET), (8, 8)),
     "SD 2.1": (families.UNET_2 | {"upcast_attention": True}, (5, 11)),  # odd at every depth
-    "XL": (families.UNET_XL, (6, 10)),
-    "two layers a block": (families.UNET_XL | {"layers_per_block": 2, "norm_eps": 1e-3}, (7, 4)),
+    "XL": (XL, (6, 10)),
+    "two layers a block": (XL | {"layers_per_block": 2, "norm_eps": 1e-3}, (7, 4)),
 }
 FACTOR = 8  # pixels per latent
 
@@ -79,7 +80,7 @@ def load(network, folder):
     """Our ControlNet with the weights of diffusers', by way of its files."""
     network.save_pretrained(folder)
     graph, params = opened(folder)
-    run = jax.jit(lambda params, arrays: nnx.merge(graph, params)(**arrays))
+    run = compilation.jit(lambda params, arrays: nnx.merge(graph, params)(**arrays))
     return lambda **arrays: run(params, arrays)
 
 
@@ -148,26 +149,6 @@ def test_the_residuals_and_the_steered_output(variant, tmp_path):
     assert networks.difference(output, steered) <= networks.BOUND
     (plain,) = reference(unet, inputs)
     assert networks.difference(nhwc(plain), steered) > 0.01
-
-
-def test_the_residuals_of_two_networks_are_summed(tmp_path):
-    variant = "XL"
-    unet, scales = unet_of(variant), (0.75, 1.5)
-    pair = [controlnet_of(variant, name) for name in ("one", "another")]
-    inputs, images = inputs_of(variant), [image(name, variant) for name in ("edges", "depth")]
-    several = diffusers.models.controlnets.multicontrolnet.MultiControlNetModel(pair)
-    expected = reference_residuals(several, inputs, images, conditioning_scale=scales)
-    each = [
-        jax.tree.map(
-            lambda residual, scale=scale: scale * residual,
-            load(network, tmp_path / str(scale))(**inputs, control=control),
-        )
-        for network, control, scale in zip(pair, images, scales, strict=True)
-    ]
-    residuals = jax.tree.map(jnp.add, *each)
-    check_residuals(residuals, expected)
-    output = load_unet(unet, tmp_path / "unet")(**inputs, residuals=residuals)
-    assert networks.difference(output, reference_output(unet, inputs, expected)) <= networks.BOUND
 
 
 def test_residuals_averaged_over_space_steer_every_position_alike(tmp_path):
@@ -246,7 +227,7 @@ def test_bfloat16(tmp_path):
     down, mid = load(theirs, tmp_path)(**inputs, control=control)
     graph, params = opened(tmp_path, jnp.bfloat16)
     halved = {name: inputs[name].astype(jnp.bfloat16) for name in ("latents", "context", "pooled")}
-    run = jax.jit(lambda params, arrays: nnx.merge(graph, params)(**arrays))
+    run = compilation.jit(lambda params, arrays: nnx.merge(graph, params)(**arrays))
     half, half_mid = run(params, inputs | halved | {"control": control})
     for ours, exact in zip([*half, half_mid], [*down, mid], strict=True):
         assert ours.dtype == jnp.bfloat16

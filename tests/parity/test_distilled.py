@@ -13,7 +13,7 @@ from jaxdiff.training.recipe import ConsistencyRecipe, Optimizer
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 
 @pytest.fixture(scope="module", params=["DDIMScheduler", "EulerAncestralDiscreteScheduler"])

@@ -17,7 +17,7 @@ import denoisers  # noqa: E402  (beside this file)
 import networks  # noqa: E402
 from test_flux_networks import SMALL_DEV, inputs  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 TRANSFORMER = SMALL_DEV | {"num_layers": 3, "num_single_layers": 5}
 # As InstantX's, without private keys.

@@ -11,7 +11,7 @@ diffusers = pytest.importorskip("diffusers")
 import denoisers  # noqa: E402  (beside this file)
 import networks  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 # The files as on the Hub, including private keys.
 DEV = {

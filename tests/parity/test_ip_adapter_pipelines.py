@@ -9,11 +9,12 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 import families  # noqa: E402  (beside this file)
+from cases import further  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_image_pipelines import PROMPTS, SIZE, picture  # noqa: E402
 from test_ip_adapters import write  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 PIPELINES = {
     "SD 1.5": (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionImg2ImgPipeline),
@@ -30,11 +31,11 @@ def large(seed: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("family", "kinds", "begins", "changes"),
     [
-        ("SD 1.5", ("plain",), False, {}),
+        further("SD 1.5", ("plain",), False, {}),
         ("SD 1.5", ("plus",), True, {"strength": 0.7}),
         ("SD 1.5", ("plain", "plus"), False, {"ip_adapter_scale": [0.4, 0.9]}),
-        ("SD 1.5", ("full-face",), False, {"guidance_scale": 1.0}),
-        ("SDXL", ("plus",), False, {"ip_adapter_scale": 0.5}),
+        further("SD 1.5", ("full-face",), False, {"guidance_scale": 1.0}),
+        further("SDXL", ("plus",), False, {"ip_adapter_scale": 0.5}),
         ("SDXL", ("plain",), True, {"strength": 0.7}),
     ],
 )

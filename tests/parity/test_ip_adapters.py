@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from jaxdiff.checkpoint.ip_adapter import open_ip_adapter
-from jaxdiff.devices import parallel
+from jaxdiff.devices import compilation, parallel
 from jaxdiff.errors import InputError
 from jaxdiff.images.clip_pixels import clip_pixels
 from jaxdiff.models import ip_adapter
@@ -32,7 +32,7 @@ import networks  # noqa: E402
 from test_controlnets import UNETS, drawn, inputs_of, load_unet, nchw, nhwc, unet_of  # noqa: E402
 from test_full_size import UNET_15, UNET_XL  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 ENCODER = {
     "hidden_size": 48,
@@ -134,10 +134,10 @@ class Ours(NamedTuple):
             negative = ip_adapter.embedded_negative(encoder, self.kind, dtype)
             return jnp.concatenate([jnp.broadcast_to(negative, found.shape), found])
 
-        return jax.jit(run)(self.params[1], pixels.astype(dtype))
+        return compilation.jit(run)(self.params[1], pixels.astype(dtype))
 
     def __call__(self, embeddings) -> list[tuple[jax.Array, jax.Array]]:
-        run = jax.jit(lambda params, x: nnx.merge(self.graphs[0], params)(x))
+        run = compilation.jit(lambda params, x: nnx.merge(self.graphs[0], params)(x))
         return run(self.params[0], embeddings)
 
 
@@ -272,7 +272,7 @@ def test_tokens_of_several_images_are_one_prompt(tmp_path):
         tokens = network.tokens(embeddings)
         return network.keys_and_values(tokens.reshape(2, -1, tokens.shape[-1]))
 
-    made = jax.jit(pairs)(ours.params[0], ours.embedded(pixels()))
+    made = compilation.jit(pairs)(ours.params[0], ours.embedded(pixels()))
     prompts = ip_adapter.image_prompts([(made, np.ones(2, np.float32))])
     output = run(**inputs, image_prompts=prompts)
     assert networks.difference(output, nhwc(expected)) <= networks.BOUND

@@ -15,7 +15,7 @@ diffusers = pytest.importorskip("diffusers")
 import denoisers  # noqa: E402  (beside this file)
 import networks  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 SD3, QWEN = "SD3Transformer2DModel", "QwenImageTransformer2DModel"
 

@@ -14,8 +14,9 @@ transformers = pytest.importorskip("transformers")
 import families  # noqa: E402  (beside this file)
 import networks  # noqa: E402
 import references  # noqa: E402
+from cases import further  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 
 @pytest.fixture
@@ -78,16 +79,22 @@ UNETS["nine channels, other sinusoids"] = UNETS["bundled"] | {
 }
 
 
-# The up blocks crop odd sizes.
+# models/test_golden_networks.py has the further ones, too. The up blocks crop odd sizes.
 @pytest.mark.parametrize(
     ("variant", "size"),
-    [(name, (5, 11) if name in ("XL refiner", "bundled") else (8, 8)) for name in UNETS],
+    [
+        ("bundled", (5, 11)),
+        ("two layers a block", (8, 8)),
+        ("nine channels, other sinusoids", (8, 8)),
+        further("XL refiner", (5, 11)),
+        *(further(name, (8, 8)) for name in ("SD 1", "SD 2", "XL", "LCM")),
+    ],
 )
 def test_unets(compare, variant, size):
     compare("unet", diffusers.UNet2DConditionModel(**UNETS[variant]), size=size)
 
 
-@pytest.mark.parametrize("variant", ["XL", "two layers a block"])
+@pytest.mark.parametrize("variant", ["two layers a block", further("XL")])
 def test_a_unet_reuses_deep_features_of_an_earlier_evaluation(tmp_path, variant):
     """Compares DeepCache with diffusers' network, in which a hook reuses the features."""
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ diffusers = pytest.importorskip("diffusers")
 import denoisers  # noqa: E402  (beside this file)
 import networks  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 # As diffusers writes the published files today.
 ALPHA = {  # 1024x1024

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.families import qwen_image
 from jaxdiff.families.components import QWEN_2_5_VL, QWEN_2_5_VL_WITH_VISION
@@ -28,7 +29,7 @@ from published_encoders import QWEN_IMAGE_EDIT  # noqa: E402  (beside this file)
 from test_text_encoders import DECODER, MROPE  # noqa: E402
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as processing  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 IMAGE, SIZES = 253, [(84, 140), (56, 56), (112, 168)]  # sides not of whole windows, and of whole
 CONFIG = {
@@ -80,7 +81,7 @@ def ours(reference, tmp_path_factory):
 
     def ours(call, *inputs, dtype=np.float32):
         given = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        return jax.jit(lambda params, inputs: call(nnx.merge(graph, params), *inputs))(
+        return compilation.jit(lambda params, inputs: call(nnx.merge(graph, params), *inputs))(
             given, inputs
         )
 

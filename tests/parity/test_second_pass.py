@@ -15,6 +15,7 @@ diffusers = pytest.importorskip("diffusers")
 
 import families  # noqa: E402  (beside this file)
 import transformer_families  # noqa: E402
+from cases import further  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_image_pipelines import PROMPTS, picture  # noqa: E402
 from test_pipeline import SCHEDULERS  # noqa: E402
@@ -22,7 +23,7 @@ from test_pipeline import SCHEDULERS  # noqa: E402
 from jaxdiff.images import fitting, tiles  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("compiled_fast"),
+    pytest.mark.usefixtures("compiled_faster"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
@@ -181,18 +182,22 @@ class windows:
 
 @pytest.mark.parametrize(
     ("family", "size", "factor"),
-    [("SD 1.5", (32, 32), 1.5), ("SDXL", (32, 32), 1.25), ("Stable Diffusion 3", (64, 64), 1.5)],
+    [
+        ("SDXL", (32, 32), 1.25),
+        ("Stable Diffusion 3", (64, 64), 1.5),
+        further("SD 1.5", (32, 32), 1.5),
+    ],
 )
 def test_a_larger_image_that_the_model_sees_whole(assert_same, family, size, factor):
     assert_same(family, size, factor)
 
 
-@pytest.mark.parametrize("sampler", ["euler_ancestral", "heun"])
+@pytest.mark.parametrize("sampler", ["euler_ancestral", further("heun")])
 def test_samplers(assert_same, sampler):
     assert_same("SD 1.5", (32, 32), 2, sampler)
 
 
-@pytest.mark.parametrize("family", ["SD 1.5", "SDXL", "SDXL with a net"])
+@pytest.mark.parametrize("family", ["SDXL with a net", further("SD 1.5"), further("SDXL")])
 def test_windows(assert_same, family):
     """They are as large as the model's own images or the first pass, whichever is larger."""
     tiling = tiles.windows(12, 20, 8, 10)

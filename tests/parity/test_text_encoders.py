@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.models.text import gemma2, qwen, t5
 from jaxdiff.models.text.gemma2 import Gemma2Config, Gemma2Model
@@ -40,7 +41,7 @@ from published_encoders import (  # noqa: E402  (beside this file)
     UMT5_XXL,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 T5 = {
     "vocab_size": 256,
@@ -137,7 +138,7 @@ class Pair:
 
     def ours(self, *inputs, dtype=np.float32, **options):
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), self.params)
-        return jax.jit(lambda p, i: nnx.merge(self.graph, p)(*i, **options))(params, inputs)
+        return compilation.jit(lambda p, i: nnx.merge(self.graph, p)(*i, **options))(params, inputs)
 
     def theirs(self, token_ids, mask=None):
         """Returns all hidden states; T5's last one is after its norm."""

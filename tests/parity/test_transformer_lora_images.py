@@ -29,7 +29,7 @@ peft = pytest.importorskip("peft")
 import transformer_families  # noqa: E402  (beside this file)
 from diffusers.loaders import single_file_utils  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 REQUEST = jaxdiff.Request(prompt="a red heart", seed=7, steps=4, width=64, height=64)
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"]

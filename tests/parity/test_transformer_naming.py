@@ -16,9 +16,10 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 import transformer_families  # noqa: E402
+from cases import further  # noqa: E402
 from diffusers.loaders import single_file_utils as theirs  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -324,7 +325,7 @@ def same_weights(ours, theirs):
             np.testing.assert_array_equal(tensor.read(), expected[key].read(), err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.1 schnell"])
+@pytest.mark.parametrize("name", ["FLUX.1 dev", further("FLUX.1 schnell")])
 def test_a_whole_flux_file_needs_no_base(name, tmp_path):
     pipeline = small_pipeline(name)
     pipeline.save_pretrained(tmp_path / "whole")

@@ -10,7 +10,7 @@ diffusers = pytest.importorskip("diffusers")
 import denoisers  # noqa: E402  (beside this file)
 import networks  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 # As published, with the keys that newer versions write.
 Z_IMAGE = {

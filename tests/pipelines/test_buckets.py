@@ -193,24 +193,23 @@ def test_what_buckets_cannot_do_is_refused(client, small_job, capsys, tmp_path):
 
 
 def test_the_lines_of_the_card_read_the_dataset(client, small_job, tmp_path):
+    script = "import pandas\n"
     for format_ in ("webdataset", "parquet"):
         address = f"s3://sets/{format_}"
         assert cli.main(small_job(address, "--num-images=4", f"--format={format_}")) == 0
         card = objects(client)[f"{format_}/{names.CARD}"].decode()
         (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-        script = f"""{lines.replace("DIR", address)}
-import pandas
-
+        script += f"""{lines.replace("DIR", address)}
 assert len(images) == len(metadata) == 8
 assert len(pandas.read_parquet("{address}/metadata")) == 8
 """
         if format_ == "webdataset":
             script += "assert sample['png'].size == images[0]['png'].size and len(tars) == 2\n"
-        environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        ended = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True
-        )
-        assert ended.returncode == 0, ended.stderr
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
     assert ledger.verify("s3://sets/parquet") == ledger.verify("s3://sets/webdataset")
 
 
@@ -234,6 +233,7 @@ def evaluation(tmp_path, tiny_checkpoint):
     return evaluation
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_continues_and_writes_what_a_disk_gets(client, evaluation, tmp_path):
     assert cli.main(evaluation(tmp_path / "local")) == 0
     command = [sys.executable, "-m", "jaxdiff", *evaluation("s3://sets/judged")]

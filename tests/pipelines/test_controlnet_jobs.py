@@ -61,6 +61,7 @@ def test_order_batches_and_neighbors_change_nothing(generate, nets, tmp_path):
     assert cli.main(["verify", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.usefixtures("noisy")
 def test_records_name_every_control_image_and_scale(generate, nets, tmp_path):
     row = {"id": "x", "control_image": ["a.png", "b.png"], "control_guidance_end": 0.7}
     options = (f"--controlnet={nets[0]}:0.5", f"--controlnet={nets[1]}", "--weights=int8")
@@ -102,6 +103,7 @@ def test_bad_rows_are_rejected_alone(generate, nets, tmp_path):
     assert "control_mode" not in found
 
 
+@pytest.mark.slow
 def test_a_union_net_sees_images_of_several_kinds(generate, union, tmp_path, capsys):
     rows = [
         {"id": "2", "seed": 1, "control_image": "a.png", "control_mode": 2},
@@ -179,6 +181,7 @@ def test_what_else_does_not_fit_is_refused(tiny_checkpoint, tmp_path, config, re
         jaxdiff.load(tiny_checkpoint, controlnet=net)
 
 
+@pytest.mark.slow
 def test_canny_shows_the_edges(generate, nets, tmp_path):
     square = Image.new("RGB", (64, 64), "white")
     square.paste("red", (16, 16, 48, 48))

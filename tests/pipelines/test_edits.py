@@ -90,6 +90,7 @@ def test_what_would_not_see_the_image_is_refused(editing_checkpoint, tiny_checkp
         open_ensemble(editing_checkpoint, refiner=tiny_checkpoint)
 
 
+@pytest.mark.usefixtures("noisy")
 def test_records_have_the_column_only_if_a_row_has_a_value(
     generate, tmp_path, editing_checkpoint, capsys
 ):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from cases import further
 from injected import at, in_noise_at
 from making import files
 from safetensors.numpy import load_file, save_file
@@ -240,13 +241,14 @@ def test_a_killed_worker_changes_no_byte(tmp_path, command, faulty, capsys, whol
     assert files(directory) == files(whole)
 
 
+@pytest.mark.slow
 def test_two_workers_make_the_same_bytes(tmp_path, command, whole):
     assert cli.main(command(tmp_path / "out", "--workers=2")) == 0
     assert files(tmp_path / "out") == files(whole)
     assert children() == []
 
 
-@pytest.mark.parametrize("name", ["replace", "link", "fsync"])
+@pytest.mark.parametrize("name", ["replace", "fsync", further("link")])
 def test_a_failing_disk_is_one_line_and_the_same_command_continues(
     tmp_path, command, noisy, capsys, noise, name
 ):

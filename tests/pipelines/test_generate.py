@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from cases import further
 from making import files
 from safetensors.numpy import load_file, save_file
 
@@ -102,6 +103,7 @@ def test_another_job_in_the_same_directory_is_rejected_with_the_difference(
     assert files(directory) == before
 
 
+@pytest.mark.usefixtures("noisy")
 def test_overwrite_starts_over_and_keeps_foreign_files(tmp_path, command, finish):
     directory = tmp_path / "out"
     finish(directory)
@@ -168,7 +170,7 @@ def test_an_output_directory_that_cannot_be_made_is_one_line(command, capsys):
 @pytest.mark.parametrize(
     ("more", "same"),
     [
-        (["--images-per-shard=8"], True),
+        further(["--images-per-shard=8"], True),
         (["--direct_running_mode=multi_threading", "--direct_num_workers=2"], True),
         (["--format=parquet", "--image-format=webp"], True),
         (["--seed=1"], False),

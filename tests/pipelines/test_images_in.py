@@ -113,6 +113,7 @@ def test_what_a_mask_leaves_out_comes_back_as_it_was(generate, folder):
     assert (made[40:] != given[40:]).any(axis=(1, 2)).all()
 
 
+@pytest.mark.slow
 def test_without_pasting_the_autoencoder_changes_it_slightly(generate, folder):
     row = {"image": "a.png", "mask_image": "mask.png"}
     assert generate([row], "--keep-unmasked=off") == 0
@@ -130,6 +131,7 @@ def test_outpainting_keeps_the_image_inside_its_borders(generate, folder):
     assert records(folder / "out")[0]["outpaint"] == "32,0,0,16"
 
 
+@pytest.mark.slow
 def test_larger_images_are_cropped_in_the_middle_and_resized(generate, folder):
     wide = Image.new("RGB", (256, 128), "white")
     wide.paste(picture(3, (128, 128)), (64, 0))
@@ -171,7 +173,7 @@ def test_bad_rows_are_rejected_alone(generate, folder):
 
 def test_a_source_that_changes_after_planning_fails_its_rows_alone(generate, folder, monkeypatch):
     rows = [{"image": "a.png", "num_images": 3}, {"image": "b.png", "num_images": 7}]
-    assert generate(rows) == 0
+    assert generate(rows, "--batch-size=4") == 0
     before = pixels(folder / "out")
     again = folder / "again"
     begin = runs.begin
@@ -310,10 +312,10 @@ def test_python_takes_paths_pictures_and_arrays(tiny_checkpoint, folder):
 def test_the_model_decodes_what_it_encoded():
     """At a low strength, the bundled model gives the image back."""
     model = jaxdiff.load("shapes64")
-    (first,) = model.generate([jaxdiff.Request(prompt="a red circle", seed=3)])
+    (first,) = model.generate([jaxdiff.Request(prompt="a red circle", seed=3)], batch_size=1)
     request = jaxdiff.Request(prompt="a red circle", seed=4, image=first.pixels, strength=0.2)
-    (again,) = model.generate([request])
+    (again,) = model.generate([request], batch_size=1)
     difference = np.abs(again.pixels.astype(int) - first.pixels)
     assert difference.mean() < 4
-    (other,) = model.generate([jaxdiff.Request(prompt="a red circle", seed=4)])
+    (other,) = model.generate([jaxdiff.Request(prompt="a red circle", seed=4)], batch_size=1)
     assert np.abs(other.pixels.astype(int) - first.pixels).mean() > 4 * difference.mean()

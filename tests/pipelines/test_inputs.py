@@ -225,6 +225,7 @@ def test_unusable_standard_input_is_a_one_line_error(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("noisy")
 def test_a_job_reads_its_prompts_from_a_url(shelf, command, tmp_path):
     directory = tmp_path / "out"
     assert cli.main(command(directory, manifest=f"{shelf}/*")) == 0

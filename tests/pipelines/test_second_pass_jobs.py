@@ -70,6 +70,7 @@ def test_operations_of_both_passes_are_counted(tiny_checkpoint):
     assert counts[1] - counts[0] == 4 * 2 * evaluation + large - small
 
 
+@pytest.mark.usefixtures("noisy")
 def test_rows_that_cannot_be_made_in_two_passes_are_rejected_alone(command, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     image = {"image": "a.png", "mask_image": "a.png"}

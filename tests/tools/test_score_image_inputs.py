@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from jaxdiff.worlds.shapes import Object, Scene
@@ -29,6 +30,7 @@ def test_the_bundled_controlnet_follows_outlines(capsys, tmp_path):
     assert Image.open(tmp_path / "a.png").size == (2 * (16 * 66 - 2), 2 * (2 * 66 - 2))
 
 
+@pytest.mark.slow
 def test_what_a_mask_leaves_visible_is_unchanged(capsys):
     assert scored(capsys, "inpainting")[1] == 16
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import jaxdiff
+from jaxdiff.devices import compilation
 from jaxdiff.diffusion import samplers
 from jaxdiff.diffusion.scheduler_config import noise_schedule
 from jaxdiff.errors import InputError
@@ -17,7 +18,7 @@ from jaxdiff.training import consistency
 from jaxdiff.training.recipe import ConsistencyRecipe, Data, Optimizer
 from jaxdiff.training.train import train
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 RECIPE = """
 objective = "consistency"
@@ -64,7 +65,7 @@ def unguided(tiny_checkpoint):
     """
     changes = {"student_steps": 1, "solver_steps": 1, "guidance_scale": (1.0, 1.0)}
     task = consistency.task(recipe(tiny_checkpoint, **changes))
-    loss = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+    loss = compilation.jit(jax.value_and_grad(task.loss, has_aux=True))
     return lambda params: loss(params, task.frozen, task.batch(0), jax.random.key(0)), task.params
 
 
@@ -91,10 +92,15 @@ def test_a_perturbed_student_learns(unguided):
     params = jax.tree.map(lambda leaf: 1.05 * leaf, params)
     optimizer = optax.adam(1e-4)
     state, errors = optimizer.init(params), []
+
+    @compilation.jit
+    def step(params, state, gradients):
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state
+
     for _ in range(10):
         (error, _), gradients = loss(params)
-        updates, state = optimizer.update(gradients, state)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, gradients)
         errors.append(float(error))
     assert errors[0] > 1e-4
     assert errors[-1] < 0.9 * errors[0]
@@ -226,7 +232,7 @@ def test_a_teacher_uses_zeros_as_negative_embeddings_if_generation_does(tiny_che
     losses = {}
     for model in (tiny_checkpoint, tmp_path / "zeros"):
         task = consistency.task(recipe(model, student_steps=1, solver_steps=1))
-        loss = jax.jit(task.loss)
+        loss = compilation.jit(task.loss)
         for scale in (1.0, 3.0):
             batch = task.batch(0) | {"guidance_scale": np.full(2, scale, np.float32)}
             losses[model, scale] = float(

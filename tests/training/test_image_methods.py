@@ -12,13 +12,14 @@ from test_denoising import recipe
 
 import jaxdiff
 from jaxdiff.checkpoint.controlnet import open_controlnet
+from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.training import consistency, inpainting, text_to_image
 from jaxdiff.training.recipe import ConsistencyRecipe, Data, Optimizer
 from jaxdiff.weights.load import name_of
 from jaxdiff.worlds import shapes
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 SHAPES = Data(scenes=64)
 SMALL = {"conditioning_embedding_out_channels": [4, 4, 8]}  # as shapes64 needs it
@@ -38,7 +39,7 @@ def made(recipe, folder: Path):
 
 
 def gradients(task, batch: dict) -> tuple[float, dict]:
-    loss = jax.jit(jax.value_and_grad(lambda *given: task.loss(*given)[0]))
+    loss = compilation.jit(jax.value_and_grad(lambda *given: task.loss(*given)[0]))
     found, gradient = loss(task.params, task.frozen, batch, jax.random.key(0))
     return float(found), gradient
 
@@ -54,7 +55,9 @@ def test_a_controlnet_begins_without_effect_and_only_it_is_trained(tiny_checkpoi
     batch = net.batch(0)
     assert batch["control"].shape == (4, 64, 64, 3)
     loss, gradient = gradients(net, batch)
-    without, _ = jax.jit(plain.loss)(plain.params, plain.frozen, plain.batch(0), jax.random.key(0))
+    without, _ = compilation.jit(plain.loss)(
+        plain.params, plain.frozen, plain.batch(0), jax.random.key(0)
+    )
     assert loss == pytest.approx(float(without), rel=1e-5)
     assert gradient.keys() == net.params.keys() == {"controlnet"}
     sizes = largest(gradient["controlnet"])

@@ -23,7 +23,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.training import loop, train
 from jaxdiff.training.recipe import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 CAPTIONS = f"""
 objective = "text_encoder"

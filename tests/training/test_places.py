@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from test_denoising import recipe
 
+from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.training import text_to_image
 from jaxdiff.training.recipe import Data, Loss
 from jaxdiff.training.shapes import places
 from jaxdiff.worlds.shapes import SHAPES, Object, Scene
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 
 def test_a_map_has_its_peaks_where_the_objects_are_and_nothing_elsewhere():
@@ -46,7 +47,7 @@ def with_places(tiny_checkpoint):
 def test_the_task_adds_a_loss_and_is_not_exported(with_places, tmp_path):
     task = text_to_image.task(with_places, tmp_path)
     batch = task.batch(0)
-    loss, logged = jax.jit(task.loss)(task.params, task.frozen, batch, jax.random.key(0))
+    loss, logged = compilation.jit(task.loss)(task.params, task.frozen, batch, jax.random.key(0))
     of_zeros = np.mean((places.SCALE * batch["places"]) ** 2)
     sums, counts = np.asarray(logged["by_noise_level"])
     np.testing.assert_allclose(logged["places"], of_zeros, rtol=1e-5)

@@ -17,7 +17,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.training import recipe
 from jaxdiff.training.train import train
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 TOKENIZER = Path(jaxdiff.__file__).parent / "assets" / "shapes64" / "tokenizer"
 DOWN, UP = (str([name] * 3) for name in ("DownEncoderBlock2D", "UpDecoderBlock2D"))

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import further
 from PIL import Image
 from safetensors.numpy import load_file
 
 import jaxdiff
 from jaxdiff import cli
+from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.families.stable_diffusion_3 import PIPELINE
 from jaxdiff.training import components, low_rank, text_encoder, text_to_image
@@ -29,7 +31,7 @@ from jaxdiff.training.recipe import (
 from jaxdiff.training.shapes import places
 from jaxdiff.training.train import train
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 TOKENIZER = Path(jaxdiff.__file__).parent / "assets" / "shapes64" / "tokenizer"
 PARITY = Path(__file__).parents[1] / "parity"
@@ -116,7 +118,7 @@ def recipe(model: Path | str, images: Path, **changes) -> TextToImageRecipe:
 def loss_and_gradient(recipe: TextToImageRecipe, output: Path, **beside):
     """Returns the loss of the first batch and its gradient."""
     task = text_to_image.task(recipe, output)
-    function = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+    function = compilation.jit(jax.value_and_grad(task.loss, has_aux=True))
     (loss, _), gradient = function(
         task.params, task.frozen, {**task.batch(0), **beside}, jax.random.key(0)
     )
@@ -198,7 +200,9 @@ def test_the_loss_is_that_of_the_flow(tiny_sd3, images, tmp_path):
     }
     latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
     batch = {"latents": latents, "token_ids": task.batch(0)["token_ids"]}
-    loss, _ = task.loss({"transformer": silent}, task.frozen, batch, jax.random.key(0))
+    loss, _ = compilation.jit(task.loss)(
+        {"transformer": silent}, task.frozen, batch, jax.random.key(0)
+    )
     noise = jax.random.normal(jax.random.split(jax.random.key(0), 4)[1], latents.shape)
     assert float(loss) == pytest.approx(float(jnp.mean((noise - latents) ** 2)), rel=1e-5)
 
@@ -208,8 +212,9 @@ def test_the_places_of_shapes_are_learned_and_not_exported(tiny_sd3, tmp_path):
     with_places = dataclasses.replace(plain, loss=dataclasses.replace(plain.loss, places=0.5))
     task, usual = (text_to_image.task(each, tmp_path) for each in (with_places, plain))
     batch = task.batch(0)
-    loss, _ = task.loss(task.params, task.frozen, batch, jax.random.key(0))
-    without, _ = usual.loss(usual.params, usual.frozen, usual.batch(0), jax.random.key(0))
+    loss, _ = compilation.jit(task.loss)(task.params, task.frozen, batch, jax.random.key(0))
+    given = usual.params, usual.frozen, usual.batch(0), jax.random.key(0)
+    without, _ = compilation.jit(usual.loss)(*given)
     of_zeros = np.mean((places.SCALE * batch["places"]) ** 2)
     assert float(loss) == pytest.approx(float(without) + 0.5 * of_zeros, rel=1e-4)
     task.export(task.params, task.frozen, tmp_path / "model")
@@ -354,7 +359,7 @@ def test_a_text_encoder_with_a_projection_learns_in_all_its_weights(tmp_path):
         f'architectures = ["CLIPTextModelWithProjection"]\n{table}'
     )
     task = text_encoder.task(recipes.read(tmp_path / "recipe.toml"))
-    gradient, logged = jax.jit(jax.grad(task.loss, has_aux=True))(
+    gradient, logged = compilation.jit(jax.grad(task.loss, has_aux=True))(
         task.params, {}, task.batch(0), jax.random.key(0)
     )
     assert logged.keys() == {"understood", "pooled_understood"}
@@ -379,11 +384,7 @@ def family(tmp_path_factory):
     "name",
     [
         "PixArt-Alpha",
-        "Qwen-Image",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("FLUX.1 dev", "FLUX.2 klein base", "Sana", "Z-Image")
-        ),
+        *map(further, ("FLUX.1 dev", "FLUX.2 klein base", "Qwen-Image", "Sana", "Z-Image")),
     ],
 )
 def test_other_families_learn_and_draw_samples(name, family, images, tmp_path):
@@ -397,7 +398,7 @@ def test_other_families_learn_and_draw_samples(name, family, images, tmp_path):
     wanted, gradient = loss_and_gradient(plain, tmp_path, **latents)
     task = text_to_image.task(cached, tmp_path)
     batch = {**task.batch(0), **latents}
-    found, _ = jax.jit(task.loss)(task.params, task.frozen, batch, jax.random.key(0))
+    found, _ = compilation.jit(task.loss)(task.params, task.frozen, batch, jax.random.key(0))
     assert found == pytest.approx(wanted, rel=5e-3)
     assert set(gradient) == {"transformer"}
     task = text_to_image.task(dataclasses.replace(cached, method="lora"), tmp_path)

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import jaxdiff
+from jaxdiff.devices import compilation
 from jaxdiff.errors import InputError
 from jaxdiff.models.discriminator import Discriminator, largest_singular_value
 from jaxdiff.training import checkpoints, recipe, upscaler
@@ -20,7 +21,7 @@ from jaxdiff.training.data.degradation import degraded
 from jaxdiff.training.recipe import Checkpoints, Degradation
 from jaxdiff.training.train import train
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
+pytestmark = pytest.mark.usefixtures("compiled_faster")
 
 RECIPE = """
 objective = "upscaler"
@@ -66,7 +67,9 @@ def made(folder: Path, *changes: tuple[str, str]):
 
 
 def gradients(task) -> dict:
-    gradient = jax.jit(jax.grad(lambda params, batch: task.loss(params, {}, batch, None)[0]))
+    gradient = compilation.jit(
+        jax.grad(lambda params, batch: task.loss(params, {}, batch, None)[0])
+    )
     return gradient(task.params, task.batch(0))
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from jaxdiff.worlds import shapes
 from jaxdiff.worlds.shapes import Object, Scene
 
-COUNT = 2000
+COUNT = 1000
 
 
 @pytest.fixture(scope="module")
