@@ -15,7 +15,8 @@ from jaxdiff import cache
 
 # On CPUs, XLA's own convolutions are up to three times as fast as those of the library that it
 # uses by default, but its reductions are slower. A full-size U-Net takes 0.7 of the time.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+CPU_LIBRARY = ("LIBRARY_FUSION_TYPE_REDUCE", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ",".join(CPU_LIBRARY)}
 KEPT_BYTES = 2**33  # of compiled programs; the oldest are deleted first
 # Programs that compile quickly are cached, too: a process starts with dozens of them.
 SMALL_TOO = (

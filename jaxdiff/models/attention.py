@@ -9,6 +9,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from jaxdiff.models.platform import platform
+from jaxdiff.models.products import dot_general
+
 BLOCKWISE = 2**16  # scores per head from which blocks pay off on a CPU: 256 tokens over 256
 BLOCK = 2**20  # scores per block on a CPU: 4 MB in float32, which stay in the cache
 MOST_SCORES = 2**28  # scores per block on other devices: 1 GB in float32, to keep them busy
@@ -109,20 +112,18 @@ def _attend_at_once(query: Array, key: Array, value: Array, mask: Array | None, 
 def _kernel(query: Array, key: Array) -> Callable[..., Array]:
     """Returns the function for `attend` without `is_causal` on the devices of the program.
 
-    They are those of the mesh that the program is traced for, if there is one, or else this host's.
-    `jax.lax.platform_dependent` would trace every kernel on every platform, but cuDNN's cannot be
-    traced without cuDNN, and importing Pallas takes a quarter of a second.
+    `jax.lax.platform_dependent` would trace every kernel, but cuDNN's cannot be traced without
+    cuDNN, and importing Pallas takes a quarter of a second.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    device = platform()
     half, width = query.dtype == jnp.bfloat16, query.shape[-1]
-    if platform == "gpu" and half and width % 8 == 0 and width <= _widest_in_cudnn():
+    if device == "gpu" and half and width % 8 == 0 and width <= _widest_in_cudnn():
         return partial(_attend_at_once, implementation="cudnn")
     if query.shape[1] * key.shape[1] < BLOCKWISE:
         return _attend_at_once
-    if platform == "cpu":
+    if device == "cpu":
         return _attend_by_matrices
-    return _attend_by_pallas if platform == "tpu" and half else _attend_by_queries
+    return _attend_by_pallas if device == "tpu" and half else _attend_by_queries
 
 
 def _widest_in_cudnn() -> int:
@@ -227,7 +228,7 @@ def _attend_by_matrices(query: Array, key: Array, value: Array, mask: Array | No
         def mixed(block: Array) -> Array:
             scores = jnp.matmul(block, keys.T, preferred_element_type=jnp.float32) * width**-0.5
             weights = jax.nn.softmax(scores if hidden is None else scores + hidden, axis=-1)
-            return weights.astype(values.dtype) @ values
+            return dot_general(weights.astype(values.dtype), values, (((1,), (0,)), ((), ())))
 
         return jax.lax.map(mixed, queries.reshape(-1, rows, width)).reshape(tokens, width)
 

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxdiff.models import products
 from jaxdiff.models.attention import attention
 from jaxdiff.models.linear import Linear
 
@@ -48,6 +49,7 @@ def conv(
         padding=padding,
         feature_group_count=groups,
         use_bias=use_bias,
+        conv_general_dilated=products.conv_general_dilated,
         rngs=rngs,
     )
 
@@ -188,12 +190,8 @@ def _doubled(x: Array) -> Array:
 
 
 def _convolve(x: Array, kernel: Array, padding: int) -> Array:
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(1, 1),
-        padding=((padding, padding),) * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    return products.conv_general_dilated(
+        x, kernel, (1, 1), ((padding, padding),) * 2, dimension_numbers=products.NHWC
     )
 
 

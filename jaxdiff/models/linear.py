@@ -3,6 +3,8 @@
 from flax import nnx
 from jax import Array
 
+from jaxdiff.models import products
+
 
 class Linear(nnx.Linear):
     """An affine map of the last axis.
@@ -10,6 +12,9 @@ class Linear(nnx.Linear):
     Its kernel may be another object than an array, which then multiplies itself: one that is
     quantised together with its inputs (`weights.quantization.Quantized`).
     """
+
+    def __init__(self, in_features: int, out_features: int, **options):
+        super().__init__(in_features, out_features, dot_general=products.dot_general, **options)
 
     def __call__(self, x: Array) -> Array:
         """Maps [..., in] to [..., out]."""

@@ -1,0 +1,120 @@
+"""Products and convolutions of bfloat16 at the processor's own rate.
+
+XLA for CPUs multiplies matrices of bfloat16 at twice the rate of float32, where the processor does
+(AVX512-BF16, AMX), but only if the result is float32. Otherwise, and in every convolution, it turns
+the operands into float32 first. So products are asked for in float32 here, and convolutions become
+products. Other devices and dtypes are left to XLA.
+
+In any case the sums are float32 and rounded once; only the order of the additions differs.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxdiff.models.platform import platform
+
+FEWEST_CHANNELS = 16  # of a convolution's input and output; with fewer, XLA's own is faster
+BLOCK = 2**22  # bytes of the patches that are multiplied at once, which stay in the cache
+FEWEST_ROWS = 512  # of the patches; with fewer, packing the kernel for each block takes too long
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def dot_general(
+    lhs: Array, rhs: Array, dimension_numbers, *, preferred_element_type=None, **options
+) -> Array:
+    """Computes `jax.lax.dot_general`, whose arguments it takes."""
+    wanted = preferred_element_type
+    converts = wanted is None and _converts(lhs, rhs)
+    product = jax.lax.dot_general(
+        lhs,
+        rhs,
+        dimension_numbers,
+        preferred_element_type=jnp.float32 if converts else wanted,
+        **options,
+    )
+    return product.astype(lhs.dtype) if converts else product
+
+
+def conv_general_dilated(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    feature_group_count: int = 1,
+    **options,
+) -> Array:
+    """Computes `jax.lax.conv_general_dilated`, whose arguments it takes, without dilation."""
+    padding = tuple(map(tuple, padding))
+    is_product = feature_group_count == 1 and min(rhs.shape[2:]) >= FEWEST_CHANNELS
+    if is_product and lhs.ndim == 4 and _converts(lhs, rhs):
+        return _convolve(lhs, rhs, tuple(window_strides), padding)
+    return jax.lax.conv_general_dilated(
+        lhs, rhs, window_strides, padding, feature_group_count=feature_group_count, **options
+    )
+
+
+def _converts(lhs: Array, rhs: Array) -> bool:
+    """Returns whether XLA would turn the operands of a product into float32 first."""
+    return lhs.dtype == rhs.dtype == jnp.bfloat16 and platform() == "cpu"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(
+    x: Array, kernel: Array, strides: tuple[int, int], padding: tuple[tuple[int, int], ...]
+) -> Array:
+    """Convolves [batch, h, w, in] with [rows, columns, in, out], one block of rows at a time."""
+    rows, columns, _, features = kernel.shape
+    # Moved as integers, because XLA turns bfloat16 into float32 and back when it moves it.
+    padded = jax.lax.bitcast_convert_type(jnp.pad(x, ((0, 0), *padding, (0, 0))), jnp.uint16)
+    batch, height, width, _ = padded.shape
+    height = (height - rows) // strides[0] + 1
+    width = (width - columns) // strides[1] + 1
+    matrix = kernel.reshape(-1, features)
+
+    def block(first: Array | int, size: int) -> Array:
+        """Computes `size` rows of the result from row `first`."""
+        seen = ((size - 1) * strides[0] + rows, (width - 1) * strides[1] + columns)
+        part = jax.lax.dynamic_slice_in_dim(padded, first * strides[0], seen[0], axis=1)
+        ends = size * strides[0], width * strides[1]
+        patches = jnp.concatenate(
+            [
+                part[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
+                for i in range(rows)
+                for j in range(columns)
+            ],
+            axis=-1,
+        )
+        patches = jax.lax.bitcast_convert_type(patches, x.dtype)
+        mapped = dot_general(patches, matrix, (((3,), (0,)), ((), ())))
+        return jax.lax.bitcast_convert_type(mapped, jnp.uint16)
+
+    most = max(BLOCK // (matrix.shape[0] * x.dtype.itemsize), FEWEST_ROWS) // (batch * width)
+    number = 1 if rows == columns == 1 else -(-height // max(1, most))
+    size = -(-height // number)
+    blocks = jax.lax.map(lambda i: block(i * size, size), jnp.arange(height // size))
+    mapped = blocks.swapaxes(0, 1).reshape(batch, -1, width, features)
+    rest = height - mapped.shape[1]
+    if rest:
+        mapped = jnp.concatenate([mapped, block(height - rest, rest)], axis=1)
+    return jax.lax.bitcast_convert_type(mapped, x.dtype)
+
+
+def _forward(x: Array, kernel: Array, strides, padding):
+    return _convolve(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(strides, padding, saved, gradient: Array):
+    _, pull_back = jax.vjp(
+        lambda x, kernel: jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, dimension_numbers=NHWC
+        ),
+        *saved,
+    )
+    return pull_back(gradient)
+
+
+_convolve.defvjp(_forward, _backward)
