@@ -2,12 +2,10 @@
 
     prompts   the benchmark's file -> manifest.jsonl
     images    pipelines.generate, one dataset per run
-    scores    Create(shards) | Reshuffle | ParDo(ScoreShard) | CombineGlobally(SummaryFn)
+    scores    pipelines.score_job, one Beam job per run
     report    results.jsonl, the benchmark's layout, report.md, report.json, report.html
 
-Each shard's scores are kept in a file, so an interrupted evaluation can continue. Measures of a
-whole set are combined from constant-size summaries. As in `encode`, CLIP runs in Beam's own
-process, as one instance behind a lock.
+As in `encode`, CLIP runs in Beam's own process, as one instance behind a lock.
 
     python -m pipelines.evaluate --benchmark shapes --output out/judged
 """
@@ -15,20 +13,16 @@ process, as one instance behind a lock.
 import json
 import shutil
 import sys
-import threading
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jaxdiff.dataset import run as dataset_runs
-from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.local import LocalStore
-from jaxdiff.dataset.run import Run
 from jaxdiff.dataset.store import Store, absolute, is_address, join, open_store
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import (
@@ -40,7 +34,6 @@ from jaxdiff.evaluation import (
     datasets,
     merging,
     results,
-    scoring,
     sets,
 )
 from jaxdiff.evaluation.benchmarks import BENCHMARKS
@@ -50,7 +43,7 @@ from jaxdiff.evaluation.published import PUBLISHED
 from jaxdiff.evaluation.records import Picture, Prompt, Scores
 from jaxdiff.evaluation.report import report, wording
 from jaxdiff.evaluation.scoring import Scoring
-from pipelines import command_line, evaluate_options, generate, inputs, jobs, runners
+from pipelines import command_line, evaluate_options, generate, inputs, runners
 from pipelines.evaluate_options import Candidate, Evaluation, Export
 from pipelines.jobs import (
     EXIT_OK,
@@ -59,88 +52,14 @@ from pipelines.jobs import (
     StoppedError,
     stopped_by_signals,
 )
+from pipelines.score_job import SUMMARY, Images, run_at, score, score_part
 
 MANIFEST = "manifest.jsonl"
-SCORES = "scores"
-SUMMARY = f"{SCORES}/summary.npz"
 IMAGES = "images"  # for layouts that allow no other files
 BEST = "best"
 AUDIT = "audit"
 EXACT = "shapes"  # the benchmark that the shapes world's scorer judges
 AT_THE_TOP = "geneval"  # the layout that allows other files in its folder
-
-
-@dataclass(frozen=True)
-class Images:
-    """The location of a run's pictures: a dataset, or a folder in a benchmark's layout.
-
-    Attributes:
-      directory: of the dataset or the layout.
-      layout: the layout's name; "" for a dataset.
-      prompts: the benchmark's prompts, for a layout.
-    """
-
-    directory: str
-    layout: str = ""
-    prompts: tuple[Prompt, ...] = ()
-
-    def parts(self) -> list[int]:
-        """Returns the numbers of the parts, which are scored one by one."""
-        return [0] if self.layout else list(_run(self.directory).shards)
-
-    def pictures(self, part: int) -> Iterator[Picture]:
-        """Yields the pictures of a part; raises InputError for one that cannot be read."""
-        folder = Path(self.directory)
-        if self.layout:
-            return folders.read_layout(self.layout, folder, list(self.prompts))
-        return datasets.of_shard(_run(self.directory), part)
-
-    def digest(self, part: int) -> str:
-        """Returns a string that identifies a part's pictures."""
-        folder = Path(self.directory)
-        if not self.layout:
-            marker = shards.read_marker(_run(self.directory), part)
-            return json.dumps(marker.files, sort_keys=True)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        facts = ((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-        return json.dumps([*facts, *(prompt.text for prompt in self.prompts)])
-
-
-@lru_cache(8)
-def _run(directory: str) -> Run:
-    return datasets.open_dataset(directory)
-
-
-class ScoreShard(beam.DoFn):
-    """Scores parts by their numbers."""
-
-    def __init__(self, images: Images, scored: Scoring, output: str):
-        self.images, self.scored, self.output = images, scored, output
-
-    def process(self, part: int) -> Iterator[sets.Summary]:
-        """Yields the feature summary of the part's pictures."""
-        table = None
-        with jobs.failures_kept(), _lock:
-            if jobs.stopping.is_set():
-                raise StoppedError
-            table = score_part(self.images, self.scored, self.output, part)
-        if table is not None:
-            yield sets.Summary.of(*scoring.features(table))
-
-
-_lock = threading.Lock()  # one model per process, and one device call at a time
-
-
-def score_part(images: Images, scored: Scoring, output: str | Path, part: int) -> pa.Table:
-    """Returns the scores of a part, from its file in the output if that exists."""
-    store, name = open_store(output), f"{SCORES}/{part:05d}.parquet"
-    digest = scored.digest(images.digest(part))
-    with store.fetched(name) as local:
-        table = scoring.read_file(local.path(name), digest)
-    if table is None:
-        with store.filled() as folder:
-            table = scoring.score_file(images.pictures(part), scored, folder / name, digest)
-    return table
 
 
 def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
@@ -152,7 +71,7 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
     """
     if isinstance(asked, Export):
         return _export_dataset(asked)
-    _run.cache_clear()  # a dataset may have changed since an earlier evaluation
+    run_at.cache_clear()  # a dataset may have changed since an earlier evaluation
     if asked.images:
         prompts = benchmarks.read(
             asked.benchmark, asked.prompts, per_tag=asked.per_tag, seed=asked.prompts_seed
@@ -186,7 +105,7 @@ def run(asked: Evaluation | Export, beam_arguments: list[str]) -> int:
 
 def _of_datasets(addresses: list[str | Path]) -> tuple[list[Prompt], int]:
     """Returns the prompts of datasets, which must have the same ones, and the images of each."""
-    (prompts, images), *others = (datasets.prompts_of(_run(absolute(each))) for each in addresses)
+    (prompts, images), *others = (datasets.prompts_of(run_at(absolute(each))) for each in addresses)
     texts = {prompt.id: prompt.text for prompt in prompts}
     for address, (other, _) in zip(addresses[1:], others, strict=True):
         if {prompt.id: prompt.text for prompt in other} != texts:
@@ -210,7 +129,7 @@ def _check(asked: Evaluation) -> None:
             with inputs.unreadable_named():
                 generate.opened(each.job)
         elif not asked.is_layout:
-            _run(absolute(each.images))
+            run_at(absolute(each.images))
 
 
 def _make_images(asked: Evaluation, prompts: list[Prompt], beam_arguments: list[str]) -> int:
@@ -244,7 +163,7 @@ def _judge(
         clip_fingerprint=clip_measures.open_clip(asked.clip).fingerprint if asked.clip else "",
         labels=sets.labels(prompts),
     )
-    _score(images, scored, absolute(each.output), beam_arguments)
+    score(images, scored, absolute(each.output), beam_arguments)
 
     def tables() -> Iterator[pa.Table]:
         return (score_part(images, scored, each.output, part) for part in images.parts())
@@ -288,7 +207,7 @@ def _settings(images: Images) -> dict[str, str]:
     """Returns how a run's images were generated, for the report."""
     if images.layout:
         return {"images": Path(images.directory).name}
-    plan = _run(images.directory).plan
+    plan = run_at(images.directory).plan
     said = {
         "model": plan.model_name,
         "fingerprint": plan.identity["model"][:16],
@@ -301,23 +220,7 @@ def _settings(images: Images) -> dict[str, str]:
 
 def _cost(each: Candidate) -> dict[str, str]:
     """Returns what an image of a run that this command makes costs, for the report."""
-    return cost.of_image(_run(absolute(each.images)), each.job.models.open()) if each.job else {}
-
-
-def _score(images: Images, scored: Scoring, output: str, beam_arguments: list[str]) -> None:
-    """Runs the Beam job, which writes one file per part and a summary; raises InputError."""
-    runner, options = runners.choose(beam_arguments, 1)
-    with jobs.failures_raised(), beam.Pipeline(runner=runner, options=options) as pipeline:
-        parts = pipeline | "Parts" >> beam.Create(images.parts(), reshuffle=False)
-        scores = parts | beam.Reshuffle() | beam.ParDo(ScoreShard(images, scored, output))
-        summary = scores | beam.CombineGlobally(sets.summary_of_all)
-        _ = summary | "Write" >> beam.Map(partial(_write_summary, output))
-
-
-def _write_summary(output: str, summary: sets.Summary) -> None:
-    with open_store(output).filled() as folder:
-        (folder / SUMMARY).parent.mkdir(parents=True, exist_ok=True)
-        summary.save(folder / SUMMARY)
+    return cost.of_image(run_at(absolute(each.images)), each.job.models.open()) if each.job else {}
 
 
 def _write_images(
