@@ -193,7 +193,6 @@ def test_clip_measures_are_reported_or_named_as_missing(dataset, tmp_path, capsy
         assert scores[row["index"]] == max(scores)
 
 
-@pytest.mark.usefixtures("noisy")
 def test_models_and_settings_are_compared_at_equal_seeds(tmp_path, tiny_checkpoint):
     prompts, output = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a star\na ring\n")
