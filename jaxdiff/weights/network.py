@@ -36,7 +36,11 @@ def _traced(model_class, config, options: tuple) -> tuple[nnx.GraphDef, dict]:
     rngs = SimpleNamespace(params=lambda: jax.random.key(0))
     made = nnx.eval_shape(lambda: model_class(config, rngs=rngs, **dict(options)))
     graph, state = nnx.split(made)
-    return graph, nnx.to_pure_dict(state)
+    # Without the mesh that is set here and now: it may be another when they are used.
+    plain = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(state)
+    )
+    return graph, plain
 
 
 class Network(NamedTuple):

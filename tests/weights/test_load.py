@@ -46,6 +46,14 @@ def test_a_network_is_traced_once_and_its_shapes_are_the_callers_own(tiny_checkp
     assert jax.tree.leaves(abstract_network(AutoencoderKL, wider)[1]) != wanted
 
 
+def test_shapes_do_not_keep_the_mesh_of_their_tracing():
+    config = AutoencoderKLConfig(block_out_channels=(8,), norm_num_groups=4, layers_per_block=3)
+    mesh = jax.sharding.AbstractMesh((1, 1), ("data", "model"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        _, shapes = abstract_network(AutoencoderKL, config)
+    assert {leaf.sharding for leaf in jax.tree.leaves(shapes)} == {None}
+
+
 def test_the_shapes_of_a_network_are_kept_for_the_next_process(
     tiny_checkpoint, tmp_path, monkeypatch
 ):
