@@ -48,8 +48,8 @@ def assert_rounded(half: jax.Array, wanted: np.ndarray) -> None:
         ((3, 5, 4), (16, 32), 1, (1, 1), ((0, 0), (0, 0))),
         ((1, 8, 8), (16, 16), 4, (4, 4), ((0, 0), (0, 0))),
         ((1, 6, 5), (4, 32), 3, (1, 1), SAME),  # by XLA itself
-        ((1, 75, 64), (64, 16), 3, (1, 1), SAME),  # 38 rows, then 37
-        ((2, 90, 60), (32, 16), 3, (2, 2), SAME),
+        ((1, 75, 64), (64, 16), 3, (1, 1), SAME),  # five blocks of 13 rows, one of 10
+        ((2, 90, 60), (32, 16), 3, (2, 2), SAME),  # 23 rows, then 22
     ],
 )
 def test_convolutions_are_rounded_once(size, channels, kernel, strides, padding, monkeypatch):
