@@ -32,7 +32,8 @@ RECORD_FIELDS = (  # of an image's record, in the order in which they are writte
     ("noise", pa.string()),
     ("dtype", pa.string()),
     ("options", pa.string()),  # the run's non-default options, "name=value, name=value"
-    ("model", pa.string()),
+    ("model", pa.string()),  # its fingerprint
+    ("model_name", pa.string()),  # see `Plan.record_version`
     ("sha256", pa.string()),
     ("pixel_sha256", pa.string()),
     ("metadata", pa.string()),  # a JSON object
@@ -129,10 +130,7 @@ class ParquetWriter:
     """Writes Parquet with the Hugging Face Hub's Image feature: one row per image and file."""
 
     def __init__(self, path: Path, fields: Fields):
-        features = {"image": {"_type": "Image"}} | {
-            name: {"dtype": {"double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
-            for name, kind in fields
-        }
+        features = {"image": {"_type": "Image"}} | {name: _feature(kind) for name, kind in fields}
         image = ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
         said = {"huggingface": json.dumps({"info": {"features": features}})}
         self._schema = pa.schema([image, *fields], said)
@@ -157,6 +155,18 @@ class ParquetWriter:
         if self._rows:
             self._parquet.write_table(pa.Table.from_pylist(self._rows, self._schema))
         self._rows = []
+
+
+def _feature(kind: pa.DataType) -> dict[str, str]:
+    """Returns a column's type as `datasets` stores it; from 4.7 on, it knows JSON."""
+    if kind == pa.json_():
+        return {"_type": "Json"}
+    return {"dtype": dtype(kind), "_type": "Value"}
+
+
+def dtype(kind: pa.DataType) -> str:
+    """Returns the name of a column's type in dataset cards and for `datasets`."""
+    return {"double": "float64", "extension<arrow.json>": "json"}.get(str(kind), str(kind))
 
 
 def read_parquet(path: Path) -> Iterator[Sample]:

@@ -38,7 +38,7 @@ from jaxdiff.request import (
 VERSION = 5
 # Shared by the whole job, or not known yet.
 NOT_PLANNED = (
-    *("noise", "dtype", "options", "model", "sha256", "pixel_sha256"),
+    *("noise", "dtype", "options", "model", "model_name", "sha256", "pixel_sha256"),
     *formats.UPSCALED,
 )
 # The arguments of `jaxdiff.load` that name models.
@@ -87,6 +87,8 @@ class Plan:
       notices: what the job does that the manifest's author may not expect; see `notices.Notices`.
       counts_tokens: whether records say how many tokens their prompts lost, as they do unless an
         earlier version made the plan or the one that it extends.
+      record_version: 2 since records name their model and `datasets` reads their metadata as JSON
+        in all formats; 1 if an earlier version made the plan or the one that it extends.
       takes_images: whether any row has an image; only then do records have the columns of images.
       image_root: the folder or URL that addresses of images are relative to.
       later_columns: those of `LATER_COLUMNS` that rows have values for and records have.
@@ -105,6 +107,7 @@ class Plan:
     sha256: dict[str, str]
     notices: dict[str, str] = field(default_factory=dict)
     counts_tokens: bool = False
+    record_version: int = 1
     takes_images: bool = False
     image_root: str = ""
     later_columns: Sequence[str] = ()
@@ -115,10 +118,17 @@ class Plan:
     def record_fields(self) -> formats.Fields:
         """The names and types of the fields of its images' records."""
         missing = () if self.counts_tokens else ("tokens_lost",)
+        missing += () if self.record_version > 1 else ("model_name",)
         missing += () if self.upscales else formats.UPSCALED
         columns = LATER_COLUMNS if self.takes_images else IMAGE_COLUMNS
         missing += tuple(name for name in columns if name not in self.later_columns)
         return [each for each in formats.RECORD_FIELDS if each[0] not in missing]
+
+    @property
+    def shard_fields(self) -> formats.Fields:
+        """The fields of its images' records, with their types in shards and for `datasets`."""
+        kinds = {"metadata": pa.json_()} if self.record_version > 1 else {}
+        return [(name, kinds.get(name, kind)) for name, kind in self.record_fields]
 
     @property
     def schema(self) -> pa.Schema:
@@ -267,6 +277,7 @@ def _is_sound(plan: Plan) -> bool:
         and isinstance(plan.options, str)
         and isinstance(plan.manifest, str)
         and isinstance(plan.model_name, str)
+        and plan.record_version in (1, 2)
         and sources.is_root(plan.image_root)
         and {*plan.later_columns} <= {*LATER_COLUMNS}
         and type(plan.enlarges) is int

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -87,11 +88,13 @@ def make(
     folder.mkdir()
     plan_id = digest(identity)
     root = image_root or root_of(manifest)
+    name = os.fsencode(model.name).decode("utf-8", "backslashreplace")  # it might not be UTF-8
     # While it is written, the plan has columns for images, in case that a row has one.
     plan = Plan(
         plan_id,
-        *(identity, manifest.name, model.name, models, {}, [], [], {}),
+        *(identity, manifest.name, name, models, {}, [], [], {}),
         counts_tokens=True,
+        record_version=2,
         takes_images=True,
         image_root=root,
         later_columns=LATER_COLUMNS,
@@ -99,7 +102,8 @@ def make(
     if extended:
         old = extended.plan
         shards = {"shard_sizes": [*old.shard_sizes], "shard_ids": [*old.shard_ids]}
-        plan = replace(plan, counts_tokens=old.counts_tokens, **shards)
+        kept = ("model_name", "counts_tokens", "record_version")
+        plan = replace(plan, **shards, **{name: getattr(old, name) for name in kept})
     how = {"encoding": "utf-8", "errors": "backslashreplace"}  # the path might not be UTF-8
     with (
         (folder / plan.rejected_file).open("w", **how) as rejected,

@@ -233,6 +233,7 @@ def records(images: Sequence[PlannedImage], plan: Plan) -> list[dict]:
     for name in ("noise", "dtype", "model"):
         columns[name] = [plan.identity[name]] * len(images)
     columns["options"] = [plan.options] * len(images)
+    columns["model_name"] = [plan.model_name] * len(images)
     if plan.upscales:
         for name, sides in zip(formats.UPSCALED, ("width", "height"), strict=True):
             columns[name] = [fitting.enlarged(side, plan.upscales) for side in columns[sides]]
@@ -274,7 +275,7 @@ class Attempt:
         self._name = run.store.scratch(f"{shard:05d}").name
         self._images_name, self._metadata_name = run.file_names(shard)
         writer = formats.FORMATS[run.plan.settings.format].writer
-        self._writer = writer(self._path(self._images_name), run.plan.record_fields)
+        self._writer = writer(self._path(self._images_name), run.plan.shard_fields)
         self._progress_path = run.store.work() / f"{self._name}.progress"
         self._progress = self._progress_path.open("wb", buffering=0)
         self._rows: list[dict] = []

@@ -123,6 +123,7 @@ def parameters(settings: dict) -> str:
         "Image CFG scale": settings.get("image_guidance_scale"),
         "Denoising strength": settings.get("strength"),
         "Model hash": settings.get("model", "")[:10] or None,
+        "Model": settings.get("model_name"),
         "Clip skip": int(options.pop("clip_skip", 0)) + 1,  # 1 uses all layers
         "RNG": "CPU" if described["noise"] == "torch" else None,
         "Eta DDIM": options.pop("eta", None),

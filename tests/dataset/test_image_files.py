@@ -107,6 +107,7 @@ def read_by_the_web_ui(text: str) -> tuple[str, str, dict[str, str]]:
         ({"options": "refiner_start=0.7"}, {"Refiner switch at": "0.7"}),
         ({"noise": "torch"}, {"RNG": "CPU"}),
         ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        ({"model_name": "my, model"}, {"Model": "my, model"}),
         (
             {"options": "guidance_rescale=0.7, guidance_stop=0.5, prompt_chunks=3, deep_cache=2"},
             {
@@ -129,7 +130,7 @@ def test_the_images_of_a_run_say_its_options(finished):
     with Image.open(io.BytesIO(sample.image)) as image:
         _, _, read = read_by_the_web_ui(image.text["parameters"])
     expected = {"Schedule type": "SGM Uniform", "timestep_spacing": "trailing", "Clip skip": "2"}
-    expected |= {"Eta DDIM": "0.25", "RNG": "CPU", "dtype": "bfloat16"}
+    expected |= {"Eta DDIM": "0.25", "RNG": "CPU", "dtype": "bfloat16", "Model": "tiny"}
     assert {name: value for name, value in read.items() if name not in PLAIN} == expected
 
 

@@ -1,13 +1,16 @@
 """Extends a dataset: existing images stay and new ones are added; other changes are rejected."""
 
 import json
+import shutil
 
 import pytest
 from making import files
 
 from jaxdiff import cli
 from jaxdiff.dataset import names
+from jaxdiff.dataset import shard as shards
 from jaxdiff.dataset.run import open_run
+from jaxdiff.images import image_files
 
 FIRST = [{"prompt": "a red circle", "id": "a"}, {"prompt": "a star", "id": "b", "num_images": 3}]
 MORE = [*FIRST, {"prompt": "a blue square", "id": "c"}, "broken"]
@@ -132,3 +135,22 @@ def test_reordered_rows_extend_too(tmp_path, command, write, finish):
     assert cli.main(command(directory)) == 0
     assert cli.main(["verify", str(directory)]) == 0
     assert len(pixels(directory)) == 5
+
+
+@pytest.mark.parametrize("format_", ["webdataset", "parquet"])
+def test_an_extended_dataset_keeps_the_name_of_its_model(
+    tmp_path, command, write, tiny_checkpoint, format_
+):
+    directory, moved = tmp_path / "out", tmp_path / "moved"
+    write(FIRST)
+    assert cli.main(command(directory, f"--format={format_}")) == 0
+    shutil.copytree(tiny_checkpoint, moved)
+    write(MORE)
+    assert cli.main(command(directory, f"--format={format_}", f"--model={moved}")) == 0
+    assert cli.main(["verify", str(directory)]) == 0
+    run = open_run(directory)
+    for shard in run.shards:
+        for sample in shards.samples(run, shards.read_marker(run, shard), run.store):
+            assert sample.record["model_name"] == tiny_checkpoint.name
+            text = image_files.parameters(sample.record)
+            assert f", Model: {tiny_checkpoint.name}" in text

@@ -72,6 +72,7 @@ def test_a_manifest_becomes_a_finished_dataset(tmp_path, command, capsys, tiny_c
         "dtype": "float32",
         "options": "",
         "model": report["model"]["fingerprint"],
+        "model_name": tiny_checkpoint.name,
         "sha256": hashlib.sha256(content).hexdigest(),
         "pixel_sha256": image_files.pixel_sha256(image_files.decode(content)),
         "metadata": {},

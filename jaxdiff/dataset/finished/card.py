@@ -53,6 +53,10 @@ MEDIA_TYPES = {"tar": "application/x-tar", "parquet": "application/x-parquet"}
 LICENSES = {"shapes64": ("apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")}
 # Said since records count lost tokens; the cards of earlier plans stay as they are.
 NEEDS = '# Needs datasets 4.7 or later, which know the type of "metadata", json.\n'
+# A row of a table or a folder, and of those of the first version of records.
+ROW = NEEDS + 'images[0]["image"], images[0]["prompt"], images[0]["metadata"]'
+FIRST_ROW = """\
+images[0]["image"], images[0]["prompt"]  # "metadata", a row's other columns, is a JSON text"""
 UNKNOWN_LICENSE = "unknown"  # also the Hub's name
 
 README = """\
@@ -146,12 +150,12 @@ for sample in tars.decode("pil"):
     sample["{extension}"], sample["json"]
 """,
     "parquet": """\
-images[0]["image"], images[0]["prompt"]  # "metadata", a row's other columns, is a JSON text
+{row}
 """,
     "imagefolder": """\
 images = images.sort("key")  # the folders come in any order
 # If all ids or prompts of a folder are dates, `datasets` spells them its own way.
-images[0]["image"], images[0]["prompt"]  # "metadata", a row's other columns, is a JSON text
+{row}
 """,
 }
 LICENCE = """\
@@ -205,6 +209,7 @@ def readme(plan: Plan, counts: dict[str, int], scheme: str | None = None) -> str
             extension=extension,
             last=len(plan.shard_sizes) - 1,
             needs=NEEDS if plan.counts_tokens else "",
+            row=ROW if plan.record_version > 1 else FIRST_ROW,
         ),
         settings="\n".join(
             f"| {name} | {_cell(value)} |" for name, value in kept.items() if value is not None
@@ -251,8 +256,7 @@ def _files(plan: Plan) -> str:
 
 def _features(plan: Plan) -> str:
     """Returns the columns' types in YAML, for formats whose types `datasets` would guess."""
-    names = {"double": "float64"}
-    fields = {name: names.get(str(kind), str(kind)) for name, kind in plan.record_fields}
+    fields = {name: formats.dtype(kind) for name, kind in plan.shard_fields}
     if plan.settings.format == "imagefolder":
         return "  features:\n" + _yaml({"image": "image", **fields}, "  ")
     if plan.settings.format == "parquet":
