@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,17 +32,18 @@ from jaxdiff.worlds.shapes.scene import CANVAS
 PER_TAG, IMAGES, PROMPTS_SEED = 40, 2, 1  # 480 images
 TIMED = 32  # images per round: four batches on a CPU
 BATCH_SIZE = 8
-GUIDANCE_SCALE = 3.0
+DISTILLED = "shapes64-4step"
 Z_95 = 1.96  # standard deviations from the mean that contain 95% of a normal distribution
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Sampling settings; `options` are passed to `jaxdiff.load`."""
+    """A model and sampling settings; `options` are passed to `jaxdiff.load`."""
 
     name: str
     family: str
-    sampler: str = "ddim"
+    model: str = "shapes64"
+    sampler: str = "euler_ancestral"
     steps: int = 20
     options: dict = field(default_factory=dict)
 
@@ -51,35 +52,32 @@ class Setting:
         return folder / (self.name.replace(" ", "-").replace(",", "") + suffix)
 
 
-PLAIN = Setting("ddim 20", "plain")
+PLAIN = Setting("euler_ancestral 20", "euler_ancestral")
 FEWER_STEPS = [
-    Setting(f"{sampler} {steps}", sampler, sampler, steps)
-    for sampler in ("ddim", "dpmpp_2m", "unipc")
-    for steps in (6, 8, 10, 12, 15)
-]
-INTERVALS = [
-    Setting(f"guided {start:g} to {stop:g}", "guidance interval", options=options)
-    for start, stop in ((0, 0.8), (0, 0.6), (0.1, 1), (0.2, 1), (0.2, 0.8))
-    if (options := {"guidance_start": start, "guidance_stop": stop})
-]
-DEEP_CACHE = [
-    Setting(f"deep cache {n}", "deep cache", options={"deep_cache": n}) for n in (2, 3, 5)
+    Setting(f"{sampler} {steps}", sampler, sampler=sampler, steps=steps)
+    for sampler in ("euler_ancestral", "dpmpp_2m", "unipc", "ddim")
+    for steps in (5, 8, 12, 20)
+    if (sampler, steps) != (PLAIN.sampler, PLAIN.steps)
 ]
 MIDDLE = {"guidance_start": 0.2, "guidance_stop": 0.8}
-COMBINED = [
-    Setting(f"{sampler} {steps}, {said}", "combined", sampler, steps, options)
-    for sampler, steps in (("ddim", 20), ("dpmpp_2m", 12), ("unipc", 12))
-    for said, options in (
-        ("guided 0.2 to 0.8", MIDDLE),
-        ("deep cache 2", {"deep_cache": 2}),
-        ("both", MIDDLE | {"deep_cache": 2}),
-    )
-    if sampler != "ddim" or said == "both"
+INTERVALS = [
+    Setting("guided 0 to 0.8", "guidance interval", options={"guidance_stop": 0.8}),
+    Setting("guided 0.2 to 1", "guidance interval", options={"guidance_start": 0.2}),
+    Setting("guided 0.2 to 0.8", "guidance interval", options=MIDDLE),
 ]
-SETTINGS = [PLAIN, *FEWER_STEPS, *INTERVALS, *DEEP_CACHE, *COMBINED]
+DEEP_CACHE = [Setting(f"deep cache {n}", "deep cache", options={"deep_cache": n}) for n in (2, 3)]
+COMBINED = [
+    Setting("12, guided 0.2 to 0.8", "combined", steps=12, options=MIDDLE),
+    Setting("12, deep cache 2", "combined", steps=12, options={"deep_cache": 2}),
+]
+STUDENT = [
+    Setting(f"{DISTILLED} {steps}", DISTILLED, DISTILLED, steps=steps) for steps in (1, 2, 3, 4)
+]
+UNCONNECTED = ("guidance interval", "combined")  # families without an order of their settings
+SETTINGS = [PLAIN, *FEWER_STEPS, *INTERVALS, *DEEP_CACHE, *COMBINED, *STUDENT]
 
 
-def make_images(folder: Path, model: str, rows: Sequence[dict], settings: Sequence[Setting]):
+def make_images(folder: Path, rows: Sequence[dict], settings: Sequence[Setting]) -> None:
     """Makes an image of each row with each setting: one .npz each, uint8 [rows, 64, 64, 3]."""
     for setting in settings:
         path = setting.file(folder, ".npz")
@@ -87,29 +85,30 @@ def make_images(folder: Path, model: str, rows: Sequence[dict], settings: Sequen
             continue
         began = time.perf_counter()
         prompts = [row["prompt"] for row in rows]
-        images = jaxdiff.load(model, **setting.options).generate(_requests(setting, prompts))
+        loaded = jaxdiff.load(setting.model, **setting.options)
+        images = loaded.generate(_requests(setting, prompts), BATCH_SIZE)
         file = io.BytesIO()
         np.savez_compressed(file, pixels=np.stack([image.pixels for image in images]))
         _write(path, file.getvalue())
         print(f"{setting.name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def measure_speed(folder: Path, model: str, rounds: int, settings: Sequence[Setting]) -> None:
+def measure_speed(folder: Path, rounds: int, settings: Sequence[Setting]) -> None:
     """Times each setting right after the baseline, `rounds` times; writes one .json per setting."""
-    plain = _timer(model, PLAIN)
+    plain = _timer(settings[0])
     for setting in settings:
         path = setting.file(folder, ".json")
         if path.exists():
             continue
-        timer = _timer(model, setting)
+        timer = _timer(setting)
         seconds = [{"plain": plain(), "own": timer()} for _ in range(rounds)]
         _write(path, json.dumps(seconds).encode())
         print(f"{setting.name}: {_gain(seconds):.2f} times as fast", flush=True)
 
 
-def _timer(model: str, setting: Setting) -> Callable[[], float]:
+def _timer(setting: Setting) -> Callable[[], float]:
     """Compiles, then returns a function that makes `TIMED` images and returns the seconds."""
-    loaded = jaxdiff.load(model, **setting.options)
+    loaded = jaxdiff.load(setting.model, **setting.options)
     requests = _requests(setting, ["a red circle"] * TIMED)
     loaded.generate(requests[:BATCH_SIZE], BATCH_SIZE)
 
@@ -123,13 +122,7 @@ def _timer(model: str, setting: Setting) -> Callable[[], float]:
 
 def _requests(setting: Setting, prompts: Sequence[str]) -> list[jaxdiff.Request]:
     return [
-        jaxdiff.Request(
-            prompt=prompt,
-            seed=seed,
-            sampler=setting.sampler,
-            steps=setting.steps,
-            guidance_scale=GUIDANCE_SCALE,
-        )
+        jaxdiff.Request(prompt=prompt, seed=seed, sampler=setting.sampler, steps=setting.steps)
         for seed, prompt in enumerate(prompts)
     ]
 
@@ -145,12 +138,10 @@ def _write(path: Path, content: bytes) -> None:
     scratch.replace(path)
 
 
-def results(
-    folder: Path, model: str, rows: Sequence[dict], settings: Sequence[Setting]
-) -> list[dict]:
+def results(folder: Path, rows: Sequence[dict], settings: Sequence[Setting]) -> list[dict]:
     """Returns the results of each finished setting, the baseline first; see `table`."""
-    tags, ensemble = [row["tag"] for row in rows], open_ensemble(model)
-    found, plain, plain_correct = [], None, None
+    tags = [row["tag"] for row in rows]
+    found, plain = [], None
     for setting in settings:
         if not setting.file(folder, ".npz").exists():
             continue
@@ -158,8 +149,8 @@ def results(
             pixels = made["pixels"]
         judged = (shapes.judge(row, image) for row, image in zip(rows, pixels, strict=True))
         correct = np.array([verdict.correct for verdict in judged], float)
-        if plain is None:
-            plain, plain_correct = pixels, correct
+        plain = correct if plain is None else plain
+        ensemble = open_ensemble(setting.model)
         bucket = Bucket(CANVAS, CANVAS, setting.steps, True, setting.sampler)
         options = Options(**setting.options)
         steps = ensemble.steps(options, bucket)
@@ -174,12 +165,8 @@ def results(
                 },
                 "images": len(rows),
                 "score": mean_of_tags(correct, tags),
-                "difference": mean_of_tags(correct - plain_correct, tags),
-                "psnr": statistics.median(map(psnr, pixels, plain)) if found else None,
+                "difference": mean_of_tags(correct - plain, tags),
                 "evaluations": (whole, spared),
-                "operations": int(
-                    operations.of_image(ensemble, Options(**setting.options), bucket)
-                ),
                 "seconds": json.loads(timed.read_text()) if timed.exists() else None,
             }
         )
@@ -193,38 +180,42 @@ def mean_of_tags(values: np.ndarray, tags: Sequence[str]) -> tuple[float, float]
     return float(np.mean([part.mean() for part in parts])), Z_95 * math.sqrt(variance)
 
 
-def psnr(image: np.ndarray, other: np.ndarray) -> float:
-    """Returns the peak signal-to-noise ratio of two uint8 images in dB; infinite if equal."""
-    error = np.mean((image.astype(float) - other) ** 2)
-    return 10 * math.log10(255**2 / error) if error else math.inf
-
-
 def table(found: Sequence[dict]) -> str:
     """Returns the results as a Markdown table.
 
-    The columns are: the speed relative to the baseline, as the median and range of the rounds; the
-    evaluations per image, full ones and those shortened by DeepCache; the number of correct images
-    for each tag; the mean score and its difference from the baseline, each with its 95% interval;
-    the median PSNR to the baseline's images.
+    The columns are: images per second; the speed relative to the baseline, as the median and range
+    of the rounds; the evaluations per image, full ones and those shortened by DeepCache; the number
+    of correct images for each tag; the mean score and its difference from the baseline, each with
+    its 95% interval.
     """
-    heads = ["setting", "images/s", "evaluations", *shapes.TAGS, "mean", "difference", "PSNR"]
+    heads = ["setting", "images/s", "speed", "evaluations", *shapes.TAGS, "mean", "difference"]
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
-    for one in found:
+    for one, rate in zip(found, _rates(found), strict=True):
         (score, within), (difference, apart) = one["score"], one["difference"]
         whole, spared = one["evaluations"]
-        is_plain = one["name"] == PLAIN.name
         rows.append(
             [
                 one["name"],
+                f"{rate:.1f}" if rate else "",
                 _times(one["seconds"]),
                 f"{whole} + {spared}" if spared else f"{whole}",
                 *map(str, one["correct"].values()),
                 f"{score:.1%} ± {100 * within:.1f}",
-                "" if is_plain else f"{100 * difference:+.1f} ± {100 * apart:.1f}",
-                "" if is_plain else f"{one['psnr']:.1f}",
+                f"{100 * difference:+.1f} ± {100 * apart:.1f}" if one is not found[0] else "",
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _rates(found: Sequence[dict]) -> list[float | None]:
+    """Returns the images per second of each setting, from its speed relative to the baseline.
+
+    The baseline's rate is the median of all its rounds, which were under every load that there was.
+    """
+    plain = [pair["plain"] for one in found for pair in one["seconds"] or ()]
+    return [
+        one["seconds"] and TIMED / statistics.median(plain) * _gain(one["seconds"]) for one in found
+    ]
 
 
 def _times(seconds: Sequence[dict] | None) -> str:
@@ -235,29 +226,30 @@ def _times(seconds: Sequence[dict] | None) -> str:
 
 
 def plot(found: Sequence[dict], path: Path) -> None:
-    """Plots score against speed; the bars are 95% intervals of the difference from the baseline.
+    """Plots score against images per second; the bars are the scores' 95% intervals.
 
-    The horizontal line is the baseline.
+    Settings that were not timed are left out. The horizontal line is the baseline.
     """
     import matplotlib.pyplot as plt
 
-    plain, *others = found
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=100)
-    axes.axhline(100 * plain["score"][0], color="black", linewidth=0.8)
-    axes.plot(1, 100 * plain["score"][0], "k*", markersize=12, label=plain["name"])
-    for family in dict.fromkeys(one["family"] for one in others):
-        members = [one for one in others if one["family"] == family and one["seconds"]]
-        speeds = [_gain(one["seconds"]) for one in members]
-        scores = [100 * one["score"][0] for one in members]
-        bars = [100 * one["difference"][1] for one in members]
-        line = "-" if family not in ("combined", "guidance interval") else ""
-        axes.errorbar(speeds, scores, bars, marker="o", linestyle=line, label=family, capsize=2)
-        for one, *point in zip(members, speeds, scores, strict=True):
-            said = one["name"].removeprefix(family).removeprefix("guided").strip()
-            said = said.replace("guided 0.2 to 0.8", "guided").replace("deep cache", "cache")
-            axes.annotate(said, point, (4, 4), textcoords="offset points", fontsize=7)
-    axes.margins(x=0.1)
-    axes.set(xlabel="images per second, relative to the baseline", ylabel="correct images, %")
+    timed = [pair for pair in zip(found, _rates(found), strict=True) if pair[1]]
+    figure, axes = plt.subplots(figsize=(9, 6), dpi=100)
+    axes.axhline(100 * found[0]["score"][0], color="black", linewidth=0.8)
+    for family in dict.fromkeys(one["family"] for one, _ in timed):
+        members = [(one, rate) for one, rate in timed if one["family"] == family]
+        members.sort(key=lambda pair: pair[0]["steps"])
+        rates = [rate for _, rate in members]
+        scores = [100 * one["score"][0] for one, _ in members]
+        bars = [100 * one["score"][1] for one, _ in members]
+        line = "" if family in UNCONNECTED else "-"
+        axes.errorbar(rates, scores, bars, marker="o", linestyle=line, label=family, capsize=2)
+        for (one, rate), score in zip(members, scores, strict=True):
+            said = one["name"].removeprefix(family).strip()
+            axes.annotate(said, (rate, score), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.set(xlabel="images per second", ylabel="correct images, %")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -269,14 +261,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("images", "speed", "report"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", default="shapes64")
     parser.add_argument("--per-tag", type=int, default=PER_TAG)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="only settings whose names contain this, and the baseline")
     parser.add_argument("--plot", type=Path)
     said = parser.parse_args()
     said.folder.mkdir(parents=True, exist_ok=True)
-    _claim(said.folder, open_ensemble(said.model).fingerprint)
+    _claim(said.folder, {open_ensemble(one.model).fingerprint for one in SETTINGS})
     rows = [
         row
         for tag in shapes.TAGS
@@ -285,23 +276,23 @@ def main() -> None:
     ]
     chosen = [one for one in SETTINGS if one is PLAIN or (said.only or "") in one.name]
     if said.command == "images":
-        make_images(said.folder, said.model, rows, chosen)
+        make_images(said.folder, rows, chosen)
     elif said.command == "speed":
-        measure_speed(said.folder, said.model, said.rounds, chosen)
+        measure_speed(said.folder, said.rounds, chosen)
     else:
-        found = results(said.folder, said.model, rows, chosen)
+        found = results(said.folder, rows, chosen)
         (said.folder / "speedups.json").write_text(json.dumps(found, indent=1))
         print(table(found))
         if said.plot:
             plot(found, said.plot)
 
 
-def _claim(folder: Path, fingerprint: str) -> None:
-    """Ends the program if the folder has results of another model."""
-    owner = folder / "model"
-    if owner.exists() and owner.read_text() != fingerprint:
-        raise SystemExit(f"error: {folder} holds another model's results; name a new folder")
-    owner.write_text(fingerprint)
+def _claim(folder: Path, fingerprints: Collection[str]) -> None:
+    """Ends the program if the folder has results of other models."""
+    owners, models = folder / "models", "\n".join(sorted(fingerprints))
+    if owners.exists() and owners.read_text() != models:
+        raise SystemExit(f"error: {folder} holds other models' results; name a new folder")
+    owners.write_text(models)
 
 
 if __name__ == "__main__":

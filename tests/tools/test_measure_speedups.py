@@ -1,6 +1,8 @@
 """The measurement in docs/speed.md: its calculation, and a complete run with a random model."""
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,12 +20,6 @@ def test_the_score_is_the_unweighted_mean_of_the_tags():
     assert within == pytest.approx(1.96 * np.sqrt(2 / 7 / 8) / 2)
 
 
-def test_psnr_is_infinite_for_equal_images_and_48_db_if_all_pixels_are_off_by_one():
-    image = np.full((4, 4, 3), 7, np.uint8)
-    assert speedups.psnr(image, image) == np.inf
-    assert speedups.psnr(image, image + 1) == pytest.approx(48.13, abs=0.01)
-
-
 def test_every_setting_has_a_name_of_its_own(tmp_path):
     files = {setting.file(tmp_path, ".npz") for setting in speedups.SETTINGS}
     assert len(files) == len(speedups.SETTINGS)
@@ -31,26 +27,24 @@ def test_every_setting_has_a_name_of_its_own(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_generates_missing_images_and_reports_them(tiny_checkpoint, tmp_path):
-    model, rows = (
-        str(tiny_checkpoint),
-        [row for tag in shapes.TAGS for row in shapes.benchmark_rows(tag, 2, 1)],
-    )
-    settings = [speedups.PLAIN, speedups.DEEP_CACHE[0]]
-    speedups.make_images(tmp_path, model, rows, settings)
-    speedups.measure_speed(tmp_path, model, 1, settings[1:])
+    rows = [row for tag in shapes.TAGS for row in shapes.benchmark_rows(tag, 2, 1)]
+    settings = [
+        replace(setting, model=str(tiny_checkpoint))
+        for setting in (speedups.PLAIN, speedups.DEEP_CACHE[0])
+    ]
+    speedups.make_images(tmp_path, rows, settings)
+    speedups.measure_speed(tmp_path, 1, settings)
+    settings[0].file(tmp_path, ".json").unlink()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    speedups.make_images(tmp_path, model, rows, settings)
+    speedups.make_images(tmp_path, rows, settings)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
-    plain, cached = json.loads(json.dumps(speedups.results(tmp_path, model, rows, settings)))
-    assert plain["psnr"] is None
-    assert 5 < cached["psnr"] < 100
+    plain, cached = json.loads(json.dumps(speedups.results(tmp_path, rows, settings)))
     assert (plain["evaluations"], cached["evaluations"]) == ([40, 0], [20, 20])
-    assert cached["operations"] < plain["operations"]
     assert plain["seconds"] is None
     assert len(cached["seconds"]) == 1
     lines = speedups.table([plain, cached]).splitlines()
-    assert lines[-1].startswith("| deep cache 2 | x")
+    assert re.match(r"\| deep cache 2 \| \d+\.\d \| x\d", lines[-1])
     assert "| 20 + 20 |" in lines[-1]
     speedups.plot([plain, cached], tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
