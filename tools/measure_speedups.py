@@ -55,7 +55,7 @@ class Setting:
 PLAIN = Setting("euler_ancestral 20", "euler_ancestral")
 FEWER_STEPS = [
     Setting(f"{sampler} {steps}", sampler, sampler=sampler, steps=steps)
-    for sampler in ("euler_ancestral", "dpmpp_2m", "unipc", "ddim")
+    for sampler in ("euler_ancestral", "dpmpp_2m", "ddim")
     for steps in (5, 8, 12, 20)
     if (sampler, steps) != (PLAIN.sampler, PLAIN.steps)
 ]
