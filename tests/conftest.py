@@ -47,9 +47,10 @@ def compiled_fast():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         jax.config.update("jax_disable_most_optimizations", True)
+        jax.clear_caches()  # their keys do not include the option
         yield
         jax.config.update("jax_disable_most_optimizations", False)
-        jax.clear_caches()  # their keys do not include the option
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

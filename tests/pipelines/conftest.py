@@ -85,7 +85,14 @@ def finished(make_finished):
 
     It leaves its manifest at `manifest_path`.
     """
-    return cache(make_finished)
+
+    @cache
+    def finished(*more: str, **manifest: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            injector(patch)(None)  # the first test that wants it may be one of `noisy`
+            return make_finished(*more, **manifest)
+
+    return finished
 
 
 @pytest.fixture(scope="session")
