@@ -88,11 +88,12 @@ def make(
     folder.mkdir()
     plan_id = digest(identity)
     root = image_root or root_of(manifest)
-    name = os.fsencode(model.name).decode("utf-8", "backslashreplace")  # it might not be UTF-8
+    # A name might not be UTF-8.
+    model_name = os.fsencode(model.name).decode("utf-8", "backslashreplace")
     # While it is written, the plan has columns for images, in case that a row has one.
     plan = Plan(
         plan_id,
-        *(identity, manifest.name, name, models, {}, [], [], {}),
+        *(identity, manifest.name, model_name, models, {}, [], [], {}),
         counts_tokens=True,
         record_version=2,
         takes_images=True,
