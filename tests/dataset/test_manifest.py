@@ -178,7 +178,7 @@ def test_a_parquet_row_that_is_not_utf8_does_not_stop_the_others(tmp_path):
         ("p.tsv", b"prompt\ta\ta\nx\ty\tz\n", "names a column twice"),
         (
             "p.jsonl.gz",
-            gzip.compress(b'{"prompt": "a"}\n' * 9999)[:-20],
+            gzip.compress(b'{"prompt": "a"}\n' * 9999, mtime=0)[:-20],
             "is not a complete gzip file",
         ),
         ("p.jsonl.gz", b'{"prompt": "a"}', "is not a complete gzip file"),

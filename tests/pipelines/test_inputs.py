@@ -208,7 +208,7 @@ def test_the_format_of_standard_input_is_known_by_its_beginning(monkeypatch, tex
 @pytest.mark.parametrize(
     ("stdin", "message"),
     [
-        (gzip.compress(b"a\n"), "standard input is not text; unpack it, or name its file"),
+        (gzip.compress(b"a\n", mtime=0), "standard input is not text; unpack it, or name its file"),
         ("a\n".encode("utf-16"), "standard input is not text"),
         (None, "there is no standard input; name a file"),
         (b"", "manifest stdin.txt has no rows"),
