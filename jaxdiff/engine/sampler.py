@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxdiff.devices import batching, compilation, parallel
+from jaxdiff.devices import batching, compilation, parallel, running
 from jaxdiff.devices.programs import Program, wait
 from jaxdiff.engine.denoiser import LoadedDenoiser
 from jaxdiff.engine.image import Image
@@ -110,16 +110,17 @@ class Sampler:
           batch_size: as in `generate`; a short last batch is filled up with copies.
           decodes: whether to decode the images; if not, their pixels are latents, float32.
         """
-        requests, running = iter(requests), deque()
+        requests, started = iter(requests), deque()
         ahead = 1 if parallel.may_run_ahead(self._mesh) else 0
         for first in requests:
             slots = self.slots(first, batch_size)
             batch = [first, *itertools.islice(requests, slots - 1)]
-            running.append((batch, self._dispatch(batch, slots, decodes)))
-            if len(running) > ahead:
-                yield from self._fetch(*running.popleft(), decodes)
-        while running:
-            yield from self._fetch(*running.popleft(), decodes)
+            dispatch = partial(self._dispatch, batch, slots, decodes)
+            started.append((batch, running.start(self._mesh, dispatch)))
+            if len(started) > ahead:
+                yield from self._fetch(*started.popleft(), decodes)
+        while started:
+            yield from self._fetch(*started.popleft(), decodes)
 
     def slots(self, request: Request, batch_size: int) -> int:
         """Returns how many images like a resolved request all devices compute at once."""

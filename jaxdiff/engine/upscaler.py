@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jax import Array
 
 from jaxdiff.checkpoint.checkpoint import Checkpoint
 from jaxdiff.checkpoint.upscaler import NETWORK
-from jaxdiff.devices import batching, parallel
+from jaxdiff.devices import batching, parallel, running
 from jaxdiff.devices.programs import Program, wait
 from jaxdiff.engine.image import Image
 from jaxdiff.families.model import networks_of
@@ -88,18 +88,19 @@ class Upscaler:
             is enlarged by a Lanczos filter.
         """
         begun: deque[_Canvas] = deque()
-        running: deque[tuple[list[_Tile], Array, Array]] = deque()
+        started: deque[tuple[list[_Tile], Array, Array]] = deque()
         ahead = 1 if parallel.may_run_ahead(self._mesh) else 0
         cut = self._cut(images, begun)
         for first in cut:
             slots = self._slots(first.canvas.tiling)
             batch = [first, *itertools.islice(cut, slots - 1)]
-            running.append((batch, *self._dispatch(batch, slots)))
-            if len(running) > ahead:
-                _join(*running.popleft())
+            dispatch = partial(self._dispatch, batch, slots)
+            started.append((batch, *running.start(self._mesh, dispatch)))
+            if len(started) > ahead:
+                _join(*started.popleft())
             yield from self._finished(begun)
-        while running:
-            _join(*running.popleft())
+        while started:
+            _join(*started.popleft())
         yield from self._finished(begun)
 
     def _cut(self, images: Iterable[Image], begun: "deque[_Canvas]") -> "Iterator[_Tile]":

@@ -1,10 +1,12 @@
 """The engine with a random model: what an image depends on, and what it does not."""
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 
 import jax
@@ -48,6 +50,16 @@ def images(model):
 
 def pixels(images):
     return np.stack([image.pixels for image in images])
+
+
+def test_threads_may_share_a_model(tiny_checkpoint, images):
+    shared = jaxdiff.load(tiny_checkpoint)
+    orders = [REQUESTS, REQUESTS[::-1], REQUESTS[2:] + REQUESTS[:2]]
+    with ThreadPoolExecutor(len(orders)) as pool:
+        made = list(pool.map(lambda order: shared.generate(order, batch_size=4), orders))
+    expected = {image.request.seed: image.pixels for image in images}
+    for image in itertools.chain(*made):
+        np.testing.assert_array_equal(image.pixels, expected[image.request.seed])
 
 
 def test_images_are_8_bit_rgb_of_the_models_size(images):
