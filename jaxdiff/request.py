@@ -105,13 +105,24 @@ class Request:
     latents: Any = None
 
     def __post_init__(self):
-        for name, check in _CHECKS.items():
+        for name, (check, *arguments) in _CHECKS.items():
             value = getattr(self, name)
             if value is not None:
                 try:
-                    object.__setattr__(self, name, check(name, value))
+                    object.__setattr__(self, name, check(name, value, *arguments))
                 except checks.BadValueError as problem:
                     raise InputError(str(problem)) from None
+
+    @classmethod
+    def of_checked(cls, values: dict[str, Any]) -> "Request":
+        """Makes a request without checking its values again, in a third of the time.
+
+        Args:
+          values: by field, as the checks of `field_checks` and `IMAGE_FIELDS` return them.
+        """
+        made = object.__new__(cls)
+        vars(made).update(_DEFAULTS | values)  # in the order of the fields
+        return made
 
     def __repr__(self) -> str:
         said = (f"{name}={value!r}" for name, value in vars(self).items() if value is not None)
@@ -201,21 +212,14 @@ IMAGE_COLUMNS = {
 LATER_COLUMNS = ("image_guidance_scale", "control_mode")
 
 
-def _check_without_model(field: Field) -> Callable:
-    """Returns a function that checks a field, given its name and value, without the model.
-
-    The model knows which sizes are possible, and its samplers.
-    """
-    check, arguments = {
-        checks.side: (checks.integer, (1, checks.MAX_SIDE_PX)),
-        checks.choice: (checks.text, ()),
-    }.get(field.check, (field.check, field.arguments))
-    return lambda name, value: check(name, value, *arguments)
-
-
-# The checks of the fields that are not images.
+# The checks that need a model, which knows its sizes and samplers, and others in their place.
+_WITHOUT_MODEL = {
+    checks.side: (checks.integer, 1, checks.MAX_SIDE_PX),
+    checks.choice: (checks.text,),
+}
+# The checks of the fields that are not images, with their arguments.
 _CHECKS = {
-    name: _check_without_model(field)
+    name: _WITHOUT_MODEL.get(field.check, (field.check, *field.arguments))
     for name, field in {**FIELDS, **IMAGE_FIELDS}.items()
     if name not in SOURCES
 }
@@ -227,6 +231,7 @@ def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
+_DEFAULTS = vars(Request(prompt=""))
 # The fields that a plan keeps.
 _NAMES = tuple(each.name for each in fields(Request) if each.name != "latents")
 

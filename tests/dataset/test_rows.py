@@ -8,7 +8,7 @@ from jaxdiff.checks import MAX_SIDE_PX, BadValueError
 from jaxdiff.dataset.manifest import rows
 from jaxdiff.dataset.settings import Settings
 from jaxdiff.diffusion.samplers import SAMPLERS
-from jaxdiff.request import field_checks
+from jaxdiff.request import Request, field_checks
 
 SETTINGS = Settings(
     width=64,
@@ -140,3 +140,12 @@ def test_a_value_that_cannot_be_used_is_named(values, reason):
     assert len(str(caught.value)) < 200
     assert "\n" not in str(caught.value)
     str(caught.value).encode()
+
+
+def test_a_rows_request_is_what_request_makes_of_its_values():
+    request = parse(
+        steps="7", guidance_scale=2, seed=5.0, strength="0.5", init_image="a.png"
+    ).request
+    same = Request(**vars(request))
+    assert request == same
+    assert repr(request) == repr(same)  # with which extensions compare rows

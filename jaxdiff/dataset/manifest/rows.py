@@ -73,8 +73,7 @@ def parse(
     num_images, seeds = _seeds(said, settings.num_images)
     row_id = _id(said.get("id", row_number))
     wanted["seed"] = derived_seed(settings.seed, row_id, 0) if seeds is None else seeds[0]
-    request = Request(**wanted)
-    return Row(row_id, request, num_images, seeds, _json(others))
+    return Row(row_id, Request.of_checked(wanted), num_images, seeds, _json(others))
 
 
 def _seeds(said: dict, default_count: int) -> tuple[int, Sequence[int] | None]:
