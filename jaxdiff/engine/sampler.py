@@ -98,7 +98,7 @@ class Sampler:
         """Encodes prompts ahead of their use; see `TextToImage.encode_prompts`."""
         guided = any(steps.is_guided for steps in self._passes_of(requests[0].bucket))
         for denoiser in self._denoisers:
-            denoiser.encode_prompts(requests, guided=guided)
+            running.start(self._mesh, partial(denoiser.encode_prompts, requests, guided=guided))
 
     def stream(
         self, requests: Iterable[Request], batch_size: int, *, decodes: bool = True
