@@ -65,7 +65,7 @@ def integer(name: str, value, low: int, high: int) -> int:
     number = value
     if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}(\.0*)?", value.strip()):
         number = int(value.strip().partition(".")[0])
-    elif not isinstance(value, int) and isinstance(value, numbers.Real) and value % 1 == 0:
+    elif isinstance(value, numbers.Real) and value % 1 == 0:
         number = int(value)
     if isinstance(value, bool) or not isinstance(number, int) or not low <= number <= high:
         raise BadValueError(

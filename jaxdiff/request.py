@@ -115,7 +115,7 @@ class Request:
 
     @classmethod
     def of_checked(cls, values: dict[str, Any]) -> "Request":
-        """Makes a request without checking its values again, in a third of the time.
+        """Makes a request without checking its values again: planning makes millions.
 
         Args:
           values: by field, as the checks of `field_checks` and `IMAGE_FIELDS` return them.

@@ -17,7 +17,7 @@ def start(mesh: jax.sharding.Mesh, program: Callable[[], Result]) -> Result:
     """Starts a program; on a CPU, once those that other threads have started are finished.
 
     Two large programs at the same time in one process can compute wrong images on a CPU (measured
-    with jaxlib 0.10.2: see docs/architecture.md). XLA runs the programs of one thread in turn.
+    with jaxlib 0.10.2: see docs/architecture.md). Those of one thread run one after the other.
 
     Args:
       mesh: the devices that run it.
@@ -31,7 +31,7 @@ def start(mesh: jax.sharding.Mesh, program: Callable[[], Result]) -> Result:
     with _lock:
         thread, result = _last
         if on_cpu and thread != threading.get_ident():
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the other thread's to report
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # for the other thread
                 jax.block_until_ready(result)
         result = program()
         if on_cpu:

@@ -51,7 +51,14 @@ def test_one_thread_at_a_time_starts_a_program():
     assert most == 1
 
 
-def test_a_failure_of_one_thread_is_not_anothers():
+def test_a_result_that_is_lost_is_no_error_of_other_threads():
+    mesh = parallel.make_mesh("data=1")
+    running.start(mesh, lambda: jnp.ones(8) * 2).delete()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(running.start, mesh, lambda: 7).result() == 7
+
+
+def test_a_program_that_cannot_be_started_leaves_the_turn_to_others():
     mesh = parallel.make_mesh("data=1")
 
     def fails():
