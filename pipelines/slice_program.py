@@ -52,7 +52,8 @@ def account(task: Task) -> dict:
 
     Returns:
       the `batch_size`, and if it does not fit, why it is `too_large`; else the `bytes` of each chip
-      by what they are for, the numbers of `exchanges` by kind, that of `kernels`, and the `cycles`.
+      by what they are for, the numbers of `exchanges` by kind and the bytes `exchanged`, the number
+      of `kernels`, and the `cycles`.
 
     Raises:
       InputError: if libtpu cannot be used, or the model, the options and the mesh do not go
@@ -89,10 +90,12 @@ def account(task: Task) -> dict:
     found |= memory_of(program, model, limit)
     if "too_large" in found:
         return found
+    sampling = f"{SAMPLING}/while"
     return found | {
         "exchanges": program_text.exchanges(text),
+        "exchanged": program_text.exchanged_bytes(text, sampling)._asdict(),
         "kernels": program_text.kernels(text),
-        "cycles": program_text.cycles(text, f"{SAMPLING}/while")._asdict(),
+        "cycles": program_text.cycles(text, sampling)._asdict(),
     }
 
 

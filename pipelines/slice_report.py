@@ -259,8 +259,17 @@ def _described(each: Counted, where: Slice, mesh: dict, account: dict) -> list[s
     ]
     if where.chip.gpu is not None:
         return [*said, "  attention is compiled without cuDNN's kernels, which need the GPU itself"]
+    if exchanges:
+        said[2] += f", {_exchanged(**account['exchanged'])}"
     said[2] += f"; Pallas kernels: {account['kernels']}"
     return [*said, f"  {_estimate(each, where, mesh, account)}"]
+
+
+def _exchanged(turns: int, sampling: int, rest: int) -> str:
+    return (
+        f"about {_size(sampling // max(1, turns))} for each chip in each turn of the sampling loop "
+        f"and {_size(rest)} in the rest"
+    )
 
 
 def _estimate(each: Counted, where: Slice, mesh: dict, account: dict) -> str:

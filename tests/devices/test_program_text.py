@@ -9,8 +9,14 @@ HloModule jit_f, is_scheduled=true
   ROOT %g.1 = bf16[16]{0} all-gather(%p), channel_id=3, dimensions={0}
 }
 
+%all-reduce-scatter.1 (p: bf16[8]) -> bf16[4] {
+  %sum = bf16[8]{0} all-reduce(%p), channel_id=6, to_apply=%add
+  ROOT %part = bf16[4]{0} dynamic-slice(%sum, %c), dynamic_slice_sizes={4}
+}
+
 %body.inner (p: (s32[])) -> (s32[]) {
   %x = f32[4]{0} fusion(%p), backend_config={"window_config":{"estimated_cycles":"10"}}
+  %o = (bf16[4]{0}, bf16[4]{0}, u32[]) collective-permute-start(%x), channel_id=5, pairs={{0,1}}
 }
 
 %cond.inner (p: (s32[])) -> pred[] {
@@ -23,6 +29,8 @@ HloModule jit_f, is_scheduled=true
 
 %body.step (p: (s32[])) -> (s32[]) {
   %y = f32[4]{0} fusion(%p), calls=%fused, backend_config={"estimated_cycles":"5"}
+  %a = bf16[16]{0} fusion(%p), calls=%async_fused
+  %b = bf16[4]{0} fusion(%p), calls=%all-reduce-scatter.1
   %g.2 = bf16[16]{0} all-gather(%p), channel_id=3, dimensions={0}
   %r = (f32[4]{0}) all-reduce-start(%y), channel_id=4, to_apply=%sum
   %d = f32[4]{0} all-reduce-done(%r)
@@ -49,7 +57,18 @@ def test_cycles_are_those_of_all_turns_of_loops_without_the_insides_of_fusions()
 
 
 def test_the_steps_of_an_exchange_count_once():
-    assert program_text.exchanges(TEXT) == {"all-gather": 1, "all-reduce": 1}
+    assert program_text.exchanges(TEXT) == {
+        "all-gather": 1,
+        "all-reduce": 1,
+        "collective-permute": 1,
+        "reduce-scatter": 1,
+    }
+
+
+def test_exchanged_bytes_are_those_of_results_in_all_turns():
+    gathered, reduced, scattered, permuted = 2 * 16, 2 * 4 * 4, 2 * 8, 2 * 4
+    sampling = 20 * (gathered + reduced + scattered) + permuted * 20 * 3
+    assert program_text.exchanged_bytes(TEXT, "my/while") == (20, sampling, permuted * 3)
 
 
 def test_kernels_are_counted():
