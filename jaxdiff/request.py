@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from jaxdiff import checks
@@ -118,10 +119,11 @@ class Request:
         """Makes a request without checking its values again: planning makes millions.
 
         Args:
-          values: by field, as the checks of `field_checks` and `IMAGE_FIELDS` return them.
+          values: of all fields, in their order, as the checks of `field_checks` and `IMAGE_FIELDS`
+            return them. The request keeps the dictionary.
         """
         made = object.__new__(cls)
-        vars(made).update(_DEFAULTS | values)  # in the order of the fields
+        object.__setattr__(made, "__dict__", values)
         return made
 
     def __repr__(self) -> str:
@@ -231,17 +233,17 @@ def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-_DEFAULTS = vars(Request(prompt=""))
 # The fields that a plan keeps.
 _NAMES = tuple(each.name for each in fields(Request) if each.name != "latents")
 
 
-def to_columns(requests: Sequence[Request]) -> dict[str, list]:
-    """Returns requests, whose images are sources, as lists of values by column.
+def to_columns(requests: Sequence[Request]) -> dict[str, Sequence]:
+    """Returns requests (at least one), whose images are sources, as values by column.
 
     Of several images or numbers, one is written alone, and more as a JSON list.
     """
-    values = {name: [getattr(each, name) for each in requests] for name in _NAMES}
+    columns = zip(*map(attrgetter(*_NAMES), requests), strict=True)
+    values: dict[str, Sequence] = dict(zip(_NAMES, columns, strict=True))
     for name in SOURCES:
         sources = values.pop(name)
         if name not in SEVERAL:

@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
+from operator import attrgetter
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
@@ -25,8 +26,17 @@ from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.images import loading
-from jaxdiff.request import LATER_COLUMNS, SOURCES, Request, derived_seed, field_checks
+from jaxdiff.request import (
+    IMAGE_FIELDS,
+    LATER_COLUMNS,
+    SOURCES,
+    Request,
+    derived_seed,
+    field_checks,
+)
 
+of_images = attrgetter(*IMAGE_FIELDS)
+WITHOUT_IMAGES = (None,) * len(IMAGE_FIELDS)
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algorithm
 # Rows whose tokens are counted at once: their characters and images, which take memory.
@@ -57,11 +67,13 @@ class PlanReader:
         self.rejected, self.sources, self.takes_images = rejected, sources, False
         self.later_columns: set[str] = set()
         self.with_images = partial(model.with_images, strength=settings.strength)
+        self.why_not_without_images = lru_cache(maxsize=256)(self._why_not_without_images)
         self.known, self.next_key = known, len(known)
         defaults = model.base.defaults
         self.enlarges = model.enlarges
         sides = defaults.size_multiple, defaults.largest_side
-        self.checks = field_checks(*sides, model.samplers)
+        checked = field_checks(*sides, model.samplers)
+        self.parser = rows.RowParser(settings, checked, needs_prompt=self.enlarges is None)
         self.schedulers = model.schedulers(settings.scheduler)
         self.why_not = cache(partial(_why_not, schedulers=self.schedulers, eta=settings.eta))
         self.lost_tokens = model.lost_tokens(settings.prompt_chunks)
@@ -95,11 +107,13 @@ class PlanReader:
         self, place: tuple[str, int], row: rows.Row, image_index: int, lost: int
     ) -> PlannedImage:
         request = row.request
-        if image_index and row.seeds is None:
-            seed = derived_seed(self.settings.seed, row.id, image_index)
-            request = replace(request, seed=seed)
-        elif image_index:
-            request = replace(request, seed=row.seeds[image_index])
+        if image_index:
+            seed = (
+                derived_seed(self.settings.seed, row.id, image_index)
+                if row.seeds is None
+                else row.seeds[image_index]
+            )
+            request = Request.of_checked(vars(request) | {"seed": seed})
         return PlannedImage(
             f"{self.next_key:09d}", row.id, image_index, request, row.metadata, *place, lost
         )
@@ -184,21 +198,19 @@ class PlanReader:
         """Returns the row, or None if it repeats the item of an accepted row."""
         if entry.error is not None:
             raise BadValueError(entry.error)
-        needs_prompt = self.enlarges is None
-        row = rows.parse(entry.values, number, self.settings, self.checks, needs_prompt)
+        row = self.parser.parse(entry.values, number)
         request = row.request
-        if not needs_prompt:
-            request = self._sized(request)
-        self._check_size(request)
-        self.samplers.add(request.sampler)
-        if reason := self.why_not(request.sampler, request.steps):
-            raise BadValueError(reason)
-        request = self.sources.pinned(self.with_images(request))
-        row = row._replace(request=request)
-        if any(getattr(request, name) is not None for name in SOURCES):
-            self.takes_images = True
-        has = (name for name in LATER_COLUMNS if getattr(request, name) is not None)
-        self.later_columns.update(has)
+        if of_images(request) == WITHOUT_IMAGES:
+            shared = request.width, request.height, request.steps, request.sampler
+            if reason := self.why_not_without_images(*shared):
+                raise BadValueError(reason)
+        else:
+            request = self._completed(request)
+            row = row._replace(request=request)
+            if any(getattr(request, name) is not None for name in SOURCES):
+                self.takes_images = True
+            has = (name for name in LATER_COLUMNS if getattr(request, name) is not None)
+            self.later_columns.update(has)
         first = self.place_of_id.setdefault(row.id, place)
         if columns.has_repeated_items(entry.values):
             said = self.prompt_of_item.setdefault(row.id, request.prompt)
@@ -207,6 +219,25 @@ class PlanReader:
         if first is not place:
             raise BadValueError(self._why_not_again(row.id, number, first, place))
         return row
+
+    def _why_not_without_images(self, width: int, height: int, steps: int, sampler: str) -> str:
+        """Returns why no request with these values can be made, or ""."""
+        shared = {"width": width, "height": height, "steps": steps, "sampler": sampler}
+        try:
+            self._completed(Request(prompt="", **shared))  # which nothing is filled in
+        except BadValueError as problem:
+            return str(problem)
+        return ""
+
+    def _completed(self, request: Request) -> Request:
+        """Returns a request with all values of its images; raises BadValueError."""
+        if self.enlarges is not None:
+            request = self._sized(request)
+        self._check_size(request)
+        self.samplers.add(request.sampler)
+        if reason := self.why_not(request.sampler, request.steps):
+            raise BadValueError(reason)
+        return self.sources.pinned(self.with_images(request))
 
     def _why_not_again(self, row_id: str, number: int, first: tuple, place: tuple) -> str:
         is_number = " (the row's number from 0, which is its default id)"

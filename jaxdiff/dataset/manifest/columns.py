@@ -42,7 +42,6 @@ MAX_COLUMNS = 1000
 MAX_NAME_CHARACTERS = 500
 
 
-@functools.lru_cache(maxsize=64)
 def check(names: tuple[str, ...]) -> None:
     """Raises BadValueError for too many columns, or for a name that is too long."""
     if len(names) > MAX_COLUMNS:
@@ -80,6 +79,28 @@ def meaning(names: tuple[str, ...], prompt_column: str | None = None) -> dict[st
         found = {name: None if means == "prompt" else means for name, means in found.items()}
         found |= {prompt_column: "prompt"} if prompt_column in found else {}
     return found
+
+
+@functools.lru_cache(maxsize=64)
+def sorted_out(
+    names: tuple[str, ...], prompt_column: str | None = None
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Returns the columns with a meaning, in the order of `COLUMNS`, and those that are copied.
+
+    Args:
+      prompt_column: as for `meaning`.
+
+    Returns:
+      pairs of a meaning and its column, and the names of the other columns.
+
+    Raises:
+      BadValueError: as `check` does.
+    """
+    check(names)
+    found = meaning(names, prompt_column)
+    known = [(means, name) for name, means in found.items() if means]
+    known.sort(key=lambda pair: COLUMNS.index(pair[0]))
+    return known, [name for name, means in found.items() if not means]
 
 
 def _plain(name: str) -> str:
