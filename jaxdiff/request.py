@@ -131,13 +131,20 @@ class Request:
         return f"Request({', '.join(said)})"
 
     @property
+    def has_images(self) -> bool:
+        """Whether any of `IMAGE_FIELDS` has a value."""
+        return _of_images(self) != _WITHOUT_IMAGES
+
+    @property
     def bucket(self) -> Bucket:
         """The bucket of this image, whose fields must all be resolved."""
+        size, guided = (self.width, self.height), self.guidance_scale > 1
+        if not self.has_images:
+            return Bucket(*size, self.steps, guided, self.sampler)
         masked = self.mask_image is not None or self.outpaint is not None
         control = None
         if self.control_image is not None:
             control = self.control_guidance_start, self.control_guidance_end
-        size, guided = (self.width, self.height), self.guidance_scale > 1
         if self.image_guidance_scale is not None:
             guided = guided and self.image_guidance_scale >= 1
         control_modes = len(self.control_mode or ())
@@ -196,6 +203,8 @@ IMAGE_FIELDS = {
     "ip_adapter_scale": Field(checks.numbers_in, (0, 10), "string"),
 }
 SOURCES = ("image", "mask_image", "control_image", "ip_adapter_image")
+_of_images = attrgetter(*IMAGE_FIELDS)
+_WITHOUT_IMAGES = (None,) * len(IMAGE_FIELDS)
 
 # Fields that may have a value for each of several images: of numbers, and all of them.
 NUMBERS = ("controlnet_conditioning_scale", "control_mode", "ip_adapter_scale")
@@ -237,13 +246,12 @@ def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
 _NAMES = tuple(each.name for each in fields(Request) if each.name != "latents")
 
 
-def to_columns(requests: Sequence[Request]) -> dict[str, Sequence]:
-    """Returns requests (at least one), whose images are sources, as values by column.
+def to_columns(requests: Sequence[Request]) -> dict[str, list]:
+    """Returns requests, whose images are sources, as lists of values by column.
 
     Of several images or numbers, one is written alone, and more as a JSON list.
     """
-    columns = zip(*map(attrgetter(*_NAMES), requests), strict=True)
-    values: dict[str, Sequence] = dict(zip(_NAMES, columns, strict=True))
+    values = {name: [*map(attrgetter(name), requests)] for name in _NAMES}
     for name in SOURCES:
         sources = values.pop(name)
         if name not in SEVERAL:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, lru_cache, partial
-from operator import attrgetter
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
@@ -26,17 +25,8 @@ from jaxdiff.diffusion import scheduler_config
 from jaxdiff.errors import InputError
 from jaxdiff.families.ensemble import Ensemble
 from jaxdiff.images import loading
-from jaxdiff.request import (
-    IMAGE_FIELDS,
-    LATER_COLUMNS,
-    SOURCES,
-    Request,
-    derived_seed,
-    field_checks,
-)
+from jaxdiff.request import LATER_COLUMNS, SOURCES, Request, derived_seed, field_checks
 
-of_images = attrgetter(*IMAGE_FIELDS)
-WITHOUT_IMAGES = (None,) * len(IMAGE_FIELDS)
 MAX_IMAGES = 10**9  # keys have 9 digits
 MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algorithm
 # Rows whose tokens are counted at once: their characters and images, which take memory.
@@ -200,7 +190,7 @@ class PlanReader:
             raise BadValueError(entry.error)
         row = self.parser.parse(entry.values, number)
         request = row.request
-        if of_images(request) == WITHOUT_IMAGES:
+        if not request.has_images:
             shared = request.width, request.height, request.steps, request.sampler
             if reason := self.why_not_without_images(*shared):
                 raise BadValueError(reason)

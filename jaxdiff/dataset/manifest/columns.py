@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
@@ -133,9 +133,9 @@ def _like(name: str) -> str | None:
     return ALIASES.get(near[0], near[0]) if near else None
 
 
-def has_repeated_items(names: Iterable[str]) -> bool:
+def has_repeated_items(names: Collection[str]) -> bool:
     """Returns whether only the first row of each id asks for an image, as in DPG-Bench."""
-    return set(names) >= DPG_BENCH
+    return "proposition_id" in names and set(names) >= DPG_BENCH
 
 
 def no_prompt(names: Iterable[str], prompt_column: str | None) -> str:

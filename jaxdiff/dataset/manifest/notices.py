@@ -43,6 +43,7 @@ class Notices:
         self._prompt_column = prompt_column
         self._negative_is_ignored = guidance != CLASSIFIER_FREE
         self._scale_is_ignored = guidance == UNGUIDED
+        self._names: tuple[str, ...] = ()  # of the columns of the last row with others than before
         self._copied: dict[str, str | None] = {}  # the setting that each looks like
         self._cut, self._foreign, self._ignored, self._scaled = (_Rows() for _ in range(4))
         self._most_lost = 0
@@ -55,8 +56,10 @@ class Notices:
           names: of its columns.
           request: shared by its images.
         """
-        if len(self._copied) < KEPT_NAMES:
-            self._copied |= columns.copied(tuple(names), self._prompt_column)
+        names = tuple(names)
+        if names != self._names and len(self._copied) < KEPT_NAMES:
+            self._names = names
+            self._copied |= columns.copied(names, self._prompt_column)
         if has_foreign_syntax(request.prompt) or has_foreign_syntax(request.negative_prompt):
             self._foreign.add(place)
         unguided = self._negative_is_ignored or request.guidance_scale <= 1

@@ -44,7 +44,8 @@ class RowParser:
         """
         self._settings, self._needs_prompt = settings, needs_prompt
         of_images = {name: (each.check, *each.arguments) for name, each in IMAGE_FIELDS.items()}
-        self._checks = request_checks | of_images
+        every = request_checks | of_images
+        self._checks = {name: (check, arguments) for name, (check, *arguments) in every.items()}
         of_job = {name: getattr(settings, name) for name in request_checks if name != "prompt"}
         self._defaults = vars(Request(prompt="")) | of_job
 
@@ -68,7 +69,7 @@ class RowParser:
         wanted = self._defaults.copy()
         for name, value in said.items():
             if name in self._checks:
-                check, *arguments = self._checks[name]
+                check, arguments = self._checks[name]
                 wanted[name] = check(name, value, *arguments)
         num_images, seeds = _seeds(said, settings.num_images)
         row_id = _id(said.get("id", row_number))
