@@ -32,7 +32,6 @@ MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algo
 # Rows whose tokens are counted at once: their characters and images, which take memory.
 BATCH_SIZE = 2**16
 MAX_REJECTED = 1_000_000  # rows; a manifest with more is another kind of file
-Batch = list[tuple[tuple[str, int], rows.Row]]  # accepted rows, with their file and line
 
 
 def image_digest(image: PlannedImage) -> bytes:
@@ -79,9 +78,9 @@ class PlanReader:
         """Yields the images of the first `limit` that are not planned yet, in manifest order."""
         index = 0
         limit = self.settings.limit or MAX_IMAGES + 1
-        for place, row, lost in self._counted_rows():
+        for row, lost in self._counted_rows():
             for image_index in range(min(row.num_images, limit - index)):
-                image = self._planned(place, row, image_index, lost)
+                image = self._planned(row, image_index, lost)
                 if not self.known or not self._is_known(image):
                     yield image
                     self.next_key += 1
@@ -93,20 +92,16 @@ class PlanReader:
             if index == limit:
                 return
 
-    def _planned(
-        self, place: tuple[str, int], row: rows.Row, image_index: int, lost: int
-    ) -> PlannedImage:
+    def _planned(self, row: rows.Row, image_index: int, lost: int) -> PlannedImage:
         request = row.request
         if image_index:
-            seed = (
-                derived_seed(self.settings.seed, row.id, image_index)
-                if row.seeds is None
-                else row.seeds[image_index]
-            )
+            if row.seeds is None:
+                seed = derived_seed(self.settings.seed, row.id, image_index)
+            else:
+                seed = row.seeds[image_index]
             request = Request.of_checked(vars(request) | {"seed": seed})
-        return PlannedImage(
-            f"{self.next_key:09d}", row.id, image_index, request, row.metadata, *place, lost
-        )
+        key = f"{self.next_key:09d}"
+        return PlannedImage(key, row.id, image_index, request, row.metadata, *row.place, lost)
 
     def _is_known(self, image: PlannedImage) -> bool:
         """Returns whether the extended plan has the image; raises InputError if it differs."""
@@ -118,8 +113,8 @@ class PlanReader:
             )
         return digest is not None
 
-    def _counted_rows(self) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
-        """Yields accepted rows: their place (file and line), the row, its number of lost tokens.
+    def _counted_rows(self) -> Iterator[tuple[rows.Row, int]]:
+        """Yields accepted rows and their numbers of lost tokens.
 
         The tokens of a batch are counted while the next one is read.
         """
@@ -134,21 +129,21 @@ class PlanReader:
             raise self.problem
 
     def _with_lost_tokens(
-        self, batch: Batch, counting: Future[dict[str, int]]
-    ) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
+        self, batch: list[rows.Row], counting: Future[dict[str, int]]
+    ) -> Iterator[tuple[rows.Row, int]]:
         counts = counting.result()
-        for place, row in batch:
+        for row in batch:
             lost = counts[row.request.prompt] + counts[row.request.negative_prompt]
             if lost:
-                self.notices.add_cut(place, lost)
-            yield place, row, lost
+                self.notices.add_cut(row.place, lost)
+            yield row, lost
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[list[rows.Row]]:
         """Yields accepted rows in batches; an error is kept until all rows before it are used."""
         batch, size = [], 0
         try:
-            for place, row in self._rows():
-                batch.append((place, row))
+            for row in self._rows():
+                batch.append(row)
                 size += row.num_images + len(row.metadata)
                 size += len(row.request.prompt) + len(row.request.negative_prompt)
                 if size >= BATCH_SIZE:
@@ -158,8 +153,8 @@ class PlanReader:
             self.problem = problem
         yield batch
 
-    def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row]]:
-        """Yields the accepted rows of the first `limit` images, with their file and line."""
+    def _rows(self) -> Iterator[rows.Row]:
+        """Yields the accepted rows of the first `limit` images."""
         number, images = -1, 0
         for source in self.manifest.sources:
             # A name might not be UTF-8.
@@ -180,7 +175,7 @@ class PlanReader:
                     if row is not None:
                         self.notices.add(place, entry.values, row.request)
                         images += row.num_images
-                        yield place, row
+                        yield row
                         if self.settings.limit and images >= self.settings.limit:
                             return
 
@@ -188,7 +183,7 @@ class PlanReader:
         """Returns the row, or None if it repeats the item of an accepted row."""
         if entry.error is not None:
             raise BadValueError(entry.error)
-        row = self.parser.parse(entry.values, number)
+        row = self.parser.parse(entry.values, number, place)
         request = row.request
         if not request.has_images:
             shared = request.width, request.height, request.steps, request.sampler
@@ -284,8 +279,8 @@ class PlanReader:
         return f"manifest {self.manifest.name} has no rows"
 
 
-def _prompts(batch: Batch) -> set[str]:
-    requests = [row.request for _, row in batch]
+def _prompts(batch: list[rows.Row]) -> set[str]:
+    requests = [row.request for row in batch]
     return {text for each in requests for text in (each.prompt, each.negative_prompt)}
 
 

@@ -22,6 +22,7 @@ class Row(NamedTuple):
       request: of its first image; the others differ in their seeds. Its images are addresses.
       seeds: of its images; None if they are derived from its id.
       metadata: its other columns, as a JSON object.
+      place: its file and line.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Row(NamedTuple):
     num_images: int
     seeds: Sequence[int] | None
     metadata: str
+    place: tuple[str, int]
 
 
 class RowParser:
@@ -49,12 +51,13 @@ class RowParser:
         of_job = {name: getattr(settings, name) for name in request_checks if name != "prompt"}
         self._defaults = vars(Request(prompt="")) | of_job
 
-    def parse(self, values: dict, row_number: int) -> Row:
+    def parse(self, values: dict, row_number: int, place: tuple[str, int]) -> Row:
         """Parses one row.
 
         Args:
           values: by column, as in `readers.Entry`; None counts as missing.
           row_number: the id of a row without one.
+          place: its file and line.
 
         Raises:
           BadValueError: for a row that cannot be used.
@@ -75,7 +78,8 @@ class RowParser:
         row_id = _id(said.get("id", row_number))
         wanted["seed"] = derived_seed(settings.seed, row_id, 0) if seeds is None else seeds[0]
         metadata = _json({name: values[name] for name in copied})
-        return Row(row_id, Request.of_checked(wanted), num_images, seeds, metadata)
+        request = Request.of_checked(wanted)
+        return Row(row_id, request, num_images, seeds, metadata, place)
 
 
 def _seeds(said: dict, default_count: int) -> tuple[int, Sequence[int] | None]:
