@@ -1,5 +1,7 @@
 """Plans a manifest: checks rows, numbers images and fills shards. Imports no JAX."""
 
+import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -60,6 +62,21 @@ def identify(manifest: Manifest, settings: Settings, model: Ensemble) -> dict:
     }
 
 
+@contextlib.contextmanager
+def _rarely_collected() -> Iterator[None]:
+    """Lets Python search for cycles of objects more rarely: rows are many objects, but no cycles.
+
+    It took a seventh of the time. Unlike without any search, memory stays bounded.
+    """
+    usual = gc.get_threshold()
+    gc.set_threshold(usual[0] and 50_000, *usual[1:])  # 0 turns it off
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+
+
+@_rarely_collected()
 def make(
     manifest: Manifest,
     settings: Settings,
