@@ -133,7 +133,7 @@ class Request:
     @property
     def has_images(self) -> bool:
         """Whether any of `IMAGE_FIELDS` has a value."""
-        return _of_images(self) != _WITHOUT_IMAGES
+        return {*map(type, _of_images(self))} != {type(None)}  # arrays have no plain ==
 
     @property
     def bucket(self) -> Bucket:
@@ -142,9 +142,8 @@ class Request:
         if not self.has_images:
             return Bucket(*size, self.steps, guided, self.sampler)
         masked = self.mask_image is not None or self.outpaint is not None
-        control = None
-        if self.control_image is not None:
-            control = self.control_guidance_start, self.control_guidance_end
+        control = self.control_guidance_start, self.control_guidance_end
+        control = None if self.control_image is None else control
         if self.image_guidance_scale is not None:
             guided = guided and self.image_guidance_scale >= 1
         control_modes = len(self.control_mode or ())
@@ -204,7 +203,6 @@ IMAGE_FIELDS = {
 }
 SOURCES = ("image", "mask_image", "control_image", "ip_adapter_image")
 _of_images = attrgetter(*IMAGE_FIELDS)
-_WITHOUT_IMAGES = (None,) * len(IMAGE_FIELDS)
 
 # Fields that may have a value for each of several images: of numbers, and all of them.
 NUMBERS = ("controlnet_conditioning_scale", "control_mode", "ip_adapter_scale")
