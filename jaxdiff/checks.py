@@ -49,6 +49,8 @@ def text(name: str, value) -> str:
 
 def unicode(name: str, value: str) -> None:
     """Rejects text that UTF-8 cannot encode."""
+    if value.isascii():
+        return
     try:
         value.encode()
     except UnicodeEncodeError as problem:

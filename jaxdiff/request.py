@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from jaxdiff import checks
@@ -118,10 +119,11 @@ class Request:
         """Makes a request without checking its values again: planning makes millions.
 
         Args:
-          values: by field, as the checks of `field_checks` and `IMAGE_FIELDS` return them.
+          values: of all fields, in their order, as the checks of `field_checks` and `IMAGE_FIELDS`
+            return them. The request keeps the dictionary.
         """
         made = object.__new__(cls)
-        vars(made).update(_DEFAULTS | values)  # in the order of the fields
+        object.__setattr__(made, "__dict__", values)
         return made
 
     def __repr__(self) -> str:
@@ -129,13 +131,19 @@ class Request:
         return f"Request({', '.join(said)})"
 
     @property
+    def has_images(self) -> bool:
+        """Whether any of `IMAGE_FIELDS` has a value."""
+        return {*map(type, _of_images(self))} != {type(None)}  # arrays have no plain ==
+
+    @property
     def bucket(self) -> Bucket:
         """The bucket of this image, whose fields must all be resolved."""
-        masked = self.mask_image is not None or self.outpaint is not None
-        control = None
-        if self.control_image is not None:
-            control = self.control_guidance_start, self.control_guidance_end
         size, guided = (self.width, self.height), self.guidance_scale > 1
+        if not self.has_images:
+            return Bucket(*size, self.steps, guided, self.sampler)
+        masked = self.mask_image is not None or self.outpaint is not None
+        control = self.control_guidance_start, self.control_guidance_end
+        control = None if self.control_image is None else control
         if self.image_guidance_scale is not None:
             guided = guided and self.image_guidance_scale >= 1
         control_modes = len(self.control_mode or ())
@@ -194,6 +202,7 @@ IMAGE_FIELDS = {
     "ip_adapter_scale": Field(checks.numbers_in, (0, 10), "string"),
 }
 SOURCES = ("image", "mask_image", "control_image", "ip_adapter_image")
+_of_images = attrgetter(*IMAGE_FIELDS)
 
 # Fields that may have a value for each of several images: of numbers, and all of them.
 NUMBERS = ("controlnet_conditioning_scale", "control_mode", "ip_adapter_scale")
@@ -231,7 +240,6 @@ def derived_seed(job_seed: int, row_id: str, image_index: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-_DEFAULTS = vars(Request(prompt=""))
 # The fields that a plan keeps.
 _NAMES = tuple(each.name for each in fields(Request) if each.name != "latents")
 
@@ -241,7 +249,7 @@ def to_columns(requests: Sequence[Request]) -> dict[str, list]:
 
     Of several images or numbers, one is written alone, and more as a JSON list.
     """
-    values = {name: [getattr(each, name) for each in requests] for name in _NAMES}
+    values = {name: [*map(attrgetter(name), requests)] for name in _NAMES}
     for name in SOURCES:
         sources = values.pop(name)
         if name not in SEVERAL:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
@@ -32,7 +32,6 @@ MIN_TORCH_VALUES = 16  # per image; PyTorch draws fewer values with another algo
 # Rows whose tokens are counted at once: their characters and images, which take memory.
 BATCH_SIZE = 2**16
 MAX_REJECTED = 1_000_000  # rows; a manifest with more is another kind of file
-Batch = list[tuple[tuple[str, int], rows.Row]]  # accepted rows, with their file and line
 
 
 def image_digest(image: PlannedImage) -> bytes:
@@ -57,11 +56,13 @@ class PlanReader:
         self.rejected, self.sources, self.takes_images = rejected, sources, False
         self.later_columns: set[str] = set()
         self.with_images = partial(model.with_images, strength=settings.strength)
+        self.why_not_without_images = lru_cache(maxsize=256)(self._why_not_without_images)
         self.known, self.next_key = known, len(known)
         defaults = model.base.defaults
         self.enlarges = model.enlarges
         sides = defaults.size_multiple, defaults.largest_side
-        self.checks = field_checks(*sides, model.samplers)
+        checked = field_checks(*sides, model.samplers)
+        self.parser = rows.RowParser(settings, checked, needs_prompt=self.enlarges is None)
         self.schedulers = model.schedulers(settings.scheduler)
         self.why_not = cache(partial(_why_not, schedulers=self.schedulers, eta=settings.eta))
         self.lost_tokens = model.lost_tokens(settings.prompt_chunks)
@@ -77,9 +78,9 @@ class PlanReader:
         """Yields the images of the first `limit` that are not planned yet, in manifest order."""
         index = 0
         limit = self.settings.limit or MAX_IMAGES + 1
-        for place, row, lost in self._counted_rows():
+        for row, lost in self._counted_rows():
             for image_index in range(min(row.num_images, limit - index)):
-                image = self._planned(place, row, image_index, lost)
+                image = self._planned(row, image_index, lost)
                 if not self.known or not self._is_known(image):
                     yield image
                     self.next_key += 1
@@ -91,18 +92,16 @@ class PlanReader:
             if index == limit:
                 return
 
-    def _planned(
-        self, place: tuple[str, int], row: rows.Row, image_index: int, lost: int
-    ) -> PlannedImage:
+    def _planned(self, row: rows.Row, image_index: int, lost: int) -> PlannedImage:
         request = row.request
-        if image_index and row.seeds is None:
-            seed = derived_seed(self.settings.seed, row.id, image_index)
-            request = replace(request, seed=seed)
-        elif image_index:
-            request = replace(request, seed=row.seeds[image_index])
-        return PlannedImage(
-            f"{self.next_key:09d}", row.id, image_index, request, row.metadata, *place, lost
-        )
+        if image_index:
+            if row.seeds is None:
+                seed = derived_seed(self.settings.seed, row.id, image_index)
+            else:
+                seed = row.seeds[image_index]
+            request = Request.of_checked(vars(request) | {"seed": seed})
+        key = f"{self.next_key:09d}"
+        return PlannedImage(key, row.id, image_index, request, row.metadata, *row.place, lost)
 
     def _is_known(self, image: PlannedImage) -> bool:
         """Returns whether the extended plan has the image; raises InputError if it differs."""
@@ -114,8 +113,8 @@ class PlanReader:
             )
         return digest is not None
 
-    def _counted_rows(self) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
-        """Yields accepted rows: their place (file and line), the row, its number of lost tokens.
+    def _counted_rows(self) -> Iterator[tuple[rows.Row, int]]:
+        """Yields accepted rows and their numbers of lost tokens.
 
         The tokens of a batch are counted while the next one is read.
         """
@@ -130,21 +129,21 @@ class PlanReader:
             raise self.problem
 
     def _with_lost_tokens(
-        self, batch: Batch, counting: Future[dict[str, int]]
-    ) -> Iterator[tuple[tuple[str, int], rows.Row, int]]:
+        self, batch: list[rows.Row], counting: Future[dict[str, int]]
+    ) -> Iterator[tuple[rows.Row, int]]:
         counts = counting.result()
-        for place, row in batch:
+        for row in batch:
             lost = counts[row.request.prompt] + counts[row.request.negative_prompt]
             if lost:
-                self.notices.add_cut(place, lost)
-            yield place, row, lost
+                self.notices.add_cut(row.place, lost)
+            yield row, lost
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[list[rows.Row]]:
         """Yields accepted rows in batches; an error is kept until all rows before it are used."""
         batch, size = [], 0
         try:
-            for place, row in self._rows():
-                batch.append((place, row))
+            for row in self._rows():
+                batch.append(row)
                 size += row.num_images + len(row.metadata)
                 size += len(row.request.prompt) + len(row.request.negative_prompt)
                 if size >= BATCH_SIZE:
@@ -154,8 +153,8 @@ class PlanReader:
             self.problem = problem
         yield batch
 
-    def _rows(self) -> Iterator[tuple[tuple[str, int], rows.Row]]:
-        """Yields the accepted rows of the first `limit` images, with their file and line."""
+    def _rows(self) -> Iterator[rows.Row]:
+        """Yields the accepted rows of the first `limit` images."""
         number, images = -1, 0
         for source in self.manifest.sources:
             # A name might not be UTF-8.
@@ -176,7 +175,7 @@ class PlanReader:
                     if row is not None:
                         self.notices.add(place, entry.values, row.request)
                         images += row.num_images
-                        yield place, row
+                        yield row
                         if self.settings.limit and images >= self.settings.limit:
                             return
 
@@ -184,21 +183,19 @@ class PlanReader:
         """Returns the row, or None if it repeats the item of an accepted row."""
         if entry.error is not None:
             raise BadValueError(entry.error)
-        needs_prompt = self.enlarges is None
-        row = rows.parse(entry.values, number, self.settings, self.checks, needs_prompt)
+        row = self.parser.parse(entry.values, number, place)
         request = row.request
-        if not needs_prompt:
-            request = self._sized(request)
-        self._check_size(request)
-        self.samplers.add(request.sampler)
-        if reason := self.why_not(request.sampler, request.steps):
-            raise BadValueError(reason)
-        request = self.sources.pinned(self.with_images(request))
-        row = row._replace(request=request)
-        if any(getattr(request, name) is not None for name in SOURCES):
-            self.takes_images = True
-        has = (name for name in LATER_COLUMNS if getattr(request, name) is not None)
-        self.later_columns.update(has)
+        if not request.has_images:
+            shared = request.width, request.height, request.steps, request.sampler
+            if reason := self.why_not_without_images(*shared):
+                raise BadValueError(reason)
+        else:
+            request = self._completed(request)
+            row = row._replace(request=request)
+            if any(getattr(request, name) is not None for name in SOURCES):
+                self.takes_images = True
+            has = (name for name in LATER_COLUMNS if getattr(request, name) is not None)
+            self.later_columns.update(has)
         first = self.place_of_id.setdefault(row.id, place)
         if columns.has_repeated_items(entry.values):
             said = self.prompt_of_item.setdefault(row.id, request.prompt)
@@ -207,6 +204,25 @@ class PlanReader:
         if first is not place:
             raise BadValueError(self._why_not_again(row.id, number, first, place))
         return row
+
+    def _why_not_without_images(self, width: int, height: int, steps: int, sampler: str) -> str:
+        """Returns why no request with these values can be made, or ""."""
+        shared = {"width": width, "height": height, "steps": steps, "sampler": sampler}
+        try:
+            self._completed(Request(prompt="", **shared))  # which nothing is filled in
+        except BadValueError as problem:
+            return str(problem)
+        return ""
+
+    def _completed(self, request: Request) -> Request:
+        """Returns a request with all values of its images; raises BadValueError."""
+        if self.enlarges is not None:
+            request = self._sized(request)
+        self._check_size(request)
+        self.samplers.add(request.sampler)
+        if reason := self.why_not(request.sampler, request.steps):
+            raise BadValueError(reason)
+        return self.sources.pinned(self.with_images(request))
 
     def _why_not_again(self, row_id: str, number: int, first: tuple, place: tuple) -> str:
         is_number = " (the row's number from 0, which is its default id)"
@@ -263,8 +279,8 @@ class PlanReader:
         return f"manifest {self.manifest.name} has no rows"
 
 
-def _prompts(batch: Batch) -> set[str]:
-    requests = [row.request for _, row in batch]
+def _prompts(batch: list[rows.Row]) -> set[str]:
+    requests = [row.request for row in batch]
     return {text for each in requests for text in (each.prompt, each.negative_prompt)}
 
 

@@ -353,7 +353,7 @@ def test_a_file_in_two_encodings_loses_only_the_rows_that_are_not_utf8(read):
     content = "\n".join(lines).encode() + b"\n" + "ein grüner Kreis\n".encode("latin-1")
     entries = read("p.txt", b"\xef\xbb\xbf" + content)
     assert prompts(entries)[:2] == lines
-    assert "\udcfc" in prompts(entries)[2]  # rows.parse rejects it later
+    assert "\udcfc" in prompts(entries)[2]  # RowParser rejects it later
 
 
 MEASURE = """

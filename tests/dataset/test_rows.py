@@ -19,11 +19,12 @@ SETTINGS = Settings(
     num_images=2,
     negative_prompt="blur",
 )
-CHECKS = field_checks(8, MAX_SIDE_PX, tuple(SAMPLERS))
+PLACE = ("rows.jsonl", 13)
+PARSER = rows.RowParser(SETTINGS, field_checks(8, MAX_SIDE_PX, tuple(SAMPLERS)))
 
 
 def parse(**values) -> rows.Row:
-    return rows.parse({"prompt": "a cat", **values}, 12, SETTINGS, CHECKS)
+    return PARSER.parse({"prompt": "a cat", **values}, 12, PLACE)
 
 
 def test_missing_values_come_from_the_job():
@@ -68,11 +69,11 @@ def test_seeds_make_one_image_each(seeds):
 
 
 def test_column_names_are_case_insensitive_but_an_exact_match_takes_precedence():
-    row = rows.parse({"Prompt": "a cat", "Seed": 4, "Note": 1}, 0, SETTINGS, CHECKS)
+    row = PARSER.parse({"Prompt": "a cat", "Seed": 4, "Note": 1}, 0, PLACE)
     assert row.request.prompt == "a cat"
     assert row.seeds[0] == 4
     assert row.metadata == '{"Note":1}'
-    row = rows.parse({"Prompt": "kept", "prompt": "used"}, 0, SETTINGS, CHECKS)
+    row = PARSER.parse({"Prompt": "kept", "prompt": "used"}, 0, PLACE)
     assert row.request.prompt == "used"
     assert row.metadata == '{"Prompt":"kept"}'
 

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import small_tokenizers
 import tokenizers
 import transformers
 
 from jaxdiff.errors import InputError
 from jaxdiff.families import tokenizers as families_tokenizers
+from jaxdiff.families.tokenizers import clip
 from jaxdiff.families.tokenizers.chat import ChatTokenizer
+from jaxdiff.families.tokenizers.clip import ClipTokenizer
 from jaxdiff.families.tokenizers.instructed import InstructedTokenizer
 from jaxdiff.families.tokenizers.openers import t5_tokenizer
 from jaxdiff.families.tokenizers.t5 import T5Tokenizer
@@ -136,3 +139,22 @@ def test_that_pytorch_is_missing_is_not_said():
     said = (f"{families_tokenizers.NO_PYTORCH} More", "another warning")
     records = [logging.makeLogRecord({"msg": message}) for message in said]
     assert [bool(logger.filter(record)) for record in records] == [False, True]
+
+
+def test_clip_loses_as_many_tokens_by_words_as_at_once(tmp_path):
+    tokenizer = ClipTokenizer(saved(small_tokenizers.clip(), tmp_path), 3)
+    parts = ["red", "Circle,", "it's", "<|endoftext|>", "a<|endoftext|>b", "\n", "", "a\tb", "--x9"]
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(parts, 12)) for _ in range(100)] + ["é 日 \u0149", "a"]
+    ids = small_tokenizers.clip()(texts, add_special_tokens=False).input_ids
+    whole = [max(0, len(each) - 1) for each in ids]
+    assert clip.divides_at_spaces(clip.read_tokenizer(tmp_path))
+    assert tokenizer.lost(texts) == whole
+
+
+def test_a_token_with_a_space_is_not_divided(tmp_path):
+    slow = small_tokenizers.clip()
+    slow.add_tokens(["two stars"])
+    tokenizer = ClipTokenizer(saved(slow, tmp_path), 3)
+    assert not clip.divides_at_spaces(clip.read_tokenizer(tmp_path))
+    assert tokenizer.lost(["a two stars"]) == [1]

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from jaxdiff import checks
 from jaxdiff.checks import BadValueError
@@ -42,7 +42,6 @@ MAX_COLUMNS = 1000
 MAX_NAME_CHARACTERS = 500
 
 
-@functools.lru_cache(maxsize=64)
 def check(names: tuple[str, ...]) -> None:
     """Raises BadValueError for too many columns, or for a name that is too long."""
     if len(names) > MAX_COLUMNS:
@@ -82,6 +81,28 @@ def meaning(names: tuple[str, ...], prompt_column: str | None = None) -> dict[st
     return found
 
 
+@functools.lru_cache(maxsize=64)
+def sorted_out(
+    names: tuple[str, ...], prompt_column: str | None = None
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Returns the columns with a meaning, in the order of `COLUMNS`, and those that are copied.
+
+    Args:
+      prompt_column: as for `meaning`.
+
+    Returns:
+      pairs of a meaning and its column, and the names of the other columns.
+
+    Raises:
+      BadValueError: as `check` does.
+    """
+    check(names)
+    found = meaning(names, prompt_column)
+    known = [(means, name) for name, means in found.items() if means]
+    known.sort(key=lambda pair: COLUMNS.index(pair[0]))
+    return known, [name for name, means in found.items() if not means]
+
+
 def _plain(name: str) -> str:
     """Returns a name as this package would spell it: "Negative Prompt " is "negative_prompt"."""
     return re.sub(r"[\s_-]+", "_", name.strip().casefold())
@@ -112,9 +133,9 @@ def _like(name: str) -> str | None:
     return ALIASES.get(near[0], near[0]) if near else None
 
 
-def has_repeated_items(names: Iterable[str]) -> bool:
+def has_repeated_items(names: Collection[str]) -> bool:
     """Returns whether only the first row of each id asks for an image, as in DPG-Bench."""
-    return set(names) >= DPG_BENCH
+    return "proposition_id" in names and set(names) >= DPG_BENCH
 
 
 def no_prompt(names: Iterable[str], prompt_column: str | None) -> str:

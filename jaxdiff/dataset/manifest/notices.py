@@ -24,7 +24,8 @@ FOREIGN_SYNTAX = re.compile(
     """,
     re.VERBOSE,
 )
-SIGNS = re.compile(r"[(){<:+[_]|BREAK|--")  # one is in all of that; a search for them is fast
+# One is in all of that. A search for them is fast, the more so without a set of characters.
+SIGNS = re.compile(r"\(|\)|\{|<|:|\+|\[|_|BREAK|--")
 SHOWN_NAMES = 10
 KEPT_NAMES = 1000  # of columns, which JSON rows may have without end
 COPIED = "copied columns"  # the only notice that changes no pixel
@@ -42,6 +43,7 @@ class Notices:
         self._prompt_column = prompt_column
         self._negative_is_ignored = guidance != CLASSIFIER_FREE
         self._scale_is_ignored = guidance == UNGUIDED
+        self._names: tuple[str, ...] = ()  # of the columns of the last row with others than before
         self._copied: dict[str, str | None] = {}  # the setting that each looks like
         self._cut, self._foreign, self._ignored, self._scaled = (_Rows() for _ in range(4))
         self._most_lost = 0
@@ -54,9 +56,11 @@ class Notices:
           names: of its columns.
           request: shared by its images.
         """
-        if len(self._copied) < KEPT_NAMES:
-            self._copied |= columns.copied(tuple(names), self._prompt_column)
-        if any(map(has_foreign_syntax, (request.prompt, request.negative_prompt))):
+        names = tuple(names)
+        if names != self._names and len(self._copied) < KEPT_NAMES:
+            self._names = names
+            self._copied |= columns.copied(names, self._prompt_column)
+        if has_foreign_syntax(request.prompt) or has_foreign_syntax(request.negative_prompt):
             self._foreign.add(place)
         unguided = self._negative_is_ignored or request.guidance_scale <= 1
         if request.negative_prompt and unguided:

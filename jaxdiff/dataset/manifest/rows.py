@@ -22,6 +22,7 @@ class Row(NamedTuple):
       request: of its first image; the others differ in their seeds. Its images are addresses.
       seeds: of its images; None if they are derived from its id.
       metadata: its other columns, as a JSON object.
+      place: its file and line.
     """
 
     id: str
@@ -29,51 +30,56 @@ class Row(NamedTuple):
     num_images: int
     seeds: Sequence[int] | None
     metadata: str
+    place: tuple[str, int]
 
 
-def parse(
-    values: dict,
-    row_number: int,
-    settings: Settings,
-    request_checks: dict,
-    needs_prompt: bool = True,
-) -> Row:
-    """Parses one row.
+class RowParser:
+    """Parses the rows of a manifest."""
 
-    Args:
-      values: by column, as in `readers.Entry`; None counts as missing.
-      row_number: the id of a row without one.
-      settings: the job's settings, which supply missing values.
-      request_checks: as `request.field_checks` returns them.
-      needs_prompt: whether a row without a prompt cannot be used.
+    def __init__(self, settings: Settings, request_checks: dict, needs_prompt: bool = True):
+        """Prepares what all rows share.
 
-    Raises:
-      BadValueError: for a row that cannot be used.
-    """
-    names = tuple(values)
-    columns.check(names)
-    meaning = columns.meaning(names, settings.prompt_column)
-    said = {m: values[c] for c, m in meaning.items() if m and values[c] is not None}
-    others = {c: values[c] for c, m in meaning.items() if not m}
+        Args:
+          settings: the job's settings, which supply missing values.
+          request_checks: as `request.field_checks` returns them.
+          needs_prompt: whether a row without a prompt cannot be used.
+        """
+        self._settings, self._needs_prompt = settings, needs_prompt
+        of_images = {name: (each.check, *each.arguments) for name, each in IMAGE_FIELDS.items()}
+        every = request_checks | of_images
+        self._checks = {name: (check, arguments) for name, (check, *arguments) in every.items()}
+        of_job = {name: getattr(settings, name) for name in request_checks if name != "prompt"}
+        self._defaults = vars(Request(prompt="")) | of_job
 
-    if needs_prompt and "prompt" not in meaning.values():
-        raise BadValueError(f"the row {columns.no_prompt(values, settings.prompt_column)}")
-    if needs_prompt and _is_blank(said.get("prompt")):
-        raise BadValueError("the prompt is empty or missing")
-    said.setdefault("prompt", "")
-    wanted = {name: getattr(settings, name) for name in request_checks if name not in said}
-    for name in request_checks:
-        if name in said:
-            check, *arguments = request_checks[name]
-            wanted[name] = check(name, said[name], *arguments)
-    for name in IMAGE_FIELDS:
-        if name in said:
-            field = IMAGE_FIELDS[name]
-            wanted[name] = field.check(name, said[name], *field.arguments)
-    num_images, seeds = _seeds(said, settings.num_images)
-    row_id = _id(said.get("id", row_number))
-    wanted["seed"] = derived_seed(settings.seed, row_id, 0) if seeds is None else seeds[0]
-    return Row(row_id, Request.of_checked(wanted), num_images, seeds, _json(others))
+    def parse(self, values: dict, row_number: int, place: tuple[str, int]) -> Row:
+        """Parses one row.
+
+        Args:
+          values: by column, as in `readers.Entry`; None counts as missing.
+          row_number: the id of a row without one.
+          place: its file and line.
+
+        Raises:
+          BadValueError: for a row that cannot be used.
+        """
+        settings = self._settings
+        known, copied = columns.sorted_out(tuple(values), settings.prompt_column)
+        said = {means: values[name] for means, name in known if values[name] is not None}
+        if self._needs_prompt and _is_blank(said.get("prompt")):
+            if "prompt" in dict(known):
+                raise BadValueError("the prompt is empty or missing")
+            raise BadValueError(f"the row {columns.no_prompt(values, settings.prompt_column)}")
+        wanted = self._defaults.copy()
+        for name, value in said.items():
+            if name in self._checks:
+                check, arguments = self._checks[name]
+                wanted[name] = check(name, value, *arguments)
+        num_images, seeds = _seeds(said, settings.num_images)
+        row_id = _id(said.get("id", row_number))
+        wanted["seed"] = derived_seed(settings.seed, row_id, 0) if seeds is None else seeds[0]
+        metadata = _json({name: values[name] for name in copied})
+        request = Request.of_checked(wanted)
+        return Row(row_id, request, num_images, seeds, metadata, place)
 
 
 def _seeds(said: dict, default_count: int) -> tuple[int, Sequence[int] | None]:
@@ -106,7 +112,8 @@ def _seed_list(value) -> tuple[int, ...]:
 
 
 def _id(value) -> str:
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and value % 1 == 0:
+    is_number = not isinstance(value, str | bool) and isinstance(value, numbers.Real)
+    if is_number and value % 1 == 0:
         value = str(int(value))  # pandas turns 7 into 7.0 in a column with gaps
     value = checks.text("id", value)
     if not value:
@@ -124,12 +131,20 @@ def _json(others: dict) -> str:
     if not others:
         return "{}"
     try:
-        encoded = JSON.encode(others)
+        encoded = _encoded(others)
     except (RecursionError, TypeError, ValueError) as problem:
         name = next(name for name, value in others.items() if not _is_json(value))
         raise BadValueError(f"column {checks.shown(name)}: {problem}; convert it to text") from None
     checks.unicode("an extra column", encoded)
     return encoded
+
+
+def _encoded(others: dict) -> str:
+    if {*map(type, others.values())} != {str}:
+        return JSON.encode(others)
+    # The encoder starts slowly for an object, but not for a text.
+    pairs = [f"{JSON.encode(name)}:{JSON.encode(text)}" for name, text in others.items()]
+    return f"{{{','.join(pairs)}}}"
 
 
 def _is_json(value) -> bool:

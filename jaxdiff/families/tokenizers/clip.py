@@ -1,9 +1,11 @@
 """Converts prompts to token ids for CLIP's text encoders."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from jaxdiff.checkpoint.tokenizer_files import LEAST_TOKENS
 from jaxdiff.errors import InputError
@@ -13,6 +15,21 @@ from jaxdiff.families.tokenizers.tokenizer import refuse_other_kinds, require_on
 
 # The special tokens that it needs, as its files call them.
 TOKENS = {"begin": "bos_token", "end": "eos_token", "pad": "pad_token"}
+
+# What CLIPTokenizer of transformers does to a text before it looks for merges.
+NORMALIZER = normalizers.Sequence(
+    [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+)
+PARTS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+PRE_TOKENIZER = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(Regex(PARTS), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+)
+REMEMBERED_WORDS = 2**14  # of at most 4000 characters each
 
 
 class ClipTokenizer:
@@ -35,6 +52,8 @@ class ClipTokenizer:
         require_one(directory, "vocab.json", "tokenizer.json")
         refuse_other_kinds(directory, "CLIPTokenizer")
         self._tokenizer = read_tokenizer(directory)
+        self._divides = divides_at_spaces(self._tokenizer)
+        self._count = lru_cache(REMEMBERED_WORDS)(self._counted)
         self.tokens = min(self._tokenizer.max_length, positions)
         if self.tokens < LEAST_TOKENS:
             raise InputError(
@@ -57,8 +76,15 @@ class ClipTokenizer:
         most = chunks * (self.tokens - 2)
         # A token has at least one byte.
         long = [text for text in texts if not text.isascii() or len(text) > most]
-        counts = dict(zip(long, self._tokenizer.counts(long, special=False), strict=True))
+        by_words = {text for text in long if self._divides and text.isascii()}
+        whole = [text for text in long if text not in by_words]
+        counts = dict(zip(whole, self._tokenizer.counts(whole, special=False), strict=True))
+        # Words repeat, so that most of them need not be counted again.
+        counts |= {text: sum(map(self._count, text.split(" "))) for text in by_words}
         return [max(0, counts.get(text, 0) - most) for text in texts]
+
+    def _counted(self, word: str) -> int:
+        return len(self._tokenizer.ids(word, special=False))
 
 
 def read_tokenizer(directory: Path) -> FastTokenizer:
@@ -74,6 +100,22 @@ def read_tokenizer(directory: Path) -> FastTokenizer:
                 raise ValueError(f"it has no {TOKENS[name]}")
         chunked_tokens(tokenizer, ["a"], LEAST_TOKENS, 1)
     return tokenizer
+
+
+def divides_at_spaces(tokenizer: FastTokenizer) -> bool:
+    """Returns whether the ids of ASCII text are those of its words, one after the other.
+
+    That is so where no token has a space: neither those that the merges make of a part of the text,
+    nor those that were added to the vocabulary.
+    """
+    made = tokenizer.tokenizer
+    steps = (made.normalizer, NORMALIZER), (made.pre_tokenizer, PRE_TOKENIZER)
+    added = [token.content for token in made.get_added_tokens_decoder().values()]
+    return (
+        all(repr(ours) == repr(usual) for ours, usual in steps)
+        and made.model.dropout is None
+        and all(content.split() == [content] for content in added)
+    )
 
 
 def chunked_tokens(
