@@ -28,7 +28,7 @@ ALLOWED = {
     "evaluation",
     "cli": "values families dataset training pipelines",
 }
-LOOSE = {"__init__", "__main__", "cache", "checks", "cli", "errors", "request"}
+LOOSE = {"__init__", "__main__", "cache", "checks", "cli", "errors", "processor", "request"}
 JAX_HALVES = ("model", "networks")  # ends of the names of modules in families/
 
 

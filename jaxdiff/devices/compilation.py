@@ -7,11 +7,10 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
-from jaxdiff import cache
+from jaxdiff import cache, processor
 
 # On CPUs, XLA's own convolutions are up to three times as fast as those of the library that it
 # uses by default, and a full-size U-Net takes 0.7 of the time. The library's reductions are faster
@@ -79,11 +78,7 @@ def keep_programs() -> None:
 
 def _cpu() -> str:
     """Identifies the kind of processor, since code compiled for one may crash on another."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    features = " ".join(sorted(processor.features()))
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 

@@ -1,4 +1,4 @@
-"""Products and convolutions of bfloat16 at the processor's own rate.
+"""Products and convolutions on CPUs: bfloat16 at the processor's own rate, and equal sums.
 
 XLA for CPUs multiplies matrices of bfloat16 at twice the rate of float32, where the processor does
 (AVX512-BF16, AMX), but only if the result is float32. Otherwise, and in every convolution, it turns
@@ -6,8 +6,14 @@ the operands into float32 first. So products are asked for in float32 here, and 
 products. Other devices and dtypes are left to XLA.
 
 In any case the sums are float32 and rounded once; only the order of the additions differs.
+
+XLA's own convolutions compute `TILE` pixels of a batch at once. On processors without AVX-512 they
+add up the products for a rest of fewer pixels in another order, so the last image of a batch would
+have other bits than the same image in another place. There, convolutions compute some rows more, so
+that no rest is left.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,11 +21,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxdiff import processor
 from jaxdiff.models.platform import platform
 
 FEWEST_CHANNELS = 16  # of a convolution's input and output; with fewer, XLA's own is faster
 BLOCK = 2**22  # bytes of the patches that are multiplied at once, which stay in the cache
 FEWEST_ROWS = 512  # of the patches; with fewer, packing the kernel for each block takes too long
+TILE = 24
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
@@ -47,14 +55,40 @@ def conv_general_dilated(
     feature_group_count: int = 1,
     **options,
 ) -> Array:
-    """Computes `jax.lax.conv_general_dilated`, whose arguments it takes, without dilation."""
+    """Computes `jax.lax.conv_general_dilated`, whose arguments it takes, without dilation.
+
+    The layout of the arrays is `NHWC`, with any number of axes in place of h and w.
+    """
     padding = tuple(map(tuple, padding))
     is_product = feature_group_count == 1 and min(rhs.shape[2:]) >= FEWEST_CHANNELS
     if is_product and lhs.ndim == 4 and _converts(lhs, rhs):
         return _convolve(lhs, rhs, tuple(window_strides), padding)
-    return jax.lax.conv_general_dilated(
+    sides = [
+        (side + sum(pad) - kernel) // stride + 1
+        for side, pad, kernel, stride in zip(
+            lhs.shape[1:-1], padding, rhs.shape, window_strides, strict=False
+        )
+    ]
+    more = _rows_to_add(len(lhs), sides)
+    (low, high), *others = padding
+    padding = (low, high + more * window_strides[0]), *others
+    convolved = jax.lax.conv_general_dilated(
         lhs, rhs, window_strides, padding, feature_group_count=feature_group_count, **options
     )
+    return convolved[:, : sides[0]] if more else convolved
+
+
+def _rows_to_add(batch: int, sides: Sequence[int]) -> int:
+    """Returns how many more rows a convolution must compute, so that no tile is left unfilled.
+
+    Args:
+      batch: its images.
+      sides: of each image, the rows first.
+    """
+    if batch == 1 or platform() != "cpu" or "avx512f" in processor.features():
+        return 0
+    each = TILE // math.gcd(TILE, batch * math.prod(sides[1:]))
+    return -sides[0] % each
 
 
 def _converts(lhs: Array, rhs: Array) -> bool:

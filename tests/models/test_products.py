@@ -1,4 +1,4 @@
-"""Products in bfloat16: XLA's results, from the kernels that multiply bfloat16 as it is."""
+"""Products on CPUs: XLA's results, equal in each slot, and bfloat16 multiplied as it is."""
 
 import re
 
@@ -103,3 +103,36 @@ def test_operands_stay_bfloat16_in_the_compiled_program(name):
     assert all(f"%{operand} = bf16[" in text for operand in operands)
     assert "__ynn_fusion" in text
     assert "convolution(" not in text
+
+
+# Sizes of the bundled models, with one and with two evaluations of each image, and odd ones.
+@pytest.mark.parametrize("batch", [2, 5, 8, 16])
+@pytest.mark.parametrize(
+    ("side", "channels", "features", "kernel", "stride"),
+    [
+        (1, 64, 64, 3, 1),
+        (2, 64, 64, 3, 1),
+        (7, 16, 16, 3, 1),
+        (8, 4, 32, 3, 1),
+        (8, 32, 64, 1, 1),
+        (8, 64, 64, 3, 2),
+        (16, 64, 128, 2, 1),
+        (32, 32, 4, 1, 1),
+        (64, 48, 48, 3, 1),
+        (64, 16, 3, 3, 1),
+    ],
+)
+def test_a_convolution_is_equal_in_each_slot(batch, side, channels, features, kernel, stride):
+    random = np.random.default_rng(0)
+    image = random.standard_normal((1, side, side, channels), np.float32)
+    weights = random.standard_normal((kernel, kernel, channels, features), np.float32)
+    strides, padding = (stride, stride), ((kernel // 2, (kernel - 1) // 2),) * 2
+
+    def convolve(convolution, x):
+        return convolution(x, weights, strides, padding, dimension_numbers=products.NHWC)
+
+    ours = compilation.jit(lambda x: convolve(products.conv_general_dilated, x))
+    made = np.asarray(ours(np.repeat(image, batch, axis=0)))
+    np.testing.assert_array_equal(made, np.repeat(made[:1], batch, axis=0))
+    wanted = convolve(jax.lax.conv_general_dilated, image)
+    np.testing.assert_allclose(made[:1], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
