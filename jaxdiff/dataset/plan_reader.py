@@ -206,10 +206,10 @@ class PlanReader:
         return row
 
     def _why_not_without_images(self, width: int, height: int, steps: int, sampler: str) -> str:
-        """Returns why no request with these values can be made, or ""."""
-        shared = {"width": width, "height": height, "steps": steps, "sampler": sampler}
+        """Returns why no row without images can have these values, or "" if it can."""
+        values = {"width": width, "height": height, "steps": steps, "sampler": sampler}
         try:
-            self._completed(Request(prompt="", **shared))  # which nothing is filled in
+            self._completed(Request(prompt="", **values))
         except BadValueError as problem:
             return str(problem)
         return ""

@@ -290,7 +290,7 @@ def test_a_gallery_that_cannot_be_written_keeps_the_old_one(finished):
 def test_a_reader_never_sees_half_a_gallery(tmp_path, tiny_checkpoint):
     directory = many(tmp_path, tiny_checkpoint, "many", 1500)
     target = directory / "gallery"
-    for part in range(6):  # killed at the beginning, in the middle, near the end
+    for part in (0, 3, 5):  # killed at the beginning, in the middle, near the end
         command = [sys.executable, "-m", "jaxdiff", "view", str(directory)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         old = set(target.glob("files-*"))

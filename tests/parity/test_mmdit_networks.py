@@ -1,5 +1,7 @@
 """Stable Diffusion 3's and Qwen-Image's denoisers give the output of diffusers."""
 
+import importlib
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -216,17 +218,18 @@ def test_the_position_table_is_diffusers(extra):
 def test_the_angles_are_diffusers_at_full_size():
     """Qwen-Image's own frequencies at 1328x1328 pixels and 928x1664, the longest text."""
     widths = QWEN_IMAGE["axes_dims_rope"]
-    rope = diffusers.models.transformers.transformer_qwenimage.QwenEmbedRope(
-        10000, widths, scale_rope=True
-    )
+    module = importlib.import_module("diffusers.models.transformers.transformer_qwenimage")
+    rope = module.QwenEmbedRope(10000, widths, scale_rope=True)
     for height, width in ((83, 83), (58, 104)):
         image, text = rope([(1, height, width)], max_txt_seq_len=1024)
         expected = torch.cat([text, image]).numpy()
         where = qwen_image.positions(1024, height, width)
         angles = rotary_angles(where, widths, qwen_image.THETA, dtype=np.float32)
+        # PyTorch computes frequencies in float32; a last bit of theirs depends on the processor.
+        most = 1e-6 + 2.0**-23 * np.abs(angles)
         for ours in (angles, constant_angles(angles)):
-            np.testing.assert_allclose(np.cos(ours), expected.real, rtol=0, atol=1e-6)
-            np.testing.assert_allclose(np.sin(ours), expected.imag, rtol=0, atol=1e-6)
+            assert (np.abs(np.cos(ours) - expected.real) <= most).all()
+            assert (np.abs(np.sin(ours) - expected.imag) <= most).all()
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def trained(tiny_sd3, images, tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow  # test_resume.py has the quick ones
 def test_a_stopped_run_continues_bit_for_bit(trained, tiny_sd3, images, tmp_path):
     for steps in (2, 4):
         train(written(tmp_path / "recipe.toml", tiny_sd3, images, steps), tmp_path / "run")
