@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+from cases import further
 from injected import in_noise_at
 from making import files
 
@@ -79,7 +80,7 @@ def test_a_finished_job_does_not_run_again(tmp_path, command, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*.*")}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, further(signal.SIGTERM)])
 def test_an_interrupted_job_continues_to_the_same_bytes(
     tmp_path, command, capsys, noisy, finished, number
 ):

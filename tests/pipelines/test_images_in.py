@@ -309,6 +309,7 @@ def test_python_takes_paths_pictures_and_arrays(tiny_checkpoint, folder):
         model.generate([jaxdiff.Request(prompt="", mask_image=mask)])
 
 
+@pytest.mark.slow  # the only one here with the bundled model
 def test_the_model_decodes_what_it_encoded():
     """At a low strength, the bundled model gives the image back."""
     model = jaxdiff.load("shapes64")

@@ -70,6 +70,7 @@ def records(output: Path) -> dict[str, dict]:
     return {row["id"]: row for row in pq.read_table(output / "metadata").to_pylist()}
 
 
+@pytest.mark.slow  # test_controlnet_jobs.py has the quick one
 def test_order_batches_and_neighbors_change_nothing(generate, adapters, tmp_path):
     rows = [
         {"id": f"{name}{scale}", "ip_adapter_image": f"{name}.png", "ip_adapter_scale": scale}

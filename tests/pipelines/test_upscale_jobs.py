@@ -320,6 +320,7 @@ def test_a_parquet_dataset_is_enlarged(upscaler, tmp_path):
         np.testing.assert_array_equal(pixels, enlarged(model, sources[key][1]))
 
 
+@pytest.mark.slow  # test_continuing.py has the same job
 def test_a_job_that_is_stopped_or_extended_makes_the_same(upscaler, tmp_path, environment):
     (tmp_path / "in").mkdir()
     for name in ("a", "b"):

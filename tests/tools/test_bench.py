@@ -93,6 +93,7 @@ def small_flux_dev(tmp_path, monkeypatch):
     return tmp_path / "flux1-dev"
 
 
+@pytest.mark.slow  # it compiles FLUX.1's structure
 def test_the_profile_of_a_step_lists_its_operations(small_flux_dev, tmp_path, capsys):
     arguments = ["--model", small_flux_dev, "--parts", "step", "--batch", "2", "--size", "64"]
     assert profile.main([*map(str, arguments), "--output", str(tmp_path / "trace")]) == 0

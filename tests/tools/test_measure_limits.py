@@ -112,6 +112,7 @@ def test_every_number_is_requested_and_pairs_differ_in_color_and_shape():
     assert rows == list(limits.limit_rows(SIZES, seed=1))
 
 
+@pytest.mark.slow  # it generates with every setting
 def test_a_model_is_measured(tiny_checkpoint, tmp_path):
     found = limits.measure(str(tiny_checkpoint), RECIPE, tmp_path, SIZES)
     ring = [(row(shapes.Group("ring", "red")), drawn("red ring"))]

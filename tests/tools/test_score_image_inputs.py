@@ -15,6 +15,7 @@ def scored(capsys, *arguments: str) -> list[int]:
     return [int(number) for number in re.findall(r": (\d+) of 16", capsys.readouterr().out)]
 
 
+@pytest.mark.slow  # it generates and judges
 def test_the_bundled_controlnet_follows_outlines(capsys, tmp_path):
     """Its whole run is in docs/training.md: 93% of 400."""
     places, captions = scored(

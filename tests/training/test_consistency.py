@@ -224,6 +224,7 @@ def test_a_batch_depends_only_on_the_step(tiny_checkpoint):
     assert ((one["guidance_scale"] >= 2.0) & (one["guidance_scale"] <= 4.0)).all()
 
 
+@pytest.mark.slow  # tests/parity has generation's zeros
 def test_a_teacher_uses_zeros_as_negative_embeddings_if_generation_does(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, tmp_path / "zeros")
     index = tmp_path / "zeros" / "model_index.json"

@@ -140,6 +140,7 @@ def test_gradient_checkpointing_keeps_less_for_the_same_gradient(
     assert kept_bytes(frugal, tmp_path) < 0.5 * kept_bytes(usual, tmp_path)
 
 
+@pytest.mark.slow  # two more gradients to compile
 def test_bfloat16_gives_nearly_the_same_gradients_in_float32(
     plain, tiny_checkpoint, folder, tmp_path
 ):

@@ -90,6 +90,7 @@ def state(run: Path, step: int) -> dict:
         return manager.restore(step)["state"]
 
 
+@pytest.mark.slow  # test_resume.py has the same loop
 def test_a_continued_run_ends_with_the_same_weights_of_both_networks(run, tmp_path):
     train(written(tmp_path, ("steps = 4", "steps = 2")), tmp_path / "run")
     train(written(tmp_path), tmp_path / "run")
