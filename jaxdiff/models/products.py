@@ -1,11 +1,11 @@
-"""Products and convolutions on CPUs: fewer of them, bfloat16 at its own rate, and equal sums.
+"""Products and convolutions on CPUs: Winograd's algorithm, fast bfloat16, and equal sums.
 
 XLA for CPUs multiplies matrices of bfloat16 at twice the rate of float32, where the processor does
 (AVX512-BF16, AMX), but only if the result is float32. Otherwise, and in every convolution, it turns
 the operands into float32 first. So products are asked for in float32 here, and convolutions become
 products. Other devices and dtypes are left to XLA.
 
-In any case the sums are float32 and rounded once; only the order of the additions differs.
+The sums of both are float32 and rounded once; only the order of the additions differs.
 
 A large 3x3 convolution of float32 takes half of the multiplications, by Winograd's algorithm (Lavin
 and Gray, 2016, arXiv:1509.09308): four rows of the result are sums of six products instead of
@@ -86,8 +86,8 @@ def conv_general_dilated(
     is_product = feature_group_count == 1 and min(rhs.shape[2:]) >= FEWEST_CHANNELS
     if is_product and lhs.ndim == 4 and _converts(lhs, rhs):
         return _convolve(lhs, rhs, tuple(window_strides), padding)
-    if is_product and _halves(lhs, rhs, window_strides):
-        return _half_convolve(lhs, rhs, padding)
+    if is_product and _suits_winograd(lhs, rhs, window_strides):
+        return _winograd(lhs, rhs, padding)
     sides = [
         (side + sum(pad) - kernel) // stride + 1
         for side, pad, kernel, stride in zip(
@@ -162,8 +162,8 @@ def _convolve(
     return jax.lax.bitcast_convert_type(mapped, x.dtype)
 
 
-def _halves(x: Array, kernel: Array, strides: Sequence[int]) -> bool:
-    """Returns whether `_half_convolve` is the faster way."""
+def _suits_winograd(x: Array, kernel: Array, strides: Sequence[int]) -> bool:
+    """Returns whether `_winograd` is the faster way."""
     is_possible = (
         x.dtype == kernel.dtype == jnp.float32
         and kernel.shape[:-2] == (3, 3)
@@ -176,7 +176,7 @@ def _halves(x: Array, kernel: Array, strides: Sequence[int]) -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _half_convolve(x: Array, kernel: Array, padding: tuple[tuple[int, int], ...]) -> Array:
+def _winograd(x: Array, kernel: Array, padding: tuple[tuple[int, int], ...]) -> Array:
     """Convolves [batch, h, w, in] with [3, 3, in, out] by Winograd's algorithm, along the rows."""
     (low, high), columns = padding
     made = x.shape[1] + low + high - 2
@@ -206,8 +206,8 @@ def _forward(x: Array, kernel: Array, strides, padding):
     return _convolve(x, kernel, strides, padding), (x, kernel)
 
 
-def _half_forward(x: Array, kernel: Array, padding):
-    return _half_convolve(x, kernel, padding), (x, kernel)
+def _winograd_forward(x: Array, kernel: Array, padding):
+    return _winograd(x, kernel, padding), (x, kernel)
 
 
 def _backward(strides, padding, saved, gradient: Array):
@@ -221,4 +221,4 @@ def _backward(strides, padding, saved, gradient: Array):
 
 
 _convolve.defvjp(_forward, _backward)
-_half_convolve.defvjp(_half_forward, partial(_backward, (1, 1)))
+_winograd.defvjp(_winograd_forward, partial(_backward, (1, 1)))
