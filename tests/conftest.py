@@ -63,10 +63,10 @@ def compiled_faster(compiled_fast):
 
     older = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compilation, "CPU_OPTIONS", compilation.CPU_OPTIONS | older)
-        compilation._cpu_options.cache_clear()
+        patch.setitem(compilation.OPTIONS, "cpu", compilation.OPTIONS["cpu"] | older)
+        compilation._options.cache_clear()
         yield
-    compilation._cpu_options.cache_clear()
+    compilation._options.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,6 @@ def test_convolutions_on_a_cpu_are_xlas_own():
 
 
 def test_an_option_unknown_to_xla_is_left_out(monkeypatch, caplog):
-    monkeypatch.setattr(compilation, "CPU_OPTIONS", {"xla_cpu_of_the_future": "yes"})
-    assert compilation._cpu_options.__wrapped__() is None
+    monkeypatch.setitem(compilation.OPTIONS, "cpu", {"xla_cpu_of_the_future": "yes"})
+    assert compilation._options.__wrapped__(jax.devices()[0]) is None
     assert "convolutions are slower" in caplog.text
