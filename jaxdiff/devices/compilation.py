@@ -19,7 +19,8 @@ from jaxdiff import cache, processor
 CPU_LIBRARY = ("LIBRARY_FUSION_TYPE_REDUCE", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
 # For batches of fewer than eight, XLA for TPUs cuts each image into strips and convolves those as a
 # larger batch. The borders that the strips must exchange cost more than this gains: by the
-# compiler's estimate, a residual block of Stable Diffusion XL takes half of the time without it.
+# compiler's estimate, a residual block of Stable Diffusion XL takes half of the time without it
+# (docs/tpu.md; a single image's decoder is slower).
 STRIPS = ("xla_tpu_run_space_to_batch", "xla_tpu_run_space_to_batch_on_new_platforms")
 OPTIONS = {
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": ",".join(CPU_LIBRARY)},
